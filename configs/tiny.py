@@ -1,0 +1,45 @@
+"""`tiny`: trains, converses and is tested on two CPU cores; its trained weights ship with the package.
+
+    jaxtml data tiny --out data && jaxtml train tiny --workdir run --data data
+
+Six layers of width 192. EXPERIMENTS.md has what its training costs and gives.
+"""
+
+from jaxtml.config import (
+    AttentionConfig,
+    BackboneConfig,
+    Config,
+    DataConfig,
+    DuplexConfig,
+    FlowConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        name="tiny",
+        backbone=BackboneConfig(
+            vocab_size=1024,
+            d_model=192,
+            n_layers=6,
+            n_dense=2,
+            global_layers=(2, 5),
+            sliding=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=48, window=64, rel_extent=64),
+            global_=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=48, window=512, rel_extent=256, pinned=8),
+            d_ff_dense=512,
+            d_ff_expert=192,
+            n_experts=8,
+            experts_per_token=2,
+            n_shared_experts=1,
+            logits_divisor=1.0,
+            route_scale=2.0,
+            init_std=0.05,
+        ),
+        duplex=DuplexConfig(control_base=1008),
+        flow=FlowConfig(width=256, depth=3, draws=2, history_noise=1.0),
+        vision=VisionConfig(folds=((1, 5, 32), (1, 2, 64), (1, 4, 128), (2, 1, 0))),
+        data=DataConfig(),
+        train=TrainConfig(steps=5000, flow_weight=2.0),
+    )

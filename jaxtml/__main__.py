@@ -1,0 +1,5 @@
+"""`python -m jaxtml` is `jaxtml`."""
+
+from jaxtml.cli import run
+
+run()

@@ -1,0 +1,242 @@
+"""The command line: `jaxtml COMMAND ...`. Parses, calls, prints; the work is in the modules that each command names.
+
+Bad input ends with one line on stderr and exit status 2. `--json` prints machine-readable output alone on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging as standard
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from jaxtml import config as configs
+from jaxtml.errors import InputError
+
+SHIPPED = Path(__file__).parent / "assets" / "tiny"
+CACHE = Path.home() / ".cache" / "jaxtml" / "compiled"
+
+
+def info(args: argparse.Namespace) -> None:
+    from jaxtml.model.interaction import InteractionModel
+    from jaxtml.model.spec import ParamSpec, count
+
+    config = configs.load(args.config, args.set)
+    table = InteractionModel(config).specs()
+    layers = {f"layers/{block}/{run}": runs for block, r in table.pop("layers").items() for run, runs in r.items()}
+    groups = {
+        name: count({name: part} if isinstance(part, ParamSpec) else part) for name, part in {**table, **layers}.items()
+    }
+    total, active = (sum(group[i] for group in groups.values()) for i in (0, 1))
+    result = {
+        "config": dataclasses.asdict(config),
+        "params_total": total,
+        "params_active": active,
+        "groups": {name: {"total": t, "active": a} for name, (t, a) in groups.items()},
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(configs.to_json(config), end="")
+    width = max(map(len, groups))
+    for name, (t, a) in groups.items():
+        print(f"{name:{width}}  {t:>16,}  {a:>16,}")
+    print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
+
+
+def converse(args: argparse.Namespace) -> None:
+    from jaxtml.serve import recording
+    from jaxtml.serve.engine import Engine
+    from jaxtml.serve.timeline import print_turn
+
+    wave = recording.read_recording(args.input)
+    _writable(args.out, args.events, args.stereo, args.picture)
+    engine = Engine.load(args.checkpoint)
+    show = (lambda record: None) if args.json else print_turn
+    reply = recording.run(engine, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_turn=show)
+    recording.write_wav(args.out, reply.wave)
+    if args.events:
+        recording.write_events(args.events, reply)
+    if args.stereo:
+        recording.write_stereo(args.stereo, wave, reply)
+    if args.picture:
+        recording.draw(args.picture, wave, reply)
+    summary = recording.summarise(wave, reply)
+    print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())
+
+
+def logits(args: argparse.Namespace) -> None:
+    from jaxtml.convert.logits import token_logits
+
+    token_logits(args.checkpoint, args.tokens, args.out)
+
+
+def train(args: argparse.Namespace) -> None:
+    from jaxtml.train.loop import train
+    from jaxtml.train.vocoder import train_vocoder, trained
+
+    workdir = Path(args.workdir)
+    data = Path(args.data) if args.data else workdir / "data"
+    if args.config == "vocoder":
+        train_vocoder(configs.load(args.base, args.set), [data / "bank"], workdir, args.steps or 5000)
+        return
+    overrides = [*args.set, f"train.steps={args.steps}"] if args.steps else args.set
+    config = configs.load(args.config, overrides)
+    vocoder = trained(args.vocoder)[1] if args.vocoder else None
+    train(config, workdir, data, workers=args.workers, vocoder=vocoder)
+
+
+def data(args: argparse.Namespace) -> None:
+    from jaxtml.data import bank, scenarios, show
+    from jaxtml.data.pipeline import Rows
+    from jaxtml.stream.text import TextCodec
+
+    config = configs.load(args.config, args.set)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.exists():
+        size = min(config.duplex.control_base, 640)
+        TextCodec.train(itertools.islice(scenarios.corpus(), 20_000), size).save(tokenizer)
+    if not args.no_build:
+        bank.build(out / "bank", bank.full_plan(config.data.seed), args.workers)
+    if args.show:
+        rows = Rows.open(config, TextCodec.load(tokenizer), out / "bank")
+        talks = map(rows.conversation, itertools.count())
+        for text in show.write_examples(talks, out / "examples", args.show):
+            print(text)
+
+
+def convert(args: argparse.Namespace) -> None:
+    from jaxtml.convert.command import convert
+
+    print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify))
+
+
+def _writable(*paths: str | None) -> None:
+    """Refuses before the long work what could not be written after it."""
+    for path in paths:
+        if path and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {Path(path).resolve().parent}")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse_flags.ArgumentParser(prog="jaxtml", description="Full-duplex interaction models in JAX.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(run, name: str, about: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"example: jaxtml {example}",
+        )
+        command.set_defaults(run=run)
+        return command
+
+    def add_config(command: argparse.ArgumentParser, text: str = "a name in configs/, or a path") -> None:
+        command.add_argument("config", metavar="CONFIG", help=text)
+        command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field")
+
+    def add_checkpoint(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--checkpoint", default=SHIPPED, metavar="DIR", help="default: the shipped tiny")
+
+    command = add(info, "info", "the resolved config and its parameter count", "info tiny --json")
+    add_config(command)
+    command.add_argument(
+        "--json", action="store_true", help="JSON on stdout: config, params_total, params_active, groups"
+    )
+
+    command = add(
+        converse,
+        "converse",
+        "a full-duplex session over a recording",
+        "converse --in user.wav --out reply.wav --stereo both.wav",
+    )
+    add_checkpoint(command)
+    command.add_argument(
+        "--in", dest="input", required=True, metavar="WAV", help="what the user says: wav, flac, ogg, mp3"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="WAV", help="the reply, on the clock and of the length of the input"
+    )
+    command.add_argument("--events", metavar="JSONL", help="one record per micro-turn")
+    command.add_argument("--stereo", metavar="WAV", help="user left, model right")
+    command.add_argument("--picture", metavar="PNG", help="the session as a timeline")
+    command.add_argument("--video", metavar="FILE", help="what the camera saw meanwhile")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling")
+    command.add_argument(
+        "--realtime", action="store_true", help="hear the recording at the pace at which it was spoken"
+    )
+    command.add_argument("--json", action="store_true", help="the summary as JSON, nothing else, on stdout")
+
+    command = add(
+        logits,
+        "logits",
+        "teacher-forced text logits [B, T, V] float32",
+        "logits --checkpoint DIR --tokens ids.npy --out logits.npy",
+    )
+    add_checkpoint(command)
+    command.add_argument("--tokens", required=True, metavar="NPY", help="int [B, T] or [T] token ids")
+    command.add_argument("--out", required=True, metavar="NPY")
+
+    command = add(train, "train", "train or resume a model, or the vocoder", "train tiny --workdir run --data data")
+    add_config(command, "a name in configs/, a path, or `vocoder`")
+    command.add_argument("--workdir", required=True, metavar="DIR")
+    command.add_argument("--data", metavar="DIR", help="from `jaxtml data`; default: WORKDIR/data")
+    command.add_argument("--steps", type=int, help="default: train.steps of the config; 5000 for the vocoder")
+    command.add_argument("--vocoder", metavar="DIR", help="workdir of a trained vocoder to carry along")
+    command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
+    command.add_argument("--workers", type=int, default=1, help="processes that make batches in advance")
+
+    command = add(data, "data", "build or inspect training data", "data tiny --out data --show 5")
+    add_config(command)
+    command.add_argument("--out", required=True, metavar="DIR", help="gets bank/, tokenizer.json, examples/")
+    command.add_argument("--show", type=int, default=0, metavar="K", help="write K examples as WAV + picture")
+    command.add_argument("--workers", type=int, default=2, help="processes that synthesise speech")
+    command.add_argument("--no-build", action="store_true", help="use the bank as far as it is built")
+
+    command = add(convert, "convert", "checkpoints in and out", "convert inkling_dir out --to orbax --verify")
+    command.add_argument("src", metavar="SRC", help="a checkpoint directory (ours or released), or a training workdir")
+    command.add_argument("dst", metavar="DST")
+    command.add_argument("--to", choices=("orbax", "hf"), default="orbax")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it is; hf: bfloat16")
+    command.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
+    return top
+
+
+def main(args: argparse.Namespace) -> int:
+    import jax
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    # Orbax and JAX tell their lives at this level, through the same logger.
+    ours = os.path.dirname(os.path.abspath(__file__))
+    logging.get_absl_handler().addFilter(lambda r: r.levelno > standard.INFO or r.pathname.startswith(ours))
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"jaxtml {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))
+
+
+if __name__ == "__main__":
+    run()

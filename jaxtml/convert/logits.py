@@ -1,0 +1,62 @@
+"""`jaxtml logits`: teacher-forced text logits of a checkpoint, for anyone who wants to check the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtml.convert.command import read
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.stream.clock import CLOCK_FEATURES
+from jaxtml.stream.timebase import N_MELS
+from jaxtml.stream.tokens import PositionKind
+
+
+def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path) -> None:
+    """Writes `[B, T, V]` float32 logits for the int ids `[B, T]` (or `[T]`) in the .npy file `tokens`.
+
+    Raises:
+      InputError: no checkpoint or token file there, ids of another type or shape or outside the vocabulary, or `out`
+        cannot be written.
+    """
+    ids = _read_ids(tokens)
+    config, params = read(checkpoint)
+    vocab = config.backbone.vocab_size
+    if ids.size == 0 or ids.min() < 0 or ids.max() >= vocab:
+        raise InputError(f"{tokens}: ids must lie in 0..{vocab - 1} and be at least one")
+    model = InteractionModel(config)
+
+    def forward(params: dict, ids: jax.Array) -> jax.Array:
+        shape = ids.shape
+        inputs = Inputs(
+            kind=jnp.full(shape, PositionKind.TEXT, jnp.uint8),
+            ids=ids,
+            bins=jnp.zeros((*shape, N_MELS), jnp.uint8),
+            clock=jnp.zeros((*shape, CLOCK_FEATURES), jnp.float32),
+            patches=jnp.zeros((shape[0], 0, 2, 40, 40, 3), jnp.float32),
+        )
+        hidden, _ = model.hidden(params, inputs, jnp.dtype(jnp.float32))
+        return model.logits(params, hidden)
+
+    result = np.asarray(jax.jit(forward)(params, jnp.asarray(ids, jnp.int32)))
+    try:
+        with open(out, "wb") as file:
+            np.save(file, result)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from error
+
+
+def _read_ids(path: str | Path) -> np.ndarray:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"no token file {path}") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not a .npy file of token ids") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+        raise InputError(f"{path}: token ids are an integer array [B, T] or [T]")
+    return np.atleast_2d(ids)

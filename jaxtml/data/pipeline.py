@@ -1,0 +1,160 @@
+"""Training batches as a pure function of (seed, step): sessions mixed, encoded and padded, in worker processes.
+
+Row `r` of step `s` is made from a generator seeded with (seed, s * batch + r) and from nothing else, so a run resumes
+from one integer, with any number of workers and of hosts. Called by `jaxtml.train` and `jaxtml.data.show`.
+
+Axes: B batch, T positions, C clock features, P patches, S own-speech positions (padded; one position in six).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxtml.config import Config
+from jaxtml.data.bank import Bank
+from jaxtml.data.mix import Speakers, Weights, make_conversation
+from jaxtml.stream.clock import CLOCK_FEATURES
+from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.layout import SPEECH_DIM, Sequence, encode
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.timebase import FRAMES_PER_TURN, N_MELS
+
+Batch = dict[str, np.ndarray]
+
+_SPEECH_SHARE = 6  # one position in six, at most, is own speech: a fifth more than sessions ever have
+_ENDLESS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes row after row; travels to the worker processes whole, so that all see the same bank.
+
+    Attributes:
+      config: `config.data` says how long rows are and from which seed they come.
+      codec: words to token ids.
+      speakers: whose voices.
+      weights: how often each scenario.
+    """
+
+    config: Config
+    codec: TextCodec
+    speakers: Speakers
+    weights: Weights = Weights()
+
+    @staticmethod
+    def open(config: Config, codec: TextCodec, bank: str | Path, split: str = "train") -> Rows:
+        """Raises `InputError` where there is no readable bank with voices of that split."""
+        return Rows(config, codec, Speakers.of(Bank.open(bank), split))
+
+    def conversation(self, index: int) -> Conversation:
+        """The session that row `index` is made from."""
+        data = self.config.data
+        rng = np.random.default_rng((data.seed, index))
+        return make_conversation(rng, self.speakers, self.weights, data.turns)
+
+    def sequence(self, index: int) -> Sequence:
+        """The session of row `index`, encoded and cut at `config.data.tokens` positions."""
+        data = self.config.data
+        return encode(
+            self.conversation(index),
+            self.codec,
+            self.config.duplex,
+            heard_delay_ms=data.heard_delay_ms,
+            lead_ms=data.text_lead_ms,
+            max_tokens=data.tokens,
+            max_speech=_slots(data.tokens),
+        )
+
+    def __call__(self, index: int) -> Batch:
+        """Row `index`, without the batch axis; see `pad`."""
+        return pad(self.sequence(index), self.config)
+
+
+def pad(sequence: Sequence, config: Config) -> Batch:
+    """A sequence in the fixed shapes of its config; PAD positions at the end.
+
+    Returns:
+      `kind` `[T]` uint8, `ids` `[T]` int32, `bins` `[T, 80]` uint8, `clock` `[T, C]` float32, `patches`
+      `[P, 2, 40, 40, 3]` float32, `target` `[T]` int32, `term` `[T]` uint8, `speech_at` `[S]` int32 (0 where absent),
+      `speech` `[S, 400]` float16 (log-mels in [-7, 2], exact to 0.002), `speech_valid` `[S]` bool.
+    """
+    length, tokens = len(sequence.kind), config.data.tokens
+    slots = _slots(tokens)
+    patches = min(config.duplex.max_patches * config.data.turns, tokens)
+    spoken = len(sequence.speech_at)
+    if length > tokens or spoken > slots:
+        raise ValueError(f"{length} positions with {spoken} of own speech do not fit {tokens} and {slots}")
+
+    def filled(values: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        out = np.zeros(shape, dtype)
+        out[: len(values)] = values
+        return out
+
+    return {
+        "kind": filled(sequence.kind, (tokens,), np.uint8),
+        "ids": filled(sequence.ids, (tokens,), np.int32),
+        "bins": filled(sequence.bins, (tokens, N_MELS), np.uint8),
+        "clock": filled(sequence.clock[sequence.turn], (tokens, CLOCK_FEATURES), np.float32),
+        "patches": filled(sequence.patches, (patches, *sequence.patches.shape[1:]), np.float32),
+        "target": filled(sequence.target, (tokens,), np.int32),
+        "term": filled(sequence.term, (tokens,), np.uint8),
+        "speech_at": filled(sequence.speech_at, (slots,), np.int32),
+        "speech": filled(sequence.speech, (slots, SPEECH_DIM), np.float16),
+        "speech_valid": np.arange(slots) < spoken,
+    }
+
+
+def _slots(tokens: int) -> int:
+    """Own-speech positions that a row of `tokens` has room for."""
+    return FRAMES_PER_TURN * (tokens // (FRAMES_PER_TURN * _SPEECH_SHARE))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of the global batch this host makes: the `host`-th of `hosts` equal, contiguous parts."""
+
+    host: int = 0
+    hosts: int = 1
+
+    def row(self, local: int, batch: int) -> int:
+        """The global row of this host's `local`-th row, counted over all steps."""
+        part = batch // self.hosts
+        step, within = divmod(local, part)
+        return step * batch + self.host * part + within
+
+
+def batches(
+    rows: Callable[[int], Batch], batch: int, *, start: int = 0, workers: int = 0, share: Share = Share()
+) -> grain.DatasetIterator[Batch]:
+    """Batches from step `start` on, without end: `[B / hosts, ...]` of what `pad` returns, always the same for a step.
+
+    Args:
+      rows: makes a row from its number: `Rows`, or `jaxtml.data.cache.CachedRows`.
+      batch: rows of the global batch; a multiple of `share.hosts`.
+      start: the step to begin with: the one integer that a resumed run needs.
+      workers: processes that make batches in advance; 0 makes them here. `close()` the iterator to end them.
+      share: the part of a host.
+    """
+    if batch % share.hosts:
+        raise ValueError(f"a batch of {batch} rows does not divide among {share.hosts} hosts")
+    part = batch // share.hosts
+    # Rows are batched before they are dealt to workers: whole steps go round, so their order is that of one process.
+    steps = (
+        grain.MapDataset.range(start * part, _ENDLESS)
+        .map(lambda local: rows(share.row(int(local), batch)))
+        .batch(part)
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags; a program without flags gets their defaults
+            flags.FLAGS.mark_as_parsed()
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        steps = steps.mp_prefetch(options)
+    return iter(steps)

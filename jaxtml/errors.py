@@ -1,0 +1,9 @@
+"""The one exception for bad input from a user.
+
+Raised wherever something of the user's enters (a file, a flag, a config, a checkpoint); the command line turns it
+into one line on stderr and exit status 2.
+"""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do about it."""

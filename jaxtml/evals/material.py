@@ -1,0 +1,82 @@
+"""What the first task is judged on: sessions with voices that training never hears, each made from (seed, number).
+
+- **synthetic**: the two-channel mixer of training (rooms, noise, telephone bands, hesitations, barge-ins, coughs) over
+  the bank's split "test". Its engines take turns, and within each its voices: all engines count the same, although most
+  voices are eSpeak's. Every tenth session is silent.
+- **human**: Asterisk's recorded prompts, see `jaxtml.data.human`.
+
+Called by `jaxtml.evals.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxtml.data import human
+from jaxtml.data.bank import Bank
+from jaxtml.data.mix import Speakers, Weights, make_conversation
+from jaxtml.stream.conversation import Conversation
+
+SEED = 20_000  # far from any seed of training
+SILENT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """One session to be held: its name, its set, who speaks, and how to make it."""
+
+    id: str
+    set: str
+    voice: str
+    make: Callable[[], Conversation]
+
+
+def synthetic(bank: Bank, count: int, turns: int) -> list[Item]:
+    """`count` sessions of `turns` micro-turns with the voices of the bank's split "test".
+
+    Raises:
+      InputError: the bank has none yet.
+    """
+    speakers = Speakers.of(bank, "test")
+    voices = _in_turn(sorted(speakers.by_voice), count)
+    items = []
+    for number in range(count):
+        silent = number % SILENT_EVERY == SILENT_EVERY - 1
+        voice = voices[number - number // SILENT_EVERY]
+        alone = replace(speakers, engines={voice.split(":")[0]: (voice,)})
+        weights = Weights(silence=1.0 if silent else 0.0)
+
+        def make(number: int = number, alone: Speakers = alone, weights: Weights = weights) -> Conversation:
+            return make_conversation(np.random.default_rng((SEED, number)), alone, weights, turns)
+
+        items.append(Item(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
+    return items
+
+
+def _in_turn(voices: Sequence[str], count: int) -> list[str]:
+    """The voices of `count` sessions: engine after engine, and each engine's voices one after the other."""
+    engines: dict[str, list[str]] = {}
+    for voice in voices:
+        engines.setdefault(voice.partition(":")[0], []).append(voice)
+    groups = list(engines.values())
+    chosen = []
+    for number in range(count):
+        round_, group = divmod(number, len(groups))
+        chosen.append(groups[group][round_ % len(groups[group])])
+    return chosen
+
+
+def spoken_by_a_person(prompts: human.Prompts, count: int) -> list[Item]:
+    """`count` sessions of recorded prompts, kinds in turn."""
+    items = []
+    for number in range(count):
+        kind = human.KINDS[number % len(human.KINDS)]
+
+        def make(number: int = number, kind: tuple[str, str] = kind) -> Conversation:
+            return human.make_item(np.random.default_rng((SEED, number)), prompts, kind)
+
+        items.append(Item(f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else human.VOICE, make))
+    return items

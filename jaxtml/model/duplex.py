@@ -1,0 +1,408 @@
+"""`duplex_step`: one micro-turn of a batch of sessions, as one compiled program with fixed shapes.
+
+Axes: B session slots, T positions of a forward call, N typed tokens, P patches, G generated tokens of a micro-turn, D
+model width, V vocabulary.
+
+Order inside: prefill (the LISTEN token left over, clock, text, patches, four user frames); one loop with early exit in
+which each slot writes its text, chooses its gate and, where that opens, speaks (flow head, feedback of the quantised
+frame); the vocoder. Nothing returns to the host in between. A LISTEN token is not run by itself: it is the first
+position of the next micro-turn, so that a silent one costs a single forward call. `converse`, the server, the
+evaluations and on-policy sampling all call this one function; the training forward over the same tokens gives the same
+logits (tests/model/test_duplex.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtml.model import vocoder
+from jaxtml.model.backbone import LayerState
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import Params
+from jaxtml.stream.clock import WEEK_MS, clock_features
+from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, quantise_jax
+from jaxtml.stream.layout import SPEECH_DIM
+from jaxtml.stream.timebase import (
+    FINE_PER_FRAME,
+    FINE_PER_TURN,
+    FRAMES_PER_TURN,
+    N_MELS,
+    TURN_MS,
+    TURN_SAMPLES,
+)
+from jaxtml.stream.tokens import Control
+
+
+class DuplexState(NamedTuple):
+    """Everything a session remembers, for B slots. Donated from step to step.
+
+    `position` `[B]` int32 counts tokens, `turn` `[B]` int32 micro-turns since the session began, `week_ms` `[B]` int32
+    the wall clock; `gate` `[B]` int32 is the LISTEN token that has not been run yet (-1: none); `own` `[B, 80]` uint8
+    is the last frame of own speech, `spoke` `[B]` whether the last micro-turn spoke; `voice` the vocoder's state; `key`
+    `[B, 2]` uint32 seeds each session's sampling.
+    """
+
+    layers: list[LayerState]
+    position: jax.Array
+    turn: jax.Array
+    week_ms: jax.Array
+    gate: jax.Array
+    own: jax.Array
+    spoke: jax.Array
+    voice: dict[str, Any]
+    key: jax.Array
+
+
+class TurnInputs(NamedTuple):
+    """What one micro-turn is given, for B slots.
+
+    `bins` `[B, 4, 80]` uint8 user dMel frames; `typed` `[B, N]` int32 with `typed_length` `[B]` (a TYPED or BACKGROUND
+    token first); `patches` `[B, P, 2, 40, 40, 3]` float32 with `patch_count` `[B]`; `active` `[B]` bool: slots that
+    are not active keep their state and give silence.
+    """
+
+    bins: jax.Array
+    typed: jax.Array
+    typed_length: jax.Array
+    patches: jax.Array
+    patch_count: jax.Array
+    active: jax.Array
+
+
+class TurnOutputs(NamedTuple):
+    """What one micro-turn gives.
+
+    `wave` `[B, 3200]` float32, to be heard one micro-turn later; `tokens` `[B, G]` int32 and `count` `[B]`: the
+    generated tokens in order, the gate token last; `speaking` `[B]` bool; `p_speak` `[B]` float32; `frames`
+    `[B, 4, 80]` uint8, the own frames fed back; `logits` `[B, G, V]` only where the step was built with `trace`.
+    """
+
+    wave: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    speaking: jax.Array
+    p_speak: jax.Array
+    frames: jax.Array
+    logits: jax.Array | None
+
+
+# Phases of a slot within a micro-turn.
+_START, _HEARD, _TEXT, _OWN, _DONE = range(5)
+
+
+class Duplex:
+    """The step of one model. Holds shapes and limits, never arrays."""
+
+    def __init__(self, model: InteractionModel, trace: bool = False, dtype: Any = jnp.float32):
+        self.model = model
+        self.config = model.config.duplex
+        self.trace = trace
+        self.dtype = dtype
+        c = self.config
+        # HEARD and SAY open their parts, and the gate closes the micro-turn.
+        self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
+        self.narrow = 2 + FRAMES_PER_TURN
+        self.wide = self.narrow + c.max_typed + c.max_patches
+
+    def prepare(self, params: Params) -> Params:
+        """Parameters as the step reads them: layers unstacked, everything in the compute dtype."""
+        cast = jax.tree.map(lambda a: a.astype(self.dtype), {k: v for k, v in params.items() if k != "layers"})
+        layers = self.model.backbone.unstack(params["layers"])
+        return {**cast, "layers": jax.tree.map(lambda a: a.astype(self.dtype), layers)}
+
+    def init_state(self, batch: int, seed: int = 0, week_ms: int = 0) -> DuplexState:
+        """State of `batch` sessions that have not begun. Session i samples with the key (seed, i)."""
+        zeros = jnp.zeros((batch,), jnp.int32)
+        keys = jnp.stack([jnp.full((batch,), seed, jnp.uint32), jnp.arange(batch, dtype=jnp.uint32)], axis=1)
+        state = DuplexState(
+            layers=self.model.backbone.init_state(batch, self.wide, self.dtype),
+            position=zeros,
+            turn=zeros,
+            week_ms=zeros + week_ms,
+            gate=zeros - 1,
+            own=jnp.broadcast_to(SILENT_BINS, (batch, N_MELS)),
+            spoke=jnp.zeros((batch,), bool),
+            voice=vocoder.init_state(self.model.config.vocoder, batch),
+            key=keys,
+        )
+        return jax.tree.map(jnp.copy, state)  # a donated state may not hold one buffer twice
+
+    def empty_inputs(self, batch: int) -> TurnInputs:
+        """Inputs of a micro-turn in which nothing is heard, typed or seen."""
+        c = self.config
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return TurnInputs(
+            bins=jnp.zeros((batch, FRAMES_PER_TURN, N_MELS), jnp.uint8),
+            typed=jnp.zeros((batch, c.max_typed), jnp.int32),
+            typed_length=zeros,
+            patches=jnp.zeros((batch, c.max_patches, 2, 40, 40, 3), jnp.float32),
+            patch_count=zeros,
+            active=jnp.ones((batch,), bool),
+        )
+
+    def compiled(self, params: Params, batch: int) -> Callable[[Params, DuplexState, TurnInputs], Any]:
+        """The step compiled ahead of time for `batch` slots; state is donated. It can never recompile."""
+        shapes = jax.eval_shape(lambda: (self.init_state(batch), self.empty_inputs(batch)))
+        return jax.jit(self.step, donate_argnums=1).lower(params, *shapes).compile()
+
+    def step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
+        """One micro-turn. `params` from `prepare`; `state` from `init_state` or the step before."""
+        active = inputs.active
+        ringing = state.spoke
+        state, hidden = self._prefill(params, state, inputs)
+        state, out = self._generate(params, state, hidden, active)
+        speaking = state.spoke & active
+        state, wave = self._vocode(params, state, out.fine, speaking, active & (speaking | ringing), active)
+        state = state._replace(
+            turn=state.turn + active,
+            week_ms=(state.week_ms + TURN_MS * active) % WEEK_MS,
+        )
+        logits = out.logits if self.trace else None
+        return state, TurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
+
+    def _forward(
+        self, params: Params, state: DuplexState, x: jax.Array, length: jax.Array
+    ) -> tuple[DuplexState, jax.Array]:
+        """Runs `x` `[B, T, D]` of which `length` are real; returns the normed hidden state of the last real one."""
+        y, layers = self.model.backbone.continue_(params["layers"], x, state.layers, state.position, length)
+        last = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+        hidden = self.model.bind(params).norm(last)
+        return state._replace(layers=layers, position=state.position + length), hidden
+
+    def _prefill(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, jax.Array]:
+        trunk = self.model.bind(params)
+        batch = inputs.bins.shape[0]
+        base = self.config.control_base
+        clock = trunk.clock(clock_features(state.turn, state.week_ms, jnp), self.dtype)
+        turn = trunk.embed(jnp.full((batch,), base + Control.TURN), self.dtype) + clock
+        gate = trunk.embed(jnp.maximum(state.gate, 0), self.dtype)
+        user = trunk.audio(inputs.bins, self.dtype)
+        has_gate = state.gate >= 0
+        yes = jnp.ones((batch, 1), bool)
+
+        def narrow(state: DuplexState) -> tuple[DuplexState, jax.Array]:
+            parts = [(gate[:, None], has_gate[:, None]), (turn[:, None], yes), (user, yes)]
+            return self._forward_parts(params, state, parts, inputs.active)
+
+        def wide(state: DuplexState) -> tuple[DuplexState, jax.Array]:
+            typed = trunk.embed(inputs.typed, self.dtype)
+            parts = [
+                (gate[:, None], has_gate[:, None]),
+                (turn[:, None], yes),
+                (typed, jnp.arange(typed.shape[1]) < inputs.typed_length[:, None]),
+            ]
+            if self.config.max_patches:
+                flat = inputs.patches.reshape(-1, *inputs.patches.shape[2:])
+                seen = trunk.visual(flat, self.dtype).reshape(batch, self.config.max_patches, -1)
+                parts.append((seen, jnp.arange(seen.shape[1]) < inputs.patch_count[:, None]))
+            parts.append((user, yes))
+            return self._forward_parts(params, state, parts, inputs.active)
+
+        more = jnp.any(inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
+        state, hidden = jax.lax.cond(more, wide, narrow, state)
+        return state._replace(gate=jnp.where(inputs.active, -1, state.gate)), hidden
+
+    def _forward_parts(
+        self, params: Params, state: DuplexState, parts: list[tuple[jax.Array, jax.Array]], active: jax.Array
+    ) -> tuple[DuplexState, jax.Array]:
+        """Joins parts `([B, n, D], [B, n or 1] present)`, moves what is present to the left and runs it."""
+        x = jnp.concatenate([part for part, _ in parts], axis=1)
+        present = jnp.concatenate([jnp.broadcast_to(there, part.shape[:2]) for part, there in parts], axis=1)
+        order = jnp.argsort(~present, axis=1, stable=True)
+        x = jnp.take_along_axis(x, order[..., None], axis=1)
+        return self._forward(params, state, x, jnp.where(active, present.sum(axis=1), 0).astype(jnp.int32))
+
+    def _generate(
+        self, params: Params, state: DuplexState, hidden: jax.Array, active: jax.Array
+    ) -> tuple[DuplexState, _Generated]:
+        """Text, gate and own speech, one position at a time, until every slot has its micro-turn.
+
+        Slots advance on their own: one may speak its second frame while another still writes what it heard.
+        """
+        batch = hidden.shape[0]
+        vocab = self.model.config.backbone.vocab_size
+        trunk = self.model.bind(params)
+        out = _Generated(
+            tokens=jnp.zeros((batch, self.generated), jnp.int32),
+            count=jnp.zeros((batch,), jnp.int32),
+            p_speak=jnp.zeros((batch,), jnp.float32),
+            logits=jnp.zeros((batch, self.generated, vocab if self.trace else 0), jnp.float32),
+            fine=jnp.broadcast_to(SILENT_FINE, (batch, FRAMES_PER_TURN, FINE_PER_FRAME, N_MELS)).reshape(
+                batch, FRAMES_PER_TURN, -1
+            ),
+            frames=jnp.broadcast_to(SILENT_BINS, (batch, FRAMES_PER_TURN, N_MELS)),
+        )
+        state = state._replace(own=jnp.where((state.spoke | ~active)[:, None], state.own, SILENT_BINS))
+        progress = _Progress(jnp.where(active, _START, _DONE), jnp.zeros((batch,), jnp.int32))
+        progress, state, out, token = self._write(params, progress, state, out, hidden)
+
+        def unfinished(carry: tuple) -> jax.Array:
+            return jnp.any(carry[0].phase != _DONE)
+
+        def body(carry: tuple) -> tuple:
+            progress, state, out, token = carry
+            # token -1: the next position holds own speech
+            own = trunk.audio(state.own, self.dtype) + trunk.own[...].astype(self.dtype)
+            x = jnp.where((token < 0)[:, None], own, trunk.embed(jnp.maximum(token, 0), self.dtype))
+            running = progress.phase != _DONE
+            state, hidden = self._forward(params, state, x[:, None], running.astype(jnp.int32))
+            speaking = progress.phase == _OWN
+            progress, state, out = self._say(params, progress, state, out, hidden)
+            progress, state, out, token = self._write(params, progress, state, out, hidden)
+            return progress, state, out, jnp.where(speaking, -1, token)
+
+        _, state, out, _ = jax.lax.while_loop(unfinished, body, (progress, state, out, token))
+        return state, out
+
+    def _write(
+        self, params: Params, progress: _Progress, state: DuplexState, out: _Generated, hidden: jax.Array
+    ) -> tuple[_Progress, DuplexState, _Generated, jax.Array]:
+        """Chooses the next token where text is being written. SPEAK leads to own speech, LISTEN ends the micro-turn."""
+        base = self.config.control_base
+        phase, used = progress
+        writing = (phase != _OWN) & (phase != _DONE)
+        logits = self.model.logits(params, hidden)
+        token, p_speak = self._choose(logits, phase, used, state, out.count)
+        rows, column = jnp.arange(hidden.shape[0]), jnp.where(writing, out.count, self.generated)
+        out = out._replace(
+            tokens=out.tokens.at[rows, column].set(token, mode="drop"),
+            count=out.count + writing,
+            p_speak=jnp.where(writing, p_speak, out.p_speak),
+            logits=out.logits.at[rows, column].set(logits, mode="drop") if self.trace else out.logits,
+        )
+        heard, say = token == base + Control.HEARD, token == base + Control.SAY
+        listen, speak = token == base + Control.LISTEN, token == base + Control.SPEAK
+        after = jnp.select([heard, say, listen, speak], [_HEARD, _TEXT, _DONE, _OWN], phase)
+        progress = _Progress(
+            jnp.where(writing, after, phase), jnp.where(writing, jnp.where(heard | say | speak, 0, used + 1), used)
+        )
+        # LISTEN is run as the first position of the next micro-turn.
+        state = state._replace(
+            gate=jnp.where(writing & listen, token, state.gate), spoke=jnp.where(writing, speak, state.spoke)
+        )
+        return progress, state, out, token
+
+    def _say(
+        self, params: Params, progress: _Progress, state: DuplexState, out: _Generated, hidden: jax.Array
+    ) -> tuple[_Progress, DuplexState, _Generated]:
+        """Flow head where own speech is under way. `used` counts own positions fed: 0 has run the SPEAK token only."""
+        flow = self.model.config.flow
+        phase, used = progress
+        speaking = phase == _OWN
+        ready = speaking & (used > 0)
+
+        def run(state: DuplexState, out: _Generated) -> tuple[DuplexState, _Generated]:
+            keys = _keys(state, self.generated + used)
+            noise = jax.vmap(lambda key: jax.random.normal(key, (SPEECH_DIM,), self.dtype))(keys)
+            mels = self.model.bind(params).flow.sample(hidden, flow.temperature * noise, flow.steps)
+            mels = mels.astype(jnp.float32)
+            bins = quantise_jax(mels[:, :N_MELS]).astype(jnp.uint8)
+            rows, column = jnp.arange(hidden.shape[0]), jnp.where(ready, used - 1, FRAMES_PER_TURN)
+            out = out._replace(
+                fine=out.fine.at[rows, column].set(mels[:, N_MELS:], mode="drop"),
+                frames=out.frames.at[rows, column].set(bins, mode="drop"),
+            )
+            return state._replace(own=jnp.where(ready[:, None], bins, state.own)), out
+
+        state, out = jax.lax.cond(jnp.any(ready), run, lambda s, o: (s, o), state, out)
+        ended = speaking & (used == FRAMES_PER_TURN)
+        return _Progress(jnp.where(ended, _DONE, phase), used + speaking), state, out
+
+    def _choose(
+        self, logits: jax.Array, phase: jax.Array, used: jax.Array, state: DuplexState, index: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Next token of each slot within the grammar of a micro-turn, and P(speak) against P(listen)."""
+        c = self.config
+        base = c.control_base
+        ids = jnp.arange(logits.shape[1])
+        is_text = ids < base
+        room_heard = (phase == _HEARD) & (used < c.max_heard)
+        room_text = (phase == _TEXT) & (used < c.max_text)
+        allowed = is_text & (room_heard | room_text)[:, None]
+        delegation = (ids == base + Control.DELEGATE) | (ids == base + Control.END)
+        allowed |= delegation & room_text[:, None]
+        if c.heard:
+            allowed |= (ids == base + Control.HEARD) & (phase == _START)[:, None]
+        allowed |= (ids == base + Control.SAY) & (phase != _TEXT)[:, None]
+        allowed |= (ids == base + Control.LISTEN) | (ids == base + Control.SPEAK)
+        masked = jnp.where(allowed, logits, -jnp.inf)
+        listen, speak = logits[:, base + Control.LISTEN], logits[:, base + Control.SPEAK]
+        p_speak = jax.nn.sigmoid(speak - listen)
+        sampled = c.temperature > 0
+        token = self._sample(masked / c.temperature, state, index) if sampled else jnp.argmax(masked, axis=1)
+        is_gate = (token == base + Control.LISTEN) | (token == base + Control.SPEAK)
+        gate = base + jnp.where(p_speak > c.gate_threshold, Control.SPEAK, Control.LISTEN)
+        return jnp.where(is_gate, gate, token).astype(jnp.int32), p_speak
+
+    def _sample(self, logits: jax.Array, state: DuplexState, index: jax.Array) -> jax.Array:
+        """Top-p sampling (Holtzman et al., 2020); each slot draws from its own key, turn and index."""
+        if self.config.top_p < 1.0:
+            order = jnp.sort(logits, axis=1, descending=True)
+            probability = jax.nn.softmax(order, axis=1)
+            kept = jnp.cumsum(probability, axis=1) - probability < self.config.top_p
+            least = jnp.min(jnp.where(kept, order, jnp.inf), axis=1, keepdims=True)
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
+        keys = _keys(state, index)
+        return jax.vmap(jax.random.categorical)(keys, logits)
+
+    def _vocode(
+        self,
+        params: Params,
+        state: DuplexState,
+        fine: jax.Array,
+        speaking: jax.Array,
+        running: jax.Array,
+        active: jax.Array,
+    ) -> tuple[DuplexState, jax.Array]:
+        """The waveform of `running` slots: those that speak, and one micro-turn longer, so that a cut voice rings out.
+
+        Then the voice starts afresh, at once: when it does must not depend on whether another slot runs the vocoder.
+        """
+        config = self.model.config.vocoder
+        batch = running.shape[0]
+        fresh = vocoder.init_state(config, batch)
+        frames = fine.reshape(batch, FINE_PER_TURN, N_MELS)
+
+        def run(voice: dict[str, Any]) -> tuple[dict[str, Any], jax.Array]:
+            new, wave = vocoder.vocode(config, params["vocoder"], voice, frames)
+            return _where(speaking, new, _where(active, fresh, voice)), jnp.where(running[:, None], wave, 0.0)
+
+        silence = jnp.zeros((batch, TURN_SAMPLES), jnp.float32)
+        voice, wave = jax.lax.cond(jnp.any(running), run, lambda v: (v, silence), state.voice)
+        return state._replace(voice=voice), wave
+
+
+class _Generated(NamedTuple):
+    """What a micro-turn has given so far; `fine` `[B, 4, 320]`, `frames` `[B, 4, 80]` are silence where none is."""
+
+    tokens: jax.Array
+    count: jax.Array
+    p_speak: jax.Array
+    logits: jax.Array
+    fine: jax.Array
+    frames: jax.Array
+
+
+class _Progress(NamedTuple):
+    """Per slot: the phase, and how many tokens (or own positions) it has used of it."""
+
+    phase: jax.Array
+    used: jax.Array
+
+
+def _keys(state: DuplexState, index: jax.Array) -> jax.Array:
+    """One key per slot from its seed, its micro-turn and `index` `[B]`: independent of batch and slot."""
+    base = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    fold = jax.vmap(lambda key, turn, i: jax.random.fold_in(jax.random.fold_in(key, turn), i))
+    return fold(base, state.turn, index)
+
+
+@partial(jax.jit, inline=True)
+def _where(mask: jax.Array, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Per slot: `a` where `mask`, else `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)

@@ -1,0 +1,96 @@
+"""Flow head: one hidden state -> the next 50 ms of speech, by conditional flow matching.
+
+Axes: N positions, D model width, X = 400 log-mels (80 coarse, 4 x 80 fine), W head width, J noise draws.
+
+An AdaLN MLP (as in MAR's diffusion loss head, Li et al., 2024, and CALM, 2025) predicts the clean frame x1 from
+x_t = (1 - t) x0 + t x1; the velocity is (x1 - x_t) / (1 - t) (Lipman et al., 2023). Predicting x1 instead of the
+velocity lets a narrow network leave out the noise, which fills all 400 dimensions while speech does not; the last Euler
+step then lands on the prediction itself.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtml.config import FlowConfig
+from jaxtml.model.layers import rms_normalise
+from jaxtml.model.spec import normal, param, zeros
+from jaxtml.stream.layout import SPEECH_DIM
+
+CENTRE, SCALE = -2.5, 2.0  # log-mels in [-7, 2] -> [-2.25, 2.25]
+TIME_FEATURES = 32
+MAX_VELOCITY_WEIGHT = 16.0  # of the squared error near t = 1, where the velocity's denominator vanishes
+
+
+class FlowHead(nnx.Module):
+    """Predicts normalised speech frames from a noisy frame, the flow time and a hidden state."""
+
+    def __init__(self, config: FlowConfig, dim: int):
+        w = config.width
+        self.config = config
+        self.w_in = param((SPEECH_DIM, w), ("speech", "flow"), normal(SPEECH_DIM**-0.5))
+        self.w_cond = param((dim, w), ("embed", "flow"), normal(dim**-0.5))
+        self.w_time = param((TIME_FEATURES, w), ("time", "flow"), normal(TIME_FEATURES**-0.5))
+        for i in range(config.depth):
+            setattr(self, f"mod_{i}", param((w, 3 * w), ("flow", "flow_mod"), zeros))
+            setattr(self, f"up_{i}", param((w, 2 * w), ("flow", "flow_mlp"), normal(w**-0.5)))
+            setattr(self, f"down_{i}", param((2 * w, w), ("flow_mlp", "flow"), normal((2 * w) ** -0.5)))
+        self.mod_out = param((w, 2 * w), ("flow", "flow_mod"), zeros)
+        self.w_out = param((w, SPEECH_DIM), ("flow", "speech"), zeros)
+
+    def condition(self, hidden: jax.Array) -> jax.Array:
+        """The part of the conditioning that does not depend on the flow time: `[N, D]` -> `[N, W]`."""
+        return hidden @ self.w_cond[...].astype(hidden.dtype)
+
+    def __call__(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Predicts x1. `x` `[N, X]`, `t` `[N]` in [0, 1), `condition` `[N, W]` -> `[N, X]`."""
+        dtype = x.dtype
+        frequency = jnp.exp(jnp.linspace(0.0, 5.0, TIME_FEATURES // 2, dtype=jnp.float32))
+        angle = t.astype(jnp.float32)[:, None] * frequency
+        time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(dtype)
+        c = jax.nn.silu(condition + time @ self.w_time[...].astype(dtype))
+        h = x @ self.w_in[...].astype(dtype) + condition
+        for i in range(self.config.depth):
+            shift, scale, gate = jnp.split(c @ getattr(self, f"mod_{i}")[...].astype(dtype), 3, axis=-1)
+            y = rms_normalise(h, 1e-6) * (1 + scale) + shift
+            y = jax.nn.silu(y @ getattr(self, f"up_{i}")[...].astype(dtype))
+            h = h + (1 + gate) * (y @ getattr(self, f"down_{i}")[...].astype(dtype))
+        shift, scale = jnp.split(c @ self.mod_out[...].astype(dtype), 2, axis=-1)
+        return (rms_normalise(h, 1e-6) * (1 + scale) + shift) @ self.w_out[...].astype(dtype)
+
+    def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, key: jax.Array) -> jax.Array:
+        """Mean velocity error over the valid positions and `draws` noise draws each.
+
+        `hidden` `[N, D]`, `target` `[N, 400]` log-mels, `valid` `[N]` bool.
+        """
+        draws = self.config.draws
+        condition = jnp.repeat(self.condition(hidden), draws, axis=0)
+        x1 = jnp.repeat(normalise(target).astype(hidden.dtype), draws, axis=0)
+        noise_key, time_key = jax.random.split(key)
+        x0 = jax.random.normal(noise_key, x1.shape, x1.dtype)
+        t = jax.random.uniform(time_key, x1.shape[:1], jnp.float32)
+        mixed = (1 - t[:, None]) * x0 + t[:, None] * x1
+        error = (self(mixed.astype(x1.dtype), t, condition) - x1).astype(jnp.float32)
+        weight = jnp.minimum((1 - t) ** -2, MAX_VELOCITY_WEIGHT) / MAX_VELOCITY_WEIGHT**0.5
+        mask = jnp.repeat(valid.astype(jnp.float32), draws)
+        return (weight * mask * jnp.mean(error * error, axis=-1)).sum() / jnp.maximum(mask.sum(), 1.0)
+
+    def sample(self, hidden: jax.Array, noise: jax.Array, steps: int) -> jax.Array:
+        """Euler steps from `noise` `[N, 400]` (already scaled by the temperature) to log-mels `[N, 400]`."""
+        condition = self.condition(hidden)
+        x = noise.astype(hidden.dtype)
+        for i in range(steps):
+            t = i / steps
+            x1 = self(x, jnp.full(x.shape[:1], t), condition)
+            x = x1 if i == steps - 1 else x + (x1 - x) * (1 / steps) / (1 - t)
+        return denormalise(x)
+
+
+def normalise(log_mel: jax.Array) -> jax.Array:
+    return (log_mel - CENTRE) / SCALE
+
+
+def denormalise(x: jax.Array) -> jax.Array:
+    return jnp.clip(x * SCALE + CENTRE, -7.0, 2.0)

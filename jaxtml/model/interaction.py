@@ -1,0 +1,113 @@
+"""The interaction model: towers, backbone, heads; the whole-sequence forward that training and checks use.
+
+Axes: B batch, T positions, D model width, V vocabulary, P patches, S own-speech positions, X = 400 log-mels.
+
+`InteractionModel` holds shapes only. Parameters are a plain nested dict (`specs` is its table); every method is a pure
+function of them. `duplex` runs the same parts step by step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtml.config import Config
+from jaxtml.model import vocoder
+from jaxtml.model.backbone import Backbone
+from jaxtml.model.flow import FlowHead
+from jaxtml.model.layers import RMSNorm
+from jaxtml.model.moe import MoEStats
+from jaxtml.model.spec import Params, bind, linear, normal, param, specs, zeros
+from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
+from jaxtml.stream.tokens import PositionKind
+
+
+class Inputs(NamedTuple):
+    """A batch of sequences as the model reads them (see `jaxtml.stream.layout.Sequence`).
+
+    `kind` `[B, T]` uint8, `ids` `[B, T]` int32, `bins` `[B, T, 80]` uint8, `clock` `[B, T, C]` float32 (read at TURN
+    positions), `patches` `[B, P, 2, 40, 40, 3]` float32 in the order of the PATCH positions (P may be 0).
+    """
+
+    kind: jax.Array
+    ids: jax.Array
+    bins: jax.Array
+    clock: jax.Array
+    patches: jax.Array
+
+
+class Trunk(nnx.Module):
+    """Everything around the layers: embeddings before, heads after."""
+
+    def __init__(self, config: Config):
+        b = config.backbone
+        self.embed = TextEmbedding(b)
+        self.audio = DmelTower(b)
+        self.visual = HMLP(config.vision, b)
+        self.clock = Clock(b)
+        # What tells own speech from the user's; zero in a warm start.
+        self.own = param((b.d_model,), ("embed",), zeros)
+        self.norm = RMSNorm(b.d_model, b.norm_eps, "embed", "model.llm.norm.weight")
+        self.unembed = param(
+            (b.d_model, b.vocab_size),
+            ("embed", "vocab"),
+            normal(b.init_std),
+            released=linear("model.llm.unembed.weight", b.d_model, b.vocab_size),
+        )
+        self.flow = FlowHead(config.flow, b.d_model)
+
+
+class InteractionModel:
+    """The model of one config."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.trunk = Trunk(config)
+        self.backbone = Backbone(config.backbone)
+
+    def specs(self) -> dict[str, Any]:
+        """Spec table of all parameters, in the shape of the parameter tree."""
+        return {
+            **specs(self.trunk),
+            "layers": self.backbone.specs(),
+            "vocoder": vocoder.param_specs(self.config.vocoder),
+        }
+
+    def bind(self, params: Params) -> Trunk:
+        """The trunk over its part of `params`."""
+        return bind(self.trunk, {k: v for k, v in params.items() if k not in ("layers", "vocoder")})
+
+    def embed(self, params: Params, inputs: Inputs, dtype: jnp.dtype) -> jax.Array:
+        """Embeds positions of every kind: `[B, T, D]`; zero at PAD."""
+        trunk = self.bind(params)
+        kind = inputs.kind[..., None]
+        x = trunk.embed(inputs.ids, dtype)
+        x = x + jnp.where(kind == PositionKind.TURN, trunk.clock(inputs.clock, dtype), 0)
+        frames = trunk.audio(inputs.bins, dtype)
+        frames = frames + jnp.where(kind == PositionKind.OWN, trunk.own[...].astype(dtype), 0)
+        is_frame = (kind == PositionKind.USER) | (kind == PositionKind.OWN)
+        x = jnp.where(is_frame, frames, x)
+        batch, patches = inputs.patches.shape[:2]
+        if patches:
+            flat = inputs.patches.reshape(batch * patches, *inputs.patches.shape[2:])
+            visual = trunk.visual(flat, dtype).reshape(batch, patches, -1)
+            is_patch = inputs.kind == PositionKind.PATCH
+            order = jnp.clip(jnp.cumsum(is_patch, axis=1) - 1, 0, patches - 1)
+            x = jnp.where(is_patch[..., None], jnp.take_along_axis(visual, order[..., None], axis=1), x)
+        return jnp.where(kind == PositionKind.PAD, 0, x).astype(dtype)
+
+    def hidden(
+        self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: bool = False
+    ) -> tuple[jax.Array, list[MoEStats]]:
+        """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
+        x = self.embed(params, inputs, dtype)
+        x, stats = self.backbone.sequence(params["layers"], x, inputs.kind != PositionKind.PAD, remat)
+        return self.bind(params).norm(x), stats
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""
+        scaled = hidden / self.config.backbone.logits_divisor
+        return (scaled @ params["unembed"].astype(hidden.dtype)).astype(jnp.float32)

@@ -1,0 +1,205 @@
+"""Small layers of the backbone: RMS norm, short convolution, dense feed-forward.
+
+Axes: B batch, T tokens of this call, D model width, C channels of a convolution, W convolution kernel, F ff width.
+Called by `attention`, `moe` and `backbone`. The released forward (Inkling in `transformers`) is the definition.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtml.model.spec import Released, linear, normal, ones, param
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight` over the last axis; statistics in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float, axis: str = "norm", released: str | None = None):
+        self.eps = eps
+        self.weight = param((dim,), (axis,), ones, released=Released(released, (dim,)) if released else None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_normalise(x, self.eps) * self.weight[...].astype(x.dtype)
+
+
+def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
+    """RMS normalisation without a learned weight."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def project(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x` `[..., D] @ w` `[D, F]`.
+
+    The adjoint is written out: XLA would otherwise fold the transpose of the weight gradient into whatever made the
+    incoming gradient, and a CPU then reads all of that across its rows (measured 20 times the time of the matmul).
+    """
+    return x @ w
+
+
+def _project_fwd(x, w):
+    return x @ w, (x, w)
+
+
+def _project_bwd(saved, grad):
+    x, w = saved
+    grad = jax.lax.optimization_barrier(grad)
+    return _contract(grad, w, -1, 1), _contract(_rows(x), _rows(grad), 0, 0)
+
+
+project.defvjp(_project_fwd, _project_bwd)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+    """Sums over axis i of `a` and axis j of `b`."""
+    return jax.lax.dot_general(a, b, (((i % a.ndim,), (j % b.ndim,)), ((), ())))
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution over W tokens with a residual, in float32.
+
+    `weight[W - 1]` meets the newest token. `tail` holds the W - 1 inputs before this call.
+    """
+
+    def __init__(self, channels: int, kernel: int, axis: str, released: str):
+        self.kernel = kernel
+        self.weight = param(
+            (kernel, channels),
+            ("conv", axis),
+            normal(0.02),
+            released=Released(released, (channels, 1, kernel), (1, 0), (channels, kernel)),
+        )
+
+    def __call__(
+        self, x: jax.Array, tail: jax.Array | None = None, length: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolves `x` `[B, T, C]`.
+
+        Args:
+          x: the new inputs.
+          tail: `[B, W - 1, C]` float32, the inputs just before; zeros where the session begins (None: all zero).
+          length: `[B]`, how many of the T tokens are real (left-aligned); None means all.
+
+        Returns:
+          `[B, T, C]` in the dtype of `x`, and the tail after the last real token.
+        """
+        batch, tokens, channels = x.shape
+        past = self.kernel - 1
+        if tail is None:
+            tail = jnp.zeros((batch, past, channels), jnp.float32)
+        padded = jnp.concatenate([tail, x.astype(jnp.float32)], axis=1)
+        out = _short_conv(padded, self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        if length is None:
+            return out, padded[:, tokens:]
+        return out, jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, past))(padded, length)
+
+
+@jax.custom_vjp
+def _short_conv(padded: jax.Array, weight: jax.Array) -> jax.Array:
+    """`padded` `[B, W - 1 + T, C]`, `weight` `[W, C]` -> residual plus convolution `[B, T, C]`.
+
+    The barriers keep XLA from computing what made the input once more for each of the W shifts.
+    """
+    kernel = weight.shape[0]
+    tokens = padded.shape[1] - kernel + 1
+    padded = jax.lax.optimization_barrier(padded)
+    out = padded[:, kernel - 1 :]
+    for k in range(kernel):
+        out = out + weight[k] * padded[:, k : k + tokens]
+    return out
+
+
+def _short_conv_fwd(padded, weight):
+    return _short_conv(padded, weight), (padded, weight)
+
+
+def _short_conv_bwd(saved, grad):
+    padded, weight = saved
+    kernel = weight.shape[0]
+    total = padded.shape[1]
+    tokens = total - kernel + 1
+    grad, padded = jax.lax.optimization_barrier((grad, padded))
+    dweight = jnp.stack([(grad * padded[:, k : k + tokens]).sum(axis=(0, 1)) for k in range(kernel)])
+    late = jax.lax.optimization_barrier(jnp.pad(grad, ((0, 0), (kernel - 1, kernel - 1), (0, 0))))
+    dpadded = late[:, :total]
+    for k in range(kernel):
+        dpadded = dpadded + weight[k] * late[:, kernel - 1 - k : kernel - 1 - k + total]
+    return jax.lax.optimization_barrier((dpadded, dweight))
+
+
+_short_conv.defvjp(_short_conv_fwd, _short_conv_bwd)
+
+
+FEW_ROWS = 64  # up to here a feed-forward part is read-bound: gate and up in one pass over the weights
+
+
+@jax.custom_vjp
+def swiglu(x: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+    """`(silu(x w1) * x w3) w2` with `x` `[N, D]`, `w13` `[D, 2, F]` (gate, up) and `w2` `[F, D]` (Shazeer, 2020)."""
+    return _swiglu_fwd(x, w13, w2)[0]
+
+
+def _swiglu_fwd(x, w13, w2):
+    dim, _, width = w13.shape
+    if x.shape[0] <= FEW_ROWS:
+        both = x @ w13.reshape(dim, 2 * width)
+        gate, up = both[:, :width], both[:, width:]
+    else:
+        gate, up = x @ w13[:, 0], x @ w13[:, 1]
+    return (jax.nn.silu(gate) * up) @ w2, (x, gate, up, w13, w2)
+
+
+def _swiglu_bwd(saved, grad):
+    x, gate, up, w13, w2 = saved
+    dx, dw1, dw3, dw2 = swiglu_grad(x, gate, up, w13[:, 0], w13[:, 1], w2, grad)
+    return dx, jnp.stack([dw1, dw3], axis=1), dw2
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def swiglu_grad(
+    x: jax.Array, gate: jax.Array, up: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of one SwiGLU with respect to `x`, `w1`, `w3`, `w2` from its saved `gate` and `up` `[N, F]`.
+
+    Barriers for the same reason as in `project`.
+    """
+    grad = jax.lax.optimization_barrier(grad)
+    dhidden = _contract(grad, w2, 1, 1)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate, dup, hidden = jax.lax.optimization_barrier(
+        (dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu, silu * up)
+    )
+    dx = _contract(dgate, w1, 1, 1) + _contract(dup, w3, 1, 1)
+    return dx, _contract(x, dgate, 0, 0), _contract(x, dup, 0, 0), _contract(hidden, grad, 0, 0)
+
+
+class DenseMLP(nnx.Module):
+    """SwiGLU feed-forward of the first layers, with a learned global scale."""
+
+    def __init__(self, dim: int, width: int, std: float, prefix: str):
+        self.w13 = param(
+            (dim, 2, width),
+            ("embed", "gate_up", "mlp"),
+            normal(std),
+            # released rows alternate gate, up, gate, up ...
+            released=Released(f"{prefix}.w13_dn.weight", (2 * width, dim), (2, 1, 0), (width, 2, dim)),
+        )
+        self.w2 = param(
+            (width, dim), ("mlp", "embed"), normal(std), released=linear(f"{prefix}.w2_md.weight", width, dim)
+        )
+        self.global_scale = param((1,), ("scalar",), ones, released=Released(f"{prefix}.global_scale", (1,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        out = swiglu(_rows(x), self.w13[...].astype(dtype), self.w2[...].astype(dtype))
+        return out.reshape(x.shape) * self.global_scale[...].astype(dtype)

@@ -1,0 +1,166 @@
+"""A loaded model ready to converse: compiled steps per batch size, and what a micro-turn's tokens mean in words.
+
+Called by `converse`, the trainer's samples and the evaluations. Nothing here knows of files of sound or of networks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtml.config import Config
+from jaxtml.model.duplex import Duplex, DuplexState, TurnOutputs
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import Params
+from jaxtml.stream.dmel import DmelStream
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.timebase import TURN_MS, TURN_SAMPLES
+from jaxtml.stream.tokens import Control
+
+
+@dataclass(frozen=True)
+class TurnRecord:
+    """One micro-turn of one session, in words.
+
+    `t_ms` is when its input began; what it says is heard in `[t_ms + 200, t_ms + 400)`. `heard`, `text` and
+    `delegate` are the pieces of text that this micro-turn added.
+    """
+
+    t_ms: int
+    gate: str
+    p_speak: float
+    heard: str
+    text: str
+    delegate: str
+    step_ms: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one session gave: `wave` `[N]` float32 on the clock of its input, and a record per micro-turn."""
+
+    wave: np.ndarray
+    turns: tuple[TurnRecord, ...]
+
+    @property
+    def heard(self) -> str:
+        return " ".join("".join(turn.heard for turn in self.turns).split())
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(turn.text for turn in self.turns).split())
+
+
+@dataclass
+class Engine:
+    """Model, parameters and compiled steps. Thread-safe as long as one thread steps."""
+
+    config: Config
+    codec: TextCodec
+    params: Params
+    duplex: Duplex
+    _steps: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, config: Config, params: Params, codec: TextCodec) -> Engine:
+        duplex = Duplex(InteractionModel(config))
+        return cls(config, codec, jax.jit(duplex.prepare)(params), duplex)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Engine:
+        """Reads a checkpoint directory; raises `InputError` as `load_checkpoint` and `TextCodec.load` do."""
+        from jaxtml.convert.checkpoint import TOKENIZER, load_checkpoint
+
+        config, params = load_checkpoint(directory)
+        return cls.create(config, params, TextCodec.load(Path(directory) / TOKENIZER))
+
+    def step(self, batch: int) -> Any:
+        """The compiled step for `batch` slots; compiled at the first call."""
+        if batch not in self._steps:
+            self._steps[batch] = self.duplex.compiled(self.params, batch)
+        return self._steps[batch]
+
+    def read(self, tokens: np.ndarray) -> tuple[str, str, str]:
+        """Heard text, said text and delegated text among the generated tokens of one micro-turn."""
+        base = self.config.duplex.control_base
+        parts: dict[int, list[int]] = {Control.HEARD: [], Control.SAY: [], Control.DELEGATE: []}
+        into = None
+        for token in tokens.tolist():
+            if token < base:
+                if into is not None:
+                    parts[into].append(token)
+            elif token - base in parts:
+                into = token - base
+            elif token - base == Control.END:
+                into = Control.SAY
+        heard, said, delegated = (self.codec.decode(ids) if ids else "" for ids in parts.values())
+        return heard, said, delegated
+
+
+def converse(
+    engine: Engine,
+    waves: Sequence[np.ndarray],
+    seed: int = 0,
+    week_ms: int = 0,
+    patches: Sequence[np.ndarray] | None = None,
+) -> Iterator[tuple[TurnOutputs, tuple[TurnRecord, ...]]]:
+    """Runs one session per wave, side by side, a micro-turn at a time.
+
+    Args:
+      engine: the loaded model.
+      waves: `[N]` float32 each, 16 kHz; shorter ones end in silence.
+      seed: of the sampling.
+      week_ms: wall clock at the start.
+      patches: `[P, 2, 40, 40, 3]` float32 per micro-turn, as far as there is video; seen by every session.
+
+    Yields:
+      The outputs (host arrays) and one record per session.
+    """
+    batch = len(waves)
+    turns = max(-(-len(wave) // TURN_SAMPLES) for wave in waves)
+    padded = [np.pad(wave, (0, turns * TURN_SAMPLES - len(wave))) for wave in waves]
+    step = engine.step(batch)
+    state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
+    inputs = engine.duplex.empty_inputs(batch)
+    streams = [DmelStream() for _ in waves]
+    for turn in range(turns):
+        began = time.perf_counter()
+        rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
+        stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
+        streams = [stream for stream, _ in stepped]
+        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]))
+        if patches is not None and turn < len(patches):
+            seen = np.zeros(inputs.patches.shape, np.float32)
+            seen[:, : len(patches[turn])] = patches[turn]
+            given = given._replace(patches=seen, patch_count=np.full(batch, len(patches[turn]), np.int32))
+        state, outputs = step(engine.params, state, given)
+        host = jax.device_get(outputs)
+        step_ms = 1000 * (time.perf_counter() - began)
+        records = []
+        for i in range(batch):
+            heard, said, delegated = engine.read(host.tokens[i, : host.count[i]])
+            gate = "speak" if host.speaking[i] else "listen"
+            p_speak = round(float(host.p_speak[i]), 4)
+            records.append(TurnRecord(turn * TURN_MS, gate, p_speak, heard, said, delegated, round(step_ms, 2)))
+        yield host, tuple(records)
+
+
+def replies(engine: Engine, waves: Sequence[np.ndarray], seed: int = 0) -> list[Reply]:
+    """Whole sessions, side by side; each reply has the length and the clock of its wave."""
+    chunks: list[np.ndarray] = []
+    records: list[tuple[TurnRecord, ...]] = []
+    for outputs, turn in converse(engine, waves, seed):
+        chunks.append(np.asarray(outputs.wave))
+        records.append(turn)
+    heard_later = np.zeros((len(waves), TURN_SAMPLES), np.float32)
+    joined = np.concatenate([heard_later, *chunks], axis=1)
+    return [
+        Reply(joined[i, : len(wave)], tuple(turn[i] for turn in records[: -(-len(wave) // TURN_SAMPLES)]))
+        for i, wave in enumerate(waves)
+    ]

@@ -1,0 +1,44 @@
+"""Images and video frames as the 40 x 40 patches that the hMLP embeds, one token a patch.
+
+The tiling and the numbers are the released ones (`InklingImageProcessor` of transformers 5.23, exactly equal in the
+tests). Called by `jaxtml.stream.layout` and `converse --video`.
+
+Axes: T = 2 frames in order of time, H x W pixels, P patches row by row, C = 3 (red, green, blue).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PATCH = 40  # pixels a side
+_PAD = np.float32(-1.0)  # in pixel values, before they are scaled
+# OpenAI CLIP's statistics, of pixels 0..1, brought to pixels 0..255 in float32 as released.
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255.0)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255.0)
+
+
+def patch_grid(height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of patches for a picture of that many pixels.
+
+    There is always one column more than whole patches fit: where the width is a multiple of 40 it is padding alone.
+    Nothing else tells the model where a row ends.
+    """
+    return -(-height // PATCH), width // PATCH + 1
+
+
+def image_patches(frames: np.ndarray) -> np.ndarray:
+    """A picture `[H, W, 3]`, or two `[2, H, W, 3]` of 100 ms ago and now, uint8 -> patches `[P, 2, 40, 40, 3]` float32.
+
+    P is rows times columns of `patch_grid`. A still stands at both times. The released processor knows stills alone, so
+    its checkpoints do not say which time comes first; here, as everywhere, earlier is first.
+    """
+    if frames.dtype != np.uint8 or frames.shape[-1:] != (3,) or frames.shape[:-3] not in ((), (2,)) or frames.size == 0:
+        raise ValueError(f"frames are [H, W, 3] or [2, H, W, 3] uint8, not empty; got {frames.shape} {frames.dtype}")
+    times = frames[None] if frames.ndim == 3 else frames
+    height, width = times.shape[1:3]
+    rows, columns = patch_grid(height, width)
+    padded = np.full((len(times), rows * PATCH, columns * PATCH, 3), _PAD, np.float32)
+    padded[:, :height, :width] = times
+    normal = (padded - _MEAN) / _STD
+    tiles = normal.reshape(len(times), rows, PATCH, columns, PATCH, 3).transpose(1, 3, 0, 2, 4, 5)
+    return np.broadcast_to(tiles, (rows, columns, 2, PATCH, PATCH, 3)).reshape(-1, 2, PATCH, PATCH, 3)

@@ -1,0 +1,61 @@
+"""Video files as frame pairs on the micro-turn grid: what the camera shows now, and 100 ms ago.
+
+Called by `converse --video`. Decoding is PyAV's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxtml.errors import InputError
+from jaxtml.stream.images import patch_grid
+from jaxtml.stream.timebase import TURN_MS
+
+
+def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.ndarray]:
+    """`[2, H, W, 3]` uint8 for each micro-turn that the video covers: 100 ms before its start, and at its start.
+
+    Frames are scaled down, keeping their shape, until their grid has at most `max_patches` patches.
+
+    Raises:
+      InputError: no such file, no video in it, or a picture too wide or too high to fit the patches at any size.
+    """
+    import av
+    from av.error import FFmpegError
+
+    if not Path(path).is_file():
+        raise InputError(f"no video file {path}")
+    times: list[float] = []
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path} holds no video")
+            size: tuple[int, int] | None = None
+            for frame in container.decode(video=0):
+                if frame.time is not None and frame.time * 1000 > turns * TURN_MS:
+                    break
+                size = size or _fitting(frame.height, frame.width, max_patches, path)
+                times.append(float(frame.time or 0.0))
+                frames.append(frame.reformat(width=size[1], height=size[0], format="rgb24").to_ndarray())
+    except FFmpegError as error:
+        raise InputError(f"{path} is not a video that can be read: {error.strerror or error}") from error
+    if not frames:
+        raise InputError(f"{path} holds no frame of video")
+    starts = np.arange(turns) * TURN_MS / 1000
+    starts = starts[starts <= times[-1] + TURN_MS / 1000]
+    now = np.maximum(np.searchsorted(times, starts, side="right") - 1, 0)
+    ago = np.maximum(np.searchsorted(times, starts - 0.1, side="right") - 1, 0)
+    return [np.stack([frames[a], frames[b]]) for a, b in zip(ago, now, strict=True)]
+
+
+def _fitting(height: int, width: int, max_patches: int, path: str | Path) -> tuple[int, int]:
+    """The largest size of that shape (in steps of one per cent) whose grid fits."""
+    for percent in range(100, 0, -1):
+        size = max(1, height * percent // 100), max(1, width * percent // 100)
+        rows, columns = patch_grid(*size)
+        if rows * columns <= max_patches:
+            return size
+    raise InputError(f"{path}: no size of {width} x {height} fits into {max_patches} patches")

@@ -1,0 +1,170 @@
+"""The training step: loss by term, gradients, AdamW, and the router's correction bias, as one pure function.
+
+Axes: B batch, T positions, D model width, V vocabulary, S own-speech positions, E experts. Called by `train.loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtml.config import Config, TrainConfig
+from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.model.moe import MoEStats
+from jaxtml.model.spec import Params
+from jaxtml.stream.tokens import PositionKind, Term
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a run is: parameters, optimizer moments and the number of steps done (int32 scalar)."""
+
+    params: Params
+    moments: optax.OptState
+    step: jax.Array
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, constant, then linear to zero over the last `decay` of the steps (WSD, Hu et al., 2024)."""
+    falling = max(1, round(config.steps * config.decay))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, config.warmup),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, falling),
+        ],
+        [config.warmup, max(config.warmup, config.steps - falling)],
+    )
+
+
+def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
+    """AdamW over the trained parameters. Norms, biases and scales do not decay; the vocoder has its own training."""
+
+    def label(path: tuple[Any, ...], spec: Any) -> str:
+        if path[0].key == "vocoder" or not spec.trained:
+            return "frozen"
+        return "matrix" if len(spec.shape) - spec.stacked > 1 else "vector"
+
+    def adamw(decay: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(config), b1=0.9, b2=config.beta2, weight_decay=decay)
+
+    labels = jax.tree_util.tree_map_with_path(label, specs)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition(
+            {"matrix": adamw(config.weight_decay), "vector": adamw(0.0), "frozen": optax.set_to_zero()}, labels
+        ),
+    )
+
+
+def loss_fn(
+    model: InteractionModel, params: Params, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[MoEStats]]]:
+    """Total loss, its terms and the MoE layers' stats.
+
+    Token terms are sums of cross-entropy divided by the number of micro-turns, so that the chances at a position where
+    "a word was heard" competes with "nothing happened" stay honest; the flow term is a mean over own-speech positions.
+    """
+    t = model.config.train
+    dtype = jnp.dtype(t.compute_dtype)
+    noise_key, flow_key = jax.random.split(key)
+    bins = _noised_history(batch["bins"], batch["kind"], model.config.flow.history_noise, noise_key)
+    inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
+    hidden, stats = model.hidden(params, inputs, dtype, t.remat)
+
+    logits = model.logits(params, hidden)
+    picked = jnp.take_along_axis(logits, batch["target"][..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    turns = jnp.maximum((batch["kind"] == PositionKind.TURN).sum(), 1)
+    right = jnp.argmax(logits, axis=-1) == batch["target"]
+    terms: dict[str, jax.Array] = {}
+    for name, term in (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT)):
+        chosen = batch["term"] == term
+        terms[name] = jnp.where(chosen, nll, 0).sum() / turns
+        terms[f"{name}_right"] = (chosen & right).sum() / jnp.maximum(chosen.sum(), 1)
+
+    at = batch["speech_at"][..., None]
+    spoken = jnp.take_along_axis(hidden, at, axis=1).reshape(-1, hidden.shape[-1])
+    target = batch["speech"].reshape(-1, batch["speech"].shape[-1]).astype(jnp.float32)
+    terms["flow"] = model.bind(params).flow.loss(spoken, target, batch["speech_valid"].reshape(-1), flow_key)
+    terms["router_z"] = sum((s.z_loss.mean() for s in stats), jnp.zeros(())) / max(len(stats), 1)
+    total = (
+        t.gate_weight * terms["gate"]
+        + t.heard_weight * terms["heard"]
+        + t.text_weight * terms["text"]
+        + t.flow_weight * terms["flow"]
+        + t.z_loss * terms["router_z"]
+    )
+    return total, (terms, stats)
+
+
+def _noised_history(bins: jax.Array, kind: jax.Array, most: float, key: jax.Array) -> jax.Array:
+    """Own-speech frames with noise, against exposure bias: what is fed back when speaking is never quite right.
+
+    Each row draws one level in [0, most] bins (as CALM noises its latents, 2025).
+    """
+    level_key, noise_key = jax.random.split(key)
+    level = most * jax.random.uniform(level_key, (bins.shape[0], 1, 1))
+    noisy = bins + level * jax.random.normal(noise_key, bins.shape)
+    noisy = jnp.clip(jnp.round(noisy), 0, 15).astype(bins.dtype)
+    return jnp.where((kind == PositionKind.OWN)[..., None], noisy, bins)
+
+
+def update_router_bias(params: Params, model: InteractionModel, stats: list[MoEStats], rate: float) -> Params:
+    """Moves each expert's bias towards the mean load (auxiliary-loss-free balancing, Wang et al., 2024)."""
+    layers = dict(params["layers"])
+    remaining = iter(stats)
+    for b, block in enumerate(model.backbone.blocks):
+        runs = dict(layers[f"block{b}"])
+        for r, run in enumerate(block.runs):
+            if not run.kind.is_moe:
+                continue
+            load = next(remaining).load
+            old = runs[f"run{r}"]
+            bias = old["mlp"]["router_bias"] + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+            runs[f"run{r}"] = {**old, "mlp": {**old["mlp"], "router_bias": bias}}
+        layers[f"block{b}"] = runs
+    return {**params, "layers": layers}
+
+
+def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainState], Callable[..., Any]]:
+    """`init(params) -> TrainState` and `step(state, batch) -> (state, metrics)`, both pure.
+
+    A step whose gradient norm is not finite changes nothing but the counter.
+    """
+    config: Config = model.config
+    tx = optimizer(config.train, model.specs())
+
+    def init(params: Params) -> TrainState:
+        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        (loss, (terms, stats)), grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch, key), has_aux=True)(
+            state.params
+        )
+        norm = optax.tree.norm(grads)
+        updates, moments = tx.update(grads, state.moments, state.params)
+        updated: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
+        params = update_router_bias(updated, model, stats, config.train.bias_rate)
+        sound = jnp.isfinite(norm)
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (params, moments), (state.params, state.moments)
+        )
+        load = jnp.concatenate([s.load.reshape(-1, s.load.shape[-1]) for s in stats]) if stats else jnp.ones((1, 1))
+        metrics = {
+            "loss": loss,
+            **terms,
+            "grad_norm": norm,
+            "skipped": 1 - sound.astype(jnp.int32),
+            "load_max": (load.max(axis=-1) / load.mean(axis=-1)).max(),
+            "load_min": (load.min(axis=-1) / load.mean(axis=-1)).min(),
+        }
+        return TrainState(params, moments, state.step + 1), metrics
+
+    return init, step

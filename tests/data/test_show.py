@@ -1,0 +1,60 @@
+"""A shown example lets a person hear, see and read the same conversation."""
+
+import numpy as np
+import pytest
+import soundfile
+from tones import ToneBank
+
+from jaxtml.data import channel, mix, show
+from jaxtml.stream.conversation import Conversation, Speech, Word
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+
+
+@pytest.fixture(scope="module")
+def talks() -> list[Conversation]:
+    speakers = mix.Speakers.of(ToneBank.made())
+    return [
+        mix.make_conversation(np.random.default_rng(i), speakers, n_turns=50, channel=channel.CLEAN) for i in range(3)
+    ]
+
+
+def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
+    texts = list(show.write_examples(iter(talks), tmp_path / "new", 2))
+    assert len(texts) == 2
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        f"example_{n}.{kind}" for n in range(2) for kind in ("png", "txt", "wav")
+    ]
+    heard, rate = soundfile.read(tmp_path / "new" / "example_1.wav", dtype="float32")
+    assert rate == SAMPLE_RATE
+    np.testing.assert_allclose(heard[:, 0], talks[1].user, atol=1e-4)
+    np.testing.assert_allclose(heard[:, 1], talks[1].assistant, atol=1e-4)
+    assert (tmp_path / "new" / "example_1.png").stat().st_size > 20_000
+
+
+def test_the_text_says_who_spoke_paused_and_took_over_in_order():
+    n = 20 * TURN_SAMPLES
+    user_words = (Word("say", 0.2, 0.5), Word("red", 1.3, 1.7))
+    talk = Conversation(
+        user=np.zeros(n, np.float32),
+        assistant=np.zeros(n, np.float32),
+        user_words=user_words,
+        speech=(Speech(9, 11, (Word("red", 2.0, 2.3),)),),
+        scenario="hesitation",
+        expected="red",
+        user_end_s=(1.7,),
+    )
+    assert show.pauses(talk) == [(0.5, 1.3)]
+    assert show.takeovers(talk) == [(1.7, 2.0)]
+    assert [line.split(maxsplit=1)[1] for line in show.summary(talk).splitlines()[2:]] == [
+        "user       say red",
+        "(pauses for 0.80 s)",
+        "(taken over after 300 ms)",
+        "assistant  red   (silent from 2.4 s)",
+    ]
+
+
+def test_every_word_of_the_user_belongs_to_one_turn(talks):
+    for talk in talks:
+        turns = show.user_turns(talk)
+        assert [word for turn in turns for word in turn] == list(talk.user_words)
+        assert len(turns) == len(talk.user_end_s)

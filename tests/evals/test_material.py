@@ -1,0 +1,69 @@
+"""What a model is judged on: unseen voices in turn, some sessions silent, everything from the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from jaxtml.data import scenarios
+from jaxtml.data.utterance import Utterance
+from jaxtml.errors import InputError
+from jaxtml.evals.material import synthetic
+from jaxtml.stream.conversation import Word
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+
+
+def spoken(text: str, voice: str) -> Utterance:
+    """Each word 0.3 s of noise."""
+    words = text.split()
+    n = int(0.3 * SAMPLE_RATE)
+    wave = 0.1 * np.random.default_rng(len(text)).standard_normal(n * len(words)).astype(np.float32)
+    return Utterance(wave, tuple(Word(w, 0.3 * k, 0.3 * (k + 1)) for k, w in enumerate(words)), voice, text)
+
+
+@dataclass(frozen=True)
+class ThreeVoices:
+    """A bank with the replies and three users' voices, which are in `split`."""
+
+    utterances: tuple[Utterance, ...]
+    split: str
+    users: int
+    digest: str = "three"
+
+    @staticmethod
+    def made(split: str) -> ThreeVoices:
+        users = [
+            spoken(text, voice) for voice in ("flite:a", "kokoro:b", "kokoro:c") for text in ("hello", "two plus two")
+        ]
+        replies = [spoken(text, "own") for text in scenarios.assistant_texts()]
+        return ThreeVoices((*users, *replies), split, len(users))
+
+    def utterance(self, i: int) -> Utterance:
+        return self.utterances[i]
+
+    def select(self, *, split: str, role: str) -> np.ndarray:
+        if role == "assistant":
+            return np.arange(self.users, len(self.utterances))
+        return np.arange(self.users if split == self.split else 0)
+
+
+def test_voices_take_turns_and_every_tenth_session_is_silent():
+    bank = ThreeVoices.made("test")
+    items = synthetic(bank, 20, turns=40)
+    assert [item.voice for item in items[:10]] == ["flite:a", "kokoro:b", "flite:a", "kokoro:c"] * 2 + [
+        "flite:a",
+        "nobody",
+    ]
+    assert len({item.id for item in items}) == 20
+    for number in (0, 1, 9):
+        talk = items[number].make()
+        assert len(talk.user) == 40 * TURN_SAMPLES
+        assert bool(talk.user_words) == (number != 9)
+        np.testing.assert_array_equal(talk.user, items[number].make().user)
+
+
+def test_a_bank_without_test_voices_is_refused():
+    with pytest.raises(InputError, match="test"):
+        synthetic(ThreeVoices.made("train"), 4, turns=20)

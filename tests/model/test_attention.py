@@ -1,0 +1,101 @@
+"""Blocks, windows, pinned tokens and the bias table give what one masked softmax over all keys gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtml.config import AttentionConfig
+from jaxtml.model import attend
+from jaxtml.model.attend import attend_sequence
+from jaxtml.model.attention import make_step, ring_slots
+
+BATCH, GROUPS, PER_GROUP, DIM, RANK = 2, 2, 3, 8, 4
+
+
+def _everything(config: AttentionConfig, query, keys, values, rel, proj):
+    """Definition: all logits, the bias by distance, one mask, one softmax."""
+    tokens = query.shape[1]
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)
+    visible = (distance >= 0) & ((distance < config.window) | (np.arange(tokens) < config.pinned))
+    inside = (distance >= 0) & (distance < config.rel_extent)
+    bias = _bias(rel @ proj, distance, inside, config.rel_extent)
+    logits = jnp.einsum("bigqk,bjgk->bgqij", query, keys) + bias
+    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bgqij,bjgk->bigqk", weights, values)
+
+
+def _bias(profile, distance, inside, extent):
+    """`profile` `[B, T, G, Q, E]` read at each query's distances: `[B, G, Q, T, T]`."""
+    profile = profile.transpose(0, 2, 3, 1, 4)
+    index = np.broadcast_to(np.clip(distance, 0, extent - 1), (*profile.shape[:-1], len(distance)))
+    return jnp.where(inside, jnp.take_along_axis(profile, index, axis=-1), 0)
+
+
+CASES = {
+    "one token": (1, AttentionConfig(6, 2, 8, window=12, rel_extent=12)),
+    "short windows, ragged end": (75, AttentionConfig(6, 2, 8, window=12, rel_extent=12)),
+    "windows of several chunks": (100, AttentionConfig(6, 2, 8, window=37, rel_extent=20)),
+    "extent beyond the window": (100, AttentionConfig(6, 2, 8, window=12, rel_extent=40)),
+    "all of the past": (75, AttentionConfig(6, 2, 8, window=1000, rel_extent=30)),
+    "pinned tokens": (100, AttentionConfig(6, 2, 8, window=24, rel_extent=20, pinned=5)),
+    "pinned tokens within the extent": (100, AttentionConfig(6, 2, 8, window=24, rel_extent=60, pinned=5)),
+    "long sequences in larger chunks": (300, AttentionConfig(6, 2, 8, window=1000, rel_extent=30)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_equal_one_masked_softmax_forwards_and_backwards(case, monkeypatch):
+    monkeypatch.setattr(attend, "CHUNK", 16)
+    monkeypatch.setattr(attend, "BODIES", 8)
+    tokens, config = CASES[case]
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    operands = (
+        draw(BATCH, tokens, GROUPS, PER_GROUP, DIM),
+        draw(BATCH, tokens, GROUPS, DIM),
+        draw(BATCH, tokens, GROUPS, DIM),
+        draw(BATCH, tokens, GROUPS, PER_GROUP, RANK),
+        draw(RANK, config.rel_extent),
+    )
+    grad = draw(*operands[0].shape)
+
+    def run(function):
+        def both(operands, grad):
+            out, adjoint = jax.vjp(lambda *a: function(config, *a), *operands)
+            return out, *adjoint(grad)
+
+        return jax.jit(both)(operands, grad)
+
+    names = ["out", "query", "keys", "values", "rel", "proj"]
+    for name, ours, definition in zip(names, run(attend_sequence), run(_everything), strict=True):
+        scale = max(float(jnp.linalg.norm(definition)), 1.0)  # a gradient may be zero
+        assert float(jnp.linalg.norm(ours - definition)) / scale < 5e-6, name
+
+
+def test_a_step_sees_exactly_the_window_and_the_pinned_tokens():
+    """The ring's plan against a list of what each slot holds, over a session that wraps round."""
+    config = AttentionConfig(4, 2, 8, window=7, rel_extent=7, pinned=3)
+    slots = ring_slots(config, max_tokens=5)
+    held = np.full(slots, -1)
+    position = 0
+    for length in (5, 1, 0, 4, 5, 5, 3, 5, 5, 5, 5):
+        step = make_step(config, slots, jnp.array([position]), jnp.array([length]), 5)
+        for i in range(length):
+            held[int(step.slots[0, i])] = position + i
+        assert (np.asarray(step.slots[0, length:]) == slots).all()  # padding is dropped
+        for i in range(length):
+            distance = position + i - held
+            visible = (held >= 0) & (distance >= 0) & ((distance < 7) | (held < 3))
+            np.testing.assert_array_equal(step.visible[0, i], visible)
+            np.testing.assert_array_equal(step.distance[0, i][visible], distance[visible])
+            assert visible.sum() == len({p for p in range(position + i + 1) if position + i - p < 7 or p < 3})
+        position += length
+
+
+def test_a_ring_has_room_for_the_window_and_one_call():
+    config = AttentionConfig(4, 2, 8, window=64, rel_extent=64, pinned=8)
+    assert ring_slots(config, max_tokens=10) - config.pinned >= 64 + 9

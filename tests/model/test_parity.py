@@ -1,0 +1,122 @@
+"""The backbone gives the released forward's logits, for text, audio and images, beyond windows, extents and the floor.
+
+Golden files hold it to `transformers` on machines without torch; the tests marked `oracle` run the two side by side on
+checkpoints that `transformers` itself has written.
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtml.config import Config
+from jaxtml.convert.inkling import load_inkling, places, save_inkling
+from jaxtml.convert.inkling_config import config_from_inkling
+from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.model.spec import Params, flatten, init_params
+from jaxtml.stream.clock import CLOCK_FEATURES
+from jaxtml.stream.tokens import PositionKind
+
+ROOT = Path(__file__).parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+CASES = TOOL["CASES"]
+BOUND = 3e-5  # relative error of float32 logits
+
+
+def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def _our_logits(config: Config, params: Params, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits of the unpadded vocabulary; placeholders become dMel frames and patches."""
+    ids = inputs["ids"]
+    kind = np.full(ids.shape, PositionKind.TEXT, np.uint8)
+    kind[ids == TOOL["AUDIO"]] = PositionKind.USER
+    kind[ids == TOOL["IMAGE"]] = PositionKind.PATCH
+    bins = np.zeros((*ids.shape, 80), np.uint8)
+    bins[kind == PositionKind.USER] = inputs["bins"]
+    per_row = (kind == PositionKind.PATCH).sum(axis=1)
+    patches = np.zeros((len(ids), per_row.max(), 2, 40, 40, 3), np.float32)
+    patches[np.arange(per_row.max()) < per_row[:, None]] = inputs["patches"]
+    model = InteractionModel(config)
+    batch = Inputs(kind, ids.astype(np.int32), bins, np.zeros((*ids.shape, CLOCK_FEATURES), np.float32), patches)
+
+    @jax.jit
+    def forward(params, batch):
+        hidden, _ = model.hidden(params, batch, jnp.float32)
+        return model.logits(params, hidden)
+
+    return np.asarray(forward(params, batch))[..., : config.backbone.unpadded_vocab_size]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_released_ones(name):
+    config = config_from_inkling(CASES[name])
+    params = jax.tree.map(np.array, init_params(InteractionModel(config).specs(), 0))
+    leaves, weights = dict(flatten(params)), TOOL["released_weights"](config)
+    for place in places(config):
+        leaves[place.path][place.index] = place.spec.released.load(weights[place.name])
+    with np.load(TOOL["GOLDEN"]) as golden:
+        assert _relative_error(_our_logits(config, params, TOOL["case_inputs"](name)), golden[name]) <= BOUND
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
+
+
+def _write_random_checkpoint(transformers, described: dict, folder: Path) -> None:
+    """A checkpoint by `save_pretrained` itself, no parameter at its neutral value."""
+    import torch
+
+    torch.manual_seed(1)
+    config = transformers.InklingConfig.from_dict(described)
+    config.text_config.initializer_range = 0.15
+    model = transformers.InklingForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                assert "norm" in name or "scale" in name or "correction_bias" in name, name
+                tensor += 0.2 * torch.randn_like(tensor)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_of_transformers_gives_its_logits(name, transformers, tmp_path):
+    _write_random_checkpoint(transformers, CASES[name], tmp_path)
+    config, params = load_inkling(tmp_path)
+    inputs = TOOL["case_inputs"](name)
+    reference = TOOL["reference_logits"](tmp_path, inputs)
+    assert _relative_error(_our_logits(config, params, inputs), reference) <= BOUND
+
+
+@pytest.mark.oracle
+def test_the_released_vision_tower_of_four_folds_gives_its_logits(transformers, tmp_path):
+    described = CASES["image"] | {"vision_config": {"model_type": "inkling_vision", "n_layers": 4}}
+    _write_random_checkpoint(transformers, described, tmp_path)
+    config, params = load_inkling(tmp_path)
+    assert config.vision.folds == ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
+    inputs = TOOL["case_inputs"]("image")
+    assert _relative_error(_our_logits(config, params, inputs), TOOL["reference_logits"](tmp_path, inputs)) <= BOUND
+
+
+@pytest.mark.oracle
+def test_transformers_loads_what_we_save_and_gives_equal_logits(transformers, tmp_path):
+    config = config_from_inkling(CASES["audio"])
+    params = init_params(InteractionModel(config).specs(), 5)
+    save_inkling(tmp_path, config, params, dtype="float32")
+    model, report = transformers.InklingForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert model.config.text_config.moe_intermediate_size == config.backbone.d_ff_expert
+    # our saved config has no placeholder ids: they are no part of the model
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"audio_token_id": 11, "image_token_id": 10}))
+    inputs = TOOL["case_inputs"]("audio")
+    reference = TOOL["reference_logits"](tmp_path, inputs)
+    assert _relative_error(_our_logits(config, params, inputs), reference) <= BOUND

@@ -1,0 +1,263 @@
+"""The micro-turn layout: what stands where, what predicts what, and what a sequence still knows of its conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from jaxtml.stream.clock import clock_features, week_ms
+from jaxtml.stream.conversation import Conversation, Speech, Word
+from jaxtml.stream.dmel import SILENT_BINS, fine_log_mel, log_mel, quantise
+from jaxtml.stream.images import image_patches
+from jaxtml.stream.layout import Sequence, decode, encode, plan_text
+from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.tokens import Control, PositionKind, Term
+
+SEEDS = range(25)
+DELAY_MS, LEAD_MS = 120, 200
+
+
+@pytest.fixture(scope="module")
+def limits(small):
+    return small.duplex
+
+
+@pytest.fixture(scope="module")
+def encoded(talk, codec, limits) -> list[tuple[Conversation, Sequence]]:
+    talks = [talk(seed) for seed in SEEDS]
+    return [(t, encode(t, codec, limits, heard_delay_ms=DELAY_MS, lead_ms=LEAD_MS)) for t in talks]
+
+
+def silence(turns: int, **parts) -> Conversation:
+    return Conversation(np.zeros(turns * TURN_SAMPLES, np.float32), np.zeros(turns * TURN_SAMPLES, np.float32), **parts)
+
+
+def spelled(sequence: Sequence, base: int) -> list[str]:
+    """Each micro-turn as a string of one letter a position.
+
+    T turn, Y typed, x text, p patch, u user frame, H heard, S say, L listen, K speak, o own frame.
+    """
+    controls = {Control.TYPED: "Y", Control.HEARD: "H", Control.SAY: "S", Control.LISTEN: "L", Control.SPEAK: "K"}
+    kinds = {PositionKind.TURN: "T", PositionKind.PATCH: "p", PositionKind.USER: "u", PositionKind.OWN: "o"}
+    turns = [""] * (int(sequence.turn[-1]) + 1 if len(sequence.turn) else 0)
+    for kind, token, turn in zip(sequence.kind.tolist(), sequence.ids.tolist(), sequence.turn.tolist(), strict=True):
+        text = controls[Control(token - base)] if kind == PositionKind.TEXT and token >= base else "x"
+        turns[turn] += kinds.get(PositionKind(kind), text)
+    return turns
+
+
+def parts(sequence: Sequence, base: int, opens: Control) -> list[list[int]]:
+    """Per micro-turn, the text tokens after the control `opens`."""
+    turns: list[list[int]] = [[] for _ in range(int(sequence.turn[-1]) + 1)]
+    inside = False
+    for kind, token, turn in zip(sequence.kind.tolist(), sequence.ids.tolist(), sequence.turn.tolist(), strict=True):
+        if kind != PositionKind.TEXT or token >= base:
+            inside = kind == PositionKind.TEXT and token == base + opens
+        elif inside:
+            turns[turn].append(token)
+    return turns
+
+
+def test_every_micro_turn_keeps_the_order_of_its_parts(encoded, limits):
+    for talk, sequence in encoded:
+        turns = spelled(sequence, limits.control_base)
+        assert len(turns) == len(talk.user) // TURN_SAMPLES
+        for turn in turns:
+            assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(L|Ko{4})", turn), turn
+
+
+def test_own_speech_stands_where_the_conversation_speaks(encoded, limits):
+    for talk, sequence in encoded:
+        spoken = {turn for speech in talk.speech for turn in range(speech.start_turn, speech.end_turn)}
+        assert {i for i, turn in enumerate(spelled(sequence, limits.control_base)) if "K" in turn} == spoken
+
+
+def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothing_else_is(encoded, limits):
+    base = limits.control_base
+    for _, sequence in encoded:
+        letters = "".join(spelled(sequence, base))
+        term = Term.NONE
+        for i, letter in enumerate(letters):
+            if letter in "TYpu":
+                term = Term.NONE
+            term = {"H": Term.HEARD, "S": Term.TEXT, "L": Term.GATE, "K": Term.GATE}.get(letter, term)
+            if letter in "HSLK" or (letter == "x" and term != Term.NONE):
+                assert sequence.term[i - 1] == term
+                assert sequence.target[i - 1] == sequence.ids[i]
+                assert sequence.turn[i - 1] == sequence.turn[i]
+            elif i:
+                assert sequence.term[i - 1] == Term.NONE and sequence.target[i - 1] == 0
+        assert sequence.term[-1] == Term.NONE
+
+
+def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
+    for talk, sequence in encoded:
+        assert (np.flatnonzero(sequence.kind == PositionKind.OWN) == sequence.speech_at).all()
+        coarse = np.concatenate([log_mel(talk.assistant), log_mel(np.zeros(TURN_SAMPLES, np.float32))])
+        fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(TURN_SAMPLES, np.float32))])
+        for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
+            heard = 4 * (int(sequence.turn[at]) + 1) + order % 4
+            # The last micro-turn is heard after the recording: its first frame still sees the recording's end.
+            if heard < 4 * len(talk.user) // TURN_SAMPLES:
+                np.testing.assert_array_equal(target[:80], coarse[heard])
+                np.testing.assert_array_equal(target[80:].reshape(4, 80), fine[4 * heard : 4 * heard + 4])
+            if heard <= 4 * len(talk.user) // TURN_SAMPLES:
+                np.testing.assert_array_equal(sequence.bins[at], quantise(coarse[heard - 1]))
+
+
+def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
+    starts = 0
+    for _, sequence in encoded:
+        turns = spelled(sequence, limits.control_base)
+        for at in sequence.speech_at[::4]:
+            turn = int(sequence.turn[at])
+            if turn == 0 or "K" not in turns[turn - 1]:
+                # A frame's window reaches 50 ms back: right after a stretch it still holds its end.
+                if turn < 2 or "K" not in turns[turn - 2]:
+                    assert (sequence.bins[at] == SILENT_BINS).all()
+                starts += 1
+    assert starts > 10
+
+
+def test_user_frames_read_back_within_half_a_quantisation_step(encoded, codec, limits):
+    for talk, sequence in encoded:
+        got = decode(sequence, codec, limits).user_log_mel
+        assert np.abs(got - log_mel(talk.user)).max() <= 0.3 + 1e-6
+        np.testing.assert_array_equal(quantise(got), quantise(log_mel(talk.user)))
+
+
+def test_heard_words_read_back_in_order_and_late_only_where_a_micro_turn_was_full(encoded, codec, limits):
+    lost = kept = 0
+    for talk, sequence in encoded:
+        words = decode(sequence, codec, limits).heard
+        assert [w.text for w in words] == [w.text for w in talk.user_words[: len(words)]]
+        used = [len(tokens) for tokens in parts(sequence, limits.control_base, Control.HEARD)]
+        for said, got in zip(talk.user_words, words, strict=False):
+            due, at = int((said.end_s * 1000 + DELAY_MS) // 200), round(got.start_s / 0.2)
+            assert at >= due and all(n == limits.max_heard for n in used[due:at])
+        lost, kept = lost + len(talk.user_words) - len(words), kept + len(words)
+        for word in talk.user_words[len(words) :][:1]:  # the first that is lost did not fit before the end
+            due = int((word.end_s * 1000 + DELAY_MS) // 200)
+            assert sum(limits.max_heard - n for n in used[due:]) < len(codec.encode(word.text))
+    assert lost and kept > 5 * lost
+
+
+def test_said_words_read_back_inside_their_stretch_and_before_their_sound(encoded, codec, limits):
+    late = 0
+    for talk, sequence in encoded:
+        decoded = decode(sequence, codec, limits).speech
+        used = [len(tokens) for tokens in parts(sequence, limits.control_base, Control.SAY)]
+        edges = [(s.start_turn, s.end_turn) for s in talk.speech]
+        joined: list[list[int]] = []
+        for start, end in edges:
+            if joined and joined[-1][1] == start:
+                joined[-1][1] = end
+            else:
+                joined.append([start, end])
+        assert [[s.start_turn, s.end_turn] for s in decoded] == joined
+        got = [word for speech in decoded for word in speech.words]
+        for speech in talk.speech:
+            here = [w for w in got if speech.start_turn <= round(w.start_s / 0.2) < speech.end_turn]
+            assert [w.text for w in here] == [w.text for w in speech.words[: len(here)]]
+            for said, word in zip(speech.words, here, strict=False):
+                due = max(speech.start_turn, int((said.start_s * 1000 - 200 - LEAD_MS) // 200))
+                at = round(word.start_s / 0.2)
+                assert at >= due and all(n == limits.max_text for n in used[due:at])
+                late += at > due
+        assert all(n == 0 or any(a <= i < b for a, b in edges) for i, n in enumerate(used))
+    assert late
+
+
+def test_a_long_word_runs_on_into_the_next_micro_turns(codec, limits):
+    long = "abcdefg"  # a space and seven letters
+    talk = silence(8, user_words=(Word(long, 0.0, 0.3), Word("xy", 0.3, 0.35)))
+    heard = [t.heard for t in plan_text(talk, codec, limits, heard_delay_ms=DELAY_MS, lead_ms=LEAD_MS)]
+    assert [len(h) for h in heard] == [0, 0, 3, 3, 3, 2, 0, 0]
+    assert [token for h in heard for token in h] == codec.encode(long) + codec.encode("xy")
+
+
+def test_a_word_that_does_not_fit_before_the_end_is_left_out_whole(codec, limits):
+    talk = silence(4, user_words=(Word("xy", 0.0, 0.3), Word("abcdefg", 0.3, 0.4)))
+    sequence = encode(talk, codec, limits)
+    assert [w.text for w in decode(sequence, codec, limits).heard] == ["xy"]
+    speech = Speech(0, 2, (Word("xy", 0.2, 0.3), Word("abcdefg", 0.4, 0.5)))
+    decoded = decode(encode(silence(4, speech=(speech,)), codec, limits), codec, limits)
+    assert [[w.text for w in s.words] for s in decoded.speech] == [["xy"]]
+
+
+def test_nothing_is_heard_before_it_was_said(codec, limits):
+    talk = silence(10, user_words=(Word("hi", 0.5, 0.79),))
+    for delay, turn in ((0, 3), (9, 3), (10, 4), (120, 4), (211, 5)):
+        sequence = encode(talk, codec, limits, heard_delay_ms=delay)
+        assert [w.start_s / 0.2 for w in decode(sequence, codec, limits).heard] == [pytest.approx(turn)]
+
+
+def test_a_config_without_transcript_has_none(codec, limits):
+    talk = silence(10, user_words=(Word("hi", 0.5, 0.79),))
+    sequence = encode(talk, codec, dataclasses.replace(limits, heard=False))
+    assert set(spelled(sequence, limits.control_base)) == {"TuuuuL"}
+
+
+def test_typed_text_and_frames_stand_in_their_micro_turn(encoded, codec, limits):
+    for talk, sequence in encoded:
+        typed = parts(sequence, limits.control_base, Control.TYPED)
+        assert {i: codec.decode(t).strip() for i, t in enumerate(typed) if t} == dict(talk.typed)
+        patches = [image_patches(pair) for _, pair in sorted(talk.frames, key=lambda f: f[0])]
+        where = sequence.turn[sequence.kind == PositionKind.PATCH]
+        assert where.tolist() == sorted(t for t, pair in talk.frames for _ in image_patches(pair))
+        if patches:
+            np.testing.assert_array_equal(sequence.patches, np.concatenate(patches))
+
+
+def test_the_clock_counts_from_the_session_and_from_the_wall(encoded):
+    for talk, sequence in encoded:
+        turns = len(talk.user) // TURN_SAMPLES
+        expected = clock_features(
+            round(talk.clock_s * 5) + np.arange(turns), week_ms(talk.wall_clock_s) + 200 * np.arange(turns)
+        )
+        np.testing.assert_array_equal(sequence.clock, expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cut_falls_on_a_micro_turn_edge_and_keeps_all_that_fits(talk, codec, limits, seed):
+    whole = encode(talk(seed), codec, limits)
+    ends = np.append(np.flatnonzero(np.diff(whole.turn)) + 1, len(whole.kind))
+    spoken = np.array([(whole.speech_at < end).sum() for end in ends])
+    for most, speech in ((0, None), (40, None), (77, None), (ends[3], None), (None, 0), (None, 7), (100, 8)):
+        cut = encode(talk(seed), codec, limits, max_tokens=most, max_speech=speech)
+        fits = ends[
+            (ends <= (most if most is not None else 10**6)) & (spoken <= (speech if speech is not None else 10**6))
+        ]
+        length = int(fits[-1]) if len(fits) else 0
+        for name in ("kind", "ids", "bins", "turn", "target", "term"):
+            np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:length])
+        np.testing.assert_array_equal(cut.speech_at, whole.speech_at[whole.speech_at < length])
+        np.testing.assert_array_equal(cut.speech, whole.speech[: len(cut.speech_at)])
+        assert len(cut.patches) == (cut.kind == PositionKind.PATCH).sum()
+        assert len(cut.clock) == (cut.turn[-1] + 1 if length else 0)
+
+
+def test_an_empty_conversation_is_an_empty_sequence(codec, limits):
+    sequence = encode(silence(0), codec, limits)
+    assert len(sequence.kind) == len(sequence.clock) == len(sequence.speech) == 0
+    assert decode(sequence, codec, limits).speech == ()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda: Conversation(np.zeros(3200, np.float32), np.zeros(6400, np.float32)), "3200 and 6400 samples"),
+        (lambda: Conversation(np.zeros(3300, np.float32), np.zeros(3300, np.float32)), "whole number of micro-turns"),
+        (lambda: silence(4, speech=(Speech(0, 2, ()), Speech(1, 3, ()))), r"speech 1\.\.3 overlaps"),
+        (lambda: silence(4, speech=(Speech(2, 2, ()),)), r"speech 2\.\.2"),
+        (lambda: silence(4, speech=(Speech(2, 5, ()),)), "leaves the recording"),
+        (lambda: silence(4, typed=((1, "too long to type"),)), "micro-turn 1: .* typed tokens, at most 3"),
+        (lambda: silence(4, frames=((2, np.zeros((80, 80, 3), np.uint8)),)), "micro-turn 2: 6 patches, at most 2"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused_with_a_clear_message(codec, limits, broken, message):
+    with pytest.raises(ValueError, match=message):
+        encode(broken(), codec, limits)

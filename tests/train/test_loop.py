@@ -1,0 +1,195 @@
+"""The training loop: stopped, killed, fed by any number of workers, it gives the numbers of a run that went through."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+import tones
+
+from jaxtml import config as configs
+from jaxtml.config import Config
+from jaxtml.data import bank, pipeline, scenarios
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import init_params
+from jaxtml.train import loop
+from jaxtml.train.loop import latest, train
+from jaxtml.train.step import TrainState
+
+STEPS = 6
+# Trains in a process of its own, which is killed while it waits for the sixth batch: a checkpoint is being written.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxtml import config
+from jaxtml.train import loop
+
+pytestmark = pytest.mark.slow  # minutes: every run compiles a training step
+
+whole = loop.batches
+
+def until_killed(*args, **options):
+    for number, batch in enumerate(whole(*args, **options)):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+loop.batches = until_killed
+loop.train(config.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), workers=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(small) -> Config:
+    """Two layers, no pictures."""
+    return dataclasses.replace(
+        small,
+        backbone=dataclasses.replace(small.backbone, n_layers=2, global_layers=(1,)),
+        duplex=dataclasses.replace(small.duplex, max_patches=0),
+        data=dataclasses.replace(small.data, turns=25, tokens=192),
+        train=dataclasses.replace(small.train, steps=STEPS, checkpoint_every=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, codec) -> Path:
+    """What `jaxtml data` makes, spoken in tones."""
+    folder = tmp_path_factory.mktemp("data")
+    users = [
+        bank.Item("user", split, voice, text)
+        for split, voice in (("train", "tone:low"), ("train", "tone:high"), ("test", "tone:unseen"))
+        for text in tones.USER_TEXTS
+    ]
+    replies = [bank.Item("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
+    bank.build(folder / "bank", [users, replies], 1, tones.speak)
+    codec.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(config, data, tmp_path_factory) -> tuple[Path, TrainState]:
+    """A run that nothing disturbs, fed by a worker process: its folder and its end."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, jax.device_get(train(config, workdir, data, workers=1))
+
+
+def assert_same(a: object, b: object) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_training_changes_the_parameters_and_leaves_its_last_checkpoints(config, straight):
+    workdir, state = straight
+    assert int(state.step) == STEPS
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+    start = init_params(InteractionModel(config).specs(), config.train.seed)
+    changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, state.params)
+    vocoder = changed.pop("vocoder")
+    assert not any(jax.tree.leaves(vocoder))
+    assert np.mean(jax.tree.leaves(changed)) > 0.8, "a first step leaves a few that stand behind zeros"
+
+
+def test_a_run_that_stops_and_resumes_ends_bit_for_bit_where_a_straight_one_does(
+    config, data, straight, tmp_path, monkeypatch
+):
+    def interrupted(*args: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+        yield from itertools.islice(pipeline.batches(*args, **options), 5)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "batches", interrupted)
+        train(config, tmp_path, data, workers=0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    resumed = train(config, tmp_path, data, workers=0)
+    assert_same(resumed, straight[1])
+
+
+def test_a_run_that_was_killed_resumes_and_ends_where_a_straight_one_does(config, data, straight, tmp_path):
+    workdir, resolved = tmp_path / "run", tmp_path / "config.json"
+    resolved.write_text(configs.to_json(config))
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(resolved), str(workdir), str(data)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (workdir / "checkpoints").is_dir() and not (workdir / "samples").exists()
+    assert_same(train(config, workdir, data, workers=0), straight[1])
+
+
+def test_a_finished_run_started_again_stays_as_it_is(config, data, straight):
+    workdir, state = straight
+    log = (workdir / "log.jsonl").read_bytes()
+    assert_same(train(config, workdir, data, workers=0), state)
+    assert (workdir / "log.jsonl").read_bytes() == log
+
+
+def test_the_log_tells_every_term_and_the_speed(straight):
+    lines = [json.loads(line) for line in (straight[0] / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [STEPS]
+    names = {"loss", "gate", "heard", "text", "flow", "router_z", "gate_right", "heard_right", "text_right"}
+    assert names | {"tokens_per_s", "grad_norm", "skipped", "load_max", "load_min"} <= lines[0].keys()
+    assert all(np.isfinite(value) for value in lines[0].values())
+    assert lines[0]["skipped"] == 0 and lines[0]["tokens_per_s"] > 0
+
+
+def test_the_samples_are_conversations_that_can_be_heard_and_read(config, straight):
+    folder = straight[0] / "samples" / f"{STEPS:06}"
+    text = (folder / "samples.txt").read_text()
+    assert text.count("  heard ") == text.count("  right ") == text.count("  said ") == 4
+    for i in range(4):
+        wave, rate = soundfile.read(folder / f"{i}.wav")
+        assert rate == 16_000 and wave.shape == (config.data.turns * 3200, 2)
+    assert any((straight[0] / "tensorboard").iterdir())
+
+
+def test_latest_reads_a_run_back(config, codec, straight):
+    workdir, state = straight
+    read_config, read_codec, params = latest(workdir)
+    assert read_config == config
+    assert read_codec.encode("forty two") == codec.encode("forty two")
+    assert_same(params, state.params)
+
+
+def test_latest_of_nothing_is_one_clear_line(config, tmp_path):
+    with pytest.raises(InputError, match="holds no training run"):
+        latest(tmp_path)
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    with pytest.raises(InputError, match="has no checkpoint yet: let the training run on"):
+        latest(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["train.learning_rate=0.1", "backbone.d_ff_dense=64", "data.seed=2", "name=other"])
+def test_a_run_of_another_config_is_refused_and_left_alone(config, data, straight, change):
+    workdir, _ = straight
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(InputError, match="holds a run of another config .* name a new --workdir"):
+        train(configs.override(config, change), workdir, data)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_data_that_are_not_there_are_one_clear_line_and_claim_no_folder(config, codec, data, tmp_path):
+    with pytest.raises(InputError, match="tokenizer"):
+        train(config, tmp_path / "run", tmp_path)
+    codec.save(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="bank"):
+        train(config, tmp_path / "run", tmp_path)
+    small_vocabulary = configs.override(config, "duplex.control_base=200")
+    with pytest.raises(InputError, match=f"has {codec.size} entries, small_test 200"):
+        train(small_vocabulary, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()

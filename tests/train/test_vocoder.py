@@ -1,0 +1,157 @@
+"""Training the vocoder: labels, losses, and a loop that continues as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VocoderConfig
+from jaxtml.errors import InputError
+from jaxtml.model.spec import init_params
+from jaxtml.model.vocoder import param_specs
+from jaxtml.stream.dmel import fine_log_mel
+from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
+from jaxtml.train.pitch import pitch_track
+from jaxtml.train.vocoder import VocoderTraining, losses, train_vocoder, trained
+from jaxtml.train.vocoder_data import batch_at, prepare, recordings
+from jaxtml.train.vocoder_loss import mel_loss, stft_loss
+
+SMALL = VocoderConfig(width=16, depth=1, expansion=2, kernel=3)
+QUICK = VocoderTraining(rows=2, length=24, warm=8, report_every=2, checkpoint_every=2)
+
+
+def spoken(hz: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A buzz with the pitch `hz` `[N]`, shaped by two resonances, with a little breath: `[N]` float32."""
+    phase = 2 * np.pi * np.cumsum(hz) / SAMPLE_RATE
+    buzz = sum(np.cos(k * phase) * (1 / (1 + (k * hz / 700) ** 2)) for k in range(1, 15))
+    noise = np.random.default_rng(seed).standard_normal(len(hz))
+    return (0.05 * buzz + 0.001 * noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def voice():
+    seconds = np.linspace(0, 1, SAMPLE_RATE)
+    return prepare([spoken(180 + 60 * np.sin(5 * seconds)), spoken(np.full(SAMPLE_RATE, 140.0), 1)])
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Path:
+    """A bank on disk with two utterances of the assistant and one of a user."""
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    waves = [spoken(np.full(SAMPLE_RATE, hz)) for hz in (150.0, 210.0, 90.0)]
+    rows, offset = [], 0
+    for wave, role in zip(waves, ("assistant", "assistant", "user"), strict=True):
+        item = {"role": role, "split": "train", "voice": "kokoro:af_heart", "text": "yes", "rate": 1.0, "pitch": 1.0}
+        rows.append({**item, "offset": offset, "length": len(wave), "words": [["yes", 0.0, 1.0]]})
+        offset += len(wave)
+    pcm = np.round(np.concatenate(waves) * 32767).astype("<i2").tobytes()
+    rows.insert(0, {"sha256": hashlib.sha256(pcm).hexdigest(), "bytes": len(pcm)})
+    (folder / "00000.pcm").write_bytes(pcm)
+    (folder / "00000.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "bank.json").write_text(json.dumps({"format": 1, "plan": "test", "shards": 1, "items": 3}))
+    return folder
+
+
+def config() -> Config:
+    attention = AttentionConfig(n_heads=1, n_kv_heads=1, head_dim=8, window=8, rel_extent=8)
+    backbone = BackboneConfig(
+        vocab_size=64, d_model=8, n_layers=1, n_dense=1, global_layers=(), sliding=attention, global_=attention,
+        d_ff_dense=8, d_ff_expert=8, n_experts=2, experts_per_token=1, n_shared_experts=1, logits_divisor=1.0,
+    )  # fmt: skip
+    return Config("test", backbone, DuplexConfig(control_base=48), FlowConfig(8, 1), vocoder=SMALL)
+
+
+def test_pitch_follows_a_glide_and_is_absent_in_silence_and_noise():
+    hz = np.linspace(100, 300, SAMPLE_RATE)
+    noise = 0.05 * np.random.default_rng(1).standard_normal(SAMPLE_RATE)
+    wave = np.concatenate([spoken(hz), np.zeros(SAMPLE_RATE), noise]).astype(np.float32)
+    found, voiced = pitch_track(wave)
+    middle = slice(4, 76)
+    truth = hz[(np.arange(80) + 1) * FINE_HOP - 1]
+    assert voiced[middle].all()
+    assert np.abs(np.log2(found[middle] / truth[middle])).max() < 0.02
+    assert not voiced[84:156].any()
+    assert voiced[164:236].mean() < 0.1
+
+
+def test_batches_depend_on_seed_and_step_alone_and_frames_belong_to_their_wave(voice):
+    one, again = (batch_at(voice, 3, 7, 8, 40) for _ in range(2))
+    other = batch_at(voice, 3, 8, 8, 40)
+    for a, b in zip(one, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(one.frames, other.frames)
+    # Away from the cuts a row's frames are those of its wave; about half of the rows are disturbed on purpose.
+    heard = np.stack([fine_log_mel(np.asarray(wave)) for wave in one.wave])[:, 4:-4]
+    miss = np.median(np.abs(heard - np.asarray(one.frames)[:, 4:-4]), axis=(1, 2))
+    assert (miss < 1.0).all()
+    assert 2 <= (miss < 1e-3).sum() <= 6
+
+
+def test_equal_waves_cost_nothing_and_half_the_level_costs_log_two():
+    wave = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9600)), jnp.float32)
+    assert all(float(term) < 1e-6 for term in (*stft_loss(wave, wave), mel_loss(wave, wave)))
+    logs, convergence = stft_loss(0.5 * wave, wave)
+    np.testing.assert_allclose(logs, np.log(2), rtol=1e-3)
+    np.testing.assert_allclose(convergence, 0.5, rtol=1e-3)
+    np.testing.assert_allclose(mel_loss(0.5 * wave, wave), np.log10(2), rtol=1e-3)
+
+
+def test_silence_has_a_gradient():
+    silence = jnp.zeros((1, 9600))
+    grad = jax.grad(lambda wave: sum(stft_loss(wave, silence)))(silence)
+    assert bool(jnp.isfinite(grad).all())
+
+
+def test_the_voice_is_learnt_at_three_speeds_and_users_are_a_quarter_at_most(bank):
+    waves = recordings([bank])
+    assert sorted(round(len(wave) / SAMPLE_RATE, 1) for wave in waves) == [0.9, 0.9, 1.0, 1.0, 1.0, 1.1, 1.1]
+
+
+def test_every_parameter_learns_from_every_batch(voice):
+    params = init_params(param_specs(SMALL), 0)
+    grads = jax.jit(jax.grad(lambda p, b: losses(SMALL, QUICK, p, b)[0]))(params, batch_at(voice, 0, 0, 2, 24))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_a_stopped_run_continues_with_the_same_numbers(bank, tmp_path, monkeypatch):
+    whole = train_vocoder(config(), [bank], tmp_path / "whole", 6, QUICK)
+    import jaxtml.train.vocoder as module
+
+    def stop_at_five(voice, seed, step, rows, length):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch_at(voice, seed, step, rows, length)
+
+    monkeypatch.setattr(module, "batch_at", stop_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        train_vocoder(config(), [bank], tmp_path / "cut", 6, QUICK)
+    monkeypatch.undo()
+    resumed = train_vocoder(config(), [bank], tmp_path / "cut", 6, QUICK)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "cut")[1])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="jaxtml train vocoder"):
+        trained(tmp_path)
+
+
+def test_a_workdir_of_other_settings_and_a_bank_without_the_voice_are_refused(bank, tmp_path):
+    train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)
+    with pytest.raises(InputError, match="other settings"):
+        train_vocoder(config(), [bank], tmp_path / "run", 1, dataclasses.replace(QUICK, seed=1))
+    index = bank / "00000.jsonl"
+    index.write_text(index.read_text().replace('"assistant"', '"user"'))
+    with pytest.raises(InputError, match="assistant"):
+        train_vocoder(config(), [bank], tmp_path / "other", 1, QUICK)

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""More of the model's own voice for its vocoder: sentences of a broad vocabulary, as a bank beside the task's.
+
+    python tools/build_voice_bank.py --out DIR [--sentences 120] [--workers 2]
+
+The task's replies use few of English's sound sequences. These sentences are put together from word lists chosen for
+their sounds; they mean nothing. About five minutes of speech in four CPU-minutes; safe to kill and to start again.
+Train on both: `jaxtml train vocoder` takes several banks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxtml.data.bank import Item, build
+from jaxtml.data.voices import OWN_VOICE
+from jaxtml.errors import InputError
+
+ADJECTIVES = (
+    "azure beige brisk calm cheap coy crisp deaf eager empty faint fierce fresh frozen gentle giant gruff heavy "
+    "huge icy jolly keen lazy loud lucky mauve mild narrow noisy odd pale plain proud pure quaint quick rough "
+    "royal rusty shy silent sleepy smooth solid square strange sturdy sweet thick thin tiny tough usual vague "
+    "vivid warm weird young"
+)
+NOUNS = (
+    "acorn airport apple author badge bath beach bird bridge brother bus cage chair cheese child church cloth "
+    "coin cousin cow desk dog door dusk earth eagle engine eye farm fish flower frog garage garden ghost glove "
+    "goose guitar hammer harbor horse house ice island jacket jaw judge juice key kite knife lamb lawyer leaf "
+    "lion lunch machine measure mirror mouse mouth music neighbor oak ocean oven owl oyster paper pearl pigeon "
+    "pillow plough puzzle queen rabbit river road roof rouge ship shoe shovel sky snow song spoon stairs stove "
+    "sugar teacher thief thumb thunder tooth toy treasure tree uncle valley vase village vision voice wagon watch "
+    "whale wheel wolf wood yacht yard zebra zoo"
+)
+VERBS = (
+    "asks avoids beats bends blesses breathes brings catches changes chooses climbs covers crushes dodges draws "
+    "drops edges enjoys fetches finds follows forgives gathers guards hatches heals hides hugs joins judges kicks "
+    "launches leaves loathes loves mends moves needs offers owns paints pleases praises pulls pushes reaches rubs "
+    "saves shakes shields shows sketches soothes spoils squeezes stirs teaches thanks throws touches urges views "
+    "visits watches weaves"
+)
+PLACES = "above across after along around before behind below beside beyond near over past through under with"
+SHARD = 60  # sentences that a kill can cost
+SHAPES = (
+    "The {a} {n} {v} the {b} {m}.", "A {n} {v} the {m} {p} the {a} {o}.", "{Why} the {n} {v} the {m}, the {o} {w} it.",
+    "Does the {a} {n} stay {p} the {m}?", "Yes, the {n} {v} the {m}!", "This {a}, {b} {n} {v} those {m} things.",
+    "Oh, that {n}? It {v} the {a} {m} {p} my {o}.", "Please put the {n} {p} the {m}, then the {a} {o}.",
+)  # fmt: skip
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """`count` sentences, a function of their number and the seed; every word list is gone through evenly."""
+    rng = np.random.default_rng(seed)
+    decks: dict[str, list[str]] = {}
+
+    def draw(words: str) -> str:
+        if not decks.get(words):
+            decks[words] = list(rng.permutation(words.split()))
+        return decks[words].pop()
+
+    made = []
+    for index in range(count):
+        words = {
+            "a": draw(ADJECTIVES), "b": draw(ADJECTIVES), "n": draw(NOUNS), "m": draw(NOUNS), "o": draw(NOUNS),
+            "v": draw(VERBS), "w": draw(VERBS), "p": draw(PLACES), "Why": draw("When If While Because Though"),
+        }  # fmt: skip
+        made.append(SHAPES[index % len(SHAPES)].format(**words))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sentences", type=int, default=120)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    rates = np.random.default_rng(1).uniform(0.9, 1.15, args.sentences)
+    items = [
+        Item("assistant", "train", OWN_VOICE, text, rate=round(float(rate), 3))
+        for text, rate in zip(sentences(args.sentences, seed=0), rates, strict=True)
+    ]
+    shards = [tuple(items[first : first + SHARD]) for first in range(0, len(items), SHARD)]
+    try:
+        build(args.out, shards, args.workers)
+    except InputError as error:
+        print(f"build_voice_bank: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
