@@ -34,12 +34,17 @@ from jaxtml.stream.conversation import Word
 
 # Items per shard: about a minute of work, which is what a kill can cost and next to which a fresh process is nothing.
 SLOW_SHARD, QUICK_SHARD = 60, 240
+WORDS_AT_ONCE = 4  # named by one utterance: alone, a word is too short for the neural voices
+_ROUNDS = {"flite": 4, "piper": 4}  # of the vocabulary, where an engine has few voices; else one
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Item:
-    """One utterance to be spoken, by the "user" or the "assistant", for "train" or "test" (the assistant: "train")."""
+    """One utterance to be spoken, for "train" or "test" (the assistant: "train").
+
+    `role` is "user" or "assistant", or "words": a user's voice that names a few words, each with a pause behind it.
+    """
 
     role: str
     split: str
@@ -51,28 +56,44 @@ class Item:
 
 @dataclass(frozen=True)
 class Cast:
-    """A group of user voices that speak in turn: how many utterances, and how far rate and pitch wander (factors)."""
+    """A group of user voices that speak in turn: how many sentences, and how far rate and pitch wander (factors).
+
+    With `words`, `count` is a voice's rounds of the vocabulary, named a few words at a time, instead.
+    """
 
     split: str
     voices: tuple[str, ...]
     count: int
+    words: bool = False
     rate: tuple[float, float] = (0.85, 1.2)
     pitch: tuple[float, float] = (1.0, 1.0)
 
 
 def full_casts() -> tuple[Cast, ...]:
-    """The users of the bank that `tiny` is trained and tested on; about 45 CPU-minutes, nearly all of them Kokoro's."""
+    """The users of the bank that `tiny` is trained and tested on; about an hour of CPU, nearly all of it Kokoro's."""
     shift = (0.92, 1.1)  # beyond this a scaled spectrum sounds like nobody
+    slow = (0.55, 1.0)  # who names single words takes twice the time of who says a sentence
+    named = (
+        ("train", voices.ESPEAK_TRAIN, (0.85, 1.2)),
+        ("test", voices.ESPEAK_TEST, (0.85, 1.2)),
+        ("train", voices.FLITE_TRAIN, shift),
+        ("test", voices.FLITE_TEST, (1.0, 1.0)),
+        ("train", voices.PIPER_TRAIN, shift),
+        ("test", voices.KOKORO_TEST, (1.0, 1.0)),
+        ("train", voices.KOKORO_TRAIN, shift),
+    )
     return (
         Cast("train", voices.ESPEAK_TRAIN, 6000, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
         Cast("test", voices.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
         Cast("train", voices.FLITE_TRAIN, 1200, pitch=shift),
         Cast("test", voices.FLITE_TEST, 200),
         Cast("train", voices.PIPER_TRAIN, 500, pitch=shift),
-        Cast("test", voices.KOKORO_TEST, 160),
-        Cast("train", voices.KOKORO_TRAIN, 1380, pitch=shift),
-        Cast("train", voices.KOKORO_MIXED, 600, pitch=shift),
-    )
+        Cast("test", voices.KOKORO_TEST, 120),
+        Cast("train", voices.KOKORO_TRAIN, 920, pitch=shift),
+        Cast("train", voices.KOKORO_MIXED, 453, pitch=shift),
+        *(Cast(split, names, _ROUNDS.get(names[0].split(":")[0], 1), words=True, rate=slow, pitch=pitch)
+          for split, names, pitch in named),
+    )  # fmt: skip
 
 
 def plan(
@@ -80,27 +101,31 @@ def plan(
     replies: Sequence[str],
     user_text: Callable[[np.random.Generator], str],
     seed: int,
+    vocabulary: Sequence[str] = (),
 ) -> tuple[tuple[Item, ...], ...]:
     """Who says what, as shards in the order in which they are built. A pure function of its arguments.
 
     First every reply in the model's own voice, then the users: within a cast voices take turns, and casts of the same
     price are interleaved in proportion to their size, so that any number of finished shards is a balanced bank. Kokoro,
     thirty times slower than the rest, comes last.
+
+    Args:
+      casts: the users.
+      replies: texts of the model's own voice.
+      user_text: draws a sentence.
+      seed: of everything that is drawn.
+      vocabulary: what casts with `words` name.
     """
     spoken = [Item("assistant", "train", voices.OWN_VOICE, reply) for reply in replies]
     quick, slow = [], []
     for number, cast in enumerate(casts):
         rng = np.random.default_rng([seed, number])
         items = []
-        for index in range(cast.count):
+        for voice, text in _namings(rng, cast, vocabulary) if cast.words else _sentences(rng, cast, user_text):
             rate, pitch = (round(float(np.exp(rng.uniform(*np.log(bounds)))), 3) for bounds in (cast.rate, cast.pitch))
-            voice = cast.voices[index % len(cast.voices)]
-            text = user_text(rng)
-            if text.split()[0] in ("is", "what") and rng.random() < 0.7:
-                text += "?"  # questions mostly rise
-            items.append(Item("user", cast.split, voice, text, rate, pitch))
+            items.append(Item("words" if cast.words else "user", cast.split, voice, text, rate, pitch))
         (slow if cast.voices[0].startswith("kokoro:") else quick).extend(
-            ((index + 0.5) / cast.count, number, item) for index, item in enumerate(items)
+            ((index + 0.5) / len(items), number, item) for index, item in enumerate(items)
         )
     quick, slow = ([item for *_, item in sorted(group, key=lambda g: g[:2])] for group in (quick, slow))
     return tuple(
@@ -110,9 +135,34 @@ def plan(
     )
 
 
+def _sentences(
+    rng: np.random.Generator, cast: Cast, user_text: Callable[[np.random.Generator], str]
+) -> Iterator[tuple[str, str]]:
+    for index in range(cast.count):
+        text = user_text(rng)
+        if text.split()[0] in ("is", "what") and rng.random() < 0.7:
+            text += "?"  # questions mostly rise
+        yield cast.voices[index % len(cast.voices)], text
+
+
+def _namings(rng: np.random.Generator, cast: Cast, vocabulary: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every word `count` times by every voice, in the falling tone of a sentence of its own."""
+    orders = {voice: [str(word) for _ in range(cast.count) for word in rng.permutation(vocabulary)]
+              for voice in cast.voices}  # fmt: skip
+    for first in range(0, cast.count * len(vocabulary), WORDS_AT_ONCE):
+        for voice in cast.voices:
+            yield voice, " ".join(f"{word}." for word in orders[voice][first : first + WORDS_AT_ONCE])
+
+
 def full_plan(seed: int) -> tuple[tuple[Item, ...], ...]:
     """The bank that `tiny` is trained and tested on: every reply of the first task, and its users."""
-    return plan(full_casts(), scenarios.assistant_texts(), lambda rng: scenarios.sample_user_text(rng)[1], seed)
+    return plan(
+        full_casts(),
+        scenarios.assistant_texts(),
+        lambda rng: scenarios.sample_user_text(rng)[1],
+        seed,
+        scenarios.VOCABULARY,
+    )
 
 
 def _speak(item: Item) -> Utterance:
@@ -296,7 +346,7 @@ class Bank:
         return Utterance(wave, entry.words, entry.item.voice, entry.item.text)
 
     def select(self, *, split: str | None = None, role: str | None = None) -> np.ndarray:
-        """`[n]` int64, rising: indices of a split's ("train", "test") and a role's ("user", "assistant") utterances."""
+        """`[n]` int64, rising: indices of a split's ("train", "test") and a role's ("user", "words", "assistant") utterances."""
         kept = [
             index
             for index, entry in enumerate(self.entries)
