@@ -91,7 +91,8 @@ def train(args: argparse.Namespace) -> None:
     overrides = [*args.set, f"train.steps={args.steps}"] if args.steps else args.set
     config = configs.load(args.config, overrides)
     vocoder = trained(args.vocoder)[1] if args.vocoder else None
-    train(config, workdir, data, workers=args.workers, vocoder=vocoder)
+    start_from = Path(args.start_from) if args.start_from else None
+    train(config, workdir, data, workers=args.workers, vocoder=vocoder, start_from=start_from)
 
 
 def data(args: argparse.Namespace) -> None:
@@ -194,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--data", metavar="DIR", help="from `jaxtml data`; default: WORKDIR/data")
     command.add_argument("--steps", type=int, help="default: train.steps of the config; 5000 for the vocoder")
     command.add_argument("--vocoder", metavar="DIR", help="workdir of a trained vocoder to carry along")
+    command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
     command.add_argument("--workers", type=int, default=1, help="processes that make batches in advance")
 

@@ -115,13 +115,18 @@ class VocoderConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What training sees: a speech bank mixed into sessions of `turns` micro-turns, cut at `tokens` tokens a row."""
+    """What training sees: a speech bank mixed into sessions of `turns` micro-turns, cut at `tokens` tokens a row.
+
+    `misheard` is the share of rows in which some heard words are others than were said (see `data.pipeline`).
+    `text_lead_ms`: text is written so long before its sound, at the earliest in the micro-turn that opens the gate.
+    """
 
     seed: int = 1
     turns: int = 100
     tokens: int = 768
     heard_delay_ms: int = 120
-    text_lead_ms: int = 200
+    text_lead_ms: int = 2000
+    misheard: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ _MAY_BE_ZERO = (
     *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
 )
 _POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm")
-_AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2")
+_AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
 
 
 def _check_ranges(node: Any, prefix: str = "") -> None:

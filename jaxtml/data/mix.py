@@ -7,8 +7,9 @@ else. Called by `jaxtml.data.pipeline`, `jaxtml.data.show` and the evaluations.
   more came: the reply is heard from sample `3200 (i + 2)`, 200 to 400 ms after the end.
 - **Hesitation.** A pause of 0.4 to 1.6 s where the sentence is still open: the assistant waits.
 - **Barge-in.** The user starts in micro-turn `j` while the assistant speaks: micro-turn `j` is the last that speaks, so
-  the voice has gone silent at sample `3200 (j + 2)`, 200 to 400 ms after the start. What was not fully said is not in
-  `Speech.words`. Then the new utterance is answered.
+  the voice has gone silent at sample `3200 (j + 2)`, 200 to 400 ms after the start. What was not fully said goes to
+  `Speech.unsaid`. Then the new utterance is answered.
+- **Typing.** The user types in micro-turn `i` and does not speak; the gate opens in `i`, where the text is known.
 - **Distraction, silence.** Coughs and knocks, or nothing at all: no reply.
 
 Numpy only; one call is a pure function of the generator and the bank. Axes: N samples of the session.
@@ -52,10 +53,10 @@ class Speakers:
 
     Attributes:
       bank: gives the waves.
-      users: `[U]` indices of the users' utterances in the bank.
+      users: `[U]` indices of the users' sentences in the bank.
       by_voice: the indices of each voice; `engines`: engine -> the voice of each of its utterances.
       replies: reply text -> the assistant's utterance.
-      singles: voice -> word -> where it is spoken, as (utterance, word index).
+      singles: voice -> word -> where it is named, a pause behind it, as (utterance, word index).
     """
 
     bank: Source
@@ -80,6 +81,8 @@ class Speakers:
             said = bank.utterance(i)
             engines.setdefault(said.voice.split(":")[0], []).append(said.voice)
             by_voice.setdefault(said.voice, []).append(i)
+        for i in np.asarray(bank.select(split=split, role="words"), np.int64).tolist():
+            said = bank.utterance(i)
             places = singles.setdefault(said.voice, {})
             for k, word in enumerate(said.words):
                 places.setdefault(word.text, []).append((i, k))
@@ -102,6 +105,8 @@ class Weights:
     Attributes:
       exchange, hesitation, barge_in, distraction: the next event of a session that is not silent.
       silence: chance that nobody speaks in the whole session.
+      typed: chance that the user types instead of speaking, in the whole session. Replies follow each other closely
+        there: it is where the model's own voice gets most of its practice.
       joined: chance that a user's turn is put together from single words of that voice.
       engines: share of the sessions whose user speaks with each engine's voices. Neural voices sound most like people;
         a judge of speech mishears half of eSpeak's words, but no engine has more voices.
@@ -112,7 +117,8 @@ class Weights:
     barge_in: float = 0.2
     distraction: float = 0.08
     silence: float = 0.04
-    joined: float = 0.25
+    typed: float = 0.12
+    joined: float = 0.4
     engines: tuple[tuple[str, float], ...] = (("kokoro", 0.55), ("flite", 0.17), ("piper", 0.1), ("espeak", 0.18))
 
 
@@ -127,6 +133,7 @@ class _Draft:
     reply_span: tuple[int, int] = (0, 0)
     words: list[Word] = field(default_factory=list)
     speech: list[Speech] = field(default_factory=list)
+    typed: list[tuple[int, str]] = field(default_factory=list)
     ends_s: list[float] = field(default_factory=list)
     scenes: list[str] = field(default_factory=list)
     replies: list[str] = field(default_factory=list)
@@ -136,8 +143,8 @@ class _Draft:
 
 
 def _joined_clip(rng: np.random.Generator, speakers: Speakers, voice: str) -> Clip | None:
-    """A turn put together from single words of one voice, as recordings of isolated words are; None: words missing."""
-    places = speakers.singles[voice]
+    """A turn put together from the words that a voice named, as recordings of isolated words are; None: some missing."""
+    places = speakers.singles.get(voice, {})
     for _ in range(4):
         words = (bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]).split()
         if all(word in places for word in words):
@@ -209,8 +216,8 @@ def _interrupt(draft: _Draft, start: int) -> None:
     turn = start // TURN_SAMPLES
     cut = (turn + 2) * TURN_SAMPLES
     speech = draft.speech[-1]
-    kept = tuple(word for word in speech.words if word.end_s * SAMPLE_RATE <= cut)
-    draft.speech[-1] = replace(speech, end_turn=turn + 1, words=kept)
+    said = sum(word.end_s * SAMPLE_RATE <= cut for word in speech.words)
+    draft.speech[-1] = replace(speech, end_turn=turn + 1, words=speech.words[:said], unsaid=speech.words[said:])
     draft.assistant[cut - _FADE_OUT : cut] *= np.linspace(1, 0, _FADE_OUT, dtype=np.float32)
     draft.assistant[cut:] = 0
 
@@ -219,27 +226,56 @@ def _place(draft: _Draft, speakers: Speakers, clip: Clip, start: int, scene: str
     """Put a turn of the user at `start` and its answer behind it; False, and nothing done, if they do not fit."""
     end = start + len(clip.wave)
     end_turn = (end - 1) // TURN_SAMPLES
-    said = reply_to(clip.text.split())
-    reply = speakers.clip(speakers.replies[said])
     gate = end_turn + 1
-    heard = (gate + 1) * TURN_SAMPLES
-    n_speaking = -(-len(reply.wave) // TURN_SAMPLES)
-    if gate + n_speaking + 1 > draft.n_turns:
+    reply = _reply(draft, speakers, clip.text, gate)
+    if reply is None:
         return False
     if interrupts:
         if gate <= start // TURN_SAMPLES + 1:  # too short a word: the assistant would go on without having stopped
             return False
         _interrupt(draft, start)
+    _answer(draft, reply, gate)
     draft.voice[start:end] += clip.wave
-    draft.assistant[heard : heard + len(reply.wave)] = reply.wave
     draft.words += [_shifted(word, start) for word in clip.words]
-    draft.speech.append(Speech(gate, gate + n_speaking, tuple(_shifted(word, heard) for word in reply.words)))
     draft.ends_s.append(end / SAMPLE_RATE)
     draft.scenes.append(scene)
-    draft.replies.append(said)
+    return True
+
+
+def _reply(draft: _Draft, speakers: Speakers, text: str, gate: int) -> Clip | None:
+    """The reply to `text`; None: it would not be over in time if the gate opened in micro-turn `gate`."""
+    reply = speakers.clip(speakers.replies[reply_to(text.split())])
+    return reply if gate + -(-len(reply.wave) // TURN_SAMPLES) + 1 <= draft.n_turns else None
+
+
+def _answer(draft: _Draft, reply: Clip, gate: int) -> None:
+    """Put a reply behind a gate that opens in micro-turn `gate`."""
+    heard = (gate + 1) * TURN_SAMPLES
+    end_turn = gate + -(-len(reply.wave) // TURN_SAMPLES)
+    draft.assistant[heard : heard + len(reply.wave)] = reply.wave
+    draft.speech.append(Speech(gate, end_turn, tuple(_shifted(word, heard) for word in reply.words)))
+    draft.replies.append(reply.text)
     draft.reply_span = (heard, heard + int(reply.words[-1].end_s * SAMPLE_RATE))
     draft.free = heard + len(reply.wave)
-    return True
+
+
+def _type(rng: np.random.Generator, draft: _Draft, speakers: Speakers) -> None:
+    """Typed turns, one soon after the other, until the session is full."""
+    replies = list(speakers.replies)
+    turn = draft.free // TURN_SAMPLES
+    while True:
+        text = sample_user_text(rng)[1]
+        if rng.random() < 0.5:  # every reply equally often: spoken questions ask for few of them
+            text = f"say {replies[int(rng.integers(len(replies)))]}"
+        if reply_to(text.split()) not in speakers.replies:
+            continue
+        reply = _reply(draft, speakers, text, turn)
+        if reply is None:
+            return
+        _answer(draft, reply, turn)
+        draft.typed.append((turn, text))
+        draft.scenes.append("typed")
+        turn = draft.speech[-1].end_turn + 1 + int(rng.exponential(1.0))
 
 
 def _shifted(word: Word, samples: int) -> Word:
@@ -338,6 +374,8 @@ def make_conversation(
             draft.free = int(rng.integers(n))
             _distract(rng, draft)
         draft.scenes.insert(0, "silence")
+    elif rng.random() < weights.typed:
+        _type(rng, draft, speakers)
     else:
         _fill(rng, draft, speakers, _user(rng, speakers, weights.engines), weights)
     if channel is None:
@@ -349,6 +387,7 @@ def make_conversation(
         assistant=draft.assistant,
         user_words=tuple(draft.words),
         speech=tuple(draft.speech),
+        typed=tuple(draft.typed),
         clock_s=0.0 if fresh else float(np.exp(rng.uniform(np.log(1.0), np.log(4 * 3600.0)))),
         wall_clock_s=float(rng.uniform(1.70e9, 2.05e9)),
         scenario=" ".join(draft.scenes),

@@ -3,13 +3,14 @@
 Row `r` of step `s` is made from a generator seeded with (seed, s * batch + r) and from nothing else, so a run resumes
 from one integer, with any number of workers and of hosts. Called by `jaxtml.train` and `jaxtml.data.show`.
 
-Axes: B batch, T positions, C clock features, P patches, S own-speech positions (padded; one position in six).
+Axes: B batch, T positions, C clock features, P patches, S own-speech positions (padded; one position in three).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from absl import flags
 from jaxtml.config import Config
 from jaxtml.data.bank import Bank
 from jaxtml.data.mix import Speakers, Weights, make_conversation
+from jaxtml.data.scenarios import VOCABULARY
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.layout import SPEECH_DIM, Sequence, encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import FRAMES_PER_TURN, N_MELS
+from jaxtml.stream.tokens import Term
 
 Batch = dict[str, np.ndarray]
 
-_SPEECH_SHARE = 6  # one position in six, at most, is own speech: a fifth more than sessions ever have
+_SPEECH_SHARE = 3  # one position in three, at most, is own speech: more than sessions have, the typed ones too
 _ENDLESS = 1 << 40
 
 
@@ -62,7 +65,7 @@ class Rows:
     def sequence(self, index: int) -> Sequence:
         """The session of row `index`, encoded and cut at `config.data.tokens` positions."""
         data = self.config.data
-        return encode(
+        sequence = encode(
             self.conversation(index),
             self.codec,
             self.config.duplex,
@@ -71,10 +74,38 @@ class Rows:
             max_tokens=data.tokens,
             max_speech=_slots(data.tokens),
         )
+        rng = np.random.default_rng((data.seed, index, 1))
+        if rng.random() >= data.misheard:
+            return sequence
+        return misheard(rng, sequence, self.config, self._vocabulary)
+
+    @cached_property
+    def _vocabulary(self) -> np.ndarray:
+        return np.array([token for word in VOCABULARY for token in self.codec.encode(word)])
 
     def __call__(self, index: int) -> Batch:
         """Row `index`, without the batch axis; see `pad`."""
         return pad(self.sequence(index), self.config)
+
+
+_MISHEARD = (0.1, 0.4)  # of the words of such a row; an untrained listener gets more wrong, a good one fewer
+
+
+def misheard(rng: np.random.Generator, sequence: Sequence, config: Config, others: np.ndarray) -> Sequence:
+    """The sequence with some of its heard tokens, as they stand in its past, replaced by some of the tokens `others`.
+
+    Targets keep what was said, so that the next word has to be found in the sound: left alone, a model that has only
+    seen flawless transcripts believes its own (exposure bias). The text of the replies, which answers what was said, is
+    not trained on here.
+    """
+    heard = 1 + np.flatnonzero((sequence.term == Term.HEARD) & (sequence.target < config.duplex.control_base))
+    heard = heard[heard < len(sequence.ids)]
+    wrong = heard[rng.random(len(heard)) < rng.uniform(*_MISHEARD)]
+    if not len(wrong):
+        return sequence
+    ids = sequence.ids.copy()
+    ids[wrong] = rng.choice(others, len(wrong))
+    return replace(sequence, ids=ids, term=np.where(sequence.term == Term.TEXT, Term.NONE, sequence.term))
 
 
 def pad(sequence: Sequence, config: Config) -> Batch:

@@ -25,13 +25,14 @@ class Speech:
     """One stretch in which the assistant speaks.
 
     The stretch starts and ends at micro-turn edges: the output of micro-turns `[start_turn, end_turn)`, heard one
-    micro-turn later. `words` carry absolute times on the conversation's clock; words that were cut off by an
-    interruption are absent.
+    micro-turn later. `words` carry absolute times on the conversation's clock. Words that an interruption cut off are
+    in `unsaid` with the times that they would have had: text is written before it is said.
     """
 
     start_turn: int
     end_turn: int
     words: tuple[Word, ...]
+    unsaid: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ The last given position predicts the first generated token. SAY separates what w
 own-speech position holds the dMel frame of the 50 ms spoken before it; its hidden state predicts the next 50 ms.
 
 What encoding loses, and by how much: word times are kept to the micro-turn (a heard word appears `heard_delay_ms` after
-its end, a said word `lead_ms` before its sound, both later if the micro-turn is full); waveforms are kept as dMel (16
+its end, a said word `lead_ms` before its sound or where its stretch begins, both later if the micro-turn is full; which
+words an interruption left unsaid is not kept); waveforms are kept as dMel (16
 levels, 0.6 in log10) and fine frames; own speech ends at a micro-turn edge, and stretches that touch become one.
 """
 
@@ -98,7 +99,7 @@ def plan_text(
     for speech in conversation.speech:
         words = [
             (int((word.start_s * 1000 - TURN_MS - lead_ms) // TURN_MS), codec.encode(word.text))
-            for word in speech.words
+            for word in (*speech.words, *speech.unsaid)
         ]
         stretch = _spread(words, config.max_text, speech.start_turn, min(speech.end_turn, turns))
         text[speech.start_turn : speech.end_turn] = stretch[speech.start_turn : speech.end_turn]

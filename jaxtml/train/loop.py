@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from tensorboardX import SummaryWriter
 
 from jaxtml.config import Config, from_json, to_json
+from jaxtml.convert.checkpoint import load_checkpoint
 from jaxtml.data.pipeline import Rows, batches
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -32,7 +33,15 @@ REPORT_EVERY = 20
 BANK, TOKENIZER, CONFIG = "bank", "tokenizer.json", "config.json"
 
 
-def train(config: Config, workdir: Path, data: Path, *, workers: int = 1, vocoder: Params | None = None) -> TrainState:
+def train(
+    config: Config,
+    workdir: Path,
+    data: Path,
+    *,
+    workers: int = 1,
+    vocoder: Params | None = None,
+    start_from: Path | None = None,
+) -> TrainState:
     """Trains or resumes in `workdir` up to `config.train.steps` updates.
 
     Args:
@@ -41,9 +50,10 @@ def train(config: Config, workdir: Path, data: Path, *, workers: int = 1, vocode
       data: from `jaxtml data`: `bank/` and `tokenizer.json`.
       workers: processes that make batches in advance.
       vocoder: trained vocoder parameters to carry in the checkpoints.
+      start_from: a checkpoint directory whose parameters a new run begins with, its vocoder too; fresh moments.
 
     Raises:
-      InputError: no data there, or `workdir` holds a run of another config.
+      InputError: no data there, `workdir` holds a run of another config, or `start_from` is of another size or tokenizer.
     """
     codec = TextCodec.load(data / TOKENIZER)
     if codec.size > config.duplex.control_base:
@@ -56,7 +66,7 @@ def train(config: Config, workdir: Path, data: Path, *, workers: int = 1, vocode
 
     init, step = make_train_step(model)
     compiled = jax.jit(step, donate_argnums=0)
-    params = init_params(model.specs(), config.train.seed)
+    params = init_params(model.specs(), config.train.seed) if start_from is None else _start(start_from, config, data)
     state = init({**params, "vocoder": vocoder} if vocoder is not None else params)
     policy = ocp.training.preservation_policies.LatestN(2)
     saver = ocp.training.Checkpointer(
@@ -119,6 +129,17 @@ def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
             raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
         state = _load(saver, workdir, saver.latest.step, target)
     return config, TextCodec.load(workdir / TOKENIZER), state.params
+
+
+def _start(directory: Path, config: Config, data: Path) -> Params:
+    """The parameters of a checkpoint that a run of `config` on `data` can begin with."""
+    theirs, params = load_checkpoint(directory)
+    for part in ("backbone", "flow", "vision", "vocoder"):
+        if getattr(theirs, part) != getattr(config, part):
+            raise InputError(f"{directory} cannot start this run: its config differs in {part} (see its {CONFIG})")
+    if (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
+        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
+    return params
 
 
 def _load(saver: ocp.training.Checkpointer, workdir: Path, step: int, target: TrainState) -> TrainState:

@@ -88,10 +88,10 @@ def loss_fn(
         terms[name] = jnp.where(chosen, nll, 0).sum() / turns
         terms[f"{name}_right"] = (chosen & right).sum() / jnp.maximum(chosen.sum(), 1)
 
-    at = batch["speech_at"][..., None]
-    spoken = jnp.take_along_axis(hidden, at, axis=1).reshape(-1, hidden.shape[-1])
-    target = batch["speech"].reshape(-1, batch["speech"].shape[-1]).astype(jnp.float32)
-    terms["flow"] = model.bind(params).flow.loss(spoken, target, batch["speech_valid"].reshape(-1), flow_key)
+    row, slot, valid = _spoken(jnp.asarray(batch["speech_valid"]))
+    spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
+    target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
+    terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, flow_key)
     terms["router_z"] = sum((s.z_loss.mean() for s in stats), jnp.zeros(())) / max(len(stats), 1)
     total = (
         t.gate_weight * terms["gate"]
@@ -101,6 +101,17 @@ def loss_fn(
         + t.z_loss * terms["router_z"]
     )
     return total, (terms, stats)
+
+
+def _spoken(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows, slots and validity, `[B * S / 2]` each, of the own-speech slots in use: those of `valid` `[B, S]`.
+
+    A row of little else but speech fills its slots, a batch hardly ever half of all: the flow head would mostly work on
+    padding. Slots beyond the half are left out of the loss.
+    """
+    size = max(valid.size // 2, min(valid.shape[1], valid.size))
+    at = jnp.nonzero(valid.reshape(-1), size=size, fill_value=0)[0]
+    return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
 
 
 def _noised_history(bins: jax.Array, kind: jax.Array, most: float, key: jax.Array) -> jax.Array:

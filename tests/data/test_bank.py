@@ -186,3 +186,15 @@ def test_real_voices_are_stored_as_synthesised(tmp_path):
     bank.build(tmp_path / "b", (items,), 1)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert 0.4 < bank.Bank.open(tmp_path / "a").entries[1].seconds < 2.0
+
+
+def test_casts_with_words_name_the_vocabulary_a_few_words_at_a_time():
+    vocabulary = tuple(f"word{letter}" for letter in "abcdefghij")
+    casts = (bank.Cast("train", ("espeak:a", "espeak:b"), 2, words=True, rate=(0.55, 1.0)), *CASTS)
+    items = [i for shard in bank.plan(casts, [], say_something, 7, vocabulary) for i in shard if i.role == "words"]
+    for voice in ("espeak:a", "espeak:b"):
+        named = [words_of(item.text) for item in items if item.voice == voice]
+        assert sorted(word for words in named for word in words) == sorted(2 * vocabulary), "each word twice"
+        assert {len(words) for words in named} == {bank.WORDS_AT_ONCE}
+    assert all(item.text.count(".") == bank.WORDS_AT_ONCE for item in items), "each in the tone of a sentence's end"
+    assert all(0.55 <= item.rate <= 1 for item in items)

@@ -10,11 +10,12 @@ from jaxtml.errors import InputError
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
 
 ONLY = {
-    "exchange": mix.Weights(1, 0, 0, 0, 0),
-    "hesitation": mix.Weights(0, 1, 0, 0, 0, joined=0),
-    "barge_in": mix.Weights(0.2, 0, 0.8, 0, 0),
-    "distraction": mix.Weights(0.5, 0, 0, 0.5, 0),
+    "exchange": mix.Weights(1, 0, 0, 0, 0, typed=0),
+    "hesitation": mix.Weights(0, 1, 0, 0, 0, typed=0, joined=0),
+    "barge_in": mix.Weights(0.2, 0, 0.8, 0, 0, typed=0),
+    "distraction": mix.Weights(0.5, 0, 0, 0.5, 0, typed=0),
     "silence": mix.Weights(silence=1.0),
+    "typed": mix.Weights(silence=0, typed=1.0),
     "all": mix.Weights(),
 }
 
@@ -137,6 +138,21 @@ def test_an_interrupted_stretch_keeps_only_words_that_were_said_to_their_end(spe
             said = [word.text for word in speech.words]
             assert said == reply.split()[: len(said)]
             assert all(word.end_s * SAMPLE_RATE <= (speech.end_turn + 1) * TURN_SAMPLES for word in speech.words)
+            assert [*said, *(word.text for word in speech.unsaid)] == reply.split()
+
+
+def test_what_is_typed_is_answered_in_the_micro_turn_in_which_it_is_read(speakers):
+    replies = set()
+    for talk in made(speakers, "typed"):
+        assert talk.user_words == () and talk.user_end_s == ()
+        assert [turn for turn, _ in talk.typed] == [speech.start_turn for speech in talk.speech]
+        expected = [reply_to(text.split()) for _, text in talk.typed]
+        assert expected == [" ".join(word.text for word in speech.words) for speech in talk.speech]
+        assert talk.expected == " | ".join(expected)
+        replies.update(expected)
+        spoken = sum(speech.end_turn - speech.start_turn for speech in talk.speech)
+        assert spoken > 0.5 * len(talk.user) / TURN_SAMPLES, "little else but the model's own voice"
+    assert len(replies) > 100
 
 
 def test_nobody_is_answered_when_nobody_spoke(speakers):
@@ -161,7 +177,7 @@ def test_sessions_repeat_with_their_seed_and_differ_otherwise(speakers):
 
 
 def test_words_joined_from_different_utterances_make_new_sentences(speakers):
-    joined = mix.Weights(1, 0, 0, 0, 0, joined=1.0)
+    joined = mix.Weights(1, 0, 0, 0, 0, typed=0, joined=1.0)
     talks = [
         mix.make_conversation(np.random.default_rng(i), speakers, joined, channel=channel.CLEAN) for i in range(20)
     ]

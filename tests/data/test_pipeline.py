@@ -91,3 +91,24 @@ def test_another_seed_gives_other_rows(rows):
 def test_a_batch_that_does_not_divide_among_the_hosts_is_refused(rows):
     with pytest.raises(ValueError, match="does not divide"):
         pipeline.batches(rows, 3, share=Share(0, 2))
+
+
+def test_a_misheard_row_differs_in_heard_words_of_the_past_alone_and_trains_no_text(rows):
+    base = rows.config.duplex.control_base
+    strict, loose = (
+        dataclasses.replace(rows, config=configs.override(rows.config, f"data.misheard={share}")) for share in (0.0, 1.0)
+    )
+    changed = heard = 0
+    for index in range(12):
+        true, wrong = strict.sequence(index), loose.sequence(index)
+        for name in ("kind", "bins", "turn", "target", "speech_at", "speech"):
+            np.testing.assert_array_equal(getattr(true, name), getattr(wrong, name))
+        differs = np.flatnonzero(true.ids != wrong.ids)
+        assert (true.term[differs - 1] == Term.HEARD).all() and (true.ids[differs] < base).all()
+        changed += len(differs)
+        heard += ((true.term == Term.HEARD) & (true.target < base)).sum()
+        if len(differs):
+            assert not (wrong.term == Term.TEXT).any()
+            kept = true.term != Term.TEXT
+            np.testing.assert_array_equal(true.term[kept], wrong.term[kept])
+    assert 0.1 < changed / heard < 0.4

@@ -53,7 +53,7 @@ def speak(item: Item) -> Utterance:
 
 @dataclass(frozen=True)
 class ToneBank:
-    """Every voice says every text; the assistant says the replies."""
+    """Every voice says every text, and names every word; the assistant says the replies."""
 
     utterances: tuple[Utterance, ...]
     roles: tuple[str, ...]
@@ -62,8 +62,14 @@ class ToneBank:
     @staticmethod
     def made() -> ToneBank:
         users = [spoken(text, voice) for voice in VOICES for text in USER_TEXTS]
+        named = [spoken(f"{a} {b}", voice, word_s=0.5, gap_s=0.2)
+                 for voice in VOICES for a, b in zip(*(iter(scenarios.VOCABULARY),) * 2, strict=False)]  # fmt: skip
         replies = [spoken(text, "tone:own", word_s=0.35) for text in scenarios.assistant_texts()]
-        return ToneBank((*users, *replies), ("user",) * len(users) + ("assistant",) * len(replies))
+        parts = {"user": users, "words": named, "assistant": replies}
+        return ToneBank(
+            tuple(said for part in parts.values() for said in part),
+            tuple(role for role, part in parts.items() for _ in part),
+        )
 
     def utterance(self, i: int) -> Utterance:
         return self.utterances[i]

@@ -46,7 +46,7 @@ class ThreeVoices:
     def select(self, *, split: str, role: str) -> np.ndarray:
         if role == "assistant":
             return np.arange(self.users, len(self.utterances))
-        return np.arange(self.users if split == self.split else 0)
+        return np.arange(self.users if split == self.split and role == "user" else 0)
 
 
 def test_voices_take_turns_and_every_tenth_session_is_silent():

@@ -39,7 +39,7 @@ def params(config, lively) -> Params:
 @pytest.fixture(scope="module")
 def batch(config, talk, codec) -> dict[str, np.ndarray]:
     """Two rows with typed text, frames, words and speech; both end in padding."""
-    slots = 4 * (config.data.tokens // 24)
+    slots = 4 * (config.data.tokens // 12)
     rows = [
         pad(encode(talk(seed, config.data.turns), codec, config.duplex, max_speech=slots), config) for seed in (36, 20)
     ]
