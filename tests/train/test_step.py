@@ -39,9 +39,10 @@ def params(config, lively) -> Params:
 @pytest.fixture(scope="module")
 def batch(config, talk, codec) -> dict[str, np.ndarray]:
     """Two rows with typed text, frames, words and speech; both end in padding."""
-    slots = 4 * (config.data.tokens // 12)
+    tokens = config.data.tokens
     rows = [
-        pad(encode(talk(seed, config.data.turns), codec, config.duplex, max_speech=slots), config) for seed in (36, 20)
+        pad(encode(talk(seed, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3), config)
+        for seed in (36, 20)
     ]
     made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     kinds, terms = set(made["kind"].ravel().tolist()), set(made["term"].ravel().tolist())
