@@ -7,7 +7,6 @@ python tools/make_checkpoint.py --workdir run --vocoder vocoder --out jaxtml/ass
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,20 +24,31 @@ LIMIT_BYTES = 25_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, type=Path, help="of `jaxtml train`")
-    parser.add_argument("--vocoder", required=True, type=Path, help="workdir of `jaxtml train vocoder`")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vocoder", type=Path, help="workdir of `jaxtml train vocoder`")
+    source.add_argument(
+        "--started-from", type=Path, help="the checkpoint that the run began with: its vocoder and logs"
+    )
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     try:
         config, _, params = latest(args.workdir)
-        other, vocoder = trained(args.vocoder)
-        if other.vocoder != config.vocoder:
-            raise InputError(f"{args.vocoder} trained another vocoder than {args.workdir} has")
-        save_checkpoint(args.out, config, {**params, "vocoder": vocoder}, "bfloat16", args.workdir / "tokenizer.json")
-    except InputError as error:
+        logs = {"training.jsonl": (args.workdir / "log.jsonl").read_text()}
+        if args.vocoder is not None:
+            other, vocoder = trained(args.vocoder)
+            if other.vocoder != config.vocoder:
+                raise InputError(f"{args.vocoder} trained another vocoder than {args.workdir} has")
+            params = {**params, "vocoder": vocoder}
+            logs["vocoder_training.jsonl"] = (args.vocoder / "log.jsonl").read_text()
+        else:
+            before = {path.name: path.read_text() for path in args.started_from.glob("*training.jsonl")}
+            logs = {**before, "training.jsonl": before.get("training.jsonl", "") + logs["training.jsonl"]}
+        save_checkpoint(args.out, config, params, "bfloat16", args.workdir / "tokenizer.json")
+    except (InputError, OSError) as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)
         return 2
-    shutil.copyfile(args.workdir / "log.jsonl", args.out / "training.jsonl")
-    shutil.copyfile(args.vocoder / "log.jsonl", args.out / "vocoder_training.jsonl")
+    for name, text in logs.items():
+        (args.out / name).write_text(text)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     total = sum(int(np.prod(array.shape)) for _, array in flatten(params))
     print(f"{args.out}: {total:,} parameters, {size / 1e6:.1f} MB")

@@ -346,7 +346,7 @@ class Bank:
         return Utterance(wave, entry.words, entry.item.voice, entry.item.text)
 
     def select(self, *, split: str | None = None, role: str | None = None) -> np.ndarray:
-        """`[n]` int64, rising: indices of a split's ("train", "test") and a role's ("user", "words", "assistant") utterances."""
+        """`[n]` int64, rising: indices of the utterances of a split ("train", "test") and a role (see `Item`)."""
         kept = [
             index
             for index, entry in enumerate(self.entries)

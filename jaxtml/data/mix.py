@@ -143,7 +143,7 @@ class _Draft:
 
 
 def _joined_clip(rng: np.random.Generator, speakers: Speakers, voice: str) -> Clip | None:
-    """A turn put together from the words that a voice named, as recordings of isolated words are; None: some missing."""
+    """A turn put together from the words that a voice named, as recordings of single words are; None: some missing."""
     places = speakers.singles.get(voice, {})
     for _ in range(4):
         words = (bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]).split()

@@ -53,7 +53,8 @@ def train(
       start_from: a checkpoint directory whose parameters a new run begins with, its vocoder too; fresh moments.
 
     Raises:
-      InputError: no data there, `workdir` holds a run of another config, or `start_from` is of another size or tokenizer.
+      InputError: no data there, `workdir` holds a run of another config, or `start_from` is of another size or has
+        another tokenizer.
     """
     codec = TextCodec.load(data / TOKENIZER)
     if codec.size > config.duplex.control_base:

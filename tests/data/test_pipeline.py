@@ -96,7 +96,8 @@ def test_a_batch_that_does_not_divide_among_the_hosts_is_refused(rows):
 def test_a_misheard_row_differs_in_heard_words_of_the_past_alone_and_trains_no_text(rows):
     base = rows.config.duplex.control_base
     strict, loose = (
-        dataclasses.replace(rows, config=configs.override(rows.config, f"data.misheard={share}")) for share in (0.0, 1.0)
+        dataclasses.replace(rows, config=configs.override(rows.config, f"data.misheard={share}"))
+        for share in (0.0, 1.0)
     )
     changed = heard = 0
     for index in range(12):

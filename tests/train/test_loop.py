@@ -21,6 +21,7 @@ import tones
 
 from jaxtml import config as configs
 from jaxtml.config import Config
+from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.data import bank, pipeline, scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -36,8 +37,6 @@ import os, signal, sys
 from pathlib import Path
 from jaxtml import config
 from jaxtml.train import loop
-
-pytestmark = pytest.mark.slow  # minutes: every run compiles a training step
 
 whole = loop.batches
 
@@ -172,6 +171,26 @@ def test_latest_of_nothing_is_one_clear_line(config, tmp_path):
     (tmp_path / "config.json").write_text(configs.to_json(config))
     with pytest.raises(InputError, match="has no checkpoint yet: let the training run on"):
         latest(tmp_path)
+
+
+def test_a_run_begins_with_the_parameters_of_a_checkpoint(config, data, straight, tmp_path):
+    start = tmp_path / "start"
+    save_checkpoint(start, config, straight[1].params, tokenizer_path=data / "tokenizer.json")
+    done = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=0.0, bias_rate=0.0))
+    state = train(done, tmp_path / "run", data, workers=0, start_from=start)
+    assert int(state.step) == STEPS
+    assert_same(state.params, straight[1].params)
+
+
+def test_a_checkpoint_of_another_size_or_tokenizer_starts_no_run(config, data, straight, tmp_path):
+    start = tmp_path / "start"
+    save_checkpoint(start, config, straight[1].params, tokenizer_path=data / "tokenizer.json")
+    wider = dataclasses.replace(config, flow=dataclasses.replace(config.flow, depth=config.flow.depth + 1))
+    with pytest.raises(InputError, match="its config differs in flow"):
+        train(wider, tmp_path / "run", data, workers=0, start_from=start)
+    (start / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"its tokenizer.json is not that of"):
+        train(config, tmp_path / "other", data, workers=0, start_from=start)
 
 
 @pytest.mark.parametrize("change", ["train.learning_rate=0.1", "backbone.d_ff_dense=64", "data.seed=2", "name=other"])

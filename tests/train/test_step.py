@@ -41,7 +41,10 @@ def batch(config, talk, codec) -> dict[str, np.ndarray]:
     """Two rows with typed text, frames, words and speech; both end in padding."""
     tokens = config.data.tokens
     rows = [
-        pad(encode(talk(seed, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3), config)
+        pad(
+            encode(talk(seed, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3),
+            config,
+        )
         for seed in (36, 20)
     ]
     made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
