@@ -109,6 +109,7 @@ def converse(
     seed: int = 0,
     week_ms: int = 0,
     patches: Sequence[np.ndarray] | None = None,
+    typed: Sequence[Sequence[tuple[int, str]]] | None = None,
 ) -> Iterator[tuple[TurnOutputs, tuple[TurnRecord, ...]]]:
     """Runs one session per wave, side by side, a micro-turn at a time.
 
@@ -118,6 +119,7 @@ def converse(
       seed: of the sampling.
       week_ms: wall clock at the start.
       patches: `[P, 2, 40, 40, 3]` float32 per micro-turn, as far as there is video; seen by every session.
+      typed: per session, `(micro-turn, text)` as it is typed; longer text than a micro-turn takes goes on in the next.
 
     Yields:
       The outputs (host arrays) and one record per session.
@@ -129,12 +131,15 @@ def converse(
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
     inputs = engine.duplex.empty_inputs(batch)
     streams = [DmelStream() for _ in waves]
+    keyboards = _Keyboards(engine, typed or [()] * batch)
     for turn in range(turns):
         began = time.perf_counter()
         rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
         stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
         streams = [stream for stream, _ in stepped]
         given = inputs._replace(bins=np.stack([bins for _, bins in stepped]))
+        if typed is not None:
+            given = given._replace(**keyboards.step(turn))
         if patches is not None and turn < len(patches):
             seen = np.zeros(inputs.patches.shape, np.float32)
             seen[:, : len(patches[turn])] = patches[turn]
@@ -151,11 +156,39 @@ def converse(
         yield host, tuple(records)
 
 
-def replies(engine: Engine, waves: Sequence[np.ndarray], seed: int = 0) -> list[Reply]:
-    """Whole sessions, side by side; each reply has the length and the clock of its wave."""
+class _Keyboards:
+    """What each session types, cut to what a micro-turn takes."""
+
+    def __init__(self, engine: Engine, typed: Sequence[Sequence[tuple[int, str]]]):
+        self.engine = engine
+        self.typed = [dict(texts) for texts in typed]
+        self.waiting: list[list[int]] = [[] for _ in typed]
+
+    def step(self, turn: int) -> dict[str, np.ndarray]:
+        """`typed` `[B, N]` and `typed_length` `[B]` of `TurnInputs`."""
+        duplex = self.engine.config.duplex
+        ids = np.zeros((len(self.typed), duplex.max_typed), np.int32)
+        lengths = np.zeros(len(self.typed), np.int32)
+        for i, (texts, waiting) in enumerate(zip(self.typed, self.waiting, strict=True)):
+            waiting += self.engine.codec.encode(texts[turn]) if turn in texts else []
+            now = waiting[: duplex.max_typed - 1]
+            if now:
+                del waiting[: len(now)]
+                lengths[i] = 1 + len(now)
+                ids[i, : lengths[i]] = [duplex.control_base + Control.TYPED, *now]
+        return {"typed": ids, "typed_length": lengths}
+
+
+def replies(
+    engine: Engine,
+    waves: Sequence[np.ndarray],
+    seed: int = 0,
+    typed: Sequence[Sequence[tuple[int, str]]] | None = None,
+) -> list[Reply]:
+    """Whole sessions, side by side; replies have the length and the clock of their waves. Arguments as for `converse`."""
     chunks: list[np.ndarray] = []
     records: list[tuple[TurnRecord, ...]] = []
-    for outputs, turn in converse(engine, waves, seed):
+    for outputs, turn in converse(engine, waves, seed, typed=typed):
         chunks.append(np.asarray(outputs.wave))
         records.append(turn)
     heard_later = np.zeros((len(waves), TURN_SAMPLES), np.float32)

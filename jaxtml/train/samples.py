@@ -33,12 +33,12 @@ class Sampler:
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.params = jax.jit(self.engine.duplex.prepare)(params)
         lines = []
-        said = replies(self.engine, [talk.user for talk in self.talks])
+        said = replies(self.engine, [talk.user for talk in self.talks], typed=[talk.typed for talk in self.talks])
         for i, (talk, reply) in enumerate(zip(self.talks, said, strict=True)):
             write_wav(folder / f"{i}.wav", np.stack([talk.user, reply.wave], axis=1))
             lines += [
                 f"{i} {talk.scenario}",
-                f"  user  {' '.join(word.text for word in talk.user_words)}",
+                f"  user  {' '.join([*(word.text for word in talk.user_words), *(text for _, text in talk.typed)])}",
                 f"  heard {reply.heard}",
                 f"  right {talk.expected}",
                 f"  said  {reply.text}",

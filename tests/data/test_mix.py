@@ -62,7 +62,7 @@ def test_the_reply_is_heard_200_to_400_ms_after_the_users_end(speakers):
 def test_the_assistant_is_heard_only_inside_its_stretches(speakers, name):
     for talk in made(speakers, name, 10):
         spoken = np.zeros(len(talk.assistant), bool)
-        last = 0
+        last = -1
         for speech in talk.speech:
             assert last < speech.start_turn < speech.end_turn, "stretches are in order with a listening turn between"
             last = speech.end_turn

@@ -129,3 +129,18 @@ def test_what_is_no_checkpoint_is_one_clear_line(small, params, tmp_path):
     save_checkpoint(tmp_path / "mute", small, params)
     with pytest.raises(InputError, match="no tokenizer at .*tokenizer.json"):
         Engine.load(tmp_path / "mute")
+
+
+def test_what_is_typed_reaches_its_session_in_its_micro_turn_and_goes_on_in_the_next(engine):
+    silence = [np.zeros(5 * TURN_SAMPLES, np.float32)] * SLOTS
+    long = " ".join(["forty two"] * engine.config.duplex.max_typed)
+    quiet, typed = (
+        [outputs for outputs, _ in converse(engine, silence, typed=texts)]
+        for texts in (None, [(), [(2, long)], (), ()])
+    )
+    changed = np.array(
+        [[a.p_speak[i] != b.p_speak[i] for i in range(SLOTS)] for a, b in zip(quiet, typed, strict=True)]
+    )
+    np.testing.assert_array_equal(changed, [[i == 1 and turn >= 2 for i in range(SLOTS)] for turn in range(5)])
+    short = [outputs for outputs, _ in converse(engine, silence, typed=[(), [(2, "forty two")], (), ()])]
+    assert short[3].p_speak[1] != typed[3].p_speak[1], "the rest of the long text comes with the next micro-turn"
