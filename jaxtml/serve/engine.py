@@ -185,7 +185,7 @@ def replies(
     seed: int = 0,
     typed: Sequence[Sequence[tuple[int, str]]] | None = None,
 ) -> list[Reply]:
-    """Whole sessions, side by side; replies have the length and the clock of their waves. Arguments as for `converse`."""
+    """Whole sessions, side by side; a reply has the length and clock of its wave. Arguments as for `converse`."""
     chunks: list[np.ndarray] = []
     records: list[tuple[TurnRecord, ...]] = []
     for outputs, turn in converse(engine, waves, seed, typed=typed):
