@@ -93,7 +93,11 @@ class DuplexConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Flow head: hidden state -> 50 ms of speech (80 coarse and 4 x 80 fine log-mels)."""
+    """Flow head: hidden state -> 50 ms of speech (80 coarse and 4 x 80 fine log-mels).
+
+    `history_noise` (bins) and `history_dropout` (share of frames, 1 and more is all): what training does to the speech
+    that is fed back, at most (see `train.step.spoilt_history`).
+    """
 
     width: int
     depth: int
@@ -101,6 +105,7 @@ class FlowConfig:
     steps: int = 4
     temperature: float = 0.6
     history_noise: float = 0.15
+    history_dropout: float = 0.0
 
 
 @dataclass(frozen=True)

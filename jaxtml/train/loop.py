@@ -24,7 +24,7 @@ from jaxtml.convert.checkpoint import load_checkpoint
 from jaxtml.data.pipeline import Rows, batches
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import Params, count, init_params
+from jaxtml.model.spec import Params, count, flatten, init_params
 from jaxtml.stream.text import TextCodec
 from jaxtml.train.samples import Sampler
 from jaxtml.train.step import TrainState, make_train_step
@@ -135,9 +135,12 @@ def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
 def _start(directory: Path, config: Config, data: Path) -> Params:
     """The parameters of a checkpoint that a run of `config` on `data` can begin with."""
     theirs, params = load_checkpoint(directory)
-    for part in ("backbone", "flow", "vision", "vocoder"):
-        if getattr(theirs, part) != getattr(config, part):
-            raise InputError(f"{directory} cannot start this run: its config differs in {part} (see its {CONFIG})")
+    held, wanted = (
+        {path: spec.shape for path, spec in flatten(InteractionModel(c).specs())} for c in (theirs, config)
+    )
+    other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
+    if other:
+        raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
     if (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
     return params

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtml.config import Config, TrainConfig
+from jaxtml.config import Config, FlowConfig, TrainConfig
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.moe import MoEStats
 from jaxtml.model.spec import Params
@@ -73,7 +73,7 @@ def loss_fn(
     t = model.config.train
     dtype = jnp.dtype(t.compute_dtype)
     noise_key, flow_key = jax.random.split(key)
-    bins = _noised_history(batch["bins"], batch["kind"], model.config.flow.history_noise, noise_key)
+    bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, noise_key)
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
     hidden, stats = model.hidden(params, inputs, dtype, t.remat)
 
@@ -114,16 +114,31 @@ def _spoken(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
 
 
-def _noised_history(bins: jax.Array, kind: jax.Array, most: float, key: jax.Array) -> jax.Array:
-    """Own-speech frames with noise, against exposure bias: what is fed back when speaking is never quite right.
+def spoilt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, key: jax.Array) -> jax.Array:
+    """Own-speech frames with noise and with gaps, against exposure bias: what is fed back is never quite right.
 
-    Each row draws one level in [0, most] bins (as CALM noises its latents, 2025).
+    Each row draws one level of noise in [0, `history_noise`] bins (as CALM noises its latents, 2025) and one share of
+    missing frames in [0, `history_dropout`], where 1 and more is all of them (word dropout, Bowman et al., 2016). A
+    missing frame is bin 0 throughout, which no sound gives: silence is bin 2. With its history in full view a model
+    continues the recordings it has learnt by heart and hardly looks at the text.
+
+    Args:
+      bins: `[B, T, 80]` uint8.
+      kind: `[B, T]` uint8, `PositionKind`.
+      config: the levels.
+      key: of the noise.
+
+    Returns:
+      `[B, T, 80]` uint8, unchanged but at OWN positions.
     """
-    level_key, noise_key = jax.random.split(key)
-    level = most * jax.random.uniform(level_key, (bins.shape[0], 1, 1))
+    level_key, noise_key, share_key, gap_key = jax.random.split(key, 4)
+    level = config.history_noise * jax.random.uniform(level_key, (bins.shape[0], 1, 1))
     noisy = bins + level * jax.random.normal(noise_key, bins.shape)
-    noisy = jnp.clip(jnp.round(noisy), 0, 15).astype(bins.dtype)
-    return jnp.where((kind == PositionKind.OWN)[..., None], noisy, bins)
+    noisy = jnp.clip(jnp.round(noisy), 0, 15)
+    share = config.history_dropout * jax.random.uniform(share_key, (bins.shape[0], 1))
+    missing = jax.random.uniform(gap_key, kind.shape) < share
+    spoilt = jnp.where(missing[..., None], 0, noisy).astype(bins.dtype)
+    return jnp.where((kind == PositionKind.OWN)[..., None], spoilt, bins)
 
 
 def update_router_bias(params: Params, model: InteractionModel, stats: list[MoEStats], rate: float) -> Params:
