@@ -63,8 +63,8 @@ class FlowHead(nnx.Module):
         """Mean squared error of x1 over the valid positions and `draws` noise draws each.
 
         `hidden` `[N, D]`, `target` `[N, 400]` log-mels, `valid` `[N]` bool. All t count alike: the minimum is that of
-        the velocity's error, whose weight (1 - t)^-2 spends nearly all of the loss on the last of the noise, for which
-        nobody has to know what is being said.
+        the velocity's error, whose weight (1 - t)^-2 puts the loss where the noise is nearly gone and nobody has to
+        know what is being said.
         """
         draws = self.config.draws
         condition = jnp.repeat(self.condition(hidden), draws, axis=0)

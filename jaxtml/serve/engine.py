@@ -137,9 +137,7 @@ def converse(
         rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
         stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
         streams = [stream for stream, _ in stepped]
-        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]))
-        if typed is not None:
-            given = given._replace(**keyboards.step(turn))
+        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]), **keyboards.step(turn))
         if patches is not None and turn < len(patches):
             seen = np.zeros(inputs.patches.shape, np.float32)
             seen[:, : len(patches[turn])] = patches[turn]

@@ -67,18 +67,19 @@ def train(
 
     init, step = make_train_step(model)
     compiled = jax.jit(step, donate_argnums=0)
-    params = init_params(model.specs(), config.train.seed) if start_from is None else _start(start_from, config, data)
-    state = init({**params, "vocoder": vocoder} if vocoder is not None else params)
     policy = ocp.training.preservation_policies.LatestN(2)
     saver = ocp.training.Checkpointer(
         str((workdir / "checkpoints").absolute()),
         preservation_policy=policy,  # pyright: ignore[reportArgumentType]
     )
-    first = 0
     if saver.latest is not None:
         first = saver.latest.step
-        state = _load(saver, workdir, first, state)
+        state = _load(saver, workdir, first, model)
         logging.info("resumed at step %d", first)
+    else:
+        first = 0
+        params = _start(start_from, model, data) if start_from else init_params(model.specs(), config.train.seed)
+        state = init({**params, "vocoder": vocoder} if vocoder is not None else params)
 
     tokens_per_step = config.train.batch * config.data.tokens
     steps = config.train.steps
@@ -120,24 +121,17 @@ def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
     if not (workdir / CONFIG).is_file():
         raise InputError(f"{workdir} holds no training run")
     config = from_json((workdir / CONFIG).read_text())
-    model = InteractionModel(config)
-    init, _ = make_train_step(model)
-    shapes = jax.eval_shape(lambda: init(init_params(model.specs(), 0)))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     with ocp.training.Checkpointer(str((workdir / "checkpoints").absolute())) as saver:
         if saver.latest is None:
             raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
-        state = _load(saver, workdir, saver.latest.step, target)
+        state = _load(saver, workdir, saver.latest.step, InteractionModel(config))
     return config, TextCodec.load(workdir / TOKENIZER), state.params
 
 
-def _start(directory: Path, config: Config, data: Path) -> Params:
-    """The parameters of a checkpoint that a run of `config` on `data` can begin with."""
+def _start(directory: Path, model: InteractionModel, data: Path) -> Params:
+    """The parameters of a checkpoint that a run of `model` on `data` can begin with."""
     theirs, params = load_checkpoint(directory)
-    held, wanted = (
-        {path: spec.shape for path, spec in flatten(InteractionModel(c).specs())} for c in (theirs, config)
-    )
+    held, wanted = ({path: spec.shape for path, spec in flatten(m.specs())} for m in (InteractionModel(theirs), model))
     other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
     if other:
         raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
@@ -146,7 +140,13 @@ def _start(directory: Path, config: Config, data: Path) -> Params:
     return params
 
 
-def _load(saver: ocp.training.Checkpointer, workdir: Path, step: int, target: TrainState) -> TrainState:
+def _load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel) -> TrainState:
+    init, _ = make_train_step(model)
+    params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, np.float32), model.specs())
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), jax.eval_shape(init, params)
+    )
     try:
         return saver.load(step, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds

@@ -17,7 +17,7 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
 from jaxtml.stream.layout import encode
 from jaxtml.stream.tokens import PositionKind, Term
-from jaxtml.train.step import TrainState, loss_fn, make_train_step, schedule
+from jaxtml.train.step import TrainState, loss_fn, make_train_step, schedule, spoilt_history
 
 TERMS = ("gate", "heard", "text", "flow", "router_z")
 BIAS_RATE = 0.05
@@ -120,6 +120,24 @@ def test_a_head_learns_from_its_own_terms_alone(gradients):
             assert not spoken or not gradients[term][path].any(), f"{term} moves {path}"
     for term in ("gate", "heard", "text"):
         assert gradients[term]["unembed"].any()
+
+
+def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
+    flow = dataclasses.replace(config.flow, history_noise=1.0, history_dropout=1.5)
+    rng = np.random.default_rng(5)
+    bins = rng.integers(2, 16, (64, 50, 80)).astype(np.uint8)
+    kind = rng.choice(np.array([PositionKind.USER, PositionKind.OWN], np.uint8), (64, 50))
+    spoilt = np.asarray(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), flow, jax.random.key(2)))
+    own = kind == PositionKind.OWN
+    np.testing.assert_array_equal(spoilt[~own], bins[~own])
+    missing = own & ~spoilt.any(axis=-1)
+    share = missing.sum(axis=1) / own.sum(axis=1)
+    assert 0.15 < (share == 1).mean() < 0.55, "a third of the rows is expected to lose everything"
+    assert share.min() < 0.2 and ((share > 0.2) & (share < 0.8)).mean() > 0.2
+    left = np.abs(spoilt[own & ~missing].astype(int) - bins[own & ~missing])
+    assert left.any() and left.mean() < 1.0
+    whole = dataclasses.replace(flow, history_noise=0.0, history_dropout=0.0)
+    np.testing.assert_array_equal(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), whole, jax.random.key(2)), bins)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):
