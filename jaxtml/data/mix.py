@@ -117,7 +117,7 @@ class Weights:
     barge_in: float = 0.2
     distraction: float = 0.08
     silence: float = 0.04
-    typed: float = 0.2
+    typed: float = 0.4
     joined: float = 0.4
     engines: tuple[tuple[str, float], ...] = (("kokoro", 0.55), ("flite", 0.17), ("piper", 0.1), ("espeak", 0.18))
 
