@@ -19,6 +19,7 @@ from jaxtml.model.duplex import Duplex, DuplexState, TurnOutputs
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params
 from jaxtml.stream.dmel import DmelStream
+from jaxtml.stream.layout import plan_typed
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import TURN_MS, TURN_SAMPLES
 from jaxtml.stream.tokens import Control
@@ -131,13 +132,20 @@ def converse(
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
     inputs = engine.duplex.empty_inputs(batch)
     streams = [DmelStream() for _ in waves]
-    keyboards = _Keyboards(engine, typed or [()] * batch)
+    duplex = engine.config.duplex
+    plans = [plan_typed(texts, engine.codec, duplex, turns) for texts in typed or [()] * batch]
     for turn in range(turns):
         began = time.perf_counter()
         rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
         stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
         streams = [stream for stream, _ in stepped]
-        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]), **keyboards.step(turn))
+        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]))
+        if any(plan[turn] for plan in plans):
+            ids = np.zeros(inputs.typed.shape, np.int32)
+            for i, plan in enumerate(plans):
+                ids[i, : 1 + len(plan[turn])] = [duplex.control_base + Control.TYPED, *plan[turn]]
+            lengths = np.array([1 + len(plan[turn]) if plan[turn] else 0 for plan in plans], np.int32)
+            given = given._replace(typed=ids, typed_length=lengths)
         if patches is not None and turn < len(patches):
             seen = np.zeros(inputs.patches.shape, np.float32)
             seen[:, : len(patches[turn])] = patches[turn]
@@ -152,29 +160,6 @@ def converse(
             p_speak = round(float(host.p_speak[i]), 4)
             records.append(TurnRecord(turn * TURN_MS, gate, p_speak, heard, said, delegated, round(step_ms, 2)))
         yield host, tuple(records)
-
-
-class _Keyboards:
-    """What each session types, cut to what a micro-turn takes."""
-
-    def __init__(self, engine: Engine, typed: Sequence[Sequence[tuple[int, str]]]):
-        self.engine = engine
-        self.typed = [dict(texts) for texts in typed]
-        self.waiting: list[list[int]] = [[] for _ in typed]
-
-    def step(self, turn: int) -> dict[str, np.ndarray]:
-        """`typed` `[B, N]` and `typed_length` `[B]` of `TurnInputs`."""
-        duplex = self.engine.config.duplex
-        ids = np.zeros((len(self.typed), duplex.max_typed), np.int32)
-        lengths = np.zeros(len(self.typed), np.int32)
-        for i, (texts, waiting) in enumerate(zip(self.typed, self.waiting, strict=True)):
-            waiting += self.engine.codec.encode(texts[turn]) if turn in texts else []
-            now = waiting[: duplex.max_typed - 1]
-            if now:
-                del waiting[: len(now)]
-                lengths[i] = 1 + len(now)
-                ids[i, : lengths[i]] = [duplex.control_base + Control.TYPED, *now]
-        return {"typed": ids, "typed_length": lengths}
 
 
 def replies(

@@ -13,12 +13,14 @@ own-speech position holds the dMel frame of the 50 ms spoken before it; its hidd
 
 What encoding loses, and by how much: word times are kept to the micro-turn (a heard word appears `heard_delay_ms` after
 its end, a said word `lead_ms` before its sound or where its stretch begins, both later if the micro-turn is full; which
-words an interruption left unsaid is not kept); waveforms are kept as dMel (16
-levels, 0.6 in log10) and fine frames; own speech ends at a micro-turn edge, and stretches that touch become one.
+words an interruption left unsaid is not kept); typed text that a micro-turn has no room for goes on in the next;
+waveforms are kept as dMel (16 levels, 0.6 in log10) and fine frames; own speech ends at a micro-turn edge, and
+stretches that touch become one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +108,21 @@ def plan_text(
     return [TurnText(h, t) for h, t in zip(heard, text, strict=True)]
 
 
+def plan_typed(
+    typed: Iterable[tuple[int, str]], codec: TextCodec, config: DuplexConfig, turns: int
+) -> list[tuple[int, ...]]:
+    """Which typed tokens each of `turns` micro-turns is given; text that it has no room for goes on in the next."""
+    texts = dict(typed)
+    waiting: list[int] = []
+    plan: list[tuple[int, ...]] = []
+    room = max(config.max_typed - 1, 0)  # TYPED comes first
+    for turn in range(turns):
+        waiting += codec.encode(texts[turn]) if turn in texts else []
+        plan.append(tuple(waiting[:room]))
+        del waiting[:room]
+    return plan
+
+
 def _spread(words: list[tuple[int, list[int]]], limit: int, first: int, end: int) -> list[tuple[int, ...]]:
     """Puts each word's tokens at its micro-turn or the next with room; never before `first`, never from `end` on.
 
@@ -139,7 +156,7 @@ def encode(
 
     Raises:
       ValueError: waveforms of different length or not whole micro-turns; overlapping stretches of speech; more patches
-        or typed tokens in a micro-turn than the config allows.
+        in a micro-turn than the config allows.
     """
     _check(conversation)
     turns = len(conversation.user) // TURN_SAMPLES
@@ -152,16 +169,14 @@ def encode(
     speaking = np.zeros(turns, bool)
     for speech in conversation.speech:
         speaking[speech.start_turn : speech.end_turn] = True
-    typed = {turn: codec.encode(text) for turn, text in conversation.typed}
+    typed = plan_typed(conversation.typed, codec, config, turns)
     frames = {turn: image_patches(pair) for turn, pair in conversation.frames}
 
     out = _Writer(config.control_base)
     for turn in range(turns):
         start = out.mark()
         out.control(Control.TURN, turn, PositionKind.TURN)
-        if turn in typed:
-            if len(typed[turn]) + 1 > config.max_typed:
-                raise ValueError(f"micro-turn {turn}: {len(typed[turn])} typed tokens, at most {config.max_typed - 1}")
+        if typed[turn]:
             out.control(Control.TYPED, turn)
             for token in typed[turn]:
                 out.add(PositionKind.TEXT, turn, token)

@@ -53,11 +53,11 @@ loop.train(config.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), worke
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """Two layers, no pictures; a typed sentence fits into a micro-turn."""
+    """Two layers, no pictures."""
     return dataclasses.replace(
         small,
         backbone=dataclasses.replace(small.backbone, n_layers=2, global_layers=(1,)),
-        duplex=dataclasses.replace(small.duplex, max_patches=0, max_typed=40),
+        duplex=dataclasses.replace(small.duplex, max_patches=0),
         data=dataclasses.replace(small.data, turns=25, tokens=192),
         train=dataclasses.replace(small.train, steps=STEPS, checkpoint_every=3),
     )
