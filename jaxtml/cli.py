@@ -21,8 +21,9 @@ from absl.flags import argparse_flags
 from jaxtml import config as configs
 from jaxtml.errors import InputError
 
+VOCODER_STEPS = 5000
 SHIPPED = Path(__file__).parent / "assets" / "tiny"
-CACHE = Path.home() / ".cache" / "jaxtml" / "compiled"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtml" / "compiled"
 
 
 def info(args: argparse.Namespace) -> None:
@@ -58,7 +59,7 @@ def converse(args: argparse.Namespace) -> None:
     from jaxtml.serve.timeline import print_turn
 
     wave = recording.read_recording(args.input)
-    _writable(args.out, args.events, args.stereo, args.picture)
+    _writable(args.out, args.events, args.stereo, args.picture, spared=args.input)
     engine = Engine.load(args.checkpoint)
     show = (lambda record: None) if args.json else print_turn
     reply = recording.run(engine, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_turn=show)
@@ -76,6 +77,7 @@ def converse(args: argparse.Namespace) -> None:
 def logits(args: argparse.Namespace) -> None:
     from jaxtml.convert.logits import token_logits
 
+    _writable(args.out, spared=args.tokens)
     token_logits(args.checkpoint, args.tokens, args.out)
 
 
@@ -86,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     workdir = Path(args.workdir)
     data = Path(args.data) if args.data else workdir / "data"
     if args.config == "vocoder":
-        train_vocoder(configs.load(args.base, args.set), [data / "bank"], workdir, args.steps or 5000)
+        train_vocoder(configs.load(args.base, args.set), [data / "bank"], workdir, args.steps or VOCODER_STEPS)
         return
     overrides = [*args.set, f"train.steps={args.steps}"] if args.steps else args.set
     config = configs.load(args.config, overrides)
@@ -96,7 +98,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    from jaxtml.data import bank, scenarios, show
+    from jaxtml.data import bank, cache, scenarios, show
     from jaxtml.data.pipeline import Rows
     from jaxtml.stream.text import TextCodec
 
@@ -106,11 +108,15 @@ def data(args: argparse.Namespace) -> None:
     tokenizer = out / "tokenizer.json"
     if not tokenizer.exists():
         size = min(config.duplex.control_base, 640)
-        TextCodec.train(itertools.islice(scenarios.corpus(), 20_000), size).save(tokenizer)
+        TextCodec.train(scenarios.corpus(), size).save(tokenizer)
     if not args.no_build:
         bank.build(out / "bank", bank.full_plan(config.data.seed), args.workers)
+    if not args.show and not args.rows:
+        return
+    rows = Rows.open(config, TextCodec.load(tokenizer), out / "bank")
+    if args.rows:
+        cache.build(rows, out / "cache", args.rows, args.workers)
     if args.show:
-        rows = Rows.open(config, TextCodec.load(tokenizer), out / "bank")
         talks = map(rows.conversation, itertools.count())
         for text in show.write_examples(talks, out / "examples", args.show):
             print(text)
@@ -122,11 +128,26 @@ def convert(args: argparse.Namespace) -> None:
     print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify))
 
 
-def _writable(*paths: str | None) -> None:
-    """Refuses before the long work what could not be written after it."""
-    for path in paths:
-        if path and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {Path(path).resolve().parent}")
+def _writable(*paths: str | None, spared: str) -> None:
+    """Refuses before the long work what could not be written after it, or would overwrite the input `spared`."""
+    taken = {Path(spared).resolve(): "it is the input"}
+    for path in filter(None, paths):
+        place = Path(path).resolve()
+        if not place.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {place.parent}")
+        if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
+            raise InputError(f"cannot write {path}: it is a folder, or its permissions do not allow it")
+        if place in taken:
+            raise InputError(f"cannot write {path}: {taken[place]}")
+        taken[place] = "it is named twice"
+
+
+def _count(text: str) -> int:
+    """An integer from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give at least 1")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,24 +214,27 @@ def parser() -> argparse.ArgumentParser:
     add_config(command, "a name in configs/, a path, or `vocoder`")
     command.add_argument("--workdir", required=True, metavar="DIR")
     command.add_argument("--data", metavar="DIR", help="from `jaxtml data`; default: WORKDIR/data")
-    command.add_argument("--steps", type=int, help="default: train.steps of the config; 5000 for the vocoder")
+    command.add_argument(
+        "--steps", type=_count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
+    )
     command.add_argument("--vocoder", metavar="DIR", help="workdir of a trained vocoder to carry along")
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
-    command.add_argument("--workers", type=int, default=1, help="processes that make batches in advance")
+    command.add_argument("--workers", type=_count, default=1, help="processes that make batches in advance")
 
     command = add(data, "data", "build or inspect training data", "data tiny --out data --show 5")
     add_config(command)
     command.add_argument("--out", required=True, metavar="DIR", help="gets bank/, tokenizer.json, examples/")
-    command.add_argument("--show", type=int, default=0, metavar="K", help="write K examples as WAV + picture")
-    command.add_argument("--workers", type=int, default=2, help="processes that synthesise speech")
+    command.add_argument("--show", type=_count, default=0, metavar="K", help="write K examples as WAV + picture")
+    command.add_argument("--workers", type=_count, default=2, help="processes that synthesise speech")
+    command.add_argument("--rows", type=_count, metavar="N", help="also write N encoded rows to OUT/cache for `train`")
     command.add_argument("--no-build", action="store_true", help="use the bank as far as it is built")
 
     command = add(convert, "convert", "checkpoints in and out", "convert inkling_dir out --to orbax --verify")
     command.add_argument("src", metavar="SRC", help="a checkpoint directory (ours or released), or a training workdir")
     command.add_argument("dst", metavar="DST")
     command.add_argument("--to", choices=("orbax", "hf"), default="orbax")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it is; hf: bfloat16")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; hf: bfloat16")
     command.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
     return top
 
@@ -223,11 +247,15 @@ def main(args: argparse.Namespace) -> int:
     # Orbax and JAX tell their lives at this level, through the same logger.
     ours = os.path.dirname(os.path.abspath(__file__))
     logging.get_absl_handler().addFilter(lambda r: r.levelno > standard.INFO or r.pathname.startswith(ours))
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         args.run(args)
     except InputError as error:
+        print(f"jaxtml {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder where a file should be
         print(f"jaxtml {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

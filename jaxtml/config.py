@@ -85,7 +85,6 @@ class DuplexConfig:
     max_heard: int = 6
     max_text: int = 8
     heard: bool = True
-    clock_features: int = 32
     temperature: float = 0.0
     top_p: float = 1.0
     gate_threshold: float = 0.5

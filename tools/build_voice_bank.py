@@ -5,7 +5,7 @@
 
 The task's replies use few of English's sound sequences. These sentences are put together from word lists chosen for
 their sounds; they mean nothing. About five minutes of speech in four CPU-minutes; safe to kill and to start again.
-Train on both: `jaxtml train vocoder` takes several banks.
+Train on both with `jaxtml.train.vocoder.train_vocoder`, which takes several banks.
 """
 
 from __future__ import annotations

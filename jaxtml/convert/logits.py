@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import jax
@@ -55,7 +56,7 @@ def _read_ids(path: str | Path) -> np.ndarray:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"no token file {path}") from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a .npy file of token ids") from error
     if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise InputError(f"{path}: token ids are an integer array [B, T] or [T]")

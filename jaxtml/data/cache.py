@@ -2,7 +2,7 @@
 
 `build` writes the first N rows of a `Rows` in shards, by worker processes; kill it and start it again at will. What is
 cached depends on bank, config and tokenizer alone, and a cache made from others is refused. `CachedRows` gives row
-`i` as `Rows` would, from a new order of the N in each epoch. Called by `jaxtml data` and `jaxtml.train`.
+`i` as `Rows` would, from a new order of the N in each epoch. Called by `jaxtml data --rows N` and `jaxtml.train`.
 
     cache.json                    the digest of what the rows are made from, and how many there are
     00012-of-00040.array_record   one record per row: the arrays of an encoded sequence, without padding
@@ -108,7 +108,7 @@ def _read_head(folder: Path) -> dict:
     try:
         return json.loads((folder / "cache.json").read_bytes())
     except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no cache of rows: build one with `jaxtml data`") from error
+        raise InputError(f"{folder} holds no cache of rows: build one with `jaxtml data --rows N`") from error
     except ValueError as error:
         raise InputError(f"{folder / 'cache.json'} is damaged: remove the folder and build the cache anew") from error
 
@@ -128,7 +128,9 @@ class CachedRows:
         shards = head["rows"] // SHARD_ROWS
         missing = sum(not _shard_path(folder, shard, shards).exists() for shard in range(shards))
         if missing:
-            raise InputError(f"{folder} lacks {missing} of {shards} shards: run `jaxtml data` again to finish it")
+            raise InputError(
+                f"{folder} lacks {missing} of {shards} shards: finish it with `jaxtml data --rows {head['rows']}`"
+            )
         if made_from is not None and head["digest"] != digest(made_from):
             raise InputError(f"{folder} is a cache of another bank, config or tokenizer: build a new one")
         return CachedRows(config, folder, head["rows"])

@@ -1,7 +1,8 @@
 """Training batches as a pure function of (seed, step): sessions mixed, encoded and padded, in worker processes.
 
 Row `r` of step `s` is made from a generator seeded with (seed, s * batch + r) and from nothing else, so a run resumes
-from one integer, with any number of workers and of hosts. Called by `jaxtml.train` and `jaxtml.data.show`.
+from one integer, with any number of workers and of hosts. Called by `jaxtml.train`, `jaxtml.data.cache` and
+`jaxtml data`.
 
 Axes: B batch, T positions, C clock features, P patches, S own-speech positions (padded; one position in three).
 """

@@ -96,6 +96,8 @@ def hold(
             if all(item.id in done for item in block):
                 continue
             for item, talk, reply in _converse(engine, block, batch):
+                if item.id in done:
+                    continue
                 session = observe(item.id, item.set, item.voice, talk, reply)
                 if listener is not None:
                     asked = uninterrupted(session)[: max(listened - heard[item.set], 0)]
@@ -104,9 +106,8 @@ def hold(
                     heard[item.set] += len(texts)
                 if int(item.id.rpartition("-")[2]) < _WAVS_PER_SET:
                     write_wav(out / "wavs" / f"{item.id}.wav", np.stack([talk.user, reply.wave], axis=1))
-                if item.id not in done:
-                    records.write(json.dumps(to_json(session)) + "\n")
-                    progress.advance(task)
+                records.write(json.dumps(to_json(session)) + "\n")
+                progress.advance(task)
                 done[item.id] = session
             records.flush()
     return [done[item.id] for item in items]

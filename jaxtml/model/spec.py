@@ -72,7 +72,7 @@ class ParamSpec:
 
     Attributes:
       shape: with the stacked `(repeats, layers)` dimensions in front for layer parameters.
-      axes: one logical name per dimension (see `jaxtml.parallel`), used for sharding.
+      axes: one logical name per dimension.
       init: `(generator, shape) -> float32 array`; `shape` is without stacked dimensions.
       released: place in the Inkling checkpoint, None for parameters of ours.
       stacked: number of leading stacked dimensions.

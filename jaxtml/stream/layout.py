@@ -112,12 +112,14 @@ def plan_typed(
     typed: Iterable[tuple[int, str]], codec: TextCodec, config: DuplexConfig, turns: int
 ) -> list[tuple[int, ...]]:
     """Which typed tokens each of `turns` micro-turns is given; text that it has no room for goes on in the next."""
-    texts = dict(typed)
+    texts: dict[int, list[int]] = {}
+    for turn, text in typed:
+        texts.setdefault(turn, []).extend(codec.encode(text))
     waiting: list[int] = []
     plan: list[tuple[int, ...]] = []
     room = max(config.max_typed - 1, 0)  # TYPED comes first
     for turn in range(turns):
-        waiting += codec.encode(texts[turn]) if turn in texts else []
+        waiting += texts.get(turn, [])
         plan.append(tuple(waiting[:room]))
         del waiting[:room]
     return plan

@@ -2,7 +2,8 @@
 
 A batch is a function of (seed, step) and a checkpoint holds parameters, moments and the step: a run that was killed
 goes on with the numbers it would have had. In `workdir`: `checkpoints/<step>` (Orbax), `config.json`, `tokenizer.json`,
-`log.jsonl` (a line per report), `tensorboard/`, `samples/<step>/` (conversations with unseen voices).
+`data.txt` (a digest of what the rows are made from), `log.jsonl` (a line per report), `tensorboard/`, `samples/<step>/`
+(conversations with unseen voices).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tensorboardX import SummaryWriter
 
 from jaxtml.config import Config, from_json, to_json
 from jaxtml.convert.checkpoint import load_checkpoint
+from jaxtml.data.cache import CachedRows, digest
 from jaxtml.data.pipeline import Rows, batches
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -30,7 +32,7 @@ from jaxtml.train.samples import Sampler
 from jaxtml.train.step import TrainState, make_train_step
 
 REPORT_EVERY = 20
-BANK, TOKENIZER, CONFIG = "bank", "tokenizer.json", "config.json"
+BANK, CACHE, TOKENIZER, CONFIG, MADE_FROM = "bank", "cache", "tokenizer.json", "config.json", "data.txt"
 
 
 def train(
@@ -47,20 +49,24 @@ def train(
     Args:
       config: the resolved config; resuming with another one is refused, but for `train.steps` and `*_every`.
       workdir: made if it is not there.
-      data: from `jaxtml data`: `bank/` and `tokenizer.json`.
+      data: from `jaxtml data`: `bank/`, `tokenizer.json` and, where there is one, `cache/`.
       workers: processes that make batches in advance.
       vocoder: trained vocoder parameters to carry in the checkpoints.
       start_from: a checkpoint directory whose parameters a new run begins with, its vocoder too; fresh moments.
 
     Raises:
-      InputError: no data there, `workdir` holds a run of another config, or `start_from` is of another size or has
-        another tokenizer.
+      InputError: no data there, `workdir` holds a run of another config or on other data, or `start_from` is of
+        another size or has another tokenizer.
     """
     codec = TextCodec.load(data / TOKENIZER)
     if codec.size > config.duplex.control_base:
         raise InputError(f"{data / TOKENIZER} has {codec.size} entries, {config.name} {config.duplex.control_base}")
     rows = Rows.open(config, codec, data / BANK)
-    _claim(workdir, config, data)
+    made_from = digest(rows)
+    if (data / CACHE).is_dir():
+        rows = CachedRows.open(config, data / CACHE, rows)
+        made_from += f" cache of {rows.count}"
+    _claim(workdir, config, data, made_from)
     model = InteractionModel(config)
     total, active = count(model.specs())
     logging.info("%s: %.2fM parameters, %.2fM active per token", config.name, total / 1e6, active / 1e6)
@@ -156,15 +162,21 @@ def _load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Int
         ) from error
 
 
-def _claim(workdir: Path, config: Config, data: Path) -> None:
-    """Makes `workdir`, or checks that it holds a run of this config."""
+def _claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
+    """Makes `workdir`, or checks that its run is one of this config and this data.
+
+    A run that has not come to its first checkpoint has nothing to lose: another one takes its place.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / CONFIG
-    if path.exists() and _identity(json.loads(path.read_text())) != _identity(json.loads(to_json(config))):
-        raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
+    path, source = workdir / CONFIG, workdir / MADE_FROM
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        if _identity(json.loads(path.read_text())) != _identity(json.loads(to_json(config))):
+            raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
+        if source.read_text() != made_from:
+            raise InputError(f"{workdir} holds a run on other data than {data} now is: name a new --workdir")
     path.write_text(to_json(config))
-    if not (workdir / TOKENIZER).exists():
-        shutil.copyfile(data / TOKENIZER, workdir / TOKENIZER)
+    source.write_text(made_from)
+    shutil.copyfile(data / TOKENIZER, workdir / TOKENIZER)
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import soundfile
 import tones
 
+from jaxtml import cli
 from jaxtml import config as configs
 from jaxtml.config import Config
 from jaxtml.convert.checkpoint import save_checkpoint
@@ -212,3 +214,41 @@ def test_data_that_are_not_there_are_one_clear_line_and_claim_no_folder(config, 
     with pytest.raises(InputError, match=f"has {codec.size} entries, small_test 200"):
         train(small_vocabulary, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_data_that_have_changed_is_refused(config, data, straight, monkeypatch):
+    workdir, _ = straight
+    monkeypatch.setattr(loop, "digest", lambda rows: "of a bank that has grown")
+    with pytest.raises(InputError, match="holds a run on other data .* name a new --workdir"):
+        train(config, workdir, data)
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path, codec):
+    start = tmp_path / "start"
+    save_checkpoint(start, config, init_params(InteractionModel(config).specs(), 0))
+    (start / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer"):
+        train(config, tmp_path / "run", data, workers=0, start_from=start)
+    other = configs.override(config, "train.learning_rate=0.1")
+    with pytest.raises(InputError, match="tokenizer"):
+        train(other, tmp_path / "run", data, workers=0, start_from=start)
+
+
+def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data, straight, tmp_path, capsys):
+    """The user's three commands, on a bank that is there: the rows of the cache are those that `straight` trained on,
+    in another order."""
+    resolved, own = tmp_path / "config.json", tmp_path / "data"
+    resolved.write_text(configs.to_json(config))
+    shutil.copytree(data, own)
+    for command in (
+        ["data", str(resolved), "--out", str(own), "--no-build", "--rows", "64", "--show", "1"],
+        ["train", str(resolved), "--workdir", str(tmp_path / "run"), "--data", str(own), "--steps", str(STEPS)],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(["jaxtml", *command])
+        assert not ended.value.code, capsys.readouterr().err
+    assert list((own / "examples").glob("*.wav")) and list((own / "examples").glob("*.png"))
+    assert (tmp_path / "run" / "data.txt").read_text().endswith(" cache of 64")
+    assert int(latest(tmp_path / "run")[0].train.steps) == STEPS
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == STEPS and np.isfinite(log[-1]["loss"])
