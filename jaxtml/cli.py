@@ -92,7 +92,11 @@ def train(args: argparse.Namespace) -> None:
         return
     overrides = [*args.set, f"train.steps={args.steps}"] if args.steps else args.set
     config = configs.load(args.config, overrides)
-    vocoder = trained(args.vocoder)[1] if args.vocoder else None
+    vocoder = None
+    if args.vocoder:
+        theirs, vocoder = trained(args.vocoder)
+        if theirs.vocoder != config.vocoder:
+            raise InputError(f"{args.vocoder} trained another vocoder than {config.name} has")
     start_from = Path(args.start_from) if args.start_from else None
     train(config, workdir, data, workers=args.workers, vocoder=vocoder, start_from=start_from)
 

@@ -79,6 +79,10 @@ def load_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Conf
     from orbax.checkpoint import v1 as ocp
 
     directory = Path(os.path.abspath(directory))
+    if (directory / "checkpoints").is_dir():
+        raise InputError(
+            f"{directory} is a training run: make a checkpoint of it with `jaxtml convert {directory} DST`"
+        )
     specs = InteractionModel(config).specs()
     try:
         stored: Any = ocp.metadata(str(directory)).metadata

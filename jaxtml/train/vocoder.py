@@ -139,7 +139,7 @@ def trained(workdir: Path | str) -> tuple[Config, Params]:
       InputError: `workdir` holds no run, or none that reached its first checkpoint.
     """
     workdir = Path(workdir).absolute()
-    if not (workdir / "config.json").is_file():
+    if not (workdir / "training.json").is_file():  # the loop of the model writes none
         raise InputError(f"{workdir} holds no vocoder run: train one with `jaxtml train vocoder --workdir {workdir}`")
     config = from_json((workdir / "config.json").read_text())
     with ocp.training.Checkpointer(str(workdir / "checkpoints")) as saver:
@@ -147,7 +147,11 @@ def trained(workdir: Path | str) -> tuple[Config, Params]:
             raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
         # Loaded whole: the optimizer's tree depends on nothing but the parameters.
         params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), param_specs(config.vocoder))
-        state = saver.load(saver.latest.step, {"params": params, "opt": optimizer(VocoderTraining(), 1).init(params)})
+        target = {"params": params, "opt": optimizer(VocoderTraining(), 1).init(params)}
+        try:
+            state = saver.load(saver.latest.step, target)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise InputError(f"{workdir}: the checkpoint of step {saver.latest.step} is damaged") from error
     return config, state["params"]
 
 

@@ -16,7 +16,10 @@ from jaxtml.stream.audio_file import read_audio
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "make_frontend_golden.py"), run_name="golden")
-HUMAN_SPEECH = (  # Debian's pocketsphinx-testdata (read books, single words) and asterisk-core-sounds-en-wav (prompts)
+# The shipped prompts and, where installed, Debian's pocketsphinx-testdata (read books, single words) and
+# asterisk-core-sounds-en-wav (prompts).
+HUMAN_SPEECH = (
+    ROOT / "jaxtml" / "assets" / "demo" / "human.flac",
     *sorted(Path("/usr/share/pocketsphinx/test/data").glob("**/*.wav")),
     *sorted(Path("/usr/share/asterisk/sounds").glob("en*/*.wav"))[:30],
 )
@@ -69,7 +72,7 @@ def test_bins_of_human_speech_are_the_released_ones():
     extraction = pytest.importorskip("transformers.models.inkling.feature_extraction_inkling")
     extract = extraction.InklingFeatureExtractor()
     total = differing = 0
-    for wave in [read_audio(path) for path in HUMAN_SPEECH] or [speechlike(60.0, seed) for seed in range(5)]:
+    for wave in map(read_audio, HUMAN_SPEECH):
         features = extract(wave, sampling_rate=16_000, return_tensors="pt")["input_features"][0]
         ours = dmel.log_mel(wave)
         assert ours.shape == features.shape
@@ -78,7 +81,7 @@ def test_bins_of_human_speech_are_the_released_ones():
         to_edge = np.abs(ours[wrong][:, None] - np.linspace(-6.7, 1.7, 15)).min(axis=-1, initial=1.0)
         assert (to_edge < np.abs(ours - features.numpy())[wrong] + 1e-6).all()
         total, differing = total + wrong.size, differing + int(wrong.sum())
-    assert total > 200_000
+    assert total > 20_000
     assert differing <= total / 10_000, f"{differing} of {total} bins differ"
 
 

@@ -228,6 +228,9 @@ def test_typed_text_without_room_goes_on_in_the_next_micro_turn(codec, limits):
     assert [token for t in typed for token in t] == ids
     cut = encode(silence(2, typed=((1, "too long to type"),)), codec, limits)
     assert parts(cut, limits.control_base, Control.TYPED) == [[], ids[:room]], "the session ends first"
+    twice = encode(silence(9, typed=((1, "a"), (1, "b"))), codec, limits)
+    typed = parts(twice, limits.control_base, Control.TYPED)
+    assert [token for t in typed for token in t] == codec.encode("a") + codec.encode("b")
 
 
 def test_the_clock_counts_from_the_session_and_from_the_wall(encoded):

@@ -23,7 +23,7 @@ import tones
 from jaxtml import cli
 from jaxtml import config as configs
 from jaxtml.config import Config
-from jaxtml.convert.checkpoint import save_checkpoint
+from jaxtml.convert.checkpoint import load_checkpoint, save_checkpoint
 from jaxtml.data import bank, pipeline, scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -31,6 +31,7 @@ from jaxtml.model.spec import init_params
 from jaxtml.train import loop
 from jaxtml.train.loop import latest, train
 from jaxtml.train.step import TrainState
+from jaxtml.train.vocoder import trained
 
 STEPS = 6
 # Trains in a process of its own, which is killed while it waits for the sixth batch: a checkpoint is being written.
@@ -175,6 +176,14 @@ def test_latest_of_nothing_is_one_clear_line(config, tmp_path):
         latest(tmp_path)
 
 
+def test_a_run_is_told_apart_from_a_checkpoint_and_from_a_vocoder(straight):
+    workdir, _ = straight
+    with pytest.raises(InputError, match="is a training run: make a checkpoint of it"):
+        load_checkpoint(workdir)
+    with pytest.raises(InputError, match="holds no vocoder run"):
+        trained(workdir)
+
+
 def test_a_run_begins_with_the_parameters_of_a_checkpoint(config, data, straight, tmp_path):
     start = tmp_path / "start"
     save_checkpoint(start, config, straight[1].params, tokenizer_path=data / "tokenizer.json")
@@ -223,7 +232,7 @@ def test_a_run_on_data_that_have_changed_is_refused(config, data, straight, monk
         train(config, workdir, data)
 
 
-def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path, codec):
+def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path):
     start = tmp_path / "start"
     save_checkpoint(start, config, init_params(InteractionModel(config).specs(), 0))
     (start / "tokenizer.json").write_text("{}")

@@ -151,6 +151,11 @@ def test_a_workdir_of_other_settings_and_a_bank_without_the_voice_are_refused(ba
     train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)
     with pytest.raises(InputError, match="other settings"):
         train_vocoder(config(), [bank], tmp_path / "run", 1, dataclasses.replace(QUICK, seed=1))
+    for path in (tmp_path / "run" / "checkpoints" / "1").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(b"")
+    with pytest.raises(InputError, match="the checkpoint of step 1 is damaged"):
+        trained(tmp_path / "run")
     index = bank / "00000.jsonl"
     index.write_text(index.read_text().replace('"assistant"', '"user"'))
     with pytest.raises(InputError, match="assistant"):
