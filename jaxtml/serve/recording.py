@@ -24,6 +24,8 @@ from jaxtml.stream.video_file import read_frame_pairs
 NOON_MS = 12 * 3_600_000
 """Monday noon: a recording has no wall clock of its own, and the reply is a function of recording and seed alone."""
 
+WIDEST = 160.0  # inches of a picture, two minutes: longer sessions are squeezed into it
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -140,9 +142,8 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     from matplotlib import pyplot as plt
 
     seconds = len(wave) / SAMPLE_RATE
-    figure, axes = plt.subplots(
-        3, 1, sharex=True, figsize=(max(9.0, seconds * 1.3), 6.0), height_ratios=[2, 2, 1], layout="constrained"
-    )
+    width = min(max(9.0, seconds * 1.3), WIDEST)
+    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(width, 6.0), height_ratios=[2, 2, 1], layout="constrained")
     clock = np.arange(len(wave)) / SAMPLE_RATE
     for axis, sound, name, colour in ((axes[0], wave, "user", "#33658a"), (axes[1], reply.wave, "model", "#bc4b51")):
         axis.plot(clock, sound, linewidth=0.4, color=colour)
@@ -162,7 +163,7 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     axes[2].set_ylabel("step, ms")
     axes[2].set_xlabel("seconds; words stand where their micro-turn ends; shaded: the gate is open")
     axes[0].set_xlim(0, seconds)
-    for axis in axes:
+    for axis in axes if width < WIDEST else ():  # beyond, a micro-turn is too narrow for a line of its own
         axis.set_xticks(np.arange(0, seconds, 0.2), minor=True)
         axis.grid(which="minor", axis="x", alpha=0.25)
     figure.savefig(path, dpi=110)

@@ -320,7 +320,7 @@ class _Writer:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a sequence still tells of its conversation.
+    """What a sequence still tells of its conversation; delegated text and text of micro-turns that listen are left out.
 
     `heard` and `speech` carry words with the micro-turn edge as their time (see the module docstring for the bound);
     `user_log_mel` is `[4 turns, 80]` to within half a quantisation step (0.3) inside [-7, 2].
@@ -343,11 +343,10 @@ def decode(sequence: Sequence, codec: TextCodec, config: DuplexConfig) -> Decode
         if kind == PositionKind.TURN:
             into = None
         elif kind == PositionKind.TEXT and token >= base:
-            control = Control(token - base)
-            into = {Control.HEARD: heard, Control.SAY: said}.get(control)
+            into = {Control.HEARD: heard, Control.SAY: said, Control.END: said}.get(token - base)
             if into is not None:
                 into.append((int(turn), []))
-            if control == Control.SPEAK:
+            if token - base == Control.SPEAK:
                 speaking.append(int(turn))
         elif kind == PositionKind.TEXT and into is not None:
             into[-1][1].append(int(token))

@@ -85,6 +85,8 @@ def train(
     else:
         first = 0
         params = _start(start_from, model, data) if start_from else init_params(model.specs(), config.train.seed)
+        if vocoder is None and not start_from:
+            logging.warning("no vocoder is carried along: what the checkpoints say is noise until one is (--vocoder)")
         state = init({**params, "vocoder": vocoder} if vocoder is not None else params)
 
     tokens_per_step = config.train.batch * config.data.tokens

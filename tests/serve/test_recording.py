@@ -1,9 +1,10 @@
 """A session over a recording, in figures."""
 
+import matplotlib.image
 import numpy as np
 
 from jaxtml.serve.engine import Reply, TurnRecord
-from jaxtml.serve.recording import summarise
+from jaxtml.serve.recording import draw, summarise
 
 TURN = 3200
 
@@ -36,3 +37,12 @@ def test_a_silent_session_says_what_to_try():
     summary = summarise(np.zeros(TURN, np.float32), Reply(np.zeros(TURN, np.float32), (turn(0, "listen"),)))
     assert "said nothing" in summary.sentence()
     assert "silence after the question" in summary.sentence()
+
+
+def test_the_picture_of_a_long_session_stays_as_wide_as_one_of_two_minutes(tmp_path):
+    turns = tuple(turn(i, "speak" if i % 10 == 0 else "listen", " forty") for i in range(650))
+    wave = np.zeros(650 * TURN, np.float32)
+    draw(tmp_path / "long.png", wave, Reply(wave, turns))
+    assert matplotlib.image.imread(tmp_path / "long.png").shape[1] == 160 * 110
+    draw(tmp_path / "short.png", wave[: 20 * TURN], Reply(wave[: 20 * TURN], turns[:20]))
+    assert matplotlib.image.imread(tmp_path / "short.png").shape[1] == 9 * 110

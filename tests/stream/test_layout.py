@@ -261,6 +261,23 @@ def test_a_cut_falls_on_a_micro_turn_edge_and_keeps_all_that_fits(talk, codec, l
         assert len(cut.clock) == (cut.turn[-1] + 1 if length else 0)
 
 
+def test_what_is_said_goes_on_behind_a_delegation_and_unknown_controls_are_passed_over(codec, limits):
+    said = encode(silence(3, speech=(Speech(0, 2, (Word("a", 0.3, 0.4),)),)), codec, limits, lead_ms=2000)
+    at = int(np.flatnonzero(said.ids == limits.control_base + Control.SAY)[0])
+    base, (red, blue) = limits.control_base, (codec.encode(word) for word in ("x", "b"))
+    more = [base + Control.DELEGATE, *red, base + Control.END, *blue, base + 12]
+    behind = at + 1 + len(codec.encode("a"))
+    longer = dataclasses.replace(
+        said,
+        kind=np.insert(said.kind, [behind] * len(more), PositionKind.TEXT),
+        ids=np.insert(said.ids, [behind] * len(more), more),
+        turn=np.insert(said.turn, [behind] * len(more), said.turn[at]),
+        bins=np.insert(said.bins, [behind] * len(more), 0, axis=0),
+    )
+    (speech,) = decode(longer, codec, limits).speech
+    assert [word.text for word in speech.words] == ["a", "b"]
+
+
 def test_an_empty_conversation_is_an_empty_sequence(codec, limits):
     sequence = encode(silence(0), codec, limits)
     assert len(sequence.kind) == len(sequence.clock) == len(sequence.speech) == 0
