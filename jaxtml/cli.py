@@ -256,10 +256,7 @@ def main(args: argparse.Namespace) -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         args.run(args)
-    except InputError as error:
-        print(f"jaxtml {args.command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder where a file should be
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be
         print(f"jaxtml {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

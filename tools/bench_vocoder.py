@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
+from jaxtml.cli import SHIPPED
 from jaxtml.config import VocoderConfig
 from jaxtml.convert.checkpoint import load_checkpoint
 from jaxtml.data.voices import OWN_VOICE, synthesise
@@ -48,7 +49,6 @@ SENTENCES = (
     "Smoky fires lack flame and heat.", "The soft cushion broke the man's fall.",
     "The salt breeze came across from the sea.", "The wagon moved on well oiled wheels.",
 )  # fmt: skip  # Harvard sentences, lists 1 and 2 (IEEE 1969): phonetically balanced
-SHIPPED = Path(__file__).parents[1] / "jaxtml" / "assets" / "tiny"
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")
 
 Speak = Callable[[np.ndarray], np.ndarray]

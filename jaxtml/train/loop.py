@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from tensorboardX import SummaryWriter
 
 from jaxtml.config import Config, from_json, to_json
-from jaxtml.convert.checkpoint import load_checkpoint
+from jaxtml.convert.checkpoint import CONFIG, TOKENIZER, load_checkpoint
 from jaxtml.data.cache import CachedRows, digest
 from jaxtml.data.pipeline import Rows, batches
 from jaxtml.errors import InputError
@@ -32,7 +32,7 @@ from jaxtml.train.samples import Sampler
 from jaxtml.train.step import TrainState, make_train_step
 
 REPORT_EVERY = 20
-BANK, CACHE, TOKENIZER, CONFIG, MADE_FROM = "bank", "cache", "tokenizer.json", "config.json", "data.txt"
+BANK, CACHE, MADE_FROM = "bank", "cache", "data.txt"
 
 
 def train(

@@ -244,7 +244,7 @@ def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path)
 
 
 def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data, straight, tmp_path, capsys):
-    """The user's three commands, on a bank that is there: the rows of the cache are those that `straight` trained on,
+    """The user's two commands, on a bank that is there: the rows of the cache are those that `straight` trained on,
     in another order."""
     resolved, own = tmp_path / "config.json", tmp_path / "data"
     resolved.write_text(configs.to_json(config))
