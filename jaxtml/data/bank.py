@@ -74,7 +74,7 @@ def full_casts() -> tuple[Cast, ...]:
     shift = (0.92, 1.1)  # beyond this a scaled spectrum sounds like nobody
     slow = (0.55, 1.0)  # who names single words takes twice the time of who says a sentence
     named = (
-        ("train", voices.ESPEAK_TRAIN, (0.85, 1.2)),
+        ("train", voices.ESPEAK_TRAIN, (0.8, 1.35)),
         ("test", voices.ESPEAK_TEST, (0.85, 1.2)),
         ("train", voices.FLITE_TRAIN, shift),
         ("test", voices.FLITE_TEST, (1.0, 1.0)),
@@ -83,7 +83,7 @@ def full_casts() -> tuple[Cast, ...]:
         ("train", voices.KOKORO_TRAIN, shift),
     )
     return (
-        Cast("train", voices.ESPEAK_TRAIN, 6000, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
+        Cast("train", voices.ESPEAK_TRAIN, 9000, rate=(0.8, 1.1), pitch=(0.8, 1.35)),
         Cast("test", voices.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
         Cast("train", voices.FLITE_TRAIN, 1200, pitch=shift),
         Cast("test", voices.FLITE_TEST, 200),

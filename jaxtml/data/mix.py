@@ -119,7 +119,7 @@ class Weights:
     silence: float = 0.04
     typed: float = 0.4
     joined: float = 0.4
-    engines: tuple[tuple[str, float], ...] = (("kokoro", 0.55), ("flite", 0.17), ("piper", 0.1), ("espeak", 0.18))
+    engines: tuple[tuple[str, float], ...] = (("kokoro", 0.45), ("flite", 0.18), ("piper", 0.09), ("espeak", 0.28))
 
 
 @dataclass
@@ -306,7 +306,7 @@ def _user(rng: np.random.Generator, speakers: Speakers, engines: tuple[tuple[str
 
 def _fill(rng: np.random.Generator, draft: _Draft, speakers: Speakers, voice: str, weights: Weights) -> None:
     """Events one after the other until several in a row found no room."""
-    rate = float(np.exp(rng.uniform(np.log(0.9), np.log(1.1))))
+    rate = float(np.exp(rng.uniform(np.log(0.85), np.log(1.18))))
     odds = np.array([weights.exchange, weights.hesitation, weights.barge_in, weights.distraction])
     misses = 0
     while misses < 4:
