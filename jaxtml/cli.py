@@ -27,15 +27,14 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxt
 
 
 def info(args: argparse.Namespace) -> None:
-    from jaxtml.model.interaction import InteractionModel
-    from jaxtml.model.spec import ParamSpec, count
+    from jaxtml.model.interaction import InteractionModel, group_of
+    from jaxtml.model.spec import count, flatten
 
     config = configs.load(args.config, args.set)
-    table = InteractionModel(config).specs()
-    layers = {f"layers/{block}/{run}": runs for block, r in table.pop("layers").items() for run, runs in r.items()}
-    groups = {
-        name: count({name: part} if isinstance(part, ParamSpec) else part) for name, part in {**table, **layers}.items()
-    }
+    parts: dict[str, dict[str, object]] = {}
+    for path, spec in flatten(InteractionModel(config).specs()):
+        parts.setdefault(group_of(path, spec), {})[path] = spec
+    groups = {name: count(table) for name, table in sorted(parts.items(), key=lambda part: -count(part[1])[0])}
     total, active = (sum(group[i] for group in groups.values()) for i in (0, 1))
     result = {
         "config": dataclasses.asdict(config),

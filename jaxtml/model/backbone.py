@@ -99,13 +99,13 @@ class Layer(nnx.Module):
         attention = config.global_ if kind.is_global else config.sliding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.attn_norm.weight")
         self.attn = Attention(config, attention, kind.is_global, f"{prefix}.attn")
-        self.attn_conv = ShortConv(config.d_model, config.conv_kernel, "embed", f"{prefix}.attn_sconv.weight")
+        self.attn_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.attn_sconv.weight")
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.mlp_norm.weight")
         if kind.is_moe:
             self.mlp = MoE(config, f"{prefix}.mlp")
         else:
             self.mlp = DenseMLP(config.d_model, config.d_ff_dense, config.init_std, f"{prefix}.mlp")
-        self.mlp_conv = ShortConv(config.d_model, config.conv_kernel, "embed", f"{prefix}.mlp_sconv.weight")
+        self.mlp_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.mlp_sconv.weight")
 
     def __call__(
         self, x: jax.Array, valid: jax.Array | None = None, step: Step | None = None, state: LayerState | None = None

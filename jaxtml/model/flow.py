@@ -30,7 +30,7 @@ class FlowHead(nnx.Module):
         w = config.width
         self.config = config
         self.w_in = param((SPEECH_DIM, w), ("speech", "flow"), normal(SPEECH_DIM**-0.5))
-        self.w_cond = param((dim, w), ("embed", "flow"), normal(dim**-0.5))
+        self.w_cond = param((dim, w), ("embed", "flow_condition"), normal(dim**-0.5))
         self.w_time = param((TIME_FEATURES, w), ("time", "flow"), normal(TIME_FEATURES**-0.5))
         for i in range(config.depth):
             setattr(self, f"mod_{i}", param((w, 3 * w), ("flow", "flow_mod"), zeros))

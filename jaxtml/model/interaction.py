@@ -20,9 +20,26 @@ from jaxtml.model.backbone import Backbone
 from jaxtml.model.flow import FlowHead
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.moe import MoEStats
-from jaxtml.model.spec import Params, bind, linear, normal, param, specs, zeros
+from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
 from jaxtml.stream.tokens import PositionKind
+
+
+_GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
+           "vocoder": "vocoder", "clock": "micro-turn", "own": "micro-turn"}  # fmt: skip
+
+
+def group_of(path: str, spec: ParamSpec) -> str:
+    """What a parameter belongs to, for counts that people read: "attention", "routed experts", "flow head" ..."""
+    parts = path.split("/")
+    if parts[0] in _GROUPS:
+        return _GROUPS[parts[0]]
+    if "attn" in parts:
+        return "attention"
+    for axis, name in (("expert", "routed experts"), ("shared", "shared experts"), ("router", "router")):
+        if axis in spec.axes:
+            return name
+    return "dense feed-forward" if "mlp" in spec.axes else "norms, convolutions, scales"
 
 
 class Inputs(NamedTuple):

@@ -58,14 +58,14 @@ class MoE(nnx.Module):
         self.global_scale = param((1,), ("scalar",), ones, released=Released(f"{prefix}.gate.global_scale", (1,)))
         self.w13 = param(
             (e, d, 2, f),
-            ("expert", "embed", "gate_up", "mlp"),
+            ("expert", "expert_embed", "gate_up", "mlp"),
             normal(c.init_std),
             released=Released(f"{prefix}.experts.w13_weight", (e, 2 * f, d), (0, 3, 2, 1), (e, f, 2, d)),
             active=share,
         )
         self.w2 = param(
             (e, f, d),
-            ("expert", "mlp", "embed"),
+            ("expert", "mlp", "expert_embed"),
             normal(c.init_std),
             released=Released(f"{prefix}.experts.w2_weight", (e, d, f), (0, 2, 1)),
             active=share,

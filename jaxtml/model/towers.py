@@ -75,7 +75,7 @@ class HMLP(nnx.Module):
             width = backbone.d_model if i == last else out
             weight = param(
                 (inputs, width),
-                ("patch", "embed" if i == last else "patch_hidden"),
+                ("patch_wide" if i == last - 1 else "patch", "embed" if i == last else "patch_hidden"),
                 normal(backbone.init_std),
                 released=linear(f"model.visual.layers.linear_{i}.weight", inputs, width),
                 active=0.0,
