@@ -26,7 +26,7 @@ from jaxtml.data import channel as channels
 from jaxtml.data import edits
 from jaxtml.data.channel import Channel
 from jaxtml.data.edits import Clip
-from jaxtml.data.scenarios import bare_list, incomplete_after, is_complete, reply_to, sample_user_text
+from jaxtml.data.scenarios import bare_list, incomplete_after, is_complete, nonsense, reply_to, sample_user_text
 from jaxtml.data.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Conversation, Speech, Word
@@ -108,6 +108,7 @@ class Weights:
       typed: chance that the user types instead of speaking, in the whole session. Replies follow each other closely
         there: it is where the model's own voice gets most of its practice.
       joined: chance that a user's turn is put together from single words of that voice.
+      nonsense: chance that such a turn is no sentence: what a model mishears is none either, and it has to answer.
       engines: share of the sessions whose user speaks with each engine's voices. Neural voices sound most like people;
         a judge of speech mishears half of eSpeak's words, but no engine has more voices.
     """
@@ -119,6 +120,7 @@ class Weights:
     silence: float = 0.04
     typed: float = 0.4
     joined: float = 0.4
+    nonsense: float = 0.15
     engines: tuple[tuple[str, float], ...] = (("kokoro", 0.45), ("flite", 0.18), ("piper", 0.09), ("espeak", 0.28))
 
 
@@ -142,11 +144,12 @@ class _Draft:
 # --- one turn of the user
 
 
-def _joined_clip(rng: np.random.Generator, speakers: Speakers, voice: str) -> Clip | None:
+def _joined_clip(rng: np.random.Generator, speakers: Speakers, voice: str, odd: bool) -> Clip | None:
     """A turn put together from the words that a voice named, as recordings of single words are; None: some missing."""
     places = speakers.singles.get(voice, {})
     for _ in range(4):
-        words = (bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]).split()
+        text = nonsense(rng) if odd else bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]
+        words = text.split()
         if all(word in places for word in words):
             break
     else:
@@ -157,14 +160,17 @@ def _joined_clip(rng: np.random.Generator, speakers: Speakers, voice: str) -> Cl
         pieces.append(edits.levelled(edits.single_word(speakers.clip(i), k), 1.0))
     # Where the turn might be over already, a gap that swallows a whole micro-turn would look like the end.
     gaps = [
-        rng.uniform(0.03, 0.15) if is_complete(words[:k]) else rng.uniform(0.05, 0.35) for k in range(1, len(words))
+        rng.uniform(0.03, 0.15) if odd or is_complete(words[:k]) else rng.uniform(0.05, 0.35)
+        for k in range(1, len(words))
     ]
     return edits.joined(pieces, [int(gap * SAMPLE_RATE) for gap in gaps])
 
 
-def _turn(rng: np.random.Generator, speakers: Speakers, voice: str, joined: float, rate: float) -> Clip | None:
+def _turn(rng: np.random.Generator, speakers: Speakers, voice: str, weights: Weights, rate: float) -> Clip | None:
     """One turn of the user at unit level; None: the bank has no reply to it."""
-    clip = _joined_clip(rng, speakers, voice) if rng.random() < joined else None
+    clip = None
+    if rng.random() < weights.joined:
+        clip = _joined_clip(rng, speakers, voice, odd=rng.random() < weights.nonsense)
     if clip is None:
         indices = speakers.by_voice[voice]
         clip = speakers.clip(int(indices[int(rng.integers(len(indices)))]))
@@ -175,9 +181,9 @@ def _turn(rng: np.random.Generator, speakers: Speakers, voice: str, joined: floa
 
 
 def _hesitant(rng: np.random.Generator, clip: Clip) -> Clip | None:
-    """The turn with one pause, seldom two, where its sentence is open; None where it is open nowhere."""
+    """The turn with one pause, seldom two, where its sentence is open; None where it is open nowhere, or is none."""
     words = clip.text.split()
-    places = [k for k in range(1, len(words)) if incomplete_after(words, k)]
+    places = [k for k in range(1, len(words)) if incomplete_after(words, k)] if is_complete(words) else []
     for k in rng.permutation(places)[: 1 + (rng.random() < 0.2)].astype(int).tolist():
         clip = edits.with_pause(clip, k, int(rng.uniform(0.4, 1.6) * SAMPLE_RATE))
     return clip if places else None
@@ -314,7 +320,7 @@ def _fill(rng: np.random.Generator, draft: _Draft, speakers: Speakers, voice: st
         if kind == "distraction":
             misses += not _distract(rng, draft)
             continue
-        clip = _turn(rng, speakers, voice, weights.joined, rate)
+        clip = _turn(rng, speakers, voice, weights, rate)
         if clip is not None and kind == "hesitation":
             clip = _hesitant(rng, clip)
         if clip is None:

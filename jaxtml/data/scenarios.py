@@ -12,7 +12,7 @@ one model voice. Called by `jaxtml.data.voices` (what to synthesise), `jaxtml.da
 | number | my number is forty two; the code is three nine one; three nine one | the number, the digits |
 | sum | what is three plus four; nine minus two | it is seven |
 | yes_no | is four more than two; is july a month; is a cat a colour | yes it is; no it is not |
-| other | i have a dog | i see |
+| other | i have a dog; plus monday the | i see |
 """
 
 from __future__ import annotations
@@ -296,6 +296,26 @@ def sample_user_text(rng: np.random.Generator) -> tuple[str, str]:
 def bare_list(rng: np.random.Generator) -> str:
     """A list of names, or a code, without a carrier: what single recorded words can be joined into."""
     return _pick(rng, lists() if rng.random() < 0.55 else codes())
+
+
+@cache
+def _openings() -> frozenset[tuple[str, ...]]:
+    """The two words that sentences of the grammar begin with."""
+    rng = np.random.default_rng(0)
+    return frozenset(tuple(sample_user_text(rng)[1].split()[:2]) for _ in range(20_000))
+
+
+def is_nonsense(words: Sequence[str]) -> bool:
+    """Whether these two or more words begin no sentence: there is no rest to wait for, and the reply is `I_SEE`."""
+    return tuple(words[:2]) not in _openings() and reply_to(words) == I_SEE
+
+
+def nonsense(rng: np.random.Generator) -> str:
+    """Two to four words of the task that are `is_nonsense`."""
+    while True:
+        words = [_pick(rng, VOCABULARY) for _ in range(int(rng.integers(2, 5)))]
+        if is_nonsense(words):
+            return " ".join(words)
 
 
 VOCABULARY: tuple[str, ...] = tuple(

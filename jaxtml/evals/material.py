@@ -47,7 +47,7 @@ def synthetic(bank: Bank, count: int, turns: int) -> list[Item]:
         silent = number % SILENT_EVERY == SILENT_EVERY - 1
         voice = voices[number - number // SILENT_EVERY]
         alone = replace(speakers, engines={voice.split(":")[0]: (voice,)})
-        weights = Weights(silence=1.0 if silent else 0.0, typed=0.0)
+        weights = Weights(silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0)
 
         def make(number: int = number, alone: Speakers = alone, weights: Weights = weights) -> Conversation:
             return make_conversation(np.random.default_rng((SEED, number)), alone, weights, turns)

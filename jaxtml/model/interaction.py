@@ -24,7 +24,6 @@ from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, sp
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
 from jaxtml.stream.tokens import PositionKind
 
-
 _GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
            "vocoder": "vocoder", "clock": "micro-turn", "own": "micro-turn"}  # fmt: skip
 

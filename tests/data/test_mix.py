@@ -5,7 +5,7 @@ import pytest
 from tones import ToneBank
 
 from jaxtml.data import channel, mix
-from jaxtml.data.scenarios import incomplete_after, is_complete, reply_to
+from jaxtml.data.scenarios import incomplete_after, is_complete, is_nonsense, reply_to
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
 
@@ -80,7 +80,7 @@ def test_every_reply_is_right_for_what_the_user_said(speakers):
             heard = [
                 word.text for word in talk.user_words if start_s - 1e-6 <= word.start_s and word.end_s <= end_s + 1e-6
             ]
-            assert is_complete(heard)
+            assert is_complete(heard) or is_nonsense(heard)
             assert reply_to(heard) == expected
             start_s, checked = end_s, checked + 1
     assert checked > 60
@@ -184,6 +184,18 @@ def test_words_joined_from_different_utterances_make_new_sentences(speakers):
     replies = {reply for talk in talks for reply in talk.expected.split(" | ")}
     spoken = {reply_to(speakers.clip(int(i)).text.split()) for i in speakers.users}
     assert len(replies - spoken) >= 5
+
+
+def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
+    odd = mix.Weights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
+    seen = 0
+    for i in range(8):
+        talk = mix.make_conversation(np.random.default_rng((3, i)), speakers, odd, channel=channel.CLEAN)
+        replies = filter(None, talk.expected.split(" | "))
+        for scene, expected in zip(talk.scenario.split(), replies, strict=True):
+            seen += expected == "i see"
+            assert (scene, expected) != ("hesitation", "i see")
+    assert seen >= 8
 
 
 def test_a_bank_without_users_is_refused():

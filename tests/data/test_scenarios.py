@@ -102,3 +102,13 @@ def test_the_corpus_covers_the_vocabulary_and_repeats_itself_exactly():
     assert first == list(scenarios.corpus(500))
     assert set(scenarios.VOCABULARY) <= {word for text in first for word in text.split()}
     assert 115 <= len(scenarios.VOCABULARY) <= 150
+
+
+def test_nonsense_begins_no_sentence_and_gets_i_see():
+    rng = np.random.default_rng(5)
+    drawn = [scenarios.nonsense(rng).split() for _ in range(300)]
+    assert len({" ".join(words) for words in drawn}) > 290
+    openings = {tuple(scenarios.sample_user_text(rng)[1].split()[:2]) for _ in range(3000)}
+    for words in drawn:
+        assert set(words) <= set(scenarios.VOCABULARY) and scenarios.reply_to(words) == "i see"
+        assert tuple(words[:2]) not in openings and not scenarios.is_complete(words)
