@@ -220,7 +220,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--steps", type=_count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
     )
-    command.add_argument("--vocoder", metavar="DIR", help="workdir of a trained vocoder to carry along")
+    command.add_argument(
+        "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint: its vocoder is carried along"
+    )
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
     command.add_argument("--workers", type=_count, default=1, help="processes that make batches in advance")

@@ -19,13 +19,14 @@ from jaxtml.train.loop import latest
 from jaxtml.train.vocoder import trained
 
 LIMIT_BYTES = 25_000_000
+VOCODER_LOG = "vocoder_training.jsonl"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, type=Path, help="of `jaxtml train`")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--vocoder", type=Path, help="workdir of `jaxtml train vocoder`")
+    source.add_argument("--vocoder", type=Path, help="run of `jaxtml train vocoder`, or a checkpoint with one")
     source.add_argument(
         "--started-from", type=Path, help="the checkpoint that the run began with: its vocoder and logs"
     )
@@ -39,7 +40,8 @@ def main() -> int:
             if other.vocoder != config.vocoder:
                 raise InputError(f"{args.vocoder} trained another vocoder than {args.workdir} has")
             params = {**params, "vocoder": vocoder}
-            logs["vocoder_training.jsonl"] = (args.vocoder / "log.jsonl").read_text()
+            told = [path for name in ("log.jsonl", VOCODER_LOG) if (path := args.vocoder / name).is_file()]
+            logs |= {VOCODER_LOG: told[0].read_text()} if told else {}
         else:
             before = {path.name: path.read_text() for path in args.started_from.glob("*training.jsonl")}
             logs = {**before, "training.jsonl": before.get("training.jsonl", "") + logs["training.jsonl"]}

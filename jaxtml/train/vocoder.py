@@ -24,6 +24,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from jaxtml.config import Config, VocoderConfig, from_json, to_json
+from jaxtml.convert.checkpoint import CONFIG, load_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params, count, init_params
 from jaxtml.model.vocoder import PITCH_MIN, control, init_state, param_specs, render
@@ -133,15 +134,18 @@ def train_vocoder(
 
 
 def trained(workdir: Path | str) -> tuple[Config, Params]:
-    """The newest checkpoint of a run: its config and the vocoder's parameters, float32.
+    """The vocoder of a run's newest checkpoint, or of a model's checkpoint: config and parameters, float32.
 
     Raises:
-      InputError: `workdir` holds no run, or none that reached its first checkpoint.
+      InputError: `workdir` is neither, or a run that has not reached its first checkpoint.
     """
     workdir = Path(workdir).absolute()
     if not (workdir / "training.json").is_file():  # the loop of the model writes none
+        if (workdir / CONFIG).is_file() and not (workdir / "checkpoints").is_dir():
+            config, params = load_checkpoint(workdir)
+            return config, params["vocoder"]
         raise InputError(f"{workdir} holds no vocoder run: train one with `jaxtml train vocoder --workdir {workdir}`")
-    config = from_json((workdir / "config.json").read_text())
+    config = from_json((workdir / CONFIG).read_text())
     with ocp.training.Checkpointer(str(workdir / "checkpoints")) as saver:
         if saver.latest is None:
             raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
@@ -162,7 +166,7 @@ def _claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{workdir} holds a vocoder run of other settings (see {path.name}): name a new --workdir")
     path.write_text(json.dumps(settings, indent=2) + "\n")
-    (workdir / "config.json").write_text(to_json(config))
+    (workdir / CONFIG).write_text(to_json(config))
 
 
 def _report(workdir: Path, done: int, steps: int, step_s: float, sums: dict[str, jax.Array], seen: int) -> None:

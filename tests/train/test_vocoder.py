@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VocoderConfig
+from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import init_params
 from jaxtml.model.vocoder import param_specs
@@ -140,6 +141,13 @@ def test_a_stopped_run_continues_with_the_same_numbers(bank, tmp_path, monkeypat
     jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "cut")[1])
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
+
+
+def test_a_models_checkpoint_gives_its_vocoder(small, params, tmp_path):
+    save_checkpoint(tmp_path / "model", small, params)
+    config, vocoder = trained(tmp_path / "model")
+    assert config == small
+    jax.tree.map(np.testing.assert_array_equal, vocoder, params["vocoder"])
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
