@@ -221,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=_count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
     )
     command.add_argument(
-        "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint: its vocoder is carried along"
+        "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint, whose vocoder is carried"
     )
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
