@@ -34,6 +34,8 @@ from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import TURN_SAMPLES
 
+jax.config.update("jax_num_cpu_devices", 8)  # meshes; a program without one runs on the first
+
 SLOTS = 4  # sessions of the shared compiled step
 WORDS = ("the", "number", "is", "forty", "two", "a", "sky", "café")  # two or more tokens each, café six
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slots
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
-from jaxtml.model.moe import MoE, MoEStats
+from jaxtml.model.moe import MoE, MoEStats, Placement
 from jaxtml.model.spec import Params, bind, specs, stack
 
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
@@ -93,7 +93,7 @@ class LayerState(NamedTuple):
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each followed by a short convolution and the residual."""
 
-    def __init__(self, config: BackboneConfig, kind: Kind):
+    def __init__(self, config: BackboneConfig, kind: Kind, placement: Placement = Placement()):
         prefix = "model.llm.layers.{layer}"
         self.kind = kind
         attention = config.global_ if kind.is_global else config.sliding
@@ -102,15 +102,18 @@ class Layer(nnx.Module):
         self.attn_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.attn_sconv.weight")
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.mlp_norm.weight")
         if kind.is_moe:
-            self.mlp = MoE(config, f"{prefix}.mlp")
+            self.mlp = MoE(config, f"{prefix}.mlp", placement)
         else:
             self.mlp = DenseMLP(config.d_model, config.d_ff_dense, config.init_std, f"{prefix}.mlp")
         self.mlp_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.mlp_sconv.weight")
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array | None = None, step: Step | None = None, state: LayerState | None = None
+        self, x: jax.Array, kind: jax.Array | None = None, step: Step | None = None, state: LayerState | None = None
     ) -> tuple[jax.Array, LayerState | None, MoEStats | None]:
-        """One layer over `x` `[B, T, D]`; with `step` and `state` it continues sessions, else it sees it all."""
+        """One layer over `x` `[B, T, D]`; with `step` and `state` it continues sessions, else it sees it all.
+
+        `kind` `[B, T]` is what stands at each position (`PositionKind`), for the stats.
+        """
         length = step.length if step is not None else None
         cache, tails = (state.cache, (state.k_tail, state.v_tail)) if state is not None else (None, None)
         y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails)
@@ -119,7 +122,7 @@ class Layer(nnx.Module):
         y = self.mlp_norm(x)
         stats = None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(y, valid)
+            y, stats = self.mlp(y, kind)
         else:
             y = self.mlp(y)
         y, mlp_tail = self.mlp_conv(y, state.mlp_tail if state is not None else None, length)
@@ -132,10 +135,11 @@ class Layer(nnx.Module):
 class Backbone:
     """The stack of layers as pure functions over stacked parameters. Holds shapes, never arrays."""
 
-    def __init__(self, config: BackboneConfig):
+    def __init__(self, config: BackboneConfig, placement: Placement = Placement()):
         self.config = config
         self.blocks = layout(config)
-        self.modules = {kind: Layer(config, kind) for block in self.blocks for kind in (r.kind for r in block.runs)}
+        kinds = {run.kind for block in self.blocks for run in block.runs}
+        self.modules = {kind: Layer(config, kind, placement) for kind in sorted(kinds)}
 
     def specs(self) -> dict[str, Any]:
         """Spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
@@ -153,9 +157,11 @@ class Backbone:
         return b.first + repeat * b.layers + sum(r.layers for r in b.runs[:run]) + layer
 
     def sequence(
-        self, params: Params, x: jax.Array, valid: jax.Array | None = None, remat: bool = False
+        self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: bool = False
     ) -> tuple[jax.Array, list[MoEStats]]:
         """All layers over whole sequences `x` `[B, T, D]`, scanned; with `remat` layers are computed again backwards.
+
+        `kind` `[B, T]` is what stands at each position, PAD where nothing does (None: text everywhere).
 
         Returns the hidden states before the final norm and, per MoE run, stats stacked `[repeats, layers, ...]`.
         """
@@ -169,7 +175,7 @@ class Backbone:
                     module = self.modules[run.kind]
 
                     def one(x: jax.Array, layer: Params, module: Layer = module) -> tuple[jax.Array, Any]:
-                        x, _, stat = bind(module, layer)(x, valid)
+                        x, _, stat = bind(module, layer)(x, kind)
                         return x, stat
 
                     layers = weights[f"run{r}"]
@@ -235,13 +241,13 @@ class Backbone:
         """
         tokens = x.shape[1]
         steps: dict[bool, Step] = {}
-        valid = jnp.arange(tokens) < length[:, None]
+        present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
         new_state = []
         for kind, params, old in zip(self.kinds(), layers, state, strict=True):
             if kind.is_global not in steps:
                 slots = old.cache.k.shape[-1]
                 steps[kind.is_global] = make_step(self._attention(kind), slots, position, length, tokens)
-            x, new, _ = bind(self.modules[kind], params)(x, valid, steps[kind.is_global], old)
+            x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
             new_state.append(new)
         return x, new_state
 

@@ -19,7 +19,7 @@ from jaxtml.model import vocoder
 from jaxtml.model.backbone import Backbone
 from jaxtml.model.flow import FlowHead
 from jaxtml.model.layers import RMSNorm
-from jaxtml.model.moe import MoEStats
+from jaxtml.model.moe import MoEStats, Placement
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
 from jaxtml.stream.tokens import PositionKind
@@ -79,10 +79,11 @@ class Trunk(nnx.Module):
 class InteractionModel:
     """The model of one config."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, placement: Placement = Placement()):
         self.config = config
+        self.placement = placement
         self.trunk = Trunk(config)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = Backbone(config.backbone, placement)
 
     def specs(self) -> dict[str, Any]:
         """Spec table of all parameters, in the shape of the parameter tree."""
@@ -120,7 +121,7 @@ class InteractionModel:
     ) -> tuple[jax.Array, list[MoEStats]]:
         """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
         x = self.embed(params, inputs, dtype)
-        x, stats = self.backbone.sequence(params["layers"], x, inputs.kind != PositionKind.PAD, remat)
+        x, stats = self.backbone.sequence(params["layers"], x, inputs.kind, remat)
         return self.bind(params).norm(x), stats
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:

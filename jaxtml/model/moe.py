@@ -1,15 +1,25 @@
 """Mixture of experts: sigmoid router with correction bias, routed and shared experts in one normalisation.
 
-Axes: N tokens (batch and time flattened), D model width, F expert width, E routed experts, S shared experts,
-K experts per token, R rows of the sorted and padded dispatch buffer, G blocks of rows, one expert each.
+Axes: N tokens of this device (batch and time flattened), D model width, F expert width, E routed experts, L experts of
+this device, S shared experts, K experts per token, P devices of the mesh axis `expert`, R rows of the sorted and padded
+buffer, M modalities (`PositionKind`).
 
-Every path is dropless. `dense` (every expert on every token) is the oracle; `blocked` sorts the rows by expert, pads
-each expert to whole blocks and multiplies block by block (training, long prefills); `gathered` reads only the chosen
-experts' weights (decoding). The router is the released one; the correction bias selects but does not weigh.
+The router is the released one; the correction bias selects but does not weigh. `dense` (every expert on every token) is
+the oracle. Where experts live on several devices, a transport brings tokens to them:
+
+- `replicated`: every device has all tokens, serves those of its own experts, and the parts are summed (serving);
+- `ring`: tokens are gathered from all devices, results scattered back; runs everywhere;
+- `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
+
+All three sort the rows by expert, pad each expert to whole blocks and go through `grouped.expert_rows`; few tokens are
+multiplied expert by expert where the weights stand. Dropless, unless `Placement.capacity` bounds the buffer: then the
+rows that do not fit are dropped, last expert first, and counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -17,8 +27,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import BackboneConfig
-from jaxtml.model.layers import swiglu, swiglu_grad
+from jaxtml.model.grouped import expert_rows
+from jaxtml.model.layers import swiglu
 from jaxtml.model.spec import Released, linear, normal, ones, param, zeros
+from jaxtml.parallel.collectives import merge, spread, total
+from jaxtml.parallel.mesh import MeshShape
+from jaxtml.stream.tokens import PositionKind
+
+MODALITIES = len(PositionKind)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which devices hold the experts, and how tokens reach them.
+
+    Attributes:
+      mesh: with `expert` or `tensor` above 1, the layer runs inside `jax.shard_map`.
+      transport: "replicated", "ring" or "ragged".
+      capacity: rows that a device has room for, as a multiple of its share at perfect balance; None: the worst case.
+    """
+
+    mesh: MeshShape = MeshShape()
+    transport: str = "ring"
+    capacity: float | None = None
 
 
 class Routing(NamedTuple):
@@ -31,7 +62,8 @@ class Routing(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What a layer reports: tokens per expert `[E]`, dropped tokens (always 0 here) and the router's z-loss."""
+    """What a layer reports of this device's tokens: choices per modality and expert `[M, E]` (padding left out), those
+    that found no room (int32), and the router's z-loss, summed over tokens."""
 
     load: jax.Array
     dropped: jax.Array
@@ -41,8 +73,9 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Router, routed experts and shared experts of one layer."""
 
-    def __init__(self, config: BackboneConfig, prefix: str):
+    def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = Placement()):
         c = config
+        self.placement = placement
         d, f, e, s = c.d_model, c.d_ff_expert, c.n_experts, c.n_shared_experts
         self.config = c
         share = c.experts_per_token / c.n_experts
@@ -97,26 +130,32 @@ class MoE(nnx.Module):
         k = c.experts_per_token
         return Routing(index, weight[:, :k].astype(x.dtype), weight[:, k:].astype(x.dtype), routed)
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
-        """`x` `[B, T, D]`, `valid` `[B, T]` bool (None: all) -> `[B, T, D]` and the layer's stats."""
-        c = self.config
+    def __call__(self, x: jax.Array, modality: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+        """`x` `[B, T, D]`, `modality` `[B, T]` in 0..M-1, 0 (PAD) where nothing stands (None: all text).
+
+        Returns `[B, T, D]` and the layer's stats.
+        """
         batch, tokens, dim = x.shape
         flat = x.reshape(batch * tokens, dim)
         routing = self.route(flat)
-        rows = batch * tokens * c.experts_per_token
-        # Decoding reads K experts per token; from about four rows an expert on, sorted blocks read less.
-        run = gathered if rows < 4 * c.n_experts else blocked
-        out = run(flat, routing, self.w13[...].astype(x.dtype), self.w2[...].astype(x.dtype))
-        for i in range(c.n_shared_experts):
-            shared = swiglu(flat, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
-            out = out + routing.shared[:, i : i + 1] * shared
-        mask = jnp.ones(flat.shape[:1], jnp.float32) if valid is None else valid.reshape(-1).astype(jnp.float32)
-        chosen = jax.nn.one_hot(routing.index, c.n_experts, dtype=jnp.float32).sum(axis=1)
+        mesh = self.placement.mesh
+        out, dropped = TRANSPORTS[self.placement.transport](
+            flat, routing, self.w13[...].astype(x.dtype), self.w2[...].astype(x.dtype), self.placement
+        )
+        alike = spread(flat, mesh, ("tensor",))
+        shared = jnp.zeros_like(flat)
+        for i in range(self.config.n_shared_experts):
+            part = swiglu(alike, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
+            shared = shared + spread(routing.shared[:, i : i + 1], mesh, ("tensor",)) * part
+        out = out + merge(shared, mesh, ("tensor",))
+        kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
+        present = (kind != PositionKind.PAD).astype(jnp.float32)
+        chosen = jax.nn.one_hot(routing.index, self.config.n_experts, dtype=jnp.float32).sum(axis=1)
         lse = jax.nn.logsumexp(routing.logits, axis=-1)
         stats = MoEStats(
-            load=(chosen * mask[:, None]).sum(axis=0),
-            dropped=jnp.zeros((), jnp.int32),
-            z_loss=(lse * lse * mask).sum() / jnp.maximum(mask.sum(), 1.0),
+            load=(jax.nn.one_hot(kind, MODALITIES) * present[:, None]).T @ chosen,
+            dropped=dropped,
+            z_loss=(lse * lse * present).sum(),
         )
         return out.reshape(batch, tokens, dim), stats
 
@@ -129,102 +168,207 @@ def dense(x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array) -> jax.
     return jnp.einsum("ne,end->nd", mix, outs)
 
 
-def gathered(x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    """Reads the K chosen experts of each token: gather + gemv, for few tokens.
+Transport = Callable[[jax.Array, Routing, jax.Array, jax.Array, Placement], tuple[jax.Array, jax.Array]]
 
-    One (token, choice) after the other: a CPU multiplies an expert where it stands, while one gather of all choices
-    writes a copy that the contraction then wants transposed (ten times the time for one token of `tiny`).
+
+def replicated(
+    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """All devices of `expert` have the same tokens `x` `[N, D]`; each adds what its L experts give.
+
+    Returns `[N, D]`, the same on all of them, and the dropped choices of all.
     """
+    axes = ("expert", "tensor")
+    x, weight = (spread(a, placement.mesh, axes) for a in (x, routing.weight))
+    out, dropped = _own_experts(x, routing.index, weight, w13, w2, placement)
+    return merge(out, placement.mesh, axes), total(dropped, placement.mesh, ("expert",))
+
+
+def ring(
+    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens of all devices are gathered, results scattered back to theirs: `[N, D]` and this device's dropped choices.
+
+    The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
+    """
+    mesh = placement.mesh
+    x, weight, index = (spread(x, mesh, ("tensor",)), spread(routing.weight, mesh, ("tensor",)), routing.index)
+    if mesh.expert > 1:
+        x, weight, index = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weight, index))
+    out, dropped = _own_experts(x, index, weight, w13, w2, placement)
+    if mesh.expert > 1:
+        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
+    return merge(out, mesh, ("tensor",)), dropped
+
+
+def ragged(
+    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """Rows travel to the devices of their experts and back: `[N, D]` and this device's dropped choices.
+
+    Sorted by expert, the rows for one device lie together, those for one of its experts too: one update per expert
+    brings them where that expert's rows of all devices stand side by side, and nothing is sorted a second time.
+    """
+    mesh = placement.mesh
+    if mesh.expert == 1:
+        return ring(x, routing, w13, w2, placement)
     n, k = routing.index.shape
+    experts = w13.shape[0] * mesh.expert
+    block = block_rows(n * k, w13.shape[0])
+    rows = buffer_rows(n * k * mesh.expert, mesh.expert, w13.shape[0], block, placement.capacity)
+    me = jax.lax.axis_index("expert")
+    order, counts = sorted_by_expert(routing.index, experts)
+    trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
+    x = spread(x, mesh, ("tensor",))
+    sent = _dispatch(x, order, jnp.argsort(order).reshape(n, k))
+    arrived = jax.lax.ragged_all_to_all(
+        sent, _hidden_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
+    )
+    done = expert_rows(arrived, trip.groups, w13, w2, block)
+    back = jax.lax.ragged_all_to_all(
+        done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
+    )
+    slot = jnp.argsort(order).reshape(n, k)
+    out = _combine(back, spread(routing.weight, mesh, ("tensor",)), slot, order)
+    return merge(out, mesh, ("tensor",)), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
+
+
+TRANSPORTS: dict[str, Transport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
+
+
+def _hidden_zeros(like: jax.Array, rows: int) -> jax.Array:
+    """Zeros `[rows, D]` that XLA cannot see through: a constant would be kept and copied once per layer."""
+    return jnp.broadcast_to(like[:1] * 0, (rows, like.shape[1]))
+
+
+class Trip(NamedTuple):
+    """The offsets and sizes of the two `ragged_all_to_all` of one device, and the groups that arrive there.
+
+    `send_from`, `sent`, `to` `[E]`, by expert: where its rows stand here, how many go, and where they arrive.
+    `received`, `return_from`, `return_to` `[P L]`, by device and own expert: how many come from there, where they stand
+    in the buffer, and where they belong when they go home. `groups` `[L]`: rows of each own expert, padding included.
+    """
+
+    send_from: jax.Array
+    sent: jax.Array
+    to: jax.Array
+    received: jax.Array
+    return_from: jax.Array
+    return_to: jax.Array
+    groups: jax.Array
+
+
+def plan_trip(counts: jax.Array, me: jax.Array, rows: int, block: int) -> Trip:
+    """Every device's part of the exchange from the counts `[P, E]` of all: pure, the same numbers on all devices.
+
+    Args:
+      counts: rows that each device has for each expert.
+      me: the index of this device.
+      rows: room in the buffer of each device; what does not fit is not sent, last expert first.
+      block: what an expert's rows are padded to.
+    """
+    devices, experts = counts.shape
+    own = experts // devices
+    by_owner = counts.reshape(devices, devices, own)  # [from, to, expert]
+    wanted = by_owner.sum(axis=0)  # [to, expert]
+    padded = (wanted + block - 1) // block * block
+    start = jnp.cumsum(padded, axis=1) - padded
+    room = jnp.clip(rows - start, 0, padded)
+    before = jnp.cumsum(by_owner, axis=0) - by_owner  # rows of devices before, for the same expert
+    kept = jnp.clip(room[None] - before, 0, by_owner)
+    place = start[None] + before
+    home = (jnp.cumsum(counts, axis=1) - counts).reshape(devices, devices, own)
+    return Trip(
+        send_from=home[me].reshape(-1),
+        sent=kept[me].reshape(-1),
+        to=place[me].reshape(-1),
+        received=kept[:, me].reshape(-1),
+        return_from=place[:, me].reshape(-1),
+        return_to=home[:, me].reshape(-1),
+        groups=room[me] // block * block,
+    )
+
+
+def sorted_by_expert(index: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The flat choices `[N K]` in the order of their experts, and how many each expert has `[E]`."""
+    flat = index.reshape(-1)
+    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=experts)
+
+
+def _own_experts(
+    x: jax.Array, index: jax.Array, weight: jax.Array, w13: jax.Array, w2: jax.Array, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """What this device's experts give to the tokens `x` `[N, D]`, weighted and summed, and the choices without room."""
+    mesh = placement.mesh
+    own = w13.shape[0]
+    if mesh.expert > 1:
+        index = index - own * jax.lax.axis_index("expert")
+    n, k = index.shape
+    # Decoding reads K experts per token; from about four rows an expert on, sorted blocks read less.
+    if n * k < 4 * own * mesh.expert:
+        return _few(x, index, weight, w13, w2), jnp.zeros((), jnp.int32)
+    block = block_rows(n * k // mesh.expert, own)
+    rows = buffer_rows(n * k, mesh.expert, own, block, placement.capacity)
+    slot, source, groups, dropped = _plan(index, own, block, rows)
+    done = expert_rows(_dispatch(x, source, slot), groups, w13, w2, block)
+    return _combine(done, weight, slot, source), dropped
+
+
+def _few(x: jax.Array, index: jax.Array, weight: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+    """Reads the chosen experts that live here, one (token, choice) after the other: gather + gemv, for few tokens.
+
+    An expert is multiplied where it stands. One gather of all choices writes a copy of their weights, which a CPU then
+    wants transposed (ten times the time for one token of `tiny`).
+    """
+    n, k = index.shape
+    own = w13.shape[0]
 
     def one(_: None, row: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         token, expert = row
-        gate, up = token[None] @ w13[expert, :, 0], token[None] @ w13[expert, :, 1]
-        return None, ((jax.nn.silu(gate) * up) @ w2[expert])[0]
 
-    _, outs = jax.lax.scan(one, None, (jnp.repeat(x, k, axis=0), routing.index.reshape(-1)))
-    return jnp.einsum("nkd,nk->nd", outs.reshape(n, k, -1), routing.weight)
+        def run() -> jax.Array:
+            gate, up = token[None] @ w13[expert, :, 0], token[None] @ w13[expert, :, 1]
+            return ((jax.nn.silu(gate) * up) @ w2[expert])[0]
 
+        here = (expert >= 0) & (expert < own)
+        return None, jax.lax.cond(here, run, lambda: jnp.zeros_like(token))
 
-def blocked(x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    """Sorts rows by expert, pads each expert's rows to whole blocks, multiplies block by block. Dropless.
-
-    At most `N K / block + E` blocks exist whatever the routing, so shapes are static and nothing is ever dropped.
-    """
-    n, k = routing.index.shape
-    experts, dim, _, _ = w13.shape
-    block = _block_rows(n * k, experts)
-    blocks = (n * k) // block + experts
-    slot, source, block_expert = _plan(routing.index, experts, block, blocks)
-    rows = _dispatch(x, source, slot).reshape(blocks, block, dim)
-    out = _expert_blocks(rows, w13, w2, block_expert).reshape(blocks * block, dim)
-    return _combine(out, routing.weight, slot, source)
+    _, outs = jax.lax.scan(one, None, (jnp.repeat(x, k, axis=0), index.reshape(-1)))
+    return jnp.einsum("nkd,nk->nd", outs.reshape(n, k, -1), weight)
 
 
-@jax.custom_vjp
-def _expert_blocks(rows: jax.Array, w13: jax.Array, w2: jax.Array, expert: jax.Array) -> jax.Array:
-    """SwiGLU of block g with the weights of `expert[g]`; `rows` `[G, block, D]`, in the order of the experts.
-
-    A loop, in which one block and the weights of one expert stay in a core's cache, and the weight gradients are summed
-    in place: half the time of a batched matmul over gathered copies of the weights.
-    """
-    return _expert_blocks_fwd(rows, w13, w2, expert)[0]
-
-
-def _expert_blocks_fwd(rows, w13, w2, expert):
-    w1, w3 = jax.lax.optimization_barrier((w13[:, :, 0], w13[:, :, 1]))
-
-    def one(_, block):
-        x, e = block
-        gate, up = x @ w1[e], x @ w3[e]
-        return None, ((jax.nn.silu(gate) * up) @ w2[e], gate, up)
-
-    _, (out, gate, up) = jax.lax.scan(one, None, (rows, expert))
-    return out, (rows, gate, up, w13, w2, expert)
-
-
-def _expert_blocks_bwd(saved, grad):
-    rows, gate, up, w13, w2, expert = saved
-    w1, w3 = jax.lax.optimization_barrier((w13[:, :, 0], w13[:, :, 1]))
-
-    def one(sums, block):
-        x, a, b, g, e = block
-        dx, *parts = swiglu_grad(x, a, b, w1[e], w3[e], w2[e], g)
-        return tuple(total.at[e].add(part) for total, part in zip(sums, parts, strict=True)), dx
-
-    zero = (jnp.zeros_like(w1), jnp.zeros_like(w3), jnp.zeros_like(w2))
-    (dw1, dw3, dw2), dx = jax.lax.scan(one, zero, (rows, gate, up, grad, expert))
-    return dx, jnp.stack([dw1, dw3], axis=2), dw2, None
-
-
-_expert_blocks.defvjp(_expert_blocks_fwd, _expert_blocks_bwd)
-
-
-def _block_rows(rows: int, experts: int) -> int:
+def block_rows(rows: int, experts: int) -> int:
     """Block height: a quarter of the mean rows per expert, a power of two in 8..128."""
     target = max(8, min(128, rows // (4 * experts)))
     return 1 << (target.bit_length() - 1)
 
 
-def _plan(index: jax.Array, experts: int, block: int, blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where each (token, choice) goes.
+def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: float | None) -> int:
+    """Rows of a device's buffer for `choices` of `devices` devices: for all of them, or `capacity` times the mean."""
+    room = choices if capacity is None else min(choices, round(capacity * choices / devices))
+    return (room // block + experts) * block
 
-    Returns `slot` `[N, K]` (its row in the padded buffer), `source` `[R]` (which flat choice a row holds, N K where
-    it is padding) and `block_expert` `[G]`.
+
+def _plan(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Array, ...]:
+    """Where each (token, choice) goes; an index outside `[0, experts)` belongs to another device.
+
+    Returns `slot` `[N, K]` (its row in the padded buffer; R where it has none), `source` `[R]` (which flat choice a row
+    holds, N K where it is padding), the groups' padded sizes `[experts]`, and how many choices found no room.
     """
     flat = index.reshape(-1)
-    onehot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)
-    rank = jnp.take_along_axis(jnp.cumsum(onehot, axis=0) - onehot, flat[:, None], axis=1)[:, 0]
-    size = onehot.sum(axis=0)
-    padded_blocks = (size + block - 1) // block
-    end = jnp.cumsum(padded_blocks)
-    start = (end - padded_blocks) * block
-    slot = start[flat] + rank
-    source = (
-        jnp.full((blocks * block,), flat.shape[0], jnp.int32).at[slot].set(jnp.arange(flat.shape[0], dtype=jnp.int32))
-    )
-    block_expert = jnp.minimum(jnp.searchsorted(end, jnp.arange(blocks), side="right"), experts - 1)
-    return slot.reshape(index.shape), source, block_expert
+    here = (flat >= 0) & (flat < experts)
+    onehot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)  # zero for choices of other devices
+    expert = jnp.clip(flat, 0, experts - 1)
+    rank = jnp.take_along_axis(jnp.cumsum(onehot, axis=0) - onehot, expert[:, None], axis=1)[:, 0]
+    padded = (onehot.sum(axis=0) + block - 1) // block * block
+    start = jnp.cumsum(padded) - padded
+    slot = start[expert] + rank
+    fits = here & (slot < rows)
+    slot = jnp.where(fits, slot, rows)
+    choices = jnp.arange(flat.shape[0], dtype=jnp.int32)
+    source = jnp.full((rows,), flat.shape[0], jnp.int32).at[slot].set(choices, mode="drop")
+    groups = jnp.clip(rows - start, 0, padded) // block * block
+    return slot.reshape(index.shape), source, groups, (here & ~fits).sum(dtype=jnp.int32)
 
 
 @jax.custom_vjp
@@ -239,7 +383,7 @@ def _dispatch_fwd(x, source, slot):
 
 
 def _dispatch_bwd(slot, grad):
-    return grad[slot].sum(axis=1), None, None
+    return grad.at[slot].get(mode="fill", fill_value=0).sum(axis=1), None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -247,9 +391,9 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def _combine(rows: jax.Array, weight: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
-    """Rows `[R, D]` back to tokens: `sum_k weight[n, k] rows[slot[n, k]]`."""
+    """Rows `[R, D]` back to tokens: `sum_k weight[n, k] rows[slot[n, k]]`; a slot outside the buffer gives nothing."""
     del source
-    return jnp.einsum("nkd,nk->nd", rows[slot], weight)
+    return jnp.einsum("nkd,nk->nd", rows.at[slot].get(mode="fill", fill_value=0), weight)
 
 
 def _combine_fwd(rows, weight, slot, source):
@@ -261,7 +405,7 @@ def _combine_bwd(saved, grad):
     k = slot.shape[1]
     scale = weight.reshape(-1).at[source].get(mode="fill", fill_value=0)
     drows = grad.at[source // k].get(mode="fill", fill_value=0) * scale[:, None]
-    dweight = jnp.einsum("nkd,nd->nk", rows[slot], grad)
+    dweight = jnp.einsum("nkd,nd->nk", rows.at[slot].get(mode="fill", fill_value=0), grad)
     return drows, dweight, None, None
 
 

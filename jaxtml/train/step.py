@@ -92,7 +92,8 @@ def loss_fn(
     spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
     terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, flow_key)
-    terms["router_z"] = sum((s.z_loss.mean() for s in stats), jnp.zeros(())) / max(len(stats), 1)
+    tokens = jnp.maximum((batch["kind"] != PositionKind.PAD).sum(), 1) * max(sum(s.z_loss.size for s in stats), 1)
+    terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / tokens
     total = (
         t.gate_weight * terms["gate"]
         + t.heard_weight * terms["heard"]
@@ -150,7 +151,7 @@ def update_router_bias(params: Params, model: InteractionModel, stats: list[MoES
         for r, run in enumerate(block.runs):
             if not run.kind.is_moe:
                 continue
-            load = next(remaining).load
+            load = next(remaining).load.sum(axis=-2)  # over modalities
             old = runs[f"run{r}"]
             bias = old["mlp"]["router_bias"] + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
             runs[f"run{r}"] = {**old, "mlp": {**old["mlp"], "router_bias": bias}}
@@ -182,7 +183,8 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old), (params, moments), (state.params, state.moments)
         )
-        load = jnp.concatenate([s.load.reshape(-1, s.load.shape[-1]) for s in stats]) if stats else jnp.ones((1, 1))
+        loads = [s.load.sum(axis=-2) for s in stats]
+        load = jnp.concatenate([n.reshape(-1, n.shape[-1]) for n in loads]) if stats else jnp.ones((1, 1))
         metrics = {
             "loss": loss,
             **terms,

@@ -79,9 +79,9 @@ def test_padding_at_the_end_changes_nothing_before_it():
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (1, 40, SMALL.d_model))
     padded = jnp.pad(x, ((0, 0), (0, 25), (0, 0)), constant_values=3.0)
-    valid = (jnp.arange(65) < 40)[None]
+    kind = (jnp.arange(65) < 40).astype(jnp.int32)[None]
     plain, stats = backbone.sequence(params, x)
-    longer, padded_stats = backbone.sequence(params, padded, valid)
+    longer, padded_stats = backbone.sequence(params, padded, kind)
     np.testing.assert_allclose(plain, longer[:, :40], rtol=2e-5, atol=1e-6)
     for a, b in zip(stats, padded_stats, strict=True):
         np.testing.assert_array_equal(a.load, b.load)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxtml.config import load
-from jaxtml.model.moe import MoE, Routing, _block_rows, blocked, dense, gathered
+from jaxtml.model.grouped import _blocks, _megablox, _ragged_dot
+from jaxtml.model.moe import MoE, Placement, Routing, _few, _own_experts, block_rows, dense
 from jaxtml.model.spec import bind, init_params, specs
+from jaxtml.stream.tokens import PositionKind
 
 CONFIG = dataclasses.replace(load("tiny").backbone, d_model=24, d_ff_expert=20, n_experts=6, experts_per_token=3)
 N, D, F, E, K = 150, CONFIG.d_model, CONFIG.d_ff_expert, CONFIG.n_experts, CONFIG.experts_per_token
@@ -35,8 +37,17 @@ def weights():
     return tuple(jnp.asarray(rng.normal(0, 0.3, s).astype(np.float32)) for s in ((N, D), (E, D, 2, F), (E, F, D)))
 
 
+def own_experts(x, routing, w13, w2):
+    out, dropped = _own_experts(x, routing.index, routing.weight, w13, w2, Placement())
+    return out + 0.0 * dropped
+
+
+def one_by_one(x, routing, w13, w2):
+    return _few(x, routing.index, routing.weight, w13, w2)
+
+
 @pytest.mark.parametrize("kind", ["balanced", "skewed", "all to the same", "some experts empty"])
-@pytest.mark.parametrize("path", [blocked, gathered])
+@pytest.mark.parametrize("path", [own_experts, one_by_one])
 def test_paths_equal_every_expert_on_every_token_forwards_and_backwards(path, kind, weights):
     x, w13, w2 = weights
     index = jnp.asarray(_choices(kind), jnp.int32)
@@ -56,8 +67,35 @@ def test_paths_equal_every_expert_on_every_token_forwards_and_backwards(path, ki
         assert error < 2e-6, (name, float(error))
 
 
+@pytest.mark.parametrize("platform", [_blocks, _ragged_dot, _megablox])
+def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
+    rng = np.random.default_rng(0)
+    block, sizes, dim, width = 8, np.array([16, 0, 8, 24]), 128, 128
+    rows, w13, w2 = (jnp.asarray(0.3 * rng.normal(size=s), jnp.float32)
+                     for s in ((64, dim), (4, dim, 2, width), (4, width, dim)))  # fmt: skip
+    used = int(sizes.sum())
+
+    def plain(rows, w13, w2):
+        expert = np.repeat(np.arange(4), sizes)
+        gate, up = (jnp.einsum("nd,ndf->nf", rows[:used], w13[expert, :, i]) for i in (0, 1))
+        return jnp.einsum("nf,nfd->nd", jax.nn.silu(gate) * up, w2[expert])
+
+    def ours(rows, w13, w2):
+        options = {"block": block} if platform is _blocks else {"block": block, "interpret": True}
+        return platform(rows, jnp.asarray(sizes), w13, w2, **({} if platform is _ragged_dot else options))[:used]
+
+    grad = jnp.asarray(rng.normal(size=(used, dim)), jnp.float32)
+    for name, function in (
+        ("out", lambda f: f(rows, w13, w2)),
+        ("grads", lambda f: jax.vjp(f, rows, w13, w2)[1](grad)),
+    ):
+        for a, b in zip(jax.tree.leaves(function(ours)), jax.tree.leaves(function(plain)), strict=True):
+            b = b[:used] if b.shape == rows.shape else b
+            np.testing.assert_allclose(a[: len(b)], b, rtol=2e-4, atol=2e-4, err_msg=name)
+
+
 def test_a_layer_gives_the_same_with_few_tokens_and_with_many():
-    """Few tokens go through the gathered path, many through the blocked one."""
+    """Few tokens go expert by expert, many through sorted blocks."""
     layer = MoE(CONFIG, "mlp")
     params = init_params(specs(layer), 0)
     x = jax.random.normal(jax.random.key(0), (1, 200, D))
@@ -66,14 +104,31 @@ def test_a_layer_gives_the_same_with_few_tokens_and_with_many():
     np.testing.assert_allclose(together[:, ::20], alone, rtol=2e-5, atol=1e-6)
 
 
-def test_stats_count_real_tokens_and_nothing_is_dropped():
+def test_stats_count_real_tokens_by_modality_and_nothing_is_dropped():
     layer = MoE(CONFIG, "mlp")
     params = init_params(specs(layer), 0)
     x = jax.random.normal(jax.random.key(0), (2, 50, D))
-    valid = jnp.arange(50) < jnp.array([[50], [13]])
-    _, stats = bind(layer, params)(x, valid)
+    kind = np.full((2, 50), PositionKind.TEXT)
+    kind[0, 20:], kind[1, 13:] = PositionKind.USER, PositionKind.PAD
+    _, stats = bind(layer, params)(x, jnp.asarray(kind))
     assert int(stats.dropped) == 0
-    assert float(stats.load.sum()) == 63 * K
+    assert stats.load.shape == (len(PositionKind), E)
+    expected = {PositionKind.TEXT: 33 * K, PositionKind.USER: 30 * K}
+    np.testing.assert_array_equal(stats.load.sum(axis=1), [expected.get(k, 0) for k in PositionKind])
+
+
+def test_a_buffer_that_is_too_small_drops_the_same_rows_each_time_and_counts_them(weights):
+    x, w13, w2 = weights
+    index = jnp.asarray(_choices("skewed"), jnp.int32)
+    gate = jnp.ones((N, K))
+    small = Placement(capacity=0.4)
+    out, dropped = _own_experts(x, index, gate, w13, w2, small)
+    again, _ = _own_experts(x, index, gate, w13, w2, small)
+    np.testing.assert_array_equal(out, again)
+    whole, none = _own_experts(x, index, gate, w13, w2, Placement())
+    assert int(none) == 0 < int(dropped) < N * K
+    lost = (jnp.abs(out - whole).max(axis=1) > 1e-5).sum()
+    assert 0 < int(lost) <= int(dropped)
 
 
 def test_the_correction_bias_selects_but_does_not_weigh():
@@ -97,4 +152,4 @@ def test_routed_and_shared_weights_sum_to_the_scale():
 
 
 def test_blocks_are_powers_of_two_between_8_and_128_rows():
-    assert [_block_rows(rows, 8) for rows in (1, 300, 12288, 10**6)] == [8, 8, 128, 128]
+    assert [block_rows(rows, 8) for rows in (1, 300, 12288, 10**6)] == [8, 8, 128, 128]
