@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import AttentionConfig, BackboneConfig
+from jaxtml.errors import InputError
 from jaxtml.model.attend import HIDDEN, attend_sequence
-from jaxtml.model.layers import RMSNorm, ShortConv, project
+from jaxtml.model.layers import RMSNorm, ShortConv, project, rms_normalise
+from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param
+from jaxtml.parallel.collectives import merge, spread
 
 
 class KVCache(NamedTuple):
@@ -74,10 +77,20 @@ def make_step(config: AttentionConfig, slots: int, position: jax.Array, length: 
 class Attention(nnx.Module):
     """One attention layer; `config` is its kind (sliding or global)."""
 
-    def __init__(self, backbone: BackboneConfig, config: AttentionConfig, scaled: bool, prefix: str):
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        config: AttentionConfig,
+        scaled: bool,
+        prefix: str,
+        placement: Placement = ALONE,
+    ):
         d, h, g, k, r = backbone.d_model, config.n_heads, config.n_kv_heads, config.head_dim, backbone.d_rel
         self.config = config
         self.backbone = backbone
+        self.mesh = placement.mesh
+        if g % self.mesh.tensor:
+            raise InputError(f"tensor={self.mesh.tensor} does not divide {g} kv heads: choose a divisor of {g}")
         self.scaled = scaled and backbone.log_scaling_floor is not None
         init = normal(backbone.init_std)
         self.wq = param((d, h * k), ("embed", "heads"), init, released=linear(f"{prefix}.wq_du.weight", d, h * k))
@@ -103,17 +116,22 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         tails: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, KVCache | None, tuple[jax.Array, jax.Array]]:
-        """`x` `[B, T, D]` -> `[B, T, D]`, the new cache and the new convolution tails."""
+        """`x` `[B, T, D]` -> `[B, T, D]`, the new cache and the new convolution tails.
+
+        On a mesh, each device of `tensor` has its share of the heads.
+        """
         batch, tokens, _ = x.shape
-        h, g, k = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        ways = self.mesh.tensor
+        h, g, k = self.config.n_heads // ways, self.config.n_kv_heads // ways, self.config.head_dim
+        x, rel_proj = (spread(a, self.mesh, TENSOR) for a in (x, self.rel[...]))
         dtype = x.dtype
         length = step.length if step is not None else None
         k_tail, v_tail = tails if tails is not None else (None, None)
 
         keys, k_tail = self.k_conv(project(x, self.wk[...].astype(dtype)), k_tail, length)
         values, v_tail = self.v_conv(project(x, self.wv[...].astype(dtype)), v_tail, length)
-        query = self.q_norm((project(x, self.wq[...].astype(dtype))).reshape(batch, tokens, h, k))
-        keys = self.k_norm(keys.reshape(batch, tokens, g, k))
+        query = self._normed(self.q_norm, project(x, self.wq[...].astype(dtype)).reshape(batch, tokens, h, k))
+        keys = self._normed(self.k_norm, keys.reshape(batch, tokens, g, k))
         values = values.reshape(batch, tokens, g, k)
         rel = (project(x, self.wr[...].astype(dtype))).reshape(batch, tokens, h, -1)
         # 1 / d, not 1 / sqrt(d): both sides are normalised
@@ -125,7 +143,7 @@ class Attention(nnx.Module):
 
         query = query.reshape(batch, tokens, g, h // g, k)
         rel = rel.reshape(batch, tokens, g, h // g, -1)
-        proj = self.rel[...].astype(dtype)
+        proj = rel_proj.astype(dtype)
         if step is None:
             out = attend_sequence(self.config, query, keys, values, rel, proj)
         else:
@@ -134,7 +152,12 @@ class Attention(nnx.Module):
             query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
             out = _attend_cache(query, cache, rel, proj, step).transpose(0, 3, 1, 2, 4)
         out = out.reshape(batch, tokens, h * k)
-        return project(out, self.wo[...].astype(dtype)), cache, (k_tail, v_tail)
+        out = merge(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
+        return out, cache, (k_tail, v_tail)
+
+    def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        """Per-head norm: one weight for all heads, of which this device may have a share."""
+        return rms_normalise(x, norm.eps) * spread(norm.weight[...], self.mesh, TENSOR).astype(x.dtype)
 
     def _length_scale(self, position: jax.Array) -> jax.Array:
         """Logits grow with the logarithm of the length once it passes the floor (float32)."""

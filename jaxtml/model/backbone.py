@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slots
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
-from jaxtml.model.moe import MoE, MoEStats, Placement
+from jaxtml.model.moe import MoE, MoEStats
+from jaxtml.model.placement import ALONE, Placement, whole
 from jaxtml.model.spec import Params, bind, specs, stack
 
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
@@ -93,18 +94,18 @@ class LayerState(NamedTuple):
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each followed by a short convolution and the residual."""
 
-    def __init__(self, config: BackboneConfig, kind: Kind, placement: Placement = Placement()):
+    def __init__(self, config: BackboneConfig, kind: Kind, placement: Placement = ALONE):
         prefix = "model.llm.layers.{layer}"
         self.kind = kind
         attention = config.global_ if kind.is_global else config.sliding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.attn_norm.weight")
-        self.attn = Attention(config, attention, kind.is_global, f"{prefix}.attn")
+        self.attn = Attention(config, attention, kind.is_global, f"{prefix}.attn", placement)
         self.attn_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.attn_sconv.weight")
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.mlp_norm.weight")
         if kind.is_moe:
             self.mlp = MoE(config, f"{prefix}.mlp", placement)
         else:
-            self.mlp = DenseMLP(config.d_model, config.d_ff_dense, config.init_std, f"{prefix}.mlp")
+            self.mlp = DenseMLP(config.d_model, config.d_ff_dense, config.init_std, f"{prefix}.mlp", placement)
         self.mlp_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.mlp_sconv.weight")
 
     def __call__(
@@ -135,17 +136,19 @@ class Layer(nnx.Module):
 class Backbone:
     """The stack of layers as pure functions over stacked parameters. Holds shapes, never arrays."""
 
-    def __init__(self, config: BackboneConfig, placement: Placement = Placement()):
+    def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
         self.config = config
+        self.placement = placement
         self.blocks = layout(config)
         kinds = {run.kind for block in self.blocks for run in block.runs}
         self.modules = {kind: Layer(config, kind, placement) for kind in sorted(kinds)}
+        self.tables = {kind: specs(module) for kind, module in self.modules.items()}
 
     def specs(self) -> dict[str, Any]:
         """Spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
         return {
             f"block{b}": {
-                f"run{r}": stack(specs(self.modules[run.kind]), (block.repeats, run.layers), ("block", "layer"))
+                f"run{r}": stack(self.tables[run.kind], (block.repeats, run.layers), ("block", "layer"))
                 for r, run in enumerate(block.runs)
             }
             for b, block in enumerate(self.blocks)
@@ -172,10 +175,10 @@ class Backbone:
             def body(x: jax.Array, weights: Params, block: Block = block) -> tuple[jax.Array, list[Any]]:
                 collected = []
                 for r, run in enumerate(block.runs):
-                    module = self.modules[run.kind]
 
-                    def one(x: jax.Array, layer: Params, module: Layer = module) -> tuple[jax.Array, Any]:
-                        x, _, stat = bind(module, layer)(x, kind)
+                    def one(x: jax.Array, layer: Params, of: Kind = run.kind) -> tuple[jax.Array, Any]:
+                        layer = whole(layer, self.tables[of], self.placement.mesh, x.dtype)
+                        x, _, stat = bind(self.modules[of], layer)(x, kind)
                         return x, stat
 
                     layers = weights[f"run{r}"]

@@ -59,23 +59,26 @@ class FlowHead(nnx.Module):
         shift, scale = jnp.split(c @ self.mod_out[...].astype(dtype), 2, axis=-1)
         return (rms_normalise(h, 1e-6) * (1 + scale) + shift) @ self.w_out[...].astype(dtype)
 
-    def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, key: jax.Array) -> jax.Array:
-        """Mean squared error of x1 over the valid positions and `draws` noise draws each.
+    def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+        """Squared error of x1, mean over log-mels and `draws` noise draws, summed over the valid positions.
 
-        `hidden` `[N, D]`, `target` `[N, 400]` log-mels, `valid` `[N]` bool. All t count alike: the minimum is that of
-        the velocity's error, whose weight (1 - t)^-2 puts the loss where the noise is nearly gone and nobody has to
-        know what is being said.
+        `hidden` `[N, D]`, `target` `[N, 400]` log-mels, `valid` `[N]` bool, `keys` `[N]` of each position's noise. All
+        t count alike: the minimum is that of the velocity's error, whose weight (1 - t)^-2 puts the loss where the
+        noise is nearly gone and nobody has to know what is being said.
         """
         draws = self.config.draws
         condition = jnp.repeat(self.condition(hidden), draws, axis=0)
         x1 = jnp.repeat(normalise(target).astype(hidden.dtype), draws, axis=0)
-        noise_key, time_key = jax.random.split(key)
-        x0 = jax.random.normal(noise_key, x1.shape, x1.dtype)
-        t = jax.random.uniform(time_key, x1.shape[:1], jnp.float32)
+
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            noise_key, time_key = jax.random.split(key)
+            return jax.random.normal(noise_key, (draws, SPEECH_DIM), x1.dtype), jax.random.uniform(time_key, (draws,))
+
+        x0, t = (a.reshape(len(x1), *a.shape[2:]) for a in jax.vmap(draw)(keys))
         mixed = (1 - t[:, None]) * x0 + t[:, None] * x1
         error = (self(mixed.astype(x1.dtype), t, condition) - x1).astype(jnp.float32)
         mask = jnp.repeat(valid.astype(jnp.float32), draws)
-        return (mask * jnp.mean(error * error, axis=-1)).sum() / jnp.maximum(mask.sum(), 1.0)
+        return (mask * jnp.mean(error * error, axis=-1)).sum() / draws
 
     def sample(self, hidden: jax.Array, noise: jax.Array, steps: int) -> jax.Array:
         """Euler steps from `noise` `[N, 400]` (already scaled by the temperature) to log-mels `[N, 400]`."""

@@ -19,9 +19,11 @@ from jaxtml.model import vocoder
 from jaxtml.model.backbone import Backbone
 from jaxtml.model.flow import FlowHead
 from jaxtml.model.layers import RMSNorm
-from jaxtml.model.moe import MoEStats, Placement
+from jaxtml.model.moe import MoEStats
+from jaxtml.model.placement import ALONE, TENSOR, Placement, whole
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
+from jaxtml.parallel.collectives import joined, spread
 from jaxtml.stream.tokens import PositionKind
 
 _GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
@@ -58,9 +60,9 @@ class Inputs(NamedTuple):
 class Trunk(nnx.Module):
     """Everything around the layers: embeddings before, heads after."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, placement: Placement = ALONE):
         b = config.backbone
-        self.embed = TextEmbedding(b)
+        self.embed = TextEmbedding(b, placement)
         self.audio = DmelTower(b)
         self.visual = HMLP(config.vision, b)
         self.clock = Clock(b)
@@ -79,10 +81,10 @@ class Trunk(nnx.Module):
 class InteractionModel:
     """The model of one config."""
 
-    def __init__(self, config: Config, placement: Placement = Placement()):
+    def __init__(self, config: Config, placement: Placement = ALONE):
         self.config = config
         self.placement = placement
-        self.trunk = Trunk(config)
+        self.trunk = Trunk(config, placement)
         self.backbone = Backbone(config.backbone, placement)
 
     def specs(self) -> dict[str, Any]:
@@ -92,6 +94,12 @@ class InteractionModel:
             "layers": self.backbone.specs(),
             "vocoder": vocoder.param_specs(self.config.vocoder),
         }
+
+    def gathered(self, params: Params, dtype: jnp.dtype) -> Params:
+        """A device's parts of the parameters with all but the layers fetched, which are fetched one by one."""
+        apart = {name: params[name] for name in ("layers", "vocoder")}
+        trunk = {name: part for name, part in params.items() if name not in apart}
+        return {**whole(trunk, specs(self.trunk), self.placement.mesh, dtype), **apart}
 
     def bind(self, params: Params) -> Trunk:
         """The trunk over its part of `params`."""
@@ -126,5 +134,6 @@ class InteractionModel:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""
-        scaled = hidden / self.config.backbone.logits_divisor
-        return (scaled @ params["unembed"].astype(hidden.dtype)).astype(jnp.float32)
+        scaled = spread(hidden / self.config.backbone.logits_divisor, self.placement.mesh, TENSOR)
+        logits = (scaled @ params["unembed"].astype(hidden.dtype)).astype(jnp.float32)
+        return joined(logits, self.placement.mesh, TENSOR)

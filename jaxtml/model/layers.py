@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param
+from jaxtml.parallel.collectives import merge, spread
 
 
 class RMSNorm(nnx.Module):
@@ -186,7 +188,8 @@ def swiglu_grad(
 class DenseMLP(nnx.Module):
     """SwiGLU feed-forward of the first layers, with a learned global scale."""
 
-    def __init__(self, dim: int, width: int, std: float, prefix: str):
+    def __init__(self, dim: int, width: int, std: float, prefix: str, placement: Placement = ALONE):
+        self.mesh = placement.mesh
         self.w13 = param(
             (dim, 2, width),
             ("embed", "gate_up", "mlp"),
@@ -201,5 +204,6 @@ class DenseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = x.dtype
-        out = swiglu(_rows(x), self.w13[...].astype(dtype), self.w2[...].astype(dtype))
-        return out.reshape(x.shape) * self.global_scale[...].astype(dtype)
+        rows = spread(_rows(x), self.mesh, TENSOR)
+        out = swiglu(rows, self.w13[...].astype(dtype), self.w2[...].astype(dtype))
+        return merge(out, self.mesh, TENSOR).reshape(x.shape) * self.global_scale[...].astype(dtype)

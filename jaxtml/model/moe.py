@@ -19,7 +19,6 @@ rows that do not fit are dropped, last expert first, and counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -29,27 +28,12 @@ from flax import nnx
 from jaxtml.config import BackboneConfig
 from jaxtml.model.grouped import expert_rows
 from jaxtml.model.layers import swiglu
+from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param, zeros
 from jaxtml.parallel.collectives import merge, spread, total
-from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.tokens import PositionKind
 
 MODALITIES = len(PositionKind)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which devices hold the experts, and how tokens reach them.
-
-    Attributes:
-      mesh: with `expert` or `tensor` above 1, the layer runs inside `jax.shard_map`.
-      transport: "replicated", "ring" or "ragged".
-      capacity: rows that a device has room for, as a multiple of its share at perfect balance; None: the worst case.
-    """
-
-    mesh: MeshShape = MeshShape()
-    transport: str = "ring"
-    capacity: float | None = None
 
 
 class Routing(NamedTuple):
@@ -73,7 +57,7 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Router, routed experts and shared experts of one layer."""
 
-    def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = Placement()):
+    def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = ALONE):
         c = config
         self.placement = placement
         d, f, e, s = c.d_model, c.d_ff_expert, c.n_experts, c.n_shared_experts
@@ -142,12 +126,12 @@ class MoE(nnx.Module):
         out, dropped = TRANSPORTS[self.placement.transport](
             flat, routing, self.w13[...].astype(x.dtype), self.w2[...].astype(x.dtype), self.placement
         )
-        alike = spread(flat, mesh, ("tensor",))
+        alike = spread(flat, mesh, TENSOR)
         shared = jnp.zeros_like(flat)
         for i in range(self.config.n_shared_experts):
             part = swiglu(alike, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
-            shared = shared + spread(routing.shared[:, i : i + 1], mesh, ("tensor",)) * part
-        out = out + merge(shared, mesh, ("tensor",))
+            shared = shared + spread(routing.shared[:, i : i + 1], mesh, TENSOR) * part
+        out = out + merge(shared, mesh, TENSOR)
         kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
         present = (kind != PositionKind.PAD).astype(jnp.float32)
         chosen = jax.nn.one_hot(routing.index, self.config.n_experts, dtype=jnp.float32).sum(axis=1)
@@ -192,13 +176,13 @@ def ring(
     The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
     """
     mesh = placement.mesh
-    x, weight, index = (spread(x, mesh, ("tensor",)), spread(routing.weight, mesh, ("tensor",)), routing.index)
+    x, weight, index = (spread(x, mesh, TENSOR), spread(routing.weight, mesh, TENSOR), routing.index)
     if mesh.expert > 1:
         x, weight, index = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weight, index))
     out, dropped = _own_experts(x, index, weight, w13, w2, placement)
     if mesh.expert > 1:
         out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
-    return merge(out, mesh, ("tensor",)), dropped
+    return merge(out, mesh, TENSOR), dropped
 
 
 def ragged(
@@ -219,7 +203,7 @@ def ragged(
     me = jax.lax.axis_index("expert")
     order, counts = sorted_by_expert(routing.index, experts)
     trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
-    x = spread(x, mesh, ("tensor",))
+    x = spread(x, mesh, TENSOR)
     sent = _dispatch(x, order, jnp.argsort(order).reshape(n, k))
     arrived = jax.lax.ragged_all_to_all(
         sent, _hidden_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
@@ -229,8 +213,8 @@ def ragged(
         done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
     )
     slot = jnp.argsort(order).reshape(n, k)
-    out = _combine(back, spread(routing.weight, mesh, ("tensor",)), slot, order)
-    return merge(out, mesh, ("tensor",)), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
+    out = _combine(back, spread(routing.weight, mesh, TENSOR), slot, order)
+    return merge(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
 
 
 TRANSPORTS: dict[str, Transport] = {"replicated": replicated, "ring": ring, "ragged": ragged}

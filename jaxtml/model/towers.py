@@ -12,7 +12,9 @@ from flax import nnx
 
 from jaxtml.config import BackboneConfig, VisionConfig
 from jaxtml.model.layers import RMSNorm
+from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param, zeros
+from jaxtml.parallel.collectives import merge
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.timebase import N_BINS, N_MELS
 
@@ -22,8 +24,9 @@ FEW_FRAMES = 32  # up to this many frames the bag is a gather; a one-hot matmul 
 class TextEmbedding(nnx.Module):
     """Token embedding followed by an RMS norm."""
 
-    def __init__(self, config: BackboneConfig):
+    def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
         v, d = config.vocab_size, config.d_model
+        self.mesh = placement.mesh
         # One row is read per token, whatever the vocabulary: none of it counts as active.
         self.weight = param(
             (v, d),
@@ -35,7 +38,12 @@ class TextEmbedding(nnx.Module):
         self.norm = RMSNorm(d, config.norm_eps, "embed", "model.llm.embed_norm.weight")
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.norm(self.weight[...].astype(dtype)[ids])
+        table = self.weight[...].astype(dtype)
+        if self.mesh.tensor == 1:
+            return self.norm(table[ids])
+        own = ids - len(table) * jax.lax.axis_index("tensor")  # the vocabulary is split
+        rows = jnp.where(((own >= 0) & (own < len(table)))[..., None], table[jnp.clip(own, 0, len(table) - 1)], 0)
+        return self.norm(merge(rows, self.mesh, TENSOR))
 
 
 class DmelTower(nnx.Module):

@@ -1,7 +1,8 @@
 """What the programs of a mesh's devices say to each other, inside `jax.shard_map`. Knows axis names, no model.
 
 All are written for `check_vma=False`, where the transpose of a `psum` is a `psum`: `spread` and `merge` are the pair
-that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et al., 2019).
+that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et al., 2019);
+`joined` completes what they then all use alike.
 Each is the identity over axes of length 1, so that a program for one device has no axes at all.
 """
 
@@ -53,6 +54,25 @@ def _merge(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 
 _merge.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, grad: (grad,))
+
+
+def joined(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+    """The last dimension whole, from the parts of the devices of `axes`, which then all do the same with it."""
+    names = used(mesh, axes)
+    return _joined(x, names) if names else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _joined(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True)
+
+
+def _joined_bwd(names: tuple[str, ...], size: int, grad: jax.Array) -> tuple[jax.Array]:
+    start = jax.lax.axis_index(names) * size
+    return (jax.lax.dynamic_slice_in_dim(grad, start, size, axis=grad.ndim - 1),)
+
+
+_joined.defvjp(lambda x, names: (_joined(x, names), x.shape[-1]), _joined_bwd)
 
 
 def gathered(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:

@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxtml.config import Config, FlowConfig, TrainConfig
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.moe import MoEStats
+from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params
+from jaxtml.parallel.collectives import total
+from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape
 from jaxtml.stream.tokens import PositionKind, Term
 
 Batch = dict[str, jax.Array]
@@ -65,43 +69,59 @@ def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTrans
 def loss_fn(
     model: InteractionModel, params: Params, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[MoEStats]]]:
-    """Total loss, its terms and the MoE layers' stats.
+    """This device's share of the loss, of its terms and of the MoE layers' stats: the sum over devices is the whole.
 
     Token terms are sums of cross-entropy divided by the number of micro-turns, so that the chances at a position where
     "a word was heard" competes with "nothing happened" stay honest; the flow term is a mean over own-speech positions.
+    Noise is drawn per row of the whole batch: how many devices share it changes nothing.
     """
     t = model.config.train
+    mesh = model.placement.mesh
     dtype = jnp.dtype(t.compute_dtype)
-    noise_key, flow_key = jax.random.split(key)
-    bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, noise_key)
+
+    def everywhere(count: jax.Array) -> jax.Array:
+        return jnp.maximum(total(count, mesh, BATCH_AXES), 1)
+
+    params = model.gathered(params, dtype)
+    rows = _row_keys(key, len(batch["kind"]), mesh)
+    bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, rows)
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
     hidden, stats = model.hidden(params, inputs, dtype, t.remat)
 
     logits = model.logits(params, hidden)
     picked = jnp.take_along_axis(logits, batch["target"][..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    turns = jnp.maximum((batch["kind"] == PositionKind.TURN).sum(), 1)
+    turns = everywhere((batch["kind"] == PositionKind.TURN).sum())
     right = jnp.argmax(logits, axis=-1) == batch["target"]
     terms: dict[str, jax.Array] = {}
     for name, term in (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT)):
         chosen = batch["term"] == term
         terms[name] = jnp.where(chosen, nll, 0).sum() / turns
-        terms[f"{name}_right"] = (chosen & right).sum() / jnp.maximum(chosen.sum(), 1)
+        terms[f"{name}_right"] = (chosen & right).sum() / everywhere(chosen.sum())
 
     row, slot, valid = _spoken(jnp.asarray(batch["speech_valid"]))
     spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
-    terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, flow_key)
-    tokens = jnp.maximum((batch["kind"] != PositionKind.PAD).sum(), 1) * max(sum(s.z_loss.size for s in stats), 1)
+    slots = jax.vmap(lambda r, s: jax.random.fold_in(jax.random.fold_in(rows[r], 1), s))(row, slot)
+    terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, slots) / everywhere(valid.sum())
+    tokens = everywhere((batch["kind"] != PositionKind.PAD).sum()) * max(sum(s.z_loss.size for s in stats), 1)
     terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / tokens
-    total = (
+    share = (
         t.gate_weight * terms["gate"]
         + t.heard_weight * terms["heard"]
         + t.text_weight * terms["text"]
         + t.flow_weight * terms["flow"]
         + t.z_loss * terms["router_z"]
     )
-    return total, (terms, stats)
+    return share, (terms, stats)
+
+
+def _row_keys(key: jax.Array, rows: int, mesh: MeshShape) -> jax.Array:
+    """A key for each of this device's rows, by its number in the whole batch."""
+    first = jnp.zeros((), jnp.int32)
+    for axis in BATCH_AXES:
+        first = first * mesh.sizes[axis] + (jax.lax.axis_index(axis) if mesh.devices > 1 else 0)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first * rows + jnp.arange(rows))
 
 
 def _spoken(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,7 +135,7 @@ def _spoken(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
 
 
-def spoilt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, key: jax.Array) -> jax.Array:
+def spoilt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, keys: jax.Array) -> jax.Array:
     """Own-speech frames with noise and with gaps, against exposure bias: what is fed back is never quite right.
 
     Each row draws one level of noise in [0, `history_noise`] bins (as CALM noises its latents, 2025) and one share of
@@ -127,19 +147,20 @@ def spoilt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, key: ja
       bins: `[B, T, 80]` uint8.
       kind: `[B, T]` uint8, `PositionKind`.
       config: the levels.
-      key: of the noise.
+      keys: `[B]`, one of each row.
 
     Returns:
       `[B, T, 80]` uint8, unchanged but at OWN positions.
     """
-    level_key, noise_key, share_key, gap_key = jax.random.split(key, 4)
-    level = config.history_noise * jax.random.uniform(level_key, (bins.shape[0], 1, 1))
-    noisy = bins + level * jax.random.normal(noise_key, bins.shape)
-    noisy = jnp.clip(jnp.round(noisy), 0, 15)
-    share = config.history_dropout * jax.random.uniform(share_key, (bins.shape[0], 1))
-    missing = jax.random.uniform(gap_key, kind.shape) < share
-    spoilt = jnp.where(missing[..., None], 0, noisy).astype(bins.dtype)
-    return jnp.where((kind == PositionKind.OWN)[..., None], spoilt, bins)
+
+    def row(bins: jax.Array, key: jax.Array) -> jax.Array:
+        level_key, noise_key, share_key, gap_key = jax.random.split(key, 4)
+        level = config.history_noise * jax.random.uniform(level_key)
+        noisy = jnp.clip(jnp.round(bins + level * jax.random.normal(noise_key, bins.shape)), 0, 15)
+        missing = jax.random.uniform(gap_key, bins.shape[:1]) < config.history_dropout * jax.random.uniform(share_key)
+        return jnp.where(missing[:, None], 0, noisy).astype(bins.dtype)
+
+    return jnp.where((kind == PositionKind.OWN)[..., None], jax.vmap(row)(bins, keys), bins)
 
 
 def update_router_bias(params: Params, model: InteractionModel, stats: list[MoEStats], rate: float) -> Params:
@@ -159,6 +180,42 @@ def update_router_bias(params: Params, model: InteractionModel, stats: list[MoES
     return {**params, "layers": layers}
 
 
+Gradients = tuple[dict[str, jax.Array], list[MoEStats], Params]
+
+
+def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Array], Gradients]:
+    """`(params, batch, key) -> (terms with their weighted sum "loss", stats, gradients)` of the whole batch.
+
+    On a mesh, one program per device inside `jax.shard_map` (under `jax.set_mesh`): parameters and gradients laid out
+    by `TRAIN`, the batch split over `BATCH_AXES`.
+    """
+    mesh = model.placement.mesh
+    held = layout(model.specs(), mesh, TRAIN)
+
+    def local(params: Params, batch: Batch, key: jax.Array) -> Gradients:
+        (loss, (terms, stats)), grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch, key), has_aux=True)(
+            params
+        )
+        terms, stats = jax.tree.map(lambda x: total(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
+        return terms, stats, jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
+
+    if mesh.devices == 1:
+        return local
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        local,
+        in_specs=(held, rows, PartitionSpec()),
+        out_specs=(PartitionSpec(), PartitionSpec(), held),
+        check_vma=False,
+    )
+
+
+def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
+    """A gradient summed over the batch axes on which its parameter is whole; scattered it is summed already."""
+    split = {name for part in held if part for name in ((part,) if isinstance(part, str) else part)}
+    return total(grad, mesh, [axis for axis in BATCH_AXES if axis not in split])
+
+
 def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainState], Callable[..., Any]]:
     """`init(params) -> TrainState` and `step(state, batch) -> (state, metrics)`, both pure.
 
@@ -166,15 +223,14 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
     """
     config: Config = model.config
     tx = optimizer(config.train, model.specs())
+    gradients = make_gradients(model)
 
     def init(params: Params) -> TrainState:
         return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        (loss, (terms, stats)), grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch, key), has_aux=True)(
-            state.params
-        )
+        terms, stats, grads = gradients(state.params, batch, key)
         norm = optax.tree.norm(grads)
         updates, moments = tx.update(grads, state.moments, state.params)
         updated: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
@@ -186,10 +242,10 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
         loads = [s.load.sum(axis=-2) for s in stats]
         load = jnp.concatenate([n.reshape(-1, n.shape[-1]) for n in loads]) if stats else jnp.ones((1, 1))
         metrics = {
-            "loss": loss,
             **terms,
             "grad_norm": norm,
             "skipped": 1 - sound.astype(jnp.int32),
+            "dropped": sum((s.dropped.sum() for s in stats), jnp.zeros((), jnp.int32)),
             "load_max": (load.max(axis=-1) / load.mean(axis=-1)).max(),
             "load_min": (load.min(axis=-1) / load.mean(axis=-1)).min(),
         }

@@ -44,7 +44,8 @@ def trained() -> tuple[Params, np.ndarray]:
         params, moments = carry
         hidden, target, key = batch
         valid = jnp.ones((ROWS,), bool)
-        loss, grads = jax.value_and_grad(lambda p: bind(HEAD, p).loss(hidden, target, valid, key))(params)
+        keys = jax.random.split(key, ROWS)
+        loss, grads = jax.value_and_grad(lambda p: bind(HEAD, p).loss(hidden, target, valid, keys) / ROWS)(params)
         updates, moments = tx.update(grads, moments)
         return (optax.apply_updates(params, updates), moments), loss
 
@@ -103,7 +104,7 @@ def gradients(trained):
     params = trained[0]
 
     def loss(hidden: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return bind(HEAD, params).loss(hidden, target, valid, jax.random.key(3))
+        return bind(HEAD, params).loss(hidden, target, valid, jax.random.split(jax.random.key(3), len(hidden)))
 
     return jax.jit(jax.value_and_grad(loss))
 

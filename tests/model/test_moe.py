@@ -9,7 +9,8 @@ import pytest
 
 from jaxtml.config import load
 from jaxtml.model.grouped import _blocks, _megablox, _ragged_dot
-from jaxtml.model.moe import MoE, Placement, Routing, _few, _own_experts, block_rows, dense
+from jaxtml.model.moe import MoE, Routing, _few, _own_experts, block_rows, dense
+from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.stream.tokens import PositionKind
 

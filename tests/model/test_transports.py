@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtml.config import load
 from jaxtml.model.moe import (
     MoE,
-    Placement,
     Routing,
     buffer_rows,
     dense,
@@ -23,6 +22,7 @@ from jaxtml.model.moe import (
     ring,
     sorted_by_expert,
 )
+from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 

@@ -127,7 +127,8 @@ def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
     rng = np.random.default_rng(5)
     bins = rng.integers(2, 16, (64, 50, 80)).astype(np.uint8)
     kind = rng.choice(np.array([PositionKind.USER, PositionKind.OWN], np.uint8), (64, 50))
-    spoilt = np.asarray(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), flow, jax.random.key(2)))
+    keys = jax.random.split(jax.random.key(2), len(bins))
+    spoilt = np.asarray(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), flow, keys))
     own = kind == PositionKind.OWN
     np.testing.assert_array_equal(spoilt[~own], bins[~own])
     missing = own & ~spoilt.any(axis=-1)
@@ -137,7 +138,7 @@ def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
     left = np.abs(spoilt[own & ~missing].astype(int) - bins[own & ~missing])
     assert left.any() and left.mean() < 1.0
     whole = dataclasses.replace(flow, history_noise=0.0, history_dropout=0.0)
-    np.testing.assert_array_equal(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), whole, jax.random.key(2)), bins)
+    np.testing.assert_array_equal(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), whole, keys), bins)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):

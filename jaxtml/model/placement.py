@@ -1,0 +1,64 @@
+"""How a model lies on a mesh: the layout of its parameters, and the parts of them that a device has to fetch.
+
+A program for more than one device runs inside `jax.shard_map`: it sees its part of the batch and its part of every
+parameter, gathers a layer's weights just before it uses them (FSDP), and says what it says to other devices by name
+(`jaxtml.parallel.collectives`). Called by every module that places something, and by the trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxtml.model.spec import Params, ParamSpec
+from jaxtml.parallel.collectives import gathered
+from jaxtml.parallel.mesh import SERVE, TRAIN, MeshShape, Rules, partition_spec
+
+TENSOR = ("tensor",)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which devices there are, and how tokens reach the experts.
+
+    Attributes:
+      mesh: with more than one device, the model runs inside `jax.shard_map`.
+      transport: "replicated", "ring" or "ragged" (see `moe`).
+      capacity: rows that a device has room for, as a multiple of its share at perfect balance; None: the worst case.
+    """
+
+    mesh: MeshShape = MeshShape()
+    transport: str = "ring"
+    capacity: float | None = None
+
+
+ALONE = Placement()
+
+
+def layout(table: dict[str, Any], mesh: MeshShape, rules: Rules) -> dict[str, Any]:
+    """A `PartitionSpec` for each `ParamSpec` of a table, which names parameters in messages by their path."""
+
+    def one(path: tuple[Any, ...], spec: ParamSpec) -> PartitionSpec:
+        return partition_spec("/".join(str(key.key) for key in path), spec.shape, spec.axes, mesh, rules)
+
+    return jax.tree_util.tree_map_with_path(one, table)
+
+
+def whole(params: Params, table: dict[str, Any], mesh: MeshShape, dtype: Any) -> Params:
+    """A device's parts of parameters, laid out by `TRAIN`, as it computes with them (by `SERVE`); gradients go back.
+
+    What travels is cast to `dtype` first, all but the router, whose scores are made in float32.
+    """
+    if mesh.devices == 1:
+        return params
+    held, needed = (layout(table, mesh, rules) for rules in (TRAIN, SERVE))
+
+    def one(spec: ParamSpec, array: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
+        if held == needed:
+            return array
+        return gathered(array if "router" in spec.axes else array.astype(dtype), held, needed)
+
+    return jax.tree.map(one, table, params, held, needed)

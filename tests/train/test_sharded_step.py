@@ -1,0 +1,104 @@
+"""The training step on eight devices is the training step on one: same losses, same gradients, same next state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtml.config import AttentionConfig, Config
+from jaxtml.data.pipeline import pad
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.placement import Placement, layout
+from jaxtml.model.spec import flatten
+from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
+from jaxtml.stream.layout import encode
+from jaxtml.train.step import make_gradients, make_train_step
+
+ROWS = 8
+MESHES = [
+    MeshShape(replica=2, data=2, expert=2),
+    MeshShape(data=2, expert=2, tensor=2),
+    MeshShape(data=8),
+]
+
+
+@pytest.fixture(scope="module")
+def config(small) -> Config:
+    """Sliding and global layers, dense and MoE, no head or axis that eight devices cannot share."""
+    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=8)
+    backbone = dataclasses.replace(
+        small.backbone, n_layers=3, global_layers=(1,), sliding=attention, vocab_size=304, d_ff_expert=16
+    )
+    return dataclasses.replace(small, backbone=backbone, train=dataclasses.replace(small.train, z_loss=0.01))
+
+
+@pytest.fixture(scope="module")
+def params(config, lively):
+    return lively(config)
+
+
+@pytest.fixture(scope="module")
+def batch(config, talk, codec) -> dict[str, np.ndarray]:
+    tokens = config.data.tokens
+    rows = [
+        pad(encode(talk(s, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3), config)
+        for s in range(30, 30 + ROWS)
+    ]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture(scope="module")
+def alone(config, params, batch):
+    """Terms, stats and gradients on one device."""
+    return jax.device_get(jax.jit(make_gradients(InteractionModel(config)))(params, batch, jax.random.key(3)))
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+def test_terms_stats_and_gradients_are_those_of_one_device(mesh_shape, config, params, batch, alone):
+    model = InteractionModel(config, Placement(mesh_shape))
+    mesh = make_mesh(mesh_shape)
+    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), mesh_shape, TRAIN))
+    with jax.set_mesh(mesh):
+        ours = jax.jit(make_gradients(model))(
+            jax.device_put(params, held),
+            jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
+            jax.random.key(3),
+        )
+    assert all(jax.tree.leaves(jax.tree.map(lambda g, h: g.sharding.is_equivalent_to(h, g.ndim), ours[2], held)))
+    terms, stats, grads = jax.device_get(ours)
+    for name, value in alone[0].items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    for a, b in zip(stats, alone[1], strict=True):
+        np.testing.assert_array_equal(a.load, b.load)
+        np.testing.assert_allclose(a.z_loss, b.z_loss, rtol=1e-5)
+        assert not a.dropped.any()
+    for (path, a), (_, b) in zip(flatten(grads), flatten(alone[2]), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b) + 1e-9, path
+
+
+def test_a_step_keeps_the_layout_of_its_state(config, params, batch):
+    shape = MeshShape(data=4, expert=2)
+    model = InteractionModel(config, Placement(shape))
+    mesh = make_mesh(shape)
+    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), shape, TRAIN))
+    init, step = make_train_step(model)
+    with jax.set_mesh(mesh):
+        state = jax.jit(init)(jax.device_put(params, held))
+        rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+        after, metrics = jax.jit(step)(state, rows)
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), state, after))
+    )
+    assert int(after.step) == 1 and int(metrics["skipped"]) == 0
+    w2 = after.params["layers"]["block0"]["run1"]["mlp"]["w2"]
+    assert w2.addressable_shards[0].data.size * 8 == w2.size
+
+
+def test_heads_that_a_mesh_cannot_share_are_refused(small):
+    with pytest.raises(InputError, match="tensor=2 does not divide 1 kv heads"):
+        InteractionModel(small, Placement(MeshShape(tensor=2)))
