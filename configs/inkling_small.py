@@ -49,5 +49,5 @@ def get_config() -> Config:
         duplex=DuplexConfig(control_base=200_058),
         flow=FlowConfig(width=64, depth=1),
         data=DataConfig(tokens=4096),
-        train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat=True),
+        train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat="full"),
     )

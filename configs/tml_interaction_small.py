@@ -22,5 +22,5 @@ def get_config() -> Config:
         duplex=DuplexConfig(control_base=200_058, max_typed=32, max_patches=153, max_heard=8, max_text=12),
         flow=FlowConfig(width=2048, depth=4),
         data=DataConfig(turns=500, tokens=4096),
-        train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat=True),
+        train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat="full"),
     )

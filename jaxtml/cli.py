@@ -81,8 +81,14 @@ def logits(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    import jax
+
+    from jaxtml.parallel.mesh import MeshShape
+    from jaxtml.parallel.processes import join
     from jaxtml.train.loop import train
     from jaxtml.train.vocoder import train_vocoder, trained
+
+    join()
 
     workdir = Path(args.workdir)
     data = Path(args.data) if args.data else workdir / "data"
@@ -97,7 +103,17 @@ def train(args: argparse.Namespace) -> None:
         if theirs.vocoder != config.vocoder:
             raise InputError(f"{args.vocoder} trained another vocoder than {config.name} has")
     start_from = Path(args.start_from) if args.start_from else None
-    train(config, workdir, data, workers=args.workers, vocoder=vocoder, start_from=start_from)
+    mesh = MeshShape.parse(args.mesh) if args.mesh else MeshShape(data=jax.device_count())
+    train(
+        config,
+        workdir,
+        data,
+        workers=args.workers,
+        vocoder=vocoder,
+        start_from=start_from,
+        mesh=mesh,
+        profile=args.profile,
+    )
 
 
 def data(args: argparse.Namespace) -> None:
@@ -226,6 +242,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
     command.add_argument("--workers", type=_count, default=1, help="processes that make batches in advance")
+    command.add_argument("--mesh", metavar="AXES", help="as data=16,expert=8; default: data over all devices")
+    command.add_argument("--profile", type=_count, default=0, metavar="N", help="trace N steps into WORKDIR/profile")
 
     command = add(data, "data", "build or inspect training data", "data tiny --out data --show 5")
     add_config(command)

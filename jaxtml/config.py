@@ -135,7 +135,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training run. `weights` of the loss terms; learning rate warms up, stays, and falls to zero over `decay`."""
+    """The training run. `weights` of the loss terms; learning rate warms up, stays, and falls to zero over `decay`.
+
+    Gradients are clipped at `clip_norm`; a step whose norm is above `norm_limit` is skipped. `param_dtype` is that of
+    the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the forward
+    pass keeps of each layer for the backward one: "none" is computed again, "outputs" keeps the outputs of attention
+    and feed-forward, "full" keeps only the layer's input. A batch is cut into `accumulate` parts that follow each
+    other. `transport` and `capacity` are those of the experts (`jaxtml.model.moe`).
+    """
 
     steps: int = 1000
     batch: int = 8
@@ -144,9 +151,15 @@ class TrainConfig:
     decay: float = 0.3
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    norm_limit: float = 1000.0
     beta2: float = 0.98
     compute_dtype: str = "float32"
-    remat: bool = False
+    param_dtype: str = "float32"
+    moment_dtype: str = "float32"
+    remat: str = "none"
+    accumulate: int = 1
+    transport: str = "ring"
+    capacity: float | None = None
     seed: int = 0
     bias_rate: float = 0.001
     z_loss: float = 1e-4
@@ -286,8 +299,13 @@ _MAY_BE_ZERO = (
     *("n_dense", "pinned", "n_shared_experts", "control_base", "max_typed", "max_patches", "max_heard", "max_text"),
     *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
 )
-_POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm")
+_POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
 _AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
+
+
+_DTYPES = ("float32", "bfloat16")
+_CHOICES = {"compute_dtype": _DTYPES, "param_dtype": _DTYPES, "moment_dtype": _DTYPES,
+            "remat": ("none", "outputs", "full"), "transport": ("ring", "ragged")}  # fmt: skip
 
 
 def _check_ranges(node: Any, prefix: str = "") -> None:
@@ -324,8 +342,9 @@ def validate(config: Config) -> None:
         raise InputError(f"duplex.control_base {config.duplex.control_base}: 16 control ids do not fit the vocabulary")
     if config.vision.folds and config.vision.folds[-1][2] not in (0, b.d_model):
         raise InputError("vision.folds: the last width is the model's, write 0")
-    if config.train.compute_dtype not in ("float32", "bfloat16"):
-        raise InputError(f"train.compute_dtype {config.train.compute_dtype!r}: float32 or bfloat16")
+    for name, choices in _CHOICES.items():
+        if getattr(config.train, name) not in choices:
+            raise InputError(f"train.{name} {getattr(config.train, name)!r}: {' or '.join(choices)}")
     side = time = 1
     for t, s, _ in config.vision.folds:
         time, side = time * t, side * s

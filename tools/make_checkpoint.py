@@ -15,7 +15,7 @@ import numpy as np
 from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
-from jaxtml.train.loop import latest
+from jaxtml.train.storage import latest
 from jaxtml.train.vocoder import trained
 
 LIMIT_BYTES = 25_000_000

@@ -24,7 +24,7 @@ def read(source: str | Path) -> tuple[Config, Params]:
     if not source.is_dir():
         raise InputError(f"no checkpoint directory {source}")
     if (source / "checkpoints").is_dir():
-        from jaxtml.train.loop import latest
+        from jaxtml.train.storage import latest
 
         config, _, params = latest(source)
         return config, params

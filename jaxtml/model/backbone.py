@@ -7,11 +7,14 @@ is a sequence of runs that occurs `repeats` times. 42 layers of Inkling-Small co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slots
@@ -23,6 +26,15 @@ from jaxtml.model.spec import Params, bind, specs, stack
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
 # and reads it back, which costs a small model 6 % of a step.
 SPELT_OUT = 8
+
+
+# What a layer's forward pass keeps for the backward one, see `TrainConfig.remat`.
+_KEPT = jax.checkpoint_policies.save_only_these_names("attention", "feed_forward")
+_REMAT: dict[str, Callable[[Any], Any]] = {
+    "none": lambda layer: layer,
+    "outputs": partial(jax.checkpoint, policy=_KEPT),
+    "full": jax.checkpoint,
+}
 
 
 class Kind(NamedTuple):
@@ -118,6 +130,7 @@ class Layer(nnx.Module):
         length = step.length if step is not None else None
         cache, tails = (state.cache, (state.k_tail, state.v_tail)) if state is not None else (None, None)
         y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails)
+        y = checkpoint_name(y, "attention")
         y, attn_tail = self.attn_conv(y, state.attn_tail if state is not None else None, length)
         x = x + y
         y = self.mlp_norm(x)
@@ -126,6 +139,7 @@ class Layer(nnx.Module):
             y, stats = self.mlp(y, kind)
         else:
             y = self.mlp(y)
+        y = checkpoint_name(y, "feed_forward")
         y, mlp_tail = self.mlp_conv(y, state.mlp_tail if state is not None else None, length)
         x = x + y
         if cache is None:
@@ -160,9 +174,9 @@ class Backbone:
         return b.first + repeat * b.layers + sum(r.layers for r in b.runs[:run]) + layer
 
     def sequence(
-        self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: bool = False
+        self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
-        """All layers over whole sequences `x` `[B, T, D]`, scanned; with `remat` layers are computed again backwards.
+        """All layers over whole sequences `x` `[B, T, D]`, scanned; `remat` says what is computed again backwards.
 
         `kind` `[B, T]` is what stands at each position, PAD where nothing does (None: text everywhere).
 
@@ -182,7 +196,7 @@ class Backbone:
                         return x, stat
 
                     layers = weights[f"run{r}"]
-                    x, stat = jax.lax.scan(jax.checkpoint(one) if remat else one, x, layers, unroll=unroll)
+                    x, stat = jax.lax.scan(_REMAT[remat](one), x, layers, unroll=unroll)
                     collected.append(stat)
                 return x, collected
 

@@ -125,7 +125,7 @@ class InteractionModel:
         return jnp.where(kind == PositionKind.PAD, 0, x).astype(dtype)
 
     def hidden(
-        self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: bool = False
+        self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
         """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
         x = self.embed(params, inputs, dtype)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.config import Config, FlowConfig, TrainConfig
 from jaxtml.model.interaction import Inputs, InteractionModel
-from jaxtml.model.moe import MoEStats
+from jaxtml.model.moe import MODALITIES, MoEStats
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params
 from jaxtml.parallel.collectives import total
@@ -55,7 +55,7 @@ def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTrans
         return "matrix" if len(spec.shape) - spec.stacked > 1 else "vector"
 
     def adamw(decay: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(config), b1=0.9, b2=config.beta2, weight_decay=decay)
+        return optax.adamw(schedule(config), b1=0.9, b2=config.beta2, weight_decay=decay, mu_dtype=config.moment_dtype)
 
     labels = jax.tree_util.tree_map_with_path(label, specs)
     return optax.chain(
@@ -66,24 +66,49 @@ def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTrans
     )
 
 
+class Counts(NamedTuple):
+    """What the terms of a whole batch are divided by: positions of each kind over all devices, at least 1."""
+
+    turns: jax.Array
+    gate: jax.Array
+    heard: jax.Array
+    text: jax.Array
+    spoken: jax.Array
+    tokens: jax.Array
+
+
+def count_batch(batch: Batch, mesh: MeshShape) -> Counts:
+    """Counts of the batch of which `batch` is this device's part."""
+    kind, term = jnp.asarray(batch["kind"]), jnp.asarray(batch["term"])
+    found = Counts(
+        turns=kind == PositionKind.TURN,
+        gate=term == Term.GATE,
+        heard=term == Term.HEARD,
+        text=term == Term.TEXT,
+        spoken=jnp.asarray(batch["speech_valid"]),
+        tokens=kind != PositionKind.PAD,
+    )
+    return jax.tree.map(lambda mask: jnp.maximum(total(mask.sum(), mesh, BATCH_AXES), 1), found)
+
+
 def loss_fn(
-    model: InteractionModel, params: Params, batch: Batch, key: jax.Array
+    model: InteractionModel, params: Params, batch: Batch, rows: jax.Array, counts: Counts
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[MoEStats]]]:
-    """This device's share of the loss, of its terms and of the MoE layers' stats: the sum over devices is the whole.
+    """The share that some rows have in the loss, its terms and the MoE layers' stats: the sum of all is the whole.
 
     Token terms are sums of cross-entropy divided by the number of micro-turns, so that the chances at a position where
     "a word was heard" competes with "nothing happened" stay honest; the flow term is a mean over own-speech positions.
-    Noise is drawn per row of the whole batch: how many devices share it changes nothing.
+
+    Args:
+      model: says where it runs.
+      params: this device's parts.
+      batch: the rows, `[B, ...]` each (see `jaxtml.data.pipeline.pad`).
+      rows: `[B]` a key of each row's noise, so that it does not matter who works on it.
+      counts: of the whole batch.
     """
     t = model.config.train
-    mesh = model.placement.mesh
     dtype = jnp.dtype(t.compute_dtype)
-
-    def everywhere(count: jax.Array) -> jax.Array:
-        return jnp.maximum(total(count, mesh, BATCH_AXES), 1)
-
     params = model.gathered(params, dtype)
-    rows = _row_keys(key, len(batch["kind"]), mesh)
     bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, rows)
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
     hidden, stats = model.hidden(params, inputs, dtype, t.remat)
@@ -91,21 +116,20 @@ def loss_fn(
     logits = model.logits(params, hidden)
     picked = jnp.take_along_axis(logits, batch["target"][..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    turns = everywhere((batch["kind"] == PositionKind.TURN).sum())
     right = jnp.argmax(logits, axis=-1) == batch["target"]
     terms: dict[str, jax.Array] = {}
     for name, term in (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT)):
         chosen = batch["term"] == term
-        terms[name] = jnp.where(chosen, nll, 0).sum() / turns
-        terms[f"{name}_right"] = (chosen & right).sum() / everywhere(chosen.sum())
+        terms[name] = jnp.where(chosen, nll, 0).sum() / counts.turns
+        terms[f"{name}_right"] = (chosen & right).sum() / getattr(counts, name)
 
     row, slot, valid = _spoken(jnp.asarray(batch["speech_valid"]))
     spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
     slots = jax.vmap(lambda r, s: jax.random.fold_in(jax.random.fold_in(rows[r], 1), s))(row, slot)
-    terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, slots) / everywhere(valid.sum())
-    tokens = everywhere((batch["kind"] != PositionKind.PAD).sum()) * max(sum(s.z_loss.size for s in stats), 1)
-    terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / tokens
+    terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, slots) / counts.spoken
+    layers = max(sum(s.z_loss.size for s in stats), 1)
+    terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / (counts.tokens * layers)
     share = (
         t.gate_weight * terms["gate"]
         + t.heard_weight * terms["heard"]
@@ -192,10 +216,22 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
     mesh = model.placement.mesh
     held = layout(model.specs(), mesh, TRAIN)
 
+    parts = model.config.train.accumulate
+
     def local(params: Params, batch: Batch, key: jax.Array) -> Gradients:
-        (loss, (terms, stats)), grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch, key), has_aux=True)(
-            params
-        )
+        rows, counts = _row_keys(key, len(batch["kind"]), mesh), count_batch(batch, mesh)
+
+        def part(batch: Batch, rows: jax.Array) -> Any:
+            return jax.value_and_grad(lambda p: loss_fn(model, p, batch, rows, counts), has_aux=True)(params)
+
+        if parts == 1:
+            (loss, (terms, stats)), grads = part(batch, rows)
+        else:
+            cut = jax.tree.map(lambda a: jnp.asarray(a).reshape(parts, -1, *a.shape[1:]), (batch, rows))
+            shapes = jax.eval_shape(lambda c: part(*jax.tree.map(lambda a: a[0], c)), cut)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            sums, _ = jax.lax.scan(lambda sums, c: (jax.tree.map(jnp.add, sums, part(*c)), None), zeros, cut)
+            (loss, (terms, stats)), grads = sums
         terms, stats = jax.tree.map(lambda x: total(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
         return terms, stats, jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
 
@@ -219,7 +255,7 @@ def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
 def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainState], Callable[..., Any]]:
     """`init(params) -> TrainState` and `step(state, batch) -> (state, metrics)`, both pure.
 
-    A step whose gradient norm is not finite changes nothing but the counter.
+    A step whose gradient norm is not below `norm_limit` changes nothing but the counter.
     """
     config: Config = model.config
     tx = optimizer(config.train, model.specs())
@@ -235,19 +271,18 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
         updates, moments = tx.update(grads, state.moments, state.params)
         updated: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
         params = update_router_bias(updated, model, stats, config.train.bias_rate)
-        sound = jnp.isfinite(norm)
+        sound = norm < config.train.norm_limit  # false for NaN too
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old), (params, moments), (state.params, state.moments)
         )
-        loads = [s.load.sum(axis=-2) for s in stats]
-        load = jnp.concatenate([n.reshape(-1, n.shape[-1]) for n in loads]) if stats else jnp.ones((1, 1))
+        experts = config.backbone.n_experts
+        load = [s.load.reshape(-1, MODALITIES, experts) for s in stats] or [jnp.zeros((0, MODALITIES, experts))]
         metrics = {
             **terms,
             "grad_norm": norm,
             "skipped": 1 - sound.astype(jnp.int32),
             "dropped": sum((s.dropped.sum() for s in stats), jnp.zeros((), jnp.int32)),
-            "load_max": (load.max(axis=-1) / load.mean(axis=-1)).max(),
-            "load_min": (load.min(axis=-1) / load.mean(axis=-1)).min(),
+            "load": jnp.concatenate(load),
         }
         return TrainState(params, moments, state.step + 1), metrics
 

@@ -62,15 +62,16 @@ def test_layers_run_in_the_order_in_which_they_are_unstacked():
                     np.testing.assert_array_equal(layers[index]["attn"]["wq"], stacked)
 
 
-def test_computing_layers_again_backwards_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["outputs", "full"])
+def test_computing_layers_again_backwards_changes_no_gradient(remat):
     backbone = _with_layers(3, 1, (1,))
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (2, 40, SMALL.d_model))
 
-    def gradient(remat: bool):
+    def gradient(remat: str):
         return jax.jit(jax.grad(lambda p: (backbone.sequence(p, x, remat=remat)[0] ** 2).mean()))(params)
 
-    for (path, kept), (_, again) in zip(flatten(gradient(False)), flatten(gradient(True)), strict=True):
+    for (path, kept), (_, again) in zip(flatten(gradient("none")), flatten(gradient(remat)), strict=True):
         np.testing.assert_allclose(kept, again, rtol=1e-4, atol=1e-7, err_msg=path)
 
 

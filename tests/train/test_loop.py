@@ -29,8 +29,9 @@ from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
 from jaxtml.train import loop
-from jaxtml.train.loop import latest, train
+from jaxtml.train.loop import train
 from jaxtml.train.step import TrainState
+from jaxtml.train.storage import latest
 from jaxtml.train.vocoder import trained
 
 STEPS = 6
@@ -146,7 +147,8 @@ def test_the_log_tells_every_term_and_the_speed(straight):
     assert [line["step"] for line in lines] == [STEPS]
     names = {"loss", "gate", "heard", "text", "flow", "router_z", "gate_right", "heard_right", "text_right"}
     assert names | {"tokens_per_s", "grad_norm", "skipped", "load_max", "load_min"} <= lines[0].keys()
-    assert all(np.isfinite(value) for value in lines[0].values())
+    told = [value for name, value in lines[0].items() if name != "load_by_layer"]
+    assert np.isfinite([*told, *lines[0]["load_by_layer"]]).all() and lines[0]["load_by_layer"]
     assert lines[0]["skipped"] == 0 and lines[0]["tokens_per_s"] > 0
 
 
@@ -251,7 +253,18 @@ def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data
     shutil.copytree(data, own)
     for command in (
         ["data", str(resolved), "--out", str(own), "--no-build", "--rows", "64", "--show", "1"],
-        ["train", str(resolved), "--workdir", str(tmp_path / "run"), "--data", str(own), "--steps", str(STEPS)],
+        [
+            "train",
+            str(resolved),
+            "--workdir",
+            str(tmp_path / "run"),
+            "--data",
+            str(own),
+            "--steps",
+            str(STEPS),
+            "--mesh",
+            "data=1",
+        ],
     ):
         with pytest.raises(SystemExit) as ended:
             cli.run(["jaxtml", *command])

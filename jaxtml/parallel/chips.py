@@ -1,0 +1,56 @@
+"""Public figures of the accelerators that plans and utilisation are computed for, with where they are published.
+
+| chip | source |
+|---|---|
+| TPU v5e, v5p, v6e, tpu7x | cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x (system architecture), read 2026-11 |
+| H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand a GPU) |
+| GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 a GPU, 186 GB, NVLink 1,800 GB/s) |
+
+Called by the trainer's progress line and by `plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+      name: as a topology names it.
+      kinds: what JAX calls a device of it (`device_kind`).
+      flops: dense bfloat16 FLOP/s.
+      memory: bytes of high-bandwidth memory.
+      memory_rate: bytes/s of that memory.
+      link_rate: bytes/s to the neighbours, all links of one chip, one direction.
+      network_rate: bytes/s to other slices or nodes, per chip, one direction.
+      devices: JAX devices per chip.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+    network_rate: float
+    devices: int = 1
+
+
+CHIPS = (
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1640 * GB, 448 * GB, 12.5 * GB),
+    Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
+    Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX's `device_kind` belongs to; None: not in the table, as a CPU."""
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

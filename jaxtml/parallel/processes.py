@@ -1,0 +1,34 @@
+"""Many processes, one program: how a process finds the others. Called by the command line, first of all."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from jaxtml.errors import InputError
+
+# Set by Slurm inside a step, and by GKE on TPU pods of several hosts: JAX finds the rest by itself.
+_FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+def join() -> None:
+    """Joins the processes of this job; does nothing where there is but one.
+
+    With JAX_COORDINATOR_ADDRESS set, NNODES and NODE_RANK say how many processes there are and which one this is (JAX
+    reads no variable for these); on Slurm and on TPU pods JAX finds them.
+
+    Raises:
+      InputError: the variables are incomplete or wrong.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        try:
+            count, rank = (int(os.environ[name]) for name in ("NNODES", "NODE_RANK"))
+        except (KeyError, ValueError) as error:
+            raise InputError("JAX_COORDINATOR_ADDRESS is set: set NNODES and NODE_RANK to integers too") from error
+        if not 0 <= rank < count:
+            raise InputError(f"NODE_RANK={rank} with NNODES={count}: give 0 to {count - 1}")
+        jax.distributed.initialize(address, count, rank)
+    elif any(os.environ.get(name) for name in _FOUND_BY_JAX):
+        jax.distributed.initialize()

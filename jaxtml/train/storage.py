@@ -1,0 +1,126 @@
+"""What a training run is on disk: who may go on with it, its newest checkpoint, and the state that it begins with.
+
+Orbax v1, one layout for any mesh and any number of processes: every process writes and reads the parts of its own
+devices. Called by `train.loop` and by whoever reads a run (`latest`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from jaxtml.config import Config, from_json, to_json
+from jaxtml.convert.checkpoint import CONFIG, TOKENIZER, load_checkpoint
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.placement import layout
+from jaxtml.model.spec import Params, flatten
+from jaxtml.parallel.mesh import TRAIN
+from jaxtml.stream.text import TextCodec
+from jaxtml.train.step import TrainState, make_train_step
+
+CHECKPOINTS, MADE_FROM = "checkpoints", "data.txt"
+# What may change when a run resumes: how long it is, how often it writes, and how its work is cut up.
+FREE = ("steps", "checkpoint_every", "sample_every", "remat", "accumulate", "transport", "capacity")
+
+
+def checkpointer(workdir: Path) -> ocp.training.Checkpointer:
+    """Keeps the two newest checkpoints."""
+    policy = ocp.training.preservation_policies.LatestN(2)
+    return ocp.training.Checkpointer(
+        str((workdir / CHECKPOINTS).absolute()),
+        preservation_policy=policy,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def shardings(model: InteractionModel) -> dict[str, Any]:
+    """Where each parameter lies: on the mesh that is set, or on the first device."""
+    mesh = model.placement.mesh
+    if mesh.devices == 1:
+        one = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda spec: one, model.specs())
+    now = jax.sharding.get_mesh()
+    return jax.tree.map(lambda spec: NamedSharding(now, spec), layout(model.specs(), mesh, TRAIN))
+
+
+def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel) -> TrainState:
+    """The state after `step`, laid out for `model`, whatever mesh wrote it.
+
+    Raises:
+      InputError: the checkpoint is damaged, or of another model.
+    """
+    init, _ = make_train_step(model)
+    held = jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, _dtype(model), sharding=sharding),
+        model.specs(),
+        shardings(model),
+    )
+    target = jax.eval_shape(init, held)
+    if model.placement.mesh.devices == 1:
+        one = SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), target)
+    try:
+        return saver.load(step, target)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise InputError(
+            f"{workdir}: the checkpoint of step {step} is damaged, or of another version of the model: "
+            f"name a new --workdir ({type(error).__name__})"
+        ) from error
+
+
+def _dtype(model: InteractionModel) -> Any:
+    return np.dtype(model.config.train.param_dtype)
+
+
+def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
+    """Config, tokenizer and newest parameters of a run. Raises `InputError` where there is no checkpoint yet."""
+    if not (workdir / CONFIG).is_file():
+        raise InputError(f"{workdir} holds no training run")
+    config = from_json((workdir / CONFIG).read_text())
+    with ocp.training.Checkpointer(str((workdir / CHECKPOINTS).absolute())) as saver:
+        if saver.latest is None:
+            raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
+        state = load(saver, workdir, saver.latest.step, InteractionModel(config))
+    return config, TextCodec.load(workdir / TOKENIZER), state.params
+
+
+def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
+    """The parameters of a checkpoint that a run of `model` on `data` can begin with."""
+    theirs, params = load_checkpoint(directory)
+    held, wanted = ({path: spec.shape for path, spec in flatten(m.specs())} for m in (InteractionModel(theirs), model))
+    other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
+    if other:
+        raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
+    if (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
+        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
+    return params
+
+
+def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
+    """Makes `workdir`, or checks that its run is one of this config and this data; every process calls it.
+
+    A run that has not come to its first checkpoint has nothing to lose: another one takes its place.
+    """
+    path, source = workdir / CONFIG, workdir / MADE_FROM
+    if any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        if _identity(json.loads(path.read_text())) != _identity(json.loads(to_json(config))):
+            raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
+        if source.read_text() != made_from:
+            raise InputError(f"{workdir} holds a run on other data than {data} now is: name a new --workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(config))
+        source.write_text(made_from)
+        shutil.copyfile(data / TOKENIZER, workdir / TOKENIZER)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What may not change when a run resumes."""
+    return {**config, "train": {k: v for k, v in config["train"].items() if k not in FREE}}
