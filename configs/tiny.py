@@ -43,5 +43,5 @@ def get_config() -> Config:
         flow=FlowConfig(width=256, depth=3, draws=2, history_noise=1.0, history_dropout=1.5),
         vision=VisionConfig(folds=((1, 5, 32), (1, 2, 64), (1, 4, 128), (2, 1, 0))),
         data=DataConfig(),
-        train=TrainConfig(steps=3000, warmup=100, bias_rate=0.003, flow_weight=6.0),
+        train=TrainConfig(steps=2600, warmup=100, bias_rate=0.003, flow_weight=6.0),
     )

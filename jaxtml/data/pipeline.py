@@ -73,7 +73,7 @@ class Rows:
             heard_delay_ms=data.heard_delay_ms,
             lead_ms=data.text_lead_ms,
             max_tokens=data.tokens,
-            max_speech=_slots(data.tokens),
+            max_speech=speech_slots(data.tokens),
         )
         rng = np.random.default_rng((data.seed, index, 1))
         if rng.random() >= data.misheard:
@@ -118,7 +118,7 @@ def pad(sequence: Sequence, config: Config) -> Batch:
       `speech` `[S, 400]` float16 (log-mels in [-7, 2], exact to 0.002), `speech_valid` `[S]` bool.
     """
     length, tokens = len(sequence.kind), config.data.tokens
-    slots = _slots(tokens)
+    slots = speech_slots(tokens)
     patches = min(config.duplex.max_patches * config.data.turns, tokens)
     spoken = len(sequence.speech_at)
     if length > tokens or spoken > slots:
@@ -143,7 +143,7 @@ def pad(sequence: Sequence, config: Config) -> Batch:
     }
 
 
-def _slots(tokens: int) -> int:
+def speech_slots(tokens: int) -> int:
     """Own-speech positions that a row of `tokens` has room for."""
     return FRAMES_PER_TURN * (tokens // (FRAMES_PER_TURN * _SPEECH_SHARE))
 

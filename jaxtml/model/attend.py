@@ -4,12 +4,14 @@ Axes: B batch, G key/value heads, Q query heads of a group, T tokens, C queries 
 keys that a chunk sees, K head width, R width of the relative state, E relative extent, L <= S keys that a bias can
 reach.
 
-Called by `attention` in training and for checks; decoding has its own path there. The adjoint is written out, with the
-exponentials of the forward pass saved: on a CPU that takes a third of the time of what XLA derives.
+Called by `attention` in training and for checks; decoding has its own path there. A TPU runs the kernels of `flash`;
+what stands here is for everything else. The adjoint is written out, with the exponentials of the forward pass saved: on
+a CPU that takes a third of the time of what XLA derives.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,32 +20,79 @@ import numpy as np
 
 from jaxtml.config import AttentionConfig
 
+HIDDEN = -1e30  # logit of a key that must not be seen
+FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
 CHUNK = 128  # queries per chunk
 BODIES = 16  # chunks that a program spells out, at most: beyond, chunks grow
-HIDDEN = -1e30  # logit of a key that must not be seen
 
 
 def attend_sequence(
-    config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
+    config: AttentionConfig,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    rel: jax.Array,
+    proj: jax.Array,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention over a whole sequence.
 
     Args:
       config: window, pinned tokens, relative extent.
-      query: `[B, T, G, Q, K]`, already scaled.
+      query: `[B, T, G, Q, K]`.
       keys: `[B, T, G, K]`; `values` likewise.
       rel: `[B, T, G, Q, R]`, mixes the rows of `proj` `[R, E]` into one bias per distance.
+      scale: `[T]` float32, factor of each query's logits; None: 1.
 
     Returns:
       `[B, T, G, Q, K]`.
     """
     query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
-    query, keys, values, rel = jax.lax.optimization_barrier((query, keys, values, rel))
     tokens = query.shape[3]
-    short = not config.pinned and config.window + _chunk(config) <= tokens
+    operands = (query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
+    if tokens < FLASH_FROM or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
+        out = _chunked(*operands, config=config)
+    else:
+        out = jax.lax.platform_dependent(
+            *operands, tpu=partial(_kernels, config=config), default=partial(_chunked, config=config)
+        )
+    return out.transpose(0, 3, 1, 2, 4)
+
+
+def _kernels(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    rel: jax.Array,
+    proj: jax.Array,
+    scale: jax.Array,
+    config: AttentionConfig,
+) -> jax.Array:
+    from jaxtml.model.flash import flash_attention  # Pallas: a second, which no program without it should pay
+
+    batch, groups, per_group, tokens, width = query.shape
+    heads = (a.reshape(batch, groups * per_group, tokens, -1) for a in (query, rel))
+    query, rel = heads
+    segments = jnp.zeros((batch, tokens), jnp.int32)
+    out = flash_attention(query, keys, values, rel, proj, scale, segments, window=config.window)
+    return out.reshape(batch, groups, per_group, tokens, width)
+
+
+def _chunked(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    rel: jax.Array,
+    proj: jax.Array,
+    scale: jax.Array,
+    config: AttentionConfig,
+) -> jax.Array:
+    query, rel = (a * scale[:, None].astype(a.dtype) for a in (query, rel))
+    query, keys, values, rel = jax.lax.optimization_barrier((query, keys, values, rel))
+    short = not config.pinned and config.window + _chunk(config) <= query.shape[3]
     run = _side_by_side if short else _one_by_one
-    return run(config, query, keys, values, rel, proj).transpose(0, 3, 1, 2, 4)
+    return run(config, query, keys, values, rel, proj)
 
 
 def _chunk(config: AttentionConfig) -> int:

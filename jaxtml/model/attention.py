@@ -136,16 +136,16 @@ class Attention(nnx.Module):
         rel = (project(x, self.wr[...].astype(dtype))).reshape(batch, tokens, h, -1)
         # 1 / d, not 1 / sqrt(d): both sides are normalised
         query = query / k
+        scale = None
         if self.scaled:
-            first = step.position[:, None] if step is not None else jnp.zeros((1, 1), jnp.int32)
-            tau = self._length_scale(first + jnp.arange(tokens)).astype(dtype)[..., None, None]
-            query, rel = query * tau, rel * tau
-
+            scale = self._length_scale((step.position[:, None] if step is not None else 0) + jnp.arange(tokens))
+            if step is not None:
+                query, rel = (a * scale.astype(dtype)[..., None, None] for a in (query, rel))
         query = query.reshape(batch, tokens, g, h // g, k)
         rel = rel.reshape(batch, tokens, g, h // g, -1)
         proj = rel_proj.astype(dtype)
         if step is None:
-            out = attend_sequence(self.config, query, keys, values, rel, proj)
+            out = attend_sequence(self.config, query, keys, values, rel, proj, scale)
         else:
             assert cache is not None
             cache = _write(cache, step, keys, values)

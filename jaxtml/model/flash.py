@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-HIDDEN = -1e30  # logit of a key that must not be seen
+from jaxtml.model.attend import HIDDEN
+
 LANES = 128  # columns of a register: per-row values are kept this wide
 
 

@@ -2,7 +2,8 @@
 
 | chip | source |
 |---|---|
-| TPU v5e, v5p, v6e, tpu7x | cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x (system architecture), read 2026-11 |
+| TPU v5e | docs.cloud.google.com/tpu/docs/v5e (links 400 GB/s both ways, 6.4 Tb/s to the network per 256 chips) |
+| TPU v5p, v6e, tpu7x | docs.cloud.google.com/tpu/docs/tpu7x, the table that compares the three, read 2026-11-24 |
 | H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand a GPU) |
 | GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 a GPU, 186 GB, NVLink 1,800 GB/s) |
 
@@ -44,7 +45,7 @@ class Chip:
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1640 * GB, 448 * GB, 12.5 * GB),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
     Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB),

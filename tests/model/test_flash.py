@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxtml.model.flash import HIDDEN, flash_attention, turned
+from jaxtml.model.attend import HIDDEN
+from jaxtml.model.flash import flash_attention, turned
 
 H, G, K, R = 4, 2, 16, 8
 
