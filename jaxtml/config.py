@@ -138,10 +138,10 @@ class TrainConfig:
     """The training run. `weights` of the loss terms; learning rate warms up, stays, and falls to zero over `decay`.
 
     Gradients are clipped at `clip_norm`; a step whose norm is above `norm_limit` is skipped. `param_dtype` is that of
-    the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the forward
-    pass keeps of each layer for the backward one: "none" is computed again, "outputs" keeps the outputs of attention
-    and feed-forward, "full" keeps only the layer's input. A batch is cut into `accumulate` parts that follow each
-    other. `transport` and `capacity` are those of the experts (`jaxtml.model.moe`).
+    the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the backward
+    pass computes again: "none" of it, a layer but for its "outputs" of attention and feed-forward, or the layer in
+    "full". A batch is cut into `accumulate` parts that follow each other. `transport` and `capacity` are those of the
+    experts (`jaxtml.model.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights.
     """
 
     steps: int = 1000
@@ -292,6 +292,9 @@ def from_json(text: str) -> Config:
         raise InputError(f"config is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError("config is not a JSON object")
+    train = value.get("train")
+    if isinstance(train, dict) and isinstance(train.get("remat"), bool):  # until 2026-11-24
+        train["remat"] = "full" if train["remat"] else "none"
     return _typed(Config, value, "config")
 
 

@@ -68,8 +68,11 @@ def load_config(directory: str | Path) -> Config:
     return config
 
 
-def load_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
-    """Reads a checkpoint onto the default device, cast to `dtype`.
+def load_checkpoint(
+    directory: str | Path, dtype: str = "float32", shapes: dict[str, Any] | None = None
+) -> tuple[Config, Params]:
+    """Reads a checkpoint onto the default device, cast to `dtype`; or, with `shapes`, a tree of
+    `jax.ShapeDtypeStruct`s, to where and as what these say, each process the parts of its own devices.
 
     Raises:
       InputError: the directory is missing, is no checkpoint, is damaged, or its arrays are not those of its config (the
@@ -92,7 +95,7 @@ def load_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Conf
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.dtype(dtype), sharding=sharding), specs)
     try:
-        return config, ocp.load(str(directory), target)
+        return config, ocp.load(str(directory), target if shapes is None else shapes)
     except Exception as error:
         raise InputError(_damaged(directory, error)) from error
 

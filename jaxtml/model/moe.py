@@ -221,8 +221,11 @@ TRANSPORTS: dict[str, Transport] = {"replicated": replicated, "ring": ring, "rag
 
 
 def _hidden_zeros(like: jax.Array, rows: int) -> jax.Array:
-    """Zeros `[rows, D]` that XLA cannot see through: a constant would be kept and copied once per layer."""
-    return jnp.broadcast_to(like[:1] * 0, (rows, like.shape[1]))
+    """Zeros `[rows, D]` that XLA cannot see through: a constant would be kept and copied once per layer.
+
+    No gradient passes: that of rows which nobody fills may be anything.
+    """
+    return jnp.broadcast_to(jax.lax.stop_gradient(like[:1]) * 0, (rows, like.shape[1]))
 
 
 class Trip(NamedTuple):
@@ -328,9 +331,13 @@ def block_rows(rows: int, experts: int) -> int:
 
 
 def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: float | None) -> int:
-    """Rows of a device's buffer for `choices` of `devices` devices: for all of them, or `capacity` times the mean."""
-    room = choices if capacity is None else min(choices, round(capacity * choices / devices))
-    return (room // block + experts) * block
+    """Rows of a device's buffer for `choices` of `devices` devices, the padding of its experts' blocks included: for
+    the worst case, or `capacity` times the mean and at least a block for each expert."""
+    worst = (choices // block + experts) * block
+    if capacity is None:
+        return worst
+    room = -(-round(capacity * choices / devices) // block) * block
+    return min(worst, max(room, experts * block))
 
 
 def _plan(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Array, ...]:

@@ -27,7 +27,8 @@ class Placement:
     Attributes:
       mesh: with more than one device, the model runs inside `jax.shard_map`.
       transport: "replicated", "ring" or "ragged" (see `moe`).
-      capacity: rows that a device has room for, as a multiple of its share at perfect balance; None: the worst case.
+      capacity: rows that a device has room for, padding included, as a multiple of its share at perfect balance; None:
+        the worst case.
     """
 
     mesh: MeshShape = MeshShape()

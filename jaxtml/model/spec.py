@@ -149,8 +149,8 @@ def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | No
     depends on `seed`, the parameter's path and its index alone.
 
     Drawn on the host: a compiled program of 150 random draws takes half a minute of XLA's time on a CPU, this 0.2 s.
-    With `shardings`, a tree of the table's shape, a process draws what its own devices hold, and no more than one
-    layer's matrix (of one expert) at a time.
+    With `shardings`, a tree of the table's shape, a process makes what its own devices hold, one layer's matrix (of
+    one expert) at a time, of which each device draws the whole and keeps its part.
     """
 
     def one(path: tuple[Any, ...], spec: ParamSpec, sharding: Any = None) -> jax.Array:

@@ -9,14 +9,14 @@ import jax
 from jaxtml.errors import InputError
 
 # Set by Slurm inside a step, and by GKE on TPU pods of several hosts: JAX finds the rest by itself.
-_FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
 def join() -> None:
     """Joins the processes of this job; does nothing where there is but one.
 
     With JAX_COORDINATOR_ADDRESS set, NNODES and NODE_RANK say how many processes there are and which one this is (JAX
-    reads no variable for these); on Slurm and on TPU pods JAX finds them.
+    reads no variable for these); inside a Slurm step and where GKE starts the hosts of a TPU pod, JAX finds them.
 
     Raises:
       InputError: the variables are incomplete or wrong.
@@ -30,5 +30,5 @@ def join() -> None:
         if not 0 <= rank < count:
             raise InputError(f"NODE_RANK={rank} with NNODES={count}: give 0 to {count - 1}")
         jax.distributed.initialize(address, count, rank)
-    elif any(os.environ.get(name) for name in _FOUND_BY_JAX):
+    elif any(os.environ.get(name) for name in FOUND_BY_JAX):
         jax.distributed.initialize()

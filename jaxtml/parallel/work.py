@@ -37,16 +37,15 @@ class Work:
             self.sent[key] += times * size  # pyright: ignore[reportArgumentType] (a share of an odd size)
 
 
-def work_of(function: Any, *arguments: Any, platform: str, axes: Mapping[str, int] | None = None) -> Work:
+def work_of(function: Any, *arguments: Any, platform: str) -> Work:
     """Work of `function(*arguments)` on one device; arguments may be `jax.ShapeDtypeStruct`s.
 
     Args:
       function: anything that `jax.jit` takes.
       platform: "cpu", "tpu" or "cuda": whose branch of `jax.lax.platform_dependent` counts.
-      axes: sizes of named axes that are bound outside (inside `shard_map` they are known).
     """
     traced = jax.jit(function).trace(*arguments)
-    return _count(traced.jaxpr.jaxpr, platform, dict(axes or {}))
+    return _count(traced.jaxpr.jaxpr, platform, {})
 
 
 def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:

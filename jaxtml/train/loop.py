@@ -72,7 +72,14 @@ def train(
         raise InputError(f"{data / TOKENIZER} has {codec.size} entries, {config.name} {config.duplex.control_base}")
     parts = mesh.batch_shards * config.train.accumulate
     if config.train.batch % parts:
-        raise InputError(f"train.batch {config.train.batch} does not divide into {parts} parts: mesh {mesh}")
+        raise InputError(
+            f"train.batch {config.train.batch} does not divide into {parts} parts, of mesh {mesh} and "
+            f"train.accumulate {config.train.accumulate}: name another --mesh, or set another train.batch"
+        )
+    if mesh.devices < jax.process_count():
+        raise InputError(
+            f"mesh {mesh} is not of all devices of the {jax.process_count()} processes: name another --mesh"
+        )
     rows: Rows | CachedRows = Rows.open(config, codec, data / BANK)
     made_from = digest(rows)
     if (data / CACHE).is_dir():
@@ -95,19 +102,21 @@ def train(
             params = _first_parameters(model, data, vocoder, start_from)
             state = jax.jit(init, donate_argnums=0)(params) if mesh.devices > 1 else init(params)
         steps, every = config.train.steps, config.train
-        feed = batches(rows, every.batch, start=first, workers=workers, share=_share())
-        lead = jax.process_index() == 0
-        progress = Progress(workdir, config, first) if lead else None
+        feed = batches(rows, every.batch, start=first, workers=workers, share=_share(every.batch, mesh))
+        progress = Progress(workdir, config, first, mesh.devices) if jax.process_index() == 0 else None
+        if mesh.devices > 1:
+            logging.info("no samples are taken: that is done on one device")
         pending: list[dict[str, Any]] = []
         unsound = 0
+        traced = range(first + PROFILE_FROM, min(first + PROFILE_FROM + profile, steps + 1))
         sampler: Sampler | None = None
         try:
             for done in range(first + 1, steps + 1):
-                if profile and done == first + PROFILE_FROM:
+                if traced and done == traced[0]:
                     jax.profiler.start_trace(str(workdir / "profile"))
-                state, metrics = compiled(state, _placed(next(feed), mesh))
+                state, metrics = compiled(state, _placed(next(feed), every.batch, mesh))
                 pending.append(metrics)
-                if profile and done == min(first + PROFILE_FROM + profile, steps):
+                if traced and done == traced[-1]:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 if done % REPORT_EVERY == 0 or done == steps:
@@ -134,17 +143,16 @@ def train(
 
 def _first_parameters(model: InteractionModel, data: Path, vocoder: Params | None, start_from: Path | None) -> Params:
     """Initial parameters, or those of a checkpoint, each process making the parts of its own devices."""
-    held = storage.shardings(model)
+    held = storage.shapes(model)
     if start_from:
         params = storage.start_from(start_from, model, data)
     else:
-        params = init_params(model.specs(), model.config.train.seed, held)
+        params = init_params(model.specs(), model.config.train.seed, jax.tree.map(lambda s: s.sharding, held))
         if vocoder is None:
             logging.warning("no vocoder is carried along: what the checkpoints say is noise until one is (--vocoder)")
     if vocoder is not None:
         params = {**params, "vocoder": vocoder}
-    dtype = model.config.train.param_dtype
-    return jax.tree.map(lambda array, sharding: _laid_out(array, sharding).astype(dtype), params, held)
+    return jax.tree.map(lambda array, shape: _laid_out(array, shape.sharding).astype(shape.dtype), params, held)
 
 
 def _laid_out(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -155,16 +163,30 @@ def _laid_out(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _share() -> Share:
-    return Share(jax.process_index(), jax.process_count())
+def _rows() -> NamedSharding:
+    """How the rows of a batch lie on the mesh that is set."""
+    return NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES))
 
 
-def _placed(batch: Batch, mesh: MeshShape) -> dict[str, Any]:
+def _share(batch: int, mesh: MeshShape) -> Share:
+    """The rows of the global batch that this process's devices hold; those of one `tensor` group hold the same."""
+    if mesh.devices == 1:
+        return Share()
+    spans = {index[0].indices(batch)[:2] for index in _rows().addressable_devices_indices_map((batch,)).values()}
+    first, last = min(spans)[0], max(spans)[1]
+    if sum(stop - start for start, stop in spans) != last - first or first % (last - first):
+        raise InputError(f"mesh {mesh}: the rows of one process do not lie together: let tensor divide its devices")
+    return Share(first // (last - first), batch // (last - first))
+
+
+def _placed(local: Batch, batch: int, mesh: MeshShape) -> dict[str, Any]:
     """This process's rows as its part of the global batch."""
     if mesh.devices == 1:
-        return batch
-    sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return local
+    return {
+        name: jax.make_array_from_process_local_data(_rows(), rows, (batch, *rows.shape[1:]))
+        for name, rows in local.items()
+    }
 
 
 def _stopped(workdir: Path, rows: Callable[[int], Batch], batch: int, last: int) -> InputError:
@@ -174,7 +196,8 @@ def _stopped(workdir: Path, rows: Callable[[int], Batch], batch: int, last: int)
     if jax.process_index() == 0:
         feed = batches(rows, batch, start=first - 1)
         np.savez(path, **next(feed))
+        feed.close()
     return InputError(
-        f"steps {first} to {last} gave no sound gradient (see train.norm_limit): the batch of step {first} is in "
-        f"{path}; go on with --start-from in a new --workdir at a lower train.learning_rate"
+        f"steps {first} to {last} gave no sound gradient (see train.norm_limit), the first batch is in {path}: "
+        "set a lower train.learning_rate and begin a new --workdir, from `jaxtml convert` of this one with --start-from"
     )

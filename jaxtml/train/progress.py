@@ -24,20 +24,20 @@ class Progress:
     """Means of what the steps since the last line gave, with speed, utilisation, balance of the experts and ETA.
 
     `MFU = tokens/s x FLOPs per token / (devices x peak FLOP/s)`, with the FLOPs of `model.flops` (6 N and attention,
-    nothing for what is computed twice) and the chip's published dense bfloat16 peak.
+    nothing for what is computed twice) and the chip's published dense bfloat16 peak. Padding counts as tokens.
     """
 
-    def __init__(self, workdir: Path, config: Config, first: int):
+    def __init__(self, workdir: Path, config: Config, first: int, devices: int):
         self.workdir, self.config, self.first = workdir, config, first
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self.began = self.reported = time.monotonic()
         self.flops = train_flops_per_token(config)
         chip = chip_of(jax.devices()[0].device_kind)
-        self.peak = chip.flops / chip.devices * jax.device_count() if chip else None
+        self.peak = chip.flops / chip.devices * devices if chip else None
         if chip and self.peak:
             logging.info(
                 "MFU = tokens/s x %.3g FLOPs per token / (%d devices of %s, %.4g FLOP/s in all)",
-                self.flops, jax.device_count(), chip.name, self.peak,
+                self.flops, devices, chip.name, self.peak,
             )  # fmt: skip
 
     def report(self, done: int, pending: list[dict[str, Any]]) -> None:

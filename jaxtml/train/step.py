@@ -151,10 +151,10 @@ def _row_keys(key: jax.Array, rows: int, mesh: MeshShape) -> jax.Array:
 def _spoken(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows, slots and validity, `[B * S / 2]` each, of the own-speech slots in use: those of `valid` `[B, S]`.
 
-    A row of little else but speech fills its slots, a batch hardly ever half of all: the flow head would mostly work on
-    padding. Slots beyond the half are left out of the loss.
+    A row of little else but speech fills its slots, eight rows hardly ever half of theirs: the flow head would mostly
+    work on padding. From there on, slots beyond the half are left out of the loss.
     """
-    size = max(valid.size // 2, min(valid.shape[1], valid.size))
+    size = valid.size // 2 if len(valid) >= 8 else valid.size
     at = jnp.nonzero(valid.reshape(-1), size=size, fill_value=0)[0]
     return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
 
@@ -229,9 +229,9 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
         else:
             cut = jax.tree.map(lambda a: jnp.asarray(a).reshape(parts, -1, *a.shape[1:]), (batch, rows))
             shapes = jax.eval_shape(lambda c: part(*jax.tree.map(lambda a: a[0], c)), cut)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
             sums, _ = jax.lax.scan(lambda sums, c: (jax.tree.map(jnp.add, sums, part(*c)), None), zeros, cut)
-            (loss, (terms, stats)), grads = sums
+            (loss, (terms, stats)), grads = jax.tree.map(lambda a, s: a.astype(s.dtype), sums, shapes)
         terms, stats = jax.tree.map(lambda x: total(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
         return terms, stats, jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
 

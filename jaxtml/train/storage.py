@@ -6,22 +6,22 @@ devices. Called by `train.loop` and by whoever reads a run (`latest`).
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxtml.config import Config, from_json, to_json
-from jaxtml.convert.checkpoint import CONFIG, TOKENIZER, load_checkpoint
+from jaxtml.config import Config, TrainConfig, from_json, to_json
+from jaxtml.convert.checkpoint import CONFIG, TOKENIZER, load_checkpoint, load_config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import layout
-from jaxtml.model.spec import Params, flatten
+from jaxtml.model.spec import Params, ParamSpec, flatten
 from jaxtml.parallel.mesh import TRAIN
 from jaxtml.stream.text import TextCodec
 from jaxtml.train.step import TrainState, make_train_step
@@ -40,14 +40,19 @@ def checkpointer(workdir: Path) -> ocp.training.Checkpointer:
     )
 
 
-def shardings(model: InteractionModel) -> dict[str, Any]:
-    """Where each parameter lies: on the mesh that is set, or on the first device."""
-    mesh = model.placement.mesh
-    if mesh.devices == 1:
-        one = SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda spec: one, model.specs())
-    now = jax.sharding.get_mesh()
-    return jax.tree.map(lambda spec: NamedSharding(now, spec), layout(model.specs(), mesh, TRAIN))
+def shapes(model: InteractionModel) -> dict[str, Any]:
+    """Shape, dtype and place of each parameter: on the mesh that is set, or on the first device.
+
+    What the optimizer does not touch stays float32: the router's bias moves by less than bfloat16 can tell.
+    """
+    mesh, dtype = model.placement.mesh, model.config.train.param_dtype
+    one = SingleDeviceSharding(jax.devices()[0])
+
+    def shape(spec: ParamSpec, place: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(jax.sharding.get_mesh(), place) if mesh.devices > 1 else one
+        return jax.ShapeDtypeStruct(spec.shape, dtype if spec.trained else "float32", sharding=sharding)
+
+    return jax.tree.map(shape, model.specs(), layout(model.specs(), mesh, TRAIN))
 
 
 def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel) -> TrainState:
@@ -57,13 +62,8 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
       InputError: the checkpoint is damaged, or of another model.
     """
     init, _ = make_train_step(model)
-    held = jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, _dtype(model), sharding=sharding),
-        model.specs(),
-        shardings(model),
-    )
-    target = jax.eval_shape(init, held)
-    if model.placement.mesh.devices == 1:
+    target = jax.eval_shape(init, shapes(model))
+    if model.placement.mesh.devices == 1:  # a mesh is part of a shape, a single device is not
         one = SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), target)
     try:
@@ -73,10 +73,6 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
             f"{workdir}: the checkpoint of step {step} is damaged, or of another version of the model: "
             f"name a new --workdir ({type(error).__name__})"
         ) from error
-
-
-def _dtype(model: InteractionModel) -> Any:
-    return np.dtype(model.config.train.param_dtype)
 
 
 def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
@@ -93,14 +89,14 @@ def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
 
 def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
     """The parameters of a checkpoint that a run of `model` on `data` can begin with."""
-    theirs, params = load_checkpoint(directory)
+    theirs = load_config(directory)
     held, wanted = ({path: spec.shape for path, spec in flatten(m.specs())} for m in (InteractionModel(theirs), model))
     other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
     if other:
         raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
     if (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
-    return params
+    return load_checkpoint(directory, shapes=shapes(model))[1]
 
 
 def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
@@ -110,10 +106,12 @@ def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
     """
     path, source = workdir / CONFIG, workdir / MADE_FROM
     if any((workdir / CHECKPOINTS).glob("[0-9]*")):
-        if _identity(json.loads(path.read_text())) != _identity(json.loads(to_json(config))):
+        if _identity(from_json(path.read_text())) != _identity(config):
             raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
         if source.read_text() != made_from:
             raise InputError(f"{workdir} holds a run on other data than {data} now is: name a new --workdir")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("everyone has read what is there")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(config))
@@ -121,6 +119,8 @@ def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
         shutil.copyfile(data / TOKENIZER, workdir / TOKENIZER)
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What may not change when a run resumes."""
-    return {**config, "train": {k: v for k, v in config["train"].items() if k not in FREE}}
+def _identity(config: Config) -> Config:
+    """What may not change when a run resumes: the config, with one value for what is `FREE`."""
+    usual = TrainConfig()
+    free = {name: getattr(usual, name) for name in FREE}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **free))

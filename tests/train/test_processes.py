@@ -144,7 +144,7 @@ def test_a_job_that_is_told_half_is_one_clear_line(variables, message, monkeypat
 
 
 def test_alone_a_process_joins_nobody(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+    for name in ("JAX_COORDINATOR_ADDRESS", *processes.FOUND_BY_JAX):
         monkeypatch.delenv(name, raising=False)
     processes.join()
     assert jax.process_count() == 1

@@ -18,6 +18,7 @@ from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
 from jaxtml.stream.layout import encode
 from jaxtml.train.step import make_gradients, make_train_step
+from jaxtml.train.storage import shapes
 
 ROWS = 8
 MESHES = [
@@ -102,3 +103,41 @@ def test_a_step_keeps_the_layout_of_its_state(config, params, batch):
 def test_heads_that_a_mesh_cannot_share_are_refused(small):
     with pytest.raises(InputError, match="tensor=2 does not divide 1 kv heads"):
         InteractionModel(small, Placement(MeshShape(tensor=2)))
+
+
+@pytest.mark.parametrize("mesh_shape", [MeshShape(), MeshShape(data=2)], ids=str)
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(mesh_shape, config, params, batch, alone):
+    parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2, remat="full"))
+    model = InteractionModel(parts, Placement(mesh_shape))
+    if mesh_shape.devices > 1:
+        mesh = make_mesh(mesh_shape, jax.devices()[: mesh_shape.devices])
+        held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), mesh_shape, TRAIN))
+        given = (
+            jax.device_put(params, held),
+            jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
+            jax.random.key(3),
+        )
+        with jax.set_mesh(mesh):
+            terms, stats, grads = jax.device_get(jax.jit(make_gradients(model))(*given))
+    else:
+        terms, stats, grads = jax.device_get(jax.jit(make_gradients(model))(params, batch, jax.random.key(3)))
+    for name, value in alone[0].items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    for a, b in zip(stats, alone[1], strict=True):
+        np.testing.assert_array_equal(a.load, b.load)
+    for (path, a), (_, b) in zip(flatten(grads), flatten(alone[2]), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b) + 1e-9, path
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_state_in_bfloat16_stays_what_it_is(config, batch, accumulate):
+    train = dataclasses.replace(
+        config.train, param_dtype="bfloat16", moment_dtype="bfloat16", compute_dtype="bfloat16", accumulate=accumulate
+    )
+    init, step = make_train_step(InteractionModel(dataclasses.replace(config, train=train)))
+    state = jax.eval_shape(init, shapes(InteractionModel(dataclasses.replace(config, train=train))))
+    after, _ = jax.eval_shape(step, state, batch)
+    kinds = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, after)]
+    assert kinds[0] == kinds[1]
+    assert state.params["embed"]["weight"].dtype == "bfloat16"
+    assert state.params["layers"]["block0"]["run1"]["mlp"]["router_bias"].dtype == "float32"
