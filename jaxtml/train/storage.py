@@ -62,10 +62,16 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
       InputError: the checkpoint is damaged, or of another model.
     """
     init, _ = make_train_step(model)
-    target = jax.eval_shape(init, shapes(model))
-    if model.placement.mesh.devices == 1:  # a mesh is part of a shape, a single device is not
-        one = SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), target)
+    one = SingleDeviceSharding(jax.devices()[0])
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """With a mesh of devices: moments come with an abstract one, counters and single devices with none."""
+        sharding = one
+        if model.placement.mesh.devices > 1:
+            sharding = NamedSharding(jax.sharding.get_mesh(), getattr(leaf.sharding, "spec", PartitionSpec()))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    target = jax.tree.map(placed, jax.eval_shape(init, shapes(model)))
     try:
         return saver.load(step, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds
