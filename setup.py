@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu"],  # compiles for TPUs where there are none
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "oracle": ORACLE,

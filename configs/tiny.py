@@ -3,8 +3,8 @@
     jaxtml data tiny --out data && jaxtml train vocoder --workdir vocoder --data data
     jaxtml train tiny --workdir run --data data --vocoder vocoder
 
-Six layers of width 192. On two cores the bank takes 20 to 35 minutes, the vocoder 15, and 5,000 steps about two hours;
-what the shipped weights took and can do is in the README, what was tried in EXPERIMENTS.md.
+Six layers of width 192. On two cores the bank takes about 40 minutes, the vocoder 15, and 2,600 steps 75; what the
+shipped weights took and can do is in the README, what was tried in EXPERIMENTS.md.
 """
 
 from jaxtml.config import (

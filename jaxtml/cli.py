@@ -141,6 +141,13 @@ def data(args: argparse.Namespace) -> None:
             print(text)
 
 
+def plan(args: argparse.Namespace) -> None:
+    from jaxtml.plan import command
+
+    report = command.plan(configs.load(args.config, args.set), args.topology, args.mesh)
+    print(json.dumps(report) if args.json else command.told(report))
+
+
 def convert(args: argparse.Namespace) -> None:
     from jaxtml.convert.command import convert
 
@@ -252,6 +259,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=_count, default=2, help="processes that synthesise speech")
     command.add_argument("--rows", type=_count, metavar="N", help="also write N encoded rows to OUT/cache for `train`")
     command.add_argument("--no-build", action="store_true", help="use the bank as far as it is built")
+
+    command = add(
+        plan,
+        "plan",
+        "compile a training step for hardware that is not here",
+        "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128",
+    )
+    add_config(command)
+    command.add_argument("--topology", required=True, metavar="T", help="as v5p:4x4x8, v6e:16x16, tpu7x:4x4x8")
+    command.add_argument("--program", choices=("train",), default="train")
+    command.add_argument("--mesh", metavar="AXES", help="as data=16,expert=8; default: data over all devices")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     command = add(convert, "convert", "checkpoints in and out", "convert inkling_dir out --to orbax --verify")
     command.add_argument("src", metavar="SRC", help="a checkpoint directory (ours or released), or a training workdir")

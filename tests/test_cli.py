@@ -58,7 +58,7 @@ def refused(capsys, *argv: object) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["info", "converse", "logits", "train", "data", "convert"])
+@pytest.mark.parametrize("command", ["info", "converse", "logits", "train", "data", "plan", "convert"])
 def test_every_command_has_help_with_an_example(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -94,6 +94,32 @@ def test_set_overrides_a_field(capsys):
 )
 def test_info_refuses_what_is_no_config(capsys, argv, says):
     assert says in refused(capsys, "info", *argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("tml_interaction_small", (276e9, 0.005), (12e9, 0.04)), ("inkling_small", (263.85e9, 0.001), (11.2e9, 0.01))],
+)
+def test_info_counts_the_large_models_without_their_weights(capsys, name, total, active):
+    status, out, _ = run(capsys, "info", name, "--json")
+    result = json.loads(out)
+    assert status == 0
+    for key, (wanted, within) in (("params_total", total), ("params_active", active)):
+        assert abs(result[key] / wanted - 1) <= within, (key, result[key])
+    assert {"routed experts", "shared experts", "attention", "towers", "flow head"} <= result["groups"].keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--topology", "v9:4x4"), "no chip 'v9'; there are v5e, v5p, v6e, tpu7x"),
+        (("--topology", "v5p:4x4x9"), "v5p comes as 4x4x8"),
+        (("--topology", "v5p:4x4x8", "--mesh", "date=4"), "no axis 'date'"),
+        (("--topology", "v5p:4x4x8", "--set", "train.batch=100"), "train.batch 100 does not divide into 128 parts"),
+    ],
+)
+def test_plan_refuses_what_does_not_fit(capsys, argv, says):
+    assert says in refused(capsys, "plan", "tml_interaction_small", *argv)
 
 
 def test_converse_keeps_the_length_and_clock_of_its_input(capsys, checkpoint, recording, tmp_path):

@@ -44,8 +44,12 @@ def work_of(function: Any, *arguments: Any, platform: str) -> Work:
       function: anything that `jax.jit` takes.
       platform: "cpu", "tpu" or "cuda": whose branch of `jax.lax.platform_dependent` counts.
     """
-    traced = jax.jit(function).trace(*arguments)
-    return _count(traced.jaxpr.jaxpr, platform, {})
+    return counted(jax.jit(function).trace(*arguments).jaxpr, platform)
+
+
+def counted(jaxpr: ClosedJaxpr, platform: str) -> Work:
+    """Work of a traced program, as `jax.jit(f).trace(...).jaxpr`."""
+    return _count(jaxpr.jaxpr, platform, {})
 
 
 def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:
