@@ -94,7 +94,7 @@ def flash_attention(
     query, keys, values, rel = (padded(a, 2) for a in (query, keys, values, rel))
     segments = padded(segments, 1, -1)
     scale = padded(scale, 0, 1)
-    out = _flash(plan, query, keys, values, rel, _bands(plan, proj), scale, segments)
+    out: Any = _flash(plan, query, keys, values, rel, _bands(plan, proj), scale, segments)
     return out[:, :, :tokens]
 
 

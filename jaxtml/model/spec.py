@@ -157,7 +157,7 @@ def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | No
         name = zlib.crc32("/".join(str(k.key) for k in path).encode())
         streams = spec.stacked + ("expert" in spec.axes)  # the expert axis comes first in its layer
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             starts = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
             values = np.empty([len(span) for span in starts], np.float32)
             for at in np.ndindex(*values.shape[:streams]):

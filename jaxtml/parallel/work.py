@@ -55,6 +55,7 @@ def counted(jaxpr: ClosedJaxpr, platform: str) -> Work:
 def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:
     work = Work()
     chosen: dict[Any, int] = {}  # results of platform_index
+    eqn: Any
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "platform_index":

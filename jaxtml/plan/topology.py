@@ -11,8 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-
-import jax
+from typing import Any
 
 from jaxtml.errors import InputError
 from jaxtml.parallel.chips import CHIPS, Chip
@@ -57,7 +56,7 @@ class Topology:
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
-    def found(self) -> Sequence[jax.Device]:
+    def found(self) -> Sequence[Any]:
         """Its devices, to make a mesh of.
 
         Raises:

@@ -172,7 +172,8 @@ def _share(batch: int, mesh: MeshShape) -> Share:
     """The rows of the global batch that this process's devices hold; those of one `tensor` group hold the same."""
     if mesh.devices == 1:
         return Share()
-    spans = {index[0].indices(batch)[:2] for index in _rows().addressable_devices_indices_map((batch,)).values()}
+    held: Any = _rows().addressable_devices_indices_map((batch,))
+    spans = {index[0].indices(batch)[:2] for index in held.values()}
     first, last = min(spans)[0], max(spans)[1]
     if sum(stop - start for start, stop in spans) != last - first or first % (last - first):
         raise InputError(f"mesh {mesh}: the rows of one process do not lie together: let tensor divide its devices")
@@ -195,7 +196,7 @@ def _stopped(workdir: Path, rows: Callable[[int], Batch], batch: int, last: int)
     path = workdir / f"unsound_{first:06}.npz"
     if jax.process_index() == 0:
         feed = batches(rows, batch, start=first - 1)
-        np.savez(path, **next(feed))
+        np.savez(path, allow_pickle=False, **next(feed))
         feed.close()
     return InputError(
         f"steps {first} to {last} gave no sound gradient (see train.norm_limit), the first batch is in {path}: "
