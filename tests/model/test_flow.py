@@ -74,8 +74,10 @@ def test_samples_reach_the_sound_of_their_hidden_state(trained, steps):
         got = sampled(trained[0], state, 16, steps)
         assert got.shape == (16, SPEECH_DIM)
         error = np.abs(got - SOUNDS[state]).mean()
-        assert error < 0.15, f"{error:.3f} in log10"
-        assert error < 0.2 * np.abs(got - SOUNDS[1 - state]).mean()
+        # One step is one guess from pure noise: 0.10 to 0.24, by the noise that training happened to draw.
+        limit = 0.3 if steps == 1 else 0.1
+        assert error < limit, f"{error:.3f} in log10"
+        assert error < limit * np.abs(got - SOUNDS[1 - state]).mean()
 
 
 def test_where_two_sounds_are_right_samples_are_one_or_the_other_and_both_occur(trained):
