@@ -175,6 +175,14 @@ def turned(x: jax.Array, first: int, more: int, interpret: bool) -> jax.Array:
     return jnp.take_along_axis(x, (columns - first - more * rows) % x.shape[1], axis=1)
 
 
+def turned_back(x: jax.Array, c: int) -> jax.Array:
+    """`x` `[C, W]` with row a turned to the right by `C - 1 - a`: bit by bit, for no rotation has a stride below 0."""
+    left = c - 1 - jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    for bit in range((c - 1).bit_length()):
+        x = jnp.where((left >> bit) & 1 == 1, pltpu.roll(x, 1 << bit, 1), x)
+    return x
+
+
 def _dot(a: Any, b: Any, i: int, j: int) -> Any:
     """Sums over axis i of `a` and axis j of `b` in float32."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
@@ -238,8 +246,7 @@ def _queries_kernel(
         def _():
             c = plan.block
             wide = jnp.concatenate([dlogits, jnp.zeros_like(dlogits)], axis=1)
-            # Row a back to the right by C - 1 - a.
-            dprofile = turned(wide, c - 1, 2 * c - 1, plan.interpret).astype(band.dtype)
+            dprofile = turned_back(wide, c).astype(band.dtype)
             sum_r[...] += _dot(dprofile, band[0], 1, 1)
             dbands[0, 0, n] += _dot(r[0, 0], dprofile, 0, 0)
 

@@ -3,7 +3,7 @@
 | platform | how | why |
 |---|---|---|
 | cpu | a loop over blocks of rows, the adjoint written out | a block and one expert's weights stay in a core's cache |
-| tpu | megablox `gmm` | XLA's `ragged_dot` multiplies every row with every expert on v5e, v6e and tpu7x |
+| tpu | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
 | others | `jax.lax.ragged_dot` | the reference |
 
 Axes: R rows of the buffer, D model width, F expert width, E experts of this device, G blocks of rows. Called by `moe`.
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtml.model.layers import swiglu_grad
 
 TILE = 512  # edge of megablox' tiles, rows aside
+LANES = 128  # its kernels take no other multiples
 
 
 def expert_rows(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array, block: int) -> jax.Array:
@@ -34,13 +35,14 @@ def expert_rows(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array
     Returns:
       `[R, D]`; rows behind the last group hold anything.
     """
+    whole = all(size % LANES == 0 for size in (block, w2.shape[1], w2.shape[2]))
     return jax.lax.platform_dependent(
         rows,
         sizes,
         w13,
         w2,
         cpu=partial(_blocks, block=block),
-        tpu=partial(_megablox, block=block),
+        tpu=partial(_megablox, block=block) if whole else _ragged_dot,
         default=_ragged_dot,
     )
 
