@@ -39,6 +39,8 @@ STEPS = 6
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)  # as in the process that it is compared with
 from jaxtml import config
 from jaxtml.train import loop
 
