@@ -26,6 +26,17 @@ CHUNK = 128  # queries per chunk
 BODIES = 16  # chunks that a program spells out, at most: beyond, chunks grow
 
 
+class _Given(NamedTuple):
+    """What attention works on: `query`, `rel` `[B, G, Q, T, .]`, `keys`, `values` `[B, G, T, K]`, `proj`, `scale`."""
+
+    query: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    rel: jax.Array
+    proj: jax.Array
+    scale: jax.Array
+
+
 def attend_sequence(
     config: AttentionConfig,
     query: jax.Array,
@@ -50,49 +61,30 @@ def attend_sequence(
     query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
     tokens = query.shape[3]
-    operands = (query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
+    given = _Given(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
     if tokens < FLASH_FROM or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
-        out = _chunked(*operands, config=config)
+        out = _chunked(config, given)
     else:
-        out = jax.lax.platform_dependent(
-            *operands, tpu=partial(_kernels, config=config), default=partial(_chunked, config=config)
-        )
+        out = jax.lax.platform_dependent(given, tpu=partial(_kernels, config), default=partial(_chunked, config))
     return out.transpose(0, 3, 1, 2, 4)
 
 
-def _kernels(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    rel: jax.Array,
-    proj: jax.Array,
-    scale: jax.Array,
-    config: AttentionConfig,
-) -> jax.Array:
+def _kernels(config: AttentionConfig, given: _Given) -> jax.Array:
     from jaxtml.model.flash import flash_attention  # Pallas: a second, which no program without it should pay
 
-    batch, groups, per_group, tokens, width = query.shape
-    heads = (a.reshape(batch, groups * per_group, tokens, -1) for a in (query, rel))
-    query, rel = heads
+    batch, groups, per_group, tokens, _ = given.query.shape
+    query, rel = (a.reshape(batch, groups * per_group, tokens, -1) for a in (given.query, given.rel))
     segments = jnp.zeros((batch, tokens), jnp.int32)
-    out = flash_attention(query, keys, values, rel, proj, scale, segments, window=config.window)
-    return out.reshape(batch, groups, per_group, tokens, width)
+    out = flash_attention(query, given.keys, given.values, rel, given.proj, given.scale, segments, window=config.window)
+    return out.reshape(given.query.shape)
 
 
-def _chunked(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    rel: jax.Array,
-    proj: jax.Array,
-    scale: jax.Array,
-    config: AttentionConfig,
-) -> jax.Array:
-    query, rel = (a * scale[:, None].astype(a.dtype) for a in (query, rel))
-    query, keys, values, rel = jax.lax.optimization_barrier((query, keys, values, rel))
+def _chunked(config: AttentionConfig, given: _Given) -> jax.Array:
+    query, rel = (a * given.scale[:, None].astype(a.dtype) for a in (given.query, given.rel))
+    query, keys, values, rel = jax.lax.optimization_barrier((query, given.keys, given.values, rel))
     short = not config.pinned and config.window + _chunk(config) <= query.shape[3]
     run = _side_by_side if short else _one_by_one
-    return run(config, query, keys, values, rel, proj)
+    return run(config, query, keys, values, rel, given.proj)
 
 
 def _chunk(config: AttentionConfig) -> int:

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxtml.parallel.mesh import MeshShape
+from jaxtml.parallel.mesh import MeshShape, names_of
 
 
 def used(mesh: MeshShape, axes: Sequence[str]) -> tuple[str, ...]:
@@ -81,12 +81,8 @@ def gathered(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Ar
     Only the axes that `needed` lacks are gathered (the last ones of a dimension, as in ("expert", "data")).
     """
     for dim, names in enumerate(held):
-        keep = _names(needed[dim] if dim < len(needed) else None)
-        more = tuple(name for name in _names(names) if name not in keep)
+        keep = names_of(needed[dim] if dim < len(needed) else None)
+        more = tuple(name for name in names_of(names) if name not in keep)
         if more:
             x = jax.lax.all_gather(x, more, axis=dim, tiled=True)
     return x
-
-
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()

@@ -113,6 +113,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(shape.sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
 
 
+def names_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one part of a `PartitionSpec`."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def partition_spec(
     name: str, shape: Sequence[int], axes: Sequence[str], mesh: MeshShape, rules: Rules
 ) -> PartitionSpec:

@@ -19,6 +19,7 @@ from jaxtml.parallel.work import counted
 from jaxtml.plan.programs import train_program
 from jaxtml.plan.report import Memory, train_report
 from jaxtml.plan.topology import Topology
+from jaxtml.train.step import check_batch
 
 GIB = 2**30
 
@@ -31,9 +32,7 @@ def plan(config: Config, topology: str, mesh: str | None) -> dict[str, Any]:
     """
     where = Topology.parse(topology)
     shape = MeshShape.parse(mesh) if mesh else MeshShape(data=where.devices)
-    parts = shape.batch_shards * config.train.accumulate
-    if config.train.batch % parts:
-        raise InputError(f"train.batch {config.train.batch} does not divide into {parts} parts: --set train.batch=")
+    check_batch(config.train, shape)
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     with jax.set_mesh(make_mesh(shape, where.found())):
         program = train_program(config, shape)

@@ -32,7 +32,7 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.train import storage
 from jaxtml.train.progress import Progress
 from jaxtml.train.samples import Sampler
-from jaxtml.train.step import TrainState, make_train_step
+from jaxtml.train.step import TrainState, check_batch, make_train_step
 
 REPORT_EVERY = 20
 UNSOUND = 3  # steps in a row without a sound gradient after which training stops
@@ -70,12 +70,7 @@ def train(
     codec = TextCodec.load(data / TOKENIZER)
     if codec.size > config.duplex.control_base:
         raise InputError(f"{data / TOKENIZER} has {codec.size} entries, {config.name} {config.duplex.control_base}")
-    parts = mesh.batch_shards * config.train.accumulate
-    if config.train.batch % parts:
-        raise InputError(
-            f"train.batch {config.train.batch} does not divide into {parts} parts, of mesh {mesh} and "
-            f"train.accumulate {config.train.accumulate}: name another --mesh, or set another train.batch"
-        )
+    check_batch(config.train, mesh)
     if mesh.devices < jax.process_count():
         raise InputError(
             f"mesh {mesh} is not of all devices of the {jax.process_count()} processes: name another --mesh"

@@ -14,12 +14,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxtml.config import Config, FlowConfig, TrainConfig
+from jaxtml.errors import InputError
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.moe import MODALITIES, MoEStats
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params
 from jaxtml.parallel.collectives import total
-from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape
+from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, names_of
 from jaxtml.stream.tokens import PositionKind, Term
 
 Batch = dict[str, jax.Array]
@@ -204,6 +205,16 @@ def update_router_bias(params: Params, model: InteractionModel, stats: list[MoES
     return {**params, "layers": layers}
 
 
+def check_batch(config: TrainConfig, mesh: MeshShape) -> None:
+    """Raises `InputError` where a batch cannot be shared by the devices and their `accumulate` parts."""
+    parts = mesh.batch_shards * config.accumulate
+    if config.batch % parts:
+        raise InputError(
+            f"train.batch {config.batch} does not divide into {parts} parts, of mesh {mesh} and "
+            f"train.accumulate {config.accumulate}: name another --mesh, or set another train.batch"
+        )
+
+
 Gradients = tuple[dict[str, jax.Array], list[MoEStats], Params]
 
 
@@ -248,7 +259,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
 
 def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
     """A gradient summed over the batch axes on which its parameter is whole; scattered it is summed already."""
-    split = {name for part in held if part for name in ((part,) if isinstance(part, str) else part)}
+    split = {name for part in held for name in names_of(part)}
     return total(grad, mesh, [axis for axis in BATCH_AXES if axis not in split])
 
 
