@@ -25,6 +25,7 @@ from jaxtml.data.mix import Speakers, Weights, make_conversation
 from jaxtml.data.scenarios import VOCABULARY
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.images import PATCH
 from jaxtml.stream.layout import SPEECH_DIM, Sequence, encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import FRAMES_PER_TURN, N_MELS
@@ -109,38 +110,50 @@ def misheard(rng: np.random.Generator, sequence: Sequence, config: Config, other
     return replace(sequence, ids=ids, term=np.where(sequence.term == Term.TEXT, Term.NONE, sequence.term))
 
 
-def pad(sequence: Sequence, config: Config) -> Batch:
-    """A sequence in the fixed shapes of its config; PAD positions at the end.
+def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each array of a row.
 
-    Returns:
-      `kind` `[T]` uint8, `ids` `[T]` int32, `bins` `[T, 80]` uint8, `clock` `[T, C]` float32, `patches`
-      `[P, 2, 40, 40, 3]` float32, `target` `[T]` int32, `term` `[T]` uint8, `speech_at` `[S]` int32 (0 where absent),
-      `speech` `[S, 400]` float16 (log-mels in [-7, 2], exact to 0.002), `speech_valid` `[S]` bool.
+    `kind` `[T]` uint8, `ids` `[T]` int32, `bins` `[T, 80]` uint8, `clock` `[T, C]` float32, `patches`
+    `[P, 2, 40, 40, 3]` float32, `target` `[T]` int32, `term` `[T]` uint8, `speech_at` `[S]` int32 (0 where absent),
+    `speech` `[S, 400]` float16 (log-mels in [-7, 2], exact to 0.002), `speech_valid` `[S]` bool.
     """
-    length, tokens = len(sequence.kind), config.data.tokens
+    tokens = config.data.tokens
     slots = speech_slots(tokens)
     patches = min(config.duplex.max_patches * config.data.turns, tokens)
-    spoken = len(sequence.speech_at)
+    return {
+        "kind": ((tokens,), np.uint8),
+        "ids": ((tokens,), np.int32),
+        "bins": ((tokens, N_MELS), np.uint8),
+        "clock": ((tokens, CLOCK_FEATURES), np.float32),
+        "patches": ((patches, 2, PATCH, PATCH, 3), np.float32),
+        "target": ((tokens,), np.int32),
+        "term": ((tokens,), np.uint8),
+        "speech_at": ((slots,), np.int32),
+        "speech": ((slots, SPEECH_DIM), np.float16),
+        "speech_valid": ((slots,), np.bool_),
+    }
+
+
+def pad(sequence: Sequence, config: Config) -> Batch:
+    """A sequence in the fixed shapes of its config (`row_shapes`); PAD positions at the end."""
+    shapes = row_shapes(config)
+    length, spoken = len(sequence.kind), len(sequence.speech_at)
+    (tokens,), (slots,) = shapes["kind"][0], shapes["speech_at"][0]
     if length > tokens or spoken > slots:
         raise ValueError(f"{length} positions with {spoken} of own speech do not fit {tokens} and {slots}")
 
-    def filled(values: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        out = np.zeros(shape, dtype)
-        out[: len(values)] = values
+    def filled(name: str) -> np.ndarray:
+        out = np.zeros(*shapes[name])
+        if name == "clock":
+            out[:length] = sequence.clock[sequence.turn]
+        elif name == "speech_valid":
+            out[:spoken] = True
+        else:
+            values = getattr(sequence, name)
+            out[: len(values)] = values
         return out
 
-    return {
-        "kind": filled(sequence.kind, (tokens,), np.uint8),
-        "ids": filled(sequence.ids, (tokens,), np.int32),
-        "bins": filled(sequence.bins, (tokens, N_MELS), np.uint8),
-        "clock": filled(sequence.clock[sequence.turn], (tokens, CLOCK_FEATURES), np.float32),
-        "patches": filled(sequence.patches, (patches, *sequence.patches.shape[1:]), np.float32),
-        "target": filled(sequence.target, (tokens,), np.int32),
-        "term": filled(sequence.term, (tokens,), np.uint8),
-        "speech_at": filled(sequence.speech_at, (slots,), np.int32),
-        "speech": filled(sequence.speech, (slots, SPEECH_DIM), np.float16),
-        "speech_valid": np.arange(slots) < spoken,
-    }
+    return {name: filled(name) for name in shapes}
 
 
 def speech_slots(tokens: int) -> int:

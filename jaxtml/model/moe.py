@@ -204,7 +204,8 @@ def ragged(
     order, counts = sorted_by_expert(routing.index, experts)
     trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
     x = spread(x, mesh, TENSOR)
-    sent = _dispatch(x, order, jnp.argsort(order).reshape(n, k))
+    slot = jnp.argsort(order).reshape(n, k)
+    sent = _dispatch(x, order, slot)
     arrived = jax.lax.ragged_all_to_all(
         sent, _hidden_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
     )
@@ -212,7 +213,6 @@ def ragged(
     back = jax.lax.ragged_all_to_all(
         done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
     )
-    slot = jnp.argsort(order).reshape(n, k)
     out = _combine(back, spread(routing.weight, mesh, TENSOR), slot, order)
     return merge(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from jaxtml.config import Config, TrainConfig, from_json, to_json
@@ -40,19 +40,20 @@ def checkpointer(workdir: Path) -> ocp.training.Checkpointer:
     )
 
 
-def shapes(model: InteractionModel) -> dict[str, Any]:
-    """Shape, dtype and place of each parameter: on the mesh that is set, or on the first device.
+def shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
+    """Shape, dtype and place of each parameter: on `mesh`; if None, on the one that is set, or on the first device.
 
     What the optimizer does not touch stays float32: the router's bias moves by less than bfloat16 can tell.
     """
-    mesh, dtype = model.placement.mesh, model.config.train.param_dtype
-    one = SingleDeviceSharding(jax.devices()[0])
+    where, dtype = model.placement.mesh, model.config.train.param_dtype
+    if mesh is None and where.devices > 1:
+        mesh = jax.sharding.get_mesh()
 
     def shape(spec: ParamSpec, place: PartitionSpec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(jax.sharding.get_mesh(), place) if mesh.devices > 1 else one
+        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, place)
         return jax.ShapeDtypeStruct(spec.shape, dtype if spec.trained else "float32", sharding=sharding)
 
-    return jax.tree.map(shape, model.specs(), layout(model.specs(), mesh, TRAIN))
+    return jax.tree.map(shape, model.specs(), layout(model.specs(), where, TRAIN))
 
 
 def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel) -> TrainState:
