@@ -23,6 +23,7 @@ from jaxtml.model.moe import MoEStats
 from jaxtml.model.placement import ALONE, TENSOR, Placement, whole
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
+from jaxtml.model.vocabulary import Scores, scores
 from jaxtml.parallel.collectives import joined, spread
 from jaxtml.stream.tokens import PositionKind
 
@@ -96,10 +97,11 @@ class InteractionModel:
         }
 
     def gathered(self, params: Params, dtype: jnp.dtype) -> Params:
-        """A device's parts of the parameters with all but the layers fetched, which are fetched one by one."""
-        apart = {name: params[name] for name in ("layers", "vocoder")}
-        trunk = {name: part for name, part in params.items() if name not in apart}
-        return {**whole(trunk, specs(self.trunk), self.placement.mesh, dtype), **apart}
+        """A device's parts of the parameters, those fetched that are not fetched piece by piece where they are used."""
+        apart = {name: params[name] for name in ("layers", "unembed", "vocoder")}
+        table = {name: part for name, part in specs(self.trunk).items() if name not in apart}
+        trunk = {name: params[name] for name in table}
+        return {**whole(trunk, table, self.placement.mesh, dtype), **apart}
 
     def bind(self, params: Params) -> Trunk:
         """The trunk over its part of `params`."""
@@ -131,6 +133,18 @@ class InteractionModel:
         x = self.embed(params, inputs, dtype)
         x, stats = self.backbone.sequence(params["layers"], x, inputs.kind, remat)
         return self.bind(params).norm(x), stats
+
+    def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
+        """How well `hidden` `[B, T, D]` foresees the words `target` `[B, T]`: `[B, T]` each."""
+        b, mesh = self.config.backbone, self.placement.mesh
+        table = specs(self.trunk)["unembed"]
+
+        def fetched(columns: jax.Array) -> jax.Array:
+            return whole({"": columns}, {"": table}, mesh, hidden.dtype)[""].astype(hidden.dtype)
+
+        flat = (hidden / b.logits_divisor).reshape(-1, b.d_model)
+        found = scores(flat, params["unembed"], target.reshape(-1), mesh, fetched)
+        return Scores(*(part.reshape(target.shape) for part in found))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""

@@ -28,6 +28,13 @@ def total(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
+def largest(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+    """Maximum over the devices of `axes`; no gradient passes."""
+    names = used(mesh, axes)
+    x = jax.lax.stop_gradient(x)
+    return jax.lax.pmax(x, names) if names else x
+
+
 def spread(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """A value that is the same on all devices of `axes` and that each uses for its part: gradients are summed."""
     names = used(mesh, axes)

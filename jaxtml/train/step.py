@@ -114,10 +114,7 @@ def loss_fn(
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
     hidden, stats = model.hidden(params, inputs, dtype, t.remat)
 
-    logits = model.logits(params, hidden)
-    picked = jnp.take_along_axis(logits, batch["target"][..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    right = jnp.argmax(logits, axis=-1) == batch["target"]
+    nll, right = model.scores(params, hidden, batch["target"])
     terms: dict[str, jax.Array] = {}
     for name, term in (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT)):
         chosen = batch["term"] == term

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtml.config import AttentionConfig, Config
 from jaxtml.data.pipeline import pad
 from jaxtml.errors import InputError
+from jaxtml.model import vocabulary
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement, layout
 from jaxtml.model.spec import flatten
@@ -60,7 +61,8 @@ def alone(config, params, batch):
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
-def test_terms_stats_and_gradients_are_those_of_one_device(mesh_shape, config, params, batch, alone):
+def test_terms_stats_and_gradients_are_those_of_one_device(mesh_shape, config, params, batch, alone, monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS", 10_000)  # several chunks of the vocabulary, where one device has one
     model = InteractionModel(config, Placement(mesh_shape))
     mesh = make_mesh(mesh_shape)
     held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), mesh_shape, TRAIN))

@@ -1,0 +1,67 @@
+"""Cross-entropy in chunks is the cross-entropy of all logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtml.model import vocabulary
+from jaxtml.parallel.mesh import MeshShape
+
+N, D, V = 20, 16, 60
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(1)
+    hidden, unembed = (rng.standard_normal(shape, np.float32) for shape in ((N, D), (D, V)))
+    hidden[0] *= 100  # logits of several hundred: no exponential may overflow
+    return hidden, unembed, rng.integers(0, V, N)
+
+
+def plain(hidden, unembed, target):
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ unembed, target)
+
+
+@pytest.mark.parametrize("limit", [10**6, N * V // 2, N * V // 7, N])
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits(given, limit, monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS", limit)
+    hidden, unembed, target = given
+    share = np.random.default_rng(2).random(N)
+
+    def ours(h, w):
+        return (vocabulary.scores(h, w, target, MeshShape()).nll * share).sum()
+
+    loss, grads = jax.value_and_grad(ours, (0, 1))(hidden, unembed)
+    expected, known = jax.value_and_grad(lambda h, w: (plain(h, w, target) * share).sum(), (0, 1))(hidden, unembed)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for a, b in zip(grads, known, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [10**6, N * V // 4])
+def test_a_target_is_right_where_no_word_is_likelier(given, limit, monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS", limit)
+    hidden, unembed, target = given
+    best = (hidden @ unembed).argmax(axis=1)
+    target = np.where(np.arange(N) % 2, best, target)
+    np.testing.assert_array_equal(vocabulary.scores(hidden, unembed, target, MeshShape()).right, target == best)
+
+
+def test_no_chunk_holds_more_than_its_share_of_the_logits(given, monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS", N * V // 4)
+    hidden, unembed, target = given
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h: vocabulary.scores(h, unembed, target, MeshShape()).nll.sum()))(hidden)
+    assert f"{N},{V}]" not in str(jaxpr)
+    assert f"f32[{N},{V // 4}]" in str(jaxpr)
+
+
+def test_logits_are_summed_in_float32_whatever_the_weights():
+    hidden, unembed = jnp.ones((1, 512), jnp.bfloat16), jnp.full((512, 3), 1 / 256 + 2**-15, jnp.bfloat16)
+    exact = jnp.matmul(hidden.astype(jnp.float32), unembed.astype(jnp.float32))
+    found = vocabulary.scores(hidden, unembed * jnp.array([1, 2, 3], jnp.bfloat16), jnp.array([2]), MeshShape()).nll
+    expected = jax.nn.logsumexp(exact[0, 0] * jnp.arange(1.0, 4.0)) - 3 * exact[0, 0]
+    np.testing.assert_allclose(found[0], expected, atol=2e-2)
