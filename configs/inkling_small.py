@@ -14,6 +14,7 @@ from jaxtml.config import (
     DataConfig,
     DuplexConfig,
     FlowConfig,
+    ServeConfig,
     TrainConfig,
 )
 
@@ -50,4 +51,5 @@ def get_config() -> Config:
         flow=FlowConfig(width=64, depth=1),
         data=DataConfig(tokens=4096),
         train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat="full"),
+        serve=ServeConfig(compute_dtype="bfloat16"),
     )

@@ -10,7 +10,7 @@ session keeps 512 tokens on sliding layers; on global ones the last 32,768, abou
 import dataclasses
 
 from configs.inkling_small import backbone
-from jaxtml.config import Config, DataConfig, DuplexConfig, FlowConfig, TrainConfig
+from jaxtml.config import Config, DataConfig, DuplexConfig, FlowConfig, ServeConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -23,4 +23,5 @@ def get_config() -> Config:
         flow=FlowConfig(width=2048, depth=4),
         data=DataConfig(turns=500, tokens=4096),
         train=TrainConfig(batch=512, learning_rate=2e-4, compute_dtype="bfloat16", remat="full"),
+        serve=ServeConfig(sessions=32, compute_dtype="bfloat16"),
     )

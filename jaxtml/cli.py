@@ -144,7 +144,7 @@ def data(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     from jaxtml.plan import command
 
-    report = command.plan(configs.load(args.config, args.set), args.topology, args.mesh)
+    report = command.plan(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
     print(json.dumps(report) if args.json else command.told(report))
 
 
@@ -263,13 +263,15 @@ def parser() -> argparse.ArgumentParser:
     command = add(
         plan,
         "plan",
-        "compile a training step for hardware that is not here",
+        "compile a training step or a server's micro-turn for hardware that is not here",
         "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128",
     )
     add_config(command)
     command.add_argument("--topology", required=True, metavar="T", help="as v5p:4x4x8, v6e:16x16, tpu7x:4x4x8")
-    command.add_argument("--program", choices=("train",), default="train")
-    command.add_argument("--mesh", metavar="AXES", help="as data=16,expert=8; default: data over all devices")
+    command.add_argument("--program", choices=("train", "serve"), default="train")
+    command.add_argument(
+        "--mesh", metavar="AXES", help="as data=16,expert=8; default: data, or expert and tensor, over all"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     command = add(convert, "convert", "checkpoints in and out", "convert inkling_dir out --to orbax --verify")

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Sequence
@@ -172,6 +173,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How sessions are served: at most `sessions` side by side. `transport` is that of the experts
+    (`jaxtml.model.moe`); with `int8_experts` the routed ones are held as int8 and a scale per column.
+    """
+
+    sessions: int = 8
+    compute_dtype: str = "float32"
+    int8_experts: bool = False
+    transport: str = "ring"
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole model with its training."""
 
@@ -183,6 +196,7 @@ class Config:
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -307,8 +321,15 @@ _AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
 
 
 _DTYPES = ("float32", "bfloat16")
-_CHOICES = {"compute_dtype": _DTYPES, "param_dtype": _DTYPES, "moment_dtype": _DTYPES,
-            "remat": ("none", "outputs", "full"), "transport": ("ring", "ragged")}  # fmt: skip
+_CHOICES = {
+    "train.compute_dtype": _DTYPES,
+    "train.param_dtype": _DTYPES,
+    "train.moment_dtype": _DTYPES,
+    "train.remat": ("none", "outputs", "full"),
+    "train.transport": ("ring", "ragged"),
+    "serve.compute_dtype": _DTYPES,
+    "serve.transport": ("replicated", "ring", "ragged"),
+}
 
 
 def _check_ranges(node: Any, prefix: str = "") -> None:
@@ -346,8 +367,9 @@ def validate(config: Config) -> None:
     if config.vision.folds and config.vision.folds[-1][2] not in (0, b.d_model):
         raise InputError("vision.folds: the last width is the model's, write 0")
     for name, choices in _CHOICES.items():
-        if getattr(config.train, name) not in choices:
-            raise InputError(f"train.{name} {getattr(config.train, name)!r}: {' or '.join(choices)}")
+        value = operator.attrgetter(name)(config)
+        if value not in choices:
+            raise InputError(f"{name} {value!r}: {' or '.join(choices)}")
     side = time = 1
     for t, s, _ in config.vision.folds:
         time, side = time * t, side * s

@@ -224,4 +224,4 @@ def test_json_with_a_field_of_another_type_names_it():
 
 def test_a_config_needs_no_more_than_its_parts():
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert fields == {"name", "backbone", "duplex", "flow", "vision", "vocoder", "data", "train"}
+    assert fields == {"name", "backbone", "duplex", "flow", "vision", "vocoder", "data", "train", "serve"}

@@ -24,12 +24,14 @@ from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param
 from jaxtml.parallel.collectives import merge, spread
 
+LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
+
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer for a batch of sessions.
+    """Keys and values of a batch of sessions, of one layer or of a stack of layers.
 
-    Keys are stored transposed, `[B, G, K, S]`, values `[B, G, S, K]`: both decode matmuls then read rows that lie
-    together. Slots `[0, pinned)` hold the session's first tokens for good, the rest is a ring.
+    Keys are stored transposed, `[*stack, B, G, K, S]`, values `[*stack, B, G, S, K]`: both decode matmuls then read
+    rows that lie together. Slots `[0, pinned)` hold the session's first tokens for good, the rest is a ring.
     """
 
     k: jax.Array
@@ -39,14 +41,13 @@ class KVCache(NamedTuple):
 class Step(NamedTuple):
     """Where the T new tokens of each session stand: shared by all layers of one kind.
 
-    `slots` `[B, T]` is where each new token is written (S where it is padding: dropped); `distance` `[B, T, S]` int32
-    is how far back each slot's key lies from each query (negative or beyond the window where it must not be seen).
+    `query` `[B, T]` int32 is the new tokens' position in their session, `slots` `[B, T]` where each is written (S where
+    it is padding: dropped), and `visible` `[B, T, S]` whether a query sees what a slot holds.
     """
 
-    position: jax.Array
     length: jax.Array
+    query: jax.Array
     slots: jax.Array
-    distance: jax.Array
     visible: jax.Array
 
 
@@ -71,7 +72,7 @@ def make_step(config: AttentionConfig, slots: int, position: jax.Array, length: 
     distance = query[:, :, None] - held[:, None, :]
     seen = (distance < config.window) | (held[:, None, :] < config.pinned)
     visible = (distance >= 0) & seen & (held >= 0)[:, None, :]
-    return Step(position, length, slot, distance, visible)
+    return Step(length, query, slot, visible)
 
 
 class Attention(nnx.Module):
@@ -115,10 +116,11 @@ class Attention(nnx.Module):
         step: Step | None = None,
         cache: KVCache | None = None,
         tails: tuple[jax.Array, jax.Array] | None = None,
+        at: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, KVCache | None, tuple[jax.Array, jax.Array]]:
         """`x` `[B, T, D]` -> `[B, T, D]`, the new cache and the new convolution tails.
 
-        On a mesh, each device of `tensor` has its share of the heads.
+        `at` is the layer's place in a cache of a stack. On a mesh, each device of `tensor` has its share of the heads.
         """
         batch, tokens, _ = x.shape
         ways = self.mesh.tensor
@@ -138,7 +140,7 @@ class Attention(nnx.Module):
         query = query / k
         scale = None
         if self.scaled:
-            scale = self._length_scale((step.position[:, None] if step is not None else 0) + jnp.arange(tokens))
+            scale = self._length_scale(step.query if step is not None else jnp.arange(tokens))
             if step is not None:
                 query, rel = (a * scale.astype(dtype)[..., None, None] for a in (query, rel))
         query = query.reshape(batch, tokens, g, h // g, k)
@@ -148,9 +150,8 @@ class Attention(nnx.Module):
             out = attend_sequence(self.config, query, keys, values, rel, proj, scale)
         else:
             assert cache is not None
-            cache = _write(cache, step, keys, values)
-            query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
-            out = _attend_cache(query, cache, rel, proj, step).transpose(0, 3, 1, 2, 4)
+            cache = _write(cache, step, keys, values, at)
+            out = _attend_cache(self.config, query, KVCache(cache.k[at], cache.v[at]), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
         out = merge(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
         return out, cache, (k_tail, v_tail)
@@ -167,26 +168,68 @@ class Attention(nnx.Module):
         return 1.0 + self.backbone.log_scaling_alpha * jnp.log(jnp.maximum(ratio, 1.0))
 
 
-def _write(cache: KVCache, step: Step, keys: jax.Array, values: jax.Array) -> KVCache:
+def _write(cache: KVCache, step: Step, keys: jax.Array, values: jax.Array, at: tuple[jax.Array, ...]) -> KVCache:
     """Puts the new keys and values `[B, T, G, K]` into their slots; padding is dropped."""
     rows = jnp.arange(keys.shape[0])[:, None]
-    k = cache.k.at[rows, :, :, step.slots].set(keys.astype(cache.k.dtype), mode="drop")
-    v = cache.v.at[rows, :, step.slots, :].set(values.astype(cache.v.dtype), mode="drop")
+    k = cache.k.at[(*at, rows, slice(None), slice(None), step.slots)].set(keys.astype(cache.k.dtype), mode="drop")
+    v = cache.v.at[(*at, rows, slice(None), step.slots)].set(values.astype(cache.v.dtype), mode="drop")
     return KVCache(k, v)
 
 
-def _attend_cache(query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: Step) -> jax.Array:
-    """Attention of T new tokens over the ring; returns `[B, G, Q, T, K]`."""
-    b, g, q, t, k = query.shape
-    extent = proj.shape[1]
+def _attend_cache(
+    config: AttentionConfig, query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: Step
+) -> jax.Array:
+    """Attention of T new tokens over the ring of one layer: `query` `[B, T, G, Q, K]`, `rel` `[B, T, G, Q, R]`.
+
+    A part of the queries after the other where all would have more than `LOGITS` logits.
+    """
+    batch, tokens, groups, per_group, width = query.shape
     slots = cache.k.shape[-1]
     dtype = query.dtype
-    logits = (query.reshape(b, g, q * t, k) @ cache.k.astype(dtype)).reshape(b, g, q, t, slots)
-    profile = rel @ proj  # [B, G, Q, T, E]
-    inside = (step.distance >= 0) & (step.distance < extent)
-    index = jnp.clip(step.distance, 0, extent - 1)[:, None, None]
-    bias = jnp.take_along_axis(profile, jnp.broadcast_to(index, logits.shape), axis=-1)
-    bias = jnp.where(inside[:, None, None], bias, 0)
-    logits = jnp.where(step.visible[:, None, None], (logits + bias).astype(jnp.float32), HIDDEN)
-    weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-    return (weights.reshape(b, g, q * t, slots) @ cache.v.astype(dtype)).reshape(b, g, q, t, k)
+
+    def some(query: jax.Array, rel: jax.Array, position: jax.Array, visible: jax.Array) -> jax.Array:
+        t = query.shape[1]
+        flat = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * t, width)
+        logits = jnp.matmul(flat, cache.k.astype(dtype), preferred_element_type=jnp.float32)
+        logits = logits.reshape(batch, groups, per_group, t, slots)
+        bias = _ring_bias(rel @ proj, position, config.pinned, slots).transpose(0, 2, 3, 1, 4)
+        logits = jnp.where(visible[:, None, None], logits + bias, HIDDEN)
+        weights = jax.nn.softmax(logits, axis=-1).astype(dtype).reshape(*flat.shape[:3], slots)
+        out = (weights @ cache.v.astype(dtype)).reshape(batch, groups, per_group, t, width)
+        return out.transpose(0, 3, 1, 2, 4)
+
+    given = (query, rel, step.query, step.visible)
+    part = max(1, LOGITS // (batch * groups * per_group * slots))
+    if tokens <= part:
+        return some(*given)
+    count = -(-tokens // part)
+    part = -(-tokens // count)
+
+    def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [count, B, part, ...]
+        a = jnp.pad(a, [(0, 0), (0, count * part - tokens)] + [(0, 0)] * (a.ndim - 2))
+        return a.reshape(batch, count, part, *a.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda parts: some(*parts), tuple(cut(a) for a in given))
+    return out.swapaxes(0, 1).reshape(batch, count * part, *out.shape[3:])[:, :tokens]
+
+
+def _ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) -> jax.Array:
+    """`profile` `[B, T, G, Q, E]`, each query's bias by distance, as `[B, T, G, Q, S]`, by slot.
+
+    Backwards and repeated round the ring, a query's profile is one line of which its position says where to begin: to
+    cut it out is to copy a stretch of memory, where to look up every slot's distance is to gather number by number.
+    Slots that hold another round's token get a bias too: nobody sees them.
+    """
+    ring, extent = slots - pinned, profile.shape[-1]
+    kept = min(extent, ring)
+    nothing = jnp.zeros((*profile.shape[:-1], ring - kept), profile.dtype)
+    line = jnp.concatenate([profile[..., :1], nothing, profile[..., kept - 1 : 0 : -1]], axis=-1)
+    line = jnp.concatenate([line, line], axis=-1)
+    start = ring - (position - pinned) % ring
+    turned = jax.vmap(jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, ring, axis=-1)))(line, start)
+    if not pinned:
+        return turned
+    distance = (position[..., None] - jnp.arange(pinned))[:, :, None, None]
+    index = jnp.broadcast_to(jnp.clip(distance, 0, extent - 1), (*profile.shape[:-1], pinned))
+    near = jnp.where(distance < extent, jnp.take_along_axis(profile, index, axis=-1), 0)
+    return jnp.concatenate([near, turned], axis=-1)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slots
@@ -94,7 +95,8 @@ def _bodies(blocks: tuple[Block, ...]) -> int:
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers of each session: keys and values, and four convolution tails `[B, W - 1, C]`."""
+    """What a layer, or a stack of layers, remembers of each session: keys and values, and four convolution tails
+    `[*stack, B, W - 1, C]`."""
 
     cache: KVCache
     k_tail: jax.Array
@@ -121,30 +123,41 @@ class Layer(nnx.Module):
         self.mlp_conv = ShortConv(config.d_model, config.conv_kernel, "channel", f"{prefix}.mlp_sconv.weight")
 
     def __call__(
-        self, x: jax.Array, kind: jax.Array | None = None, step: Step | None = None, state: LayerState | None = None
+        self,
+        x: jax.Array,
+        kind: jax.Array | None = None,
+        step: Step | None = None,
+        state: LayerState | None = None,
+        at: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, LayerState | None, MoEStats | None]:
         """One layer over `x` `[B, T, D]`; with `step` and `state` it continues sessions, else it sees it all.
 
-        `kind` `[B, T]` is what stands at each position (`PositionKind`), for the stats.
+        `kind` `[B, T]` is what stands at each position (`PositionKind`), for the stats. `at` is the layer's place where
+        `state` and the routed experts are those of a stack.
         """
         length = step.length if step is not None else None
-        cache, tails = (state.cache, (state.k_tail, state.v_tail)) if state is not None else (None, None)
-        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails)
+        cache = state.cache if state is not None else None
+        k_tail, v_tail, attn_tail, mlp_tail = (t[at] for t in state[1:]) if state is not None else (None,) * 4
+        tails = (k_tail, v_tail) if k_tail is not None and v_tail is not None else None
+        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails, at)
         y = checkpoint_name(y, "attention")
-        y, attn_tail = self.attn_conv(y, state.attn_tail if state is not None else None, length)
+        y, attn_tail = self.attn_conv(y, attn_tail, length)
         x = x + y
         y = self.mlp_norm(x)
         stats = None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(y, kind)
+            y, stats = self.mlp(y, kind, at)
         else:
             y = self.mlp(y)
         y = checkpoint_name(y, "feed_forward")
-        y, mlp_tail = self.mlp_conv(y, state.mlp_tail if state is not None else None, length)
+        y, mlp_tail = self.mlp_conv(y, mlp_tail, length)
         x = x + y
-        if cache is None:
+        if cache is None or state is None:
             return x, None, stats
-        return x, LayerState(cache, *tails, attn_tail, mlp_tail), stats
+        new = (*tails, attn_tail, mlp_tail)
+        if at:
+            new = (old.at[at].set(tail) for old, tail in zip(state[1:], new, strict=True))
+        return x, LayerState(cache, *new), stats
 
 
 class Backbone:
@@ -204,8 +217,16 @@ class Backbone:
             stats += [stat for stat in collected if stat is not None]
         return x, stats
 
-    def unstack(self, params: Params) -> list[Params]:
-        """Per-layer parameters in the order of execution: what serving reads (no per-step slicing of the stack)."""
+    @property
+    def spelt_out(self) -> bool:
+        """Whether serving has every layer by itself: a loop cuts each layer's weights out of the stack, which costs a
+        small model time, and a large one the time to compile if it does not."""
+        return self.config.n_layers <= SPELT_OUT and self.placement.mesh.devices == 1
+
+    def for_serving(self, params: Params) -> Any:
+        """The layers' parameters as `continue_` takes them: in the order of execution where they are spelt out."""
+        if not self.spelt_out:
+            return params
         layers: list[Params] = [{}] * self.config.n_layers
         for b, block in enumerate(self.blocks):
             for r, run in enumerate(block.runs):
@@ -225,48 +246,97 @@ class Backbone:
             for _ in range(run.layers)
         ]
 
-    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> list[LayerState]:
-        """Empty state of `batch` sessions for calls of at most `max_tokens` tokens."""
+    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> Any:
+        """Empty state of `batch` sessions for calls of at most `max_tokens` tokens: a list of `LayerState`, or, where
+        layers are not spelt out, one per run in a list per block."""
         c = self.config
         past = c.conv_kernel - 1
 
-        def one(kind: Kind) -> LayerState:
-            a = self._attention(kind)
+        def one(kind: Kind, stack: tuple[int, ...] = ()) -> LayerState:
+            a = self._attention(kind.is_global)
             slots = ring_slots(a, max_tokens)
             channels = a.n_kv_heads * a.head_dim
             return LayerState(
                 KVCache(
-                    jnp.zeros((batch, a.n_kv_heads, a.head_dim, slots), dtype),
-                    jnp.zeros((batch, a.n_kv_heads, slots, a.head_dim), dtype),
+                    jnp.zeros((*stack, batch, a.n_kv_heads, a.head_dim, slots), dtype),
+                    jnp.zeros((*stack, batch, a.n_kv_heads, slots, a.head_dim), dtype),
                 ),
-                *(jnp.zeros((batch, past, n), jnp.float32) for n in (channels, channels, c.d_model, c.d_model)),
+                *(jnp.zeros((*stack, batch, past, n), jnp.float32) for n in (channels, channels, c.d_model, c.d_model)),
             )
 
-        return [one(kind) for kind in self.kinds()]
+        if self.spelt_out:
+            return [one(kind) for kind in self.kinds()]
+        return [[one(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
+
+    def state_layout(self, sessions: tuple[str, ...]) -> Any:
+        """A `PartitionSpec` for each array of `init_state` on a mesh whose axes `sessions` split the batch."""
+        heads, channels, alike = (
+            PartitionSpec(None, None, sessions, *rest) for rest in (("tensor",), (None, "tensor"), ())
+        )
+        one = (heads, heads, channels, channels, alike, alike)  # the leaves of a LayerState
+        structure = jax.tree.structure(jax.eval_shape(lambda: self.init_state(1, 1, jnp.float32)))
+        return jax.tree.unflatten(structure, one * (structure.num_leaves // len(one)))
 
     def continue_(
-        self, layers: list[Params], x: jax.Array, state: list[LayerState], position: jax.Array, length: jax.Array
-    ) -> tuple[jax.Array, list[LayerState]]:
+        self, layers: Any, x: jax.Array, state: Any, position: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, Any]:
         """All layers over T tokens that continue sessions.
 
         Args:
-          layers: from `unstack`.
+          layers: from `for_serving`.
           x: `[B, T, D]`, real tokens left-aligned.
           state: from `init_state` or the previous call.
           position: `[B]` int32, tokens of each session so far.
           length: `[B]` int32, real tokens among the T.
         """
         tokens = x.shape[1]
-        steps: dict[bool, Step] = {}
         present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
+        steps = {
+            is_global: make_step(self._attention(is_global), slots, position, length, tokens)
+            for is_global, slots in self._slots(state).items()
+        }
+        if self.spelt_out:
+            new_state = []
+            for kind, params, old in zip(self.kinds(), layers, state, strict=True):
+                x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
+                new_state.append(new)
+            return x, new_state
         new_state = []
-        for kind, params, old in zip(self.kinds(), layers, state, strict=True):
-            if kind.is_global not in steps:
-                slots = old.cache.k.shape[-1]
-                steps[kind.is_global] = make_step(self._attention(kind), slots, position, length, tokens)
-            x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
+        for b, (block, old) in enumerate(zip(self.blocks, state, strict=True)):
+            weights = layers[f"block{b}"]
+
+            def body(carry: Any, i: jax.Array, block: Block = block, weights: Any = weights) -> tuple[Any, None]:
+                x, states = carry
+                after = []
+                for r, (run, state) in enumerate(zip(block.runs, states, strict=True)):
+
+                    def one(carry: Any, j: jax.Array, run: Run = run, held: Any = weights[f"run{r}"]) -> Any:
+                        x, state = carry
+                        params = self._layer(run.kind, held, (i, j))
+                        step = steps[run.kind.is_global]
+                        x, state, _ = bind(self.modules[run.kind], params)(x, present, step, state, (i, j))
+                        return (x, state), None
+
+                    (x, state), _ = jax.lax.scan(one, (x, state), jnp.arange(run.layers))
+                    after.append(state)
+                return (x, after), None
+
+            (x, new), _ = jax.lax.scan(body, (x, old), jnp.arange(block.repeats))
             new_state.append(new)
         return x, new_state
 
-    def _attention(self, kind: Kind) -> AttentionConfig:
-        return self.config.global_ if kind.is_global else self.config.sliding
+    def _layer(self, kind: Kind, stacked: Params, at: tuple[jax.Array, ...]) -> Params:
+        """A layer's parameters out of its run's stack; the routed experts stay where they stand."""
+        return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[at], self.tables[kind], stacked)
+
+    def _slots(self, state: Any) -> dict[bool, int]:
+        """Slots of a ring, of global layers (True) and of sliding ones."""
+        if self.spelt_out:
+            pairs = list(zip(self.kinds(), state, strict=True))
+        else:
+            pairs = [(run.kind, one) for b, row in zip(self.blocks, state, strict=True)
+                     for run, one in zip(b.runs, row, strict=True)]  # fmt: skip
+        return {kind.is_global: one.cache.k.shape[-1] for kind, one in pairs}
+
+    def _attention(self, is_global: bool) -> AttentionConfig:
+        return self.config.global_ if is_global else self.config.sliding

@@ -13,17 +13,24 @@ logits (tests/model/test_duplex.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxtml.errors import InputError
 from jaxtml.model import vocoder
 from jaxtml.model.backbone import LayerState
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import Params
+from jaxtml.model.moe import with_int8_experts
+from jaxtml.model.placement import layout
+from jaxtml.model.spec import Params, ParamSpec
+from jaxtml.parallel.collectives import total
+from jaxtml.parallel.mesh import BATCH_AXES, SERVE
 from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, quantise_jax
 from jaxtml.stream.layout import SPEECH_DIM
@@ -98,22 +105,49 @@ _START, _HEARD, _TEXT, _OWN, _DONE = range(5)
 class Duplex:
     """The step of one model. Holds shapes and limits, never arrays."""
 
-    def __init__(self, model: InteractionModel, trace: bool = False, dtype: Any = jnp.float32):
+    def __init__(self, model: InteractionModel, trace: bool = False):
         self.model = model
         self.config = model.config.duplex
         self.trace = trace
-        self.dtype = dtype
+        self.dtype = jnp.dtype(model.config.serve.compute_dtype)
+        # The axes of the mesh that split the sessions.
+        self.sessions = BATCH_AXES if model.placement.transport != "replicated" else BATCH_AXES[:2]
         c = self.config
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
         self.narrow = 2 + FRAMES_PER_TURN
         self.wide = self.narrow + c.max_typed + c.max_patches
 
+    def check_sessions(self, batch: int) -> None:
+        """Raises `InputError` where the mesh cannot share `batch` sessions."""
+        mesh = self.model.placement.mesh
+        parts = math.prod(mesh.sizes[axis] for axis in self.sessions)
+        if batch % parts:
+            raise InputError(f"{batch} sessions do not divide into {parts} parts, of mesh {mesh}: serve more, or fewer")
+
     def prepare(self, params: Params) -> Params:
-        """Parameters as the step reads them: layers unstacked, everything in the compute dtype."""
-        cast = jax.tree.map(lambda a: a.astype(self.dtype), {k: v for k, v in params.items() if k != "layers"})
-        layers = self.model.backbone.unstack(params["layers"])
-        return {**cast, "layers": jax.tree.map(lambda a: a.astype(self.dtype), layers)}
+        """Parameters as the step reads them: in the compute dtype but for the router, whose scores are float32; routed
+        experts in int8 where the placement says so."""
+
+        def one(spec: ParamSpec, array: jax.Array) -> jax.Array:
+            return array.astype(jnp.float32 if "router" in spec.axes else self.dtype)
+
+        table = self.model.specs()
+        if self.model.placement.int8:
+            params = with_int8_experts(params)
+            ready = jax.tree.map(lambda spec, a: a if "expert" in spec.axes else one(spec, a), table, params)
+        else:
+            ready = jax.tree.map(one, table, params)
+        return {**ready, "layers": self.model.backbone.for_serving(ready["layers"])}
+
+    def layouts(self) -> tuple[Any, Any, Any]:
+        """Where on a mesh parameters (as prepared), state and inputs lie: trees of `PartitionSpec`."""
+        split, mesh = PartitionSpec(self.sessions), self.model.placement.mesh
+        params = layout(self.model.specs(), mesh, SERVE)
+        state = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.init_state(1)))
+        state = state._replace(layers=self.model.backbone.state_layout(self.sessions))
+        inputs = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.empty_inputs(1)))
+        return params, state, inputs
 
     def init_state(self, batch: int, seed: int = 0, week_ms: int = 0) -> DuplexState:
         """State of `batch` sessions that have not begun. Session i samples with the key (seed, i)."""
@@ -151,7 +185,18 @@ class Duplex:
         return jax.jit(self.step, donate_argnums=1).lower(params, *shapes).compile()
 
     def step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
-        """One micro-turn. `params` from `prepare`; `state` from `init_state` or the step before."""
+        """One micro-turn. `params` from `prepare`; `state` from `init_state` or the step before.
+
+        On a mesh (under `jax.set_mesh`), one program per device, each with its share of the sessions.
+        """
+        if self.model.placement.mesh.devices == 1:
+            return self._step(params, state, inputs)
+        given = self.layouts()
+        outputs = (given[1], PartitionSpec(self.sessions))
+        local = jax.shard_map(self._step, in_specs=given, out_specs=outputs, check_vma=False)
+        return local(params, state, inputs)
+
+    def _step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
         active = inputs.active
         ringing = state.spoke
         state, hidden = self._prefill(params, state, inputs)
@@ -164,6 +209,11 @@ class Duplex:
         )
         logits = out.logits if self.trace else None
         return state, TurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
+
+    def _any(self, mask: jax.Array) -> jax.Array:
+        """Whether it holds for any session of any device: they all have to take part in what follows."""
+        mesh = self.model.placement.mesh
+        return total(jnp.any(mask).astype(jnp.int32), mesh, self.sessions) > 0
 
     def _forward(
         self, params: Params, state: DuplexState, x: jax.Array, length: jax.Array
@@ -203,7 +253,7 @@ class Duplex:
             parts.append((user, yes))
             return self._forward_parts(params, state, parts, inputs.active)
 
-        more = jnp.any(inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
+        more = self._any(inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
         state, hidden = jax.lax.cond(more, wide, narrow, state)
         return state._replace(gate=jnp.where(inputs.active, -1, state.gate)), hidden
 
@@ -242,7 +292,7 @@ class Duplex:
         progress, state, out, token = self._write(params, progress, state, out, hidden)
 
         def unfinished(carry: tuple) -> jax.Array:
-            return jnp.any(carry[0].phase != _DONE)
+            return self._any(carry[0].phase != _DONE)
 
         def body(carry: tuple) -> tuple:
             progress, state, out, token = carry

@@ -3,7 +3,8 @@
 | platform | how | why |
 |---|---|---|
 | cpu | a loop over blocks of rows, the adjoint written out | a block and one expert's weights stay in a core's cache |
-| tpu | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
+| tpu, training | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
+| tpu, serving | `expert_kernel` (sizes in multiples of 128) | reads an expert where it stands in the stack, int8 too |
 | others | `jax.lax.ragged_dot` | the reference |
 
 Axes: R rows of the buffer, D model width, F expert width, E experts of this device, G blocks of rows. Called by `moe`.
@@ -11,7 +12,9 @@ Axes: R rows of the buffer, D model width, F expert width, E experts of this dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +22,90 @@ import jax.numpy as jnp
 from jaxtml.model.layers import swiglu_grad
 
 TILE = 512  # edge of megablox' tiles, rows aside
-LANES = 128  # its kernels take no other multiples
+LANES = 128  # a TPU's kernels take no other multiples
 
 
-def expert_rows(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array, block: int) -> jax.Array:
+class Experts(NamedTuple):
+    """The experts that a device holds, of one layer, or of a stack of layers of which the one at `at` is meant.
+
+    `w13` `[*stack, E, 2, D, F]` (gate, up) and `w2` `[*stack, E, F, D]`; int8 where `scale13` `[*stack, E, 2, F]` and
+    `scale2` `[*stack, E, D]` float32 say what their columns are to be multiplied by.
+    """
+
+    w13: jax.Array
+    w2: jax.Array
+    scale13: jax.Array | None = None
+    scale2: jax.Array | None = None
+    at: tuple[jax.Array, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return self.w2.shape[-3]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a TPU reads them where they stand: to cut a layer out of the stack is to copy it."""
+        return bool(self.at or self.scale13 is not None) and all(size % LANES == 0 for size in self.w2.shape[-2:])
+
+    def layer(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """`w13` `[E, 2, D, F]` and `w2` `[E, F, D]` of the layer, as numbers of `dtype`."""
+        w13, w2 = (w[self.at].astype(dtype) for w in (self.w13, self.w2))
+        if self.scale13 is None or self.scale2 is None:
+            return w13, w2
+        scale13, scale2 = (s[self.at][..., None, :].astype(dtype) for s in (self.scale13, self.scale2))
+        return w13 * scale13, w2 * scale2
+
+
+def quantised(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[..., K, N]` as int8 and a float32 scale per column `[..., N]`: the largest of a column becomes 127."""
+    largest = jnp.abs(weights.astype(jnp.float32)).max(axis=-2)
+    scale = jnp.where(largest > 0, largest / 127, 1)
+    return jnp.round(weights / scale[..., None, :]).astype(jnp.int8), scale
+
+
+def expert_rows(
+    rows: jax.Array, sizes: jax.Array, experts: Experts, block: int, expected: int | None = None
+) -> jax.Array:
     """Each row through the expert of its group.
 
     Args:
       rows: `[R, D]`: expert 0's group, then expert 1's, ... ; R is a multiple of `block`.
       sizes: `[E]` int32 rows of each group, padding included: multiples of `block`, at most R in all.
-      w13: `[E, D, 2, F]`, gate and up.
-      w2: `[E, F, D]`.
+      experts: of this device.
       block: what groups are padded to.
+      expected: rows in use where the load is even; None: all.
 
     Returns:
       `[R, D]`; rows behind the last group hold anything.
     """
-    whole = all(size % LANES == 0 for size in (block, w2.shape[1], w2.shape[2]))
-    return jax.lax.platform_dependent(
-        rows,
-        sizes,
-        w13,
-        w2,
-        cpu=partial(_blocks, block=block),
-        tpu=partial(_megablox, block=block) if whole else _ragged_dot,
-        default=_ragged_dot,
-    )
+
+    def on_layer(multiply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda rows, sizes, experts: multiply(rows, sizes, *experts.layer(rows.dtype))
+
+    tpu = on_layer(_ragged_dot)
+    if experts.in_place:
+        tpu = partial(_in_place, block=block, expected=len(rows) if expected is None else expected)
+    elif all(size % LANES == 0 for size in (block, *experts.w2.shape[-2:])):
+        tpu = on_layer(partial(_megablox, block=block))
+    cpu = on_layer(partial(_blocks, block=block))
+    return jax.lax.platform_dependent(rows, sizes, experts, cpu=cpu, tpu=tpu, default=on_layer(_ragged_dot))
 
 
 def _ragged_dot(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    experts, dim, _, width = w13.shape
-    both = jax.lax.ragged_dot(rows, w13.reshape(experts, dim, 2 * width), sizes)
-    return jax.lax.ragged_dot(jax.nn.silu(both[:, :width]) * both[:, width:], w2, sizes)
+    gate, up = (jax.lax.ragged_dot(rows, w13[:, half], sizes) for half in (0, 1))
+    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w2, sizes)
+
+
+def _in_place(
+    rows: jax.Array, sizes: jax.Array, experts: Experts, block: int, expected: int, interpret: bool = False
+) -> jax.Array:
+    from jaxtml.model.expert_kernel import multiply  # Pallas: a second, which only a TPU program pays
+
+    owner, used = _owners(sizes, len(rows), block)
+    last = (experts.at, expected, interpret)
+    hidden = multiply(rows, owner, used, experts.w13, experts.scale13, *last)
+    scale2 = None if experts.scale2 is None else experts.scale2[..., None, :]
+    return multiply(hidden, owner, used, experts.w2[..., None, :, :], scale2, *last)
 
 
 def _megablox(
@@ -58,14 +113,12 @@ def _megablox(
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm  # two seconds, which only a TPU program pays
 
-    experts, dim, _, width = w13.shape
-
     def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
         tiling = (block, min(TILE, w.shape[1]), min(TILE, w.shape[2]))
         return gmm(x, w, sizes, x.dtype, tiling, None, None, False, interpret)
 
-    both = multiply(rows, w13.reshape(experts, dim, 2 * width))
-    return multiply(jax.nn.silu(both[:, :width]) * both[:, width:], w2)
+    gate, up = (multiply(rows, w13[:, half]) for half in (0, 1))
+    return multiply(jax.nn.silu(gate) * up, w2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -88,7 +141,7 @@ def _blocks_fwd(rows, sizes, w13, w2, block):
     total, dim = rows.shape
     width = w2.shape[1]
     owner, count = _owners(sizes, total, block)
-    w1, w3 = jax.lax.optimization_barrier((w13[:, :, 0], w13[:, :, 1]))
+    w1, w3 = jax.lax.optimization_barrier((w13[:, 0], w13[:, 1]))
 
     def one(i, buffers):
         x, e = jax.lax.dynamic_slice_in_dim(rows, i * block, block), owner[i]
@@ -104,7 +157,7 @@ def _blocks_fwd(rows, sizes, w13, w2, block):
 def _blocks_bwd(block, saved, grad):
     rows, gate, up, sizes, w13, w2 = saved
     owner, count = _owners(sizes, rows.shape[0], block)
-    w1, w3 = jax.lax.optimization_barrier((w13[:, :, 0], w13[:, :, 1]))
+    w1, w3 = jax.lax.optimization_barrier((w13[:, 0], w13[:, 1]))
 
     def one(i, carry):
         dx, *sums = carry
@@ -115,7 +168,7 @@ def _blocks_bwd(block, saved, grad):
 
     empty = (jnp.zeros_like(rows), jnp.zeros_like(w1), jnp.zeros_like(w3), jnp.zeros_like(w2))
     dx, dw1, dw3, dw2 = jax.lax.fori_loop(0, count, one, empty)
-    return dx, None, jnp.stack([dw1, dw3], axis=2), dw2
+    return dx, None, jnp.stack([dw1, dw3], axis=1), dw2
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)

@@ -19,6 +19,7 @@ rows that do not fit are dropped, last expert first, and counted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,10 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import BackboneConfig
-from jaxtml.model.grouped import expert_rows
+from jaxtml.model.grouped import Experts, expert_rows, quantised
 from jaxtml.model.layers import swiglu
 from jaxtml.model.placement import ALONE, TENSOR, Placement
-from jaxtml.model.spec import Released, linear, normal, ones, param, zeros
+from jaxtml.model.spec import Params, Released, linear, normal, ones, param, zeros
 from jaxtml.parallel.collectives import merge, spread, total
 from jaxtml.stream.tokens import PositionKind
 
@@ -74,10 +75,10 @@ class MoE(nnx.Module):
         )
         self.global_scale = param((1,), ("scalar",), ones, released=Released(f"{prefix}.gate.global_scale", (1,)))
         self.w13 = param(
-            (e, d, 2, f),
-            ("expert", "expert_embed", "gate_up", "mlp"),
+            (e, 2, d, f),  # gate and up apart: a TPU lays out the last two axes in tiles
+            ("expert", "gate_up", "expert_embed", "mlp"),
             normal(c.init_std),
-            released=Released(f"{prefix}.experts.w13_weight", (e, 2 * f, d), (0, 3, 2, 1), (e, f, 2, d)),
+            released=Released(f"{prefix}.experts.w13_weight", (e, 2 * f, d), (0, 2, 3, 1), (e, f, 2, d)),
             active=share,
         )
         self.w2 = param(
@@ -87,6 +88,9 @@ class MoE(nnx.Module):
             released=Released(f"{prefix}.experts.w2_weight", (e, d, f), (0, 2, 1)),
             active=share,
         )
+        if placement.int8:
+            self.w13_scale = param((e, 2, f), ("expert", "gate_up", "mlp"), ones, active=share)
+            self.w2_scale = param((e, d), ("expert", "expert_embed"), ones, active=share)
         self.shared_w13 = param(
             (s, d, 2, f),
             ("shared", "embed", "gate_up", "mlp"),
@@ -114,8 +118,18 @@ class MoE(nnx.Module):
         k = c.experts_per_token
         return Routing(index, weight[:, :k].astype(x.dtype), weight[:, k:].astype(x.dtype), routed)
 
-    def __call__(self, x: jax.Array, modality: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+    def experts(self, dtype: jnp.dtype, at: tuple[jax.Array, ...] = ()) -> Experts:
+        """Those of this device; int8 stays int8, other weights become `dtype`."""
+        if self.placement.int8:
+            return Experts(self.w13[...], self.w2[...], self.w13_scale[...], self.w2_scale[...], at)
+        return Experts(self.w13[...].astype(dtype), self.w2[...].astype(dtype), at=at)
+
+    def __call__(
+        self, x: jax.Array, modality: jax.Array | None = None, at: tuple[jax.Array, ...] = ()
+    ) -> tuple[jax.Array, MoEStats]:
         """`x` `[B, T, D]`, `modality` `[B, T]` in 0..M-1, 0 (PAD) where nothing stands (None: all text).
+
+        With `at`, the routed experts are those of a stack of layers, everything else that of the layer at `at`.
 
         Returns `[B, T, D]` and the layer's stats.
         """
@@ -123,9 +137,8 @@ class MoE(nnx.Module):
         flat = x.reshape(batch * tokens, dim)
         routing = self.route(flat)
         mesh = self.placement.mesh
-        out, dropped = TRANSPORTS[self.placement.transport](
-            flat, routing, self.w13[...].astype(x.dtype), self.w2[...].astype(x.dtype), self.placement
-        )
+        transport = TRANSPORTS[self.placement.transport]
+        out, dropped = transport(flat, routing, self.experts(x.dtype, at), self.placement)
         alike = spread(flat, mesh, TENSOR)
         shared = jnp.zeros_like(flat)
         for i in range(self.config.n_shared_experts):
@@ -144,33 +157,38 @@ class MoE(nnx.Module):
         return out.reshape(batch, tokens, dim), stats
 
 
-def dense(x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array) -> jax.Array:
+def with_int8_experts(params: Params) -> Params:
+    """The same tree with every layer's routed experts in int8, and the scales of their columns beside them."""
+    if "w13" in params and "router" in params:
+        (w13, scale13), (w2, scale2) = quantised(params["w13"]), quantised(params["w2"])
+        return {**params, "w13": w13, "w2": w2, "w13_scale": scale13, "w2_scale": scale2}
+    return {name: with_int8_experts(part) if isinstance(part, dict) else part for name, part in params.items()}
+
+
+def dense(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     """Oracle: every expert on every token, then the weighted sum of the chosen ones."""
-    outs = jax.vmap(lambda a, b: swiglu(x, a, b))(w13, w2)  # [E, N, D]
-    mix = jnp.zeros((x.shape[0], w13.shape[0]), x.dtype)
+    w13, w2 = experts.layer(x.dtype)
+    outs = jax.vmap(lambda a, b: swiglu(x, a.swapaxes(0, 1), b))(w13, w2)  # [E, N, D]
+    mix = jnp.zeros((x.shape[0], experts.count), x.dtype)
     mix = mix.at[jnp.arange(x.shape[0])[:, None], routing.index].add(routing.weight)
     return jnp.einsum("ne,end->nd", mix, outs)
 
 
-Transport = Callable[[jax.Array, Routing, jax.Array, jax.Array, Placement], tuple[jax.Array, jax.Array]]
+Transport = Callable[[jax.Array, Routing, Experts, Placement], tuple[jax.Array, jax.Array]]
 
 
-def replicated(
-    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
-) -> tuple[jax.Array, jax.Array]:
+def replicated(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """All devices of `expert` have the same tokens `x` `[N, D]`; each adds what its L experts give.
 
     Returns `[N, D]`, the same on all of them, and the dropped choices of all.
     """
     axes = ("expert", "tensor")
     x, weight = (spread(a, placement.mesh, axes) for a in (x, routing.weight))
-    out, dropped = _own_experts(x, routing.index, weight, w13, w2, placement)
+    out, dropped = _own_experts(x, routing.index, weight, experts, placement)
     return merge(out, placement.mesh, axes), total(dropped, placement.mesh, ("expert",))
 
 
-def ring(
-    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
-) -> tuple[jax.Array, jax.Array]:
+def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """Tokens of all devices are gathered, results scattered back to theirs: `[N, D]` and this device's dropped choices.
 
     The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
@@ -179,15 +197,13 @@ def ring(
     x, weight, index = (spread(x, mesh, TENSOR), spread(routing.weight, mesh, TENSOR), routing.index)
     if mesh.expert > 1:
         x, weight, index = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weight, index))
-    out, dropped = _own_experts(x, index, weight, w13, w2, placement)
+    out, dropped = _own_experts(x, index, weight, experts, placement)
     if mesh.expert > 1:
         out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
     return merge(out, mesh, TENSOR), dropped
 
 
-def ragged(
-    x: jax.Array, routing: Routing, w13: jax.Array, w2: jax.Array, placement: Placement
-) -> tuple[jax.Array, jax.Array]:
+def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """Rows travel to the devices of their experts and back: `[N, D]` and this device's dropped choices.
 
     Sorted by expert, the rows for one device lie together, those for one of its experts too: one update per expert
@@ -195,13 +211,13 @@ def ragged(
     """
     mesh = placement.mesh
     if mesh.expert == 1:
-        return ring(x, routing, w13, w2, placement)
+        return ring(x, routing, experts, placement)
     n, k = routing.index.shape
-    experts = w13.shape[0] * mesh.expert
-    block = block_rows(n * k, w13.shape[0])
-    rows = buffer_rows(n * k * mesh.expert, mesh.expert, w13.shape[0], block, placement.capacity)
+    own = experts.count
+    block = block_rows(n * k, own)
+    rows = buffer_rows(n * k * mesh.expert, mesh.expert, own, block, placement.capacity)
     me = jax.lax.axis_index("expert")
-    order, counts = sorted_by_expert(routing.index, experts)
+    order, counts = sorted_by_expert(routing.index, own * mesh.expert)
     trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
     x = spread(x, mesh, TENSOR)
     slot = jnp.argsort(order).reshape(n, k)
@@ -209,7 +225,7 @@ def ragged(
     arrived = jax.lax.ragged_all_to_all(
         sent, _hidden_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
     )
-    done = expert_rows(arrived, trip.groups, w13, w2, block)
+    done = expert_rows(arrived, trip.groups, experts, block)
     back = jax.lax.ragged_all_to_all(
         done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
     )
@@ -283,45 +299,60 @@ def sorted_by_expert(index: jax.Array, experts: int) -> tuple[jax.Array, jax.Arr
 
 
 def _own_experts(
-    x: jax.Array, index: jax.Array, weight: jax.Array, w13: jax.Array, w2: jax.Array, placement: Placement
+    x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
     """What this device's experts give to the tokens `x` `[N, D]`, weighted and summed, and the choices without room."""
     mesh = placement.mesh
-    own = w13.shape[0]
+    own = experts.count
     if mesh.expert > 1:
         index = index - own * jax.lax.axis_index("expert")
     n, k = index.shape
     # Decoding reads K experts per token; from about four rows an expert on, sorted blocks read less.
-    if n * k < 4 * own * mesh.expert:
-        return _few(x, index, weight, w13, w2), jnp.zeros((), jnp.int32)
-    block = block_rows(n * k // mesh.expert, own)
-    rows = buffer_rows(n * k, mesh.expert, own, block, placement.capacity)
+    if n * k >= 4 * own * mesh.expert:
+        return _sorted(x, index, weight, experts, placement)
+    # A kernel that reads an expert in place reads each but once.
+    tpu = partial(_sorted, placement=placement) if experts.in_place else _few
+    return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, default=_few)
+
+
+def _sorted(
+    x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """Rows sorted by expert, in padded blocks."""
+    (n, k), own, ways = index.shape, experts.count, placement.mesh.expert
+    block = block_rows(n * k // ways, own)
+    rows = buffer_rows(n * k, ways, own, block, placement.capacity)
     slot, source, groups, dropped = _plan(index, own, block, rows)
-    done = expert_rows(_dispatch(x, source, slot), groups, w13, w2, block)
+    even = -(-n * k // ways)  # choices of a device; each in a block of its own where there are few
+    expected = min(rows, even * block, even + own * block // 2)
+    done = expert_rows(_dispatch(x, source, slot), groups, experts, block, expected)
     return _combine(done, weight, slot, source), dropped
 
 
-def _few(x: jax.Array, index: jax.Array, weight: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+def _few(x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """Reads the chosen experts that live here, one (token, choice) after the other: gather + gemv, for few tokens.
 
     An expert is multiplied where it stands. One gather of all choices writes a copy of their weights, which a CPU then
     wants transposed (ten times the time for one token of `tiny`).
     """
     n, k = index.shape
-    own = w13.shape[0]
 
-    def one(_: None, row: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        token, expert = row
+    def times(row: jax.Array, weights: jax.Array, scale: jax.Array | None, *place: jax.Array | int) -> jax.Array:
+        product = row @ weights[(*experts.at, *place)].astype(row.dtype)
+        return product if scale is None else product * scale[(*experts.at, *place)].astype(row.dtype)
+
+    def one(_: None, choice: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        token, expert = choice
 
         def run() -> jax.Array:
-            gate, up = token[None] @ w13[expert, :, 0], token[None] @ w13[expert, :, 1]
-            return ((jax.nn.silu(gate) * up) @ w2[expert])[0]
+            gate, up = (times(token[None], experts.w13, experts.scale13, expert, half) for half in (0, 1))
+            return times(jax.nn.silu(gate) * up, experts.w2, experts.scale2, expert)[0]
 
-        here = (expert >= 0) & (expert < own)
+        here = (expert >= 0) & (expert < experts.count)
         return None, jax.lax.cond(here, run, lambda: jnp.zeros_like(token))
 
     _, outs = jax.lax.scan(one, None, (jnp.repeat(x, k, axis=0), index.reshape(-1)))
-    return jnp.einsum("nkd,nk->nd", outs.reshape(n, k, -1), weight)
+    return jnp.einsum("nkd,nk->nd", outs.reshape(n, k, -1), weight), jnp.zeros((), jnp.int32)
 
 
 def block_rows(rows: int, experts: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtml.model.spec import Params, ParamSpec
@@ -29,11 +30,13 @@ class Placement:
       transport: "replicated", "ring" or "ragged" (see `moe`).
       capacity: rows that a device has room for, padding included, as a multiple of its share at perfect balance; None:
         the worst case.
+      int8: the routed experts are held as int8 and a scale per column (serving alone).
     """
 
     mesh: MeshShape = MeshShape()
     transport: str = "ring"
     capacity: float | None = None
+    int8: bool = False
 
 
 ALONE = Placement()
@@ -60,6 +63,11 @@ def whole(params: Params, table: dict[str, Any], mesh: MeshShape, dtype: Any) ->
     def one(spec: ParamSpec, array: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
         if held == needed:
             return array
-        return gathered(array if "router" in spec.axes else array.astype(dtype), held, needed)
+        array = array if "router" in spec.axes else array.astype(dtype)
+        if spec.axes[-4:-2] != ("expert", "gate_up"):
+            return gathered(array, held, needed)
+        # The halves by themselves, as they are used: to cut them out of what has arrived would be to copy it.
+        halves = (gathered(array[:, i : i + 1], held, needed) for i in (0, 1))
+        return jnp.concatenate(list(halves), axis=1)
 
     return jax.tree.map(one, table, params, held, needed)

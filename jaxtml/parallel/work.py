@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
@@ -30,6 +30,12 @@ class Work:
     sent: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     open_loops: int = 0
 
+    def times(self, factor: float) -> Work:
+        """The work of so many such runs."""
+        work = Work()
+        work.add(self, factor)
+        return work
+
     def add(self, other: Work, times: float = 1) -> None:
         self.flops += times * other.flops
         self.open_loops += other.open_loops
@@ -47,13 +53,28 @@ def work_of(function: Any, *arguments: Any, platform: str) -> Work:
     return counted(jax.jit(function).trace(*arguments).jaxpr, platform)
 
 
-def counted(jaxpr: ClosedJaxpr, platform: str) -> Work:
-    """Work of a traced program, as `jax.jit(f).trace(...).jaxpr`."""
-    return _count(jaxpr.jaxpr, platform, {})
+def counted(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: bool = False) -> Work:
+    """Work of a traced program, as `jax.jit(f).trace(...).jaxpr`.
+
+    Args:
+      jaxpr: the program.
+      platform: as for `work_of`.
+      rounds: how often a loop without a known number of rounds runs.
+      least: of the branches of a condition count the cheapest, not the dearest.
+    """
+    return _count(jaxpr.jaxpr, _Reading(platform, rounds, min if least else max), {})
 
 
-def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:
-    work = Work()
+class _Reading(NamedTuple):
+    """How a jaxpr is read."""
+
+    platform: str
+    rounds: int
+    choose: Any
+
+
+def _count(jaxpr: Jaxpr, reading: _Reading, axes: dict[str, int]) -> Work:
+    work, platform = Work(), reading.platform
     chosen: dict[Any, int] = {}  # results of platform_index
     eqn: Any
     for eqn in jaxpr.eqns:
@@ -65,17 +86,18 @@ def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:
         elif name == "clamp" and isinstance(eqn.invars[1], Var) and eqn.invars[1] in chosen:
             chosen[eqn.outvars[0]] = chosen[eqn.invars[1]]
         elif name == "cond":
-            branches = [_count(branch.jaxpr, platform, axes) for branch in params["branches"]]
             index = chosen.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
-            work.add(branches[index] if index is not None else max(branches, key=lambda b: b.flops))
+            branches = params["branches"] if index is None else params["branches"][index : index + 1]
+            found = [_count(branch.jaxpr, reading, axes) for branch in branches]
+            work.add(reading.choose(found, key=lambda branch: branch.flops))
         elif name == "scan":
-            work.add(_count(params["jaxpr"].jaxpr, platform, axes), params["length"])
+            work.add(_count(params["jaxpr"].jaxpr, reading, axes), params["length"])
         elif name == "while":
-            work.add(_count(params["body_jaxpr"].jaxpr, platform, axes))
+            work.add(_count(params["body_jaxpr"].jaxpr, reading, axes), reading.rounds)
             work.open_loops += 1
         elif name == "shard_map":
             sizes = dict(params["mesh"].shape)
-            work.add(_count(params["jaxpr"], platform, {**axes, **sizes}))
+            work.add(_count(params["jaxpr"], reading, {**axes, **sizes}))
         elif name == "dot_general":
             work.flops += _dot_flops(eqn)
         elif name.startswith("ragged_dot"):
@@ -92,7 +114,7 @@ def _count(jaxpr: Jaxpr, platform: str, axes: dict[str, int]) -> Work:
             work.sent[_KIND.get(name, name), names] += _SENT[name](whole, ways)  # pyright: ignore[reportArgumentType]
         else:
             for inner in _inner(params):
-                work.add(_count(inner, platform, axes))
+                work.add(_count(inner, reading, axes))
     return work
 
 

@@ -1,11 +1,12 @@
-"""`jaxtml plan`: compiles the real training step for a pod that is not here and says what it needs.
+"""`jaxtml plan`: compiles the real program for a pod that is not here and says what it needs.
 
-The program is the trainer's own, traced once: its work is counted on the jaxpr, its memory is what the TPU compiler
-allots. Called by the command line.
+The program is the trainer's own step, or a micro-turn of the server's, traced once: its work is counted on the jaxpr,
+its memory is what the TPU compiler allots. Called by the command line.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -16,35 +17,81 @@ from jaxtml.errors import InputError
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
-from jaxtml.plan.programs import train_program
-from jaxtml.plan.report import Memory, train_report
+from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
+from jaxtml.plan.report import Memory, Served, serve_report, train_report
 from jaxtml.plan.topology import Topology
+from jaxtml.stream.timebase import FRAMES_PER_TURN
 from jaxtml.train.step import check_batch
 
 GIB = 2**30
 
 
-def plan(config: Config, topology: str, mesh: str | None) -> dict[str, Any]:
-    """The report of `report.train_report` for a config on a topology, with what it was made for.
+def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+    """The report of `report.train_report` or `report.serve_report` for a config on a topology.
+
+    Args:
+      config: of the model.
+      topology: as `v5p:4x4x8`.
+      mesh: as `data=16,expert=8`; None: all `data` to train; to serve as much `expert` as sessions and experts divide
+        by, and the rest `tensor`.
+      program: "train" or "serve".
 
     Raises:
-      InputError: no such topology, a mesh or batch that does not fit it, or more memory than a chip has.
+      InputError: no such topology, a mesh, batch or number of sessions that does not fit it, or more memory than a chip
+        has.
     """
     where = Topology.parse(topology)
-    shape = MeshShape.parse(mesh) if mesh else MeshShape(data=where.devices)
-    check_batch(config.train, shape)
+    shape = MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+    if program == "train":
+        check_batch(config.train, shape)
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     with jax.set_mesh(make_mesh(shape, where.found())):
-        program = train_program(config, shape)
-        traced = jax.jit(program.function, donate_argnums=program.donated).trace(*program.arguments)
-        work = counted(traced.jaxpr, "tpu")
-        memory = _compiled_memory(traced, config, where)
+        made = (train_program if program == "train" else serve_program)(config, shape)
+        traced = jax.jit(made.function, donate_argnums=made.donated).trace(*made.arguments)
+        memory = _compiled_memory(traced, config, where, program)
+    named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
+    if program == "serve":
+        return named | serve_report(config, _served(config, made, traced.jaxpr), memory, where)
     tokens = config.train.batch * config.data.tokens
-    report = train_report(work, memory, where, tokens, train_flops_per_token(config) * tokens)
-    return {"config": config.name, "topology": str(where), "mesh": str(shape), **report}
+    needed = train_flops_per_token(config) * tokens
+    return named | train_report(counted(traced.jaxpr, "tpu"), memory, where, tokens, needed)
 
 
-def _compiled_memory(traced: Any, config: Config, where: Topology) -> Memory:
+def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
+    if program == "train":
+        return MeshShape(data=devices)
+    expert = math.gcd(devices, config.serve.sessions, config.backbone.n_experts)
+    return MeshShape(expert=expert, tensor=devices // expert)
+
+
+def _served(config: Config, program: Program, jaxpr: Any) -> Served:
+    params, state, _ = program.arguments
+    routed = device_bytes(_routed(params))
+    # The loop's work is what one round more adds. Without any, the cheapest branches are a micro-turn of listening.
+    none, one = (counted(jaxpr, "tpu", rounds=n) for n in (0, 1))
+    turn = one.times(1)
+    turn.add(none, -1)
+    d = config.duplex
+    return Served(
+        sessions=config.serve.sessions,
+        experts=routed,
+        weights=device_bytes(params) - routed,
+        state=device_bytes(state),
+        listening=counted(jaxpr, "tpu", rounds=0, least=True),
+        turn=turn,
+        longest=(d.max_heard + 1 if d.heard else 0) + d.max_text + 1 + 1 + FRAMES_PER_TURN,
+    )
+
+
+def _routed(params: Any) -> list[Any]:
+    """The arrays of routed experts in a tree of parameters."""
+    if isinstance(params, dict) and "router" in params:
+        return [params[name] for name in ("w13", "w2", "w13_scale", "w2_scale") if name in params]
+    parts = params.values() if isinstance(params, dict) else params if isinstance(params, list) else ()
+    return [array for part in parts for array in _routed(part)]
+
+
+def _compiled_memory(traced: Any, config: Config, where: Topology, program: str) -> Memory:
     try:
         found = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -53,10 +100,12 @@ def _compiled_memory(traced: Any, config: Config, where: Topology) -> Memory:
             raise
         over = re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)", said)
         much = f"by {over.group(1)} per device" if over else f"({said[:160]})"
-        raise InputError(
-            f"{config.name} does not fit {where}, {much}: try train.remat=full, a smaller train.batch or a larger "
-            "train.accumulate, train.capacity, train.moment_dtype=bfloat16, or more chips"
-        ) from error
+        helps = {
+            "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
+            "train.moment_dtype=bfloat16",
+            "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
+        }
+        raise InputError(f"{config.name} does not fit {where}, {much}: try {helps[program]}, or more chips") from error
     return Memory(
         found.argument_size_in_bytes,
         found.output_size_in_bytes,
@@ -69,13 +118,25 @@ def _compiled_memory(traced: Any, config: Config, where: Topology) -> Memory:
 def told(report: dict[str, Any]) -> str:
     """A report as lines for people."""
     memory, limit = report["memory"], report["chip_memory_bytes"]
+    if report["program"] == "serve":
+        turns, floors = report["turn_ms"], report["weight_floor_ms"]
+        lines = [
+            f"a micro-turn at best {name} {turns[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
+            for name in turns
+        ]
+        lines.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
+    else:
+        lines = [
+            f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
+            f"tokens/s per chip  {report['tokens_per_s_per_chip']:8.0f} at best, MFU {report['mfu']:.1%}",
+        ]
     lines = [
-        f"{report['config']} on {report['topology']} ({report['chips']} chips), mesh {report['mesh']}",
+        f"{report['config']}, {report['program']} on {report['topology']} ({report['chips']} chips), "
+        f"mesh {report['mesh']}",
         f"memory per chip    {report['bytes_per_chip'] / GIB:8.2f} GiB of {limit / GIB:.0f}: "
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
         f"FLOPs per chip     {report['flops_per_chip']:8.3e}, {report['flops_ratio']:.3f} x what the tokens need",
         *(f"sent per device    {size / GIB:8.2f} GiB {kind}" for kind, size in report["collective_bytes"].items()),
-        f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
-        f"tokens/s per chip  {report['tokens_per_s_per_chip']:8.0f} at best, MFU {report['mfu']:.1%}",
+        *lines,
     ]
     return "\n".join(lines)

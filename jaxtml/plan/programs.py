@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
 from jaxtml.data.pipeline import row_shapes
+from jaxtml.model.duplex import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape
 from jaxtml.train.step import make_train_step
 from jaxtml.train.storage import shapes
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of `jax.ShapeDtypeStruct`s with or without a sharding."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
+        for a in jax.tree.leaves(tree)
+    )
 
 
 class Program(NamedTuple):
@@ -35,3 +45,30 @@ def train_program(config: Config, shape: MeshShape) -> Program:
         for name, (size, dtype) in row_shapes(config).items()
     }
     return Program(step, (jax.eval_shape(init, shapes(model, mesh)), batch), (0,))
+
+
+def serve_program(config: Config, shape: MeshShape) -> Program:
+    """One micro-turn of `serve.sessions` sessions on the mesh that is set.
+
+    Raises:
+      InputError: the mesh cannot share the sessions, or a dimension of the model.
+    """
+    serve = config.serve
+    duplex = Duplex(InteractionModel(config, Placement(shape, serve.transport, int8=serve.int8_experts)))
+    duplex.check_sessions(serve.sessions)
+    trained = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, config.train.param_dtype), InteractionModel(config).specs()
+    )
+    given = (
+        jax.eval_shape(duplex.prepare, trained),
+        jax.eval_shape(lambda: duplex.init_state(serve.sessions)),
+        jax.eval_shape(lambda: duplex.empty_inputs(serve.sessions)),
+    )
+    if shape.devices > 1:
+        mesh = jax.sharding.get_abstract_mesh()
+        given = jax.tree.map(
+            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+            given,
+            duplex.layouts(),
+        )
+    return Program(duplex.step, given, (1,))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtml.config import Config
 from jaxtml.model.duplex import Duplex, DuplexState, TurnOutputs
 from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.placement import Placement
 from jaxtml.model.spec import Params
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.layout import plan_typed
@@ -70,7 +71,7 @@ class Engine:
 
     @classmethod
     def create(cls, config: Config, params: Params, codec: TextCodec) -> Engine:
-        duplex = Duplex(InteractionModel(config))
+        duplex = Duplex(InteractionModel(config, Placement(int8=config.serve.int8_experts)))
         return cls(config, codec, jax.jit(duplex.prepare)(params), duplex)
 
     @classmethod

@@ -8,7 +8,7 @@ import pytest
 from jaxtml.config import AttentionConfig
 from jaxtml.model import attend
 from jaxtml.model.attend import attend_sequence
-from jaxtml.model.attention import make_step, ring_slots
+from jaxtml.model.attention import _ring_bias, make_step, ring_slots
 
 BATCH, GROUPS, PER_GROUP, DIM, RANK = 2, 2, 3, 8, 4
 
@@ -76,9 +76,12 @@ def test_blocks_equal_one_masked_softmax_forwards_and_backwards(case, monkeypatc
         assert float(jnp.linalg.norm(ours - definition)) / scale < 5e-6, name
 
 
-def test_a_step_sees_exactly_the_window_and_the_pinned_tokens():
-    """The ring's plan against a list of what each slot holds, over a session that wraps round."""
-    config = AttentionConfig(4, 2, 8, window=7, rel_extent=7, pinned=3)
+@pytest.mark.parametrize("extent", [3, 7, 40])
+def test_a_step_sees_exactly_the_window_and_the_pinned_tokens(extent):
+    """The ring's plan against a list of what each slot holds, over a session that wraps round; and its bias, which is
+    that of each key's distance."""
+    config = AttentionConfig(4, 2, 8, window=7, rel_extent=extent, pinned=3)
+    profile = jnp.arange(1.0, 5 * extent + 1).reshape(1, 5, 1, 1, extent)
     slots = ring_slots(config, max_tokens=5)
     held = np.full(slots, -1)
     position = 0
@@ -86,12 +89,14 @@ def test_a_step_sees_exactly_the_window_and_the_pinned_tokens():
         step = make_step(config, slots, jnp.array([position]), jnp.array([length]), 5)
         for i in range(length):
             held[int(step.slots[0, i])] = position + i
+        bias = np.asarray(_ring_bias(profile, step.query, config.pinned, slots))[0, :, 0, 0]
         assert (np.asarray(step.slots[0, length:]) == slots).all()  # padding is dropped
         for i in range(length):
             distance = position + i - held
             visible = (held >= 0) & (distance >= 0) & ((distance < 7) | (held < 3))
             np.testing.assert_array_equal(step.visible[0, i], visible)
-            np.testing.assert_array_equal(step.distance[0, i][visible], distance[visible])
+            known = np.append(profile[0, i, 0, 0], np.zeros(100))[distance[visible]]
+            np.testing.assert_array_equal(bias[i][visible], known)
             assert visible.sum() == len({p for p in range(position + i + 1) if position + i - p < 7 or p < 3})
         position += length
 

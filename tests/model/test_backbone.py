@@ -52,7 +52,7 @@ def test_inkling_small_compiles_as_five_bodies():
 def test_layers_run_in_the_order_in_which_they_are_unstacked():
     backbone = _with_layers(8, 2, (2, 5))
     params = init_params(backbone.specs(), 0)
-    layers = backbone.unstack(params)
+    layers = backbone.for_serving(params)
     for b, block in enumerate(backbone.blocks):
         for r, run in enumerate(block.runs):
             for i in range(block.repeats):

@@ -1,6 +1,7 @@
 """The mixture of experts: every path gives what every expert on every token would give, whatever the routing."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import load
-from jaxtml.model.grouped import _blocks, _megablox, _ragged_dot
+from jaxtml.model.grouped import Experts, _blocks, _in_place, _megablox, _ragged_dot, quantised
 from jaxtml.model.moe import MoE, Routing, _few, _own_experts, block_rows, dense
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
@@ -35,16 +36,20 @@ def _choices(kind: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def weights():
     rng = np.random.default_rng(1)
-    return tuple(jnp.asarray(rng.normal(0, 0.3, s).astype(np.float32)) for s in ((N, D), (E, D, 2, F), (E, F, D)))
+    return tuple(jnp.asarray(rng.normal(0, 0.3, s).astype(np.float32)) for s in ((N, D), (E, 2, D, F), (E, F, D)))
 
 
 def own_experts(x, routing, w13, w2):
-    out, dropped = _own_experts(x, routing.index, routing.weight, w13, w2, Placement())
+    out, dropped = _own_experts(x, routing.index, routing.weight, Experts(w13, w2), Placement())
     return out + 0.0 * dropped
 
 
 def one_by_one(x, routing, w13, w2):
-    return _few(x, routing.index, routing.weight, w13, w2)
+    return _few(x, routing.index, routing.weight, Experts(w13, w2))[0]
+
+
+def every_one(x, routing, w13, w2):
+    return dense(x, routing, Experts(w13, w2))
 
 
 @pytest.mark.parametrize("kind", ["balanced", "skewed", "all to the same", "some experts empty"])
@@ -63,7 +68,7 @@ def test_paths_equal_every_expert_on_every_token_forwards_and_backwards(path, ki
         out, adjoint = jax.vjp(forward, x, gate, w13, w2)
         return out, *adjoint(out_grad)
 
-    for name, ours, oracle in zip(["out", "x", "gate", "w13", "w2"], run(path), run(dense), strict=True):
+    for name, ours, oracle in zip(["out", "x", "gate", "w13", "w2"], run(path), run(every_one), strict=True):
         error = jnp.linalg.norm(ours - oracle) / jnp.linalg.norm(oracle)
         assert error < 2e-6, (name, float(error))
 
@@ -73,12 +78,12 @@ def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
     rng = np.random.default_rng(0)
     block, sizes, dim, width = 8, np.array([16, 0, 8, 24]), 128, 128
     rows, w13, w2 = (jnp.asarray(0.3 * rng.normal(size=s), jnp.float32)
-                     for s in ((64, dim), (4, dim, 2, width), (4, width, dim)))  # fmt: skip
+                     for s in ((64, dim), (4, 2, dim, width), (4, width, dim)))  # fmt: skip
     used = int(sizes.sum())
 
     def plain(rows, w13, w2):
         expert = np.repeat(np.arange(4), sizes)
-        gate, up = (jnp.einsum("nd,ndf->nf", rows[:used], w13[expert, :, i]) for i in (0, 1))
+        gate, up = (jnp.einsum("nd,ndf->nf", rows[:used], w13[expert, i]) for i in (0, 1))
         return jnp.einsum("nf,nfd->nd", jax.nn.silu(gate) * up, w2[expert])
 
     def ours(rows, w13, w2):
@@ -93,6 +98,39 @@ def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
         for a, b in zip(jax.tree.leaves(function(ours)), jax.tree.leaves(function(plain)), strict=True):
             b = b[:used] if b.shape == rows.shape else b
             np.testing.assert_allclose(a[: len(b)], b, rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("sizes", [(16, 0, 8, 24), (0, 0, 8, 0), (0, 0, 0, 0)], ids=str)
+def test_the_serving_kernel_reads_experts_where_they_stand_in_the_stack(sizes, int8):
+    rng = np.random.default_rng(0)
+    block, dim, width = 8, 256, 128
+    rows = jnp.asarray(rng.normal(size=(64, dim)), jnp.float32)
+    w13, w2 = (jnp.asarray(0.1 * rng.normal(size=(2, 3, *s)), jnp.float32)
+               for s in ((4, 2, dim, width), (4, width, dim)))  # fmt: skip
+    (w13, scale13), (w2, scale2) = (quantised(w) if int8 else (w, None) for w in (w13, w2))
+    experts = Experts(w13, w2, scale13, scale2, (jnp.int32(1), jnp.int32(2)))
+    assert experts.in_place and experts.count == 4
+    ours = _in_place(rows, jnp.asarray(sizes), experts, block, len(rows), interpret=True)
+    plain13, plain2 = experts.layer(jnp.float32)
+    owner = np.repeat(np.arange(4), sizes)
+    used = len(owner)
+    gate, up = (jnp.einsum("nd,ndf->nf", rows[:used], plain13[owner, i]) for i in (0, 1))
+    expected = jnp.einsum("nf,nfd->nd", jax.nn.silu(gate) * up, plain2[owner])
+    np.testing.assert_allclose(ours[:used], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_experts_are_those_of_their_floats_but_for_the_rounding(weights):
+    x, w13, w2 = weights
+    index, gate = jnp.asarray(_choices("balanced"), jnp.int32), jnp.ones((N, K))
+    (q13, s13), (q2, s2) = quantised(w13), quantised(w2)
+    assert q13.dtype == q2.dtype == jnp.int8
+    assert int(jnp.abs(q13).max()) == 127 and s13.shape == (E, 2, F) and s2.shape == (E, D)
+    exact, _ = _own_experts(x, index, gate, Experts(w13, w2), Placement())
+    for path in (_few, partial(_own_experts, placement=Placement())):
+        rounded, _ = path(x, index, gate, Experts(q13, q2, s13, s2))
+        error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+        assert 0 < error < 0.02
 
 
 def test_a_layer_gives_the_same_with_few_tokens_and_with_many():
@@ -122,11 +160,12 @@ def test_a_buffer_that_is_too_small_drops_the_same_rows_each_time_and_counts_the
     x, w13, w2 = weights
     index = jnp.asarray(_choices("skewed"), jnp.int32)
     gate = jnp.ones((N, K))
+    experts = Experts(w13, w2)
     small = Placement(capacity=0.4)
-    out, dropped = _own_experts(x, index, gate, w13, w2, small)
-    again, _ = _own_experts(x, index, gate, w13, w2, small)
+    out, dropped = _own_experts(x, index, gate, experts, small)
+    again, _ = _own_experts(x, index, gate, experts, small)
     np.testing.assert_array_equal(out, again)
-    whole, none = _own_experts(x, index, gate, w13, w2, Placement())
+    whole, none = _own_experts(x, index, gate, experts, Placement())
     assert int(none) == 0 < int(dropped) < N * K
     lost = (jnp.abs(out - whole).max(axis=1) > 1e-5).sum()
     assert 0 < int(lost) <= int(dropped)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtml.config import load
+from jaxtml.model.grouped import Experts
 from jaxtml.model.moe import (
     MoE,
     Routing,
@@ -47,7 +48,7 @@ def operands(case: str):
     tokens = 8 if case == "few tokens" else 192
     rng = np.random.default_rng(1)
     x, gate, grad = (rng.normal(size=s).astype(np.float32) for s in ((tokens, D), (tokens, K), (tokens, D)))
-    w13, w2 = (0.3 * rng.normal(size=s).astype(np.float32) for s in ((E, D, 2, F), (E, F, D)))
+    w13, w2 = (0.3 * rng.normal(size=s).astype(np.float32) for s in ((E, 2, D, F), (E, F, D)))
     return choices(case, tokens).astype(np.int32), x, np.abs(gate), w13, w2, grad
 
 
@@ -60,7 +61,7 @@ def sharded(transport, mesh_shape: MeshShape, placement: Placement):
     def run(index, x, gate, w13, w2, grad):
         def forward(x, gate, w13, w2):
             routing = Routing(index, gate, jnp.zeros((len(x), 0)), jnp.zeros((len(x), E)))
-            return transport(x, routing, w13, w2, placement)
+            return transport(x, routing, Experts(w13, w2), placement)
 
         out, adjoint, dropped = jax.vjp(forward, x, gate, w13, w2, has_aux=True)
         dx, dgate, dw13, dw2 = adjoint(grad)
@@ -88,7 +89,8 @@ def test_transports_equal_the_oracle_forwards_and_backwards(mesh, transport, cas
     *ours, dropped = run(index, x, gate, w13, w2, grad)
 
     def oracle(x, gate, w13, w2):
-        return dense(x, Routing(jnp.asarray(index), gate, jnp.zeros((len(x), 0)), jnp.zeros((len(x), E))), w13, w2)
+        routing = Routing(jnp.asarray(index), gate, jnp.zeros((len(x), 0)), jnp.zeros((len(x), E)))
+        return dense(x, routing, Experts(w13, w2))
 
     out, adjoint = jax.vjp(oracle, *map(jnp.asarray, (x, gate, w13, w2)))
     assert not np.asarray(dropped).any()

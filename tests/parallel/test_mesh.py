@@ -63,7 +63,7 @@ def test_jax_takes_the_layout_as_a_sharding(table):
     mesh = jax.sharding.AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), (AxisType.Explicit,) * 4)
     sharding = {p: jax.sharding.NamedSharding(mesh, spec) for p, (_, spec) in layout(table, shape, TRAIN).items()}
     experts = sharding["layers/block1/run0/mlp/w13"]
-    assert experts.shard_shape((7, 3, 256, 4096, 2, 2048)) == (7, 3, 32, 128, 2, 2048)
+    assert experts.shard_shape((7, 3, 256, 2, 4096, 2048)) == (7, 3, 32, 2, 128, 2048)
 
 
 def test_an_axis_that_does_not_divide_is_named_with_a_remedy(table):
