@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.config import AttentionConfig
+from jaxtml.model.attend_blocks import HIDDEN, attend_blocks, plan
 
-HIDDEN = -1e30  # logit of a key that must not be seen
 FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
 CHUNK = 128  # queries per chunk
-BODIES = 16  # chunks that a program spells out, at most: beyond, chunks grow
+BODIES = 16  # chunks that a program spells out, at most: beyond, it goes from block to block
+BLOCK = 512  # tokens of such a block
 
 
 class _Given(NamedTuple):
@@ -82,8 +83,12 @@ def _kernels(config: AttentionConfig, given: _Given) -> jax.Array:
 def _chunked(config: AttentionConfig, given: _Given) -> jax.Array:
     query, rel = (a * given.scale[:, None].astype(a.dtype) for a in (given.query, given.rel))
     query, keys, values, rel = jax.lax.optimization_barrier((query, given.keys, given.values, rel))
-    short = not config.pinned and config.window + _chunk(config) <= query.shape[3]
-    run = _side_by_side if short else _one_by_one
+    tokens = query.shape[3]
+    run = _one_by_one
+    if tokens > BODIES * CHUNK:
+        run = _block_by_block
+    elif not config.pinned and config.window + _chunk(config) <= tokens:
+        run = _side_by_side
     return run(config, query, keys, values, rel, given.proj)
 
 
@@ -116,7 +121,7 @@ def _side_by_side(
     visible = (distance >= 0) & (distance < config.window)
     begun = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S]
     mask = np.where(visible & begun[:, None, None], 0.0, HIDDEN).astype(np.float32)
-    table = _bias_table(proj, chunk, reach)
+    table = bias_table(proj, chunk, reach)
     out = attend_block(split(query), near(keys), near(values), split(rel), table, jnp.asarray(mask))
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, per_group, count * chunk, -1)
     return out[..., :tokens, :]
@@ -127,12 +132,11 @@ def _one_by_one(
 ) -> jax.Array:
     """Long windows: a chunk sees the keys of its reach and none after itself, so each has its own number of keys."""
     tokens = query.shape[3]
-    chunk = max(CHUNK, -(-tokens // (BODIES * CHUNK)) * CHUNK)
     extent = config.rel_extent
-    table = _bias_table(proj, chunk, min(tokens, extent) + chunk)
+    table = bias_table(proj, CHUNK, min(tokens, extent) + CHUNK)
     outs = []
-    for start in range(0, tokens, chunk):
-        stop = min(start + chunk, tokens)
+    for start in range(0, tokens, CHUNK):
+        stop = min(start + CHUNK, tokens)
         low = max(0, start - max(config.window, extent) + 1)  # pinned keys before this lie beyond the extent
         pins = min(config.pinned, low)
         position = np.concatenate([np.arange(pins), np.arange(low, stop)])
@@ -140,7 +144,7 @@ def _one_by_one(
         visible = (distance >= 0) & ((distance < config.window) | (position < config.pinned))
         mask = jnp.asarray(np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None])
         # The table's last column is the own key of its last query; a shorter last chunk ends earlier.
-        end = table.shape[2] - (chunk - (stop - start))
+        end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
 
         def reach(a: jax.Array, low: int = low, stop: int = stop, pins: int = pins) -> jax.Array:
@@ -154,7 +158,20 @@ def _one_by_one(
     return jnp.concatenate(outs, axis=4)[:, :, 0]
 
 
-def _bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
+def _block_by_block(
+    config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
+) -> jax.Array:
+    """Long sequences: as much memory as a few blocks of logits take."""
+    tokens = query.shape[3]
+    blocks = plan(config, tokens, BLOCK)
+    pad = blocks.count * BLOCK - tokens
+    query, rel = (jnp.pad(a, [(0, 0)] * 3 + [(0, pad), (0, 0)]) for a in (query, rel))
+    keys, values = (jnp.pad(a, [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
+    table = bias_table(proj, BLOCK, blocks.biased * BLOCK)
+    return attend_blocks(blocks, query, keys, values, rel, table)[..., :tokens, :]
+
+
+def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
     """Bias profiles by query and key, `[C, R, keys]`: `proj[r, d]`, key j being d = i + keys - C - j before query i.
 
     Zero outside `[0, E)`. The last key is the last query's own. A profile turned round, repeated with one element more
@@ -189,7 +206,7 @@ def attend_block(
       query: `[B, G, N, Q, C, K]`.
       keys: `[B, G, N, S, K]`; `values` likewise.
       rel: `[B, G, N, Q, C, R]`.
-      table: `[C, R, L]`, from `_bias_table`, for the last L of the S keys.
+      table: `[C, R, L]`, from `bias_table`, for the last L of the S keys.
       mask: `[N or 1, 1, C, S]` float32, 0 or `HIDDEN`.
 
     Returns:
