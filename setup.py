@@ -43,9 +43,10 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "plan": ["libtpu"],  # compiles for TPUs where there are none
-        "cuda12": ["jax[cuda12]"],
-        "cuda13": ["jax[cuda13]"],
+        "plan": ["libtpu>=0.0.52"],  # compiles for TPUs where there are none
+        "plan-cuda": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "tokamax>=0.0.12"],  # and for GPUs
+        "cuda12": ["jax[cuda12]", "tokamax>=0.0.12"],
+        "cuda13": ["jax[cuda13]", "tokamax>=0.0.12"],
         "oracle": ORACLE,
         "voices": VOICES,
         "judges": JUDGES,

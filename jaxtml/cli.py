@@ -144,7 +144,8 @@ def data(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     from jaxtml.plan import command
 
-    report = command.plan(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
+    make = command.searched if args.search else command.plan
+    report = make(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
     print(json.dumps(report) if args.json else command.told(report))
 
 
@@ -272,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--mesh", metavar="AXES", help="as data=16,expert=8; default: data, or expert and tensor, over all"
     )
+    command.add_argument("--search", action="store_true", help="find the largest batch, and remat, that fit")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     command = add(convert, "convert", "checkpoints in and out", "convert inkling_dir out --to orbax --verify")

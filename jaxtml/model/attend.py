@@ -168,7 +168,8 @@ def _block_by_block(
     query, rel = (jnp.pad(a, [(0, 0)] * 3 + [(0, pad), (0, 0)]) for a in (query, rel))
     keys, values = (jnp.pad(a, [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
     table = bias_table(proj, BLOCK, blocks.biased * BLOCK)
-    return attend_blocks(blocks, query, keys, values, rel, table)[..., :tokens, :]
+    out: jax.Array = attend_blocks(blocks, query, keys, values, rel, table)  # pyright: ignore[reportAssignmentType]
+    return out[..., :tokens, :]
 
 
 def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:

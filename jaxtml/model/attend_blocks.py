@@ -181,8 +181,8 @@ def _attend_bwd(blocks, saved, grad):
             return jax.lax.cond(visit.real, run, lambda: carry), None
 
         empty = (jnp.zeros(own.shape, jnp.float32), jnp.zeros(state.shape, jnp.float32))
-        (*sums, dquery, drel), _ = jax.lax.scan(meet, (*sums, *empty), jnp.arange(blocks.visits))
-        return tuple(sums), (dquery.astype(dtype), drel.astype(dtype))
+        (*after, dquery, drel), _ = jax.lax.scan(meet, (*sums, *empty), jnp.arange(blocks.visits))
+        return tuple(after), (dquery.astype(dtype), drel.astype(dtype))
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys, values, table))
     (dkeys, dvalues, dtable), parts = jax.lax.scan(one_block, zeros, jnp.arange(blocks.count))

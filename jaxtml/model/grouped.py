@@ -2,21 +2,25 @@
 
 | platform | how | why |
 |---|---|---|
-| cpu | a loop over blocks of rows, the adjoint written out | a block and one expert's weights stay in a core's cache |
+| cpu and others | a loop over blocks of rows, the adjoint written out | a block and an expert stay in a core's cache |
 | tpu, training | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
 | tpu, serving | `expert_kernel` (sizes in multiples of 128) | reads an expert where it stands in the stack, int8 too |
-| others | `jax.lax.ragged_dot` | the reference |
+| cuda | tokamax `ragged_dot`, where it is installed | XLA's writes the rows once for every expert |
+
+`jax.lax.ragged_dot` is the reference, and what a TPU gets for sizes that its kernels do not take.
 
 Axes: R rows of the buffer, D model width, F expert width, E experts of this device, G blocks of rows. Called by `moe`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from jaxtml.model.layers import swiglu_grad
@@ -87,8 +91,24 @@ def expert_rows(
         tpu = partial(_in_place, block=block, expected=len(rows) if expected is None else expected)
     elif all(size % LANES == 0 for size in (block, *experts.w2.shape[-2:])):
         tpu = on_layer(partial(_megablox, block=block))
-    cpu = on_layer(partial(_blocks, block=block))
-    return jax.lax.platform_dependent(rows, sizes, experts, cpu=cpu, tpu=tpu, default=on_layer(_ragged_dot))
+    blocks = on_layer(partial(_blocks, block=block))
+    cuda = on_layer(_ragged_dot)  # what a plan counts, traced elsewhere: other loops have no known number of rounds
+    if _for_gpu():
+        cuda = on_layer(_tokamax) if importlib.util.find_spec("tokamax") else blocks
+    return jax.lax.platform_dependent(rows, sizes, experts, tpu=tpu, cuda=cuda, default=blocks)
+
+
+def _for_gpu() -> bool:
+    """Whether programs are traced for a GPU, one that is not here included: tokamax refuses all others."""
+    return jax.extend.backend.get_default_device().platform in ("gpu", "cuda")
+
+
+def _tokamax(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+    import tokamax
+
+    multiply = partial(tokamax.ragged_dot, group_sizes=sizes, implementation=("mosaic", "triton"))
+    gate, up = (multiply(rows, w13[:, half]) for half in (0, 1))
+    return multiply(jax.nn.silu(gate) * up, w2)
 
 
 def _ragged_dot(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:

@@ -30,6 +30,9 @@ class Chip:
       link_rate: bytes/s to the neighbours, all links of one chip, one direction.
       network_rate: bytes/s to other slices or nodes, per chip, one direction.
       devices: JAX devices per chip.
+      gpu: of a GPU, what XLA's compiler asks about it where there is none: major compute capability, multiprocessors,
+        bytes of second-level cache and GHz.
+      linked: GPUs with fast links to each other where that is more than a host has.
     """
 
     name: str
@@ -40,15 +43,37 @@ class Chip:
     link_rate: float
     network_rate: float
     devices: int = 1
+    gpu: tuple[int, int, int, float] | None = None
+    linked: int = 0
 
 
+_HOPPER = (9, 132, 50 * 2**20, 1.98)
+_BLACKWELL = (10, 148, 126 * 2**20, 1.965)
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
-    Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB),
+    Chip(
+        "h100",
+        ("NVIDIA H100 80GB HBM3",),
+        989 * TERA,
+        80 * GB,
+        3350 * GB,
+        450 * GB,
+        50 * GB,
+        gpu=(9, 132, 50 * 2**20, 1.98),
+    ),
+    Chip(
+        "gb200",
+        ("NVIDIA GB200",),
+        2500 * TERA,
+        186 * GB,
+        8000 * GB,
+        900 * GB,
+        50 * GB,
+        gpu=(10, 148, 126 * 2**20, 1.965),
+    ),
 )
 
 

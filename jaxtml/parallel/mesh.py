@@ -99,7 +99,8 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with explicit axes over `devices` (None: all there are).
+    """A mesh with explicit axes over `devices` (None: all there are); of one device, whose programs name no axes, with
+    automatic ones.
 
     Raises:
       InputError: there are not as many devices as the shape needs.
@@ -110,7 +111,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {shape} needs {shape.devices} devices, there are {found}: "
             f"the product of {', '.join(AXES)} has to be {found}"
         )
-    return jax.make_mesh(tuple(shape.sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
+    kind = AxisType.Explicit if found > 1 else AxisType.Auto
+    return jax.make_mesh(tuple(shape.sizes.values()), AXES, axis_types=(kind,) * 4, devices=devices)
 
 
 def names_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

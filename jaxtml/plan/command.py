@@ -11,19 +11,22 @@ import re
 from typing import Any
 
 import jax
+from absl import logging
 
-from jaxtml.config import Config
+from jaxtml.config import Config, override
 from jaxtml.errors import InputError
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
 from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
 from jaxtml.plan.report import Memory, Served, serve_report, train_report
+from jaxtml.plan.search import search
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_TURN
 from jaxtml.train.step import check_batch
 
 GIB = 2**30
+REMATS: tuple[str, ...] = ("none", "outputs", "full")  # the cheapest first
 
 
 def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
@@ -45,16 +48,20 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     if program == "train":
         check_batch(config.train, shape)
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
-    with jax.set_mesh(make_mesh(shape, where.found())):
+    devices = where.found()
+    with jax.set_mesh(make_mesh(shape, devices)):
         made = (train_program if program == "train" else serve_program)(config, shape)
-        traced = jax.jit(made.function, donate_argnums=made.donated).trace(*made.arguments)
-        memory = _compiled_memory(traced, config, where, program)
+        jitted = jax.jit(made.function, donate_argnums=made.donated)
+        jaxpr = jitted.trace(*made.arguments).jaxpr
+        with jax.default_device(devices[0]):  # libraries of kernels look where programs will run
+            traced = jitted.trace(*made.arguments)
+            memory = _compiled_memory(traced, config, where, program)
     named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
     if program == "serve":
-        return named | serve_report(config, _served(config, made, traced.jaxpr), memory, where)
+        return named | serve_report(config, _served(config, made, jaxpr, where.platform), memory, where, shape)
     tokens = config.train.batch * config.data.tokens
     needed = train_flops_per_token(config) * tokens
-    return named | train_report(counted(traced.jaxpr, "tpu"), memory, where, tokens, needed)
+    return named | train_report(counted(jaxpr, where.platform), memory, where, shape, tokens, needed)
 
 
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
@@ -64,11 +71,11 @@ def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
     return MeshShape(expert=expert, tensor=devices // expert)
 
 
-def _served(config: Config, program: Program, jaxpr: Any) -> Served:
+def _served(config: Config, program: Program, jaxpr: Any, platform: str) -> Served:
     params, state, _ = program.arguments
     routed = device_bytes(_routed(params))
     # The loop's work is what one round more adds. Without any, the cheapest branches are a micro-turn of listening.
-    none, one = (counted(jaxpr, "tpu", rounds=n) for n in (0, 1))
+    none, one = (counted(jaxpr, platform, rounds=n) for n in (0, 1))
     turn = one.times(1)
     turn.add(none, -1)
     d = config.duplex
@@ -77,7 +84,7 @@ def _served(config: Config, program: Program, jaxpr: Any) -> Served:
         experts=routed,
         weights=device_bytes(params) - routed,
         state=device_bytes(state),
-        listening=counted(jaxpr, "tpu", rounds=0, least=True),
+        listening=counted(jaxpr, platform, rounds=0, least=True),
         turn=turn,
         longest=(d.max_heard + 1 if d.heard else 0) + d.max_text + 1 + 1 + FRAMES_PER_TURN,
     )
@@ -91,28 +98,84 @@ def _routed(params: Any) -> list[Any]:
     return [array for part in parts for array in _routed(part)]
 
 
+class DoesNotFit(InputError):
+    """A program needs more memory than a chip has."""
+
+
+_HELPS = {
+    "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
+    "train.moment_dtype=bfloat16",
+    "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
+}
+_NEEDS = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
+_OVER = re.compile(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)")
+
+
 def _compiled_memory(traced: Any, config: Config, where: Topology, program: str) -> Memory:
+    """What the compiler allots. Some refuse a program that is too large, others compile it all the same."""
+
+    def refused(how_much: str) -> DoesNotFit:
+        return DoesNotFit(f"{config.name} does not fit {where}, {how_much}: try {_HELPS[program]}, or more chips")
+
     try:
         found = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in said and "memory" not in said.lower():
             raise
-        over = re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)", said)
-        much = f"by {over.group(1)} per device" if over else f"({said[:160]})"
-        helps = {
-            "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
-            "train.moment_dtype=bfloat16",
-            "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
-        }
-        raise InputError(f"{config.name} does not fit {where}, {much}: try {helps[program]}, or more chips") from error
-    return Memory(
+        over, needs = _OVER.search(said), _NEEDS.search(said)
+        if needs is not None:
+            raise refused(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
+        raise refused(f"by {over.group(1)} per device" if over else f"({said[:160]})") from error
+    memory = Memory(
         found.argument_size_in_bytes,
         found.output_size_in_bytes,
         found.alias_size_in_bytes,
         found.temp_size_in_bytes,
         found.generated_code_size_in_bytes,
     )
+    room = where.chip.memory / where.chip.devices
+    if memory.total > room:
+        raise refused(f"a device has {room / GIB:.1f} GiB and would need {memory.total / GIB:.1f}")
+    return memory
+
+
+def searched(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+    """The plan with the largest batch and the remat that give most tokens a second, or the most sessions, that fit.
+
+    The report says in `set` how to have it and in `searched` what each remat came to.
+
+    Raises:
+      InputError: as `plan`, and where nothing fits.
+    """
+    where = Topology.parse(topology)
+    shape = MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+    if program == "train":
+        kinds, unit, name = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
+    else:
+        split = shape.batch_shards if config.serve.transport != "replicated" else shape.replica * shape.data
+        kinds, unit, name = [""], split, "serve.sessions"
+
+    def settings(kind: str, n: int) -> list[str]:
+        return [f"{name}={n * unit}", *([f"train.remat={kind}"] if kind else [])]
+
+    def measure(kind: str, n: int) -> dict[str, Any] | None:
+        changed = config
+        for text in settings(kind, n):
+            changed = override(changed, text)
+        logging.info("compiling %s", " ".join(settings(kind, n)))
+        try:
+            return plan(changed, topology, str(shape) if shape.devices > 1 else "data=1", program)
+        except DoesNotFit as error:
+            logging.info("%s", error)
+            return None
+
+    found = search(kinds, measure)
+    if not found:
+        raise InputError(f"{config.name}: not even {name}={unit} fits {where}: try {_HELPS[program]}, or more chips")
+    kept = ("bytes_per_chip", "roofline_step_ms", "tokens_per_s_per_chip", "mfu")
+    table = [{"set": settings(kind, n)} | {key: report[key] for key in kept} for kind, n, report in found]
+    return found[0][2] | {"set": table[0]["set"], "searched": table}
 
 
 def told(report: dict[str, Any]) -> str:
@@ -138,5 +201,9 @@ def told(report: dict[str, Any]) -> str:
         f"FLOPs per chip     {report['flops_per_chip']:8.3e}, {report['flops_ratio']:.3f} x what the tokens need",
         *(f"sent per device    {size / GIB:8.2f} GiB {kind}" for kind, size in report["collective_bytes"].items()),
         *lines,
+        *(
+            f"{' '.join(one['set']):40} {one['bytes_per_chip'] / GIB:8.2f} GiB, MFU {one['mfu']:.1%} at best"
+            for one in report.get("searched", ())
+        ),
     ]
     return "\n".join(lines)

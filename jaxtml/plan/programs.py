@@ -64,11 +64,9 @@ def serve_program(config: Config, shape: MeshShape) -> Program:
         jax.eval_shape(lambda: duplex.init_state(serve.sessions)),
         jax.eval_shape(lambda: duplex.empty_inputs(serve.sessions)),
     )
-    if shape.devices > 1:
-        mesh = jax.sharding.get_abstract_mesh()
-        given = jax.tree.map(
-            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
-            given,
-            duplex.layouts(),
-        )
+    mesh = jax.sharding.get_abstract_mesh()
+    layouts = duplex.layouts() if shape.devices > 1 else jax.tree.map(lambda _: PartitionSpec(), given)
+    given = jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), given, layouts
+    )
     return Program(duplex.step, given, (1,))

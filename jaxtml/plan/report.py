@@ -9,12 +9,14 @@ by `plan`; pure arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtml.config import Config
 from jaxtml.model.flops import forward_flops_per_token
+from jaxtml.parallel.mesh import AXES, MeshShape
 from jaxtml.parallel.work import Work
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_TURN, TURN_MS
@@ -53,11 +55,19 @@ class Times:
         return max(("compute", "links", "network", "memory"), key=lambda name: getattr(self, name))
 
 
-def times(work: Work, read: float, topology: Topology) -> Times:
-    """The roofline of one device's program that moves `read` bytes of its memory; what crosses `replica` goes over the
-    network between slices."""
+def times(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Times:
+    """The roofline of one device's program that moves `read` bytes of its memory.
+
+    Over the network goes what crosses `replica`, which is across slices, and on GPUs what reaches beyond those that
+    have fast links to each other; the last axes of a mesh are neighbours.
+    """
     chip = topology.chip
-    crossing = sum(size for (_, axes), size in work.sent.items() if "replica" in axes)
+
+    def crosses(axes: tuple[str, ...]) -> bool:
+        reach = math.prod(mesh.sizes[axis] for axis in AXES[min(map(AXES.index, axes)) :])
+        return "replica" in axes if topology.domain is None else reach > topology.domain
+
+    crossing = sum(size for (_, axes), size in work.sent.items() if crosses(axes))
     inside = sum(work.sent.values()) - crossing
     return Times(
         compute=work.flops * chip.devices / chip.flops,
@@ -67,17 +77,20 @@ def times(work: Work, read: float, topology: Topology) -> Times:
     )
 
 
-def train_report(work: Work, memory: Memory, topology: Topology, tokens: int, needed_flops: float) -> dict[str, Any]:
+def train_report(
+    work: Work, memory: Memory, topology: Topology, mesh: MeshShape, tokens: int, needed_flops: float
+) -> dict[str, Any]:
     """The plan of a training step as people and scripts read it.
 
     Args:
       work: of one device.
       memory: of one device.
       topology: what it is compiled for.
+      mesh: over it.
       tokens: of the whole batch.
       needed_flops: of the whole step (`jaxtml.model.flops`).
     """
-    time = times(work, memory.arguments + memory.outputs, topology)
+    time = times(work, memory.arguments + memory.outputs, topology, mesh)
     kinds = {
         "arguments": memory.arguments,
         "outputs": memory.outputs - memory.aliased,
@@ -137,7 +150,7 @@ class Served:
     longest: int
 
 
-def serve_report(config: Config, served: Served, memory: Memory, topology: Topology) -> dict[str, Any]:
+def serve_report(config: Config, served: Served, memory: Memory, topology: Topology, mesh: MeshShape) -> dict[str, Any]:
     """The plan of serving: of a micro-turn in which every session writes `WRITTEN` tokens and speaks.
 
     `turn_ms` has the roofline of micro-turns in which all listen, all speak, and all take as long as they can;
@@ -154,7 +167,7 @@ def serve_report(config: Config, served: Served, memory: Memory, topology: Topol
         found = 0.0
         for work, tokens, count in ((served.listening, sessions * given, 1), (served.turn, sessions, rounds)):
             read = served.weights + served.experts * _touched(config, tokens) + state * share * served.state
-            found += count * times(work.times(share), read, topology).step
+            found += count * times(work.times(share), read, topology, mesh).step
         return found
 
     def floor(rounds: int) -> float:

@@ -1,6 +1,7 @@
-"""Hardware that is not here: `v5p:4x4x8` as devices to compile for. Called by `plan`.
+"""Hardware that is not here: `v5p:4x4x8` or `h100:2x8` as devices to compile for. Called by `plan`.
 
-TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra `plan`).
+TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra `plan`); GPUs from JAX's CUDA plugin and a
+description of the device, which need no GPU (`jax-cuda12-plugin` and `jax-cuda12-pjrt` of JAX's own version).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,11 +22,21 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _CUBE_SIDES = range(4, 25, 4)  # sides of what is put together from cubes of 4 x 4 x 4
 _LARGEST = 9216  # chips
+_HOSTS = re.compile(r"[1-9]\d{0,3}x[1-9]\d?")  # hosts x GPUs of each
+# Without these libtpu asks the cloud who it is, complains of the answer, and refuses a second process.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """`chip` in a torus of `shape`; JAX sees `devices` devices."""
+    """`chip` in a torus of `shape`, or `shape` hosts with GPUs; JAX sees `devices` devices."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -38,10 +50,12 @@ class Topology:
         """
         name, _, shape = text.partition(":")
         chip = next((chip for chip in CHIPS if chip.name == name), None)
-        known = [chip.name for chip in CHIPS if _shapes(chip.name)]
-        if chip is None or not _shapes(name):
+        known = [chip.name for chip in CHIPS]
+        if chip is None:
             raise InputError(f"topology {text!r}: no chip {name!r}; there are {', '.join(known)}")
-        if shape not in _shapes(name):
+        if chip.gpu is not None and not _HOSTS.fullmatch(shape):
+            raise InputError(f"topology {text!r}: write it as {name}:2x8, two hosts with eight GPUs each")
+        if chip.gpu is None and shape not in _shapes(name):
             raise InputError(f"topology {text!r}: {name} comes as {', '.join(_nearest(name, shape))} and others")
         return Topology(chip, tuple(map(int, shape.split("x"))))
 
@@ -53,6 +67,16 @@ class Topology:
     def devices(self) -> int:
         return self.chips * self.chip.devices
 
+    @property
+    def domain(self) -> int | None:
+        """GPUs that have fast links to each other; None: the devices of a slice all have."""
+        return None if self.chip.gpu is None else max(self.chip.linked, self.shape[1])
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls it."""
+        return "tpu" if self.chip.gpu is None else "cuda"
+
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
@@ -60,18 +84,44 @@ class Topology:
         """Its devices, to make a mesh of.
 
         Raises:
-          InputError: libtpu is not installed, or does not know the topology.
+          InputError: the compiler is not installed, or does not know the topology.
         """
-        # Without these libtpu asks the cloud who it is, and refuses a second process.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         from jax.experimental import topologies
 
+        given = {} if self.chip.gpu is None else {"topology": f"1x{'x'.join(map(str, self.shape))}",
+                                                  "target_config": _target(self.chip)}  # fmt: skip
+        before = dict(os.environ)
+        os.environ.update(_LIBTPU | before)
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=str(self)).devices
+            return topologies.get_topology_desc(platform=self.platform, topology_name=str(self), **given).devices
         except Exception as error:  # plugins raise many kinds
             said = " ".join(str(error).split())[:200]
-            raise InputError(f"topology {self}: libtpu gives no such devices (pip install libtpu): {said}") from error
+            needs = "libtpu" if self.chip.gpu is None else "jax-cuda12-plugin jax-cuda12-pjrt"
+            raise InputError(f"topology {self}: no compiler for it here (pip install {needs}): {said}") from error
+        finally:  # nobody else should take this process for one of a pod
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _target(chip: Chip) -> str:
+    """A GPU as XLA's `GpuTargetConfigProto` in text: the limits of its kind, and the chip's own figures."""
+    assert chip.gpu is not None
+    major, cores, cache, clock = chip.gpu
+    device = {
+        "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 48 * 2**10,
+        "shared_memory_per_core": 228 * 2**10, "shared_memory_per_block_optin": 227 * 2**10,
+        "threads_per_core_limit": 2048, "core_count": cores, "fpus_per_core": 128,
+        "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 2**16 - 1, "block_dim_limit_z": 2**16 - 1,
+        "registers_per_core_limit": 2**16, "registers_per_block_limit": 2**16,
+        "memory_bandwidth": int(chip.memory_rate), "device_memory_size": int(chip.memory),
+        "l2_cache_size": cache, "clock_rate_ghz": clock,
+    }  # fmt: skip
+    fields = " ".join(f"{name}: {value}" for name, value in device.items())
+    return (
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} }} }} "
+        'platform_name: "CUDA" runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 } '
+        f'device_description_str: "{chip.kinds[0]}"'
+    )
 
 
 @cache

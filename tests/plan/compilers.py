@@ -1,0 +1,19 @@
+"""Where the compilers for hardware that is not here are: in the environment, or apart from it (tools/environment)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+APART = Path(sys.prefix) / "compilers"
+LIBTPU = (APART / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
+CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds them."""
+    found = [str(ROOT), str(APART), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}

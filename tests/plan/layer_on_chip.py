@@ -1,0 +1,112 @@
+"""Compiles a layer's parts for one device of a topology that is not here and prints what the compiler says, as JSON.
+
+    python tests/plan/layer_on_chip.py v5p:2x2x1
+
+Called by test_chips: a process of its own, the compiler stays in the one that it was loaded into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtml import config as configs
+from jaxtml.model.attend import attend_sequence
+from jaxtml.model.grouped import Experts, expert_rows
+from jaxtml.model.moe import MoE
+from jaxtml.model.spec import bind, specs
+from jaxtml.parallel.work import counted
+from jaxtml.plan.topology import Topology
+
+TOKENS = 16_384
+LONG = 32_768
+
+
+def moe(shaped: Any, platform: str) -> dict[str, float]:
+    """FLOPs of a MoE layer, forward and backward, against what its tokens need; by the compiler where it says."""
+    config = dataclasses.replace(
+        configs.load("inkling_small").backbone,
+        d_model=1024, d_ff_expert=512, n_experts=16, experts_per_token=2, n_shared_experts=1,
+    )  # fmt: skip
+    layer = MoE(config, "mlp")
+    params = {name: shaped(spec.shape, jnp.bfloat16) for name, spec in specs(layer).items()}
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return bind(layer, params)(x)[0].astype(jnp.float32).sum()
+
+    given = (params, shaped((1, TOKENS, config.d_model), jnp.bfloat16))
+    jitted = jax.jit(jax.grad(loss, (0, 1)))
+    with jax.default_device(jax.devices("cpu")[0]):  # see `plan`: counted where no library's kernels hide the products
+        counts = counted(jitted.trace(*given).jaxpr, platform)
+    told = jitted.lower(*given).compile().cost_analysis()
+    worked = config.experts_per_token + config.n_shared_experts
+    router = config.n_experts + config.n_shared_experts
+    needed = 6 * TOKENS * config.d_model * (worked * 3 * config.d_ff_expert + router)
+    found = {"counted": counts.flops / needed}
+    return found | ({"compiled": told["flops"] / needed} if told else {})
+
+
+def attention(shaped: Any, window: int, extent: int) -> float:
+    """Bytes that attention over a long sequence needs beside its operands and gradients."""
+    config = configs.load("inkling_small").backbone
+    kind = dataclasses.replace(config.global_, window=window, rel_extent=extent, n_heads=8, n_kv_heads=2)
+    groups, per_group, dim = 2, 4, kind.head_dim
+    shapes = [
+        (1, LONG, groups, per_group, dim), (1, LONG, groups, dim), (1, LONG, groups, dim),
+        (1, LONG, groups, per_group, config.d_rel), (config.d_rel, extent),
+    ]  # fmt: skip
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return attend_sequence(kind, *operands).astype(jnp.float32).sum()
+
+    given = [shaped(shape, jnp.bfloat16) for shape in shapes]
+    compiled = jax.jit(jax.grad(loss, range(5))).lower(*given).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
+    """Bytes that serving needs to work with the experts of one layer of a stack of four, of 134 MB in bfloat16."""
+    stack, count, dim, width = (2, 2), 8, 1024, 512
+    kind = jnp.int8 if int8 else jnp.bfloat16
+    w13, w2 = shaped((*stack, count, 2, dim, width), kind), shaped((*stack, count, width, dim), kind)
+    scales = [shaped((*stack, count, *rest), jnp.float32) for rest in ((2, width), (dim,))] if int8 else [None, None]
+    at = (shaped((), jnp.int32), shaped((), jnp.int32))
+    rows, sizes = shaped((32 * block, dim), jnp.bfloat16), shaped((count,), jnp.int32)
+
+    def run(rows: jax.Array, sizes: jax.Array, experts: Experts) -> jax.Array:
+        return expert_rows(rows, sizes, experts, block)
+
+    compiled = jax.jit(run).lower(rows, sizes, Experts(w13, w2, *scales, at)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def main(text: str) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    topology = Topology.parse(text)
+    device = topology.found()[0]
+    sharding = NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
+
+    def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    with jax.default_device(device):
+        found = {
+            "moe": moe(shaped, topology.platform),
+            "attention": {"global": attention(shaped, LONG, 1024), "sliding": attention(shaped, 512, 512)},
+        }
+        if topology.platform == "tpu":
+            found["in_place"] = {
+                f"{block} {int8}": experts_in_place(shaped, block, int8) for block, int8 in ((8, True), (128, False))
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

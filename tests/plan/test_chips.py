@@ -1,0 +1,38 @@
+"""What the compilers say of one layer, for chips that are not here: no product that nobody needs, no array that a long
+sequence could not afford, no copy of the experts of a stack."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
+
+
+def compiled(topology: str) -> dict:
+    command = [sys.executable, "tests/plan/layer_on_chip.py", topology]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_a_tpu_multiplies_what_it_needs_and_keeps_no_more(topology):
+    found = compiled(topology)
+    # FLOPs of a MoE layer, forward and backward: with a dense product over all experts it would be 7.
+    assert 1 <= found["moe"]["compiled"] < 1.1
+    assert found["moe"]["compiled"] == pytest.approx(found["moe"]["counted"], rel=0.01)
+    # 32,768 tokens: the logits of one head alone are 4.3e9 bytes, the profiles of eight heads 1.1e9.
+    assert max(found["attention"].values()) < 1.05e9
+    assert max(found["in_place"].values()) < 10e6
+
+
+@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
+def test_a_gpu_multiplies_what_it_needs_and_keeps_no_more():
+    found = compiled("h100:1x8")
+    assert 1 <= found["moe"]["counted"] < 1.1  # its compiler says nothing of FLOPs
+    assert max(found["attention"].values()) < 0.5e9

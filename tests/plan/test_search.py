@@ -1,0 +1,52 @@
+"""The search finds the limit wherever it lies, with few compilations."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxtml.plan.search import AROUND, largest, search
+
+
+def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
+    """A compiler for a chip of `limit` bytes, that counts how often it was asked."""
+    asked: list[int] = []
+
+    def measure(n: int):
+        asked.append(n)
+        needs = fixed + n * each + growth * n * n
+        fits = needs <= limit
+        return {"bytes_per_chip": needs, "chip_memory_bytes": limit, "tokens_per_s_per_chip": n} if fits else None
+
+    return measure, asked
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "growth", "expected"),
+    [
+        (20, 10, 0, 8),
+        (20, 7, 0, 11),
+        (95, 10, 0, None),
+        (85, 10, 0, 1),
+        (80, 10, 0, 2),
+        (10, 10, 0.2, 7),
+        (10, 1, 0, 90),
+    ],
+)
+def test_the_largest_batch_that_fits_is_found(fixed, each, growth, expected):
+    measure, asked = chip(fixed, each, growth)
+    found = largest(measure)
+    assert (found and found[0]) == expected
+    assert len(asked) <= 3 + AROUND
+    assert len(set(asked)) == len(asked), "compiled twice"
+
+
+def test_the_kind_that_gives_the_most_tokens_comes_first_and_one_that_never_fits_is_left_out():
+    costs = {"none": 60.0, "outputs": 30.0, "full": 10.0}
+
+    def measure(kind: str, n: int):
+        if 50 + n * costs[kind] > 100:
+            return None
+        speed = {"none": 4.0, "outputs": 3.5, "full": 3.0}[kind] * n / (n + 1)
+        return {"bytes_per_chip": 50 + n * costs[kind], "chip_memory_bytes": 100, "tokens_per_s_per_chip": speed}
+
+    assert [(kind, n) for kind, n, _ in search(["none", "outputs", "full"], measure)] == [("full", 5), ("outputs", 1)]
