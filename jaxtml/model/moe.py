@@ -31,7 +31,7 @@ from jaxtml.model.grouped import Experts, expert_rows, quantised
 from jaxtml.model.layers import swiglu
 from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Params, Released, linear, normal, ones, param, zeros
-from jaxtml.parallel.collectives import merge, spread, total
+from jaxtml.parallel.collectives import gather, merge, scatter, spread, total
 from jaxtml.stream.tokens import PositionKind
 
 MODALITIES = len(PositionKind)
@@ -196,10 +196,11 @@ def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement)
     mesh = placement.mesh
     x, weight, index = (spread(x, mesh, TENSOR), spread(routing.weight, mesh, TENSOR), routing.index)
     if mesh.expert > 1:
-        x, weight, index = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weight, index))
+        x, weight = (gather(a, ("expert",), 0) for a in (x, weight))
+        index = jax.lax.all_gather(index, "expert", axis=0, tiled=True)
     out, dropped = _own_experts(x, index, weight, experts, placement)
     if mesh.expert > 1:
-        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
+        out = scatter(out, ("expert",), 0)
     return merge(out, mesh, TENSOR), dropped
 
 

@@ -4,14 +4,19 @@ All are written for `check_vma=False`, where the transpose of a `psum` is a `psu
 that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et al., 2019);
 `joined` completes what they then all use alike.
 Each is the identity over axes of length 1, so that a program for one device has no axes at all.
+
+On a CPU sums are taken in the order of the devices: over processes it would be Gloo's order, and a run that goes on
+with another number of them would not be what it had been.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtml.parallel.mesh import MeshShape, names_of
@@ -22,10 +27,62 @@ def used(mesh: MeshShape, axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.sizes[axis] > 1)
 
 
+def _added(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Sum over the devices of `names`; not to be differentiated."""
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: jax.lax.all_gather(x, names).sum(axis=0),
+        default=lambda x: jax.lax.psum(x, names),
+    )
+
+
+def _scatter_added(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`."""
+
+    def in_order(x: jax.Array) -> jax.Array:
+        ways = math.prod(jax.lax.axis_size(name) for name in names)
+        parts = x.reshape(*x.shape[:dim], ways, -1, *x.shape[dim + 1 :])
+        parts = jnp.moveaxis(parts, dim, 0)
+        return jax.lax.all_to_all(parts, names, 0, 0, tiled=True).sum(axis=0)
+
+    def scattered(x: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
+
+    return jax.lax.platform_dependent(x, cpu=in_order, default=scattered)
+
+
+def gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    """The parts of the devices of `names` side by side in dimension `dim`; gradients are summed and scattered back."""
+    return _gather(x, names, dim)
+
+
+def scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`: the adjoint of `gather`."""
+    return _scatter(x, names, dim)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True)
+
+
+_gather.defvjp(lambda x, names, dim: (_gather(x, names, dim), None),
+               lambda names, dim, _, grad: (_scatter_added(grad, names, dim),))  # fmt: skip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    return _scatter_added(x, names, dim)
+
+
+_scatter.defvjp(lambda x, names, dim: (_scatter(x, names, dim), None),
+                lambda names, dim, _, grad: (_gather(grad, names, dim),))  # fmt: skip
+
+
 def total(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """Sum over the devices of `axes`; not to be differentiated."""
     names = used(mesh, axes)
-    return jax.lax.psum(x, names) if names else x
+    return _added(x, names) if names else x
 
 
 def largest(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
@@ -52,15 +109,15 @@ def _spread(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return x
 
 
-_spread.defvjp(lambda x, names: (x, None), lambda names, _, grad: (jax.lax.psum(grad, names),))
+_spread.defvjp(lambda x, names: (x, None), lambda names, _, grad: (_added(grad, names),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _merge(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum(x, names)
+    return _added(x, names)
 
 
-_merge.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, grad: (grad,))
+_merge.defvjp(lambda x, names: (_added(x, names), None), lambda names, _, grad: (grad,))
 
 
 def joined(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
@@ -91,5 +148,5 @@ def gathered(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Ar
         keep = names_of(needed[dim] if dim < len(needed) else None)
         more = tuple(name for name in names_of(names) if name not in keep)
         if more:
-            x = jax.lax.all_gather(x, more, axis=dim, tiled=True)
+            x = gather(x, more, dim)
     return x

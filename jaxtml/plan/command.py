@@ -48,6 +48,7 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     if program == "train":
         check_batch(config.train, shape)
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     devices = where.found()
     with jax.set_mesh(make_mesh(shape, devices)):
         made = (train_program if program == "train" else serve_program)(config, shape)

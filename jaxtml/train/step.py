@@ -48,7 +48,8 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW over the trained parameters. Norms, biases and scales do not decay; the vocoder has its own training."""
+    """AdamW over the trained parameters, for gradients that are clipped. Norms, biases and scales do not decay; the
+    vocoder has its own training."""
 
     def label(path: tuple[Any, ...], spec: Any) -> str:
         if path[0].key == "vocoder" or not spec.trained:
@@ -59,11 +60,8 @@ def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTrans
         return optax.adamw(schedule(config), b1=0.9, b2=config.beta2, weight_decay=decay, mu_dtype=config.moment_dtype)
 
     labels = jax.tree_util.tree_map_with_path(label, specs)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.partition(
-            {"matrix": adamw(config.weight_decay), "vector": adamw(0.0), "frozen": optax.set_to_zero()}, labels
-        ),
+    return optax.partition(
+        {"matrix": adamw(config.weight_decay), "vector": adamw(0.0), "frozen": optax.set_to_zero()}, labels
     )
 
 
@@ -216,7 +214,8 @@ Gradients = tuple[dict[str, jax.Array], list[MoEStats], Params]
 
 
 def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Array], Gradients]:
-    """`(params, batch, key) -> (terms with their weighted sum "loss", stats, gradients)` of the whole batch.
+    """`(params, batch, key) -> (terms, stats, gradients)` of the whole batch; among the terms are their weighted sum
+    "loss" and the norm of the gradients, "grad_norm".
 
     On a mesh, one program per device inside `jax.shard_map` (under `jax.set_mesh`): parameters and gradients laid out
     by `TRAIN`, the batch split over `BATCH_AXES`.
@@ -241,7 +240,8 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
             sums, _ = jax.lax.scan(lambda sums, c: (jax.tree.map(jnp.add, sums, part(*c)), None), zeros, cut)
             (loss, (terms, stats)), grads = jax.tree.map(lambda a, s: a.astype(s.dtype), sums, shapes)
         terms, stats = jax.tree.map(lambda x: total(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
-        return terms, stats, jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
+        grads = jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
+        return {**terms, "grad_norm": _norm(grads, held, mesh)}, stats, grads
 
     if mesh.devices == 1:
         return local
@@ -256,8 +256,21 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
 
 def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
     """A gradient summed over the batch axes on which its parameter is whole; scattered it is summed already."""
-    split = {name for part in held for name in names_of(part)}
-    return total(grad, mesh, [axis for axis in BATCH_AXES if axis not in split])
+    return total(grad, mesh, [axis for axis in BATCH_AXES if axis not in _split(held)])
+
+
+def _split(held: PartitionSpec) -> tuple[str, ...]:
+    """The axes over which a parameter is split."""
+    return tuple(name for part in held for name in names_of(part))
+
+
+def _norm(grads: Params, held: Any, mesh: MeshShape) -> jax.Array:
+    """The norm of all gradients, of which this device has a part."""
+    squares: dict[tuple[str, ...], jax.Array] = {}
+    for grad, spec in zip(jax.tree.leaves(grads), jax.tree.leaves(held), strict=True):
+        axes = _split(spec)
+        squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
+    return jnp.sqrt(sum(total(squares[axes], mesh, axes) for axes in sorted(squares)))
 
 
 def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainState], Callable[..., Any]]:
@@ -275,7 +288,9 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         terms, stats, grads = gradients(state.params, batch, key)
-        norm = optax.tree.norm(grads)
+        norm = terms["grad_norm"]
+        shrink = jnp.minimum(1.0, config.train.clip_norm / norm)
+        grads = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
         updates, moments = tx.update(grads, state.moments, state.params)
         updated: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
         params = update_router_bias(updated, model, stats, config.train.bias_rate)
@@ -287,7 +302,6 @@ def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainSt
         load = [s.load.reshape(-1, MODALITIES, experts) for s in stats] or [jnp.zeros((0, MODALITIES, experts))]
         metrics = {
             **terms,
-            "grad_norm": norm,
             "skipped": 1 - sound.astype(jnp.int32),
             "dropped": sum((s.dropped.sum() for s in stats), jnp.zeros((), jnp.int32)),
             "load": jnp.concatenate(load),
