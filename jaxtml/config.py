@@ -174,8 +174,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How sessions are served: at most `sessions` side by side. `transport` is that of the experts
-    (`jaxtml.model.moe`); with `int8_experts` the routed ones are held as int8 and a scale per column.
+    """How sessions are served. With `int8_experts` the routed experts are held as int8 and a scale per column. On a
+    mesh, for which so far there are plans alone: `sessions` side by side, `transport` to the experts (`model.moe`).
     """
 
     sessions: int = 8
@@ -317,6 +317,7 @@ _MAY_BE_ZERO = (
     *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
 )
 _POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
+_AT_MOST = {"batch": 10**6, "sessions": 10**6, "pinned": 512}  # pinned: a block of `model.attend_blocks`
 _AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
 
 
@@ -328,7 +329,7 @@ _CHOICES = {
     "train.remat": ("none", "outputs", "full"),
     "train.transport": ("ring", "ragged"),
     "serve.compute_dtype": _DTYPES,
-    "serve.transport": ("replicated", "ring", "ragged"),
+    "serve.transport": ("replicated", "ring"),
 }
 
 
@@ -342,6 +343,8 @@ def _check_ranges(node: Any, prefix: str = "") -> None:
             least = 0 if f.name in _MAY_BE_ZERO else 1
             if value < least:
                 raise InputError(f"{path} {value}: give at least {least}")
+            if value > _AT_MOST.get(f.name, value):
+                raise InputError(f"{path} {value}: give at most {_AT_MOST[f.name]}")
         elif isinstance(value, float):
             if not 0 <= value < math.inf or (value == 0 and f.name in _POSITIVE):
                 raise InputError(f"{path} {value}: give {'more than' if f.name in _POSITIVE else 'at least'} 0")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attend_blocks import HIDDEN, attend_blocks, plan
+from jaxtml.model.attend_blocks import HIDDEN, attend_blocks, einsum, plan
 
 FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
 CHUNK = 128  # queries per chunk
@@ -218,14 +218,14 @@ def attend_block(
 
 def _attend_fwd(query, keys, values, rel, table, mask):
     shape = (*query.shape[:-1], keys.shape[3])  # [B, G, N, Q, C, S]
-    logits = _einsum("bgnik,bgnjk->bgnij", _flat(query), keys).reshape(shape)
-    bias = jnp.moveaxis(_einsum("cbgnqr,crl->cbgnql", jnp.moveaxis(rel, 4, 0), table), 0, 4)
+    logits = einsum("bgnik,bgnjk->bgnij", _flat(query), keys).reshape(shape)
+    bias = jnp.moveaxis(einsum("cbgnqr,crl->cbgnql", jnp.moveaxis(rel, 4, 0), table), 0, 4)
     far = shape[-1] - table.shape[-1]
     logits = logits + (jnp.pad(bias, [(0, 0)] * 5 + [(far, 0)]) if far else bias) + mask
     exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     total = exponentials.sum(axis=-1, keepdims=True)
     exponentials = exponentials.astype(query.dtype)
-    out = _einsum("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
+    out = einsum("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
     out = out.astype(query.dtype)
     return out, _Saved(query, keys, values, rel, table, exponentials, total, out)
 
@@ -236,17 +236,17 @@ def _attend_bwd(saved, grad):
     # Weights are exponentials / total; the division goes into the incoming gradient, which is smaller.
     grad = jax.lax.optimization_barrier((grad / total).astype(dtype))
     mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
-    dweights = _einsum("bgnik,bgnjk->bgnij", _flat(grad), values)
+    dweights = einsum("bgnik,bgnjk->bgnij", _flat(grad), values)
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
-    dquery = _einsum("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
+    dquery = einsum("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
     # [K, S] first: the matmul then runs along rows of what is long
-    dkeys = _einsum("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
-    dvalues = _einsum("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
+    dkeys = einsum("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
+    dvalues = einsum("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
     near = dlogits.reshape(exponentials.shape)[..., exponentials.shape[-1] - table.shape[-1] :]
     near = jax.lax.optimization_barrier(jnp.moveaxis(near, 4, 0))
-    drel = jnp.moveaxis(_einsum("cbgnql,crl->cbgnqr", near, table), 0, 4)
-    dtable = _einsum("cbgnqr,cbgnql->crl", jnp.moveaxis(rel, 4, 0), near)
+    drel = jnp.moveaxis(einsum("cbgnql,crl->cbgnqr", near, table), 0, 4)
+    dtable = einsum("cbgnqr,cbgnql->crl", jnp.moveaxis(rel, 4, 0), near)
     grads = (dquery, dkeys, dvalues, drel, dtable)
     return (*jax.lax.optimization_barrier(tuple(g.astype(dtype) for g in grads)), None)
 
@@ -257,7 +257,3 @@ attend_block.defvjp(_attend_fwd, _attend_bwd)
 def _flat(a: jax.Array) -> jax.Array:
     """`[B, G, N, Q, C, .]` -> `[B, G, N, Q C, .]`: the queries of a group share their keys, one matmul serves them."""
     return a.reshape(*a.shape[:3], -1, a.shape[-1])
-
-
-def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

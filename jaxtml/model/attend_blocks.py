@@ -87,11 +87,11 @@ def _cut(a: jax.Array, blocks: Blocks, i: jax.Array, axis: int) -> jax.Array:
 
 def _logits(blocks: Blocks, i: jax.Array, visit: _Visit, query: Any, key: Any, rel: Any, table: Any) -> jax.Array:
     """Masked logits `[B, G, Q, C, C]` float32 of block `i` of queries."""
-    logits = _einsum("bgqik,bgjk->bgqij", query, key)
+    logits = einsum("bgqik,bgjk->bgqij", query, key)
     near = _near(blocks, visit, table)
     bias = jax.lax.cond(
         visit.apart < blocks.biased,
-        lambda: _einsum("bgqir,irj->bgqij", rel, near),
+        lambda: einsum("bgqir,irj->bgqij", rel, near),
         lambda: jnp.zeros_like(logits),
     )
     at = jnp.arange(blocks.size)
@@ -124,7 +124,7 @@ def _forward(blocks: Blocks, query, keys, values, rel, table):
                 weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - now), 0)
                 shrink = jnp.exp(most - now)
                 theirs = _cut(values, blocks, visit.key, 2)
-                sum_ = sum_ * shrink + _einsum("bgqij,bgjk->bgqik", weights.astype(theirs.dtype), theirs)
+                sum_ = sum_ * shrink + einsum("bgqij,bgjk->bgqik", weights.astype(theirs.dtype), theirs)
                 return now, total * shrink + weights.sum(axis=-1, keepdims=True), sum_
 
             return jax.lax.cond(visit.real, run, lambda: carry), None
@@ -160,20 +160,18 @@ def _attend_bwd(blocks, saved, grad):
                 key, theirs = _cut(keys, blocks, visit.key, 2), _cut(values, blocks, visit.key, 2)
                 logits = _logits(blocks, i, visit, own, key, state, table)
                 weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - logsum[..., None]), 0)
-                dweights = _einsum("bgqik,bgjk->bgqij", incoming, theirs)
+                dweights = einsum("bgqik,bgjk->bgqij", incoming, theirs)
                 dlogits = (weights * (dweights - centre[..., None])).astype(dtype)
-                dkeys = _add(dkeys, _einsum("bgqij,bgqik->bgjk", dlogits, own), blocks, visit.key)
-                dvalues = _add(
-                    dvalues, _einsum("bgqij,bgqik->bgjk", weights.astype(dtype), incoming), blocks, visit.key
-                )
-                dquery = dquery + _einsum("bgqij,bgjk->bgqik", dlogits, key)
+                dkeys = _add(dkeys, einsum("bgqij,bgqik->bgjk", dlogits, own), blocks, visit.key)
+                dvalues = _add(dvalues, einsum("bgqij,bgqik->bgjk", weights.astype(dtype), incoming), blocks, visit.key)
+                dquery = dquery + einsum("bgqij,bgjk->bgqik", dlogits, key)
 
                 def biased() -> tuple[jax.Array, jax.Array]:
-                    part = _einsum("bgqir,bgqij->irj", state, dlogits)
+                    part = einsum("bgqir,bgqij->irj", state, dlogits)
                     column = _column(blocks, visit)
                     old = jax.lax.dynamic_slice_in_dim(dtable, column, blocks.size, axis=2)
                     changed = jax.lax.dynamic_update_slice_in_dim(dtable, old + part, column, axis=2)
-                    return changed, drel + _einsum("bgqij,irj->bgqir", dlogits, _near(blocks, visit, table))
+                    return changed, drel + einsum("bgqij,irj->bgqir", dlogits, _near(blocks, visit, table))
 
                 changed, more = jax.lax.cond(visit.apart < blocks.biased, biased, lambda: (dtable, drel))
                 return dkeys, dvalues, changed, dquery, more
@@ -199,5 +197,6 @@ def _add(sums: jax.Array, part: jax.Array, blocks: Blocks, key: jax.Array) -> ja
     return jax.lax.dynamic_update_slice_in_dim(sums, old + part, key * blocks.size, axis=2)
 
 
-def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
+def einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    """Products summed in float32."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.errors import InputError
 from jaxtml.model import vocoder
-from jaxtml.model.backbone import LayerState
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.moe import with_int8_experts
 from jaxtml.model.placement import layout
@@ -54,7 +53,7 @@ class DuplexState(NamedTuple):
     `[B, 2]` uint32 seeds each session's sampling.
     """
 
-    layers: list[LayerState]
+    layers: Any  # from `Backbone.init_state`
     position: jax.Array
     turn: jax.Array
     week_ms: jax.Array
@@ -111,7 +110,7 @@ class Duplex:
         self.trace = trace
         self.dtype = jnp.dtype(model.config.serve.compute_dtype)
         # The axes of the mesh that split the sessions.
-        self.sessions = BATCH_AXES if model.placement.transport != "replicated" else BATCH_AXES[:2]
+        self.sessions = BATCH_AXES if model.placement.transport != "replicated" else ("replica", "data")
         c = self.config
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
@@ -211,9 +210,10 @@ class Duplex:
         return state, TurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
 
     def _any(self, mask: jax.Array) -> jax.Array:
-        """Whether it holds for any session of any device: they all have to take part in what follows."""
+        """Whether it holds for any session of the slice: all its devices have to take part in what follows, also those
+        of `tensor`, whose sessions are the same but for what rounding may do."""
         mesh = self.model.placement.mesh
-        return total(jnp.any(mask).astype(jnp.int32), mesh, self.sessions) > 0
+        return total(jnp.any(mask).astype(jnp.int32), mesh, ("data", "expert", "tensor")) > 0
 
     def _forward(
         self, params: Params, state: DuplexState, x: jax.Array, length: jax.Array

@@ -53,11 +53,10 @@ class Experts(NamedTuple):
 
     def layer(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """`w13` `[E, 2, D, F]` and `w2` `[E, F, D]` of the layer, as numbers of `dtype`."""
-        w13, w2 = (w[self.at].astype(dtype) for w in (self.w13, self.w2))
         if self.scale13 is None or self.scale2 is None:
-            return w13, w2
-        scale13, scale2 = (s[self.at][..., None, :].astype(dtype) for s in (self.scale13, self.scale2))
-        return w13 * scale13, w2 * scale2
+            return self.w13[self.at].astype(dtype), self.w2[self.at].astype(dtype)
+        scale13, scale2 = (scale[self.at][..., None, :] for scale in (self.scale13, self.scale2))
+        return (self.w13[self.at] * scale13).astype(dtype), (self.w2[self.at] * scale2).astype(dtype)
 
 
 def quantised(weights: jax.Array) -> tuple[jax.Array, jax.Array]:

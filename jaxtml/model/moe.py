@@ -7,7 +7,7 @@ buffer, M modalities (`PositionKind`).
 The router is the released one; the correction bias selects but does not weigh. `dense` (every expert on every token) is
 the oracle. Where experts live on several devices, a transport brings tokens to them:
 
-- `replicated`: every device has all tokens, serves those of its own experts, and the parts are summed (serving);
+- `replicated`: every device has all tokens, serves those of its own experts, and the parts are summed;
 - `ring`: tokens are gathered from all devices, results scattered back; runs everywhere;
 - `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
 
@@ -340,7 +340,7 @@ def _few(x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts) ->
 
     def times(row: jax.Array, weights: jax.Array, scale: jax.Array | None, *place: jax.Array | int) -> jax.Array:
         product = row @ weights[(*experts.at, *place)].astype(row.dtype)
-        return product if scale is None else product * scale[(*experts.at, *place)].astype(row.dtype)
+        return product if scale is None else (product * scale[(*experts.at, *place)]).astype(row.dtype)
 
     def one(_: None, choice: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         token, expert = choice

@@ -54,26 +54,8 @@ CHIPS = (
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
-    Chip(
-        "h100",
-        ("NVIDIA H100 80GB HBM3",),
-        989 * TERA,
-        80 * GB,
-        3350 * GB,
-        450 * GB,
-        50 * GB,
-        gpu=(9, 132, 50 * 2**20, 1.98),
-    ),
-    Chip(
-        "gb200",
-        ("NVIDIA GB200",),
-        2500 * TERA,
-        186 * GB,
-        8000 * GB,
-        900 * GB,
-        50 * GB,
-        gpu=(10, 148, 126 * 2**20, 1.965),
-    ),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_HOPPER),
+    Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB, gpu=_BLACKWELL, linked=72),
 )
 
 

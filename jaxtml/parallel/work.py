@@ -30,7 +30,7 @@ class Work:
     sent: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     open_loops: int = 0
 
-    def times(self, factor: float) -> Work:
+    def scaled(self, factor: float) -> Work:
         """The work of so many such runs."""
         work = Work()
         work.add(self, factor)
@@ -60,9 +60,9 @@ def counted(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: bool = Fa
       jaxpr: the program.
       platform: as for `work_of`.
       rounds: how often a loop without a known number of rounds runs.
-      least: of the branches of a condition count the cheapest, not the dearest.
+      least: of the branches of a condition that multiply anything count the cheapest, not the dearest.
     """
-    return _count(jaxpr.jaxpr, _Reading(platform, rounds, min if least else max), {})
+    return _count(jaxpr.jaxpr, _Reading(platform, rounds, least), {})
 
 
 class _Reading(NamedTuple):
@@ -70,7 +70,11 @@ class _Reading(NamedTuple):
 
     platform: str
     rounds: int
-    choose: Any
+    least: bool
+
+    def choose(self, branches: list[Work]) -> Work:
+        working = [branch for branch in branches if branch.flops] or branches
+        return (min if self.least else max)(working, key=lambda branch: branch.flops)
 
 
 def _count(jaxpr: Jaxpr, reading: _Reading, axes: dict[str, int]) -> Work:
@@ -89,7 +93,7 @@ def _count(jaxpr: Jaxpr, reading: _Reading, axes: dict[str, int]) -> Work:
             index = chosen.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
             branches = params["branches"] if index is None else params["branches"][index : index + 1]
             found = [_count(branch.jaxpr, reading, axes) for branch in branches]
-            work.add(reading.choose(found, key=lambda branch: branch.flops))
+            work.add(reading.choose(found))
         elif name == "scan":
             work.add(_count(params["jaxpr"].jaxpr, reading, axes), params["length"])
         elif name == "while":

@@ -10,9 +10,10 @@ by `plan`; pure arithmetic.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtml.config import Config
 from jaxtml.model.flops import forward_flops_per_token
@@ -55,17 +56,17 @@ class Times:
         return max(("compute", "links", "network", "memory"), key=lambda name: getattr(self, name))
 
 
-def times(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Times:
+def roofline(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Times:
     """The roofline of one device's program that moves `read` bytes of its memory.
 
-    Over the network goes what crosses `replica`, which is across slices, and on GPUs what reaches beyond those that
-    have fast links to each other; the last axes of a mesh are neighbours.
+    A topology is one slice of TPUs, in which all have fast links to each other; on GPUs what reaches beyond those that
+    have goes over the network. The last axes of a mesh are neighbours.
     """
     chip = topology.chip
 
     def crosses(axes: tuple[str, ...]) -> bool:
         reach = math.prod(mesh.sizes[axis] for axis in AXES[min(map(AXES.index, axes)) :])
-        return "replica" in axes if topology.domain is None else reach > topology.domain
+        return topology.domain is not None and reach > topology.domain
 
     crossing = sum(size for (_, axes), size in work.sent.items() if crosses(axes))
     inside = sum(work.sent.values()) - crossing
@@ -90,7 +91,7 @@ def train_report(
       tokens: of the whole batch.
       needed_flops: of the whole step (`jaxtml.model.flops`).
     """
-    time = times(work, memory.arguments + memory.outputs, topology, mesh)
+    time = roofline(work, memory.arguments + memory.outputs, topology, mesh)
     kinds = {
         "arguments": memory.arguments,
         "outputs": memory.outputs - memory.aliased,
@@ -134,51 +135,74 @@ class Served:
     """What a device of a serving program holds and does.
 
     Attributes:
-      sessions: on all devices.
+      sessions: on all devices, a multiple of `parts`.
+      parts: into how many the mesh splits them.
       experts, weights, state: bytes of its routed experts, of its other parameters, of what its sessions remember.
+      rare: bytes among `weights` of which a token reads a few rows or a frame makes use alone: embedding and vision.
+      flow: bytes among `weights` that are read where a session speaks.
       listening: work of a micro-turn in which every session listens.
+      widest: work of one in which every session is given all that fits, before any round.
       turn: work of one round of the loop: every session writes a token, or speaks 50 ms.
       longest: the most rounds that a micro-turn can take.
     """
 
     sessions: int
+    parts: int
     experts: float
     weights: float
     state: float
+    rare: float
+    flow: float
     listening: Work
+    widest: Work
     turn: Work
     longest: int
+
+
+class _Pass(NamedTuple):
+    """One reading of the weights: what is done, tokens of all sessions in it, whether any session speaks."""
+
+    work: Work
+    tokens: int
+    speaks: bool
 
 
 def serve_report(config: Config, served: Served, memory: Memory, topology: Topology, mesh: MeshShape) -> dict[str, Any]:
     """The plan of serving: of a micro-turn in which every session writes `WRITTEN` tokens and speaks.
 
     `turn_ms` has the roofline of micro-turns in which all listen, all speak, and all take as long as they can;
-    `weight_floor_ms` what reading the weights alone takes in each. `sessions_at_200_ms` is the largest number that
-    memory holds and that a speaking micro-turn's roofline leaves in 200 ms, counted up in proportion.
+    `weight_floor_ms` what reading the weights alone takes in each. `sessions_at_200_ms` is how many sessions memory
+    should hold, and a speaking micro-turn's roofline leave in 200 ms, counted up from those of the plan in proportion.
     """
-    speaking = 1 + FRAMES_PER_TURN + WRITTEN
-    given = 2 + FRAMES_PER_TURN + 1  # LISTEN of the turn before, clock, frames; and the first choice needs no round
-    rounds = {"listening": 0, "speaking": speaking, "longest": served.longest}
-    chip = topology.chip
+    d, chip, n = config.duplex, topology.chip, served.sessions
+    given = 2 + FRAMES_PER_TURN  # LISTEN of the turn before, clock, frames; the first choice is read from the last
+    wide = given + d.max_typed + d.max_patches
+    writing, speaking = _Pass(served.turn, n, False), _Pass(served.turn, n, True)
+    spoken = [speaking] * FRAMES_PER_TURN
+    turns = {
+        "listening": [_Pass(served.listening, n * given, False)],
+        "speaking": [_Pass(served.listening, n * given, False), *[writing] * (1 + WRITTEN), *spoken],
+        "longest": [_Pass(served.widest, n * wide, False), *[writing] * (served.longest - FRAMES_PER_TURN), *spoken],
+    }
 
-    def time(rounds: int, sessions: float, state: bool = True) -> float:
-        share = sessions / served.sessions
-        found = 0.0
-        for work, tokens, count in ((served.listening, sessions * given, 1), (served.turn, sessions, rounds)):
-            read = served.weights + served.experts * _touched(config, tokens) + state * share * served.state
-            found += count * times(work.times(share), read, topology, mesh).step
-        return found
+    def weights(one: _Pass, share: float = 1.0) -> float:
+        # Experts meet the sessions of their own part of `replica` and `data`.
+        touched = _touched(config, one.tokens * share / (mesh.replica * mesh.data))
+        return served.weights - served.rare - (0 if one.speaks else served.flow) + served.experts * touched
 
-    def floor(rounds: int) -> float:
-        passes = ((served.sessions * given, 1), (served.sessions, rounds))
-        read = sum(n * (served.weights + served.experts * _touched(config, tokens)) for tokens, n in passes)
-        return read * chip.devices / chip.memory_rate
+    def seconds(passes: list[_Pass], share: float = 1.0) -> float:
+        """Of as many sessions as the plan has, times `share`."""
+        return sum(
+            roofline(one.work.scaled(share), weights(one, share) + share * served.state, topology, mesh).step
+            for one in passes
+        )
 
-    work = served.listening.times(1)
-    work.add(served.turn, speaking)
-    tokens = served.sessions * (given + speaking)
-    needed = tokens * forward_flops_per_token(config, LONG)
+    work = Work()
+    for one in turns["speaking"]:
+        work.add(one.work)
+    tokens = n * (given + len(turns["speaking"]) - 1)
+    unembed = 2 * config.backbone.d_model * config.backbone.vocab_size
+    needed = tokens * (forward_flops_per_token(config, LONG) - unembed) + n * (1 + WRITTEN) * unembed
     kinds = {
         "routed experts": served.experts,
         "other weights": served.weights,
@@ -186,16 +210,19 @@ def serve_report(config: Config, served: Served, memory: Memory, topology: Topol
         "temporaries": memory.temporaries,
         "other": memory.total - served.experts - served.weights - served.state - memory.temporaries,
     }
-    report = _report(work, memory, topology, time(speaking, served.sessions), tokens, needed, kinds)
-    held = served.experts + served.weights + memory.code
-    each = (memory.total - held) / served.sessions
-    room = int((chip.memory / chip.devices - held) / each)
-    in_time = [n for n in range(1, room + 1) if time(speaking, n) <= TURN_MS / 1e3]
+    report = _report(work, memory, topology, seconds(turns["speaking"]), tokens, needed, kinds)
+    fixed = served.experts + served.weights + memory.code
+    each = (memory.total - fixed) / n
+    room = int((chip.memory / chip.devices - fixed) / each) // served.parts
+    fitting = bisect_right(
+        range(1, room + 1), TURN_MS / 1e3, key=lambda parts: seconds(turns["speaking"], parts * served.parts / n)
+    )
+    rate = chip.memory_rate / chip.devices
     return report | {
-        "sessions": served.sessions,
-        "sessions_at_200_ms": max(in_time, default=0),
-        "turn_ms": {name: 1e3 * time(n, served.sessions) for name, n in rounds.items()},
-        "weight_floor_ms": {name: 1e3 * floor(n) for name, n in rounds.items()},
+        "sessions": n,
+        "sessions_at_200_ms": fitting * served.parts,
+        "turn_ms": {name: 1e3 * seconds(passes) for name, passes in turns.items()},
+        "weight_floor_ms": {name: 1e3 * sum(map(weights, passes)) / rate for name, passes in turns.items()},
     }
 
 

@@ -1,7 +1,7 @@
 """`jaxtml plan --search`: the largest batch that fits, for every remat; the largest number of sessions, to serve.
 
-Memory grows nearly in proportion to the batch: two compilations tell where the limit should be, and compilations around
-it where it is. Called by `plan`; knows no compiler.
+Memory grows nearly in proportion to the batch, but small ones may be padded to one size: sizes are doubled, or more
+where the last two say so, until one does not fit, and then narrowed down. Called by `plan`; knows no compiler.
 """
 
 from __future__ import annotations
@@ -10,35 +10,44 @@ from collections.abc import Callable
 from typing import Any
 
 Report = dict[str, Any]
-AROUND = 4  # further compilations, at most, where the estimate is not the limit
+TRIES = 10  # compilations of one kind, at most
+LEAP = 8  # times the largest size known to fit, at most
 
 
 def largest(measure: Callable[[int], Report | None]) -> tuple[int, Report] | None:
-    """The largest n for which `measure(n)` finds a program that fits, as far as `AROUND` lets it look; None: not one.
+    """The largest n for which `measure(n)` finds a program that fits, as far as `TRIES` lets it look; None: not one.
 
     Args:
       measure: n times the smallest batch -> its report with `bytes_per_chip` and `chip_memory_bytes`; None where it
         does not fit.
     """
-    first = measure(1)
-    if first is None:
-        return None
-    second = measure(2)
-    if second is None:
-        return 1, first
-    best, found, too_much = 2, second, None
-    slope = max(second["bytes_per_chip"] - first["bytes_per_chip"], 1)
-    guess = max(3, 1 + (first["chip_memory_bytes"] - first["bytes_per_chip"]) // slope)
-    for _ in range(1 + AROUND):
+    fits: dict[int, Report] = {}
+    too_much, guess = None, 1
+    for _ in range(TRIES):
         report = measure(guess)
-        if report is not None:
-            best, found = guess, report
-        else:
+        if report is None:
             too_much = guess
+        else:
+            fits[guess] = report
+        best = max(fits, default=0)
         if too_much is not None and too_much - best <= 1:
             break
-        guess = best + 1 if too_much is None else (best + too_much) // 2
-    return best, found
+        guess = _next(fits, best, too_much)
+    return (best, fits[best]) if fits else None
+
+
+def _next(fits: dict[int, Report], best: int, too_much: int | None) -> int:
+    """The size to try next: what the two largest that fit make likely, within what is known."""
+    likely = 2 * best
+    if len(fits) > 1:
+        before = sorted(fits)[-2]
+        size, smaller = fits[best]["bytes_per_chip"], fits[before]["bytes_per_chip"]
+        slope = (size - smaller) / (best - before)
+        left = fits[best]["chip_memory_bytes"] - size
+        likely = best + int(left / slope) if slope > left / (LEAP * best) else LEAP * best
+    if too_much is None:
+        return max(best + 1, likely)
+    return likely if best < likely < too_much else (best + too_much) // 2
 
 
 def search(kinds: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:

@@ -60,8 +60,12 @@ def test_no_chunk_holds_more_than_its_share_of_the_logits(given, monkeypatch):
 
 
 def test_logits_are_summed_in_float32_whatever_the_weights():
-    hidden, unembed = jnp.ones((1, 512), jnp.bfloat16), jnp.full((512, 3), 1 / 256 + 2**-15, jnp.bfloat16)
+    rng = np.random.default_rng(3)
+    hidden, unembed = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((N, 64), (64, V)))
+    target = rng.integers(0, V, N)
+    found = vocabulary.scores(hidden, unembed, target, MeshShape()).nll
     exact = jnp.matmul(hidden.astype(jnp.float32), unembed.astype(jnp.float32))
-    found = vocabulary.scores(hidden, unembed * jnp.array([1, 2, 3], jnp.bfloat16), jnp.array([2]), MeshShape()).nll
-    expected = jax.nn.logsumexp(exact[0, 0] * jnp.arange(1.0, 4.0)) - 3 * exact[0, 0]
-    np.testing.assert_allclose(found[0], expected, atol=2e-2)
+    expected = optax.softmax_cross_entropy_with_integer_labels(exact, target)
+    rounded = optax.softmax_cross_entropy_with_integer_labels(exact.astype(jnp.bfloat16).astype(jnp.float32), target)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(rounded - expected).max() > 1e-2

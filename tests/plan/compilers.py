@@ -9,7 +9,7 @@ from pathlib import Path
 
 APART = Path(sys.prefix) / "compilers"
 LIBTPU = (APART / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
-CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+CUDA = all(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "tokamax"))
 ROOT = Path(__file__).parents[2]
 
 

@@ -23,16 +23,17 @@ def compiled(topology: str) -> dict:
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_a_tpu_multiplies_what_it_needs_and_keeps_no_more(topology):
     found = compiled(topology)
-    # FLOPs of a MoE layer, forward and backward: with a dense product over all experts it would be 7.
+    # FLOPs of a MoE layer, forward and backward: with a dense product over all experts it would be 5.7.
     assert 1 <= found["moe"]["compiled"] < 1.1
     assert found["moe"]["compiled"] == pytest.approx(found["moe"]["counted"], rel=0.01)
-    # 32,768 tokens: the logits of one head alone are 4.3e9 bytes, the profiles of eight heads 1.1e9.
-    assert max(found["attention"].values()) < 1.05e9
+    # 32,768 tokens: the logits of one head alone are 2.1e9 bytes in bfloat16, as are the profiles of all eight.
+    assert max(found["attention"].values()) < 1.1e9
     assert max(found["in_place"].values()) < 10e6
 
 
 @pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
-def test_a_gpu_multiplies_what_it_needs_and_keeps_no_more():
+def test_a_gpu_is_given_little_padding_to_multiply_and_keeps_no_more():
+    """Its compiler says nothing of FLOPs: counted are the rows that tokamax is given, not what its kernels do."""
     found = compiled("h100:1x8")
-    assert 1 <= found["moe"]["counted"] < 1.1  # its compiler says nothing of FLOPs
-    assert max(found["attention"].values()) < 0.5e9
+    assert 1 <= found["moe"]["counted"] < 1.1
+    assert max(found["attention"].values()) < 0.8e9
