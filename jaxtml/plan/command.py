@@ -65,7 +65,10 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
         return named | serve_report(config, _served(config, shape, made, jaxpr, where.platform), memory, where, shape)
     tokens = config.train.batch * config.data.tokens
     needed = train_flops_per_token(config) * tokens
-    return named | train_report(counted(jaxpr, where.platform), memory, where, shape, tokens, needed)
+    state, batch = made.arguments
+    held = {"parameters": state.params, "moments": state.moments, "batch": batch}
+    held = {name: device_bytes(tree) for name, tree in held.items()}
+    return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
 
 
 def _one_arena() -> None:

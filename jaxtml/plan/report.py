@@ -79,13 +79,20 @@ def roofline(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Ti
 
 
 def train_report(
-    work: Work, memory: Memory, topology: Topology, mesh: MeshShape, tokens: int, needed_flops: float
+    work: Work,
+    memory: Memory,
+    held: Mapping[str, int],
+    topology: Topology,
+    mesh: MeshShape,
+    tokens: int,
+    needed_flops: float,
 ) -> dict[str, Any]:
     """The plan of a training step as people and scripts read it.
 
     Args:
       work: of one device.
       memory: of one device.
+      held: bytes of what its arguments are.
       topology: what it is compiled for.
       mesh: over it.
       tokens: of the whole batch.
@@ -93,10 +100,9 @@ def train_report(
     """
     time = roofline(work, memory.arguments + memory.outputs, topology, mesh)
     kinds = {
-        "arguments": memory.arguments,
-        "outputs": memory.outputs - memory.aliased,
+        **held,
         "temporaries": memory.temporaries,
-        "code": memory.code,
+        "other": memory.total - sum(held.values()) - memory.temporaries,
     }
     return _report(work, memory, topology, time.step, tokens, needed_flops, kinds) | {"bound_by": time.bound}
 

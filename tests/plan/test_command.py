@@ -60,7 +60,10 @@ def planned(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
 @pytest.mark.parametrize(
     "arguments",
-    [("--topology", "v5e:2x4", "--mesh", "data=4,expert=2"), ("--topology", "v6e:2x2", "--program", "serve")],
+    [
+        ("--topology", "v5e:2x4", "--mesh", "data=4,expert=2", "--set", "train.transport=ragged"),
+        ("--topology", "v6e:2x2", "--program", "serve"),
+    ],
     ids=["train", "serve"],
 )
 def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_path):

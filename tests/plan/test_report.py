@@ -41,7 +41,9 @@ def test_the_slowest_part_is_the_time_of_a_step(given, bound, seconds):
 def test_a_report_counts_per_chip_also_where_a_chip_is_two_devices():
     ironwood = Topology.parse("tpu7x:4x4x4")
     needed = 64 * 2307e12 * 0.75
-    report = train_report(work(flops=2307e12 / 2), MEMORY, ironwood, MESH, tokens=64 * 1000, needed_flops=needed)
+    held = {"parameters": 4 * 10**9, "moments": 8 * 10**9}
+    report = train_report(work(flops=2307e12 / 2), MEMORY, held, ironwood, MESH, 64 * 1000, needed)
+    assert report["memory"] == {"parameters": 8e9, "moments": 16e9, "temporaries": 40e9, "other": 2e6}
     assert report["chips"] == 64
     assert report["bytes_per_chip"] == 2 * MEMORY.total < report["chip_memory_bytes"]
     assert report["roofline_step_ms"] == pytest.approx(1000)
