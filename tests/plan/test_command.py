@@ -96,7 +96,7 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
         program = serve_program(config, shape)
         jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
-    served = command._served(config, program, jaxpr, "tpu")
+    served = command._served(config, shape, program, jaxpr, "tpu")
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
     assert served.experts == routed / 8
     assert served.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
