@@ -6,8 +6,6 @@ its memory is what the TPU compiler allots. Called by the command line.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import re
 from typing import Any
@@ -51,7 +49,6 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
         check_batch(config.train, shape)
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
-    _one_arena()
     devices = where.found()
     with jax.set_mesh(make_mesh(shape, devices)):
         made = (train_program if program == "train" else serve_program)(config, shape)
@@ -69,12 +66,6 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     held = {"parameters": state.params, "moments": state.moments, "batch": batch}
     held = {name: device_bytes(tree) for name, tree in held.items()}
     return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
-
-
-def _one_arena() -> None:
-    """Lets all threads allocate from one place: glibc else keeps one per thread, 1.5 GB of them for the 276B model."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
