@@ -13,7 +13,6 @@ logits (tests/model/test_duplex.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from jaxtml.model.moe import with_int8_experts
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.parallel.collectives import total
-from jaxtml.parallel.mesh import BATCH_AXES, SERVE
+from jaxtml.parallel.mesh import SERVE
 from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, quantise_jax
 from jaxtml.stream.layout import SPEECH_DIM
@@ -109,8 +108,7 @@ class Duplex:
         self.config = model.config.duplex
         self.trace = trace
         self.dtype = jnp.dtype(model.config.serve.compute_dtype)
-        # The axes of the mesh that split the sessions.
-        self.sessions = BATCH_AXES if model.placement.transport != "replicated" else ("replica", "data")
+        self.sessions = model.placement.session_axes
         c = self.config
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
@@ -119,8 +117,7 @@ class Duplex:
 
     def check_sessions(self, batch: int) -> None:
         """Raises `InputError` where the mesh cannot share `batch` sessions."""
-        mesh = self.model.placement.mesh
-        parts = math.prod(mesh.sizes[axis] for axis in self.sessions)
+        mesh, parts = self.model.placement.mesh, self.model.placement.session_parts
         if batch % parts:
             raise InputError(f"{batch} sessions do not divide into {parts} parts, of mesh {mesh}: serve more, or fewer")
 
@@ -128,15 +125,14 @@ class Duplex:
         """Parameters as the step reads them: in the compute dtype but for the router, whose scores are float32; routed
         experts in int8 where the placement says so."""
 
+        int8 = self.model.placement.int8
+
         def one(spec: ParamSpec, array: jax.Array) -> jax.Array:
+            if int8 and "expert" in spec.axes:
+                return array
             return array.astype(jnp.float32 if "router" in spec.axes else self.dtype)
 
-        table = self.model.specs()
-        if self.model.placement.int8:
-            params = with_int8_experts(params)
-            ready = jax.tree.map(lambda spec, a: a if "expert" in spec.axes else one(spec, a), table, params)
-        else:
-            ready = jax.tree.map(one, table, params)
+        ready = jax.tree.map(one, self.model.specs(), with_int8_experts(params) if int8 else params)
         return {**ready, "layers": self.model.backbone.for_serving(ready["layers"])}
 
     def layouts(self) -> tuple[Any, Any, Any]:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from jaxtml.model.grouped import LANES
+
 TILE_BYTES = 2**22  # of weights on their way into fast memory, twice, at most
 
 

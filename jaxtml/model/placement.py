@@ -7,6 +7,7 @@ parameter, gathers a layer's weights just before it uses them (FSDP), and says w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.parallel.collectives import gathered
-from jaxtml.parallel.mesh import SERVE, TRAIN, MeshShape, Rules, partition_spec
+from jaxtml.parallel.mesh import BATCH_AXES, SERVE, TRAIN, MeshShape, Rules, partition_spec
 
 TENSOR = ("tensor",)
 
@@ -37,6 +38,16 @@ class Placement:
     transport: str = "ring"
     capacity: float | None = None
     int8: bool = False
+
+    @property
+    def session_axes(self) -> tuple[str, ...]:
+        """The axes that split the sessions that are served."""
+        return BATCH_AXES if self.transport != "replicated" else ("replica", "data")
+
+    @property
+    def session_parts(self) -> int:
+        """Into how many parts they are split."""
+        return math.prod(self.mesh.sizes[axis] for axis in self.session_axes)
 
 
 ALONE = Placement()

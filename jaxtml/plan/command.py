@@ -16,6 +16,7 @@ from absl import logging
 from jaxtml.config import Config, override
 from jaxtml.errors import InputError
 from jaxtml.model.flops import train_flops_per_token
+from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
 from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
@@ -87,7 +88,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
     d = config.duplex
     return Served(
         sessions=config.serve.sessions,
-        parts=_session_parts(config, shape),
+        parts=Placement(shape, config.serve.transport).session_parts,
         experts=routed,
         weights=device_bytes(params) - routed,
         state=device_bytes(state),
@@ -98,11 +99,6 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
         turn=turn,
         longest=(d.max_heard + 1 if d.heard else 0) + d.max_text + 1 + 1 + FRAMES_PER_TURN,
     )
-
-
-def _session_parts(config: Config, shape: MeshShape) -> int:
-    """Into how many parts a mesh splits the sessions."""
-    return shape.replica * shape.data * (1 if config.serve.transport == "replicated" else shape.expert)
 
 
 def _routed(params: Any) -> list[Any]:
@@ -168,7 +164,7 @@ def searched(config: Config, topology: str, mesh: str | None, program: str) -> d
     if program == "train":
         kinds, unit, name = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
     else:
-        kinds, unit, name = [""], _session_parts(config, shape), "serve.sessions"
+        kinds, unit, name = [""], Placement(shape, config.serve.transport).session_parts, "serve.sessions"
 
     def settings(kind: str, n: int) -> list[str]:
         return [f"{name}={n * unit}", *([f"train.remat={kind}"] if kind else [])]
