@@ -39,7 +39,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The Inkling decoder (see `jaxtml.model.backbone`). The `n_dense` first layers have a dense feed-forward part."""
+    """The Inkling decoder (see `jaxtml.model.backbone`). The `n_dense` first layers have a dense feed-forward part.
+
+    `mtp_heads` predict further ahead in training (`jaxtml.model.mtp`), with global attention those in `mtp_global`.
+    """
 
     vocab_size: int
     d_model: int
@@ -62,6 +65,8 @@ class BackboneConfig:
     log_scaling_floor: int | None = None
     log_scaling_alpha: float = 0.1
     init_std: float = 0.02
+    mtp_heads: int = 0
+    mtp_global: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,7 @@ class TrainConfig:
     gate_weight: float = 1.0
     heard_weight: float = 1.0
     text_weight: float = 1.0
+    mtp_weight: float = 0.1
     checkpoint_every: int = 500
     sample_every: int = 1000
 
@@ -313,7 +319,17 @@ def from_json(text: str) -> Config:
 
 
 _MAY_BE_ZERO = (
-    *("n_dense", "pinned", "n_shared_experts", "control_base", "max_typed", "max_patches", "max_heard", "max_text"),
+    *(
+        "n_dense",
+        "mtp_heads",
+        "pinned",
+        "n_shared_experts",
+        "control_base",
+        "max_typed",
+        "max_patches",
+        "max_heard",
+        "max_text",
+    ),
     *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
 )
 _POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
@@ -363,6 +379,8 @@ def validate(config: Config) -> None:
             )
     if any(not 0 <= layer < b.n_layers for layer in b.global_layers):
         raise InputError(f"backbone.global_layers {b.global_layers}: layers are 0..{b.n_layers - 1}")
+    if any(not 0 <= head < b.mtp_heads for head in b.mtp_global):
+        raise InputError(f"backbone.mtp_global {b.mtp_global}: there are {b.mtp_heads} heads (backbone.mtp_heads)")
     if b.experts_per_token > b.n_experts:
         raise InputError(f"backbone.experts_per_token {b.experts_per_token}: there are {b.n_experts} experts")
     if config.duplex.control_base + 16 > b.vocab_size:

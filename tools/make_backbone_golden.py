@@ -1,4 +1,5 @@
-"""Makes tests/golden/backbone.npz: the released forward's logits for weights and inputs that anyone can make again.
+"""Makes tests/golden/backbone.npz: the released forward's logits for weights and inputs that anyone can make again, and
+those of prediction heads.
 
     python tools/make_backbone_golden.py
 
@@ -84,6 +85,10 @@ CASES = {
 }
 
 
+HEADS = 3
+HEADS_CASE = released_config() | {"mtp_config": {"num_nextn_predict_layers": HEADS, "local_layer_ids": [0, 2]}}
+
+
 def released_weights(config: Config) -> dict[str, np.ndarray]:
     """Every tensor of the released layout, float32, each from its own stream; norms and scales near one."""
     weights = {}
@@ -132,14 +137,49 @@ def reference_logits(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarr
         return model.eval()(**tensors, use_cache=False).logits.numpy()
 
 
+def reference_heads(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits `[HEADS, T - HEADS, unpadded vocabulary]` of the heads for the first row, text alone.
+
+    `transformers` 5.24 gives the heads the embedding before its norm, which the released weights want normed (see
+    `jaxtml.model.mtp`), and local heads a mask without a window: its layers are called one by one, with what they
+    should read and see.
+    """
+    import torch
+    from transformers import InklingForConditionalGeneration
+    from transformers.modeling_layers import MtpModel
+
+    model = InklingForConditionalGeneration.from_pretrained(directory, attn_implementation="eager", dtype="float32")
+    heads = MtpModel.from_pretrained(model.eval())
+    ids = torch.from_numpy(inputs["ids"][:1])
+    logits = []
+    with torch.no_grad():
+        hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        embedded = model.get_input_embeddings()(ids)
+        for depth in range(HEADS):
+            ahead = embedded[:, depth + 1 :]
+            distance = torch.arange(ahead.shape[1])[:, None] - torch.arange(ahead.shape[1])
+            local = depth in HEADS_CASE["mtp_config"]["local_layer_ids"]
+            window = HEADS_CASE["text_config"]["sliding_window_size"] if local else TOKENS
+            mask = torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf)[None, None]
+            hidden = heads.layers[depth](ahead, hidden[:, :-1], None, mask, None, None)
+            logits.append(heads._project_to_logits(hidden)[0, : TOKENS - HEADS].numpy())
+    return np.stack(logits)
+
+
+def write_checkpoint(directory: Path, described: dict[str, Any]) -> None:
+    save_file(released_weights(config_from_inkling(described)), directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(described))
+
+
 def main() -> None:
     logits = {}
     for name, described in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = config_from_inkling(described)
-            save_file(released_weights(config), Path(folder, "model.safetensors"), metadata={"format": "pt"})
-            Path(folder, "config.json").write_text(json.dumps(described))
+            write_checkpoint(Path(folder), described)
             logits[name] = reference_logits(Path(folder), case_inputs(name)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), HEADS_CASE)
+        logits["heads"] = reference_heads(Path(folder), case_inputs("text")).astype(np.float32)
     made = json.dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
     np.savez_compressed(GOLDEN, made_by=made, **logits)
     logging.info("%s: %.0f KB, %s", GOLDEN, GOLDEN.stat().st_size / 1e3, made)

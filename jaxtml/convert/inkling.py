@@ -1,6 +1,6 @@
 """Inkling checkpoints in and out: the released layout <-> our stacked parameters, through the ParamSpec table alone.
 
-Each spec's `Released` says where a parameter stands and how its axes lie; `Backbone.layer_index` unrolls the stack.
+Each spec's `Released` says where a parameter stands and how its axes lie; `Stack.layer_index` unrolls stacks of layers.
 What the released model lacks (clock, own voice, flow head, vocoder, control tokens) is initialised from a seed.
 
 Axes: R repeats of a block, L layers of a run (the stacked dimensions), V vocabulary, D model width.
@@ -8,6 +8,7 @@ Axes: R repeats of a block, L layers of a run (the stacked dimensions), V vocabu
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+MTP_WEIGHTS = "mtp.safetensors"  # the released prediction heads' own file
 _MTP = "model.mtp."
 _SHOWN = 5  # names listed in an error before "and N more"
 
@@ -53,29 +55,31 @@ def places(config: Config) -> Iterator[Place]:
         if not spec.stacked:
             yield Place(path, spec, (), spec.released.name)
             continue
+        stack = model.mtp if path.startswith("mtp/") else model.backbone
+        assert stack is not None
         block, run = (int(part.removeprefix("block").removeprefix("run")) for part in path.split("/")[1:3])
         for repeat in range(spec.shape[0]):
             for layer in range(spec.shape[1]):
-                index = model.backbone.layer_index(block, run, repeat, layer)
+                index = stack.layer_index(block, run, repeat, layer)
                 yield Place(path, spec, (repeat, layer), spec.released.name.format(layer=index))
 
 
 def load_inkling(directory: str | Path, seed: int = 0) -> tuple[Config, Params]:
-    """Reads `config.json` and `model.safetensors` (or an index and shards); float32 parameters in host memory.
-
-    Multi-token-prediction layers (`model.mtp.*`) are not part of this model and are left out, with a note in the log.
+    """Reads `config.json` and `model.safetensors` (or an index and shards, and `mtp.safetensors`); float32 parameters
+    in host memory. Prediction heads that the config has and the files lack are left out, with a note in the log:
+    `transformers` writes such checkpoints.
 
     Raises:
       InputError: no such directory, not an Inkling checkpoint, or tensors that are unknown, missing or misshapen.
     """
     directory = Path(directory)
     config = config_from_inkling(_read_json(directory / "config.json"), directory.name or "inkling")
-    wanted = {place.name: place for place in places(config)}
     files = _tensor_files(directory)
-    left_out = sorted(name for name in files if name.startswith(_MTP))
-    if left_out:
-        logging.info("%s: %d multi-token-prediction tensors (%s*) are not loaded", directory, len(left_out), _MTP)
-    unknown = sorted(files.keys() - wanted.keys() - set(left_out))
+    if config.backbone.mtp_heads and not any(name.startswith(_MTP) for name in files):
+        logging.info("%s has no %s* tensors: its prediction heads are left out", directory, _MTP)
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=()))
+    wanted = {place.name: place for place in places(config)}
+    unknown = sorted(files.keys() - wanted.keys())
     missing = sorted(wanted.keys() - files.keys())
     if unknown or missing:
         parts = [f"{len(names)} {what} tensors: {_some(names)}" for what, names in _named(missing, unknown) if names]
@@ -158,6 +162,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         shards = sorted({directory / name for name in weight_map.values()})
     else:
         weight_map, shards = None, [directory / WEIGHTS]
+    if (directory / MTP_WEIGHTS).is_file() and directory / MTP_WEIGHTS not in shards:
+        shards.append(directory / MTP_WEIGHTS)
     held: dict[str, Path] = {}
     for shard in shards:
         if not shard.is_file():

@@ -19,6 +19,7 @@ from jaxtml.stream.tokens import CONTROLS
 # What our model does not vary: another value means another architecture.
 _FIXED_TEXT = {"hidden_act": "silu", "shared_expert_sink": True, "use_embed_norm": True, "attention_dropout": 0.0}
 _FIXED_AUDIO = {"n_mel_bins": N_MELS, "mel_vocab_size": N_BINS}
+_FIXED_MTP = {"chain_hidden_post_norm": False}
 _FIXED_VISION = {"patch_size": 40, "temporal_patch_size": 2, "num_channels": 3}
 
 
@@ -34,7 +35,9 @@ def config_from_inkling(released: dict[str, Any], name: str = "inkling") -> Conf
     text = _section(released, "text_config")
     audio = _section(released, "audio_config")
     vision = _section(released, "vision_config")
-    for section, fixed in ((text, _FIXED_TEXT), (audio, _FIXED_AUDIO), (vision, _FIXED_VISION)):
+    mtp = _mtp(released, text)
+    sections = ((text, _FIXED_TEXT), (audio, _FIXED_AUDIO), (vision, _FIXED_VISION), (mtp, _FIXED_MTP))
+    for section, fixed in sections:
         for key, value in fixed.items():
             if section.get(key, value) != value:
                 raise InputError(f"config.json: {key} is {section[key]!r}; this backbone has {value!r} alone")
@@ -77,6 +80,8 @@ def config_from_inkling(released: dict[str, Any], name: str = "inkling") -> Conf
         log_scaling_floor=text.get("log_scaling_n_floor"),
         log_scaling_alpha=float(text.get("log_scaling_alpha", 0.1)),
         init_std=float(text.get("initializer_range", 0.02)),
+        mtp_heads=mtp["num_nextn_predict_layers"],
+        mtp_global=tuple(i for i in range(mtp["num_nextn_predict_layers"]) if i not in mtp["local_layer_ids"]),
     )
     free = backbone.unpadded_vocab_size if backbone.unpadded_vocab_size is not None else vocab
     config = Config(
@@ -143,7 +148,13 @@ def inkling_config(config: Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "shared_expert_sink": True,
     }
+    mtp = {
+        "num_nextn_predict_layers": b.mtp_heads,
+        "local_layer_ids": [i for i in range(b.mtp_heads) if i not in b.mtp_global],
+        **_FIXED_MTP,
+    }
     return {
+        **({"mtp_config": mtp} if b.mtp_heads else {}),
         "architectures": ["InklingForConditionalGeneration"],
         "model_type": "inkling_mm_model",
         "text_config": text,
@@ -157,6 +168,16 @@ def _section(released: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise InputError(f"config.json has no {key}: this is no multimodal Inkling checkpoint")
     return section
+
+
+def _mtp(released: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Of the prediction heads: how many, which are local; none where the config has none. `transformers` moves them."""
+    given = released.get("mtp_config") or {}
+    return {
+        "num_nextn_predict_layers": given.get("num_nextn_predict_layers", text.get("num_mtp_layers")) or 0,
+        "local_layer_ids": given.get("local_layer_ids", text.get("mtp_local_layer_ids")) or [],
+        "chain_hidden_post_norm": given.get("chain_hidden_post_norm", text.get("chain_hidden_post_norm", False)),
+    }
 
 
 def _need(section: dict[str, Any], key: str) -> Any:

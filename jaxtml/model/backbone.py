@@ -1,8 +1,6 @@
-"""The decoder: layers grouped into periodic blocks, stacked and scanned; unrolled over a cache for serving.
+"""The decoder: a `stack` of layers, scanned; unrolled over a cache for serving.
 
-Axes: B batch, T tokens, D model width, W convolution kernel. Parameters of block b, run r lie under
-`block{b}/run{r}/...` with two leading dimensions `[repeats, layers]`: a run is `layers` equal layers in a row, a block
-is a sequence of runs that occurs `repeats` times. 42 layers of Inkling-Small compile as five layer bodies.
+Axes: B batch, T tokens, D model width, W convolution kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slo
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
 from jaxtml.model.moe import MoE, MoEStats
 from jaxtml.model.placement import ALONE, Placement, whole
-from jaxtml.model.spec import Params, bind, specs, stack
+from jaxtml.model.spec import Params, bind
+from jaxtml.model.stack import Block, Kind, Run, Stack
 
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
 # and reads it back, which costs a small model 6 % of a step.
@@ -31,67 +30,11 @@ SPELT_OUT = 8
 
 # What a layer's forward pass keeps for the backward one, see `TrainConfig.remat`.
 _KEPT = jax.checkpoint_policies.save_only_these_names("attention", "feed_forward")
-_REMAT: dict[str, Callable[[Any], Any]] = {
+REMAT: dict[str, Callable[[Any], Any]] = {
     "none": lambda layer: layer,
     "outputs": partial(jax.checkpoint, policy=_KEPT),
     "full": jax.checkpoint,
 }
-
-
-class Kind(NamedTuple):
-    """What distinguishes one layer from another."""
-
-    is_global: bool
-    is_moe: bool
-
-
-class Run(NamedTuple):
-    """`layers` equal layers in a row."""
-
-    kind: Kind
-    layers: int
-
-
-class Block(NamedTuple):
-    """A sequence of runs that occurs `repeats` times; `first` is the index of its first layer."""
-
-    runs: tuple[Run, ...]
-    repeats: int
-    first: int
-
-    @property
-    def layers(self) -> int:
-        return sum(run.layers for run in self.runs)
-
-
-def layout(config: BackboneConfig) -> tuple[Block, ...]:
-    """Groups the layers: an irregular beginning, then the period that leaves the fewest bodies to compile."""
-    kinds = [Kind(i in config.global_layers, i >= config.n_dense) for i in range(config.n_layers)]
-    best = (Block(_runs(kinds), 1, 0),)
-    for prefix in range(len(kinds)):
-        rest = kinds[prefix:]
-        for period in range(1, len(rest) // 2 + 1):
-            if len(rest) % period or rest[period:] != rest[:-period]:
-                continue
-            tail = Block(_runs(rest[:period]), len(rest) // period, prefix)
-            head = (Block(_runs(kinds[:prefix]), 1, 0),) if prefix else ()
-            if _bodies((*head, tail)) < _bodies(best):
-                best = (*head, tail)
-    return best
-
-
-def _runs(kinds: list[Kind]) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    for kind in kinds:
-        if runs and runs[-1].kind == kind:
-            runs[-1] = Run(kind, runs[-1].layers + 1)
-        else:
-            runs.append(Run(kind, 1))
-    return tuple(runs)
-
-
-def _bodies(blocks: tuple[Block, ...]) -> int:
-    return sum(len(block.runs) for block in blocks)
 
 
 class LayerState(NamedTuple):
@@ -108,8 +51,13 @@ class LayerState(NamedTuple):
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each followed by a short convolution and the residual."""
 
-    def __init__(self, config: BackboneConfig, kind: Kind, placement: Placement = ALONE):
-        prefix = "model.llm.layers.{layer}"
+    def __init__(
+        self,
+        config: BackboneConfig,
+        kind: Kind,
+        placement: Placement = ALONE,
+        prefix: str = "model.llm.layers.{layer}",
+    ):
         self.kind = kind
         attention = config.global_ if kind.is_global else config.sliding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, "embed", f"{prefix}.attn_norm.weight")
@@ -160,31 +108,14 @@ class Layer(nnx.Module):
         return x, LayerState(cache, *new), stats
 
 
-class Backbone:
-    """The stack of layers as pure functions over stacked parameters. Holds shapes, never arrays."""
+class Backbone(Stack):
+    """The layers as pure functions over stacked parameters."""
 
     def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
         self.config = config
         self.placement = placement
-        self.blocks = layout(config)
-        kinds = {run.kind for block in self.blocks for run in block.runs}
-        self.modules = {kind: Layer(config, kind, placement) for kind in sorted(kinds)}
-        self.tables = {kind: specs(module) for kind, module in self.modules.items()}
-
-    def specs(self) -> dict[str, Any]:
-        """Spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
-        return {
-            f"block{b}": {
-                f"run{r}": stack(self.tables[run.kind], (block.repeats, run.layers), ("block", "layer"))
-                for r, run in enumerate(block.runs)
-            }
-            for b, block in enumerate(self.blocks)
-        }
-
-    def layer_index(self, block: int, run: int, repeat: int, layer: int) -> int:
-        """Index, in the order of execution, of one layer of the stack."""
-        b = self.blocks[block]
-        return b.first + repeat * b.layers + sum(r.layers for r in b.runs[:run]) + layer
+        kinds = [Kind(i in config.global_layers, i >= config.n_dense) for i in range(config.n_layers)]
+        super().__init__(kinds, lambda kind: Layer(config, kind, placement))
 
     def sequence(
         self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: str = "none"
@@ -209,7 +140,7 @@ class Backbone:
                         return x, stat
 
                     layers = weights[f"run{r}"]
-                    x, stat = jax.lax.scan(_REMAT[remat](one), x, layers, unroll=unroll)
+                    x, stat = jax.lax.scan(REMAT[remat](one), x, layers, unroll=unroll)
                     collected.append(stat)
                 return x, collected
 
@@ -235,16 +166,6 @@ class Backbone:
                         stacked = params[f"block{b}"][f"run{r}"]
                         layers[self.layer_index(b, r, i, j)] = jax.tree.map(lambda a, i=i, j=j: a[i, j], stacked)
         return layers
-
-    def kinds(self) -> list[Kind]:
-        """The kind of each layer in the order of execution."""
-        return [
-            run.kind
-            for block in self.blocks
-            for _ in range(block.repeats)
-            for run in block.runs
-            for _ in range(run.layers)
-        ]
 
     def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> Any:
         """Empty state of `batch` sessions for calls of at most `max_tokens` tokens: a list of `LayerState`, or, where

@@ -132,13 +132,15 @@ class Duplex:
                 return array
             return array.astype(jnp.float32 if "router" in spec.axes else self.dtype)
 
-        ready = jax.tree.map(one, self.model.specs(), with_int8_experts(params) if int8 else params)
+        table = self.model.served()
+        params = {name: params[name] for name in table}
+        ready = jax.tree.map(one, table, with_int8_experts(params) if int8 else params)
         return {**ready, "layers": self.model.backbone.for_serving(ready["layers"])}
 
     def layouts(self) -> tuple[Any, Any, Any]:
         """Where on a mesh parameters (as prepared), state and inputs lie: trees of `PartitionSpec`."""
         split, mesh = PartitionSpec(self.sessions), self.model.placement.mesh
-        params = layout(self.model.specs(), mesh, SERVE)
+        params = layout(self.model.served(), mesh, SERVE)
         state = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.init_state(1)))
         state = state._replace(layers=self.model.backbone.state_layout(self.sessions))
         inputs = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.empty_inputs(1)))

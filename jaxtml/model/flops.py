@@ -7,9 +7,11 @@ and by `plan`.
 
 from __future__ import annotations
 
-from jaxtml.config import AttentionConfig, Config
+from jaxtml.config import AttentionConfig, BackboneConfig, Config
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import count
+
+_BESIDE = ("vocoder", "visual")  # work on frames and patches, not on tokens
 
 
 def visible_keys(attention: AttentionConfig, tokens: int) -> float:
@@ -21,15 +23,24 @@ def visible_keys(attention: AttentionConfig, tokens: int) -> float:
 def forward_flops_per_token(config: Config, tokens: int) -> float:
     """Of one token in a sequence of `tokens`, forward: 2 per active parameter and 4 per head width and visible key."""
     b = config.backbone
-    table = {name: part for name, part in InteractionModel(config).specs().items() if name not in ("vocoder", "visual")}
+    table = {name: part for name, part in InteractionModel(config).served().items() if name not in _BESIDE}
     _, active = count(table)
-    attention = 0.0
-    for layer in range(b.n_layers):
-        kind = b.global_ if layer in b.global_layers else b.sliding
-        attention += 4 * kind.n_heads * kind.head_dim * visible_keys(kind, tokens)
-    return 2 * active + attention
+    return 2 * active + _attention(b, b.n_layers, b.global_layers, tokens)
 
 
 def train_flops_per_token(config: Config) -> float:
-    """Of one token of training, forward and backward: three times the forward pass."""
-    return 3 * forward_flops_per_token(config, config.data.tokens)
+    """Of one token of training, forward and backward: three times the forward pass, the prediction heads' included."""
+    forward, b, mtp = forward_flops_per_token(config, config.data.tokens), config.backbone, InteractionModel(config).mtp
+    if mtp is not None:
+        heads, _ = count(mtp.specs())
+        forward += 2 * (heads + b.mtp_heads * b.d_model * b.vocab_size)
+        forward += _attention(b, b.mtp_heads, b.mtp_global, config.data.tokens)
+    return 3 * forward
+
+
+def _attention(backbone: BackboneConfig, layers: int, global_layers: tuple[int, ...], tokens: int) -> float:
+    total = 0.0
+    for layer in range(layers):
+        kind = backbone.global_ if layer in global_layers else backbone.sliding
+        total += 4 * kind.n_heads * kind.head_dim * visible_keys(kind, tokens)
+    return total

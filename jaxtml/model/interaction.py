@@ -20,6 +20,7 @@ from jaxtml.model.backbone import Backbone
 from jaxtml.model.flow import FlowHead
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.moe import MoEStats
+from jaxtml.model.mtp import MTP
 from jaxtml.model.placement import ALONE, TENSOR, Placement, whole
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
@@ -28,7 +29,8 @@ from jaxtml.parallel.collectives import joined, spread
 from jaxtml.stream.tokens import PositionKind
 
 _GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
-           "vocoder": "vocoder", "clock": "micro-turn", "own": "micro-turn"}  # fmt: skip
+           "vocoder": "vocoder", "clock": "micro-turn", "own": "micro-turn", "mtp": "prediction heads"}  # fmt: skip
+_APART = ("layers", "mtp", "vocoder")  # what is no part of the trunk
 
 
 def group_of(path: str, spec: ParamSpec) -> str:
@@ -87,9 +89,14 @@ class InteractionModel:
         self.placement = placement
         self.trunk = Trunk(config, placement)
         self.backbone = Backbone(config.backbone, placement)
+        self.mtp = MTP(config.backbone, placement) if config.backbone.mtp_heads else None
 
     def specs(self) -> dict[str, Any]:
         """Spec table of all parameters, in the shape of the parameter tree."""
+        return {**self.served(), **({} if self.mtp is None else {"mtp": self.mtp.specs()})}
+
+    def served(self) -> dict[str, Any]:
+        """The part of `specs` that a micro-turn reads."""
         return {
             **specs(self.trunk),
             "layers": self.backbone.specs(),
@@ -98,14 +105,14 @@ class InteractionModel:
 
     def gathered(self, params: Params, dtype: jnp.dtype) -> Params:
         """A device's parts of the parameters, those fetched that are not fetched piece by piece where they are used."""
-        apart = {name: params[name] for name in ("layers", "unembed", "vocoder")}
+        apart = {name: params[name] for name in (*_APART, "unembed") if name in params}
         table = {name: part for name, part in specs(self.trunk).items() if name not in apart}
         trunk = {name: params[name] for name in table}
         return {**whole(trunk, table, self.placement.mesh, dtype), **apart}
 
     def bind(self, params: Params) -> Trunk:
         """The trunk over its part of `params`."""
-        return bind(self.trunk, {k: v for k, v in params.items() if k not in ("layers", "vocoder")})
+        return bind(self.trunk, {k: v for k, v in params.items() if k not in _APART})
 
     def embed(self, params: Params, inputs: Inputs, dtype: jnp.dtype) -> jax.Array:
         """Embeds positions of every kind: `[B, T, D]`; zero at PAD."""
@@ -130,8 +137,13 @@ class InteractionModel:
         self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
         """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
-        x = self.embed(params, inputs, dtype)
-        x, stats = self.backbone.sequence(params["layers"], x, inputs.kind, remat)
+        return self.read(params, self.embed(params, inputs, dtype), inputs.kind, remat)
+
+    def read(
+        self, params: Params, embedded: jax.Array, kind: jax.Array, remat: str = "none"
+    ) -> tuple[jax.Array, list[MoEStats]]:
+        """`hidden` of what is `embedded` `[B, T, D]`, of `kind` `[B, T]`."""
+        x, stats = self.backbone.sequence(params["layers"], embedded, kind, remat)
         return self.bind(params).norm(x), stats
 
     def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
@@ -145,6 +157,17 @@ class InteractionModel:
         flat = (hidden / b.logits_divisor).reshape(-1, b.d_model)
         found = scores(flat, params["unembed"], target.reshape(-1), mesh, fetched)
         return Scores(*(part.reshape(target.shape) for part in found))
+
+    def foreseen(
+        self, params: Params, hidden: jax.Array, embedded: jax.Array, target: jax.Array, remat: str = "none"
+    ) -> Scores:
+        """How well each of the H prediction heads foresees what its position does: `[H, B, T]` each (see `mtp`)."""
+        assert self.mtp is not None
+
+        def score(hidden: jax.Array, target: jax.Array) -> Scores:
+            return self.scores(params, hidden, target)
+
+        return self.mtp.foresee(params["mtp"], hidden, embedded, target, score, remat)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""

@@ -32,7 +32,7 @@ Rules = Mapping[str, tuple[str, ...]]
 _WHOLE = (
     *STACKED,
     *("channel", "conv", "head_dim", "norm", "rel", "extent", "router", "scalar", "gate_up", "shared"),
-    *("clock", "dmel", "patch", "patch_hidden"),
+    *("clock", "dmel", "patch", "patch_hidden", "pair", "merged"),
     *("flow_condition", "flow_mlp", "flow_mod", "speech", "time"),
     *("kernel", "in", "out"),  # the vocoder
 )

@@ -17,7 +17,7 @@ from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.chips import chip_of
 from jaxtml.stream.tokens import PositionKind
 
-TOLD = ("loss", "gate", "heard", "text", "flow", "heard_right", "text_right")  # in the line; the log has all
+TOLD = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "text_right")  # in the line; the log has all
 
 
 class Progress:
@@ -60,7 +60,7 @@ class Progress:
             "%d/%d  %s  norm %.2f  load %.2f..%.2f  %s%.0f tokens/s  %s  ETA %d:%02d",
             done,
             self.config.train.steps,
-            "  ".join(f"{name} {means[name]:.3f}" for name in TOLD),
+            "  ".join(f"{name} {means[name]:.3f}" for name in TOLD if name in means),
             means["grad_norm"],
             balance["load_min"],
             balance["load_max"],

@@ -110,7 +110,8 @@ def loss_fn(
     params = model.gathered(params, dtype)
     bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, rows)
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
-    hidden, stats = model.hidden(params, inputs, dtype, t.remat)
+    embedded = model.embed(params, inputs, dtype)
+    hidden, stats = model.read(params, embedded, inputs.kind, t.remat)
 
     nll, right = model.scores(params, hidden, batch["target"])
     terms: dict[str, jax.Array] = {}
@@ -133,7 +134,29 @@ def loss_fn(
         + t.flow_weight * terms["flow"]
         + t.z_loss * terms["router_z"]
     )
+    if model.mtp is not None:
+        terms |= _further(model, params, hidden, embedded, batch, counts)
+        share = share + t.mtp_weight * terms["mtp"]
     return share, (terms, stats)
+
+
+def _further(
+    model: InteractionModel, params: Params, hidden: jax.Array, embedded: jax.Array, batch: Batch, counts: Counts
+) -> dict[str, jax.Array]:
+    """The prediction heads' term: what gate, heard and text weigh for the model itself, for words further ahead, as a
+    mean over heads; and the share of words that they have right, of all that they could."""
+    t, heads = model.config.train, model.config.backbone.mtp_heads
+    nll, right = model.foreseen(params, hidden, embedded, batch["target"], t.remat)
+    tokens = nll.shape[2]
+    beyond = jnp.pad(batch["term"], ((0, 0), (0, heads)))
+    term = jnp.stack([beyond[:, later : later + tokens] for later in range(1, heads + 1)])
+    weights = {Term.GATE: t.gate_weight, Term.HEARD: t.heard_weight, Term.TEXT: t.text_weight}
+    lost = sum(weight * jnp.where(term == kind, nll, 0).sum() for kind, weight in weights.items())
+    chosen = (term == Term.GATE) | (term == Term.HEARD) | (term == Term.TEXT)
+    return {
+        "mtp": lost / (counts.turns * heads),
+        "mtp_right": (chosen & right).sum() / (heads * (counts.gate + counts.heard + counts.text)),
+    }
 
 
 def _row_keys(key: jax.Array, rows: int, mesh: MeshShape) -> jax.Array:

@@ -69,9 +69,12 @@ def checkpoint(tmp_path):
 def test_inkling_small_has_the_published_number_of_parameters():
     config = config_from_inkling(INKLING_SMALL)
     table = InteractionModel(config).specs()
+    heads, _ = count(table.pop("mtp"))
+    assert heads == pytest.approx(2.23e9, rel=0.005)
     released = {path: spec for path, spec in flatten(table) if spec.released is not None}
     total, _ = count(released)
     assert 263.7e9 <= total <= 264.0e9
+    assert (config.backbone.mtp_heads, config.backbone.mtp_global) == (8, (1, 3))
     assert config.backbone.global_layers == (5, 11, 17, 23, 29, 35, 41)
     assert config.backbone.n_dense == 2 and config.duplex.control_base == 200058
 
@@ -195,9 +198,9 @@ def test_a_quantised_tensor_is_refused(checkpoint):
     assert "model.llm.norm.weight is U8" in _refusal(checkpoint)
 
 
-def test_prediction_layers_are_left_out(checkpoint):
-    _change(checkpoint, lambda w: w.update({"model.mtp.layers.0.norm.weight": np.zeros(3, np.float32)}))
-    load_inkling(checkpoint)
+def test_prediction_heads_that_the_config_does_not_know_are_named(checkpoint):
+    _change(checkpoint, lambda w: w.update({"model.mtp.layers.0.hidden_norm.weight": np.zeros(3, np.float32)}))
+    assert "1 unknown tensors: model.mtp.layers.0.hidden_norm.weight" in _refusal(checkpoint)
 
 
 def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxtml.config import load
-from jaxtml.model.backbone import Backbone, Kind, layout
+from jaxtml.model.backbone import Backbone
 from jaxtml.model.spec import count, flatten, init_params
+from jaxtml.model.stack import Kind
 
 TINY = load("tiny").backbone
 SMALL = dataclasses.replace(TINY, d_model=24, d_ff_dense=32, d_ff_expert=16)
@@ -45,8 +46,8 @@ def test_every_layer_has_one_place_and_its_own_kind(shape):
 
 
 def test_inkling_small_compiles_as_five_bodies():
-    blocks = layout(dataclasses.replace(TINY, n_layers=42, n_dense=2, global_layers=tuple(range(5, 42, 6))))
-    assert sum(len(block.runs) for block in blocks) == 5
+    backbone = _with_layers(42, 2, tuple(range(5, 42, 6)))
+    assert sum(len(block.runs) for block in backbone.blocks) == 5
 
 
 def test_layers_run_in_the_order_in_which_they_are_unstacked():
