@@ -5,7 +5,8 @@
 | cpu and others | a loop over blocks of rows, the adjoint written out | a block and an expert stay in a core's cache |
 | tpu, training | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
 | tpu, serving | `expert_kernel` (sizes in multiples of 128) | reads an expert where it stands in the stack, int8 too |
-| cuda | tokamax `ragged_dot`, where it is installed | XLA's writes the rows once for every expert |
+| cuda, training | tokamax `ragged_dot`, where it is installed | XLA's writes the rows once for every expert |
+| cuda, serving | `expert_kernel`, as on a TPU | as on a TPU |
 
 `jax.lax.ragged_dot` is the reference, and what a TPU gets for sizes that its kernels do not take.
 
@@ -51,6 +52,13 @@ class Experts(NamedTuple):
         """Whether a TPU reads them where they stand: to cut a layer out of the stack is to copy it."""
         return bool(self.at or self.scale13 is not None) and all(size % LANES == 0 for size in self.w2.shape[-2:])
 
+    @property
+    def in_place_on_gpu(self) -> bool:
+        """Whether a GPU does. Pallas counts offsets into arrays of up to 4 GiB in 32 bits, but with a sign: too few
+        for as many numbers of one byte."""
+        bytes_each = (self.w13.size, self.w2.size) if self.scale13 is not None else ()
+        return self.in_place and not any(2**31 < size <= 2**32 for size in bytes_each)
+
     def layer(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """`w13` `[E, 2, D, F]` and `w2` `[E, F, D]` of the layer, as numbers of `dtype`."""
         if self.scale13 is None or self.scale2 is None:
@@ -86,13 +94,16 @@ def expert_rows(
         return lambda rows, sizes, experts: multiply(rows, sizes, *experts.layer(rows.dtype))
 
     tpu = on_layer(_ragged_dot)
+    in_place = partial(_in_place, block=block, expected=len(rows) if expected is None else expected)
     if experts.in_place:
-        tpu = partial(_in_place, block=block, expected=len(rows) if expected is None else expected)
+        tpu = partial(in_place, platform="tpu")
     elif all(size % LANES == 0 for size in (block, *experts.w2.shape[-2:])):
         tpu = on_layer(partial(_megablox, block=block))
     blocks = on_layer(partial(_blocks, block=block))
     cuda = on_layer(_ragged_dot)  # what a plan counts, traced elsewhere: other loops have no known number of rounds
-    if _for_gpu():
+    if experts.in_place_on_gpu:
+        cuda = partial(in_place, platform="cuda")
+    elif _for_gpu():
         cuda = on_layer(_tokamax) if importlib.util.find_spec("tokamax") else blocks
     return jax.lax.platform_dependent(rows, sizes, experts, tpu=tpu, cuda=cuda, default=blocks)
 
@@ -117,12 +128,18 @@ def _ragged_dot(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array
 
 
 def _in_place(
-    rows: jax.Array, sizes: jax.Array, experts: Experts, block: int, expected: int, interpret: bool = False
+    rows: jax.Array,
+    sizes: jax.Array,
+    experts: Experts,
+    block: int,
+    expected: int,
+    platform: str,
+    interpret: bool = False,
 ) -> jax.Array:
-    from jaxtml.model.expert_kernel import multiply  # Pallas: a second, which only a TPU program pays
+    from jaxtml.model.expert_kernel import multiply  # Pallas: a second, which only programs of large models pay
 
     owner, used = _owners(sizes, len(rows), block)
-    last = (experts.at, expected, interpret)
+    last = (experts.at, expected, platform, interpret)
     hidden = multiply(rows, owner, used, experts.w13, experts.scale13, *last)
     scale2 = None if experts.scale2 is None else experts.scale2[..., None, :]
     return multiply(hidden, owner, used, experts.w2[..., None, :, :], scale2, *last)

@@ -313,7 +313,8 @@ def _own_experts(
         return _sorted(x, index, weight, experts, placement)
     # A kernel that reads an expert in place reads each but once.
     tpu = partial(_sorted, placement=placement) if experts.in_place else _few
-    return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, default=_few)
+    cuda = partial(_sorted, placement=placement) if experts.in_place_on_gpu else _few
+    return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, cuda=cuda, default=_few)
 
 
 def _sorted(

@@ -6,6 +6,7 @@ its memory is what the TPU compiler allots. Called by the command line.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 from typing import Any
@@ -48,6 +49,7 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     shape = MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
     if program == "train":
         check_batch(config.train, shape)
+    _return_memory()
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     devices = where.found()
@@ -67,6 +69,14 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     held = {"parameters": state.params, "moments": state.moments, "batch": batch}
     held = {name: device_bytes(tree) for name, tree in held.items()}
     return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
+
+
+def _return_memory() -> None:
+    """Keeps glibc from raising, with every large array that is freed, the size up to which it holds memory back: a
+    fifth of what the compiler of a large program has at its peak."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; its initial value
 
 
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:

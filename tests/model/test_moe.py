@@ -100,18 +100,30 @@ def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
             np.testing.assert_allclose(a[: len(b)], b, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
+def test_a_gpu_reads_no_int8_experts_in_place_that_it_would_miscount():
+    def experts(layers: int, dtype: str) -> Experts:
+        w13, w2 = (jax.ShapeDtypeStruct((layers, 64, *s), dtype) for s in ((2, 4096, 512), (512, 4096)))
+        scales = [jax.ShapeDtypeStruct(w.shape[:-2] + w.shape[-1:], "float32") for w in (w13, w2)]
+        return Experts(w13, w2, *(scales if dtype == "int8" else (None, None)), at=(jnp.int32(0),))
+
+    # 2**28 numbers a layer in w13: 7 layers are below 2 GiB of int8, 9 between 2 and 4, 17 above; bfloat16 has no gap.
+    assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17)] == [True, False, True]
+    assert all(experts(layers, "bfloat16").in_place_on_gpu for layers in (4, 7, 9, 17))
+
+
+@pytest.mark.parametrize(("platform", "block"), [("tpu", 8), ("cuda", 8), ("cuda", 32)])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("sizes", [(16, 0, 8, 24), (0, 0, 8, 0), (0, 0, 0, 0)], ids=str)
-def test_the_serving_kernel_reads_experts_where_they_stand_in_the_stack(sizes, int8):
+@pytest.mark.parametrize("groups", [(2, 0, 1, 3), (0, 0, 1, 0), (0, 0, 0, 0)], ids=str)
+def test_serving_kernels_read_experts_where_they_stand_in_the_stack(groups, int8, platform, block):
     rng = np.random.default_rng(0)
-    block, dim, width = 8, 256, 128
-    rows = jnp.asarray(rng.normal(size=(64, dim)), jnp.float32)
+    dim, width, sizes = 256, 128, [block * group for group in groups]
+    rows = jnp.asarray(rng.normal(size=(8 * block, dim)), jnp.float32)
     w13, w2 = (jnp.asarray(0.1 * rng.normal(size=(2, 3, *s)), jnp.float32)
                for s in ((4, 2, dim, width), (4, width, dim)))  # fmt: skip
     (w13, scale13), (w2, scale2) = (quantised(w) if int8 else (w, None) for w in (w13, w2))
     experts = Experts(w13, w2, scale13, scale2, (jnp.int32(1), jnp.int32(2)))
-    assert experts.in_place and experts.count == 4
-    ours = _in_place(rows, jnp.asarray(sizes), experts, block, len(rows), interpret=True)
+    assert experts.in_place and experts.in_place_on_gpu and experts.count == 4
+    ours = _in_place(rows, jnp.asarray(sizes), experts, block, len(rows), platform, interpret=True)
     plain13, plain2 = experts.layer(jnp.float32)
     owner = np.repeat(np.arange(4), sizes)
     used = len(owner)

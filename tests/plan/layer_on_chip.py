@@ -101,10 +101,9 @@ def main(text: str) -> None:
             "moe": moe(shaped, topology.platform),
             "attention": {"global": attention(shaped, LONG, 4096), "sliding": attention(shaped, 512, 512)},
         }
-        if topology.platform == "tpu":
-            found["in_place"] = {
-                f"{block} {int8}": experts_in_place(shaped, block, int8) for block, int8 in ((8, True), (128, False))
-            }
+        found["in_place"] = {
+            f"{block} {int8}": experts_in_place(shaped, block, int8) for block, int8 in ((8, True), (128, False))
+        }
     print(json.dumps(found))
 
 

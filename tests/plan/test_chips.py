@@ -37,3 +37,4 @@ def test_a_gpu_is_given_little_padding_to_multiply_and_keeps_no_more():
     found = compiled("h100:1x8")
     assert 1 <= found["moe"]["counted"] < 1.1
     assert max(found["attention"].values()) < 0.8e9
+    assert max(found["in_place"].values()) < 20e6
