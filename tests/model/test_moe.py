@@ -106,9 +106,9 @@ def test_a_gpu_reads_no_int8_experts_in_place_that_it_would_miscount():
         scales = [jax.ShapeDtypeStruct(w.shape[:-2] + w.shape[-1:], "float32") for w in (w13, w2)]
         return Experts(w13, w2, *(scales if dtype == "int8" else (None, None)), at=(jnp.int32(0),))
 
-    # 2**28 numbers a layer in w13: 7 layers are below 2 GiB of int8, 9 between 2 and 4, 17 above; bfloat16 has no gap.
-    assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17)] == [True, False, True]
-    assert all(experts(layers, "bfloat16").in_place_on_gpu for layers in (4, 7, 9, 17))
+    # 2**28 numbers a layer in w13: 7 layers are below 2 GiB of int8, 9 between 2 and 4; of 17 w2 is, of 33 neither.
+    assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17, 33)] == [True, False, False, True]
+    assert all(experts(layers, "bfloat16").in_place_on_gpu for layers in (4, 7, 9, 17, 33))
 
 
 @pytest.mark.parametrize(("platform", "block"), [("tpu", 8), ("cuda", 8), ("cuda", 32)])
