@@ -16,7 +16,9 @@ from absl import logging
 
 from jaxtml.config import Config, override
 from jaxtml.errors import InputError
+from jaxtml.model.duplex import Duplex
 from jaxtml.model.flops import train_flops_per_token
+from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
@@ -45,8 +47,15 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
       InputError: no such topology, a mesh, batch or number of sessions that does not fit it, or more memory than a chip
         has.
     """
+    return _planned(config, *_place(config, topology, mesh, program), program)
+
+
+def _place(config: Config, topology: str, mesh: str | None, program: str) -> tuple[Topology, MeshShape]:
     where = Topology.parse(topology)
-    shape = MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+    return where, MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+
+
+def _planned(config: Config, where: Topology, shape: MeshShape, program: str) -> dict[str, Any]:
     if program == "train":
         check_batch(config.train, shape)
     _return_memory()
@@ -56,10 +65,11 @@ def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[
     with jax.set_mesh(make_mesh(shape, devices)):
         made = (train_program if program == "train" else serve_program)(config, shape)
         jitted = jax.jit(made.function, donate_argnums=made.donated)
-        jaxpr = jitted.trace(*made.arguments).jaxpr
         with jax.default_device(devices[0]):  # libraries of kernels look where programs will run
             traced = jitted.trace(*made.arguments)
             memory = _compiled_memory(traced, config, where, program)
+        # A GPU's libraries hide their products in kernels: counted is the program without them.
+        jaxpr = traced.jaxpr if where.chip.gpu is None else jitted.trace(*made.arguments).jaxpr
     named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
     if program == "serve":
         return named | serve_report(config, _served(config, shape, made, jaxpr, where.platform), memory, where, shape)
@@ -95,7 +105,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
     none, one = (counted(jaxpr, platform, rounds=n) for n in (0, 1))
     turn = one.scaled(1)
     turn.add(none, -1)
-    d = config.duplex
+    duplex = Duplex(InteractionModel(config))
     return Served(
         sessions=config.serve.sessions,
         parts=Placement(shape, config.serve.transport).session_parts,
@@ -107,7 +117,8 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
         widest=none,
         listening=counted(jaxpr, platform, rounds=0, least=True),
         turn=turn,
-        longest=(d.max_heard + 1 if d.heard else 0) + d.max_text + 1 + 1 + FRAMES_PER_TURN,
+        given=(duplex.narrow, duplex.wide),
+        longest=duplex.generated + FRAMES_PER_TURN,
     )
 
 
@@ -169,8 +180,7 @@ def searched(config: Config, topology: str, mesh: str | None, program: str) -> d
     Raises:
       InputError: as `plan`, and where nothing fits.
     """
-    where = Topology.parse(topology)
-    shape = MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+    where, shape = _place(config, topology, mesh, program)
     if program == "train":
         kinds, unit, name = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
     else:
@@ -185,7 +195,7 @@ def searched(config: Config, topology: str, mesh: str | None, program: str) -> d
             changed = override(changed, text)
         logging.info("compiling %s", " ".join(settings(kind, n)))
         try:
-            return plan(changed, topology, str(shape) if shape.devices > 1 else "data=1", program)
+            return _planned(changed, where, shape, program)
         except DoesNotFit as error:
             logging.info("%s", error)
             return None

@@ -149,6 +149,7 @@ class Served:
       listening: work of a micro-turn in which every session listens.
       widest: work of one in which every session is given all that fits, before any round.
       turn: work of one round of the loop: every session writes a token, or speaks 50 ms.
+      given: positions read before any round, where nothing is typed or seen and where all that fits is.
       longest: the most rounds that a micro-turn can take.
     """
 
@@ -162,6 +163,7 @@ class Served:
     listening: Work
     widest: Work
     turn: Work
+    given: tuple[int, int]
     longest: int
 
 
@@ -180,9 +182,7 @@ def serve_report(config: Config, served: Served, memory: Memory, topology: Topol
     `weight_floor_ms` what reading the weights alone takes in each. `sessions_at_200_ms` is how many sessions memory
     should hold, and a speaking micro-turn's roofline leave in 200 ms, counted up from those of the plan in proportion.
     """
-    d, chip, n = config.duplex, topology.chip, served.sessions
-    given = 2 + FRAMES_PER_TURN  # LISTEN of the turn before, clock, frames; the first choice is read from the last
-    wide = given + d.max_typed + d.max_patches
+    chip, n, (given, wide) = topology.chip, served.sessions, served.given
     writing, speaking = _Pass(served.turn, n, False), _Pass(served.turn, n, True)
     spoken = [speaking] * FRAMES_PER_TURN
     turns = {

@@ -14,15 +14,16 @@ TRIES = 10  # compilations of one kind, at most
 LEAP = 8  # times the largest size known to fit, at most
 
 
-def largest(measure: Callable[[int], Report | None]) -> tuple[int, Report] | None:
+def largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[int, Report] | None:
     """The largest n for which `measure(n)` finds a program that fits, as far as `TRIES` lets it look; None: not one.
 
     Args:
       measure: n times the smallest batch -> its report with `bytes_per_chip` and `chip_memory_bytes`; None where it
         does not fit.
+      first: the n to begin with.
     """
     fits: dict[int, Report] = {}
-    too_much, guess = None, 1
+    too_much, guess = None, first
     for _ in range(TRIES):
         report = measure(guess)
         if report is None:
@@ -51,10 +52,12 @@ def _next(fits: dict[int, Report], best: int, too_much: int | None) -> int:
 
 
 def search(kinds: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:
-    """(kind, n, report) of the largest n of each kind that fits at all, the most tokens a second first."""
-    found = []
+    """(kind, n, report) of the largest n of each kind that fits at all, the most tokens a second first; `kinds` are in
+    the order in which they need less memory, or so it is hoped."""
+    found, first = [], 1
     for kind in kinds:
-        most = largest(lambda n, kind=kind: measure(kind, n))
+        most = largest(lambda n, kind=kind: measure(kind, n), first)
         if most is not None:
             found.append((kind, *most))
+            first = most[0]
     return sorted(found, key=lambda one: -one[2]["tokens_per_s_per_chip"])

@@ -6,6 +6,7 @@ description of the device, which need no GPU (`jax-cuda12-plugin` and `jax-cuda1
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
 import os
@@ -96,11 +97,21 @@ class Topology:
             return topologies.get_topology_desc(platform=self.platform, topology_name=str(self), **given).devices
         except Exception as error:  # plugins raise many kinds
             said = " ".join(str(error).split())[:200]
-            needs = "libtpu" if self.chip.gpu is None else "jax-cuda12-plugin jax-cuda12-pjrt"
-            raise InputError(f"topology {self}: no compiler for it here (pip install {needs}): {said}") from error
+            needs = ("libtpu",) if self.chip.gpu is None else ("jax-cuda12-plugin", "jax-cuda12-pjrt")
+            if all(_installed(name) for name in needs):
+                raise InputError(f"topology {self}: its compiler does not take it: {said}") from error
+            install = f"pip install {' '.join(needs)}"
+            raise InputError(f"topology {self}: no compiler for it here ({install}): {said}") from error
         finally:  # nobody else should take this process for one of a pod
             os.environ.clear()
             os.environ.update(before)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _target(chip: Chip) -> str:

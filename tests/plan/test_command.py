@@ -100,7 +100,7 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
     assert served.experts == routed / 8
     assert served.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
-    assert served.longest == 9 + 12 + 2 + 4
+    assert served.longest == 9 + 12 + 2 + 4 and served.given == (6, 6 + 32 + 153)
     # At most a block of eight rows for each of 96 choices; dense, it would be 128 experts for each of 32 sessions.
     attention_and_rest = served.turn.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
     assert 96 < attention_and_rest < 16 * 96

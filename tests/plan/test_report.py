@@ -76,7 +76,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
     served = Served(
         sessions=32, parts=8, experts=10e9, weights=5e9, state=4e9, rare=1e9, flow=0.5e9,
-        listening=work(459e9), widest=work(4590e9), turn=work(0.0, sent=60e9), longest=20,
+        listening=work(459e9), widest=work(4590e9), turn=work(0.0, sent=60e9), given=(6, 191), longest=20,
     )  # fmt: skip
     memory = Memory(arguments=int(20e9), outputs=int(4e9), aliased=int(4e9), temporaries=int(4e9))
     report = serve_report(config, served, memory, chips, MeshShape(data=2, expert=4))
@@ -85,7 +85,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
         touched = 1 - (1 - 6 / 256) ** (tokens / 2)
         return 5e9 - 1e9 - (0 if speaks else 0.5e9) + 10e9 * touched
 
-    first, wide = reading(32 * 6, False), reading(32 * (6 + 32 + 153), False)
+    first, wide = reading(32 * 6, False), reading(32 * 191, False)
     written, spoken = reading(32, False), reading(32, True)
     floors = {"listening": first, "speaking": first + (1 + WRITTEN) * written + 4 * spoken,
               "longest": wide + 16 * written + 4 * spoken}  # fmt: skip
@@ -105,7 +105,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
 
 def test_sessions_at_200_ms_are_what_memory_and_time_leave_in_whole_parts():
     config = configs.load("tml_interaction_small", ["backbone.experts_per_token=256"])
-    given = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "longest": 20}
+    given = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "given": (6, 191), "longest": 20}
     free = work(0.0)
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
 
