@@ -152,7 +152,7 @@ def plan(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     from jaxtml.convert.command import convert
 
-    print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify))
+    print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, begin_as=args.begin_as, verify=args.verify))
 
 
 def _writable(*paths: str | None, spared: str) -> None:
@@ -280,7 +280,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("src", metavar="SRC", help="a checkpoint directory (ours or released), or a training workdir")
     command.add_argument("dst", metavar="DST")
     command.add_argument("--to", choices=("orbax", "hf"), default="orbax")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; hf: bfloat16")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: each parameter's own")
+    command.add_argument(
+        "--as",
+        dest="begin_as",
+        metavar="CONFIG",
+        help="a config that begins with SRC's weights, its new layers neutral",
+    )
     command.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
     return top
 

@@ -1,11 +1,12 @@
 """Our checkpoint directories: an Orbax v1 checkpoint of the parameters with `config.json` and `tokenizer.json` in it.
 
-Written to a directory beside and renamed, so a directory with the right name is always whole. Called by `train`,
-`converse`, `serve`, `evals` and `jaxtml convert`.
+Written to a directory beside and renamed, so a directory with the right name is always whole. Read array by array, in
+part where a part is wanted, whatever wrote them. Called by `train`, `converse`, `serve`, `evals` and `jaxtml convert`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -15,13 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 
 from jaxtml.config import Config, from_json, to_json, validate
+from jaxtml.convert.source import Index, placed, table
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import Params, flatten
+from jaxtml.model.spec import Params
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+STATE = "state"  # what Orbax calls a checkpoint's only tree
+RUN = "checkpoints"  # where a training run has its steps
 
 
 def save_checkpoint(
@@ -68,6 +73,83 @@ def load_config(directory: str | Path) -> Config:
     return config
 
 
+class OrbaxCheckpoint:
+    """One of our checkpoints, or the newest step of a training run, as a `convert.source.Source`.
+
+    Raises:
+      InputError: it is none, or its arrays are not those of its config (the first that differs is named with both
+        shapes).
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(os.path.abspath(directory))
+        self.config: Config = load_config(directory)
+        self.step: int | None = None
+        folder, prefix = self.directory, ""
+        if (self.directory / RUN).is_dir():
+            steps = [int(step.name) for step in (self.directory / RUN).iterdir() if step.name.isdecimal()]
+            if not steps:
+                raise InputError(f"{directory} has no checkpoint yet: let the training run on")
+            self.step = max(steps)
+            folder, prefix = self.directory / RUN / str(self.step), "params/"
+        self.specs, context = table(self.config), uncached()
+        held = {name.removeprefix(prefix) for name in self._names(folder / STATE) if name.startswith(prefix)}
+        opened = {path: self._opened(folder / STATE, prefix + path, context) for path in sorted(held)}
+        for path in sorted(self.specs.keys() | opened.keys()):
+            found = opened[path].shape if path in opened else None
+            wanted = self.specs[path].shape if path in self.specs else None
+            if found != wanted:
+                told = ["no such parameter" if shape is None else f"{shape}" for shape in (found, wanted)]
+                raise InputError(
+                    f"checkpoint {directory} is of another size than its {CONFIG}: {path} is {told[0]} in the "
+                    f"checkpoint, {told[1]} by the config"
+                )
+        self.arrays = opened
+
+    def dtype(self, path: str) -> np.dtype:
+        return self.arrays[path].dtype.numpy_dtype
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        try:
+            return self.arrays[path][index].read().result()
+        except ValueError as error:  # all that TensorStore raises
+            raise self._damaged(error) from error
+
+    def _names(self, state: Path) -> list[str]:
+        """The arrays of the tree that Orbax has in `state`."""
+        try:
+            entries = json.loads((state / "_METADATA").read_text())["tree_metadata"].values()
+            return ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from error
+
+    def _opened(self, state: Path, path: str, context: ts.Context) -> Any:
+        try:
+            return open_array(state, path, context)
+        except ValueError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> InputError:
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        return InputError(f"checkpoint {self.directory} is damaged or incomplete, copy it again: {said}")
+
+
+def open_array(state: Path, path: str, context: ts.Context) -> Any:
+    """The array of a parameter, to be read or written in part. Raises `ValueError` where it is not there."""
+    name = path.replace("/", ".")
+    store: dict[str, Any] = {"driver": "file", "path": f"{state / name}/"}
+    if (state / "manifest.ocdbt").is_file():
+        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"}
+    # Orbax takes a chunk that is not there for a damaged one, though all zeros need no file.
+    how = {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
+    return ts.open(how, context=context).result()
+
+
+def uncached() -> ts.Context:
+    """For arrays whose every chunk is read or written once; files are synced by who wants them to be."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+
+
 def load_checkpoint(
     directory: str | Path, dtype: str = "float32", shapes: dict[str, Any] | None = None
 ) -> tuple[Config, Params]:
@@ -75,45 +157,18 @@ def load_checkpoint(
     `jax.ShapeDtypeStruct`s, to where and as what these say, each process the parts of its own devices.
 
     Raises:
-      InputError: the directory is missing, is no checkpoint, is damaged, or its arrays are not those of its config (the
-        first that differs is named with both shapes).
+      InputError: the directory is missing, is no checkpoint, is damaged, or its arrays are not those of its config.
     """
-    config = load_config(directory)
-    from orbax.checkpoint import v1 as ocp
-
-    directory = Path(os.path.abspath(directory))
-    if (directory / "checkpoints").is_dir():
+    if (Path(directory) / RUN).is_dir():
         raise InputError(
             f"{directory} is a training run: make a checkpoint of it with `jaxtml convert {directory} DST`"
         )
+    source = OrbaxCheckpoint(directory)
+    return source.config, placed(source, shapes or on_one_device(source.config, dtype))
+
+
+def on_one_device(config: Config, dtype: str) -> dict[str, Any]:
+    """Shapes of all parameters as `dtype` on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = InteractionModel(config).specs()
-    try:
-        stored: Any = ocp.metadata(str(directory)).metadata
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise InputError(_damaged(directory, error)) from error
-    _check_same(directory, specs, stored)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.dtype(dtype), sharding=sharding), specs)
-    try:
-        return config, ocp.load(str(directory), target if shapes is None else shapes)
-    except Exception as error:
-        raise InputError(_damaged(directory, error)) from error
-
-
-def _damaged(directory: Path, error: Exception) -> str:
-    text = str(error).strip()
-    detail = text.splitlines()[0][:160] if text else type(error).__name__
-    return f"checkpoint {directory} is damaged or incomplete, copy it again: {detail}"
-
-
-def _check_same(directory: Path, specs: dict[str, Any], stored: Any) -> None:
-    """Compares names and shapes with the config's table."""
-    wanted = {path: tuple(spec.shape) for path, spec in flatten(specs)}
-    held = {path: tuple(leaf.shape) for path, leaf in flatten(stored)} if isinstance(stored, dict) else {}
-    for path in sorted(wanted.keys() | held.keys()):
-        if wanted.get(path) != held.get(path):
-            told = [f"{table[path]}" if path in table else "no such parameter" for table in (held, wanted)]
-            raise InputError(
-                f"checkpoint {directory} is of another size than its {CONFIG}: {path} is {told[0]} in the checkpoint, "
-                f"{told[1]} by the config"
-            )
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=device), specs)

@@ -1,70 +1,120 @@
-"""`jaxtml convert`: checkpoints in and out, at sizes that fit in memory.
+"""`jaxtml convert`: checkpoints in and out, streamed, whatever their size.
 
-A source is one of our checkpoints, a released Inkling directory, or the workdir of a training run (its newest step).
+A source is one of our checkpoints, a released Inkling directory (bfloat16, NVFP4, MXFP8), or the workdir of a training
+run (its newest step).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
+from jaxtml import config as configs
 from jaxtml.config import Config
-from jaxtml.convert.checkpoint import TOKENIZER, load_checkpoint, save_checkpoint
-from jaxtml.convert.inkling import load_inkling, save_inkling
+from jaxtml.convert import streaming
+from jaxtml.convert.checkpoint import TOKENIZER, OrbaxCheckpoint, on_one_device
+from jaxtml.convert.export import ReleasedSink, released_dtypes
+from jaxtml.convert.released import ReleasedCheckpoint
+from jaxtml.convert.source import Source, placed, table
+from jaxtml.convert.store import OrbaxSink
+from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import Params, count, flatten
+from jaxtml.model.spec import Params, count
+
+SMALL = 2**31  # bytes of parameters up to which logits are compared too
+PROMPT = 64  # tokens of that comparison
 
 
-def read(source: str | Path) -> tuple[Config, Params]:
-    """Config and float32 parameters of any checkpoint that we know. Raises `InputError` where it is none."""
-    source = Path(source)
-    if not source.is_dir():
-        raise InputError(f"no checkpoint directory {source}")
-    if (source / "checkpoints").is_dir():
-        from jaxtml.train.storage import latest
+def opened(directory: str | Path) -> Source:
+    """Any checkpoint that we know as a source. Raises `InputError` where it is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"no checkpoint directory {directory}")
+    if any(directory.glob("*.safetensors")):
+        return ReleasedCheckpoint(directory)
+    return OrbaxCheckpoint(directory)
 
-        config, _, params = latest(source)
-        return config, params
-    if any(source.glob("*.safetensors")):
-        return load_inkling(source)
-    return load_checkpoint(source)
+
+def read(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
+    """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as `opened`."""
+    source = opened(directory)
+    return source.config, placed(source, on_one_device(source.config, dtype))
+
+
+def write(
+    source: Source,
+    destination: Path,
+    made_from: str,
+    to: str = "orbax",
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+) -> dict[str, np.dtype]:
+    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held; returns what became what."""
+    dtypes = {path: source.dtype(path) for path in table(source.config)}
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
+    sink = ReleasedSink(source.config, dtypes) if to == "hf" else OrbaxSink(source.config, dtypes, tokenizer)
+    streaming.convert(source, sink, destination, json.dumps([made_from, to, dtype]))
+    return dtypes
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, to: str = "orbax", dtype: str | None = None, verify: bool = False
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "orbax",
+    dtype: str | None = None,
+    begin_as: str | None = None,
+    verify: bool = False,
 ) -> str:
     """Writes `source` to `destination` as an Orbax checkpoint of ours or in the released layout; returns a summary.
 
+    Args:
+      source: a directory.
+      destination: one that is not there, or is empty.
+      to: "orbax" or "hf".
+      dtype: what parameters become; None: nothing else than they are.
+      begin_as: a config that begins with the source's weights (`convert.warm`).
+      verify: read the result back and hold it to the source.
+
     Raises:
-      InputError: the source is no checkpoint, the destination exists and is not empty, or `verify` found a difference.
+      InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
+        `verify` found a difference.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source), Path(destination).absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination} exists: name a new directory")
-    config, params = read(source)
-    if to == "hf":
-        save_inkling(destination, config, params, dtype or "bfloat16")
-    else:
-        tokenizer = source / TOKENIZER
-        save_checkpoint(destination, config, params, dtype, tokenizer if tokenizer.is_file() else None)
-    total, _ = count(InteractionModel(config).specs())
-    done = f"{source} -> {destination} ({to}): {config.name}, {total:,} parameters"
-    return f"{done}; {_verify(params, destination, to, dtype)}" if verify else done
+    given = opened(source)
+    if begin_as is not None:
+        given = WarmStart(given, configs.load(begin_as))
+    tokenizer = source / TOKENIZER if (source / TOKENIZER).is_file() else None
+    write(given, destination, f"{source.absolute()} {fingerprint(source)} {begin_as or ''}", to, dtype, tokenizer)
+    total, _ = count(InteractionModel(given.config).specs())
+    done = f"{source} -> {destination} ({to}): {given.config.name}, {total:,} parameters"
+    return f"{done}; {_verified(source, given, destination, to)}" if verify else done
 
 
-def _verify(params: Params, destination: Path, to: str, dtype: str | None) -> str:
-    """Reads the result back; what the format holds must be equal to the source in the dtype it was written in."""
-    written = jnp.dtype(dtype or ("bfloat16" if to == "hf" else "float32"))
-    config, result = read(destination)
-    table, back = dict(flatten(InteractionModel(config).specs())), dict(flatten(result))
-    compared = 0
-    for path, array in flatten(params):
-        if to == "hf" and table[path].released is None:
-            continue
-        if not np.array_equal(np.asarray(array).astype(written), np.asarray(back[path]).astype(written)):
-            raise InputError(f"{destination} differs from its source at {path}")
-        compared += 1
-    return f"verified, {compared} parameters equal"
+def fingerprint(directory: Path) -> str:
+    """Changes with any file of a directory: of names, sizes and times."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    seen = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+def _verified(directory: Path, source: Source, destination: Path, to: str) -> str:
+    """Holds a result to the source that it was made of, and its logits to those of the directory."""
+    result = opened(destination)
+    specs = {path: spec for path, spec in table(result.config).items() if to == "orbax" or spec.released is not None}
+    said = f"verified, {streaming.verify(source, result, specs)} layers equal"
+    if streaming.nbytes(specs, lambda path: np.dtype(np.float32)) > SMALL:
+        return said
+    from jaxtml.convert.logits import text_logits
+
+    ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
+    theirs, ours = (text_logits(*read(directory), ids) for directory in (directory, destination))
+    apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
+    return f"{said}, logits of {PROMPT} tokens {f'differ by {apart:.2e} of their norm' if apart else 'too'}"

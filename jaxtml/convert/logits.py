@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtml.config import Config
 from jaxtml.convert.command import read
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.model.spec import Params
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.timebase import N_MELS
 from jaxtml.stream.tokens import PositionKind
@@ -29,9 +31,19 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path) ->
     vocab = config.backbone.vocab_size
     if ids.size == 0 or ids.min() < 0 or ids.max() >= vocab:
         raise InputError(f"{tokens}: ids must lie in 0..{vocab - 1} and be at least one")
+    result = text_logits(config, params, ids)
+    try:
+        with open(out, "wb") as file:
+            np.save(file, result)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from error
+
+
+def text_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
+    """`[B, T, V]` float32 for `ids` `[B, T]`, all of them text."""
     model = InteractionModel(config)
 
-    def forward(params: dict, ids: jax.Array) -> jax.Array:
+    def forward(params: Params, ids: jax.Array) -> jax.Array:
         shape = ids.shape
         inputs = Inputs(
             kind=jnp.full(shape, PositionKind.TEXT, jnp.uint8),
@@ -43,12 +55,7 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path) ->
         hidden, _ = model.hidden(params, inputs, jnp.dtype(jnp.float32))
         return model.logits(params, hidden)
 
-    result = np.asarray(jax.jit(forward)(params, jnp.asarray(ids, jnp.int32)))
-    try:
-        with open(out, "wb") as file:
-            np.save(file, result)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
+    return np.asarray(jax.jit(forward)(params, jnp.asarray(ids, jnp.int32)))
 
 
 def _read_ids(path: str | Path) -> np.ndarray:

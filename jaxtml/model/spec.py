@@ -11,6 +11,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,6 +49,11 @@ class Released:
     shape: tuple[int, ...]
     axes: tuple[int, ...] = ()
     view: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """Our axis that is the released tensor's first, or a part of it: along it, parts lie one after the other."""
+        return self.axes.index(0) if self.axes else 0
 
     def load(self, tensor: np.ndarray) -> np.ndarray:
         """Released tensor -> our layout (a view where possible)."""
@@ -144,6 +150,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield path, tree[key]
 
 
+def initial(path: str, spec: ParamSpec, seed: int, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of the initial values of one parameter, float32 (see `init_params`)."""
+    name = zlib.crc32(path.encode())
+    streams = spec.stacked + ("expert" in spec.axes)  # the expert axis comes first in its layer
+    starts = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
+    values = np.empty([len(span) for span in starts], np.float32)
+    for at in np.ndindex(*values.shape[:streams]):
+        place = tuple(span[i] for span, i in zip(starts, at, strict=False))
+        stream = np.random.SeedSequence((seed, name, *place))
+        drawn = spec.init(np.random.Generator(np.random.Philox(stream)), spec.shape[streams:])
+        values[at] = drawn[index[streams:]]
+    return values
+
+
 def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | None = None) -> Params:
     """Initial values, float32. Every layer, and every expert of it, has a stream of random numbers of its own, which
     depends on `seed`, the parameter's path and its index alone.
@@ -154,19 +174,7 @@ def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | No
     """
 
     def one(path: tuple[Any, ...], spec: ParamSpec, sharding: Any = None) -> jax.Array:
-        name = zlib.crc32("/".join(str(k.key) for k in path).encode())
-        streams = spec.stacked + ("expert" in spec.axes)  # the expert axis comes first in its layer
-
-        def part(index: Any) -> np.ndarray:
-            starts = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
-            values = np.empty([len(span) for span in starts], np.float32)
-            for at in np.ndindex(*values.shape[:streams]):
-                place = tuple(span[i] for span, i in zip(starts, at, strict=False))
-                stream = np.random.SeedSequence((seed, name, *place))
-                drawn = spec.init(np.random.Generator(np.random.Philox(stream)), spec.shape[streams:])
-                values[at] = drawn[index[streams:]]
-            return values
-
+        part: Any = partial(initial, "/".join(str(k.key) for k in path), spec, seed)
         if sharding is None:
             return jnp.asarray(part((slice(None),) * len(spec.shape)))
         return jax.make_array_from_callback(spec.shape, sharding, part)

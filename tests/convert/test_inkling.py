@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxtml.config import load
-from jaxtml.convert import inkling
-from jaxtml.convert.inkling import load_inkling, places, save_inkling
+from jaxtml.convert import export
+from jaxtml.convert.command import read, write
 from jaxtml.convert.inkling_config import config_from_inkling, inkling_config, planned_folds
+from jaxtml.convert.released import ReleasedCheckpoint, places
+from jaxtml.convert.source import Held
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import count, flatten
-from jaxtml.stream.tokens import CONTROLS
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
@@ -105,8 +106,8 @@ def test_gate_and_up_rows_alternate_in_released_weights():
 
 
 def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
-    config, params = load_inkling(checkpoint)
-    save_inkling(tmp_path / "again", config, params, dtype="float32")
+    config, params = read(checkpoint)
+    write(Held(config, params), tmp_path / "again", "memory", "hf", "float32")
     first, again = (load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "again"))
     assert first.keys() == again.keys()
     for name in first:
@@ -114,20 +115,20 @@ def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
 
 
 def test_a_sharded_bfloat16_checkpoint_loads(checkpoint, tmp_path, monkeypatch):
-    config, params = load_inkling(checkpoint)
-    monkeypatch.setattr(inkling, "SHARD_BYTES", 200_000)
-    save_inkling(tmp_path / "shards", config, params, dtype="bfloat16")
+    config, params = read(checkpoint)
+    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    write(Held(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    same, rounded = load_inkling(tmp_path / "shards")
+    same, rounded = read(tmp_path / "shards")
     assert same.backbone == config.backbone
     for (path, a), (_, b) in zip(flatten(params), flatten(rounded), strict=True):
         np.testing.assert_allclose(a, b, rtol=2**-8, err_msg=path)
 
 
 def test_the_router_bias_stays_float32_in_a_bfloat16_checkpoint(checkpoint, tmp_path):
-    config, params = load_inkling(checkpoint)
-    save_inkling(tmp_path / "bf16", config, params, dtype="bfloat16")
-    _, again = load_inkling(tmp_path / "bf16")
+    config, params = read(checkpoint)
+    write(Held(config, params), tmp_path / "bf16", "memory", "hf", "bfloat16")
+    _, again = read(tmp_path / "bf16")
     for path in ("router_bias", "global_scale"):
         a, b = (p["layers"]["block0"]["run1"]["mlp"][path] for p in (params, again))
         np.testing.assert_array_equal(a, b)
@@ -149,25 +150,17 @@ def test_folds_are_planned_as_released():
 
 
 def test_what_inkling_lacks_starts_neutral_and_the_same_for_a_seed(checkpoint):
-    _, params = load_inkling(checkpoint, seed=7)
-    _, again = load_inkling(checkpoint, seed=7)
-    assert not params["own"].any() and not params["clock"]["weight"].any()
-    np.testing.assert_array_equal(params["flow"]["w_in"], again["flow"]["w_in"])
-
-
-def test_empty_control_rows_become_tokens_that_differ(checkpoint):
-    weights = load_file(checkpoint / "model.safetensors")
-    weights["model.llm.embed.weight"][100:] = 0
-    save_file(weights, checkpoint / "model.safetensors")
-    config, params = load_inkling(checkpoint)
-    rows = params["embed"]["weight"][config.duplex.control_base :][:CONTROLS]
-    assert len(np.unique(rows, axis=0)) == CONTROLS
-    assert not params["embed"]["weight"][config.duplex.control_base + CONTROLS :].any()
+    first, again, other = (ReleasedCheckpoint(checkpoint, seed) for seed in (7, 7, 8))
+    everything = (slice(None), slice(None))
+    assert not first.read("own", everything[:1]).any() and not first.read("clock/weight", everything).any()
+    drawn = [source.read("flow/w_in", everything) for source in (first, again, other)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
 
 
 def _refusal(checkpoint) -> str:
     with pytest.raises(InputError) as caught:
-        load_inkling(checkpoint)
+        read(checkpoint)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -204,9 +197,9 @@ def test_prediction_heads_that_the_config_does_not_know_are_named(checkpoint):
 
 
 def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
-    config, params = load_inkling(checkpoint)
-    monkeypatch.setattr(inkling, "SHARD_BYTES", 200_000)
-    save_inkling(tmp_path / "shards", config, params)
+    config, params = read(checkpoint)
+    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    write(Held(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     next((tmp_path / "shards").glob("model-00002-*.safetensors")).unlink()
     assert "no model-00002-of-" in _refusal(tmp_path / "shards")
 

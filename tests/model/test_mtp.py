@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
-from jaxtml.convert.inkling import load_inkling, places, save_inkling
+from jaxtml.convert.command import read, write
 from jaxtml.convert.inkling_config import config_from_inkling
+from jaxtml.convert.released import places
+from jaxtml.convert.source import Held
 from jaxtml.data.pipeline import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
@@ -95,7 +97,7 @@ def test_logits_equal_the_released_ones(spelt_out, released, monkeypatch):
 def test_transformers_reads_the_heads_that_we_save(released, tmp_path):
     pytest.importorskip("transformers")
     config, params = released
-    save_inkling(tmp_path, config, params, dtype="float32")
+    write(Held(config, params), tmp_path, "memory", "hf", "float32")
     inputs = TOOL["case_inputs"]("text")
     reference = TOOL["reference_heads"](tmp_path, inputs)
     assert _relative_error(_head_logits(config, params, inputs["ids"][:1]), reference) <= BOUND
@@ -105,18 +107,18 @@ def test_heads_survive_the_way_out_and_back_and_may_stand_in_a_file_of_their_own
     from safetensors.numpy import load_file, save_file
 
     config, params = released
-    save_inkling(tmp_path, config, params, dtype="float32")
+    write(Held(config, params), tmp_path, "memory", "hf", "float32")
     weights = load_file(tmp_path / "model.safetensors")
     heads = {name: tensor for name, tensor in weights.items() if name.startswith("model.mtp.")}
     assert len(heads) == HEADS * 20, "as many tensors a head as the released ones have"
     save_file({name: t for name, t in weights.items() if name not in heads}, tmp_path / "model.safetensors")
     save_file(heads, tmp_path / "mtp.safetensors")
-    again, loaded = load_inkling(tmp_path)
+    again, loaded = read(tmp_path)
     assert again.backbone == config.backbone
     for (path, a), (_, b) in zip(flatten(params["mtp"]), flatten(loaded["mtp"]), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
     (tmp_path / "mtp.safetensors").unlink()
-    without, loaded = load_inkling(tmp_path)
+    without, loaded = read(tmp_path)
     assert without.backbone == dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=())
     assert "mtp" not in loaded
 

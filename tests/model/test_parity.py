@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
-from jaxtml.convert.inkling import load_inkling, places, save_inkling
+from jaxtml.convert.command import read, write
 from jaxtml.convert.inkling_config import config_from_inkling
+from jaxtml.convert.released import places
+from jaxtml.convert.source import Held
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params, flatten, init_params
 from jaxtml.stream.clock import CLOCK_FEATURES
@@ -90,7 +92,7 @@ def _write_random_checkpoint(transformers, described: dict, folder: Path) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_of_transformers_gives_its_logits(name, transformers, tmp_path):
     _write_random_checkpoint(transformers, CASES[name], tmp_path)
-    config, params = load_inkling(tmp_path)
+    config, params = read(tmp_path)
     inputs = TOOL["case_inputs"](name)
     reference = TOOL["reference_logits"](tmp_path, inputs)
     assert _relative_error(_our_logits(config, params, inputs), reference) <= BOUND
@@ -100,7 +102,7 @@ def test_a_checkpoint_of_transformers_gives_its_logits(name, transformers, tmp_p
 def test_the_released_vision_tower_of_four_folds_gives_its_logits(transformers, tmp_path):
     described = CASES["image"] | {"vision_config": {"model_type": "inkling_vision", "n_layers": 4}}
     _write_random_checkpoint(transformers, described, tmp_path)
-    config, params = load_inkling(tmp_path)
+    config, params = read(tmp_path)
     assert config.vision.folds == ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
     inputs = TOOL["case_inputs"]("image")
     assert _relative_error(_our_logits(config, params, inputs), TOOL["reference_logits"](tmp_path, inputs)) <= BOUND
@@ -110,7 +112,7 @@ def test_the_released_vision_tower_of_four_folds_gives_its_logits(transformers, 
 def test_transformers_loads_what_we_save_and_gives_equal_logits(transformers, tmp_path):
     config = config_from_inkling(CASES["audio"])
     params = init_params(InteractionModel(config).specs(), 5)
-    save_inkling(tmp_path, config, params, dtype="float32")
+    write(Held(config, params), tmp_path, "memory", "hf", "float32")
     model, report = transformers.InklingForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert model.config.text_config.moe_intermediate_size == config.backbone.d_ff_expert

@@ -1,0 +1,109 @@
+"""Our parameters as a released Inkling checkpoint in the making: shards of safetensors that `transformers` reads.
+
+What Inkling lacks (clock, own voice, flow head, vocoder) is left out: keep our own checkpoint for it. Called by
+`convert.command`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtml.config import Config
+from jaxtml.convert.inkling_config import inkling_config
+from jaxtml.convert.released import INDEX, WEIGHTS, Place, places
+from jaxtml.convert.safetensors_file import Stored, create, writable
+from jaxtml.convert.source import Index, contiguous, table
+
+SHARD_BYTES = 5 * 10**9
+EXACT = (".gate.bias", ".gate.global_scale")  # float32 in every release
+
+
+class ReleasedSink:
+    """A `convert.streaming.Sink`.
+
+    Args:
+      config: of the model.
+      dtypes: what each parameter is written as.
+
+    Raises:
+      InputError: a config that Inkling cannot describe.
+    """
+
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype]):
+        self.described = inkling_config(config) | {"dtype": _commonest(config, dtypes).name}
+        self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
+        self.dtypes = dtypes
+        self.places = {(place.path, place.index): place for place in places(config)}
+        self.stored: dict[str, Stored] = {}
+
+    def dtype(self, path: str) -> np.dtype:
+        return self.dtypes[path]
+
+    def prepare(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        shards = self._shards()
+        names = [WEIGHTS]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            weight_map = {place.name: name for name, shard in zip(names, shards, strict=True) for place in shard}
+            size = sum(self._nbytes(place) for place in self.places.values())
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        for name, shard in zip(names, shards, strict=True):
+            tensors = ((place.name, _shape(place), self.dtypes[place.path]) for place in shard)
+            self.stored |= create(folder / name, tensors)
+        (folder / "config.json").write_text(json.dumps(self.described, indent=2) + "\n")
+
+    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+        spec = self.specs[path]
+        released = spec.released
+        assert released is not None
+        place = self.places[path, tuple(cut.start for cut in index[: spec.stacked])]
+        tensor = writable(self.stored[place.name])
+        tensor = released.load(tensor)[index[spec.stacked :]]  # a view, in our order of axes
+        turned = np.argsort(tensor.strides)[::-1]
+        ours = values.reshape(tensor.shape)
+        contiguous(ours.transpose(turned), tensor.transpose(turned))
+
+    def _shards(self) -> list[list[Place]]:
+        shards: list[list[Place]] = [[]]
+        size = 0
+        for place in self.places.values():
+            step = self._nbytes(place)
+            if shards[-1] and size + step > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(place)
+            size += step
+        return shards
+
+    def _nbytes(self, place: Place) -> int:
+        return math.prod(_shape(place)) * self.dtypes[place.path].itemsize
+
+
+def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
+    """`dtype` for all, but float32 for what is float32 in every release."""
+    found: dict[str, np.dtype] = {}
+    for place in places(config):
+        found[place.path] = np.dtype(np.float32) if place.name.endswith(EXACT) else np.dtype(dtype)
+    return found
+
+
+def _shape(place: Place) -> tuple[int, ...]:
+    assert place.spec.released is not None
+    return place.spec.released.shape
+
+
+def _commonest(config: Config, dtypes: Mapping[str, np.dtype]) -> np.dtype:
+    """That of most numbers."""
+    sizes: dict[Any, int] = {}
+    for path, spec in table(config).items():
+        if path in dtypes:
+            sizes[dtypes[path]] = sizes.get(dtypes[path], 0) + math.prod(spec.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])

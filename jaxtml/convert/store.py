@@ -1,0 +1,131 @@
+"""Our checkpoints in the making: written chunk by chunk, as Orbax restores them.
+
+Written is what Orbax writes without OCDBT: one Zarr array per parameter, one file per chunk of it (Zarr 3 shards), so
+that a chunk is there whole or not at all. A file holds a few experts or a strip of a matrix; within it, pieces of at
+most 4 MiB can be read by themselves, for meshes that split what a file holds. Called by `convert.streaming` and
+`convert.warm`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from jaxtml.config import Config, to_json
+from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, uncached
+from jaxtml.convert.source import Index, table
+from jaxtml.model.spec import Params, ParamSpec
+
+CHUNK = 2**25  # bytes of a file, at most, unless one row is longer
+PIECE = 2**22  # bytes that can be read by themselves
+
+
+def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
+    """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
+    them) as `CHUNK` has room for and divide it; of what is not released, of the longest axis."""
+    inner = list(spec.shape[spec.stacked :])
+    axis = int(np.argmax(inner)) if spec.released is None else spec.released.first
+    row = itemsize * math.prod(inner) // inner[axis]
+    inner[axis] = _divisor(inner[axis], max(1, CHUNK // row))
+    return (1,) * spec.stacked + tuple(inner)
+
+
+def chunks(spec: ParamSpec, itemsize: int) -> Iterator[Index]:
+    """Every chunk of a parameter, layer by layer."""
+    size = chunk_shape(spec, itemsize)
+    for at in np.ndindex(*(whole // part for whole, part in zip(spec.shape, size, strict=True))):
+        yield tuple(slice(i * part, (i + 1) * part) for i, part in zip(at, size, strict=True))
+
+
+def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> None:
+    """A checkpoint of arrays that hold zeros, to be filled chunk by chunk. What Orbax itself writes for one number of
+    each, and then arrays of the right size in their place."""
+    from orbax.checkpoint import v1 as ocp  # half a second, which only saving and loading pay
+
+    tree: Params = {}
+    for path in specs:
+        node = tree
+        *folders, name = path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = jnp.zeros((1,), dtypes[path])
+    how = ocp.Context()
+    saving = how.array.saving
+    saving.use_ocdbt, saving.use_compression = False, False
+    saving.array_metadata_store, saving.enable_write_sharding_file = None, False
+    with how:
+        ocp.save(str(directory), tree)
+    for path, spec in specs.items():
+        shutil.rmtree(_folder(directory / STATE, path))
+        _made(directory / STATE, path, spec, np.dtype(dtypes[path]))
+
+
+class OrbaxSink:
+    """A checkpoint of ours in the making, a `convert.streaming.Sink`.
+
+    Args:
+      config: of the model.
+      dtypes: what each parameter is written as.
+      tokenizer: a file to be carried along; None: none.
+    """
+
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], tokenizer: Path | None = None):
+        self.config, self.dtypes, self.tokenizer = config, dtypes, tokenizer
+        self.specs = table(config)
+        self.arrays: dict[str, Any] = {}
+
+    def dtype(self, path: str) -> np.dtype:
+        return self.dtypes[path]
+
+    def prepare(self, folder: Path) -> None:
+        if not (folder / CONFIG).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            create(folder, self.specs, self.dtypes)
+            if self.tokenizer is not None:
+                shutil.copyfile(self.tokenizer, folder / TOKENIZER)
+            (folder / CONFIG).write_text(to_json(self.config))
+        context = uncached()
+        self.arrays = {path: open_array(folder / STATE, path, context) for path in self.specs}
+
+    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+        """Returns when the chunk is in its file."""
+        self.arrays[path][index].write(values).result()
+
+
+def _folder(state: Path, path: str) -> Path:
+    return state / path.replace("/", ".")
+
+
+def _made(state: Path, path: str, spec: ParamSpec, dtype: np.dtype) -> None:
+    chunk = chunk_shape(spec, dtype.itemsize)
+    piece = list(chunk)
+    while math.prod(piece) * dtype.itemsize > PIECE:
+        axis = int(np.argmax([size if size % 2 == 0 else 0 for size in piece]))
+        if piece[axis] % 2:
+            break
+        piece[axis] //= 2
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    codec = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": piece, "codecs": [little], "index_codecs": [little, {"name": "crc32c"}]},
+    }
+    metadata = {
+        "shape": spec.shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [codec],
+    }
+    store = {"driver": "file", "path": f"{_folder(state, path)}/"}
+    ts.open({"driver": "zarr3", "kvstore": store, "metadata": metadata, "create": True}).result()
+
+
+def _divisor(n: int, at_most: int) -> int:
+    """The largest divisor of `n` that is at most `at_most`."""
+    return next(size for size in range(min(n, at_most), 0, -1) if n % size == 0)

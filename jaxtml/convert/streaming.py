@@ -1,0 +1,271 @@
+"""A conversion: chunk after chunk from a source into a sink, side by side, resumable, counted and checked.
+
+What is written lies in a hidden folder beside the destination until all of it is there, and then takes its name. A
+journal in that folder says which chunks are done: a conversion that was killed goes on with the next ones. Every
+layer's part of a parameter is worked through in order by one thread, which keeps a CRC-32 of all its chunks. Memory is
+a chunk for each thread, whatever the model's size. Called by `convert.command`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+
+from jaxtml.convert.source import Index, Source
+from jaxtml.convert.store import chunks
+from jaxtml.errors import InputError
+from jaxtml.model.spec import ParamSpec
+
+JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
+REPORT_S = 5.0  # seconds between lines of progress
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Sink(Protocol):
+    """Where parameters go: a checkpoint in the making."""
+
+    specs: dict[str, ParamSpec]
+
+    def dtype(self, path: str) -> np.dtype: ...
+
+    def prepare(self, folder: Path) -> None:
+        """Makes everything but the numbers in `folder`; one that a killed conversion prepared is kept."""
+        ...
+
+    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+        """Writes one of `store.chunks`; threads write different ones side by side."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's part of a parameter, or all of one that is in no layer: what a manifest has a checksum of."""
+
+    path: str
+    at: tuple[int, ...]
+    indices: tuple[Index, ...]
+
+    @property
+    def name(self) -> str:
+        return "/".join([self.path, *map(str, self.at)])
+
+
+def layers(specs: dict[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> Iterator[Layer]:
+    """All of them, each with its chunks in order."""
+    for path, spec in specs.items():
+        found: dict[tuple[int, ...], list[Index]] = {}
+        for index in chunks(spec, dtype(path).itemsize):
+            found.setdefault(tuple(cut.start for cut in index[: spec.stacked]), []).append(index)
+        for at, indices in found.items():
+            yield Layer(path, at, tuple(indices))
+
+
+def nbytes(specs: dict[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
+    return sum(int(np.prod(spec.shape, dtype=np.int64)) * dtype(path).itemsize for path, spec in specs.items())
+
+
+def convert(
+    source: Source, sink: Sink, destination: Path, made_from: str, workers: int | None = None
+) -> dict[str, str]:
+    """Fills the sink and gives it its name; returns the CRC-32 of each layer by its name, which the manifest has too.
+
+    Args:
+      source: to read from.
+      sink: to write to.
+      destination: a folder that is not there, or empty.
+      made_from: what identifies the source: a conversion of another one is not resumed.
+      workers: threads; None: one for each core, two at least.
+
+    Raises:
+      InputError: the disk has no room for it.
+    """
+    folder = destination.with_name(f".{destination.name}.converting")
+    work = list(layers(sink.specs, sink.dtype))
+    total = nbytes(sink.specs, sink.dtype)
+    journal = Journal(folder, json.dumps([made_from, total, len(work)]))
+    _check_space(destination, total - journal.written)
+    if journal.written:
+        logging.info("%s: going on after %.1f of %.1f GB", destination, journal.written / 1e9, total / 1e9)
+    sink.prepare(folder)
+    journal.begin()
+    progress = Progress(total, journal.written)
+
+    def one(layer: Layer) -> tuple[str, str]:
+        done, checksum = journal.done.get(layer.name, (0, 0))
+        for count, index in enumerate(layer.indices[done:], done + 1):
+            values = source.read(layer.path, index).astype(sink.dtype(layer.path), copy=False)
+            sink.write(layer.path, index, values)
+            checksum = _crc32(values, checksum)
+            journal.note(layer.name, count, checksum, values.nbytes)
+            progress.add(values.nbytes)
+        return layer.name, f"{checksum:08x}"
+
+    try:
+        checksums = dict(_side_by_side(one, work, workers))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{destination}: the disk is full; make room and convert again, it goes on from here"
+        ) from error
+    finally:
+        journal.close()
+    manifest = {"source": made_from, "crc32": checksums}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / JOURNAL).unlink()
+    os.sync()
+    if destination.exists():
+        destination.rmdir()  # an empty folder
+    folder.rename(destination)
+    return checksums
+
+
+def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers: int | None = None) -> int:
+    """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
+
+    Raises:
+      InputError: layers differ; the first is named.
+    """
+
+    def checksum(of: Source, layer: Layer) -> int:
+        found = 0
+        for index in layer.indices:
+            values = of.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
+            found = _crc32(values, found)
+        return found
+
+    def one(layer: Layer) -> str | None:
+        return None if checksum(source, layer) == checksum(result, layer) else layer.name
+
+    work = list(layers(specs, result.dtype))
+    wrong = sorted(name for name in _side_by_side(one, work, workers) if name)
+    if wrong:
+        raise InputError(
+            f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}"
+        )
+    return len(work)
+
+
+def _crc32(values: np.ndarray, before: int) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
+
+
+def _side_by_side(one: Callable[[Layer], Any], work: list[Layer], workers: int | None) -> list[Any]:
+    """`one` of each, by threads; the first exception ends it all."""
+    with ThreadPoolExecutor(workers or max(2, os.cpu_count() or 1)) as pool:
+        futures: list[Future[Any]] = [pool.submit(one, layer) for layer in work]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if not future.cancelled()]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_space(destination: Path, needed: int) -> None:
+    place = destination.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write {destination}: there is no folder {place}")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(f"{destination} needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB left")
+
+
+class Journal:
+    """Which chunks of a conversion are written. One from before the machine last started is worth nothing: what was not
+    yet on the disk then is lost."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.file, self.lock = folder / JOURNAL, threading.Lock()
+        boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
+        self.head = {"identity": identity, "boot": boot}
+        self.done: dict[str, tuple[int, int]] = {}  # layer -> chunks, CRC-32 of them
+        self.written = 0
+        self.opened: Any = None
+        lines = []
+        if self.file.is_file():
+            self._open()
+            lines = self.file.read_text(errors="replace").splitlines()
+        if not lines or _parsed(lines[0]) != self.head:
+            self.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for line in lines[1:]:
+            entry = _parsed(line)
+            if entry is None:  # the last, half written
+                continue
+            self.done[entry["layer"]] = (entry["chunks"], entry["crc32"])
+            self.written += entry["bytes"]
+
+    def begin(self) -> None:
+        """The folder is prepared: chunks will be noted."""
+        if self.opened is None:
+            self._open()
+            self._append(self.head)
+        else:
+            self._append(None)
+
+    def _open(self) -> None:
+        self.opened = open(self.file, "a")  # noqa: SIM115 (closed by `close`)
+        try:
+            fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.file.parent} is being written by another conversion") from error
+
+    def note(self, layer: str, count: int, checksum: int, size: int) -> None:
+        self._append({"layer": layer, "chunks": count, "crc32": checksum, "bytes": size})
+
+    def _append(self, entry: dict[str, Any] | None) -> None:
+        """None ends a line that may have been cut off."""
+        with self.lock:
+            self.opened.write("\n" if entry is None else json.dumps(entry) + "\n")
+            self.opened.flush()
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+            self.opened = None
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+class Progress:
+    """A line every few seconds: bytes, rate, time left."""
+
+    def __init__(self, total: int, done: int):
+        self.total, self.done, self.before = total, done, done
+        self.began = self.told = time.monotonic()
+        self.lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self.lock:
+            self.done += size
+            now = time.monotonic()
+            if now - self.told < REPORT_S and self.done < self.total:
+                return
+            self.told = now
+            rate = (self.done - self.before) / max(now - self.began, 1e-9)
+            left = (self.total - self.done) / rate
+            logging.info(
+                "%.1f of %.1f GB  %.2f GB/s  %d:%02d left",
+                self.done / 1e9, self.total / 1e9, rate / 1e9, *divmod(round(left), 60),
+            )  # fmt: skip
