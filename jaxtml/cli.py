@@ -30,7 +30,15 @@ def info(args: argparse.Namespace) -> None:
     from jaxtml.model.interaction import InteractionModel, group_of
     from jaxtml.model.spec import count, flatten
 
-    config = configs.load(args.config, args.set)
+    checkpoint = None
+    if Path(args.config).is_dir():
+        from jaxtml.convert.inspect import described
+
+        if args.set:
+            raise InputError(f"{args.config} is a checkpoint: its config cannot be --set")
+        config, checkpoint = described(args.config)
+    else:
+        config = configs.load(args.config, args.set)
     parts: dict[str, dict[str, object]] = {}
     for path, spec in flatten(InteractionModel(config).specs()):
         parts.setdefault(group_of(path, spec), {})[path] = spec
@@ -41,6 +49,7 @@ def info(args: argparse.Namespace) -> None:
         "params_total": total,
         "params_active": active,
         "groups": {name: {"total": t, "active": a} for name, (t, a) in groups.items()},
+        **({"checkpoint": checkpoint} if checkpoint else {}),
     }
     if args.json:
         print(json.dumps(result))
@@ -50,6 +59,11 @@ def info(args: argparse.Namespace) -> None:
     for name, (t, a) in groups.items():
         print(f"{name:{width}}  {t:>16,}  {a:>16,}")
     print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
+    if checkpoint:
+        held = ", ".join(f"{n:,} {dtype}" for dtype, n in checkpoint["dtypes"].items())
+        step = f" at step {checkpoint['step']}" if checkpoint["step"] is not None else ""
+        print(f"{checkpoint['kind']}{step}, {checkpoint['bytes'] / 1e9:.3f} GB: {held}")
+        print(f"good for: {', '.join(checkpoint['uses'])}")
 
 
 def converse(args: argparse.Namespace) -> None:
@@ -198,8 +212,10 @@ def parser() -> argparse.ArgumentParser:
     def add_checkpoint(command: argparse.ArgumentParser) -> None:
         command.add_argument("--checkpoint", default=SHIPPED, metavar="DIR", help="default: the shipped tiny")
 
-    command = add(info, "info", "the resolved config and its parameter count", "info tiny --json")
-    add_config(command)
+    command = add(
+        info, "info", "a resolved config and its parameter count, or what a checkpoint is", "info tiny --json"
+    )
+    add_config(command, "a name in configs/, a path, or the directory of a checkpoint or a training run")
     command.add_argument(
         "--json", action="store_true", help="JSON on stdout: config, params_total, params_active, groups"
     )

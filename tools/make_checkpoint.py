@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.convert.checkpoint import save_checkpoint
+from jaxtml.convert.command import read
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
-from jaxtml.train.storage import latest
 from jaxtml.train.vocoder import trained
 
 LIMIT_BYTES = 25_000_000
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     try:
-        config, _, params = latest(args.workdir)
+        config, params = read(args.workdir)
         logs = {"training.jsonl": (args.workdir / "log.jsonl").read_text()}
         if args.vocoder is not None:
             other, vocoder = trained(args.vocoder)

@@ -76,10 +76,11 @@ class Engine:
 
     @classmethod
     def load(cls, directory: str | Path) -> Engine:
-        """Reads a checkpoint directory; raises `InputError` as `load_checkpoint` and `TextCodec.load` do."""
-        from jaxtml.convert.checkpoint import TOKENIZER, load_checkpoint
+        """Reads any checkpoint that `jaxtml convert` does; raises `InputError` as `opened` and `TextCodec.load` do."""
+        from jaxtml.convert.checkpoint import TOKENIZER
+        from jaxtml.convert.command import read
 
-        config, params = load_checkpoint(directory)
+        config, params = read(directory)
         return cls.create(config, params, TextCodec.load(Path(directory) / TOKENIZER))
 
     def step(self, batch: int) -> Any:

@@ -1,7 +1,7 @@
 """What a training run is on disk: who may go on with it, its newest checkpoint, and the state that it begins with.
 
 Orbax v1, one layout for any mesh and any number of processes: every process writes and reads the parts of its own
-devices. Called by `train.loop` and by whoever reads a run (`latest`).
+devices. Called by `train.loop`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from jaxtml.config import Config, TrainConfig, from_json, to_json
-from jaxtml.convert.checkpoint import CONFIG, TOKENIZER, load_checkpoint, load_config
+from jaxtml.convert.checkpoint import CONFIG, RUN, TOKENIZER
+from jaxtml.convert.command import opened
+from jaxtml.convert.released import ReleasedCheckpoint
+from jaxtml.convert.source import placed, table
+from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import layout
-from jaxtml.model.spec import Params, ParamSpec, flatten
+from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.parallel.mesh import TRAIN
-from jaxtml.stream.text import TextCodec
 from jaxtml.train.step import TrainState, make_train_step
 
-CHECKPOINTS, MADE_FROM = "checkpoints", "data.txt"
+MADE_FROM = "data.txt"
 # What may change when a run resumes: how long it is, how often it writes, and how its work is cut up.
 FREE = ("steps", "checkpoint_every", "sample_every", "remat", "accumulate", "transport", "capacity")
 
@@ -35,7 +39,7 @@ def checkpointer(workdir: Path) -> ocp.training.Checkpointer:
     """Keeps the two newest checkpoints."""
     policy = ocp.training.preservation_policies.LatestN(2)
     return ocp.training.Checkpointer(
-        str((workdir / CHECKPOINTS).absolute()),
+        str((workdir / RUN).absolute()),
         preservation_policy=policy,  # pyright: ignore[reportArgumentType]
     )
 
@@ -82,28 +86,25 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
         ) from error
 
 
-def latest(workdir: Path) -> tuple[Config, TextCodec, Params]:
-    """Config, tokenizer and newest parameters of a run. Raises `InputError` where there is no checkpoint yet."""
-    if not (workdir / CONFIG).is_file():
-        raise InputError(f"{workdir} holds no training run")
-    config = from_json((workdir / CONFIG).read_text())
-    with ocp.training.Checkpointer(str((workdir / CHECKPOINTS).absolute())) as saver:
-        if saver.latest is None:
-            raise InputError(f"{workdir} has no checkpoint yet: let the training run on")
-        state = load(saver, workdir, saver.latest.step, InteractionModel(config))
-    return config, TextCodec.load(workdir / TOKENIZER), state.params
-
-
 def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
-    """The parameters of a checkpoint that a run of `model` on `data` can begin with."""
-    theirs = load_config(directory)
-    held, wanted = ({path: spec.shape for path, spec in flatten(m.specs())} for m in (InteractionModel(theirs), model))
+    """The parameters of a checkpoint that a run of `model` on `data` can begin with, where and as `shapes` says, read
+    by each process for its own devices: one of ours of the same sizes, or a released one with the same backbone.
+
+    Raises:
+      InputError: it is neither, or its tokenizer is not that of the data.
+    """
+    source = opened(directory)
+    if isinstance(source, ReleasedCheckpoint):
+        source = WarmStart(source, model.config, model.config.train.seed)
+    held, wanted = ({path: spec.shape for path, spec in table(c).items()} for c in (source.config, model.config))
     other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
     if other:
         raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
-    if (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
+    if not (directory / TOKENIZER).is_file():
+        logging.warning("%s has no %s: nobody can say whether that of %s fits", directory, TOKENIZER, data)
+    elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
-    return load_checkpoint(directory, shapes=shapes(model))[1]
+    return placed(source, shapes(model))
 
 
 def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
@@ -112,7 +113,7 @@ def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
     A run that has not come to its first checkpoint has nothing to lose: another one takes its place.
     """
     path, source = workdir / CONFIG, workdir / MADE_FROM
-    if any((workdir / CHECKPOINTS).glob("[0-9]*")):
+    if any((workdir / RUN).glob("[0-9]*")):
         if _identity(from_json(path.read_text())) != _identity(config):
             raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
         if source.read_text() != made_from:

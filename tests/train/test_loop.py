@@ -24,14 +24,15 @@ from jaxtml import cli
 from jaxtml import config as configs
 from jaxtml.config import Config
 from jaxtml.convert.checkpoint import load_checkpoint, save_checkpoint
+from jaxtml.convert.command import read
 from jaxtml.data import bank, pipeline, scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
+from jaxtml.stream.text import TextCodec
 from jaxtml.train import loop
 from jaxtml.train.loop import train
 from jaxtml.train.step import TrainState
-from jaxtml.train.storage import latest
 from jaxtml.train.vocoder import trained
 
 STEPS = 6
@@ -164,20 +165,21 @@ def test_the_samples_are_conversations_that_can_be_heard_and_read(config, straig
     assert any((straight[0] / "tensorboard").iterdir())
 
 
-def test_latest_reads_a_run_back(config, codec, straight):
+def test_a_run_is_read_back_at_its_newest_step(config, codec, straight):
     workdir, state = straight
-    read_config, read_codec, params = latest(workdir)
+    read_config, params = read(workdir)
     assert read_config == config
-    assert read_codec.encode("forty two") == codec.encode("forty two")
+    assert TextCodec.load(workdir / "tokenizer.json").encode("forty two") == codec.encode("forty two")
     assert_same(params, state.params)
 
 
-def test_latest_of_nothing_is_one_clear_line(config, tmp_path):
-    with pytest.raises(InputError, match="holds no training run"):
-        latest(tmp_path)
+def test_reading_a_run_without_a_checkpoint_is_one_clear_line(config, tmp_path):
+    with pytest.raises(InputError, match="is not a jaxtml checkpoint"):
+        read(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(config))
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="has no checkpoint yet: let the training run on"):
-        latest(tmp_path)
+        read(tmp_path)
 
 
 def test_a_run_is_told_apart_from_a_checkpoint_and_from_a_vocoder(straight):
@@ -273,6 +275,6 @@ def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data
         assert not ended.value.code, capsys.readouterr().err
     assert list((own / "examples").glob("*.wav")) and list((own / "examples").glob("*.png"))
     assert (tmp_path / "run" / "data.txt").read_text().endswith(" cache of 64")
-    assert int(latest(tmp_path / "run")[0].train.steps) == STEPS
+    assert int(read(tmp_path / "run")[0].train.steps) == STEPS
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == STEPS and np.isfinite(log[-1]["loss"])

@@ -17,11 +17,11 @@ import tones
 
 from jaxtml import config as configs
 from jaxtml.config import AttentionConfig, Config
+from jaxtml.convert.command import read
 from jaxtml.data import bank, scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
 from jaxtml.parallel import processes
-from jaxtml.train.storage import latest
 
 STEPS = 4
 # One process of a run: config, folder, data, mesh, devices of this process, batches after which it stops.
@@ -103,7 +103,7 @@ def run(config: Path, workdir: Path, data: Path, count: int, devices: int, mesh:
 
 
 def same(a: Path, b: Path, tolerance: float = 0.0) -> None:
-    for (path, x), (_, y) in zip(flatten(latest(a)[2]), flatten(latest(b)[2]), strict=True):
+    for (path, x), (_, y) in zip(flatten(read(a)[1]), flatten(read(b)[1]), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=tolerance, atol=tolerance, err_msg=path)
 
 
