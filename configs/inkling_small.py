@@ -3,8 +3,8 @@
     jaxtml info inkling_small --json
 
 42 layers of width 4096, 256 routed and 2 shared experts of which 6 + 2 work on a token: 263.7B parameters without the
-checkpoint's multi-token-prediction layers, 11.3B of them active; with them (`--set backbone.mtp_heads=8 --set
-backbone.mtp_global=[1,3]`) 265.9B. It hears and sees as released; it cannot speak, so the parts that speech needs are
+checkpoint's multi-token-prediction layers, 11.2B of them active; with them (`--set backbone.mtp_heads=8 --set
+backbone.mtp_global=[1,3]`) 266.0B. It hears and sees as released; it cannot speak, so the parts that speech needs are
 as small as they can be. 532 GB in bfloat16: no single machine runs it.
 """
 

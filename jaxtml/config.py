@@ -147,7 +147,8 @@ class TrainConfig:
     the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the backward
     pass computes again: "none" of it, a layer but for its "outputs" of attention and feed-forward, or the layer in
     "full". A batch is cut into `accumulate` parts that follow each other. `transport` and `capacity` are those of the
-    experts (`jaxtml.model.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights.
+    experts (`jaxtml.model.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights, and
+    gradients are summed over both in `compute_dtype`.
     """
 
     steps: int = 1000
@@ -377,6 +378,10 @@ def validate(config: Config) -> None:
             raise InputError(
                 f"backbone.{name}: {attention.n_heads} heads do not divide by {attention.n_kv_heads} kv heads"
             )
+    if b.n_dense > b.n_layers:
+        raise InputError(f"backbone.n_dense {b.n_dense}: there are {b.n_layers} layers")
+    if config.duplex.max_patches and not config.vision.folds:
+        raise InputError(f"duplex.max_patches {config.duplex.max_patches}: vision.folds has no tower for them")
     if any(not 0 <= layer < b.n_layers for layer in b.global_layers):
         raise InputError(f"backbone.global_layers {b.global_layers}: layers are 0..{b.n_layers - 1}")
     if any(not 0 <= head < b.mtp_heads for head in b.mtp_global):

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from jaxtml.convert.inkling_config import inkling_config
 from jaxtml.convert.released import INDEX, WEIGHTS, Place, places
 from jaxtml.convert.safetensors_file import Stored, create, writable
 from jaxtml.convert.source import Index, contiguous, table
+from jaxtml.model.spec import ParamSpec
 
 SHARD_BYTES = 5 * 10**9
 EXACT = (".gate.bias", ".gate.global_scale")  # float32 in every release
@@ -36,8 +36,8 @@ class ReleasedSink:
     """
 
     def __init__(self, config: Config, dtypes: Mapping[str, np.dtype]):
-        self.described = inkling_config(config) | {"dtype": _commonest(config, dtypes).name}
         self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
+        self.described = inkling_config(config) | {"dtype": _commonest(self.specs, dtypes).name}
         self.dtypes = dtypes
         self.places = {(place.path, place.index): place for place in places(config)}
         self.stored: dict[str, Stored] = {}
@@ -100,10 +100,9 @@ def _shape(place: Place) -> tuple[int, ...]:
     return place.spec.released.shape
 
 
-def _commonest(config: Config, dtypes: Mapping[str, np.dtype]) -> np.dtype:
+def _commonest(specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> np.dtype:
     """That of most numbers."""
-    sizes: dict[Any, int] = {}
-    for path, spec in table(config).items():
-        if path in dtypes:
-            sizes[dtypes[path]] = sizes.get(dtypes[path], 0) + math.prod(spec.shape)
+    sizes: dict[np.dtype, int] = {}
+    for path, spec in specs.items():
+        sizes[dtypes[path]] = sizes.get(dtypes[path], 0) + math.prod(spec.shape)
     return max(sizes, key=lambda dtype: sizes[dtype])

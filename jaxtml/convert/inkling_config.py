@@ -173,9 +173,17 @@ def _section(released: dict[str, Any], key: str) -> dict[str, Any]:
 def _mtp(released: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Of the prediction heads: how many, which are local; none where the config has none. `transformers` moves them."""
     given = released.get("mtp_config") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"config.json: mtp_config is {given!r}, not an object")
+    heads = given.get("num_nextn_predict_layers", text.get("num_mtp_layers")) or 0
+    local = given.get("local_layer_ids", text.get("mtp_local_layer_ids")) or []
+    if type(heads) is not int or heads < 0:
+        raise InputError(f"config.json: num_nextn_predict_layers is {heads!r}, not a number of heads")
+    if not isinstance(local, list) or any(type(i) is not int or not 0 <= i < heads for i in local):
+        raise InputError(f"config.json: mtp_config's local_layer_ids {local!r} are no list of some of {heads} heads")
     return {
-        "num_nextn_predict_layers": given.get("num_nextn_predict_layers", text.get("num_mtp_layers")) or 0,
-        "local_layer_ids": given.get("local_layer_ids", text.get("mtp_local_layer_ids")) or [],
+        "num_nextn_predict_layers": heads,
+        "local_layer_ids": local,
         "chain_hidden_post_norm": given.get("chain_hidden_post_norm", text.get("chain_hidden_post_norm", False)),
     }
 

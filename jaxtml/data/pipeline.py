@@ -163,33 +163,34 @@ def speech_slots(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of the global batch this host makes: the `host`-th of `hosts` equal, contiguous parts."""
+    """Which rows of the global batch this host makes: those of its devices, in order (None: all). On a torus they need
+    not lie together."""
 
-    host: int = 0
-    hosts: int = 1
+    rows: tuple[int, ...] | None = None
+
+    def count(self, batch: int) -> int:
+        return batch if self.rows is None else len(self.rows)
 
     def row(self, local: int, batch: int) -> int:
         """The global row of this host's `local`-th row, counted over all steps."""
-        part = batch // self.hosts
-        step, within = divmod(local, part)
-        return step * batch + self.host * part + within
+        step, within = divmod(local, self.count(batch))
+        return step * batch + (within if self.rows is None else self.rows[within])
 
 
 def batches(
     rows: Callable[[int], Batch], batch: int, *, start: int = 0, workers: int = 0, share: Share = Share()
 ) -> grain.DatasetIterator[Batch]:
-    """Batches from step `start` on, without end: `[B / hosts, ...]` of what `pad` returns, always the same for a step.
+    """Batches from step `start` on, without end: `[B, ...]` of what `pad` returns, always the same for a step; B are
+    the rows of this host's share.
 
     Args:
       rows: makes a row from its number: `Rows`, or `jaxtml.data.cache.CachedRows`.
-      batch: rows of the global batch; a multiple of `share.hosts`.
+      batch: rows of the global batch.
       start: the step to begin with: the one integer that a resumed run needs.
       workers: processes that make batches in advance; 0 makes them here. `close()` the iterator to end them.
       share: the part of a host.
     """
-    if batch % share.hosts:
-        raise ValueError(f"a batch of {batch} rows does not divide among {share.hosts} hosts")
-    part = batch // share.hosts
+    part = share.count(batch)
     # Rows are batched before they are dealt to workers: whole steps go round, so their order is that of one process.
     steps = (
         grain.MapDataset.range(start * part, _ENDLESS)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
+from absl import logging
 
 from jaxtml.model.layers import swiglu_grad
 
@@ -105,6 +106,8 @@ def expert_rows(
         cuda = partial(in_place, platform="cuda")
     elif _for_gpu():
         cuda = on_layer(_tokamax) if importlib.util.find_spec("tokamax") else blocks
+        if cuda is blocks:
+            logging.log_first_n(logging.WARNING, "experts run a loop made for CPUs: pip install tokamax", 1)
     return jax.lax.platform_dependent(rows, sizes, experts, tpu=tpu, cuda=cuda, default=blocks)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+_SERIAL = 2**22  # numbers up to which threads are not worth their while
 
 Params = dict[str, Any]
 Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -156,11 +159,20 @@ def initial(path: str, spec: ParamSpec, seed: int, index: tuple[slice, ...]) -> 
     streams = spec.stacked + ("expert" in spec.axes)  # the expert axis comes first in its layer
     starts = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
     values = np.empty([len(span) for span in starts], np.float32)
-    for at in np.ndindex(*values.shape[:streams]):
+
+    def draw(at: tuple[int, ...]) -> None:
         place = tuple(span[i] for span, i in zip(starts, at, strict=False))
         stream = np.random.SeedSequence((seed, name, *place))
         drawn = spec.init(np.random.Generator(np.random.Philox(stream)), spec.shape[streams:])
         values[at] = drawn[index[streams:]]
+
+    places = np.ndindex(*values.shape[:streams])
+    if values.size < _SERIAL:
+        for at in places:
+            draw(at)
+    else:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(draw, places))
     return values
 
 

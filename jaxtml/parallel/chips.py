@@ -32,6 +32,7 @@ class Chip:
       devices: JAX devices per chip.
       gpu: of a GPU, what XLA's compiler asks about it where there is none: major compute capability, multiprocessors,
         bytes of second-level cache and GHz.
+      host: GPUs of a host, at most.
       linked: GPUs with fast links to each other where that is more than a host has.
     """
 
@@ -44,6 +45,7 @@ class Chip:
     network_rate: float
     devices: int = 1
     gpu: tuple[int, int, int, float] | None = None
+    host: int = 0
     linked: int = 0
 
 
@@ -54,8 +56,19 @@ CHIPS = (
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_HOPPER),
-    Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB, gpu=_BLACKWELL, linked=72),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_HOPPER, host=8),
+    Chip(
+        "gb200",
+        ("NVIDIA GB200",),
+        2500 * TERA,
+        186 * GB,
+        8000 * GB,
+        900 * GB,
+        50 * GB,
+        gpu=_BLACKWELL,
+        host=4,
+        linked=72,
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtml.errors import InputError
@@ -76,7 +77,9 @@ class MeshShape:
             name, _, value = part.partition("=")
             if name not in AXES:
                 raise InputError(f"mesh {text!r}: no axis {name!r}; there are {', '.join(AXES)}")
-            if not value.isdecimal() or int(value) < 1:
+            if name in lengths:
+                raise InputError(f"mesh {text!r}: {name} is named twice")
+            if not value.isdecimal() or len(value) > 9 or int(value) < 1:
                 raise InputError(f"mesh {text!r}: write it as data=16,expert=8")
             lengths[name] = int(value)
         return MeshShape(**lengths)
@@ -111,8 +114,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {shape} needs {shape.devices} devices, there are {found}: "
             f"the product of {', '.join(AXES)} has to be {found}"
         )
-    kind = AxisType.Explicit if found > 1 else AxisType.Auto
-    return jax.make_mesh(tuple(shape.sizes.values()), AXES, axis_types=(kind,) * 4, devices=devices)
+    kinds, sizes = ((AxisType.Explicit if found > 1 else AxisType.Auto),) * 4, tuple(shape.sizes.values())
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no axis is a product of the torus' sides
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
 
 
 def names_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """`jaxtml plan`: compiles the real program for a pod that is not here and says what it needs.
 
-The program is the trainer's own step, or a micro-turn of the server's, traced once: its work is counted on the jaxpr,
-its memory is what the TPU compiler allots. Called by the command line.
+The program is the trainer's own step, or a micro-turn of the server's: its work is counted on its jaxpr, its memory is
+what the compiler allots. Called by the command line.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import re
 from typing import Any
@@ -58,6 +59,8 @@ def _place(config: Config, topology: str, mesh: str | None, program: str) -> tup
 def _planned(config: Config, where: Topology, shape: MeshShape, program: str) -> dict[str, Any]:
     if program == "train":
         check_batch(config.train, shape)
+        if where.chip.gpu is not None and importlib.util.find_spec("tokamax") is None:
+            raise InputError(f"{where}: GPUs train with tokamax' kernels, which are not here: pip install tokamax")
     _return_memory()
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here

@@ -54,8 +54,10 @@ class Topology:
         known = [chip.name for chip in CHIPS]
         if chip is None:
             raise InputError(f"topology {text!r}: no chip {name!r}; there are {', '.join(known)}")
-        if chip.gpu is not None and not _HOSTS.fullmatch(shape):
-            raise InputError(f"topology {text!r}: write it as {name}:2x8, two hosts with eight GPUs each")
+        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.host):
+            raise InputError(
+                f"topology {text!r}: write it as {name}:2x{chip.host}, two hosts with {chip.host} GPUs each"
+            )
         if chip.gpu is None and shape not in _shapes(name):
             raise InputError(f"topology {text!r}: {name} comes as {', '.join(_nearest(name, shape))} and others")
         return Topology(chip, tuple(map(int, shape.split("x"))))
@@ -148,7 +150,7 @@ def _shapes(name: str) -> tuple[str, ...]:
 
 def _nearest(name: str, shape: str) -> list[str]:
     """Four shapes of about as many chips as `shape` asks for."""
-    sides = [int(side) for side in shape.split("x") if side.isdecimal() and int(side)]
+    sides = [int(side[:9]) for side in shape.split("x") if side.isdecimal() and int(side[:9])]
     wanted = math.prod(sides) if sides else 1
 
     def distance(other: str) -> float:

@@ -71,6 +71,8 @@ def train(
     if codec.size > config.duplex.control_base:
         raise InputError(f"{data / TOKENIZER} has {codec.size} entries, {config.name} {config.duplex.control_base}")
     check_batch(config.train, mesh)
+    if config.train.transport == "ragged" and mesh.expert > 1 and jax.default_backend() == "cpu":
+        raise InputError("train.transport ragged: a CPU has no ragged_all_to_all; set train.transport=ring")
     if mesh.devices < jax.process_count():
         raise InputError(
             f"mesh {mesh} is not of all devices of the {jax.process_count()} processes: name another --mesh"
@@ -97,7 +99,8 @@ def train(
             params = _first_parameters(model, data, vocoder, start_from)
             state = jax.jit(init, donate_argnums=0)(params) if mesh.devices > 1 else init(params)
         steps, every = config.train.steps, config.train
-        feed = batches(rows, every.batch, start=first, workers=workers, share=_share(every.batch, mesh))
+        share = _share(every.batch, mesh)
+        feed = batches(rows, every.batch, start=first, workers=workers, share=share)
         progress = Progress(workdir, config, first, mesh.devices) if jax.process_index() == 0 else None
         if mesh.devices > 1:
             logging.info("no samples are taken: that is done on one device")
@@ -109,7 +112,7 @@ def train(
             for done in range(first + 1, steps + 1):
                 if traced and done == traced[0]:
                     jax.profiler.start_trace(str(workdir / "profile"))
-                state, metrics = compiled(state, _placed(next(feed), every.batch, mesh))
+                state, metrics = compiled(state, _placed(next(feed), share, every.batch, mesh))
                 pending.append(metrics)
                 if traced and done == traced[-1]:
                     jax.block_until_ready(state)
@@ -168,21 +171,23 @@ def _share(batch: int, mesh: MeshShape) -> Share:
     if mesh.devices == 1:
         return Share()
     held: Any = _rows().addressable_devices_indices_map((batch,))
-    spans = {index[0].indices(batch)[:2] for index in held.values()}
-    first, last = min(spans)[0], max(spans)[1]
-    if sum(stop - start for start, stop in spans) != last - first or first % (last - first):
-        raise InputError(f"mesh {mesh}: the rows of one process do not lie together: let tensor divide its devices")
-    return Share(first // (last - first), batch // (last - first))
+    return Share(tuple(sorted({row for index in held.values() for row in range(batch)[index[0]]})))
 
 
-def _placed(local: Batch, batch: int, mesh: MeshShape) -> dict[str, Any]:
+def _placed(local: Batch, share: Share, batch: int, mesh: MeshShape) -> dict[str, Any]:
     """This process's rows as its part of the global batch."""
     if mesh.devices == 1:
         return local
-    return {
-        name: jax.make_array_from_process_local_data(_rows(), rows, (batch, *rows.shape[1:]))
-        for name, rows in local.items()
-    }
+    position = {row: i for i, row in enumerate(share.rows or range(batch))}
+
+    def placed(rows: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(batch)[index[0]]
+            return rows[position[wanted[0]] : position[wanted[-1]] + 1]
+
+        return jax.make_array_from_callback((batch, *rows.shape[1:]), _rows(), part)
+
+    return {name: placed(rows) for name, rows in local.items()}
 
 
 def _stopped(workdir: Path, rows: Callable[[int], Batch], batch: int, last: int) -> InputError:

@@ -55,16 +55,18 @@ class Progress:
             log.write(json.dumps({**told, "load_by_layer": by_layer(load)}) + "\n")
         for name, value in {**means, **balance, **speed}.items():
             self.board.add_scalar(f"train/{name}", value, done)
+        for layer, value in enumerate(by_layer(load)):
+            self.board.add_scalar(f"load/layer_{layer:02}", value, done)
         eta_min = (self.config.train.steps - done) * (now - self.began) / (done - self.first) / 60
         logging.info(
-            "%d/%d  %s  norm %.2f  load %.2f..%.2f  %s%.0f tokens/s  %s  ETA %d:%02d",
+            "%d/%d  %s  norm %.2f  load %s  %s%.2f s  %.0f tokens/s  %s  ETA %d:%02d",
             done,
             self.config.train.steps,
             "  ".join(f"{name} {means[name]:.3f}" for name in TOLD if name in means),
             means["grad_norm"],
-            balance["load_min"],
-            balance["load_max"],
+            balance_line(load),
             f"{means['dropped']:.0f} dropped  " if means["dropped"] else "",
+            speed["step_s"],
             rate,
             f"MFU {speed['mfu']:.1%}" if self.peak else f"{rate * self.flops / 1e9:.0f} GFLOP/s",
             *divmod(round(eta_min), 60),
@@ -91,6 +93,17 @@ def balance_of(load: np.ndarray) -> dict[str, float]:
         if load[:, kind].any():
             found[f"load_max_{kind.name.lower()}"] = _against_mean(load[:, kind]).max()
     return {name: float(value) for name, value in found.items()}
+
+
+def balance_line(load: np.ndarray) -> str:
+    """`balance_of` in short: least and most loaded expert, in which layer, and that of the least balanced modality."""
+    found = balance_of(load)
+    line = f"{found['load_min']:.2f}..{found['load_max']:.2f}"
+    if not load.size:
+        return line
+    modality = max((name for name in found if name.startswith("load_max_")), key=lambda name: found[name])
+    worst = int(np.argmax(by_layer(load)))
+    return f"{line} (layer {worst}; {modality.removeprefix('load_max_')} {found[modality]:.2f})"
 
 
 def by_layer(load: np.ndarray) -> list[float]:

@@ -257,7 +257,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
         if parts == 1:
             (loss, (terms, stats)), grads = part(batch, rows)
         else:
-            cut = jax.tree.map(lambda a: jnp.asarray(a).reshape(parts, -1, *a.shape[1:]), (batch, rows))
+            cut = jax.tree.map(lambda a: jnp.asarray(a).reshape(parts, len(a) // parts, *a.shape[1:]), (batch, rows))
             shapes = jax.eval_shape(lambda c: part(*jax.tree.map(lambda a: a[0], c)), cut)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
             sums, _ = jax.lax.scan(lambda sums, c: (jax.tree.map(jnp.add, sums, part(*c)), None), zeros, cut)

@@ -1,4 +1,4 @@
-"""Safetensors files are read as the library writes them, written as it reads them, and refused where they are damaged."""
+"""Safetensors are read as the library writes them, written as it reads them, and refused where they are damaged."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from jaxtml.model.grouped import Experts
 from jaxtml.model.moe import (
     MoE,
     Routing,
+    block_rows,
     buffer_rows,
     dense,
     plan_trip,
@@ -108,6 +109,34 @@ def test_a_ring_with_bounded_room_drops_the_same_rows_each_time_and_counts_them(
     load = np.bincount(index.reshape(-1), minlength=E).reshape(8, 2)
     assert dropped.sum() > 0
     assert not dropped[(load + 7).sum(axis=1) < len(x) * K // 8].any()  # who has room drops nothing
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("transport", [ring, replicated])
+def test_beyond_capacity_the_oracle_without_what_is_dropped_is_what_comes_out(case, transport):
+    index, x, gate, w13, w2, grad = operands(case)
+    mesh, (n, k) = MeshShape(expert=8), index.shape
+    *ours, dropped = sharded(transport, mesh, Placement(mesh, capacity=1.0))(index, x, gate, w13, w2, grad)
+    kept, own = np.ones(n * k, bool), E // 8
+    block = block_rows(n * k // 8, own)
+    for device in range(8 if n * k >= 4 * E else 0):  # fewer are multiplied where the weights stand, without a buffer
+        start = 0
+        for expert in range(own * device, own * (device + 1)):
+            choices = np.flatnonzero(index.reshape(-1) == expert)
+            kept[choices[max(0, buffer_rows(n * k, 8, own, block, 1.0) - start) :]] = False
+            start += -(-len(choices) // block) * block
+    assert (~kept).any() == (case != "few tokens")
+    mask = kept.reshape(n, k)
+
+    def oracle(x, gate, w13, w2):
+        routing = Routing(jnp.asarray(index), gate * mask, jnp.zeros((n, 0)), jnp.zeros((n, E)))
+        return dense(x, routing, Experts(w13, w2))
+
+    out, adjoint = jax.vjp(oracle, *map(jnp.asarray, (x, gate, w13, w2)))
+    for a, b in zip(ours, (out, *adjoint(jnp.asarray(grad))), strict=True):
+        assert np.linalg.norm(np.asarray(a) - b) <= 1e-6 * np.linalg.norm(b)
+    counted = np.asarray(dropped).reshape(-1)
+    assert (counted.sum() if transport is ring else counted.max()) == (~kept).sum()
 
 
 @pytest.mark.parametrize("capacity", [None, 0.7])

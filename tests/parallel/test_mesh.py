@@ -1,4 +1,4 @@
-"""Where every parameter of the 276B model lies on four pods, and one clear line for a mesh that does not fit."""
+"""Where every parameter of the 276B model lies on five pods, and one clear line for a mesh that does not fit."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ def test_a_tpu_multiplies_what_it_needs_and_keeps_no_more(topology):
     assert 1 <= found["moe"]["compiled"] < 1.1
     assert found["moe"]["compiled"] == pytest.approx(found["moe"]["counted"], rel=0.01)
     # 32,768 tokens: the logits of one head alone are 2.1e9 bytes in bfloat16, as are the profiles of all eight.
-    assert max(found["attention"].values()) < 1.1e9
-    assert max(found["in_place"].values()) < 10e6
+    assert max(found["attention"].values()) < 0.8e9
+    # A copy of the smallest part of a layer, w2 in int8, would be 4.2e6 bytes.
+    assert max(found["in_place"].values()) < 1e6
 
 
 @pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
@@ -36,5 +37,6 @@ def test_a_gpu_is_given_little_padding_to_multiply_and_keeps_no_more():
     """Its compiler says nothing of FLOPs: counted are the rows that tokamax is given, not what its kernels do."""
     found = compiled("h100:1x8")
     assert 1 <= found["moe"]["counted"] < 1.1
-    assert max(found["attention"].values()) < 0.8e9
-    assert max(found["in_place"].values()) < 20e6
+    assert found["attention"]["global"] < 0.8e9 and found["attention"]["sliding"] < 0.5e9
+    # Rows that are padded to 16, and what lies between the two products; a copy of w2 would be 4.2e6 bytes more.
+    assert found["in_place"]["8 True"] < 3e6 and found["in_place"]["128 False"] < 6e6

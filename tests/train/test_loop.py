@@ -29,6 +29,7 @@ from jaxtml.data import bank, pipeline, scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
+from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.text import TextCodec
 from jaxtml.train import loop
 from jaxtml.train.loop import train
@@ -136,6 +137,45 @@ def test_a_run_that_was_killed_resumes_and_ends_where_a_straight_one_does(config
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (workdir / "checkpoints").is_dir() and not (workdir / "samples").exists()
     assert_same(train(config, workdir, data, workers=0), straight[1])
+
+
+def test_a_run_on_eight_devices_goes_on_with_another_mesh_and_ends_where_a_straight_one_does(
+    config, data, tmp_path, monkeypatch
+):
+    wide = configs.override(config, "train.batch=8")
+    first, second = MeshShape(data=4, expert=2), MeshShape(replica=2, data=2, expert=2)
+    straight = jax.device_get(train(wide, tmp_path / "straight", data, workers=0, mesh=MeshShape(data=8)))
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+        yield from itertools.islice(pipeline.batches(*args, **options), 4)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "batches", interrupted)
+        train(wide, tmp_path / "run", data, workers=0, mesh=first)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+    resumed = jax.device_get(train(wide, tmp_path / "run", data, workers=0, mesh=second))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), resumed.params, straight.params)
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("run", "straight")]
+    assert np.isfinite(losses).all()
+
+
+def test_steps_without_a_sound_gradient_end_the_run_and_leave_their_batch(config, data, tmp_path):
+    strict = configs.override(configs.override(config, "train.norm_limit=1e-6"), "train.steps=40")
+    with pytest.raises(InputError, match="gave no sound gradient .* the first batch is in") as stopped:
+        train(strict, tmp_path, data, workers=0)
+    assert "\n" not in str(stopped.value)
+    (saved,) = tmp_path.glob("unsound_*.npz")
+    assert saved.name == "unsound_000001.npz"
+    with np.load(saved) as batch:
+        assert batch["kind"].shape == (config.train.batch, config.data.tokens) and batch["kind"].any()
+
+
+def test_what_a_cpu_cannot_do_is_refused_before_a_folder_is_made(config, data, tmp_path):
+    ragged = configs.override(configs.override(config, "train.transport=ragged"), "train.batch=8")
+    with pytest.raises(InputError, match="a CPU has no ragged_all_to_all"):
+        train(ragged, tmp_path / "run", data, mesh=MeshShape(data=4, expert=2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_started_again_stays_as_it_is(config, data, straight):

@@ -131,6 +131,18 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(mesh_shape, config, par
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b) + 1e-9, path
 
 
+def test_a_batch_without_patches_is_cut_into_parts_too(config, batch):
+    blind = dataclasses.replace(
+        config,
+        duplex=dataclasses.replace(config.duplex, max_patches=0),
+        train=dataclasses.replace(config.train, accumulate=2),
+    )
+    model = InteractionModel(blind)
+    rows = {**batch, "patches": batch["patches"][:, :0]}
+    terms, *_ = jax.eval_shape(make_gradients(model), shapes(model), rows, jax.random.key(0))
+    assert terms["loss"].shape == ()
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_state_in_bfloat16_stays_what_it_is(config, batch, accumulate):
     train = dataclasses.replace(

@@ -4,6 +4,7 @@ bad batch changes nothing."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 from jaxtml.config import Config
 from jaxtml.data.pipeline import pad
+from jaxtml.model import backbone
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
 from jaxtml.parallel.mesh import MeshShape
@@ -70,9 +72,9 @@ def stepped(functions, params, batch) -> tuple[TrainState, TrainState, dict[str,
     return state, after, metrics
 
 
-@pytest.fixture(scope="module")
-def gradients(config, params, batch) -> dict[str, dict[str, np.ndarray]]:
-    """Gradient of each term alone, `{term: {path: array}}`."""
+@pytest.fixture(scope="module", params=[backbone.SPELT_OUT, 0], ids=["spelt out", "scanned"])
+def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    """Gradient of each term alone, `{term: {path: array}}`, with layers one by one and in loops."""
     model = InteractionModel(config)
 
     def weighted(p: Params, weights: jax.Array) -> jax.Array:
@@ -82,7 +84,9 @@ def gradients(config, params, batch) -> dict[str, dict[str, np.ndarray]]:
 
     grad = jax.jit(jax.grad(weighted))
     alone = np.eye(len(TERMS), dtype=np.float32)
-    return {name: dict(flatten(jax.device_get(grad(params, w)))) for w, name in zip(alone, TERMS, strict=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "SPELT_OUT", request.param)
+        yield {name: dict(flatten(jax.device_get(grad(params, w)))) for w, name in zip(alone, TERMS, strict=True)}
 
 
 def layers_of(spec: Any, leaf: np.ndarray) -> np.ndarray:
@@ -199,6 +203,24 @@ def test_a_batch_without_a_sound_gradient_changes_nothing_but_the_counter(config
     again, metrics = step(after, batch)
     assert int(metrics["skipped"]) == 0 and np.isfinite(metrics["loss"])
     assert int(again.step) == int(state.step) + 2
+
+
+def test_steps_in_bfloat16_learn_what_steps_in_float32_do(config, functions, params, batch):
+    low = dict.fromkeys(("compute_dtype", "param_dtype", "moment_dtype"), "bfloat16")
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, **low))
+    init, step = make_train_step(InteractionModel(half))
+    table = InteractionModel(half).specs()
+    cast = jax.tree.map(lambda a, spec: a.astype("bfloat16" if spec.trained else "float32"), params, table)
+    runs = []
+    for start, compiled, given in ((functions[0], functions[1], params), (init, jax.jit(step), cast)):
+        state, losses = start(given), []
+        for _ in range(30):
+            state, metrics = compiled(state, batch)
+            losses.append(float(metrics["loss"]))
+        runs.append(losses)
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=0.02)
+    fallen = [losses[0] - np.mean(losses[-5:]) for losses in runs]
+    assert 0.8 * fallen[0] < fallen[1] < 1.2 * fallen[0]
 
 
 def test_a_step_is_a_function_of_its_state_and_batch(functions, stepped, batch):

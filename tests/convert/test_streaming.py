@@ -1,0 +1,279 @@
+"""A conversion is whole or not there, goes on where it was killed, and is what its checksums say."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtml import config as configs
+from jaxtml.config import Config
+from jaxtml.convert import store, streaming
+from jaxtml.convert.checkpoint import OrbaxCheckpoint, load_checkpoint, on_one_device
+from jaxtml.convert.command import convert, opened, read, write
+from jaxtml.convert.released import ReleasedCheckpoint
+from jaxtml.convert.safetensors_file import headers, writable
+from jaxtml.convert.source import Held, contiguous, placed, table
+from jaxtml.convert.store import OrbaxSink, chunk_shape, chunks
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import Params, flatten
+from jaxtml.parallel.mesh import MeshShape, make_mesh
+
+
+@pytest.fixture(scope="module")
+def config(small) -> Config:
+    """Inkling knows one number for window and relative extent of sliding layers."""
+    sliding = dataclasses.replace(small.backbone.sliding, rel_extent=small.backbone.sliding.window)
+    backbone = dataclasses.replace(small.backbone, sliding=sliding, mtp_heads=2, mtp_global=(1,))
+    return dataclasses.replace(small, backbone=backbone)
+
+
+@pytest.fixture(scope="module")
+def params(config, lively) -> Params:
+    return lively(config)
+
+
+@pytest.fixture(scope="module")
+def released(config, params, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("released") / "hf"
+    write(Held(config, params), folder, "memory", "hf", "bfloat16")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(store, "CHUNK", 8192)
+    monkeypatch.setattr(store, "PIECE", 512)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0)])
+def test_a_turned_array_is_copied_as_numpy_copies_it(axes):
+    array = np.arange(5 * 130 * 200).reshape(5, 130, 200).transpose(axes)
+    np.testing.assert_array_equal(contiguous(array), np.ascontiguousarray(array))
+    out = np.zeros_like(array[:, 1:])
+    contiguous(array[:, 1:], out)
+    np.testing.assert_array_equal(out, array[:, 1:])
+
+
+def test_chunks_cover_every_number_once(config):
+    for path, spec in table(config).items():
+        seen = np.zeros(spec.shape, int)
+        for index in chunks(spec, 2):
+            seen[index] += 1
+        assert (seen == 1).all(), path
+        assert all(n % size == 0 for n, size in zip(spec.shape, chunk_shape(spec, 2), strict=True))
+
+
+def test_there_and_back_the_files_have_the_same_bytes(released, tmp_path):
+    said = convert(released, tmp_path / "ours", verify=True)
+    assert "layers equal, logits of 64 tokens too" in said
+    said = convert(tmp_path / "ours", tmp_path / "hf", to="hf", verify=True)
+    assert "layers equal, logits of 64 tokens too" in said
+    for name in ("model.safetensors", "config.json"):
+        assert (released / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    held = {path: opened(tmp_path / "ours").dtype(path).name for path in table(opened(released).config)}
+    assert held["layers/block0/run0/attn/wq"] == "bfloat16"
+    assert {name for path, name in held.items() if path.endswith("router_bias")} == {"float32"}
+
+
+def test_orbax_itself_restores_what_was_written(released, tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    convert(released, tmp_path / "ours")
+    config, params = read(tmp_path / "ours")
+    loaded = ocp.load(str(tmp_path / "ours"), on_one_device(config, "float32"))
+    for (path, a), (_, b) in zip(flatten(loaded), flatten(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).astype(np.float32), b, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["released", "ours"])
+def test_devices_read_their_own_parts_and_nothing_else(kind, config, released, tmp_path):
+    directory = released
+    if kind == "ours":
+        directory = tmp_path / "ours"
+        convert(released, directory)
+    source, mesh = opened(directory), make_mesh(MeshShape(data=4, expert=2))
+    asked: list[tuple[str, tuple[slice, ...]]] = []
+
+    class Watched:
+        config, dtype = source.config, staticmethod(source.dtype)
+
+        def read(self, path, index):
+            asked.append((path, index))
+            return source.read(path, index)
+
+    def shape(spec):
+        axes = [{"expert": "expert", "expert_embed": "data"}.get(axis) for axis in spec.axes]
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding)
+
+    table_of = InteractionModel(source.config).specs()
+    ours = placed(Watched(), jax.tree.map(shape, table_of))
+    _, everything = read(directory)
+    for (path, a), (_, b) in zip(flatten(ours), flatten(everything), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
+    w13 = next(path for path, spec in table(source.config).items() if "gate_up" in spec.axes and "expert" in spec.axes)
+    spec = table(source.config)[w13]
+    sizes = {tuple(len(range(*cut.indices(n))) for cut, n in zip(index, spec.shape, strict=True))
+             for path, index in asked if path == w13}  # fmt: skip
+    assert sizes == {(*spec.shape[:2], spec.shape[2] // 2, 2, spec.shape[4] // 4, spec.shape[5])}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxtml.convert import store, streaming
+from jaxtml.convert.command import convert
+store.CHUNK = 8192
+note, seen = streaming.Journal.note, []
+def killed(self, *args):
+    note(self, *args)
+    seen.append(args)
+    if len(seen) == 100:
+        os.kill(os.getpid(), signal.SIGKILL)
+streaming.Journal.note = killed
+convert(sys.argv[1], sys.argv[2], to=sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_conversion_that_was_killed_goes_on_without_doing_anything_twice(to, released, tmp_path, monkeypatch):
+    source = released
+    if to == "hf":
+        convert(released, tmp_path / "source")
+        source = tmp_path / "source"
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), to]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "out").exists(), "nothing half written has the name"
+    (folder,) = tmp_path.glob(".out.converting")
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
+    with open(folder / "journal.jsonl", "a") as journal:
+        journal.write('{"layer": "cut o')  # what a crash may leave
+    done = {(line["layer"], line["chunks"]) for line in lines[1:]}
+    assert len(done) >= 100
+    again: list[tuple[str, int]] = []
+    note = streaming.Journal.note
+    monkeypatch.setattr(
+        streaming.Journal,
+        "note",
+        lambda self, layer, count, *rest: (again.append((layer, count)), note(self, layer, count, *rest)),
+    )
+    assert "layers equal" in convert(source, tmp_path / "out", to=to, verify=True)
+    assert not done & set(again) and len(again) == len(set(again)) > 0
+    assert not list(tmp_path.glob(".out*"))
+    convert(source, tmp_path / "straight", to=to)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text())["crc32"] for name in ("out", "straight")]
+    assert manifests[0] == manifests[1]
+
+
+def test_another_source_or_another_boot_begins_anew(released, tmp_path, monkeypatch):
+    write_, left = OrbaxSink.write, [50]
+
+    def stopped(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write_(self, *args)
+
+    def interrupted() -> int:
+        """Chunks that a conversion which stops after 50 found done."""
+        left[0] = 50
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(OrbaxSink, "write", stopped)
+            convert(released, tmp_path / "out")
+        lines = (tmp_path / ".out.converting" / "journal.jsonl").read_text().splitlines()
+        return sum('"layer"' in line for line in lines)
+
+    first = interrupted()
+    assert interrupted() > first, "the second went on"
+    boot = tmp_path / "boot"
+    boot.write_text("another")
+    monkeypatch.setattr(streaming, "_BOOT", boot)
+    assert interrupted() <= first
+    boot.write_text("")
+    os.utime(released / "model.safetensors")
+    assert interrupted() <= first
+
+
+def test_two_conversions_to_one_place_do_not_mix(released, tmp_path, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    write_ = OrbaxSink.write
+
+    def waiting(self, *args):
+        begun.set()
+        go.wait(60)
+        write_(self, *args)
+
+    monkeypatch.setattr(OrbaxSink, "write", waiting)
+    thread = threading.Thread(target=convert, args=(released, tmp_path / "out"))
+    thread.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(InputError, match="is being written by another conversion"):
+            convert(released, tmp_path / "out")
+    finally:
+        go.set()
+        thread.join()
+    assert OrbaxCheckpoint(tmp_path / "out").config.backbone == opened(released).config.backbone
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(released, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(InputError, match=r"out needs 0.0 GB, .* has 0.0 GB left"):
+        convert(released, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_conversion_goes_on_later(released, tmp_path, monkeypatch):
+    write_, left = OrbaxSink.write, [30]
+
+    def full(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OrbaxSink, "write", full)
+        with pytest.raises(InputError, match="the disk is full; make room and convert again, it goes on from here"):
+            convert(released, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "layers equal" in convert(released, tmp_path / "out", verify=True)
+
+
+def test_verification_names_what_differs(released, tmp_path, monkeypatch):
+    convert(released, tmp_path / "ours")
+    source = ReleasedCheckpoint(released)
+    copied = tmp_path / "changed"
+    shutil.copytree(released, copied)
+    name = "model.llm.layers.3.attn.wq_du.weight"
+    writable(headers(copied / "model.safetensors")[name])[2, 3] += 1
+    result, specs = OrbaxCheckpoint(tmp_path / "ours"), table(source.config)
+    assert streaming.verify(source, result, specs) == len(
+        json.loads((tmp_path / "ours" / "manifest.json").read_text())["crc32"]
+    )
+    (path, at), _ = next((key, place) for key, place in source.places.items() if place.name == name)
+    with pytest.raises(InputError, match=f"differs from its source in 1 of .* layers, first in {path}/{at[0]}/{at[1]}"):
+        streaming.verify(ReleasedCheckpoint(copied), result, specs)
+
+
+def test_the_checkpoint_of_a_run_is_a_source_too_and_its_config_travels(config, params, tmp_path):
+    write(Held(config, params), tmp_path / "a", "memory", "orbax", "float32")
+    loaded, values = load_checkpoint(tmp_path / "a")
+    assert configs.to_json(loaded) == configs.to_json(config)
+    jax.tree.map(np.testing.assert_array_equal, values, params)
