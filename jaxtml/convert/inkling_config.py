@@ -1,4 +1,4 @@
-"""The released Inkling `config.json` <-> our config tree. Called by `convert.inkling`.
+"""The released Inkling `config.json` <-> our config tree. Called by `convert.released` and `convert.export`.
 
 Two spellings are read: the released one (`dense_mlp_idx`, `local_layer_ids`, `dense_intermediate_size` ...) and what
 `transformers` writes (`mlp_layer_types`, `layer_types`, `moe_intermediate_size` ...). The second is written.

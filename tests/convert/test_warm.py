@@ -1,0 +1,144 @@
+"""A larger model begins as a smaller one: the same logits on text, everything new neutral, anything else refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtml import config as configs
+from jaxtml.config import Config, DuplexConfig, FlowConfig
+from jaxtml.convert.command import convert, read
+from jaxtml.convert.inkling_config import config_from_inkling
+from jaxtml.convert.logits import text_logits
+from jaxtml.convert.released import ReleasedCheckpoint
+from jaxtml.convert.safetensors_file import headers, writable
+from jaxtml.convert.source import placed, table, whole
+from jaxtml.convert.warm import WarmStart
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import flatten
+from jaxtml.stream.tokens import CONTROLS
+from jaxtml.train.storage import shapes, start_from
+
+ROOT = Path(__file__).parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+DESCRIBED = TOOL["released_config"]()
+THEIRS = config_from_inkling(DESCRIBED, "inkling")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "inkling"
+    folder.mkdir()
+    TOOL["write_checkpoint"](folder, DESCRIBED)
+    return folder
+
+
+@pytest.fixture
+def larger() -> Config:
+    """Two layers more, micro-turn extensions of other sizes, a window on global layers with pinned tokens."""
+    b = THEIRS.backbone
+    globals_ = dataclasses.replace(b.global_, window=256, pinned=4)
+    backbone = dataclasses.replace(b, n_layers=6, global_layers=(2, 5), global_=globals_)
+    duplex = DuplexConfig(control_base=100, max_typed=2, max_heard=3, max_text=3)
+    return dataclasses.replace(
+        THEIRS, name="larger", backbone=backbone, duplex=duplex, flow=FlowConfig(width=32, depth=2)
+    )
+
+
+def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, tmp_path):
+    path = tmp_path / "larger.json"
+    path.write_text(configs.to_json(larger))
+    said = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
+    assert "layers equal, logits of 64 tokens too" in said
+    config, params = read(tmp_path / "ours")
+    assert config == larger
+    ids = np.random.default_rng(0).integers(0, 100, (2, 96))
+    np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read(checkpoint), ids))
+
+
+def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
+    source, warm = ReleasedCheckpoint(checkpoint), None
+    warm = WarmStart(source, larger)
+    model = InteractionModel(larger)
+    for layer, (alike, kind) in {4: (3, "sliding"), 5: (2, "global")}.items():
+        prefix, at = next((where for where, _ in warm.layers.items() if where == _where(model, layer)))
+        (theirs, there), new = warm.layers[prefix, at]
+        assert new and there == _where(InteractionModel(THEIRS), alike)[1], kind
+        for name in ("attn/wq", "attn/wo", "mlp/w13", "mlp/w2", "mlp/shared_w2", "mlp/router"):
+            spec = warm.table[f"{prefix}/{name}"]
+            ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *whole(spec)[2:]))[0, 0]
+            held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *whole(spec)[2:]))[0, 0]
+            if name in ("attn/wo", "mlp/w2", "mlp/shared_w2"):
+                assert not ours.any() and held.any()
+            else:
+                np.testing.assert_array_equal(ours, held)
+
+
+def _where(model: InteractionModel, layer: int) -> tuple[str, tuple[int, int]]:
+    backbone = model.backbone
+    return next(
+        (f"layers/block{b}/run{r}", (i, j))
+        for b, block in enumerate(backbone.blocks)
+        for r, run in enumerate(block.runs)
+        for i in range(block.repeats)
+        for j in range(run.layers)
+        if backbone.layer_index(b, r, i, j) == layer
+    )
+
+
+def test_what_speech_needs_starts_neutral_and_empty_control_rows_differ(checkpoint, larger):
+    file = checkpoint / "model.safetensors"
+    writable(headers(file)["model.llm.embed.weight"])[100:] = 0
+    warm = WarmStart(ReleasedCheckpoint(checkpoint), larger)
+    assert not warm.read("own", (slice(None),)).any()
+    assert not warm.read("clock/weight", (slice(None), slice(None))).any()
+    embed = warm.read("embed/weight", (slice(None), slice(None)))
+    controls = embed[100 : 100 + CONTROLS]
+    assert len(np.unique(controls, axis=0)) == CONTROLS
+    assert 0.5 < controls.std() / embed[:100].std() < 2
+    assert not embed[100 + CONTROLS :].any()
+    np.testing.assert_array_equal(warm.read("embed/weight", (slice(96, 108), slice(8, 24))), embed[96:108, 8:24])
+
+
+def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoint, larger, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model = InteractionModel(larger)
+    params = start_from(checkpoint, model, tmp_path)
+    expected = placed(WarmStart(ReleasedCheckpoint(checkpoint), larger), shapes(model))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    (checkpoint / "tokenizer.json").write_text("another")
+    with pytest.raises(InputError, match="its tokenizer.json is not that of"):
+        start_from(checkpoint, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layers": 3, "global_layers": (2,)}, "larger has 3 layers, inkling 4"),
+        ({"d_ff_expert": 32}, "cannot begin as inkling: backbone.d_ff_expert is 32, theirs 24"),
+        ({"global_layers": (1, 5)}, "a layer 1 of a kind that inkling has none of there"),
+        ({"n_dense": 2}, "cannot begin as inkling: backbone.n_dense is 2, theirs 1"),
+    ],
+    ids=str,
+)
+def test_another_backbone_is_refused_by_what_differs(changes, said, checkpoint, larger):
+    other = dataclasses.replace(larger, backbone=dataclasses.replace(larger.backbone, **changes))
+    with pytest.raises(InputError, match=said):
+        WarmStart(ReleasedCheckpoint(checkpoint), other)
+
+
+def test_every_tensor_that_the_model_shares_is_copied(checkpoint, larger):
+    source = ReleasedCheckpoint(checkpoint)
+    warm = WarmStart(source, larger)
+    for path, spec in table(larger).items():
+        if not path.startswith("layers/") and spec.released is not None and path != "embed/weight":
+            np.testing.assert_array_equal(warm.read(path, whole(spec)), source.read(path, whole(spec)), err_msg=path)
+    assert {p for p, _ in flatten(InteractionModel(larger).specs())} == set(warm.table)
+    assert json.loads((checkpoint / "config.json").read_text()) == DESCRIBED
