@@ -82,7 +82,11 @@ CASES = {
     "text": released_config(),
     "audio": released_config(dense_mlp_idx=2, n_shared_experts=1, num_experts_per_tok=3),
     "image": released_config(log_scaling_n_floor=None, local_layer_ids=[0, 1, 2]),
-}
+    "odd": released_config(  # heads that no power of two counts, one key head for all, every layer but one global
+        num_attention_heads=5, num_key_value_heads=1, swa_num_attention_heads=9, swa_num_key_value_heads=3,
+        hidden_size=40, num_hidden_layers=3, local_layer_ids=[1], n_routed_experts=5, num_experts_per_tok=4,
+    ),
+}  # fmt: skip
 
 
 HEADS = 3

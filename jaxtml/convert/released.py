@@ -134,6 +134,9 @@ class ReleasedCheckpoint:
                 misshapen += [f"{name} is {wrong}"] if wrong else []
         found = (("missing", missing), ("unknown", unknown), ("misfitting", misshapen))
         said = [f"{len(names)} {kind} tensors: {_some(names)}" for kind, names in found if names]
+        for kind, names in found:
+            if len(names) > _SHOWN:
+                logging.info("all %d %s tensors:\n%s", len(names), kind, "\n".join(names))
         if said:
             raise InputError(f"{self.directory} does not fit its config.json: {'; '.join(said)}")
         return {name: {k: v for k, v in found.items() if k not in quantised.UNUSED} for name, found in parts.items()}

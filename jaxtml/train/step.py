@@ -125,6 +125,7 @@ def loss_fn(
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
     slots = jax.vmap(lambda r, s: jax.random.fold_in(jax.random.fold_in(rows[r], 1), s))(row, slot)
     terms["flow"] = model.bind(params).flow.loss(spoken, target, valid, slots) / counts.spoken
+    terms["flow_left_out"] = jnp.asarray(batch["speech_valid"]).sum() - valid.sum(dtype=jnp.float32)
     layers = max(sum(s.z_loss.size for s in stats), 1)
     terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / (counts.tokens * layers)
     share = (
@@ -144,7 +145,7 @@ def _further(
     model: InteractionModel, params: Params, hidden: jax.Array, embedded: jax.Array, batch: Batch, counts: Counts
 ) -> dict[str, jax.Array]:
     """The prediction heads' term: what gate, heard and text weigh for the model itself, for words further ahead, as a
-    mean over heads; and the share of words that they have right, of all that they could."""
+    mean over heads; and the share of all words that a head has right."""
     t, heads = model.config.train, model.config.backbone.mtp_heads
     nll, right = model.foreseen(params, hidden, embedded, batch["target"], t.remat)
     tokens = nll.shape[2]

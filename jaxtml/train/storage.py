@@ -89,17 +89,19 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
 def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
     """The parameters of a checkpoint that a run of `model` on `data` can begin with, where and as `shapes` says, read
     by each process for its own devices: one of ours of the same sizes, or a released one with the same backbone.
+    Prediction heads that it lacks begin anew.
 
     Raises:
       InputError: it is neither, or its tokenizer is not that of the data.
     """
     source = opened(directory)
-    if isinstance(source, ReleasedCheckpoint):
-        source = WarmStart(source, model.config, model.config.train.seed)
-    held, wanted = ({path: spec.shape for path, spec in table(c).items()} for c in (source.config, model.config))
-    other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
-    if other:
-        raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
+    if not isinstance(source, ReleasedCheckpoint):
+        held, wanted = ({path: spec.shape for path, spec in table(c).items()} for c in (source.config, model.config))
+        other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
+        other = [path for path in other if not path.startswith("mtp/")]  # heads may be new, or left out
+        if other:
+            raise InputError(f"{directory} cannot start this run: its {other[0]} is of another size (see its {CONFIG})")
+    source = WarmStart(source, model.config, model.config.train.seed)
     if not (directory / TOKENIZER).is_file():
         logging.warning("%s has no %s: nobody can say whether that of %s fits", directory, TOKENIZER, data)
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():

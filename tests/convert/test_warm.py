@@ -13,6 +13,7 @@ import pytest
 
 from jaxtml import config as configs
 from jaxtml.config import Config, DuplexConfig, FlowConfig
+from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.convert.command import convert, read
 from jaxtml.convert.inkling_config import config_from_inkling
 from jaxtml.convert.logits import text_logits
@@ -22,7 +23,7 @@ from jaxtml.convert.source import placed, table, whole
 from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import flatten
+from jaxtml.model.spec import flatten, init_params
 from jaxtml.stream.tokens import CONTROLS
 from jaxtml.train.storage import shapes, start_from
 
@@ -116,6 +117,19 @@ def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoin
     (checkpoint / "tokenizer.json").write_text("another")
     with pytest.raises(InputError, match="its tokenizer.json is not that of"):
         start_from(checkpoint, model, tmp_path)
+
+
+def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_path):
+    params = init_params(InteractionModel(THEIRS).specs(), 5)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_checkpoint(tmp_path / "ours", THEIRS, params, tokenizer_path=tmp_path / "tokenizer.json")
+    more = dataclasses.replace(THEIRS, backbone=dataclasses.replace(THEIRS.backbone, mtp_heads=1))
+    begun = start_from(tmp_path / "ours", InteractionModel(more), tmp_path)
+    heads = begun.pop("mtp")
+    jax.tree.map(np.testing.assert_array_equal, begun, params)
+    assert (
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(heads)) and heads["block0"]["run0"]["input_proj"].any()
+    )
 
 
 @pytest.mark.parametrize(
