@@ -19,7 +19,7 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import work_of
 from jaxtml.plan import command
 from jaxtml.plan.programs import serve_program, train_program
-from tests.plan.compilers import LIBTPU, ROOT, environment
+from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
 KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
         "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
@@ -75,6 +75,42 @@ def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_pat
     assert report["chips"] == (4 if "serve" in arguments else 8) and report["flops_ratio"] >= 1
     if "serve" in arguments:
         assert report["mesh"] == "expert=4" and report["sessions_at_200_ms"] > report["sessions"] == 8
+
+
+@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--topology", "h100:1x4", "--mesh", "data=2,expert=2", "--set", "train.transport=ragged"),
+        ("--topology", "h100:1x4", "--program", "serve"),
+    ],
+    ids=["train", "serve"],
+)
+def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_path):
+    done = planned(tmp_path, *arguments, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report.keys() >= KEYS and report["chips"] == 4
+    assert 0 < report["bytes_per_chip"] < report["chip_memory_bytes"] and report["flops_ratio"] >= 1
+    if "serve" not in arguments:
+        assert any(kind.startswith("ragged_all_to_all") for kind in report["collective_bytes"])
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
+    given = (
+        "--topology",
+        "v5e:4x4",
+        "--mesh",
+        "data=2,expert=8",
+        "--set",
+        "train.batch=16",
+        "--set",
+        "backbone.n_experts=8",
+    )
+    done = planned(tmp_path, *given, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["mesh"] == "data=2,expert=8"
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
