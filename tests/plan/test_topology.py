@@ -20,8 +20,9 @@ def test_a_topology_counts_chips_and_devices(text, chips, devices):
     ("text", "message"),
     [
         ("v4:4x4x4", "no chip 'v4'; there are v5e, v5p, v6e, tpu7x, h100, gb200"),
-        ("h100:16", "write it as h100:2x8, two hosts with eight GPUs each"),
-        ("gb200:0x4", "write it as gb200:2x8"),
+        ("h100:16", "write it as h100:2x8, two hosts with 8 GPUs each"),
+        ("h100:1x16", "write it as h100:2x8, two hosts with 8 GPUs each"),
+        ("gb200:0x4", "write it as gb200:2x4, two hosts with 4 GPUs each"),
         ("v5p", "v5p comes as 2x2x1, "),
         ("v5p:4x4", "v5p comes as 2x2x4, "),
         ("v5p:4x4x9", "v5p comes as 4x4x8, 4x4x12"),
