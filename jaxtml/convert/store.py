@@ -23,7 +23,7 @@ from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, unca
 from jaxtml.convert.source import Index, table
 from jaxtml.model.spec import Params, ParamSpec
 
-CHUNK = 2**25  # bytes of a file, at most, unless one row is longer
+CHUNK = 2**23  # bytes of a file, at most, unless one row is longer
 PIECE = 2**22  # bytes that can be read by themselves
 
 
