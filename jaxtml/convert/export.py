@@ -16,7 +16,7 @@ import numpy as np
 from jaxtml.config import Config
 from jaxtml.convert.inkling_config import inkling_config
 from jaxtml.convert.released import INDEX, WEIGHTS, Place, places
-from jaxtml.convert.safetensors_file import Stored, create, writable
+from jaxtml.convert.safetensors_file import Stored, create, write_at
 from jaxtml.convert.source import Index, contiguous, table
 from jaxtml.model.spec import ParamSpec
 
@@ -64,12 +64,11 @@ class ReleasedSink:
         spec = self.specs[path]
         released = spec.released
         assert released is not None
-        place = self.places[path, tuple(cut.start for cut in index[: spec.stacked])]
-        tensor = writable(self.stored[place.name])
-        tensor = released.load(tensor)[index[spec.stacked :]]  # a view, in our order of axes
-        turned = np.argsort(tensor.strides)[::-1]
-        ours = values.reshape(tensor.shape)
-        contiguous(ours.transpose(turned), tensor.transpose(turned))
+        stored = self.stored[self.places[path, tuple(cut.start for cut in index[: spec.stacked])].name]
+        ours = values.reshape(values.shape[spec.stacked :])
+        turned = ours.transpose(np.argsort(released.axes)) if released.axes else ours
+        rows, first = (released.view or released.shape)[0], index[spec.stacked + released.first].start
+        write_at(stored, first * stored.nbytes // rows, contiguous(turned))
 
     def _shards(self) -> list[list[Place]]:
         shards: list[list[Place]] = [[]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> Store
 
 def create(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, Stored]:
     """A file with room for `(name, shape, dtype)` tensors, in this order, all of them zero: to be filled with
-    `writable`. One that is there already and has the same header is kept as it is."""
+    `write_at`. One that is there already and has the same header is kept as it is."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in tensors:
@@ -109,15 +108,10 @@ def _begins_with(file: Path, content: bytes, size: int) -> bool:
         return opened.read(len(content)) == content
 
 
-def writable(stored: Stored) -> np.ndarray:
-    """A tensor of a file from `create`, to be written in place."""
-    return np.memmap(stored.file, DTYPES[stored.dtype], "r+", stored.start, stored.shape)
-
-
-def sync(file: Path) -> None:
-    """Returns when what was written is on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_at(stored: Stored, offset: int, values: np.ndarray) -> None:
+    """Writes contiguous numbers `offset` bytes behind the beginning of a tensor of a file from `create`."""
+    left = values.reshape(-1).view(np.uint8).data
+    with open(stored.file, "r+b", buffering=0) as opened:
+        opened.seek(stored.start + offset)
+        while left:
+            left = left[opened.write(left) :]

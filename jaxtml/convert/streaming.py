@@ -88,7 +88,7 @@ def convert(
       sink: to write to.
       destination: a folder that is not there, or empty.
       made_from: what identifies the source: a conversion of another one is not resumed.
-      workers: threads; None: one for each core, two at least.
+      workers: threads; None: two for each core, as half of them wait for the disk.
 
     Raises:
       InputError: the disk has no room for it.
@@ -166,7 +166,7 @@ def _crc32(values: np.ndarray, before: int) -> int:
 
 def _side_by_side(one: Callable[[Layer], Any], work: list[Layer], workers: int | None) -> list[Any]:
     """`one` of each, by threads; the first exception ends it all."""
-    with ThreadPoolExecutor(workers or max(2, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
         futures: list[Future[Any]] = [pool.submit(one, layer) for layer in work]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)

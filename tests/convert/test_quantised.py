@@ -14,7 +14,7 @@ import pytest
 from jaxtml.convert.command import convert, opened, read
 from jaxtml.convert.inkling_config import config_from_inkling
 from jaxtml.convert.released import ReleasedCheckpoint
-from jaxtml.convert.safetensors_file import DTYPES, create, writable
+from jaxtml.convert.safetensors_file import DTYPES, create, write_at
 from jaxtml.convert.source import whole
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
@@ -72,7 +72,7 @@ def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarr
     (folder / "config.json").write_text(json.dumps(DESCRIBED))
     stored = create(folder / "model.safetensors", [(name, w.shape, w.dtype) for name, w in weights.items()])
     for name, tensor in stored.items():
-        writable(tensor)[...] = weights[name]
+        write_at(tensor, 0, np.ascontiguousarray(weights[name]))
     return meant
 
 
@@ -114,7 +114,7 @@ def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None
     held[name] = np.zeros(shape, DTYPES[dtype])
     path.unlink()
     for n, tensor in create(path, [(n, w.shape, w.dtype) for n, w in held.items()]).items():
-        writable(tensor)[...] = held[n]
+        write_at(tensor, 0, np.ascontiguousarray(held[n]))
 
 
 @pytest.mark.parametrize(
