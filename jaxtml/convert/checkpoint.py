@@ -146,8 +146,10 @@ def open_array(state: Path, path: str, context: ts.Context) -> Any:
 
 
 def uncached() -> ts.Context:
-    """For arrays whose every chunk is read or written once; files are synced by who wants them to be."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+    """For arrays whose every chunk is read or written once: files are mapped to be read, which saves a copy, and synced
+    by who wants them to be."""
+    mapped = {"file_io_mode": {"mode": "memmap"}, "file_io_sync": False}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **mapped})
 
 
 def load_checkpoint(

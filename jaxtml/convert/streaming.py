@@ -15,7 +15,6 @@ import os
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
+from isal import isal_zlib
 
 from jaxtml.convert.source import Index, Source
 from jaxtml.convert.store import chunks
@@ -161,7 +161,7 @@ def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers:
 
 
 def _crc32(values: np.ndarray, before: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
+    return isal_zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
 
 
 def _side_by_side(one: Callable[[Layer], Any], work: list[Layer], workers: int | None) -> list[Any]:
