@@ -66,9 +66,9 @@ class ReleasedSink:
         assert released is not None
         stored = self.stored[self.places[path, tuple(cut.start for cut in index[: spec.stacked])].name]
         ours = values.reshape(values.shape[spec.stacked :])
-        turned = ours.transpose(np.argsort(released.axes)) if released.axes else ours
-        rows, first = (released.view or released.shape)[0], index[spec.stacked + released.first].start
-        write_at(stored, first * stored.nbytes // rows, contiguous(turned))
+        view = released.view or released.shape
+        begins = np.ravel_multi_index([index[spec.stacked + axis].start for axis in released.order], view)
+        write_at(stored, int(begins) * values.itemsize, contiguous(ours.transpose(released.order)))
 
     def _shards(self) -> list[list[Place]]:
         shards: list[list[Place]] = [[]]

@@ -58,9 +58,11 @@ def logical_shape(weight: Stored, parts: Mapping[str, Stored]) -> tuple[int, ...
     return (*outer, columns)
 
 
-def decoded(weight: Stored, parts: Mapping[str, Stored], experts: slice) -> np.ndarray:
-    """Some experts `[E, N, K]` as bfloat16."""
-    codes, scale = weight.mapped()[experts], parts[".scale"].mapped()[experts]
+def decoded(
+    weight: Stored, parts: Mapping[str, Stored], experts: slice = slice(None), rows: slice = slice(None)
+) -> np.ndarray:
+    """Some rows of some experts `[E, N, K]` as bfloat16."""
+    codes, scale = weight.mapped()[experts, rows], parts[".scale"].mapped()[experts, rows]
     if ".scale2" in parts:
         numbers = _PAIRS[codes].reshape(*codes.shape[:-1], -1, NVFP4_GROUP)
         factor = scale.astype(np.float32) * parts[".scale2"].mapped()[experts][:, None, None]

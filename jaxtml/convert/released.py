@@ -107,10 +107,13 @@ class ReleasedCheckpoint:
         assert released is not None
         if place.name not in self.parts:
             return released.load(stored.mapped())[index].astype(self.dtype(place.path), copy=False)
-        # The experts' axis comes first in both layouts.
-        tensor = quantised.decoded(stored, self.parts[place.name], index[0])
         view = released.view or released.shape
-        return tensor.reshape(len(tensor), *view[1:]).transpose(released.axes)[(slice(None), *index[1:])]
+        cuts = [range(size)[index[axis]] for axis, size in zip(released.order, view, strict=True)]
+        joined = released.shape[1] // view[1]  # rows of the file to one of the view
+        rows = slice(cuts[1].start * joined, cuts[1].stop * joined)
+        tensor = quantised.decoded(stored, self.parts[place.name], slice(cuts[0].start, cuts[0].stop), rows)
+        rest = (slice(None), slice(None), *(index[axis] for axis in released.order[2:]))
+        return tensor.reshape(len(cuts[0]), len(cuts[1]), *view[2:])[rest].transpose(released.axes)
 
     def _stored_dtype(self, name: str) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16) if name in self.parts else DTYPES[self.tensors[name].dtype]

@@ -23,17 +23,21 @@ from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, unca
 from jaxtml.convert.source import Index, table
 from jaxtml.model.spec import Params, ParamSpec
 
-CHUNK = 2**23  # bytes of a file, at most, unless one row is longer
+CHUNK = 2**23  # bytes of a file, at most
 PIECE = 2**22  # bytes that can be read by themselves
 
 
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
     """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
-    them) as `CHUNK` has room for and divide it; of what is not released, of the longest axis."""
+    them) as `CHUNK` has room for and divide it; where one row is larger, a part of it that lies together there too. Of
+    what is not released, of the longest axis."""
     inner = list(spec.shape[spec.stacked :])
-    axis = int(np.argmax(inner)) if spec.released is None else spec.released.first
-    row = itemsize * math.prod(inner) // inner[axis]
-    inner[axis] = _divisor(inner[axis], max(1, CHUNK // row))
+    order = np.argsort(inner)[::-1] if spec.released is None else spec.released.order
+    for axis in order:
+        row = itemsize * math.prod(inner) // inner[axis]
+        inner[axis] = _divisor(inner[axis], max(1, CHUNK // row))
+        if inner[axis] > 1:
+            break
     return (1,) * spec.stacked + tuple(inner)
 
 

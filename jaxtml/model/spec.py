@@ -54,9 +54,9 @@ class Released:
     view: tuple[int, ...] = ()
 
     @property
-    def first(self) -> int:
-        """Our axis that is the released tensor's first, or a part of it: along it, parts lie one after the other."""
-        return self.axes.index(0) if self.axes else 0
+    def order(self) -> tuple[int, ...]:
+        """Our axes in the order in which the released tensor has them."""
+        return tuple(self.axes.index(i) for i in range(len(self.axes))) or tuple(range(len(self.shape)))
 
     def load(self, tensor: np.ndarray) -> np.ndarray:
         """Released tensor -> our layout (a view where possible)."""
