@@ -109,6 +109,9 @@ class OrbaxCheckpoint:
     def dtype(self, path: str) -> np.dtype:
         return self.arrays[path].dtype.numpy_dtype
 
+    def holds(self, path: str) -> bool:
+        return True
+
     def read(self, path: str, index: Index) -> np.ndarray:
         try:
             return self.arrays[path][index].read().result()

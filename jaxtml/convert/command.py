@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,7 @@ from jaxtml.convert.source import Source, placed, table
 from jaxtml.convert.store import OrbaxSink
 from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
-from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import Params, count
+from jaxtml.model.spec import Params
 
 SMALL = 2**31  # bytes of parameters up to which logits are compared too
 PROMPT = 64  # tokens of that comparison
@@ -93,9 +93,28 @@ def convert(
         given = WarmStart(given, configs.load(begin_as))
     tokenizer = source / TOKENIZER if (source / TOKENIZER).is_file() else None
     write(given, destination, f"{source.absolute()} {fingerprint(source)} {begin_as or ''}", to, dtype, tokenizer)
-    total, _ = count(InteractionModel(given.config).specs())
-    done = f"{source} -> {destination} ({to}): {given.config.name}, {total:,} parameters"
+    done = f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"
     return f"{done}; {_verified(source, given, destination, to)}" if verify else done
+
+
+def _counted(source: Source, to: str) -> str:
+    """How many parameters a conversion wrote, which of them the source did not hold, and which it left out."""
+    specs = table(source.config)
+    missing = {path for path in specs if not source.holds(path)}
+    unwanted = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
+
+    def of(paths: set[str]) -> int:
+        return sum(math.prod(specs[path].shape) for path in paths)
+
+    def told(paths: set[str]) -> str:
+        return f"{of(paths):,} ({', '.join(sorted({path.split('/')[0] for path in paths}))})"
+
+    said = f"{of(specs.keys() - unwanted):,} parameters"
+    if missing - unwanted:
+        said += f", {told(missing - unwanted)} of them new, drawn as for training"
+    if unwanted - missing:
+        said += f"; {told(unwanted - missing)} left out, for which Inkling has no place"
+    return said
 
 
 def fingerprint(directory: Path) -> str:

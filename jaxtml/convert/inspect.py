@@ -21,7 +21,7 @@ def described(directory: str | Path) -> tuple[Config, dict[str, Any]]:
     source = opened(directory)
     dtypes: Counter[str] = Counter()
     for path, spec in table(source.config).items():
-        if isinstance(source, OrbaxCheckpoint) or spec.released is not None:
+        if source.holds(path):
             dtypes[source.dtype(path).name] += math.prod(spec.shape)
     folder, step = directory, None
     if isinstance(source, ReleasedCheckpoint):

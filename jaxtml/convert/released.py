@@ -88,9 +88,12 @@ class ReleasedCheckpoint:
     def dtype(self, path: str) -> np.dtype:
         return self._dtypes[path]
 
+    def holds(self, path: str) -> bool:
+        return self.table[path].released is not None
+
     def read(self, path: str, index: Index) -> np.ndarray:
         spec = self.table[path]
-        if spec.released is None:
+        if not self.holds(path):
             return initial(path, spec, self.seed, index)
         if not spec.stacked:
             return contiguous(self.part(self.places[path, ()], index))

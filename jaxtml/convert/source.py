@@ -33,6 +33,10 @@ class Source(Protocol):
         """What the parameter is held as."""
         ...
 
+    def holds(self, path: str) -> bool:
+        """Whether it is here; if not, `read` draws it as for a new model."""
+        ...
+
     def read(self, path: str, index: Index) -> np.ndarray:
         """A part of it, contiguous, as it is held. Threads may read side by side."""
         ...
@@ -47,6 +51,9 @@ class Held:
 
     def dtype(self, path: str) -> np.dtype:
         return self.leaves[path].dtype
+
+    def holds(self, path: str) -> bool:
+        return True
 
     def read(self, path: str, index: Index) -> np.ndarray:
         return np.ascontiguousarray(self.leaves[path][index])

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from absl import logging
 
 from jaxtml.config import Config, to_json
 from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, uncached
@@ -64,8 +65,13 @@ def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str,
     saving = how.array.saving
     saving.use_ocdbt, saving.use_compression = False, False
     saving.array_metadata_store, saving.enable_write_sharding_file = None, False
-    with how:
-        ocp.save(str(directory), tree)
+    told = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of the OCDBT files that it was told not to write
+    try:
+        with how:
+            ocp.save(str(directory), tree)
+    finally:
+        logging.set_verbosity(told)
     for path, spec in specs.items():
         shutil.rmtree(_folder(directory / STATE, path))
         _made(directory / STATE, path, spec, np.dtype(dtypes[path]))

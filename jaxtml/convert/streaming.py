@@ -265,7 +265,8 @@ class Progress:
             self.told = now
             rate = (self.done - self.before) / max(now - self.began, 1e-9)
             left = (self.total - self.done) / rate
+            unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
             logging.info(
-                "%.1f of %.1f GB  %.2f GB/s  %d:%02d left",
-                self.done / 1e9, self.total / 1e9, rate / 1e9, *divmod(round(left), 60),
+                "%.1f of %.1f %s  %.2f %s/s  %d:%02d left",
+                self.done / unit, self.total / unit, name, rate / unit, name, *divmod(round(left), 60),
             )  # fmt: skip

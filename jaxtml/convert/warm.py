@@ -58,6 +58,9 @@ class WarmStart:
             return self.source.dtype(next(alike))
         return self.source.dtype(path) if self._copied(path) else np.dtype(np.float32)
 
+    def holds(self, path: str) -> bool:
+        return path.startswith("layers/") or (self._copied(path) and self.source.holds(path))
+
     def read(self, path: str, index: Index) -> np.ndarray:
         if not path.startswith("layers/"):
             if not self._copied(path):
