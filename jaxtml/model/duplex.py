@@ -163,6 +163,25 @@ class Duplex:
         )
         return jax.tree.map(jnp.copy, state)  # a donated state may not hold one buffer twice
 
+    def begin(self, state: DuplexState, slot: jax.Array, key: jax.Array, week_ms: jax.Array) -> DuplexState:
+        """`state` with a session that begins in `slot` (int32), whatever was there: its sampling from `key` `[2]`
+        uint32, the wall clock at `week_ms` (int32)."""
+        fresh = self.init_state(1)._replace(key=key[None], week_ms=week_ms[None])
+
+        def one(axis: int, whole: jax.Array, row: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(whole, row, slot, axis)
+
+        return jax.tree.map(one, self._session_dims(), state, fresh)
+
+    def moved(self, state: DuplexState, rows: jax.Array) -> DuplexState:
+        """The sessions in slots `rows` `[B']` int32 of a state, as a state of their own."""
+        return jax.tree.map(lambda axis, whole: jnp.take(whole, rows, axis=axis), self._session_dims(), state)
+
+    def _session_dims(self) -> DuplexState:
+        """Which dimension of each array of a state counts its sessions: the one that differs for one and two."""
+        one, two = jax.eval_shape(lambda: (self.init_state(1), self.init_state(2)))
+        return jax.tree.map(lambda a, b: [x == y for x, y in zip(a.shape, b.shape, strict=True)].index(False), one, two)
+
     def empty_inputs(self, batch: int) -> TurnInputs:
         """Inputs of a micro-turn in which nothing is heard, typed or seen."""
         c = self.config

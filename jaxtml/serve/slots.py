@@ -1,0 +1,154 @@
+"""Live sessions in the slots of a batch: begun and ended at tick edges, in the smallest compiled batch that has room.
+
+There is one compiled step per bucket. Sessions are moved to another bucket when one begins that has no room, or when
+those left fill no more than half of the next smaller one; what a session gives does not depend on the slot, the bucket
+or who else is there. Everything is compiled at the start: from then on nothing is. Called by the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtml.errors import InputError
+from jaxtml.model.duplex import DuplexState
+from jaxtml.serve.engine import Engine
+from jaxtml.stream.tokens import Control
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one session is given for a micro-turn: `bins` `[4, 80]` uint8, text as token ids behind a TYPED or
+    BACKGROUND `mark`, `patches` `[P, 2, 40, 40, 3]` float32."""
+
+    bins: np.ndarray
+    text: tuple[int, ...] = ()
+    mark: Control = Control.TYPED
+    patches: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Gave:
+    """What one session gave: `wave` `[3200]` float32 at 16 kHz, to be heard one micro-turn later; the generated
+    `tokens` `[n]` int32, the gate last."""
+
+    wave: np.ndarray
+    tokens: np.ndarray
+    speaking: bool
+    p_speak: float
+
+
+class Slots:
+    """The sessions of one engine; one thread calls.
+
+    Args:
+      engine: the loaded model.
+      capacity: sessions at most.
+
+    Raises:
+      InputError: a capacity below one.
+    """
+
+    def __init__(self, engine: Engine, capacity: int):
+        if capacity < 1:
+            raise InputError(f"{capacity} sessions: a server has room for one at least")
+        self.engine, self.capacity = engine, capacity
+        self.buckets = (*(size for size in BUCKETS if size < capacity), capacity)
+        self.live: dict[int, int] = {}  # session -> slot
+        self._empty = {size: engine.duplex.empty_inputs(size) for size in self.buckets}
+        self._begins, self._moves = self._compiled()
+        self.bucket = self.buckets[0]
+        self.state: DuplexState = engine.duplex.init_state(self.bucket)
+
+    def _compiled(self) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
+        """All programs that will ever run, beside the engine's steps; each step has run once."""
+        duplex, begins, moves = self.engine.duplex, {}, {}
+        shapes = {size: jax.eval_shape(partial(duplex.init_state, size)) for size in self.buckets}
+        for size in self.buckets:
+            begin = jax.jit(duplex.begin, donate_argnums=0)
+            begins[size] = begin.lower(shapes[size], *_beginning(0, 0, 0)).compile()
+            _, outputs = self.engine.step(size)(self.engine.params, duplex.init_state(size), self._empty[size])
+            jax.block_until_ready(outputs)
+        for pair in zip(self.buckets, self.buckets[1:], strict=False):
+            for before, after in (pair, pair[::-1]):
+                rows = jax.ShapeDtypeStruct((after,), jnp.int32)
+                moves[before, after] = jax.jit(duplex.moved).lower(shapes[before], rows).compile()
+        return begins, moves
+
+    def begin(self, session: int, seed: int, week_ms: int) -> None:
+        """Begins one at the next step. Raises `ValueError` where there is no room or it is there already."""
+        if session in self.live or len(self.live) >= self.capacity:
+            raise ValueError(f"session {session} cannot begin beside {len(self.live)} of {self.capacity}")
+        if len(self.live) == self.bucket:
+            self._move_to(self.buckets[self.buckets.index(self.bucket) + 1])
+        slot = min(set(range(self.bucket)) - set(self.live.values()))
+        self.state = self._begins[self.bucket](self.state, *_beginning(slot, seed, week_ms))
+        self.live[session] = slot
+
+    def end(self, session: int) -> None:
+        """Its slot is free from the next step on."""
+        del self.live[session]
+        # Not as soon as it would fit: sessions that come and go at the edge would be moved each time.
+        while (at := self.buckets.index(self.bucket)) and len(self.live) <= max(1, self.buckets[at - 1] // 2):
+            self._move_to(self.buckets[at - 1])
+
+    def step(self, given: Mapping[int, Given]) -> dict[int, Gave]:
+        """One micro-turn of the sessions in `given`; the others stay as they are."""
+        if not given:
+            return {}
+        self.state, outputs = self.engine.step(self.bucket)(self.engine.params, self.state, self._inputs(given))
+        host = jax.device_get(outputs._replace(frames=None, logits=None))
+        slots = [(session, self.live[session]) for session in given]
+        return {
+            session: Gave(
+                host.wave[slot],
+                host.tokens[slot, : host.count[slot]],
+                bool(host.speaking[slot]),
+                float(host.p_speak[slot]),
+            )
+            for session, slot in slots
+        }
+
+    def _inputs(self, given: Mapping[int, Given]) -> Any:
+        empty = self._empty[self.bucket]
+        bins, active = np.zeros(empty.bins.shape, np.uint8), np.zeros(self.bucket, bool)
+        typed, lengths = np.zeros(empty.typed.shape, np.int32), np.zeros(self.bucket, np.int32)
+        counts = np.zeros(self.bucket, np.int32)
+        patches: Any = empty.patches
+        base = self.engine.config.duplex.control_base
+        if any(one.patches is not None for one in given.values()):
+            patches = np.zeros(empty.patches.shape, np.float32)
+        for session, one in given.items():
+            slot = self.live[session]
+            bins[slot], active[slot] = one.bins, True
+            if one.text:
+                lengths[slot] = 1 + len(one.text)
+                typed[slot, : lengths[slot]] = [base + one.mark, *one.text]
+            if one.patches is not None:
+                counts[slot] = len(one.patches)
+                patches[slot, : counts[slot]] = one.patches
+        return empty._replace(
+            bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
+        )
+
+    def _move_to(self, bucket: int) -> None:
+        """Moves all sessions, in the order of their slots, to the first ones of another bucket."""
+        order = sorted(self.live, key=self.live.__getitem__)
+        rows = np.zeros(bucket, np.int32)
+        rows[: len(order)] = [self.live[session] for session in order]
+        self.state = self._moves[self.bucket, bucket](self.state, rows)
+        self.live = {session: slot for slot, session in enumerate(order)}
+        self.bucket = bucket
+
+
+def _beginning(slot: int, seed: int, week_ms: int) -> Sequence[np.ndarray]:
+    """Slot, key and wall clock as `Duplex.begin` takes them; a session samples as one that `converse` runs alone."""
+    return np.asarray(slot, np.int32), np.array([seed, 0], np.uint32), np.asarray(week_ms, np.int32)
