@@ -143,8 +143,9 @@ def open_array(state: Path, path: str, context: ts.Context) -> Any:
     store: dict[str, Any] = {"driver": "file", "path": f"{state / name}/"}
     if (state / "manifest.ocdbt").is_file():
         store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"}
-    # Orbax takes a chunk that is not there for a damaged one, though all zeros need no file.
-    how = {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
+    # A chunk that is not there is a damaged one, to Orbax too, though all zeros need no file.
+    whole = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+    how = {"driver": "zarr3", "kvstore": store, **whole}
     return ts.open(how, context=context).result()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml import config as configs
-from jaxtml.config import Config
+from jaxtml.config import Config, to_json
 from jaxtml.convert import streaming
 from jaxtml.convert.checkpoint import TOKENIZER, OrbaxCheckpoint, on_one_device
 from jaxtml.convert.export import ReleasedSink, released_dtypes
@@ -85,14 +85,17 @@ def convert(
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
         `verify` found a difference.
     """
-    source, destination = Path(source), Path(destination).absolute()
+    source, destination = Path(source), Path(destination).resolve()
+    if destination.is_mount():
+        raise InputError(f"{destination} is a mount point: name a new directory in it")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination} exists: name a new directory")
     given = opened(source)
     if begin_as is not None:
         given = WarmStart(given, configs.load(begin_as))
     tokenizer = source / TOKENIZER if (source / TOKENIZER).is_file() else None
-    write(given, destination, f"{source.absolute()} {fingerprint(source)} {begin_as or ''}", to, dtype, tokenizer)
+    asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
+    write(given, destination, f"{source.absolute()} {fingerprint(source)} {asked}", to, dtype, tokenizer)
     done = f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"
     return f"{done}; {_verified(source, given, destination, to)}" if verify else done
 

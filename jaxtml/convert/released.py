@@ -190,7 +190,13 @@ def _tensors(directory: Path) -> dict[str, Stored]:
     for name in files:
         if not (directory / name).is_file():
             raise InputError(f"no {name} in {directory}: the checkpoint is incomplete")
-        found |= headers(directory / name)
+        held = headers(directory / name)
+        for tensor in held:
+            named = (listed or {}).get(tensor, name)
+            if tensor in found or named != name:
+                other = found[tensor].file.name if tensor in found else f"where the index names {named}"
+                raise InputError(f"{directory} has {tensor} in {name} and {other}: which one is meant?")
+        found |= held
     absent = sorted((listed or {}).keys() - found.keys())
     if absent:
         raise InputError(f"{directory}: the index names {len(absent)} tensors that no shard holds: {_some(absent)}")

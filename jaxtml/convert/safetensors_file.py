@@ -67,6 +67,13 @@ def headers(file: Path) -> dict[str, Stored]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
+        end = _LENGTH + length
+        for tensor in sorted(found.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+            if tensor.start != end:
+                raise ValueError("its tensors overlap or leave gaps")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"{size - end} bytes follow its tensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{file} is not a readable safetensors file: {said}") from error

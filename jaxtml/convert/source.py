@@ -97,6 +97,8 @@ def contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """
     if out is None:
         out = np.empty(view.shape, view.dtype)
+    if out.dtype != view.dtype:
+        raise TypeError(f"{view.dtype} is not {out.dtype}: numbers are copied as they are")
     result, plain = out, np.dtype(f"u{view.itemsize}")
     view, out = view.view(plain), out.view(plain)
     fast = next(

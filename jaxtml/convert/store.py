@@ -8,7 +8,9 @@ most 4 MiB can be read by themselves, for meshes that split what a file holds. C
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,7 +108,12 @@ class OrbaxSink:
 
     def write(self, path: str, index: Index, values: np.ndarray) -> None:
         """Returns when the chunk is in its file."""
-        self.arrays[path][index].write(values).result()
+        try:
+            self.arrays[path][index].write(values).result()
+        except ValueError as error:  # all that TensorStore raises
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
 
 
 def _folder(state: Path, path: str) -> Path:

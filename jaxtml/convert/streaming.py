@@ -126,11 +126,11 @@ def convert(
         journal.close()
     manifest = {"source": made_from, "crc32": checksums}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    (folder / JOURNAL).unlink()
     os.sync()
     if destination.exists():
         destination.rmdir()  # an empty folder
     folder.rename(destination)
+    (destination / JOURNAL).unlink()  # last: until here, a conversion that is killed goes on
     return checksums
 
 

@@ -8,7 +8,9 @@ are zero, control tokens whose rows are empty get random ones. Called by `conver
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.config import BackboneConfig, Config
@@ -52,10 +54,12 @@ class WarmStart:
             self.layers[where] = self.held[alike[-1] if new else index], new
 
     def dtype(self, path: str) -> np.dtype:
-        if path.startswith("layers/"):
-            name = path.split("/", 3)[3]
-            alike = (other for other in self.theirs if other.startswith("layers/") and other.split("/", 3)[3] == name)
-            return self.source.dtype(next(alike))
+        if path.startswith("layers/"):  # of several layers, which need not be alike: a release is float32 in places
+            _, block, run, name = path.split("/", 3)
+            copied = {
+                prefix for (where, _), ((prefix, _), _) in self.layers.items() if where == f"layers/{block}/{run}"
+            }
+            return reduce(jnp.promote_types, (self.source.dtype(f"{prefix}/{name}") for prefix in sorted(copied)))
         return self.source.dtype(path) if self._copied(path) else np.dtype(np.float32)
 
     def holds(self, path: str) -> bool:
@@ -77,7 +81,8 @@ class WarmStart:
                     out[i, j] = 0
                 else:
                     place = (*(slice(n, n + 1) for n in at), *index[2:])
-                    contiguous(self.source.read(f"{prefix}/{name}", place)[0, 0], out[i, j])
+                    part = self.source.read(f"{prefix}/{name}", place)[0, 0]
+                    contiguous(part.astype(out.dtype, copy=False), out[i, j])
         return out
 
     def _copied(self, path: str) -> bool:

@@ -13,6 +13,7 @@ from jaxtml.convert import export
 from jaxtml.convert.command import read, write
 from jaxtml.convert.inkling_config import config_from_inkling, inkling_config, planned_folds
 from jaxtml.convert.released import ReleasedCheckpoint, places
+from jaxtml.convert.safetensors_file import headers
 from jaxtml.convert.source import Held
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -202,6 +203,25 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
     write(Held(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     next((tmp_path / "shards").glob("model-00002-*.safetensors")).unlink()
     assert "no model-00002-of-" in _refusal(tmp_path / "shards")
+
+
+def test_a_tensor_in_two_shards_or_another_than_the_index_says_is_refused(checkpoint, tmp_path, monkeypatch):
+    config, params = read(checkpoint)
+    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    write(Held(config, params), tmp_path / "shards", "memory", "hf", "float32")
+    second, *_, first = sorted((tmp_path / "shards").glob("*.safetensors"), key=lambda file: len(headers(file)))
+    names = sorted(headers(first))
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    good = index.read_text()
+    index.write_text(good.replace(f'"{names[0]}": "{first.name}"', f'"{names[0]}": "{second.name}"'))
+    assert f"has {names[0]} in {first.name} and where the index names {second.name}" in _refusal(tmp_path / "shards")
+    index.write_text(good)
+    kept = second.read_bytes()
+    save_file(load_file(second) | {names[0]: np.zeros(3, np.float32)}, second)
+    assert f"has {names[0]} in {second.name} and" in _refusal(tmp_path / "shards")
+    second.write_bytes(kept)
+    save_file({names[0]: np.zeros(3, np.float32)}, tmp_path / "shards" / "mtp.safetensors")
+    assert f"has {names[0]} in mtp.safetensors and" in _refusal(tmp_path / "shards")
 
 
 def test_a_truncated_file_is_refused(checkpoint):

@@ -76,6 +76,8 @@ def _damaged(raw: bytes) -> dict[str, bytes]:
         "tensor before the beginning": header(data_offsets=[-4, 8]),
         "shape of another size": header(shape=[4]),
         "no offsets": header(data_offsets=None),
+        "a gap": header(data_offsets=[4, 12], shape=[2]),
+        "bytes behind the tensors": raw + b"\0" * 4,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -241,20 +240,65 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(released, tmp
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_conversion_goes_on_later(released, tmp_path, monkeypatch):
-    write_, left = OrbaxSink.write, [30]
+    prepare = OrbaxSink.prepare
 
-    def full(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_(self, *args)
+    class Full:
+        """An array that says what TensorStore says on a full disk."""
+
+        def __getitem__(self, index):
+            return self
+
+        def write(self, values):
+            raise ValueError(
+                'RESOURCE_EXHAUSTED: Error writing local file "/o/state/norm.weight/c/0": Failed writing: '
+                "Failed to write 348180 bytes to file 4: No space left on device [os_error_code='28']"
+            )
+
+    def almost_full(self, folder):
+        prepare(self, folder)
+        self.arrays |= dict.fromkeys(list(self.arrays)[30:], Full())
 
     with monkeypatch.context() as patched:
-        patched.setattr(OrbaxSink, "write", full)
+        patched.setattr(OrbaxSink, "prepare", almost_full)
         with pytest.raises(InputError, match="the disk is full; make room and convert again, it goes on from here"):
             convert(released, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "layers equal" in convert(released, tmp_path / "out", verify=True)
+
+
+def test_a_kill_while_the_disk_catches_up_costs_no_work(released, tmp_path, monkeypatch):
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(released, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    written: list[str] = []
+    monkeypatch.setattr(OrbaxSink, "write", lambda self, path, *_: written.append(path))
+    convert(released, tmp_path / "out")
+    assert not written and opened(tmp_path / "out").config == opened(released).config
+    assert not (tmp_path / "out" / streaming.JOURNAL).exists()
+
+
+def test_a_link_is_followed_to_where_the_result_is_to_be(released, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for target in ("empty", "new"):
+        (tmp_path / target).symlink_to(tmp_path / "disk" / target)
+        if target == "empty":
+            (tmp_path / "disk" / target).mkdir()
+        assert "layers equal" in convert(released, tmp_path / target, verify=True)
+        assert (tmp_path / target).is_symlink() and (tmp_path / "disk" / target / "config.json").is_file()
+
+
+def test_a_chunk_that_is_not_there_is_missed(released, tmp_path):
+    convert(released, tmp_path / "ours")
+    (tmp_path / "ours" / "state" / "norm.weight" / "c" / "0").unlink()
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        read(tmp_path / "ours")
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        convert(tmp_path / "ours", tmp_path / "hf", to="hf")
 
 
 def test_verification_names_what_differs(released, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from jaxtml import config as configs
 from jaxtml.config import Config, DuplexConfig, FlowConfig
 from jaxtml.convert.checkpoint import save_checkpoint
-from jaxtml.convert.command import convert, read
+from jaxtml.convert.command import convert, read, write
 from jaxtml.convert.inkling_config import config_from_inkling
 from jaxtml.convert.logits import text_logits
 from jaxtml.convert.released import ReleasedCheckpoint
@@ -62,6 +62,20 @@ def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, t
     assert config == larger
     ids = np.random.default_rng(0).integers(0, 100, (2, 96))
     np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read(checkpoint), ids))
+
+
+def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, larger, tmp_path):
+    """Scales of dense layers are bfloat16 in a release, those of routers float32; here both go into one stack."""
+    write(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
+    release = ReleasedCheckpoint(tmp_path / "release")
+    scales = {release.dtype(path) for path in table(release.config) if path.endswith("mlp/global_scale")}
+    assert len(scales) == 2
+    path = tmp_path / "larger.json"
+    path.write_text(configs.to_json(larger))
+    assert "logits of 64 tokens too" in convert(tmp_path / "release", tmp_path / "a", begin_as=str(path), verify=True)
+    source = WarmStart(release, larger)
+    for path, spec in table(larger).items():
+        assert source.read(path, whole(spec)).dtype == source.dtype(path), path
 
 
 def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
