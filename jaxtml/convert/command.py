@@ -88,8 +88,6 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists: name a new directory")
     given = opened(source)
     if begin_as is not None:
         given = WarmStart(given, configs.load(begin_as))

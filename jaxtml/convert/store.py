@@ -98,8 +98,11 @@ class OrbaxSink:
 
     def prepare(self, folder: Path) -> None:
         if not (folder / CONFIG).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            create(folder, self.specs, self.dtypes)
+            made = folder / "made"  # Orbax wants a directory that is not there
+            create(made, self.specs, self.dtypes)
+            for part in made.iterdir():
+                part.rename(folder / part.name)
+            made.rmdir()
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, folder / TOKENIZER)
             (folder / CONFIG).write_text(to_json(self.config))

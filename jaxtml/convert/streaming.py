@@ -16,7 +16,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,17 +97,40 @@ def convert(
     folder = destination.with_name(f".{destination.name}.converting")
     work = list(layers(sink.specs, sink.dtype))
     total = nbytes(sink.specs, sink.dtype)
-    journal = Journal(folder, json.dumps([made_from, total, len(work)]))
-    _check_space(destination, total - journal.written)
-    if journal.written:
-        logging.info("%s: going on after %.1f of %.1f GB", destination, journal.written / 1e9, total / 1e9)
-    sink.prepare(folder)
-    journal.begin()
-    progress = Progress(total, journal.written)
+    _check_place(destination)
+    with closing(Journal(folder, json.dumps([made_from, total, len(work)]))) as journal:
+        try:
+            _check_place(destination)  # what another conversion made before it gave the folder free
+            _check_space(destination, total - journal.written)
+        except InputError:
+            if not journal.written:
+                shutil.rmtree(folder)
+            raise
+        if journal.written:
+            logging.info("%s: going on after %.1f of %.1f GB", destination, journal.written / 1e9, total / 1e9)
+        sink.prepare(folder)
+        journal.begin()
+        checksums = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
+        manifest = {"source": made_from, "crc32": checksums}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        os.sync()
+        if destination.exists():
+            destination.rmdir()  # an empty folder
+        folder.rename(destination)
+        (destination / JOURNAL).unlink()  # last: until here, a conversion that is killed goes on
+    return checksums
 
-    def one(layer: Layer) -> tuple[str, str]:
+
+def _filled(
+    source: Source, sink: Sink, work: list[Layer], journal: Journal, progress: Progress, workers: int | None
+) -> dict[str, str]:
+    """Writes what the journal does not have yet; the CRC-32 of each layer."""
+
+    def one(layer: Layer, stop: threading.Event) -> tuple[str, str]:
         done, checksum = journal.done.get(layer.name, (0, 0))
         for count, index in enumerate(layer.indices[done:], done + 1):
+            if stop.is_set():
+                raise CancelledError
             values = source.read(layer.path, index).astype(sink.dtype(layer.path), copy=False)
             sink.write(layer.path, index, values)
             checksum = _crc32(values, checksum)
@@ -115,23 +139,11 @@ def convert(
         return layer.name, f"{checksum:08x}"
 
     try:
-        checksums = dict(_side_by_side(one, work, workers))
+        return dict(_side_by_side(one, work, workers))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise InputError(
-            f"{destination}: the disk is full; make room and convert again, it goes on from here"
-        ) from error
-    finally:
-        journal.close()
-    manifest = {"source": made_from, "crc32": checksums}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    os.sync()
-    if destination.exists():
-        destination.rmdir()  # an empty folder
-    folder.rename(destination)
-    (destination / JOURNAL).unlink()  # last: until here, a conversion that is killed goes on
-    return checksums
+        raise InputError("the disk is full; make room and convert again, it goes on from here") from error
 
 
 def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers: int | None = None) -> int:
@@ -141,15 +153,17 @@ def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers:
       InputError: layers differ; the first is named.
     """
 
-    def checksum(of: Source, layer: Layer) -> int:
+    def checksum(of: Source, layer: Layer, stop: threading.Event) -> int:
         found = 0
         for index in layer.indices:
+            if stop.is_set():
+                raise CancelledError
             values = of.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
             found = _crc32(values, found)
         return found
 
-    def one(layer: Layer) -> str | None:
-        return None if checksum(source, layer) == checksum(result, layer) else layer.name
+    def one(layer: Layer, stop: threading.Event) -> str | None:
+        return None if checksum(source, layer, stop) == checksum(result, layer, stop) else layer.name
 
     work = list(layers(specs, result.dtype))
     wrong = sorted(name for name in _side_by_side(one, work, workers) if name)
@@ -164,45 +178,59 @@ def _crc32(values: np.ndarray, before: int) -> int:
     return isal_zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
 
 
-def _side_by_side(one: Callable[[Layer], Any], work: list[Layer], workers: int | None) -> list[Any]:
-    """`one` of each, by threads; the first exception ends it all."""
+def _side_by_side(one: Callable[[Layer, threading.Event], Any], work: list[Layer], workers: int | None) -> list[Any]:
+    """`one` of each, by threads; the first exception ends it all, those under way at their next chunk."""
+    stop = threading.Event()
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        futures: list[Future[Any]] = [pool.submit(one, layer) for layer in work]
+        futures: list[Future[Any]] = [pool.submit(one, layer, stop) for layer in work]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            return [future.result() for future in futures if not future.cancelled()]
+            ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            return [future.result() for future in futures]
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
+def _check_place(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(f"{destination} exists: name a new directory")
+    if not destination.parent.is_dir():
+        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
+
+
 def _check_space(destination: Path, needed: int) -> None:
-    place = destination.parent
-    if not place.is_dir():
-        raise InputError(f"cannot write {destination}: there is no folder {place}")
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(destination.parent).free
     if free < needed:
-        raise InputError(f"{destination} needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB left")
+        raise InputError(
+            f"{destination} needs {needed / 1e9:.1f} GB, {destination.parent} has {free / 1e9:.1f} GB left"
+        )
 
 
 class Journal:
     """Which chunks of a conversion are written. One from before the machine last started is worth nothing: what was not
-    yet on the disk then is lost."""
+    yet on the disk then is lost. As long as it is not closed, the folder is its own."""
 
     def __init__(self, folder: Path, identity: str):
+        folder.mkdir(exist_ok=True)
+        self.folder = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self.folder)
+            raise InputError(f"{folder} is being written by another conversion") from error
         self.file, self.lock = folder / JOURNAL, threading.Lock()
         boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
         self.head = {"identity": identity, "boot": boot}
         self.done: dict[str, tuple[int, int]] = {}  # layer -> chunks, CRC-32 of them
         self.written = 0
         self.opened: Any = None
-        lines = []
-        if self.file.is_file():
-            self._open()
-            lines = self.file.read_text(errors="replace").splitlines()
+        lines = self.file.read_text(errors="replace").splitlines() if self.file.is_file() else []
         if not lines or _parsed(lines[0]) != self.head:
-            self.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             return
         for line in lines[1:]:
             entry = _parsed(line)
@@ -213,18 +241,9 @@ class Journal:
 
     def begin(self) -> None:
         """The folder is prepared: chunks will be noted."""
-        if self.opened is None:
-            self._open()
-            self._append(self.head)
-        else:
-            self._append(None)
-
-    def _open(self) -> None:
+        begun = self.file.is_file()
         self.opened = open(self.file, "a")  # noqa: SIM115 (closed by `close`)
-        try:
-            fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.file.parent} is being written by another conversion") from error
+        self._append(None if begun else self.head)
 
     def note(self, layer: str, count: int, checksum: int, size: int) -> None:
         self._append({"layer": layer, "chunks": count, "crc32": checksum, "bytes": size})
@@ -238,7 +257,7 @@ class Journal:
     def close(self) -> None:
         if self.opened is not None:
             self.opened.close()
-            self.opened = None
+        os.close(self.folder)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -232,6 +232,54 @@ def test_two_conversions_to_one_place_do_not_mix(released, tmp_path, monkeypatch
     assert OrbaxCheckpoint(tmp_path / "out").config.backbone == opened(released).config.backbone
 
 
+def test_a_conversion_that_is_still_preparing_is_not_disturbed(released, tmp_path, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    prepare = OrbaxSink.prepare
+
+    def waiting(self, folder):
+        begun.set()
+        go.wait(60)
+        prepare(self, folder)
+
+    monkeypatch.setattr(OrbaxSink, "prepare", waiting)
+    thread = threading.Thread(target=convert, args=(released, tmp_path / "out"))
+    thread.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(InputError, match="is being written by another conversion"):
+            convert(released, tmp_path / "out", dtype="float32")
+    finally:
+        go.set()
+        thread.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(InputError, match="exists: name a new directory"):
+        convert(released, tmp_path / "out")
+
+
+def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch):
+    """Side by side as many as there are chunks of the longest layer; none goes on to the end of its own."""
+    write_, failed, after = OrbaxSink.write, threading.Event(), []
+
+    def failing(self, path, index, values):
+        if path == "embed/weight":
+            failed.set()
+            raise RuntimeError("broken")
+        failed.wait(60)
+        after.append(path)
+        write_(self, path, index, values)
+
+    source, sink = ReleasedCheckpoint(released), OrbaxSink(opened(released).config, _dtypes(released))
+    monkeypatch.setattr(OrbaxSink, "write", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        streaming.convert(source, sink, tmp_path / "out", "released", workers=4)
+    assert len(after) < 40 < len(list(streaming.layers(sink.specs, sink.dtype)))
+
+
+def _dtypes(folder: Path) -> dict[str, np.dtype]:
+    source = opened(folder)
+    return {path: source.dtype(path) for path in table(source.config)}
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(released, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(InputError, match=r"out needs 0.0 GB, .* has 0.0 GB left"):
