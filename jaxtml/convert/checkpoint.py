@@ -134,7 +134,8 @@ class OrbaxCheckpoint:
 
     def _damaged(self, error: Exception) -> InputError:
         said = " ".join(str(error).split())[:160] or type(error).__name__
-        return InputError(f"checkpoint {self.directory} is damaged or incomplete, copy it again: {said}")
+        advice = "copy it again" if self.step is None else "the run may have replaced this step, try again"
+        return InputError(f"checkpoint {self.directory} is damaged or incomplete, {advice}: {said}")
 
 
 def open_array(state: Path, path: str, context: ts.Context) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtml import config as configs
 from jaxtml.config import Config, to_json
 from jaxtml.convert import streaming
-from jaxtml.convert.checkpoint import TOKENIZER, OrbaxCheckpoint, on_one_device
+from jaxtml.convert.checkpoint import RUN, TOKENIZER, OrbaxCheckpoint, on_one_device
 from jaxtml.convert.export import ReleasedSink, released_dtypes
 from jaxtml.convert.released import ReleasedCheckpoint
 from jaxtml.convert.source import Source, placed, table
@@ -57,7 +57,8 @@ def write(
     dtypes = {path: source.dtype(path) for path in table(source.config)}
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
-    sink = ReleasedSink(source.config, dtypes) if to == "hf" else OrbaxSink(source.config, dtypes, tokenizer)
+    kind = ReleasedSink if to == "hf" else OrbaxSink
+    sink = kind(source.config, dtypes, tokenizer)
     streaming.convert(source, sink, destination, json.dumps([made_from, to, dtype]))
     return dtypes
 
@@ -86,14 +87,17 @@ def convert(
         `verify` found a difference.
     """
     source, destination = Path(source), Path(destination).resolve()
+    if source.resolve() in destination.parents:
+        raise InputError(f"{destination} is in {source}: name a directory outside it")
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
     given = opened(source)
     if begin_as is not None:
         given = WarmStart(given, configs.load(begin_as))
     tokenizer = source / TOKENIZER if (source / TOKENIZER).is_file() else None
+    step = given.step if isinstance(given, OrbaxCheckpoint) else None
     asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
-    write(given, destination, f"{source.absolute()} {fingerprint(source)} {asked}", to, dtype, tokenizer)
+    write(given, destination, f"{source.absolute()} {fingerprint(source, step)} {asked}", to, dtype, tokenizer)
     done = f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"
     return f"{done}; {_verified(source, given, destination, to)}" if verify else done
 
@@ -118,9 +122,10 @@ def _counted(source: Source, to: str) -> str:
     return said
 
 
-def fingerprint(directory: Path) -> str:
-    """Changes with any file of a directory: of names, sizes and times."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+def fingerprint(directory: Path, step: int | None = None) -> str:
+    """Changes with any file of a checkpoint, or of a run's step: of names, sizes and times."""
+    folder = directory if step is None else directory / RUN / str(step)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     seen = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
@@ -137,4 +142,6 @@ def _verified(directory: Path, source: Source, destination: Path, to: str) -> st
     ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
     theirs, ours = (text_logits(*read(directory), ids) for directory in (directory, destination))
     apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
+    if not np.isfinite(apart):
+        raise InputError(f"the numbers are all equal, and {destination} gives logits that are no numbers")
     return f"{said}, logits of {PROMPT} tokens {f'differ by {apart:.2e} of their norm' if apart else 'too'}"

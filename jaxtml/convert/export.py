@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from jaxtml.config import Config
+from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.convert.inkling_config import inkling_config
 from jaxtml.convert.released import INDEX, WEIGHTS, Place, places
 from jaxtml.convert.safetensors_file import Stored, create, write_at
@@ -30,15 +32,16 @@ class ReleasedSink:
     Args:
       config: of the model.
       dtypes: what each parameter is written as.
+      tokenizer: a file to be carried along; None: none.
 
     Raises:
       InputError: a config that Inkling cannot describe.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype]):
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], tokenizer: Path | None = None):
         self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
         self.described = inkling_config(config) | {"dtype": _commonest(self.specs, dtypes).name}
-        self.dtypes = dtypes
+        self.dtypes, self.tokenizer = dtypes, tokenizer
         self.places = {(place.path, place.index): place for place in places(config)}
         self.stored: dict[str, Stored] = {}
 
@@ -58,6 +61,8 @@ class ReleasedSink:
         for name, shard in zip(names, shards, strict=True):
             tensors = ((place.name, _shape(place), self.dtypes[place.path]) for place in shard)
             self.stored |= create(folder / name, tensors)
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer, folder / TOKENIZER)
         (folder / "config.json").write_text(json.dumps(self.described, indent=2) + "\n")
 
     def write(self, path: str, index: Index, values: np.ndarray) -> None:

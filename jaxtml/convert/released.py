@@ -64,9 +64,8 @@ class ReleasedCheckpoint:
     in the log: `transformers` writes such checkpoints.
 
     Raises:
-      InputError: no such directory, not an Inkling checkpoint, or tensors that are unknown, missing or misshapen: all
-      of
-        a kind are counted, five named.
+      InputError: no such directory, not an Inkling checkpoint, or tensors that are unknown, missing, misshapen or there
+        twice: all of a kind are counted, five named.
     """
 
     def __init__(self, directory: str | Path, seed: int = 0):

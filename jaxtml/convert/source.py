@@ -1,13 +1,12 @@
 """Where parameters come from, whatever holds them: any part of any of them, in our layout, without the rest.
 
 `Source` is what a conversion reads and what a run or a server starts from: a released checkpoint (`convert.released`),
-one of ours (`convert.store`), a larger model that begins with a smaller one's weights (`convert.warm`). An index is a
-tuple of slices, one per dimension of the parameter.
+one of ours (`convert.checkpoint`), a larger model that begins with a smaller one's weights (`convert.warm`). An index is
+a tuple of slices, one per dimension of the parameter.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 import jax
@@ -122,8 +121,3 @@ def contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
                 held[...] = matrix[block]
                 turned[block] = held
     return result
-
-
-def nbytes(source: Source) -> int:
-    """What all parameters take as they are held."""
-    return sum(math.prod(spec.shape) * source.dtype(path).itemsize for path, spec in table(source.config).items())

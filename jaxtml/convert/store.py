@@ -2,8 +2,7 @@
 
 Written is what Orbax writes without OCDBT: one Zarr array per parameter, one file per chunk of it (Zarr 3 shards), so
 that a chunk is there whole or not at all. A file holds a few experts or a strip of a matrix; within it, pieces of at
-most 4 MiB can be read by themselves, for meshes that split what a file holds. Called by `convert.streaming` and
-`convert.warm`.
+most 4 MiB can be read by themselves, for meshes that split what a file holds. Called by `convert.command`.
 """
 
 from __future__ import annotations

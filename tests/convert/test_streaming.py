@@ -330,6 +330,21 @@ def test_a_kill_while_the_disk_catches_up_costs_no_work(released, tmp_path, monk
     assert not (tmp_path / "out" / streaming.JOURNAL).exists()
 
 
+def test_a_result_inside_its_source_is_refused(released):
+    with pytest.raises(InputError, match="name a directory outside it"):
+        convert(released, released / "out")
+
+
+def test_a_tokenizer_comes_along_both_ways(released, codec, tmp_path):
+    shutil.copytree(released, tmp_path / "source")
+    codec.save(tmp_path / "source" / "tokenizer.json")
+    convert(tmp_path / "source", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
+    for folder in ("ours", "back"):
+        kept = (tmp_path / folder / "tokenizer.json").read_bytes()
+        assert kept == (tmp_path / "source" / "tokenizer.json").read_bytes()
+
+
 def test_a_link_is_followed_to_where_the_result_is_to_be(released, tmp_path):
     (tmp_path / "disk").mkdir()
     for target in ("empty", "new"):
