@@ -1,8 +1,8 @@
 """Where parameters come from, whatever holds them: any part of any of them, in our layout, without the rest.
 
 `Source` is what a conversion reads and what a run or a server starts from: a released checkpoint (`convert.released`),
-one of ours (`convert.checkpoint`), a larger model that begins with a smaller one's weights (`convert.warm`). An index is
-a tuple of slices, one per dimension of the parameter.
+one of ours (`convert.checkpoint`), a larger model that begins with a smaller one's weights (`convert.warm`). An index
+is a tuple of slices, one per dimension of the parameter.
 """
 
 from __future__ import annotations
