@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from jaxtml.convert.source import Source, placed, table
 from jaxtml.convert.store import OrbaxSink
 from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
-from jaxtml.model.spec import Params
+from jaxtml.model.spec import Params, count
 
 SMALL = 2**31  # bytes of parameters up to which logits are compared too
 PROMPT = 64  # tokens of that comparison
@@ -109,7 +108,7 @@ def _counted(source: Source, to: str) -> str:
     unwanted = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
 
     def of(paths: set[str]) -> int:
-        return sum(math.prod(specs[path].shape) for path in paths)
+        return count({path: specs[path] for path in paths})[0]
 
     def told(paths: set[str]) -> str:
         return f"{of(paths):,} ({', '.join(sorted({path.split('/')[0] for path in paths}))})"

@@ -58,9 +58,7 @@ def logical_shape(weight: Stored, parts: Mapping[str, Stored]) -> tuple[int, ...
     return (*outer, columns)
 
 
-def decoded(
-    weight: Stored, parts: Mapping[str, Stored], experts: slice = slice(None), rows: slice = slice(None)
-) -> np.ndarray:
+def decoded(weight: Stored, parts: Mapping[str, Stored], experts: slice, rows: slice) -> np.ndarray:
     """Some rows of some experts `[E, N, K]` as bfloat16."""
     codes, scale = weight.mapped()[experts, rows], parts[".scale"].mapped()[experts, rows]
     if ".scale2" in parts:

@@ -117,7 +117,8 @@ def contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         for row in range(0, matrix.shape[0], _BLOCK_ROWS):
             for column in range(0, matrix.shape[1], width):
                 block = np.s_[row : row + _BLOCK_ROWS, column : column + width]
-                held = buffer[: matrix[block].shape[0], : matrix[block].shape[1]]
-                held[...] = matrix[block]
+                part = matrix[block]
+                held = buffer[: part.shape[0], : part.shape[1]]
+                held[...] = part
                 turned[block] = held
     return result

@@ -92,16 +92,17 @@ def convert(
       workers: threads; None: two for each core, as half of them wait for the disk.
 
     Raises:
-      InputError: the disk has no room for it.
+      InputError: the destination is not empty, in no folder, or being written by another conversion, or the disk has
+        no room for it.
     """
     folder = destination.with_name(f".{destination.name}.converting")
     work = list(layers(sink.specs, sink.dtype))
     total = nbytes(sink.specs, sink.dtype)
-    _check_place(destination)
+    if not destination.parent.is_dir():
+        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
     with closing(Journal(folder, json.dumps([made_from, total, len(work)]))) as journal:
         try:
-            _check_place(destination)  # what another conversion made before it gave the folder free
-            _check_space(destination, total - journal.written)
+            _check_room(destination, total - journal.written)
         except InputError:
             if not journal.written:
                 shutil.rmtree(folder)
@@ -143,7 +144,8 @@ def _filled(
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise InputError("the disk is full; make room and convert again, it goes on from here") from error
+        said = "the disk is full; make room and convert again, it goes on from here"
+        raise InputError(f"{journal.file.parent}: {said}") from error
 
 
 def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers: int | None = None) -> int:
@@ -194,14 +196,9 @@ def _side_by_side(one: Callable[[Layer, threading.Event], Any], work: list[Layer
             raise
 
 
-def _check_place(destination: Path) -> None:
+def _check_room(destination: Path, needed: int) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination} exists: name a new directory")
-    if not destination.parent.is_dir():
-        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
-
-
-def _check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(destination.parent).free
     if free < needed:
         raise InputError(

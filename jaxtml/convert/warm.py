@@ -52,15 +52,20 @@ class WarmStart:
                     f"{config.name} has a layer {index} of a kind that {source.config.name} has none of there"
                 )
             self.layers[where] = self.held[alike[-1] if new else index], new
+        self._dtypes = {path: self._joined(path) for path in self.table}
 
     def dtype(self, path: str) -> np.dtype:
-        if path.startswith("layers/"):  # of several layers, which need not be alike: a release is float32 in places
-            _, block, run, name = path.split("/", 3)
-            copied = {
-                prefix for (where, _), ((prefix, _), _) in self.layers.items() if where == f"layers/{block}/{run}"
-            }
-            return reduce(jnp.promote_types, (self.source.dtype(f"{prefix}/{name}") for prefix in sorted(copied)))
-        return self.source.dtype(path) if self._copied(path) else np.dtype(np.float32)
+        return self._dtypes[path]
+
+    def _joined(self, path: str) -> np.dtype:
+        """That of a parameter; of one in layers, which need not be alike (a release is float32 in places), the least
+        that holds all that are copied."""
+        if not path.startswith("layers/"):
+            return self.source.dtype(path) if self._copied(path) else np.dtype(np.float32)
+        _, block, run, name = path.split("/", 3)
+        ours = f"layers/{block}/{run}"
+        copied = sorted({theirs[0] for (where, _), (theirs, _) in self.layers.items() if where == ours})
+        return reduce(jnp.promote_types, (self.source.dtype(f"{prefix}/{name}") for prefix in copied))
 
     def holds(self, path: str) -> bool:
         return path.startswith("layers/") or (self._copied(path) and self.source.holds(path))

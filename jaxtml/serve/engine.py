@@ -6,7 +6,7 @@ Called by `converse`, the trainer's samples and the evaluations. Nothing here kn
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxtml.config import Config
-from jaxtml.model.duplex import Duplex, DuplexState, TurnOutputs
+from jaxtml.model.duplex import Duplex, DuplexState, TurnInputs, TurnOutputs
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import Params
@@ -59,6 +59,17 @@ class Reply:
         return " ".join("".join(turn.text for turn in self.turns).split())
 
 
+@dataclass(frozen=True)
+class Given:
+    """What one session is given for a micro-turn: `bins` `[4, 80]` uint8, text as token ids behind a TYPED or
+    BACKGROUND `mark`, `patches` `[P, 2, 40, 40, 3]` float32."""
+
+    bins: np.ndarray
+    text: tuple[int, ...] = ()
+    mark: Control = Control.TYPED
+    patches: np.ndarray | None = None
+
+
 @dataclass
 class Engine:
     """Model, parameters and compiled steps. Thread-safe as long as one thread steps."""
@@ -88,6 +99,32 @@ class Engine:
         if batch not in self._steps:
             self._steps[batch] = self.duplex.compiled(self.params, batch)
         return self._steps[batch]
+
+    def inputs(self, empty: TurnInputs, given: Mapping[int, Given]) -> TurnInputs:
+        """What a micro-turn gives to its slots; slots that are not in `given` are not active.
+
+        Args:
+          empty: `Duplex.empty_inputs` of the batch.
+          given: by slot.
+        """
+        batch, base = len(empty.active), self.config.duplex.control_base
+        bins, active = np.zeros(empty.bins.shape, np.uint8), np.zeros(batch, bool)
+        typed, lengths = np.zeros(empty.typed.shape, np.int32), np.zeros(batch, np.int32)
+        patches: Any = empty.patches
+        counts = np.zeros(batch, np.int32)
+        if any(one.patches is not None for one in given.values()):
+            patches = np.zeros(empty.patches.shape, np.float32)
+        for slot, one in given.items():
+            bins[slot], active[slot] = one.bins, True
+            if one.text:
+                lengths[slot] = 1 + len(one.text)
+                typed[slot, : lengths[slot]] = [base + one.mark, *one.text]
+            if one.patches is not None:
+                counts[slot] = len(one.patches)
+                patches[slot, : counts[slot]] = one.patches
+        return empty._replace(
+            bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
+        )
 
     def read(self, tokens: np.ndarray) -> tuple[str, str, str]:
         """Heard text, said text and delegated text among the generated tokens of one micro-turn."""
@@ -132,27 +169,20 @@ def converse(
     padded = [np.pad(wave, (0, turns * TURN_SAMPLES - len(wave))) for wave in waves]
     step = engine.step(batch)
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
-    inputs = engine.duplex.empty_inputs(batch)
+    empty = engine.duplex.empty_inputs(batch)
     streams = [DmelStream() for _ in waves]
-    duplex = engine.config.duplex
-    plans = [plan_typed(texts, engine.codec, duplex, turns) for texts in typed or [()] * batch]
+    plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * batch]
     for turn in range(turns):
         began = time.perf_counter()
         rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
         stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
         streams = [stream for stream, _ in stepped]
-        given = inputs._replace(bins=np.stack([bins for _, bins in stepped]))
-        if any(plan[turn] for plan in plans):
-            ids = np.zeros(inputs.typed.shape, np.int32)
-            for i, plan in enumerate(plans):
-                ids[i, : 1 + len(plan[turn])] = [duplex.control_base + Control.TYPED, *plan[turn]]
-            lengths = np.array([1 + len(plan[turn]) if plan[turn] else 0 for plan in plans], np.int32)
-            given = given._replace(typed=ids, typed_length=lengths)
-        if patches is not None and turn < len(patches):
-            seen = np.zeros(inputs.patches.shape, np.float32)
-            seen[:, : len(patches[turn])] = patches[turn]
-            given = given._replace(patches=seen, patch_count=np.full(batch, len(patches[turn]), np.int32))
-        state, outputs = step(engine.params, state, given)
+        seen = patches[turn] if patches is not None and turn < len(patches) else None
+        given = {
+            i: Given(bins, tuple(plan[turn]), patches=seen)
+            for i, ((_, bins), plan) in enumerate(zip(stepped, plans, strict=True))
+        }
+        state, outputs = step(engine.params, state, engine.inputs(empty, given))
         host = jax.device_get(outputs)
         step_ms = 1000 * (time.perf_counter() - began)
         records = []

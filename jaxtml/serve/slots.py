@@ -18,21 +18,9 @@ import numpy as np
 
 from jaxtml.errors import InputError
 from jaxtml.model.duplex import DuplexState
-from jaxtml.serve.engine import Engine
-from jaxtml.stream.tokens import Control
+from jaxtml.serve.engine import Engine, Given
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What one session is given for a micro-turn: `bins` `[4, 80]` uint8, text as token ids behind a TYPED or
-    BACKGROUND `mark`, `patches` `[P, 2, 40, 40, 3]` float32."""
-
-    bins: np.ndarray
-    text: tuple[int, ...] = ()
-    mark: Control = Control.TYPED
-    patches: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +92,10 @@ class Slots:
         """One micro-turn of the sessions in `given`; the others stay as they are."""
         if not given:
             return {}
-        self.state, outputs = self.engine.step(self.bucket)(self.engine.params, self.state, self._inputs(given))
+        slots = {session: self.live[session] for session in given}
+        inputs = self.engine.inputs(self._empty[self.bucket], {slots[session]: one for session, one in given.items()})
+        self.state, outputs = self.engine.step(self.bucket)(self.engine.params, self.state, inputs)
         host = jax.device_get(outputs._replace(frames=None, logits=None))
-        slots = [(session, self.live[session]) for session in given]
         return {
             session: Gave(
                 host.wave[slot],
@@ -114,30 +103,8 @@ class Slots:
                 bool(host.speaking[slot]),
                 float(host.p_speak[slot]),
             )
-            for session, slot in slots
+            for session, slot in slots.items()
         }
-
-    def _inputs(self, given: Mapping[int, Given]) -> Any:
-        empty = self._empty[self.bucket]
-        bins, active = np.zeros(empty.bins.shape, np.uint8), np.zeros(self.bucket, bool)
-        typed, lengths = np.zeros(empty.typed.shape, np.int32), np.zeros(self.bucket, np.int32)
-        counts = np.zeros(self.bucket, np.int32)
-        patches: Any = empty.patches
-        base = self.engine.config.duplex.control_base
-        if any(one.patches is not None for one in given.values()):
-            patches = np.zeros(empty.patches.shape, np.float32)
-        for session, one in given.items():
-            slot = self.live[session]
-            bins[slot], active[slot] = one.bins, True
-            if one.text:
-                lengths[slot] = 1 + len(one.text)
-                typed[slot, : lengths[slot]] = [base + one.mark, *one.text]
-            if one.patches is not None:
-                counts[slot] = len(one.patches)
-                patches[slot, : counts[slot]] = one.patches
-        return empty._replace(
-            bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
-        )
 
     def _move_to(self, bucket: int) -> None:
         """Moves all sessions, in the order of their slots, to the first ones of another bucket."""

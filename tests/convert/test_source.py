@@ -15,6 +15,7 @@ from jaxtml.convert.source import contiguous
         ((1, 600, 2, 900), (0, 2, 3, 1)),  # and over several, the last of each side not full
         ((1030, 520), (1, 0)),
         ((40, 3, 700), (2, 1, 0)),
+        *(((5, 130, 200), axes) for axes in [(0, 1, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0)]),
         ((5, 7), (1, 0)),  # too small for a buffer
         ((64, 64), (0, 1)),  # not turned
     ],

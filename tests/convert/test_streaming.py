@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -210,54 +212,43 @@ def test_another_source_or_another_boot_begins_anew(released, tmp_path, monkeypa
     assert interrupted() <= first
 
 
-def test_two_conversions_to_one_place_do_not_mix(released, tmp_path, monkeypatch):
+@contextmanager
+def _held_at(name: str, released: Path, out: Path, monkeypatch) -> Iterator[None]:
+    """While another thread's conversion waits in this method of its sink."""
     begun, go = threading.Event(), threading.Event()
-    write_ = OrbaxSink.write
+    method = getattr(OrbaxSink, name)
 
     def waiting(self, *args):
         begun.set()
         go.wait(60)
-        write_(self, *args)
+        method(self, *args)
 
-    monkeypatch.setattr(OrbaxSink, "write", waiting)
-    thread = threading.Thread(target=convert, args=(released, tmp_path / "out"))
+    monkeypatch.setattr(OrbaxSink, name, waiting)
+    thread = threading.Thread(target=convert, args=(released, out))
     thread.start()
     try:
         assert begun.wait(60)
-        with pytest.raises(InputError, match="is being written by another conversion"):
-            convert(released, tmp_path / "out")
+        yield
     finally:
         go.set()
         thread.join()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("held_at", ["prepare", "write"])
+def test_two_conversions_to_one_place_do_not_mix(held_at, dtype, released, tmp_path, monkeypatch):
+    refused = pytest.raises(InputError, match="is being written by another conversion")
+    with _held_at(held_at, released, tmp_path / "out", monkeypatch), refused:
+        convert(released, tmp_path / "out", dtype=dtype)
     assert OrbaxCheckpoint(tmp_path / "out").config.backbone == opened(released).config.backbone
-
-
-def test_a_conversion_that_is_still_preparing_is_not_disturbed(released, tmp_path, monkeypatch):
-    begun, go = threading.Event(), threading.Event()
-    prepare = OrbaxSink.prepare
-
-    def waiting(self, folder):
-        begun.set()
-        go.wait(60)
-        prepare(self, folder)
-
-    monkeypatch.setattr(OrbaxSink, "prepare", waiting)
-    thread = threading.Thread(target=convert, args=(released, tmp_path / "out"))
-    thread.start()
-    try:
-        assert begun.wait(60)
-        with pytest.raises(InputError, match="is being written by another conversion"):
-            convert(released, tmp_path / "out", dtype="float32")
-    finally:
-        go.set()
-        thread.join()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     with pytest.raises(InputError, match="exists: name a new directory"):
         convert(released, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch):
-    """Side by side as many as there are chunks of the longest layer; none goes on to the end of its own."""
+    """The threads wait until one has failed; each may end its chunk, and begins no other."""
     write_, failed, after = OrbaxSink.write, threading.Event(), []
 
     def failing(self, path, index, values):
@@ -308,7 +299,9 @@ def test_a_disk_that_fills_up_is_one_line_and_the_conversion_goes_on_later(relea
 
     with monkeypatch.context() as patched:
         patched.setattr(OrbaxSink, "prepare", almost_full)
-        with pytest.raises(InputError, match="the disk is full; make room and convert again, it goes on from here"):
+        with pytest.raises(
+            InputError, match="out.*: the disk is full; make room and convert again, it goes on from here"
+        ):
             convert(released, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "layers equal" in convert(released, tmp_path / "out", verify=True)
