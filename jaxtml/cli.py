@@ -27,20 +27,25 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxt
 
 
 def info(args: argparse.Namespace) -> None:
-    from jaxtml.model.interaction import InteractionModel, group_of
-    from jaxtml.model.spec import count, flatten
+    from jaxtml.convert import inspect
+    from jaxtml.convert.source import table
+    from jaxtml.model.interaction import group_of
+    from jaxtml.model.spec import count
 
     checkpoint = None
     if Path(args.config).is_dir():
-        from jaxtml.convert.inspect import described
-
         if args.set:
             raise InputError(f"{args.config} is a checkpoint: its config cannot be --set")
-        config, checkpoint = described(args.config)
+        config, specs, checkpoint = inspect.described(args.config)
+        if args.verify:
+            checkpoint["verified"] = inspect.checked(args.config)
+    elif args.verify:
+        raise InputError(f"{args.config} is no checkpoint: there is nothing to --verify")
     else:
         config = configs.load(args.config, args.set)
+        specs = table(config)
     parts: dict[str, dict[str, object]] = {}
-    for path, spec in flatten(InteractionModel(config).specs()):
+    for path, spec in specs.items():
         parts.setdefault(group_of(path, spec), {})[path] = spec
     groups = {name: count(table) for name, table in sorted(parts.items(), key=lambda part: -count(part[1])[0])}
     total, active = (sum(group[i] for group in groups.values()) for i in (0, 1))
@@ -64,6 +69,8 @@ def info(args: argparse.Namespace) -> None:
         step = f" at step {checkpoint['step']}" if checkpoint["step"] is not None else ""
         print(f"{checkpoint['kind']}{step}, {checkpoint['bytes'] / 1e9:.3f} GB: {held}")
         print(f"good for: {', '.join(checkpoint['uses'])}")
+        if args.verify:
+            print(f"verified: {checkpoint['verified']} tensors are as they were written")
 
 
 def converse(args: argparse.Namespace) -> None:
@@ -217,7 +224,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_config(command, "a name in configs/, a path, or the directory of a checkpoint or a training run")
     command.add_argument(
-        "--json", action="store_true", help="JSON on stdout: config, params_total, params_active, groups"
+        "--verify", action="store_true", help="read a converted checkpoint and hold it to its manifest's checksums"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="JSON on stdout: config, params_total, params_active, groups, checkpoint"
     )
 
     command = add(
@@ -296,14 +306,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("src", metavar="SRC", help="a checkpoint directory (ours or released), or a training workdir")
     command.add_argument("dst", metavar="DST")
     command.add_argument("--to", choices=("orbax", "hf"), default="orbax")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: each parameter's own")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: each parameter's own; Inkling's gate biases and scales stay float32",
+    )
     command.add_argument(
         "--as",
         dest="begin_as",
         metavar="CONFIG",
         help="a config that begins with SRC's weights, its new layers neutral",
     )
-    command.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result back and compare every tensor, and logits where memory allows, before it is called DST; "
+        "or verify a DST that the same conversion made",
+    )
     return top
 
 

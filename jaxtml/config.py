@@ -294,11 +294,11 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
             kinds = (kinds[0],) * len(value)
         if len(kinds) == len(value):
             return tuple(_typed(kind, item, key) for kind, item in zip(kinds, value, strict=True))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and (type(value) is float or (type(value) is int and abs(value) <= _LARGEST)):
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value
-    raise InputError(f"config field {key}: {value!r} is not {getattr(hint, '__name__', hint)}")
+    raise InputError(f"config field {key}: {value!r:.60} is not {getattr(hint, '__name__', hint)}")
 
 
 def to_json(config: Config) -> str:
@@ -309,7 +309,7 @@ def from_json(text: str) -> Config:
     """Inverse of `to_json`. Raises `InputError` on malformed JSON, unknown or missing fields and wrong types."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"config is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError("config is not a JSON object")
@@ -334,7 +334,11 @@ _MAY_BE_ZERO = (
     *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
 )
 _POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
-_AT_MOST = {"batch": 10**6, "sessions": 10**6, "pinned": 512}  # pinned: a block of `model.attend_blocks`
+_AT_MOST = {
+    **{"batch": 10**6, "sessions": 10**6, "pinned": 512},  # pinned: a block of `model.attend_blocks`
+    **{"n_layers": 4096, "mtp_heads": 4096, "depth": 4096},
+}
+_LARGEST = 2**31 - 1  # of all other whole numbers
 _AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
 
 
@@ -360,8 +364,9 @@ def _check_ranges(node: Any, prefix: str = "") -> None:
             least = 0 if f.name in _MAY_BE_ZERO else 1
             if value < least:
                 raise InputError(f"{path} {value}: give at least {least}")
-            if value > _AT_MOST.get(f.name, value):
-                raise InputError(f"{path} {value}: give at most {_AT_MOST[f.name]}")
+            most = _AT_MOST.get(f.name, _LARGEST)
+            if value > most:
+                raise InputError(f"{path} is too large: give at most {most}")
         elif isinstance(value, float):
             if not 0 <= value < math.inf or (value == 0 and f.name in _POSITIVE):
                 raise InputError(f"{path} {value}: give {'more than' if f.name in _POSITIVE else 'at least'} 0")

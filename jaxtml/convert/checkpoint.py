@@ -112,6 +112,10 @@ class OrbaxCheckpoint:
     def holds(self, path: str) -> bool:
         return True
 
+    def chunk_shape(self, path: str) -> tuple[int, ...]:
+        """What one file holds."""
+        return self.arrays[path].chunk_layout.write_chunk.shape
+
     def read(self, path: str, index: Index) -> np.ndarray:
         try:
             return self.arrays[path][index].read().result()

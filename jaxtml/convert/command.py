@@ -8,39 +8,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import jax
 import numpy as np
+import psutil
 
 from jaxtml import config as configs
 from jaxtml.config import Config, to_json
-from jaxtml.convert import streaming
+from jaxtml.convert import manifest, streaming
 from jaxtml.convert.checkpoint import RUN, TOKENIZER, OrbaxCheckpoint, on_one_device
 from jaxtml.convert.export import ReleasedSink, released_dtypes
-from jaxtml.convert.released import ReleasedCheckpoint
+from jaxtml.convert.manifest import CARRIED, MANIFEST
+from jaxtml.convert.released import INDEX, ReleasedCheckpoint
 from jaxtml.convert.source import Source, placed, table
 from jaxtml.convert.store import OrbaxSink
 from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params, count
 
-SMALL = 2**31  # bytes of parameters up to which logits are compared too
-PROMPT = 64  # tokens of that comparison
+PROMPT = 64  # tokens of which logits are compared
+_BESIDE = (".json", ".jinja", ".txt", ".model", ".md", "")  # suffixes of what comes along
 
 
-def opened(directory: str | Path) -> Source:
+def opened(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
     """Any checkpoint that we know as a source. Raises `InputError` where it is none."""
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"no checkpoint directory {directory}")
-    if any(directory.glob("*.safetensors")):
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
         return ReleasedCheckpoint(directory)
     return OrbaxCheckpoint(directory)
 
 
 def read(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
     """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as `opened`."""
-    source = opened(directory)
+    return _in_memory(opened(directory), dtype)
+
+
+def _in_memory(source: Source, dtype: str = "float32") -> tuple[Config, Params]:
     return source.config, placed(source, on_one_device(source.config, dtype))
 
 
@@ -50,16 +58,16 @@ def write(
     made_from: str,
     to: str = "orbax",
     dtype: str | None = None,
-    tokenizer: Path | None = None,
-) -> dict[str, np.dtype]:
-    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held; returns what became what."""
+    carried: Mapping[str, Path] = MappingProxyType({}),
+    check: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held, with the files `carried` (by
+    name). What `check` raises of the folder keeps it from its name."""
     dtypes = {path: source.dtype(path) for path in table(source.config)}
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
     kind = ReleasedSink if to == "hf" else OrbaxSink
-    sink = kind(source.config, dtypes, tokenizer)
-    streaming.convert(source, sink, destination, json.dumps([made_from, to, dtype]))
-    return dtypes
+    streaming.convert(source, kind(source.config, dtypes, carried), destination, made_from, check)
 
 
 def convert(
@@ -75,11 +83,11 @@ def convert(
 
     Args:
       source: a directory.
-      destination: one that is not there, or is empty.
+      destination: one that is not there, or is empty; to be verified, the result of the same conversion too.
       to: "orbax" or "hf".
       dtype: what parameters become; None: nothing else than they are.
       begin_as: a config that begins with the source's weights (`convert.warm`).
-      verify: read the result back and hold it to the source.
+      verify: read the result and hold it to the source, before it gets its name.
 
     Raises:
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
@@ -90,15 +98,33 @@ def convert(
         raise InputError(f"{destination} is in {source}: name a directory outside it")
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
-    given = opened(source)
-    if begin_as is not None:
-        given = WarmStart(given, configs.load(begin_as))
-    tokenizer = source / TOKENIZER if (source / TOKENIZER).is_file() else None
-    step = given.step if isinstance(given, OrbaxCheckpoint) else None
+    held = opened(source)
+    given = held if begin_as is None else WarmStart(held, configs.load(begin_as))
+    step = held.step if isinstance(held, OrbaxCheckpoint) else None
     asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
-    write(given, destination, f"{source.absolute()} {fingerprint(source, step)} {asked}", to, dtype, tokenizer)
-    done = f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"
-    return f"{done}; {_verified(source, given, destination, to)}" if verify else done
+    made_from = json.dumps([str(source.absolute()), fingerprint(source, step), asked, to, dtype])
+    said = [f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"]
+
+    def check(folder: Path) -> None:
+        if verify:
+            said.append(_verified(held, given, opened(folder), to))
+
+    if verify and (destination / MANIFEST).is_file() and manifest.read(destination).source == made_from:
+        check(destination)
+    else:
+        write(given, destination, made_from, to, dtype, companions(source), check)
+    return "; ".join(said)
+
+
+def companions(directory: Path) -> dict[str, Path]:
+    """The files of a checkpoint that are neither its weights nor made of them, by their names in a release: what
+    tokenizes and prepares, model cards, licenses; of a release its `config.json` too."""
+    released = any(directory.glob("*.safetensors"))
+    found = [directory] if released else [directory / CARRIED]
+    files = [file for folder in found if folder.is_dir() for file in folder.iterdir() if file.is_file()]
+    if not released and (directory / TOKENIZER).is_file():
+        files.append(directory / TOKENIZER)
+    return {file.name: file for file in sorted(files) if file.suffix in _BESIDE and file.name not in (INDEX, MANIFEST)}
 
 
 def _counted(source: Source, to: str) -> str:
@@ -129,18 +155,25 @@ def fingerprint(directory: Path, step: int | None = None) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
-def _verified(directory: Path, source: Source, destination: Path, to: str) -> str:
-    """Holds a result to the source that it was made of, and its logits to those of the directory."""
-    result = opened(destination)
+def _verified(held: Source, source: Source, result: Source, to: str) -> str:
+    """Holds a result to the source that it was made of, and its logits to those of the checkpoint as it was held."""
     specs = {path: spec for path, spec in table(result.config).items() if to == "orbax" or spec.released is not None}
-    said = f"verified, {streaming.verify(source, result, specs)} layers equal"
-    if streaming.nbytes(specs, lambda path: np.dtype(np.float32)) > SMALL:
-        return said
+    said = f"verified, {streaming.verify(source, result, specs)} tensors equal"
+    needed, free = 2 * streaming.nbytes(table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
+    if needed > free:
+        return f"{said}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
     from jaxtml.convert.logits import text_logits
 
     ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
-    theirs, ours = (text_logits(*read(directory), ids) for directory in (directory, destination))
+    theirs, ours = (text_logits(*_in_memory(checkpoint), ids) for checkpoint in (held, result))
     apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
     if not np.isfinite(apart):
-        raise InputError(f"the numbers are all equal, and {destination} gives logits that are no numbers")
+        raise InputError("the numbers are all equal, and the result gives logits that are no numbers")
     return f"{said}, logits of {PROMPT} tokens {f'differ by {apart:.2e} of their norm' if apart else 'too'}"
+
+
+def _free_memory() -> int:
+    """Bytes that the first device has left, and the host."""
+    held = jax.devices()[0].memory_stats() or {}
+    found = [held["bytes_limit"] - held["bytes_in_use"]] if "bytes_limit" in held else []
+    return min([*found, psutil.virtual_memory().available])

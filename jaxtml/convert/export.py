@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.config import Config
-from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.convert.inkling_config import inkling_config
-from jaxtml.convert.released import INDEX, WEIGHTS, Place, places
+from jaxtml.convert.released import INDEX, WEIGHTS, Place, places, read_json
 from jaxtml.convert.safetensors_file import Stored, create, write_at
 from jaxtml.convert.source import Index, contiguous, table
 from jaxtml.model.spec import ParamSpec
@@ -32,16 +31,18 @@ class ReleasedSink:
     Args:
       config: of the model.
       dtypes: what each parameter is written as.
-      tokenizer: a file to be carried along; None: none.
+      carried: files that come along, by name. A `config.json` among them is a release's own: what it says that is not
+        of the model's shape is said again.
 
     Raises:
       InputError: a config that Inkling cannot describe.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], tokenizer: Path | None = None):
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
         self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
-        self.described = inkling_config(config) | {"dtype": _commonest(self.specs, dtypes).name}
-        self.dtypes, self.tokenizer = dtypes, tokenizer
+        said = read_json(carried["config.json"]) if "config.json" in carried else {}
+        self.described = inkling_config(config, said) | {"dtype": _commonest(self.specs, dtypes).name}
+        self.dtypes, self.carried = dtypes, carried
         self.places = {(place.path, place.index): place for place in places(config)}
         self.stored: dict[str, Stored] = {}
 
@@ -61,11 +62,11 @@ class ReleasedSink:
         for name, shard in zip(names, shards, strict=True):
             tensors = ((place.name, _shape(place), self.dtypes[place.path]) for place in shard)
             self.stored |= create(folder / name, tensors)
-        if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer, folder / TOKENIZER)
+        for name, file in self.carried.items():
+            shutil.copyfile(file, folder / name)
         (folder / "config.json").write_text(json.dumps(self.described, indent=2) + "\n")
 
-    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+    def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
         spec = self.specs[path]
         released = spec.released
         assert released is not None
@@ -73,7 +74,12 @@ class ReleasedSink:
         ours = values.reshape(values.shape[spec.stacked :])
         view = released.view or released.shape
         begins = np.ravel_multi_index([index[spec.stacked + axis].start for axis in released.order], view)
-        write_at(stored, int(begins) * values.itemsize, contiguous(ours.transpose(released.order)))
+        turned = contiguous(ours.transpose(released.order))
+        write_at(stored, int(begins) * values.itemsize, turned)
+        return turned
+
+    def name(self, path: str, at: tuple[int, ...]) -> str:
+        return self.places[path, at].name
 
     def _shards(self) -> list[list[Place]]:
         shards: list[list[Place]] = [[]]

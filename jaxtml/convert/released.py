@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -70,7 +70,7 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: str | Path, seed: int = 0):
         self.directory, self.seed = Path(directory), seed
-        config = config_from_inkling(read_json(self.directory / "config.json"), self.directory.name or "inkling")
+        config = config_from_inkling(read_json(self.directory / "config.json"), self.directory.resolve().name)
         self.tensors = _tensors(self.directory)
         if config.backbone.mtp_heads and not any(name.startswith(_MTP) for name in self.tensors):
             logging.info("%s has no %s* tensors: its prediction heads are left out", directory, _MTP)
@@ -164,12 +164,13 @@ def _misfit(place: Place, stored: Stored, parts: Mapping[str, Stored] | None) ->
     return None if shape == released.shape else f"{shape}, not {released.shape}"
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises `InputError` where it is no file of one JSON object."""
     if not path.is_file():
         raise InputError(f"no {path.name} in {path.parent}: give the directory of an Inkling checkpoint")
     try:
         value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object")
@@ -180,8 +181,10 @@ def _tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of the directory by name; an index is held to what the files have."""
     index = directory / INDEX
     listed = read_json(index).get("weight_map") if index.is_file() else None
-    if listed is not None and not isinstance(listed, dict):
-        raise InputError(f"{index} has no weight_map of names")
+    if index.is_file() and not (
+        isinstance(listed, dict) and all(isinstance(name, str) and Path(name).name == name for name in listed.values())
+    ):
+        raise InputError(f"{index} has no weight_map of tensors to files beside it")
     files = sorted(set(listed.values())) if listed is not None else [WEIGHTS]
     if (directory / MTP_WEIGHTS).is_file() and MTP_WEIGHTS not in files:
         files.append(MTP_WEIGHTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Stored:
         """The tensor, read as it is used; none of it counts as memory of this process."""
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
 
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """Its bytes, so many at a time."""
+        for start in range(self.start, self.start + self.nbytes, size):
+            yield np.memmap(self.file, np.uint8, "r", start, min(size, self.start + self.nbytes - start))
+
 
 def headers(file: Path) -> dict[str, Stored]:
     """The tensors of a file.
@@ -74,7 +79,7 @@ def headers(file: Path) -> dict[str, Stored]:
             end += tensor.nbytes
         if end != size:
             raise ValueError(f"{size - end} bytes follow its tensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{file} is not a readable safetensors file: {said}") from error
     return found
@@ -83,6 +88,8 @@ def headers(file: Path) -> dict[str, Stored]:
 def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> Stored:
     first, last = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    if any(type(n) is not int for n in (first, last, *shape)) or min(shape, default=0) < 0 or type(dtype) is not str:
+        raise ValueError("an entry of its header is no tensor's")
     if not 0 <= first <= last <= size - data:
         raise ValueError("it ends before its tensors do")
     if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:

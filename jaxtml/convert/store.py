@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from absl import logging
 
 from jaxtml.config import Config, to_json
 from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, uncached
+from jaxtml.convert.manifest import CARRIED, layer_name
 from jaxtml.convert.source import Index, table
 from jaxtml.model.spec import Params, ParamSpec
 
@@ -31,23 +32,34 @@ PIECE = 2**22  # bytes that can be read by themselves
 
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
     """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
-    them) as `CHUNK` has room for and divide it; where one row is larger, a part of it that lies together there too. Of
-    what is not released, of the longest axis."""
+    them) as `CHUNK` has room for; where one row is larger, a part of it that lies together there too. Of what is not
+    released, of the longest axis."""
     inner = list(spec.shape[spec.stacked :])
-    order = np.argsort(inner)[::-1] if spec.released is None else spec.released.order
-    for axis in order:
+    for axis in _order(spec):
         row = itemsize * math.prod(inner) // inner[axis]
-        inner[axis] = _divisor(inner[axis], max(1, CHUNK // row))
+        inner[axis] = _share(inner[axis], max(1, CHUNK // row))
         if inner[axis] > 1:
             break
     return (1,) * spec.stacked + tuple(inner)
 
 
-def chunks(spec: ParamSpec, itemsize: int) -> Iterator[Index]:
-    """Every chunk of a parameter, layer by layer."""
-    size = chunk_shape(spec, itemsize)
-    for at in np.ndindex(*(whole // part for whole, part in zip(spec.shape, size, strict=True))):
-        yield tuple(slice(i * part, (i + 1) * part) for i, part in zip(at, size, strict=True))
+def chunks(spec: ParamSpec, size: Sequence[int]) -> Iterator[Index]:
+    """Every chunk of this size of a parameter, layer by layer; within one as they follow each other in the released
+    tensor, whose bytes they are, one after the other."""
+    order = [*range(spec.stacked), *(spec.stacked + axis for axis in _order(spec))]
+    counts = [-(-whole // part) for whole, part in zip(spec.shape, size, strict=True)]
+    for turned in np.ndindex(*(counts[axis] for axis in order)):
+        at = [turned[order.index(axis)] for axis in range(len(order))]
+        yield tuple(
+            slice(i * part, min((i + 1) * part, whole)) for i, part, whole in zip(at, size, spec.shape, strict=True)
+        )
+
+
+def _order(spec: ParamSpec) -> Sequence[int]:
+    """The axes of one layer, the first to be cut first."""
+    if spec.released is not None:
+        return spec.released.order
+    return [int(axis) for axis in np.argsort(spec.shape[spec.stacked :])[::-1]]
 
 
 def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> None:
@@ -84,11 +96,11 @@ class OrbaxSink:
     Args:
       config: of the model.
       dtypes: what each parameter is written as.
-      tokenizer: a file to be carried along; None: none.
+      carried: files that come along, by their names in a release.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], tokenizer: Path | None = None):
-        self.config, self.dtypes, self.tokenizer = config, dtypes, tokenizer
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
+        self.config, self.dtypes, self.carried = config, dtypes, carried
         self.specs = table(config)
         self.arrays: dict[str, Any] = {}
 
@@ -102,13 +114,15 @@ class OrbaxSink:
             for part in made.iterdir():
                 part.rename(folder / part.name)
             made.rmdir()
-            if self.tokenizer is not None:
-                shutil.copyfile(self.tokenizer, folder / TOKENIZER)
+            for name, file in self.carried.items():
+                place = folder / (TOKENIZER if name == TOKENIZER else f"{CARRIED}/{name}")
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
             (folder / CONFIG).write_text(to_json(self.config))
         context = uncached()
         self.arrays = {path: open_array(folder / STATE, path, context) for path in self.specs}
 
-    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+    def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
         """Returns when the chunk is in its file."""
         try:
             self.arrays[path][index].write(values).result()
@@ -116,6 +130,10 @@ class OrbaxSink:
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
+        return values
+
+    def name(self, path: str, at: tuple[int, ...]) -> str:
+        return layer_name(path, at)
 
 
 def _folder(state: Path, path: str) -> Path:
@@ -145,6 +163,10 @@ def _made(state: Path, path: str, spec: ParamSpec, dtype: np.dtype) -> None:
     ts.open({"driver": "zarr3", "kvstore": store, "metadata": metadata, "create": True}).result()
 
 
-def _divisor(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is at most `at_most`."""
-    return next(size for size in range(min(n, at_most), 0, -1) if n % size == 0)
+def _share(n: int, at_most: int) -> int:
+    """The largest divisor of `n` that is at most `at_most`; where that is less than half of it, a power of two, and the
+    last share is smaller."""
+    if n <= at_most:
+        return n
+    even = next(size for size in range(at_most, 0, -1) if n % size == 0)
+    return even if 2 * even >= at_most else 1 << at_most.bit_length() - 1

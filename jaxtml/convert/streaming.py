@@ -2,8 +2,8 @@
 
 What is written lies in a hidden folder beside the destination until all of it is there, and then takes its name. A
 journal in that folder says which chunks are done: a conversion that was killed goes on with the next ones. Every
-layer's part of a parameter is worked through in order by one thread, which keeps a CRC-32 of all its chunks. Memory is
-a chunk for each thread, whatever the model's size. Called by `convert.command`.
+layer's part of a parameter is worked through in order by one thread, which keeps a CRC-32 of all that it wrote
+(`convert.manifest`). Memory is a chunk for each thread, whatever the model's size. Called by `convert.command`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,14 +24,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from isal import isal_zlib
 
+from jaxtml.convert import manifest
+from jaxtml.convert.manifest import crc32, layer_name
 from jaxtml.convert.source import Index, Source
-from jaxtml.convert.store import chunks
+from jaxtml.convert.store import chunk_shape, chunks
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 
-JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
+JOURNAL = "journal.jsonl"
 REPORT_S = 5.0  # seconds between lines of progress
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -47,14 +48,19 @@ class Sink(Protocol):
         """Makes everything but the numbers in `folder`; one that a killed conversion prepared is kept."""
         ...
 
-    def write(self, path: str, index: Index, values: np.ndarray) -> None:
-        """Writes one of `store.chunks`; threads write different ones side by side."""
+    def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
+        """Writes one of `store.chunks` and returns it as it lies there, contiguous; threads write different ones side
+        by side."""
+        ...
+
+    def name(self, path: str, at: tuple[int, ...]) -> str:
+        """What one layer's part of a parameter is called there."""
         ...
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's part of a parameter, or all of one that is in no layer: what a manifest has a checksum of."""
+    """One layer's part of a parameter, or all of one that is in no layer: a tensor of a release."""
 
     path: str
     at: tuple[int, ...]
@@ -62,44 +68,57 @@ class Layer:
 
     @property
     def name(self) -> str:
-        return "/".join([self.path, *map(str, self.at)])
+        return layer_name(self.path, self.at)
 
 
-def layers(specs: dict[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> Iterator[Layer]:
-    """All of them, each with its chunks in order."""
+def layers(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[Layer]:
+    """All of them, each with its chunks of the size that a parameter has, in order."""
     for path, spec in specs.items():
         found: dict[tuple[int, ...], list[Index]] = {}
-        for index in chunks(spec, dtype(path).itemsize):
+        for index in chunks(spec, size(path)):
             found.setdefault(tuple(cut.start for cut in index[: spec.stacked]), []).append(index)
         for at, indices in found.items():
             yield Layer(path, at, tuple(indices))
 
 
-def nbytes(specs: dict[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
+def written(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[Layer]:
+    """All of them in the chunks in which a conversion works."""
+    return list(layers(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
+
+
+def nbytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
     return sum(int(np.prod(spec.shape, dtype=np.int64)) * dtype(path).itemsize for path, spec in specs.items())
 
 
 def convert(
-    source: Source, sink: Sink, destination: Path, made_from: str, workers: int | None = None
-) -> dict[str, str]:
-    """Fills the sink and gives it its name; returns the CRC-32 of each layer by its name, which the manifest has too.
+    source: Source,
+    sink: Sink,
+    destination: Path,
+    made_from: str,
+    check: Callable[[Path], None] = lambda folder: None,
+    workers: int | None = None,
+) -> None:
+    """Fills the sink, writes its manifest and gives it its name.
 
     Args:
       source: to read from.
       sink: to write to.
       destination: a folder that is not there, or empty.
       made_from: what identifies the source: a conversion of another one is not resumed.
+      check: called with the folder before it gets its name; where this raises `InputError`, it gets none.
       workers: threads; None: two for each core, as half of them wait for the disk.
 
     Raises:
       InputError: the destination is not empty, in no folder, or being written by another conversion, or the disk has
-        no room for it.
+        no room for it; or what `check` raised.
     """
     folder = destination.with_name(f".{destination.name}.converting")
-    work = list(layers(sink.specs, sink.dtype))
+    work = written(sink.specs, sink.dtype)
     total = nbytes(sink.specs, sink.dtype)
     if not destination.parent.is_dir():
         raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
+    if not os.access(destination.parent, os.W_OK):
+        raise InputError(f"cannot write {destination}: the permissions of {destination.parent} do not allow it")
     with closing(Journal(folder, json.dumps([made_from, total, len(work)]))) as journal:
         try:
             _check_room(destination, total - journal.written)
@@ -111,15 +130,22 @@ def convert(
             logging.info("%s: going on after %.1f of %.1f GB", destination, journal.written / 1e9, total / 1e9)
         sink.prepare(folder)
         journal.begin()
-        checksums = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
-        manifest = {"source": made_from, "crc32": checksums}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        try:
+            checksums = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
+        except KeyboardInterrupt:
+            logging.info("what is written is kept in %s: convert again to go on, or remove it", folder)
+            raise
+        manifest.write(folder, made_from, checksums)
         os.sync()
+        try:
+            check(folder)
+        except InputError as error:
+            journal.forget()
+            raise InputError(f"{error}; the result is left as {folder}, for you to look at and remove") from error
         if destination.exists():
             destination.rmdir()  # an empty folder
         folder.rename(destination)
         (destination / JOURNAL).unlink()  # last: until here, a conversion that is killed goes on
-    return checksums
 
 
 def _filled(
@@ -133,14 +159,13 @@ def _filled(
             if stop.is_set():
                 raise CancelledError
             values = source.read(layer.path, index).astype(sink.dtype(layer.path), copy=False)
-            sink.write(layer.path, index, values)
-            checksum = _crc32(values, checksum)
+            checksum = crc32(sink.write(layer.path, index, values), checksum)
             journal.note(layer.name, count, checksum, values.nbytes)
             progress.add(values.nbytes)
-        return layer.name, f"{checksum:08x}"
+        return sink.name(layer.path, layer.at), f"{checksum:08x}"
 
     try:
-        return dict(_side_by_side(one, work, workers))
+        return dict(side_by_side(one, work, workers))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -148,7 +173,7 @@ def _filled(
         raise InputError(f"{journal.file.parent}: {said}") from error
 
 
-def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers: int | None = None) -> int:
+def verify(source: Source, result: Source, specs: Mapping[str, ParamSpec], workers: int | None = None) -> int:
     """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
 
     Raises:
@@ -161,14 +186,15 @@ def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers:
             if stop.is_set():
                 raise CancelledError
             values = of.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
-            found = _crc32(values, found)
+            found = crc32(values, found)
+            progress.add(values.nbytes)
         return found
 
     def one(layer: Layer, stop: threading.Event) -> str | None:
         return None if checksum(source, layer, stop) == checksum(result, layer, stop) else layer.name
 
-    work = list(layers(specs, result.dtype))
-    wrong = sorted(name for name in _side_by_side(one, work, workers) if name)
+    work, progress = written(specs, result.dtype), Progress(2 * nbytes(specs, result.dtype), 0, "verified ")
+    wrong = sorted(name for name in side_by_side(one, work, workers) if name)
     if wrong:
         raise InputError(
             f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}"
@@ -176,11 +202,7 @@ def verify(source: Source, result: Source, specs: dict[str, ParamSpec], workers:
     return len(work)
 
 
-def _crc32(values: np.ndarray, before: int) -> int:
-    return isal_zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
-
-
-def _side_by_side(one: Callable[[Layer, threading.Event], Any], work: list[Layer], workers: int | None) -> list[Any]:
+def side_by_side(one: Callable[[Any, threading.Event], Any], work: list[Any], workers: int | None) -> list[Any]:
     """`one` of each, by threads; the first exception ends it all, those under way at their next chunk."""
     stop = threading.Event()
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
@@ -236,6 +258,10 @@ class Journal:
             self.done[entry["layer"]] = (entry["chunks"], entry["crc32"])
             self.written += entry["bytes"]
 
+    def forget(self) -> None:
+        """The next conversion begins anew."""
+        self.file.unlink()
+
     def begin(self) -> None:
         """The folder is prepared: chunks will be noted."""
         begun = self.file.is_file()
@@ -267,8 +293,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
 class Progress:
     """A line every few seconds: bytes, rate, time left."""
 
-    def __init__(self, total: int, done: int):
-        self.total, self.done, self.before = total, done, done
+    def __init__(self, total: int, done: int, what: str = ""):
+        self.total, self.done, self.before, self.what = total, done, done, what
         self.began = self.told = time.monotonic()
         self.lock = threading.Lock()
 
@@ -283,6 +309,6 @@ class Progress:
             left = (self.total - self.done) / rate
             unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
             logging.info(
-                "%.1f of %.1f %s  %.2f %s/s  %d:%02d left",
-                self.done / unit, self.total / unit, name, rate / unit, name, *divmod(round(left), 60),
+                "%s%.1f of %.1f %s  %.2f %s/s  %d:%02d left",
+                self.what, self.done / unit, self.total / unit, name, rate / unit, name, *divmod(round(left), 60),
             )  # fmt: skip

@@ -44,8 +44,8 @@ def ones(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 class Released:
     """Where a parameter stands in a released Inkling checkpoint, and how its layout differs from ours.
 
-    The released tensor of `shape`, seen as `view`, has its axes permuted by `axes` to give ours. Both directions follow
-    from these three, so the map is a bijection. `name` holds `{layer}` for layer parameters.
+    The released tensor of `shape`, seen as `view`, has its axes permuted by `axes` to give ours, and ours by `order` to
+    give it back: a bijection. `name` holds `{layer}` for layer parameters.
     """
 
     name: str
@@ -62,12 +62,6 @@ class Released:
         """Released tensor -> our layout (a view where possible)."""
         tensor = tensor.reshape(self.view or self.shape)
         return tensor.transpose(self.axes) if self.axes else tensor
-
-    def save(self, array: np.ndarray) -> np.ndarray:
-        """Our layout -> released tensor, contiguous."""
-        if self.axes:
-            array = array.transpose(np.argsort(self.axes))
-        return np.ascontiguousarray(array).reshape(self.shape)
 
 
 def linear(name: str, d_in: int, d_out: int) -> Released:

@@ -57,7 +57,7 @@ def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, t
     path = tmp_path / "larger.json"
     path.write_text(configs.to_json(larger))
     said = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
-    assert "layers equal, logits of 64 tokens too" in said
+    assert "tensors equal, logits of 64 tokens too" in said
     config, params = read(tmp_path / "ours")
     assert config == larger
     ids = np.random.default_rng(0).integers(0, 100, (2, 96))

@@ -1,0 +1,164 @@
+"""Whatever stands in the JSON of a checkpoint, it is read or refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxtml.convert import manifest, store
+from jaxtml.convert.checkpoint import STATE
+from jaxtml.convert.command import convert, opened, write
+from jaxtml.convert.inkling_config import config_from_inkling, inkling_config
+from jaxtml.convert.released import read_json
+from jaxtml.convert.source import Held
+from jaxtml.errors import InputError
+
+WRONG: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 2**31, 2**70, 10**400, 0.5, float("nan"), float("inf"), -1e300),
+    *("", "x", "../x", [], [[]], [-1], ["x"], [1, 2, 3], {}, {"x": 1}, [[1, 2]], [[1, 1, "x"]]),
+)
+
+
+def _changed(value: Any, each: int) -> Iterator[tuple[str, Any]]:
+    """The document with one place of it, at any depth, wrong in one of so many ways (in turn others), or missing."""
+    ways = itertools.cycle(WRONG)
+
+    def places(node: Any, at: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        yield at
+        if isinstance(node, dict):
+            for key in node:
+                yield from places(node[key], (*at, key))
+        elif isinstance(node, list) and node:
+            yield from places(node[0], (*at, 0))
+
+    for at in places(value, ()):
+        for wrong in itertools.islice(ways, each):
+            changed = [copy.deepcopy(value)]
+            node: Any = changed
+            for key in (0, *at)[:-1]:
+                node = node[key]
+            node[(0, *at)[-1]] = wrong
+            yield f"{at} = {wrong!r:.40}", changed[0]
+        if at and isinstance(at[-1], str):
+            changed = copy.deepcopy(value)
+            node = changed
+            for key in at[:-1]:
+                node = node[key]
+            del node[at[-1]]
+            yield f"without {at}", changed
+
+
+def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> int:
+    """Opens every wrong document; how many were refused."""
+    refused = 0
+    for what, changed in _changed(value, each):
+        try:
+            opened(changed)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, what
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    return refused
+
+
+@pytest.fixture(scope="module")
+def release(config, lively, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("metadata") / "hf"
+    write(Held(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    return folder
+
+
+@pytest.fixture
+def silent(caplog) -> None:
+    caplog.set_level(logging.CRITICAL, "absl")
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("spelling", ["released", "ours"])
+def test_the_config_of_a_release(spelling, config, tmp_path):
+    described = inkling_config(config)
+    if spelling == "released":
+        text = described["text_config"]
+        text |= {
+            "dense_intermediate_size": text["intermediate_size"],
+            "intermediate_size": text["moe_intermediate_size"],
+        }
+        text |= {"local_layer_ids": [0, 1, 3], "dense_mlp_idx": 1}
+        for name in ("layer_types", "mlp_layer_types", "moe_intermediate_size"):
+            del text[name]
+    read = _rewritten(tmp_path / "config.json", lambda: config_from_inkling(read_json(tmp_path / "config.json")))
+    assert read(described).backbone.global_layers == config.backbone.global_layers
+    assert _every(described, read) > 500
+
+
+def _rewritten(file: Path, read: Callable[[], Any]) -> Callable[[Any], Any]:
+    def one(document: Any) -> Any:
+        file.write_text(json.dumps(document))
+        return read()
+
+    return one
+
+
+def test_the_index_of_a_release(release, tmp_path):
+    shutil.copytree(release, tmp_path / "hf")
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {"model.llm.norm.weight": "model.safetensors", "model.llm.embed.weight": "model.safetensors"},
+    }
+    file = tmp_path / "hf" / "model.safetensors.index.json"
+    assert _every(index, _rewritten(file, lambda: opened(tmp_path / "hf"))) > 50
+
+
+def test_the_header_of_a_shard(release, tmp_path):
+    shutil.copytree(release, tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    few = {name: header[name] for name in ("__metadata__", "model.llm.norm.weight")}
+
+    def read(few: Any) -> None:
+        text = json.dumps(header | few if isinstance(few, dict) else few).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+        opened(tmp_path / "hf")
+
+    read(few)
+    assert _every(few, read) > 50
+
+
+def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PIECE", 512)
+    folder = tmp_path / "ours"
+    convert(release, folder)
+    for name in ("config.json", f"{STATE}/_METADATA", f"{STATE}/norm.weight/zarr.json"):
+        document = json.loads((folder / name).read_text())
+        if name.endswith("_METADATA"):
+            tree = document["tree_metadata"]
+            document["tree_metadata"] = dict(list(tree.items())[:1])
+        good = (folder / name).read_text()
+        read = _rewritten(folder / name, lambda: opened(folder).read("norm/weight", (slice(None),)))
+        assert _every(document, read, 1 if name == "config.json" else 7) > 20  # a model is built for each
+        (folder / name).write_text(good)
+    opened(folder)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a": ' * 100_000, b"1" * 10_000, b'"\xff"', b"NaN", b""])
+def test_json_that_python_gives_up_on(text, release, tmp_path):
+    shutil.copytree(release, tmp_path / "hf")
+    shutil.copytree(release, tmp_path / "index")
+    for place in ("hf/config.json", "index/model.safetensors.index.json", "ours/config.json", "made/manifest.json"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(text)
+    for read, folder in ((opened, "hf"), (opened, "index"), (opened, "ours"), (manifest.read, "made")):
+        with pytest.raises(InputError) as refused:
+            read(tmp_path / folder)
+        assert "\n" not in str(refused.value)
