@@ -324,7 +324,6 @@ _MAY_BE_ZERO = (
         "n_dense",
         "mtp_heads",
         "pinned",
-        "n_shared_experts",
         "control_base",
         "max_typed",
         "max_patches",

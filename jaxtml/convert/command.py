@@ -15,6 +15,7 @@ from types import MappingProxyType
 import jax
 import numpy as np
 import psutil
+from absl import logging
 
 from jaxtml import config as configs
 from jaxtml.config import Config, to_json
@@ -30,7 +31,10 @@ from jaxtml.errors import InputError
 from jaxtml.model.spec import Params, count
 
 PROMPT = 64  # tokens of which logits are compared
-_BESIDE = (".json", ".jinja", ".txt", ".model", ".md", "")  # suffixes of what comes along
+ROUNDING = 1e-4  # by which those of equal numbers may differ, of their norm
+CGROUP = Path("/sys/fs/cgroup")
+LARGEST = 2**26  # bytes of a file that comes along
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def opened(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
@@ -102,14 +106,16 @@ def convert(
     given = held if begin_as is None else WarmStart(held, configs.load(begin_as))
     step = held.step if isinstance(held, OrbaxCheckpoint) else None
     asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
-    made_from = json.dumps([str(source.absolute()), fingerprint(source, step), asked, to, dtype])
+    made_from = json.dumps([str(source.resolve()), fingerprint(source, step), asked, to, dtype])
     said = [f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"]
 
     def check(folder: Path) -> None:
         if verify:
             said.append(_verified(held, given, opened(folder), to))
 
-    if verify and (destination / MANIFEST).is_file() and manifest.read(destination).source == made_from:
+    if verify and (destination / MANIFEST).is_file():
+        if manifest.read(destination).source != made_from:
+            raise InputError(f"{destination} was made of another {source} than it is now, or by another conversion")
         check(destination)
     else:
         write(given, destination, made_from, to, dtype, companions(source), check)
@@ -118,13 +124,25 @@ def convert(
 
 def companions(directory: Path) -> dict[str, Path]:
     """The files of a checkpoint that are neither its weights nor made of them, by their names in a release: what
-    tokenizes and prepares, model cards, licenses; of a release its `config.json` too."""
+    tokenizes and prepares, model cards, licenses; of a release its `config.json` too. What is left out is logged."""
     released = any(directory.glob("*.safetensors"))
-    found = [directory] if released else [directory / CARRIED]
-    files = [file for folder in found if folder.is_dir() for file in folder.iterdir() if file.is_file()]
+    folder = directory if released else directory / CARRIED
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    kept = [file for file in found if file.is_file() and not _is_of_weights(file)]
+    left = [file.name for file in found if file not in kept and not file.name.startswith(".")]
+    left = [name for name in left if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST)]
+    if left:
+        logging.info("left out, as no part of the new checkpoint: %s", ", ".join(left))
     if not released and (directory / TOKENIZER).is_file():
-        files.append(directory / TOKENIZER)
-    return {file.name: file for file in sorted(files) if file.suffix in _BESIDE and file.name not in (INDEX, MANIFEST)}
+        kept.append(directory / TOKENIZER)
+    return {file.name: file for file in kept}
+
+
+def _is_of_weights(file: Path) -> bool:
+    """Whether a file beside a release's shards has weights, or says how those are numbered or quantised."""
+    about = file.suffix == ".json" and "quant" in file.name
+    large = file.stat().st_size > LARGEST
+    return about or large or file.suffix in _WEIGHTS or file.name in (INDEX, MANIFEST) or file.name.startswith(".")
 
 
 def _counted(source: Source, to: str) -> str:
@@ -166,14 +184,22 @@ def _verified(held: Source, source: Source, result: Source, to: str) -> str:
 
     ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
     theirs, ours = (text_logits(*_in_memory(checkpoint), ids) for checkpoint in (held, result))
+    if np.array_equal(theirs, ours, equal_nan=True):
+        return f"{said}, logits of {PROMPT} tokens too"
     apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
-    if not np.isfinite(apart):
-        raise InputError("the numbers are all equal, and the result gives logits that are no numbers")
-    return f"{said}, logits of {PROMPT} tokens {f'differ by {apart:.2e} of their norm' if apart else 'too'}"
+    alike = held.config.backbone.global_ == result.config.backbone.global_ and all(
+        path in table(held.config) and held.dtype(path) == result.dtype(path) for path in specs
+    )
+    if not np.isfinite(apart) or (alike and apart > ROUNDING):
+        raise streaming.Differs(f"all tensors are equal, and the logits differ by {apart:.2e} of their norm")
+    return f"{said}, logits of {PROMPT} tokens differ by {apart:.2e} of their norm"
 
 
 def _free_memory() -> int:
-    """Bytes that the first device has left, and the host."""
+    """Bytes that the first device has left, the host, and the control group that this process is in."""
     held = jax.devices()[0].memory_stats() or {}
     found = [held["bytes_limit"] - held["bytes_in_use"]] if "bytes_limit" in held else []
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
     return min([*found, psutil.virtual_memory().available])

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from jaxtml.config import Config
 from jaxtml.convert.inkling_config import inkling_config
+from jaxtml.convert.manifest import Tensor
 from jaxtml.convert.released import INDEX, WEIGHTS, Place, places, read_json
 from jaxtml.convert.safetensors_file import Stored, create, write_at
 from jaxtml.convert.source import Index, contiguous, table
@@ -41,6 +43,12 @@ class ReleasedSink:
     def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
         self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
         said = read_json(carried["config.json"]) if "config.json" in carried else {}
+        b = config.backbone
+        if b.global_.pinned:
+            logging.warning(
+                "Inkling has no word for pinned tokens: beyond %d tokens its global layers see what ours do not",
+                b.global_.window,
+            )
         self.described = inkling_config(config, said) | {"dtype": _commonest(self.specs, dtypes).name}
         self.dtypes, self.carried = dtypes, carried
         self.places = {(place.path, place.index): place for place in places(config)}
@@ -78,8 +86,9 @@ class ReleasedSink:
         write_at(stored, int(begins) * values.itemsize, turned)
         return turned
 
-    def name(self, path: str, at: tuple[int, ...]) -> str:
-        return self.places[path, at].name
+    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+        name = self.places[path, at].name
+        return name, Tensor.of(self.stored[name].dtype, self.stored[name].shape, crc32)
 
     def _shards(self) -> list[list[Place]]:
         shards: list[list[Place]] = [[]]

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from jaxtml.config import Config
 from jaxtml.convert import manifest, streaming
 from jaxtml.convert.checkpoint import RUN, TOKENIZER, OrbaxCheckpoint
 from jaxtml.convert.command import opened
+from jaxtml.convert.manifest import Tensor
 from jaxtml.convert.released import ReleasedCheckpoint
 from jaxtml.convert.source import table
 from jaxtml.errors import InputError
@@ -38,15 +40,13 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     if isinstance(source, ReleasedCheckpoint):
         formats = sorted({"NVFP4" if ".scale2" in parts else "MXFP8" for parts in source.parts.values()})
         kind = f"Inkling checkpoint{', routed experts in ' + ' and '.join(formats) if formats else ''}"
-        uses += ["train --start-from"]
     else:
         assert isinstance(source, OrbaxCheckpoint)
         step = source.step
         kind = "training run" if step is not None else "jaxtml checkpoint"
         folder = directory / RUN / str(step) if step is not None else directory
-        uses += ["converse"] if (directory / TOKENIZER).is_file() else []
         uses += ["train (goes on)"] if step is not None else []
-        uses += ["train --start-from"]
+    uses += ["train --start-from", *(["converse"] if (directory / TOKENIZER).is_file() else [])]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return source.config, held, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
 
@@ -66,30 +66,39 @@ def checked(directory: str | Path) -> int:
     )
     progress = streaming.Progress(total, 0, "verified ")
 
-    def one(name: str, stop: threading.Event) -> tuple[str, str]:
+    def one(name: str, stop: threading.Event) -> tuple[str, Tensor | None]:
+        dtype, shape, blocks = parts[name]
         found = 0
-        for values in parts[name]():
-            if stop.is_set():
-                raise CancelledError
-            found = manifest.crc32(values, found)
-            progress.add(values.nbytes)
-        return name, f"{found:08x}"
+        try:
+            for values in blocks():
+                if stop.is_set():
+                    raise CancelledError
+                found = manifest.crc32(values, found)
+                progress.add(values.nbytes)
+        except InputError:  # a chunk that is not there, or damaged
+            return name, None
+        return name, Tensor.of(dtype, shape, found)
 
-    files = manifest.files(directory)
+    files = manifest.checksums(directory, wanted.files)
     changed = [name for name, checksum in wanted.files.items() if files.get(name) != checksum]
     found = dict(streaming.side_by_side(one, list(parts), None))
     changed += [name for name in sorted({*found, *wanted.tensors}) if found.get(name) != wanted.tensors.get(name)]
     if changed:
+        logging.info("all that differ:\n%s", "\n".join(changed))
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise InputError(f"{directory} is not as it was written: {', '.join(changed[:5])}{more} differ")
     return len(found)
 
 
-def _parts(source: ReleasedCheckpoint | OrbaxCheckpoint) -> Iterator[tuple[str, Callable[[], Iterator[np.ndarray]]]]:
-    """What a manifest has a checksum of, as it lies there, by name."""
+def _parts(
+    source: ReleasedCheckpoint | OrbaxCheckpoint,
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...], Callable[[], Iterator[np.ndarray]]]]]:
+    """What a manifest has a checksum of, by name: dtype, shape, and its bytes as they lie there."""
     if isinstance(source, ReleasedCheckpoint):
         for name, stored in source.tensors.items():
-            yield name, lambda stored=stored: stored.blocks(_BLOCK)
+            yield name, (stored.dtype, stored.shape, lambda stored=stored: stored.blocks(_BLOCK))
     else:
         for layer in streaming.layers(source.specs, source.chunk_shape):
-            yield layer.name, lambda layer=layer: (source.read(layer.path, index) for index in layer.indices)
+            spec = source.specs[layer.path]
+            blocks = lambda layer=layer: (source.read(layer.path, index) for index in layer.indices)  # noqa: E731
+            yield layer.name, (source.dtype(layer.path).name, spec.shape[spec.stacked :], blocks)

@@ -1,14 +1,14 @@
-"""`manifest.json` of a conversion: what it was made of, and CRC-32s of all it holds, to be held to them later.
+"""`manifest.json` of a conversion: what it was made of, and all that it holds, to be held to it later.
 
-A tensor's checksum, in a release, is that of its bytes in its shard, by its released name; in a checkpoint of ours,
-that of one layer's part of a parameter: of its chunks in the order of `store.chunks`, each in C order. Other files are
-named with theirs. Called by `convert.streaming` and `convert.inspect`.
+A tensor has its dtype, its shape and a CRC-32: in a release, of its bytes in its shard, by its released name; in a
+checkpoint of ours, of one layer's part of a parameter: of its chunks in the order of `store.chunks`, each in C order.
+Other files have a CRC-32 too. Called by `convert.streaming` and `convert.inspect`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,22 +19,38 @@ from jaxtml.errors import InputError
 
 MANIFEST = "manifest.json"
 CARRIED = "released"  # folder of a checkpoint of ours with the files of the release that it was made of
-_WEIGHTS = (".safetensors", ".jsonl")
+_VERSION = 1
+_TENSORS = (".safetensors", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """`crc32` is eight hexadecimal digits."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: str
+
+    @classmethod
+    def of(cls, dtype: str, shape: Sequence[int], crc32: int) -> Tensor:
+        return cls(dtype, tuple(shape), f"{crc32:08x}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Checksums are eight hexadecimal digits."""
+    """`files` is the checksums of all files but those of tensors."""
 
     source: str
-    tensors: dict[str, str]
+    tensors: dict[str, Tensor]
     files: dict[str, str]
 
 
-def write(folder: Path, source: str, tensors: Mapping[str, str]) -> None:
+def write(folder: Path, source: str, tensors: Mapping[str, Tensor]) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
-    found = Manifest(source, dict(sorted(tensors.items())), files(folder))
-    (folder / MANIFEST).write_text(json.dumps(asdict(found), indent=1) + "\n")
+    beside = [path for path in (*folder.glob("*"), *folder.glob(f"{CARRIED}/*")) if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in sorted(beside) if path.suffix not in _TENSORS]
+    found = Manifest(source, dict(sorted(tensors.items())), checksums(folder, names))
+    (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
 
 
 def read(folder: Path) -> Manifest:
@@ -43,23 +59,19 @@ def read(folder: Path) -> Manifest:
     if not file.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: what `jaxtml convert` wrote has one")
     try:
-        held = Manifest(**json.loads(file.read_text()))
-        if not all(isinstance(part, dict) for part in (held.tensors, held.files)):
-            raise TypeError("no checksums by name")
-        return held
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged: {error}") from error
+        held = json.loads(file.read_text())
+        if held["version"] != _VERSION:
+            raise InputError(f"{file} is of another version than this jaxtml writes: convert again")
+        tensors = {name: Tensor(**one | {"shape": tuple(one["shape"])}) for name, one in held["tensors"].items()}
+        return Manifest(str(held["source"]), tensors, dict(held["files"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is none that `jaxtml convert` wrote") from error
 
 
-def files(folder: Path) -> dict[str, str]:
-    """The checksums of all files that hold no tensors."""
-    found = [path for path in (*folder.glob("*"), *folder.glob(f"{CARRIED}/*")) if path.is_file()]
-    named = {str(path.relative_to(folder)): path for path in sorted(found)}
-    return {
-        name: f"{isal_zlib.crc32(path.read_bytes()):08x}"
-        for name, path in named.items()
-        if name != MANIFEST and path.suffix not in _WEIGHTS
-    }
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those of the files that are there."""
+    found = {name: folder / name for name in names}
+    return {name: f"{isal_zlib.crc32(file.read_bytes()):08x}" for name, file in found.items() if file.is_file()}
 
 
 def layer_name(path: str, at: tuple[int, ...]) -> str:

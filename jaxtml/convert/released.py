@@ -70,7 +70,7 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: str | Path, seed: int = 0):
         self.directory, self.seed = Path(directory), seed
-        config = config_from_inkling(read_json(self.directory / "config.json"), self.directory.resolve().name)
+        config = config_from_inkling(read_json(self.directory / "config.json"), _named(self.directory.resolve()))
         self.tensors = _tensors(self.directory)
         if config.backbone.mtp_heads and not any(name.startswith(_MTP) for name in self.tensors):
             logging.info("%s has no %s* tensors: its prediction heads are left out", directory, _MTP)
@@ -162,6 +162,11 @@ def _misfit(place: Place, stored: Stored, parts: Mapping[str, Stored] | None) ->
     elif stored.dtype not in _NUMBERS:
         return f"{stored.dtype}, not one of {', '.join(_NUMBERS)}"
     return None if shape == released.shape else f"{shape}, not {released.shape}"
+
+
+def _named(directory: Path) -> str:
+    """A model's name; in a hub's cache (`models--ORG--NAME/snapshots/COMMIT`), not the commit."""
+    return directory.parent.parent.name.split("--")[-1] if directory.parent.name == "snapshots" else directory.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from absl import logging
 
 from jaxtml.config import Config, to_json
 from jaxtml.convert.checkpoint import CONFIG, STATE, TOKENIZER, open_array, uncached
-from jaxtml.convert.manifest import CARRIED, layer_name
+from jaxtml.convert.manifest import CARRIED, Tensor, layer_name
 from jaxtml.convert.source import Index, table
 from jaxtml.model.spec import Params, ParamSpec
 
@@ -132,8 +132,9 @@ class OrbaxSink:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
         return values
 
-    def name(self, path: str, at: tuple[int, ...]) -> str:
-        return layer_name(path, at)
+    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+        spec = self.specs[path]
+        return layer_name(path, at), Tensor.of(self.dtypes[path].name, spec.shape[spec.stacked :], crc32)
 
 
 def _folder(state: Path, path: str) -> Path:

@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 
 from jaxtml.convert import manifest
-from jaxtml.convert.manifest import crc32, layer_name
+from jaxtml.convert.manifest import Tensor, crc32, layer_name
 from jaxtml.convert.source import Index, Source
 from jaxtml.convert.store import chunk_shape, chunks
 from jaxtml.errors import InputError
@@ -53,9 +53,13 @@ class Sink(Protocol):
         by side."""
         ...
 
-    def name(self, path: str, at: tuple[int, ...]) -> str:
-        """What one layer's part of a parameter is called there."""
+    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+        """What one layer's part of a parameter is called there, and is."""
         ...
+
+
+class Differs(InputError):
+    """A result is not what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def convert(
       sink: to write to.
       destination: a folder that is not there, or empty.
       made_from: what identifies the source: a conversion of another one is not resumed.
-      check: called with the folder before it gets its name; where this raises `InputError`, it gets none.
+      check: called with the folder before it gets its name; what this raises keeps it from it, and where that is
+        `Differs`, the next conversion begins anew.
       workers: threads; None: two for each core, as half of them wait for the disk.
 
     Raises:
@@ -131,17 +136,16 @@ def convert(
         sink.prepare(folder)
         journal.begin()
         try:
-            checksums = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
+            tensors = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
+            manifest.write(folder, made_from, tensors)
+            os.sync()
+            check(folder)
         except KeyboardInterrupt:
             logging.info("what is written is kept in %s: convert again to go on, or remove it", folder)
             raise
-        manifest.write(folder, made_from, checksums)
-        os.sync()
-        try:
-            check(folder)
-        except InputError as error:
+        except Differs as error:
             journal.forget()
-            raise InputError(f"{error}; the result is left as {folder}, for you to look at and remove") from error
+            raise Differs(f"{error}; the result is left as {folder}, for you to look at and remove") from error
         if destination.exists():
             destination.rmdir()  # an empty folder
         folder.rename(destination)
@@ -150,10 +154,10 @@ def convert(
 
 def _filled(
     source: Source, sink: Sink, work: list[Layer], journal: Journal, progress: Progress, workers: int | None
-) -> dict[str, str]:
-    """Writes what the journal does not have yet; the CRC-32 of each layer."""
+) -> dict[str, Tensor]:
+    """Writes what the journal does not have yet; what each layer then is, by its name."""
 
-    def one(layer: Layer, stop: threading.Event) -> tuple[str, str]:
+    def one(layer: Layer, stop: threading.Event) -> tuple[str, Tensor]:
         done, checksum = journal.done.get(layer.name, (0, 0))
         for count, index in enumerate(layer.indices[done:], done + 1):
             if stop.is_set():
@@ -162,7 +166,7 @@ def _filled(
             checksum = crc32(sink.write(layer.path, index, values), checksum)
             journal.note(layer.name, count, checksum, values.nbytes)
             progress.add(values.nbytes)
-        return sink.name(layer.path, layer.at), f"{checksum:08x}"
+        return sink.told(layer.path, layer.at, checksum)
 
     try:
         return dict(side_by_side(one, work, workers))
@@ -177,7 +181,7 @@ def verify(source: Source, result: Source, specs: Mapping[str, ParamSpec], worke
     """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
 
     Raises:
-      InputError: layers differ; the first is named.
+      Differs: the first layer is named, all of them in the log.
     """
 
     def checksum(of: Source, layer: Layer, stop: threading.Event) -> int:
@@ -196,9 +200,8 @@ def verify(source: Source, result: Source, specs: Mapping[str, ParamSpec], worke
     work, progress = written(specs, result.dtype), Progress(2 * nbytes(specs, result.dtype), 0, "verified ")
     wrong = sorted(name for name in side_by_side(one, work, workers) if name)
     if wrong:
-        raise InputError(
-            f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}"
-        )
+        logging.info("all that differ:\n%s", "\n".join(wrong))
+        raise Differs(f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}")
     return len(work)
 
 

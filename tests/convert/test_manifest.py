@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxtml.cli import run
-from jaxtml.convert import command, streaming
+from jaxtml.convert import command, export, streaming
 from jaxtml.convert.command import convert, opened, write
 from jaxtml.convert.inspect import checked, described
 from jaxtml.convert.safetensors_file import headers, write_at
@@ -28,7 +28,9 @@ BESIDE = {
     "tokenizer_config.json": "{}\n",
     "chat_template.jinja": "{{ messages }}\n",
     "LICENSE": "Apache-2.0\n",
+    "vocab.tiktoken": "YQ== 0\n",
 }
+NOT_CARRIED = {"hf_quant_config.json": "{}", "quantize_config.json": "{}", "manifest.json": "[]", ".cache": ""}
 IDS = {"audio_token_id": 17, "image_token_id": 16, "audio_bos_token_id": 19, "image_bos_token_id": 18}
 
 
@@ -43,9 +45,8 @@ def release(config, lively, tmp_path_factory) -> Path:
     said = json.loads((folder / "config.json").read_text())
     said["text_config"] |= {"eos_token_id": 7, "bos_token_id": None}
     (folder / "config.json").write_text(json.dumps(said | IDS))
-    for name, text in BESIDE.items():
+    for name, text in (BESIDE | NOT_CARRIED).items():
         (folder / name).write_text(text)
-    (folder / "manifest.json").unlink()  # nobody else writes one
     return folder
 
 
@@ -62,6 +63,8 @@ def test_the_files_of_a_release_come_back_and_so_do_the_ids_of_its_config(releas
     convert(tmp_path / "again", tmp_path / "hf", to="hf")
     for name, text in BESIDE.items():
         assert (tmp_path / "hf" / name).read_text() == text
+    assert not [name for name in NOT_CARRIED if (tmp_path / "hf" / name).exists() and name != "manifest.json"]
+    assert checked(tmp_path / "hf"), "the release's own manifest is none of ours"
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert {name: config[name] for name in IDS} == IDS
     assert (config["text_config"]["eos_token_id"], config["text_config"]["bos_token_id"]) == (7, None)
@@ -76,7 +79,8 @@ def test_the_checksums_of_a_release_are_those_of_its_tensors_bytes(ours, tmp_pat
     raw = (tmp_path / "hf" / "model.safetensors").read_bytes()
     for name, tensor in stored.items():
         found = zlib.crc32(raw[tensor.start : tensor.start + tensor.nbytes])
-        assert manifest["tensors"][name] == f"{found:08x}", name
+        said = {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc32": f"{found:08x}"}
+        assert manifest["tensors"][name] == said, name
     with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
         assert set(file.keys()) == stored.keys()
     text = (tmp_path / "hf" / "config.json").read_bytes()
@@ -117,11 +121,31 @@ def test_what_is_as_it_was_written_passes_and_a_changed_bit_or_file_is_named(res
         checked(result)
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"source": "", "tensors": 3, "files": {}}'])
+def test_a_dtype_that_was_changed_is_a_difference(ours, tmp_path):
+    shutil.copytree(ours, tmp_path / "ck")
+    file = tmp_path / "ck" / "state" / "norm.weight" / "zarr.json"
+    file.write_text(file.read_text().replace('"bfloat16"', '"float16"'))
+    with pytest.raises(InputError, match="norm/weight differ"):
+        checked(tmp_path / "ck")
+
+
+def test_all_that_is_lost_is_told(ours, tmp_path, caplog):
+    shutil.copytree(ours, tmp_path / "ck")
+    for name in ("embed.weight", "norm.weight"):
+        shutil.rmtree(tmp_path / "ck" / "state" / name / "c")
+    (tmp_path / "ck" / "released" / "LICENSE").write_text("none")
+    with pytest.raises(InputError, match="released/LICENSE, embed/weight, norm/weight differ"):
+        checked(tmp_path / "ck")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", "null", '{"version": 1, "source": "", "tensors": 3, "files": {}}'])
 def test_a_manifest_that_is_none_is_one_line(text, ours, tmp_path):
     shutil.copytree(ours, tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match="manifest.json is damaged"):
+    with pytest.raises(InputError, match="manifest.json is none that `jaxtml convert` wrote"):
+        checked(tmp_path / "ck")
+    (tmp_path / "ck" / "manifest.json").write_text('{"version": 0}')
+    with pytest.raises(InputError, match="is of another version"):
         checked(tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").unlink()
     with pytest.raises(InputError, match="has no manifest.json"):
@@ -150,7 +174,7 @@ def test_a_result_can_be_verified_again_by_the_same_conversion_alone(result, rel
     assert (result / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="exists: name a new directory"):
         convert(source, result, to=to)
-    with pytest.raises(InputError, match="exists: name a new directory"):
+    with pytest.raises(InputError, match="was made of another .* or by another conversion"):
         convert(source, result, to=to, dtype="float32", verify=True)
     _damage(result)
     with pytest.raises(InputError, match="differs from its source in 1 of"):
@@ -175,6 +199,51 @@ def test_a_result_that_is_not_its_source_gets_no_name_and_the_next_conversion_be
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_source_that_cannot_be_read_any_more_costs_no_work(release, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def gone(*_: object) -> None:
+            raise InputError("the source is gone")
+
+        patched.setattr(streaming, "verify", gone)
+        with pytest.raises(InputError, match="the source is gone"):
+            convert(release, tmp_path / "out", verify=True)
+    written: list[str] = []
+    monkeypatch.setattr(OrbaxSink, "write", lambda self, path, *_: written.append(path))
+    assert "tensors equal" in convert(release, tmp_path / "out", verify=True)
+    assert not written
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_numbers_that_give_no_logits_are_verified_all_the_same(value, config, lively, tmp_path):
+    params = lively(config)
+    params["norm"]["weight"] = np.full_like(params["norm"]["weight"], value)
+    write(Held(config, params), tmp_path / "source", "memory")
+    assert "logits of 64 tokens too" in convert(tmp_path / "source", tmp_path / "out", verify=True)
+
+
+def test_logits_that_are_others_than_the_same_numbers_give_fail(release, tmp_path, monkeypatch):
+    given = iter([np.ones((1, 64, 3), np.float32), np.ones((1, 64, 3), np.float32) * 1.01])
+    monkeypatch.setattr("jaxtml.convert.logits.text_logits", lambda *_: next(given))
+    with pytest.raises(InputError, match="all tensors are equal, and the logits differ by 1.00e-02"):
+        convert(release, tmp_path / "out", verify=True)
+
+
+def test_shards_become_one_file_and_bring_no_index(ours, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "SHARD_BYTES", 200_000)
+        convert(ours, tmp_path / "shards", to="hf")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file() and checked(tmp_path / "shards")
+    convert(tmp_path / "shards", tmp_path / "one", to="hf", verify=True)
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists() and checked(tmp_path / "one")
+
+
+def test_a_model_in_a_hubs_cache_is_not_named_by_its_commit(release, tmp_path):
+    folder = tmp_path / "models--thinkingmachines--Inkling-Small" / "snapshots" / "0123abcd"
+    shutil.copytree(release, folder)
+    assert opened(folder).config.name == "Inkling-Small"
+
+
 def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch):
     needed = 2 * streaming.nbytes(table(opened(release).config), lambda path: np.dtype(np.float32))
     free = psutil.virtual_memory()
@@ -182,12 +251,22 @@ def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch)
     said = convert(release, tmp_path / "out", verify=True)
     assert "tensors equal, logits not compared: that takes" in said
     monkeypatch.setattr(command.psutil, "virtual_memory", lambda: free._replace(available=needed))
+    monkeypatch.setattr(command, "CGROUP", tmp_path / "group")
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "memory.current").write_text("1000\n")
+    (tmp_path / "group" / "memory.max").write_text(f"{needed + 999}\n")
+    assert "logits not compared" in convert(release, tmp_path / "out", verify=True)
+    (tmp_path / "group" / "memory.max").write_text("max\n")
     assert "logits of 64 tokens too" in convert(release, tmp_path / "out", verify=True)
 
 
-def test_info_counts_what_a_checkpoint_holds(release, ours):
+def test_info_counts_what_a_checkpoint_holds(release, ours, tmp_path):
     (config, held, said), (_, all_of, _) = described(release), described(ours)
     assert said["uses"] == ["logits", "convert", "train --start-from"]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    shutil.copytree(release, tmp_path / "hf")
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "hf")
+    assert described(tmp_path / "hf")[2]["uses"][-1] == "converse"
     assert sum(said["dtypes"].values()) == count(held)[0] < count(all_of)[0] == count(table(config))[0]
     assert {path.split("/")[0] for path in all_of.keys() - held.keys()} == {"clock", "own", "flow", "vocoder"}
 

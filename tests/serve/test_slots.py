@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -14,26 +12,6 @@ from jaxtml.serve.slots import Gave, Given, Slots
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
-
-TURNS = 14
-
-
-@pytest.fixture(scope="module")
-def compiled(engine) -> Slots:
-    """Buckets of 1, 2 and 4."""
-    return Slots(engine, 4)
-
-
-@pytest.fixture
-def served(compiled) -> Iterator[Slots]:
-    yield compiled
-    for session in list(compiled.live):
-        compiled.end(session)
-
-
-@pytest.fixture(scope="module")
-def wave() -> np.ndarray:
-    return (0.1 * np.random.default_rng(4).standard_normal(TURNS * TURN_SAMPLES)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""The worker, seen from the process that has the network: started, waited for, asked tick by tick, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+from jaxtml.errors import InputError
+from jaxtml.serve.wire import LENGTH, Message, Ready, Tick, Told, packed, unpacked
+
+_END_S = 5.0  # until a worker whose socket is closed is killed
+
+
+class Link:
+    """A running worker, a `serve.hub.Model`. Use `start`.
+
+    Attributes:
+      ready: its first word.
+    """
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ):
+        self.process, self.reader, self.writer = process, reader, writer
+        self.ready = Ready()
+
+    @classmethod
+    async def start(cls, checkpoint: str | Path, capacity: int) -> Link:
+        """Returns when everything is compiled, some ten seconds for a small model.
+
+        Raises:
+          InputError: what is wrong with the checkpoint, or that the worker ended without a word.
+        """
+        ours, theirs = socket.socketpair()
+        command = ["-m", "jaxtml.serve.worker", "--checkpoint", str(checkpoint), "--capacity", str(capacity)]
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *command,
+                "--descriptor",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        link = cls(process, *await asyncio.open_connection(sock=ours))
+        try:
+            first = await link._received()
+            assert isinstance(first, Ready)
+        except ConnectionError as error:
+            raise InputError(f"the model's process ended with status {await process.wait()} (see its log)") from error
+        if first.error:
+            await link.close()
+            raise InputError(first.error)
+        link.ready = first
+        return link
+
+    async def tick(self, tick: Tick) -> Told:
+        """Raises `ConnectionError` where the worker is gone."""
+        self.writer.write(packed(tick))
+        await self.writer.drain()
+        told = await self._received()
+        assert isinstance(told, Told)
+        return told
+
+    async def close(self) -> None:
+        """Ends the worker."""
+        self.writer.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), _END_S)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+
+    async def _received(self) -> Message:
+        try:
+            head = await self.reader.readexactly(LENGTH.size)
+            return unpacked(await self.reader.readexactly(LENGTH.unpack(head)[0]))
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionError("the model's process is gone") from error

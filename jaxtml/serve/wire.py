@@ -1,0 +1,104 @@
+"""What the server's two processes tell each other: MessagePack, each message behind its length, over a Unix socket.
+
+The process that has the network sends a `Tick` and gets a `Told`, one at a time; before that, once, a `Ready` or a
+line that says why not. Called by `serve.worker` and `serve.hub`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from jaxtml.serve.engine import Given
+from jaxtml.serve.slots import Gave
+from jaxtml.stream.tokens import Control
+
+LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A session that begins at this tick: its number, the seed of its sampling, its wall clock (of the week)."""
+
+    session: int
+    seed: int
+    week_ms: int
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One micro-turn of all sessions in `given`; those in `end` leave before it, those in `begin` come."""
+
+    begin: tuple[Beginning, ...] = ()
+    end: tuple[int, ...] = ()
+    given: dict[int, Given] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came of a tick. `bucket` is the size of the batch, `compilations` those since the worker was ready: none."""
+
+    gave: dict[int, Gave]
+    step_ms: float
+    bucket: int
+    compilations: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker's first word: the config of its model (JSON) and how many sessions it has room for; or `error`."""
+
+    config: str = ""
+    capacity: int = 0
+    error: str = ""
+
+
+Message = Tick | Told | Ready
+
+
+def packed(message: Message) -> bytes:
+    """The message with its length in front."""
+    if isinstance(message, Tick):
+        begin = [(one.session, one.seed, one.week_ms) for one in message.begin]
+        given = [(session, *_packed_given(one)) for session, one in message.given.items()]
+        body: Any = ("tick", begin, message.end, given)
+    elif isinstance(message, Told):
+        gave = [
+            (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
+            for session, one in message.gave.items()
+        ]
+        body = ("told", gave, message.step_ms, message.bucket, message.compilations)
+    else:
+        body = ("ready", message.config, message.capacity, message.error)
+    data: Any = msgpack.packb(body)
+    return LENGTH.pack(len(data)) + data
+
+
+def unpacked(data: bytes) -> Message:
+    """The message of which `data` is all behind the length."""
+    kind, *parts = msgpack.unpackb(data, use_list=False)
+    if kind == "tick":
+        begin, end, given = parts
+        return Tick(tuple(Beginning(*one) for one in begin), end, {one[0]: _given(*one[1:]) for one in given})
+    if kind == "told":
+        gave, *rest = parts
+        return Told({one[0]: _gave(*one[1:]) for one in gave}, *rest)
+    return Ready(*parts)
+
+
+def _packed_given(one: Given) -> tuple[Any, ...]:
+    patches = None if one.patches is None else np.asarray(one.patches, np.float32).tobytes()
+    return one.bins.tobytes(), one.text, int(one.mark), patches
+
+
+def _given(bins: bytes, text: tuple[int, ...], mark: int, patches: bytes | None) -> Given:
+    seen = None if patches is None else np.frombuffer(patches, np.float32).reshape(-1, 2, 40, 40, 3)
+    return Given(np.frombuffer(bins, np.uint8).reshape(4, -1), text, Control(mark), seen)
+
+
+def _gave(wave: bytes, tokens: bytes, speaking: bool, p_speak: float) -> Gave:
+    return Gave(np.frombuffer(wave, np.float32), np.frombuffer(tokens, np.int32), speaking, p_speak)

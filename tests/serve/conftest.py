@@ -1,0 +1,31 @@
+"""Slots of the small model, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from jaxtml.serve.slots import Slots
+from jaxtml.stream.timebase import TURN_SAMPLES
+
+TURNS = 14
+
+
+@pytest.fixture(scope="session")
+def compiled(engine) -> Slots:
+    """Buckets of 1, 2 and 4."""
+    return Slots(engine, 4)
+
+
+@pytest.fixture
+def served(compiled) -> Iterator[Slots]:
+    yield compiled
+    for session in list(compiled.live):
+        compiled.end(session)
+
+
+@pytest.fixture(scope="session")
+def wave() -> np.ndarray:
+    return (0.1 * np.random.default_rng(4).standard_normal(TURNS * TURN_SAMPLES)).astype(np.float32)

@@ -1,0 +1,74 @@
+"""The model's own process: it gives what the model gives here, says what is wrong, and does not outlive the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxtml.convert.checkpoint import save_checkpoint
+from jaxtml.errors import InputError
+from jaxtml.serve.engine import Given, converse
+from jaxtml.serve.hub import Hub
+from jaxtml.serve.link import Link
+from jaxtml.serve.wire import Beginning, Tick
+from jaxtml.stream.dmel import DmelStream
+from jaxtml.stream.timebase import TURN_SAMPLES
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small, params, codec, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    codec.save(folder / "tokenizer.json")
+    save_checkpoint(folder / "ck", small, params, tokenizer_path=folder / "tokenizer.json")
+    return folder / "ck"
+
+
+def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint, engine, wave):
+    async def main() -> None:
+        link = await Link.start(checkpoint, 1)
+        assert link.ready.capacity == 1 and '"name": "small_test"' in link.ready.config
+        stream, begin = DmelStream(), (Beginning(3, 7, 0),)
+        for turn, (outputs, _) in enumerate(converse(engine, [wave], seed=7)):
+            stream, bins = stream.step(wave[turn * TURN_SAMPLES : (turn + 1) * TURN_SAMPLES])
+            told = await link.tick(Tick(begin, (), {3: Given(bins)}))
+            begin = ()
+            np.testing.assert_array_equal(told.gave[3].tokens, outputs.tokens[0, : outputs.count[0]])
+            np.testing.assert_allclose(told.gave[3].wave, outputs.wave[0], atol=1e-4)
+            assert told.compilations == 0 and told.step_ms > 0
+        told = await link.tick(Tick((), (3,), {}))
+        assert told.gave == {}
+        await link.close()
+        assert link.process.returncode == 0
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkpoint):
+    async def main() -> None:
+        link = await Link.start(checkpoint, 1)
+        hub = Hub(link, 1)
+        session = hub.admit(0)
+        running = asyncio.create_task(hub.run())
+        await session.turns_after(-1)
+        os.kill(link.process.pid, signal.SIGKILL)
+        with pytest.raises(ConnectionError, match="the model's process is gone"):
+            await running
+        await link.close()
+        orphan = await Link.start(checkpoint, 1)
+        orphan.writer.transport.abort()
+        assert await asyncio.wait_for(orphan.process.wait(), 20) == 0
+
+    asyncio.run(main())
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_here(checkpoint, tmp_path):
+    for folder, capacity, said in ((tmp_path, 1, "has no config.json"), (checkpoint, 0, "room for one at least")):
+        with pytest.raises(InputError, match=said):
+            asyncio.run(Link.start(folder, capacity))
+    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "serve.worker"], capture_output=True).stdout
