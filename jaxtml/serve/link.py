@@ -53,7 +53,7 @@ class Link:
         try:
             first = await link._received()
             assert isinstance(first, Ready)
-        except ConnectionError as error:
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise InputError(f"the model's process ended with status {await process.wait()} (see its log)") from error
         if first.error:
             await link.close()
@@ -63,9 +63,12 @@ class Link:
 
     async def tick(self, tick: Tick) -> Told:
         """Raises `ConnectionError` where the worker is gone."""
-        self.writer.write(packed(tick))
-        await self.writer.drain()
-        told = await self._received()
+        try:
+            self.writer.write(packed(tick))
+            await self.writer.drain()
+            told = await self._received()
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise ConnectionError("the model's process is gone") from error
         assert isinstance(told, Told)
         return told
 
@@ -79,8 +82,5 @@ class Link:
             await self.process.wait()
 
     async def _received(self) -> Message:
-        try:
-            head = await self.reader.readexactly(LENGTH.size)
-            return unpacked(await self.reader.readexactly(LENGTH.unpack(head)[0]))
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionError("the model's process is gone") from error
+        head = await self.reader.readexactly(LENGTH.size)
+        return unpacked(await self.reader.readexactly(LENGTH.unpack(head)[0]))

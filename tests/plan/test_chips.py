@@ -20,7 +20,14 @@ def compiled(topology: str) -> dict:
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
-@pytest.mark.parametrize(("topology", "attended"), [("v5p:2x2x1", 0.93e9), ("v6e:2x2", 0.8e9), ("tpu7x:2x2x1", 1.05e9)])
+@pytest.mark.parametrize(
+    ("topology", "attended"),
+    [
+        pytest.param("v5p:2x2x1", 0.93e9, marks=pytest.mark.slow),
+        ("v6e:2x2", 0.8e9),
+        pytest.param("tpu7x:2x2x1", 1.05e9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_tpu_multiplies_what_it_needs_and_keeps_no_more(topology, attended):
     found = compiled(topology)
     # FLOPs of a MoE layer, forward and backward: with a dense product over all experts it would be 5.7.

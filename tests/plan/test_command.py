@@ -96,6 +96,7 @@ def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_pat
         assert any(kind.startswith("ragged_all_to_all") for kind in report["collective_bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
 def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
     given = (

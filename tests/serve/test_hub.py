@@ -146,7 +146,10 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
         with pytest.raises(Full) as refused:
             hub.admit(9)
         assert refused.value.retry_after_s == pytest.approx(20)
-        await clock.go(102)
+        for _ in range(102):
+            for session in sessions:
+                session.journal.clear()  # as one does who reads it
+            await clock.go(1)
         assert sessions[1].ended == "the client did not come back" and len(served.live) == 3
         assert hub.admit(9).number == 5 and hub.counts.refused == 2
         await clock.go(1)
@@ -176,7 +179,7 @@ def test_a_late_tick_is_counted_and_the_next_ones_catch_up(served, engine, wave)
         model.takes_s = 0.01
         session.hearing.put(wave[5 * TURN_SAMPLES :])  # what came meanwhile
         await clock.go(9)
-        assert hub.counts.misses == 3, "two began late, and from then on all were in time"
+        assert hub.counts.misses == 2, "the one that began late, and from then on all were in time"
         assert hub.counts.lost == 0
         _is_converse(engine, wave, await session.turns_after(-1))
 
@@ -192,7 +195,7 @@ def test_more_than_a_second_behind_the_clock_is_set_anew(served):
         model.takes_s = 0.0
         assert hub.counts.lost == 14
         await clock.go(20)
-        assert session.turns == 2 + 20 - 14 and hub.counts.misses == 2
+        assert session.turns == 2 + 20 - 14 and hub.counts.misses == 1
 
     hubbed(served, test)
 
@@ -202,7 +205,6 @@ def test_a_client_that_takes_nothing_is_ended_before_it_takes_memory(served):
         deaf, other = hub.admit(1), hub.admit(2)
         for _ in range(KEPT + 2):
             await clock.go(1)
-            await other.turns_after(other.turns - 1 if other.turns else -1) if other.journal else None
             other.journal.clear()
         assert deaf.ended == "the client does not take what it is sent" and len(deaf.journal) == KEPT + 1
         assert not other.ended and list(hub.sessions) == [other.number]
