@@ -32,6 +32,7 @@ setup(
         "tensorstore>=0.1.86",
         "numpy>=2.2,<3",
         "isal>=1.7,<2",  # CRC-32 at the speed of memory
+        "msgpack>=1.1,<2",
         "psutil>=6,<8",
         "absl-py>=2.3,<3",
         "matplotlib>=3.10,<4",
