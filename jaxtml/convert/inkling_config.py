@@ -21,7 +21,7 @@ from jaxtml.stream.tokens import CONTROLS
 # What our model does not vary: another value means another architecture.
 _FIXED_TEXT = {
     **{"hidden_act": "silu", "shared_expert_sink": True, "use_embed_norm": True, "attention_dropout": 0.0},
-    **{"mtp_hidden_states_first": True, "tie_word_embeddings": False},
+    "tie_word_embeddings": False,
 }
 _FIXED_AUDIO = {"n_mel_bins": N_MELS, "mel_vocab_size": N_BINS, "rms_norm_eps": 1e-6}
 _FIXED_MTP = {"chain_hidden_post_norm": False, "mtp_hidden_states_first": True}
@@ -265,7 +265,7 @@ def _mtp(released: dict[str, Any], text: Section) -> tuple[int, list[int]]:
     them into the text section."""
     heads = text.whole("num_mtp_layers", default=0, most=_MOST_LAYERS)
     local = text.indices("mtp_local_layer_ids", heads)
-    text.fixed({"chain_hidden_post_norm": False})
+    text.fixed(_FIXED_MTP)
     if released.get("mtp_config") is not None:
         given = Section(released, "mtp_config")
         given.fixed(_FIXED_MTP)

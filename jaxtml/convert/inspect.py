@@ -18,8 +18,8 @@ from jaxtml.convert import manifest, streaming
 from jaxtml.convert.checkpoint import RUN, TOKENIZER, OrbaxCheckpoint
 from jaxtml.convert.command import opened
 from jaxtml.convert.manifest import Tensor
-from jaxtml.convert.released import ReleasedCheckpoint
-from jaxtml.convert.source import table
+from jaxtml.convert.released import ReleasedCheckpoint, some
+from jaxtml.convert.source import Source, table
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 
@@ -32,7 +32,7 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     none."""
     directory = Path(directory)
     source = opened(directory)
-    held = {path: spec for path, spec in table(source.config).items() if source.holds(path)}
+    held = _held(source)
     dtypes: Counter[str] = Counter()
     for path, spec in held.items():
         dtypes[source.dtype(path).name] += math.prod(spec.shape)
@@ -41,7 +41,6 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
         formats = sorted({"NVFP4" if ".scale2" in parts else "MXFP8" for parts in source.parts.values()})
         kind = f"Inkling checkpoint{', routed experts in ' + ' and '.join(formats) if formats else ''}"
     else:
-        assert isinstance(source, OrbaxCheckpoint)
         step = source.step
         kind = "training run" if step is not None else "jaxtml checkpoint"
         folder = directory / RUN / str(step) if step is not None else directory
@@ -49,6 +48,10 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     uses += ["train --start-from", *(["converse"] if (directory / TOKENIZER).is_file() else [])]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return source.config, held, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
+
+
+def _held(source: Source) -> dict[str, ParamSpec]:
+    return {path: spec for path, spec in table(source.config).items() if source.holds(path)}
 
 
 def checked(directory: str | Path) -> int:
@@ -61,10 +64,7 @@ def checked(directory: str | Path) -> int:
     directory = Path(directory)
     wanted, source = manifest.read(directory), opened(directory)
     parts = dict(_parts(source))
-    total = streaming.nbytes(
-        {path: spec for path, spec in table(source.config).items() if source.holds(path)}, source.dtype
-    )
-    progress = streaming.Progress(total, 0, "verified ")
+    progress = streaming.Progress(streaming.nbytes(_held(source), source.dtype), 0, "verified ")
 
     def one(name: str, stop: threading.Event) -> tuple[str, Tensor | None]:
         dtype, shape, blocks = parts[name]
@@ -85,8 +85,7 @@ def checked(directory: str | Path) -> int:
     changed += [name for name in sorted({*found, *wanted.tensors}) if found.get(name) != wanted.tensors.get(name)]
     if changed:
         logging.info("all that differ:\n%s", "\n".join(changed))
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise InputError(f"{directory} is not as it was written: {', '.join(changed[:5])}{more} differ")
+        raise InputError(f"{directory} is not as it was written: {some(changed)} differ")
     return len(found)
 
 

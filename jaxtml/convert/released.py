@@ -138,7 +138,7 @@ class ReleasedCheckpoint:
                     wrong = f"{dtype}, other layers {dtypes[place.path]}"
                 misshapen += [f"{name} is {wrong}"] if wrong else []
         found = (("missing", missing), ("unknown", unknown), ("misfitting", misshapen))
-        said = [f"{len(names)} {kind} tensors: {_some(names)}" for kind, names in found if names]
+        said = [f"{len(names)} {kind} tensors: {some(names)}" for kind, names in found if names]
         for kind, names in found:
             if len(names) > _SHOWN:
                 logging.info("all %d %s tensors:\n%s", len(names), kind, "\n".join(names))
@@ -206,10 +206,11 @@ def _tensors(directory: Path) -> dict[str, Stored]:
         found |= held
     absent = sorted((listed or {}).keys() - found.keys())
     if absent:
-        raise InputError(f"{directory}: the index names {len(absent)} tensors that no shard holds: {_some(absent)}")
+        raise InputError(f"{directory}: the index names {len(absent)} tensors that no shard holds: {some(absent)}")
     return found
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of them, and how many there are more."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
