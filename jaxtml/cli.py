@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import logging as standard
@@ -171,6 +172,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
+    gc.disable()  # half a second of loading modules and of Orbax, and nothing that a conversion lets go of has cycles
     from jaxtml.convert.command import convert
 
     print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, begin_as=args.begin_as, verify=args.verify))
