@@ -21,6 +21,7 @@ from jaxtml.model.placement import Placement
 from jaxtml.model.spec import Params
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.layout import plan_typed
+from jaxtml.stream.reading import Reader
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import TURN_MS, TURN_SAMPLES
 from jaxtml.stream.tokens import Control
@@ -126,21 +127,9 @@ class Engine:
             bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
         )
 
-    def read(self, tokens: np.ndarray) -> tuple[str, str, str]:
-        """Heard text, said text and delegated text among the generated tokens of one micro-turn."""
-        base = self.config.duplex.control_base
-        parts: dict[int, list[int]] = {Control.HEARD: [], Control.SAY: [], Control.DELEGATE: []}
-        into = None
-        for token in tokens.tolist():
-            if token < base:
-                if into is not None:
-                    parts[into].append(token)
-            elif token - base in parts:
-                into = token - base
-            elif token - base == Control.END:
-                into = Control.SAY
-        heard, said, delegated = (self.codec.decode(ids) if ids else "" for ids in parts.values())
-        return heard, said, delegated
+    def reader(self) -> Reader:
+        """Reads the tokens of one session."""
+        return Reader(self.codec, self.config.duplex.control_base)
 
 
 def converse(
@@ -170,7 +159,7 @@ def converse(
     step = engine.step(batch)
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
     empty = engine.duplex.empty_inputs(batch)
-    streams = [DmelStream() for _ in waves]
+    streams, readers = [DmelStream() for _ in waves], [engine.reader() for _ in waves]
     plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * batch]
     for turn in range(turns):
         began = time.perf_counter()
@@ -187,10 +176,10 @@ def converse(
         step_ms = 1000 * (time.perf_counter() - began)
         records = []
         for i in range(batch):
-            heard, said, delegated = engine.read(host.tokens[i, : host.count[i]])
+            words = readers[i].read(host.tokens[i, : host.count[i]].tolist())
             gate = "speak" if host.speaking[i] else "listen"
             p_speak = round(float(host.p_speak[i]), 4)
-            records.append(TurnRecord(turn * TURN_MS, gate, p_speak, heard, said, delegated, round(step_ms, 2)))
+            records.append(TurnRecord(turn * TURN_MS, gate, p_speak, *words[:3], round(step_ms, 2)))
         yield host, tuple(records)
 
 
