@@ -12,7 +12,6 @@ from jaxtml.serve.engine import Engine, Reply, TurnRecord, converse, replies
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.dmel import log_mel, quantise
 from jaxtml.stream.timebase import FRAMES_PER_TURN, TURN_SAMPLES
-from jaxtml.stream.tokens import Control
 
 SLOTS = 4
 LENGTHS = (20 * TURN_SAMPLES, 7 * TURN_SAMPLES + 123, 100, 0)
