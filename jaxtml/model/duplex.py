@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -96,6 +97,8 @@ class TurnOutputs(NamedTuple):
     logits: jax.Array | None
 
 
+_PART = 8  # sessions that a CPU works on at a time
+
 # Phases of a slot within a micro-turn.
 _START, _HEARD, _TEXT, _OWN, _DONE = range(5)
 
@@ -113,6 +116,8 @@ class Duplex:
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
         self.narrow = 2 + FRAMES_PER_TURN
+        device = jax.extend.backend.get_default_device()
+        self.by_parts = device.platform == "cpu" and model.placement.mesh.devices == 1
         self.wide = self.narrow + c.max_typed + c.max_patches
 
     def check_sessions(self, batch: int) -> None:
@@ -252,11 +257,11 @@ class Duplex:
         has_gate = state.gate >= 0
         yes = jnp.ones((batch, 1), bool)
 
-        def narrow(state: DuplexState) -> tuple[DuplexState, jax.Array]:
+        def narrow(carry: tuple[DuplexState, jax.Array]) -> tuple[DuplexState, jax.Array]:
             parts = [(gate[:, None], has_gate[:, None]), (turn[:, None], yes), (user, yes)]
-            return self._forward_parts(params, state, parts, inputs.active)
+            return self._forward_parts(params, carry[0], parts, inputs.active)
 
-        def wide(state: DuplexState) -> tuple[DuplexState, jax.Array]:
+        def wide(carry: tuple[DuplexState, jax.Array]) -> tuple[DuplexState, jax.Array]:
             typed = trunk.embed(inputs.typed, self.dtype)
             parts = [
                 (gate[:, None], has_gate[:, None]),
@@ -268,10 +273,11 @@ class Duplex:
                 seen = trunk.visual(flat, self.dtype).reshape(batch, self.config.max_patches, -1)
                 parts.append((seen, jnp.arange(seen.shape[1]) < inputs.patch_count[:, None]))
             parts.append((user, yes))
-            return self._forward_parts(params, state, parts, inputs.active)
+            return self._forward_parts(params, carry[0], parts, inputs.active)
 
         more = self._any(inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
-        state, hidden = jax.lax.cond(more, wide, narrow, state)
+        carry = (state, jnp.zeros((batch, self.model.config.backbone.d_model), self.dtype))
+        state, hidden = _in_place(~more, narrow, _in_place(more, wide, carry))
         return state._replace(gate=jnp.where(inputs.active, -1, state.gate)), hidden
 
     def _forward_parts(
@@ -323,8 +329,31 @@ class Duplex:
             progress, state, out, token = self._write(params, progress, state, out, hidden)
             return progress, state, out, jnp.where(speaking, -1, token)
 
-        _, state, out, _ = jax.lax.while_loop(unfinished, body, (progress, state, out, token))
+        def finished(carry: tuple) -> tuple:
+            return jax.lax.while_loop(unfinished, body, carry)
+
+        carry = (progress, state, out, token)
+        axes = (_Progress(0, 0), self._session_dims(), _Generated(*(0 for _ in out)), 0)
+        _, state, out, _ = self._in_parts(finished, carry, axes, progress.phase != _DONE)
         return state, out
+
+    def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, wanted: jax.Array) -> Any:
+        """`run(carry)`, in which nothing is to be done but for the slots that are `wanted` `[B]`.
+
+        On a CPU, whose time is that of the rows, for `_PART` of those at a time: always as many, so that what a session
+        gets does not depend on how many there are. `axes` says which dimension of an array of `carry` counts sessions.
+        """
+        if len(wanted) <= _PART or not self.by_parts:
+            return run(carry)
+
+        def body(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            carry, wanted = loop
+            rows = jnp.argsort(~wanted, stable=True)[:_PART]
+            part = run(jax.tree.map(lambda axis, whole: jnp.take(whole, rows, axis=axis), axes, carry))
+            carry = jax.tree.map(partial(_put_rows, rows), axes, carry, part)
+            return carry, wanted.at[rows].set(False)
+
+        return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), body, (carry, wanted))[0]
 
     def _write(
         self, params: Params, progress: _Progress, state: DuplexState, out: _Generated, hidden: jax.Array
@@ -363,20 +392,19 @@ class Duplex:
         speaking = phase == _OWN
         ready = speaking & (used > 0)
 
-        def run(state: DuplexState, out: _Generated) -> tuple[DuplexState, _Generated]:
+        def run(own: jax.Array, fine: jax.Array, frames: jax.Array) -> tuple[jax.Array, ...]:
             keys = _keys(state, self.generated + used)
             noise = jax.vmap(lambda key: jax.random.normal(key, (SPEECH_DIM,), self.dtype))(keys)
             mels = self.model.bind(params).flow.sample(hidden, flow.temperature * noise, flow.steps)
             mels = mels.astype(jnp.float32)
             bins = quantise_jax(mels[:, :N_MELS]).astype(jnp.uint8)
             rows, column = jnp.arange(hidden.shape[0]), jnp.where(ready, used - 1, FRAMES_PER_TURN)
-            out = out._replace(
-                fine=out.fine.at[rows, column].set(mels[:, N_MELS:], mode="drop"),
-                frames=out.frames.at[rows, column].set(bins, mode="drop"),
-            )
-            return state._replace(own=jnp.where(ready[:, None], bins, state.own)), out
+            fine = fine.at[rows, column].set(mels[:, N_MELS:], mode="drop")
+            frames = frames.at[rows, column].set(bins, mode="drop")
+            return jnp.where(ready[:, None], bins, own), fine, frames
 
-        state, out = jax.lax.cond(jnp.any(ready), run, lambda s, o: (s, o), state, out)
+        own, fine, frames = jax.lax.cond(jnp.any(ready), run, lambda *same: same, state.own, out.fine, out.frames)
+        state, out = state._replace(own=own), out._replace(fine=fine, frames=frames)
         ended = speaking & (used == FRAMES_PER_TURN)
         return _Progress(jnp.where(ended, _DONE, phase), used + speaking), state, out
 
@@ -432,16 +460,36 @@ class Duplex:
         """
         config = self.model.config.vocoder
         batch = running.shape[0]
-        fresh = vocoder.init_state(config, batch)
         frames = fine.reshape(batch, FINE_PER_TURN, N_MELS)
 
-        def run(voice: dict[str, Any]) -> tuple[dict[str, Any], jax.Array]:
-            new, wave = vocoder.vocode(config, params["vocoder"], voice, frames)
-            return _where(speaking, new, _where(active, fresh, voice)), jnp.where(running[:, None], wave, 0.0)
+        def some(part: tuple[Any, ...]) -> tuple[Any, ...]:
+            voice, wave, frames, running, speaking, active = part
+            fresh = vocoder.init_state(config, len(running))
+            new, found = vocoder.vocode(config, params["vocoder"], voice, frames)
+            voice = _where(speaking, new, _where(active, fresh, voice))
+            return voice, jnp.where(running[:, None], found, 0.0), *part[2:]
 
         silence = jnp.zeros((batch, TURN_SAMPLES), jnp.float32)
-        voice, wave = jax.lax.cond(jnp.any(running), run, lambda v: (v, silence), state.voice)
-        return state._replace(voice=voice), wave
+        carry = (state.voice, silence, frames, running, speaking, active)
+        axes = jax.tree.map(lambda _: 0, carry)
+        carry = _in_place(jnp.any(running), lambda carry: self._in_parts(some, carry, axes, running), carry)
+        return state._replace(voice=carry[0]), carry[1]
+
+
+def _put_rows(rows: jax.Array, axis: int, whole: jax.Array, part: jax.Array) -> jax.Array:
+    """`whole` with `part` as its `rows` along `axis`, one after the other: whole rows are copied where they lie."""
+
+    def one(i: jax.Array, whole: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(part, i, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(whole, row, rows[i], axis)
+
+    return jax.lax.fori_loop(0, len(rows), one, whole)
+
+
+def _in_place(wanted: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
+    """`run(carry)` where it is `wanted`, else `carry`. A `cond` would copy all that passes through it, the keys and
+    values of all sessions; a loop of one round at most works on them where they are."""
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (False, run(c[1])), (wanted, carry))[1]
 
 
 class _Generated(NamedTuple):

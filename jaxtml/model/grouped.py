@@ -181,11 +181,10 @@ def _blocks_fwd(rows, sizes, w13, w2, block):
     total, dim = rows.shape
     width = w2.shape[1]
     owner, count = _owners(sizes, total, block)
-    w1, w3 = jax.lax.optimization_barrier((w13[:, 0], w13[:, 1]))
 
     def one(i, buffers):
         x, e = jax.lax.dynamic_slice_in_dim(rows, i * block, block), owner[i]
-        gate, up = x @ w1[e], x @ w3[e]
+        gate, up = x @ w13[e, 0], x @ w13[e, 1]
         parts = ((jax.nn.silu(gate) * up) @ w2[e], gate, up)
         return tuple(_put(buffer, part, i * block) for buffer, part in zip(buffers, parts, strict=True))
 

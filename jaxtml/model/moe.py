@@ -308,8 +308,8 @@ def _own_experts(
     if mesh.expert > 1:
         index = index - own * jax.lax.axis_index("expert")
     n, k = index.shape
-    # Decoding reads K experts per token; from about four rows an expert on, sorted blocks read less.
-    if n * k >= 4 * own * mesh.expert:
+    # Decoding reads K experts per token; from about two rows an expert on, sorted blocks read less.
+    if n * k >= 2 * own * mesh.expert:
         return _sorted(x, index, weight, experts, placement)
     # A kernel that reads an expert in place reads each but once.
     tpu = partial(_sorted, placement=placement) if experts.in_place else _few
