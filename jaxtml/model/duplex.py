@@ -97,7 +97,7 @@ class TurnOutputs(NamedTuple):
     logits: jax.Array | None
 
 
-_PART = 8  # sessions that a CPU works on at a time
+_PART = 4  # sessions that a CPU works on at a time
 
 # Phases of a slot within a micro-turn.
 _START, _HEARD, _TEXT, _OWN, _DONE = range(5)
@@ -223,7 +223,7 @@ class Duplex:
         state, hidden = self._prefill(params, state, inputs)
         state, out = self._generate(params, state, hidden, active)
         speaking = state.spoke & active
-        state, wave = self._vocode(params, state, out.fine, speaking, active & (speaking | ringing), active)
+        state, wave = self._vocode(params, state, out.fine, speaking, active & (speaking | ringing))
         state = state._replace(
             turn=state.turn + active,
             week_ms=(state.week_ms + TURN_MS * active) % WEEK_MS,
@@ -338,7 +338,7 @@ class Duplex:
         return state, out
 
     def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, wanted: jax.Array) -> Any:
-        """`run(carry)`, in which nothing is to be done but for the slots that are `wanted` `[B]`.
+        """`run(carry)`, in which nothing is to be done but for the slots that are `wanted` `[B]`, and that once.
 
         On a CPU, whose time is that of the rows, for `_PART` of those at a time: always as many, so that what a session
         gets does not depend on how many there are. `axes` says which dimension of an array of `carry` counts sessions.
@@ -452,7 +452,6 @@ class Duplex:
         fine: jax.Array,
         speaking: jax.Array,
         running: jax.Array,
-        active: jax.Array,
     ) -> tuple[DuplexState, jax.Array]:
         """The waveform of `running` slots: those that speak, and one micro-turn longer, so that a cut voice rings out.
 
@@ -463,14 +462,14 @@ class Duplex:
         frames = fine.reshape(batch, FINE_PER_TURN, N_MELS)
 
         def some(part: tuple[Any, ...]) -> tuple[Any, ...]:
-            voice, wave, frames, running, speaking, active = part
+            voice, wave, frames, running, speaking = part
             fresh = vocoder.init_state(config, len(running))
             new, found = vocoder.vocode(config, params["vocoder"], voice, frames)
-            voice = _where(speaking, new, _where(active, fresh, voice))
-            return voice, jnp.where(running[:, None], found, 0.0), *part[2:]
+            voice = _where(running, _where(speaking, new, fresh), voice)
+            return voice, jnp.where(running[:, None], found, wave), frames, jnp.zeros_like(running), speaking
 
         silence = jnp.zeros((batch, TURN_SAMPLES), jnp.float32)
-        carry = (state.voice, silence, frames, running, speaking, active)
+        carry = (state.voice, silence, frames, running, speaking)
         axes = jax.tree.map(lambda _: 0, carry)
         carry = _in_place(jnp.any(running), lambda carry: self._in_parts(some, carry, axes, running), carry)
         return state._replace(voice=carry[0]), carry[1]

@@ -195,7 +195,7 @@ def init_state(cfg: VocoderConfig, batch: int) -> State:
     """
     tails = {f"block{i}": jnp.zeros((batch, cfg.kernel - 1, cfg.width)) for i in range(cfg.depth)}
     # Zero after the embedding's scaling is log-mel -2; -10/3 is the floor of -7, digital silence.
-    tails["embed"] = jnp.full((batch, cfg.kernel - 1, N_MELS), -10.0 / 3.0)
+    tails["embed"] = jnp.full((batch, cfg.kernel - 1, N_MELS), -10.0 / 3.0, jnp.float32)
     return {
         "tails": tails,
         "hops": jnp.zeros((batch, 2, 2, FINE_HOP)),

@@ -85,6 +85,7 @@ class Session:
     number: int
     seed: int
     grace_s: float
+    clock: Clock
     hearing: Hearing = field(default_factory=Hearing)
     attached: bool = True
     ended: str = ""  # why
@@ -117,6 +118,14 @@ class Session:
                 return list(self.journal)
             self.changed.clear()
             await self.changed.wait()
+
+    def detach(self) -> None:
+        """Its client is gone; it stands still."""
+        self.attached, self.detached_at = False, self.clock.now()
+
+    def attach(self) -> None:
+        """Its client is back."""
+        self.attached = True
 
     def end(self, why: str) -> None:
         """Its slot is free at the next tick."""
@@ -168,20 +177,21 @@ class Hub:
 
     def admit(self, seed: int, grace_s: float = 30.0) -> Session:
         """A session that begins at the next tick. Raises `Full`."""
-        if len(self.sessions) >= self.capacity:
+        if not self.free():
             self.counts.refused += 1
-            detached = [one.detached_at + one.grace_s for one in self.sessions.values() if not one.attached]
-            raise Full(max(1.0, min(detached, default=self.clock.now() + 5) - self.clock.now()))
-        session = Session(next(self.numbers), seed, grace_s)
+            raise Full(self.retry_after_s())
+        session = Session(next(self.numbers), seed, grace_s, self.clock)
         self.sessions[session.number] = session
         return session
 
-    def detach(self, session: Session) -> None:
-        """Its client is gone; it stands still."""
-        session.attached, session.detached_at = False, self.clock.now()
+    def retry_after_s(self) -> float:
+        """When the first client that is gone will have been gone for too long; a guess where all are there."""
+        detached = [one.detached_at + one.grace_s for one in self.sessions.values() if not one.attached]
+        return max(1.0, min(detached, default=self.clock.now() + 5) - self.clock.now())
 
-    def attach(self, session: Session) -> None:
-        session.attached = True
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return self.capacity - len(self.sessions)
 
     async def run(self) -> None:
         """Ticks until it is cancelled, or the worker is gone (`ConnectionError`)."""

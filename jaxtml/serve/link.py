@@ -31,14 +31,17 @@ class Link:
         self.ready = Ready()
 
     @classmethod
-    async def start(cls, checkpoint: str | Path, capacity: int) -> Link:
-        """Returns when everything is compiled, some ten seconds for a small model.
+    async def start(cls, checkpoint: str | Path, capacity: int, core: int | None = None) -> Link:
+        """Returns when everything is compiled, some ten seconds for a small model. The worker stays on `core`; None:
+        goes where it likes.
 
         Raises:
           InputError: what is wrong with the checkpoint, or that the worker ended without a word.
         """
         ours, theirs = socket.socketpair()
         command = ["-m", "jaxtml.serve.worker", "--checkpoint", str(checkpoint), "--capacity", str(capacity)]
+        if core is not None:
+            command += ["--core", str(core)]
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import socket
 import time
 
@@ -73,7 +74,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--capacity", type=int, required=True)
     parser.add_argument("--descriptor", type=int, required=True, help="of the socket")
+    parser.add_argument("--core", type=int, help="to stay on: small products on two cores are slower than on one")
     args = parser.parse_args()
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})  # before JAX counts the cores for its threads
     with socket.socket(fileno=args.descriptor) as connection:
         try:
             slots = Slots(Engine.load(args.checkpoint), args.capacity)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
+from jaxtml.model import duplex as duplex_module
 from jaxtml.model.duplex import Duplex, DuplexState, TurnInputs, TurnOutputs
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import init_params
@@ -288,6 +289,19 @@ def session(config: Config, turns: int, batch: int = 2, seed: int = 0) -> Run:
     params = jax.jit(duplex.prepare)(init_params(duplex.model.specs(), 0))
     inputs = mixed_inputs(duplex, batch, turns, (0,) * batch)
     return ran(duplex.compiled(params, batch), params, duplex.init_state(batch, seed), inputs)
+
+
+def test_a_cpu_that_runs_few_slots_at_a_time_gives_what_one_that_runs_all_gives(small, monkeypatch):
+    config, batch = two_layers(small, steps=1), 5
+    monkeypatch.setattr(duplex_module, "_PART", batch)
+    whole = session(config, 16, batch)
+    spoke = np.array([out.speaking for out in whole.outputs])
+    assert spoke.any(axis=1).any() and (spoke.sum(axis=1) > 2).any(), "nothing of interest is compared"
+    monkeypatch.setattr(duplex_module, "_PART", 2)
+    parts = session(config, 16, batch)
+    assert_same(whole.outputs, parts.outputs, exact=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), whole.state.layers, parts.state.layers)
+    np.testing.assert_array_equal(whole.state.own, parts.state.own)
 
 
 @pytest.mark.parametrize(("threshold", "steps"), [(0.0, 1), (1.0, 3)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.serve.slots import Slots
 from jaxtml.stream.timebase import TURN_SAMPLES
 
@@ -17,6 +19,15 @@ TURNS = 14
 def compiled(engine) -> Slots:
     """Buckets of 1, 2 and 4."""
     return Slots(engine, 4)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(small, params, codec, tmp_path_factory) -> Path:
+    """The small model on disk."""
+    folder = tmp_path_factory.mktemp("served")
+    codec.save(folder / "tokenizer.json")
+    save_checkpoint(folder / "ck", small, params, tokenizer_path=folder / "tokenizer.json")
+    return folder / "ck"
 
 
 @pytest.fixture

@@ -123,11 +123,11 @@ def test_a_session_whose_client_is_gone_stands_still_and_goes_on_as_if_nothing_h
         session = hub.admit(seed=7)
         half = 5 * TURN_SAMPLES
         await _speak(clock, session, wave[:half])
-        hub.detach(session)
+        session.detach()
         before = len(model.ticks)
         await clock.go(140)
         assert len(model.ticks) == before, "nobody is there"
-        hub.attach(session)
+        session.attach()
         await _speak(clock, session, wave[half:])
         _is_converse(engine, wave, await session.turns_after(-1))
 
@@ -141,7 +141,7 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
         with pytest.raises(Full, match="all sessions are taken") as refused:
             hub.admit(9)
         assert refused.value.retry_after_s == pytest.approx(5)
-        hub.detach(sessions[1])
+        sessions[1].detach()
         await clock.go(50)  # ten seconds
         with pytest.raises(Full) as refused:
             hub.admit(9)
@@ -161,7 +161,7 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
 def test_one_that_leaves_before_its_first_tick_was_never_there(served):
     async def test(hub: Hub, clock: Stepped, model: Here) -> None:
         hub.admit(1).end("gone")
-        hub.detach(hub.admit(2))
+        hub.admit(2).detach()
         await clock.go(200)
         assert not model.ticks and not hub.sessions
 

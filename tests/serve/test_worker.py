@@ -6,12 +6,10 @@ import asyncio
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.serve.engine import Given, converse
 from jaxtml.serve.hub import Hub
@@ -19,14 +17,6 @@ from jaxtml.serve.link import Link
 from jaxtml.serve.wire import Beginning, Tick
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import TURN_SAMPLES
-
-
-@pytest.fixture(scope="module")
-def checkpoint(small, params, codec, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    codec.save(folder / "tokenizer.json")
-    save_checkpoint(folder / "ck", small, params, tokenizer_path=folder / "tokenizer.json")
-    return folder / "ck"
 
 
 def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint, engine, wave):
