@@ -333,7 +333,8 @@ class Duplex:
             return jax.lax.while_loop(unfinished, body, carry)
 
         carry = (progress, state, out, token)
-        axes = (_Progress(0, 0), self._session_dims(), _Generated(*(0 for _ in out)), 0)
+        axes = jax.tree.map(lambda _: 0, carry)
+        axes = (axes[0], self._session_dims(), *axes[2:])
         _, state, out, _ = self._in_parts(finished, carry, axes, progress.phase != _DONE)
         return state, out
 
@@ -488,7 +489,7 @@ def _put_rows(rows: jax.Array, axis: int, whole: jax.Array, part: jax.Array) -> 
 def _in_place(wanted: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
     """`run(carry)` where it is `wanted`, else `carry`. A `cond` would copy all that passes through it, the keys and
     values of all sessions; a loop of one round at most works on them where they are."""
-    return jax.lax.while_loop(lambda c: c[0], lambda c: (False, run(c[1])), (wanted, carry))[1]
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), run(c[1])), (wanted, carry))[1]
 
 
 class _Generated(NamedTuple):
