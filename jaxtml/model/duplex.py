@@ -106,7 +106,14 @@ _START, _HEARD, _TEXT, _OWN, _DONE = range(5)
 class Duplex:
     """The step of one model. Holds shapes and limits, never arrays."""
 
-    def __init__(self, model: InteractionModel, trace: bool = False):
+    def __init__(self, model: InteractionModel, trace: bool = False, platform: str | None = None):
+        """
+        Args:
+          model: whose step it is, placed on a mesh or on one device.
+          trace: give the logits of generated tokens too.
+          platform: "cpu", "tpu" or "cuda", where the step is to run; that of the default device, if not given.
+        """
+        platform = platform or jax.extend.backend.get_default_device().platform
         self.model = model
         self.config = model.config.duplex
         self.trace = trace
@@ -116,9 +123,8 @@ class Duplex:
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
         self.narrow = 2 + FRAMES_PER_TURN
-        device = jax.extend.backend.get_default_device()
-        self.by_parts = device.platform == "cpu" and model.placement.mesh.devices == 1
         self.wide = self.narrow + c.max_typed + c.max_patches
+        self.one_cpu = platform == "cpu" and model.placement.mesh.devices == 1
 
     def check_sessions(self, batch: int) -> None:
         """Raises `InputError` where the mesh cannot share `batch` sessions."""
@@ -277,7 +283,7 @@ class Duplex:
 
         more = self._any(inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
         carry = (state, jnp.zeros((batch, self.model.config.backbone.d_model), self.dtype))
-        state, hidden = _in_place(~more, narrow, _in_place(more, wide, carry))
+        state, hidden = self._one_of(more, wide, narrow, carry)
         return state._replace(gate=jnp.where(inputs.active, -1, state.gate)), hidden
 
     def _forward_parts(
@@ -338,13 +344,24 @@ class Duplex:
         _, state, out, _ = self._in_parts(finished, carry, axes, progress.phase != _DONE)
         return state, out
 
+    def _one_of(self, wanted: jax.Array, run: Callable[[Any], Any], otherwise: Callable[[Any], Any], carry: Any) -> Any:
+        """`lax.cond`. On a CPU, XLA copies all that passes through one, the keys and values of all sessions: there it
+        is loops of one round at most, which work on them where they are."""
+        if not self.one_cpu:
+            return jax.lax.cond(wanted, run, otherwise, carry)
+
+        def once(wanted: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
+            return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), run(c[1])), (wanted, carry))[1]
+
+        return once(~wanted, otherwise, once(wanted, run, carry))
+
     def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, wanted: jax.Array) -> Any:
         """`run(carry)`, in which nothing is to be done but for the slots that are `wanted` `[B]`, and that once.
 
         On a CPU, whose time is that of the rows, for `_PART` of those at a time: always as many, so that what a session
         gets does not depend on how many there are. `axes` says which dimension of an array of `carry` counts sessions.
         """
-        if len(wanted) <= _PART or not self.by_parts:
+        if len(wanted) <= _PART or not self.one_cpu:
             return run(carry)
 
         def body(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
@@ -472,7 +489,9 @@ class Duplex:
         silence = jnp.zeros((batch, TURN_SAMPLES), jnp.float32)
         carry = (state.voice, silence, frames, running, speaking)
         axes = jax.tree.map(lambda _: 0, carry)
-        carry = _in_place(jnp.any(running), lambda carry: self._in_parts(some, carry, axes, running), carry)
+        carry = self._one_of(
+            jnp.any(running), lambda carry: self._in_parts(some, carry, axes, running), lambda carry: carry, carry
+        )
         return state._replace(voice=carry[0]), carry[1]
 
 
@@ -484,12 +503,6 @@ def _put_rows(rows: jax.Array, axis: int, whole: jax.Array, part: jax.Array) -> 
         return jax.lax.dynamic_update_slice_in_dim(whole, row, rows[i], axis)
 
     return jax.lax.fori_loop(0, len(rows), one, whole)
-
-
-def _in_place(wanted: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
-    """`run(carry)` where it is `wanted`, else `carry`. A `cond` would copy all that passes through it, the keys and
-    values of all sessions; a loop of one round at most works on them where they are."""
-    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), run(c[1])), (wanted, carry))[1]
 
 
 class _Generated(NamedTuple):

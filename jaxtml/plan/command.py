@@ -66,7 +66,8 @@ def _planned(config: Config, where: Topology, shape: MeshShape, program: str) ->
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     devices = where.found()
     with jax.set_mesh(make_mesh(shape, devices)):
-        made = (train_program if program == "train" else serve_program)(config, shape)
+        serving = program == "serve"
+        made = serve_program(config, shape, where.platform) if serving else train_program(config, shape)
         jitted = jax.jit(made.function, donate_argnums=made.donated)
         with jax.default_device(devices[0]):  # libraries of kernels look where programs will run
             traced = jitted.trace(*made.arguments)
@@ -74,7 +75,7 @@ def _planned(config: Config, where: Topology, shape: MeshShape, program: str) ->
         # A GPU's libraries hide their products in kernels: counted is the program without them.
         jaxpr = traced.jaxpr if where.chip.gpu is None else jitted.trace(*made.arguments).jaxpr
     named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
-    if program == "serve":
+    if serving:
         return named | serve_report(config, _served(config, shape, made, jaxpr, where.platform), memory, where, shape)
     tokens = config.train.batch * config.data.tokens
     needed = train_flops_per_token(config) * tokens

@@ -47,14 +47,15 @@ def train_program(config: Config, shape: MeshShape) -> Program:
     return Program(step, (jax.eval_shape(init, shapes(model, mesh)), batch), (0,))
 
 
-def serve_program(config: Config, shape: MeshShape) -> Program:
-    """One micro-turn of `serve.sessions` sessions on the mesh that is set.
+def serve_program(config: Config, shape: MeshShape, platform: str) -> Program:
+    """One micro-turn of `serve.sessions` sessions on the mesh that is set, of devices of `platform`.
 
     Raises:
       InputError: the mesh cannot share the sessions, or a dimension of the model.
     """
     serve = config.serve
-    duplex = Duplex(InteractionModel(config, Placement(shape, serve.transport, int8=serve.int8_experts)))
+    model = InteractionModel(config, Placement(shape, serve.transport, int8=serve.int8_experts))
+    duplex = Duplex(model, platform=platform)
     duplex.check_sessions(serve.sessions)
     trained = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, config.train.param_dtype), InteractionModel(config).specs()

@@ -131,7 +131,7 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     config = configs.load("tml_interaction_small")
     axes = (AxisType.Explicit,) * 4
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
-        program = serve_program(config, shape)
+        program = serve_program(config, shape, "tpu")
         jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
     served = command._served(config, shape, program, jaxpr, "tpu")
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
