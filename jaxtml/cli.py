@@ -96,6 +96,27 @@ def converse(args: argparse.Namespace) -> None:
     print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())
 
 
+def serve(args: argparse.Namespace) -> None:
+    from jaxtml.serve import command
+    from jaxtml.serve.desk import Limits
+
+    command.serve(
+        command.Options(
+            checkpoint=Path(args.checkpoint),
+            host=args.host,
+            port=args.port,
+            max_sessions=args.max_sessions,
+            workers=args.workers,
+            keys=args.keys,
+            origins=args.allow_origin,
+            certificate=args.tls_cert,
+            private_key=args.tls_key,
+            limits=Limits(session_s=60 * args.session_minutes, grace_s=args.resume_seconds),
+            drain_s=args.drain_seconds,
+        )
+    )
+
+
 def logits(args: argparse.Namespace) -> None:
     from jaxtml.convert.logits import token_logits
 
@@ -256,6 +277,28 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="the summary as JSON, nothing else, on stdout")
 
+    command = add(serve, "serve", "the duplex server", "serve --port 8080 --max-sessions 24")
+    add_checkpoint(command)
+    command.add_argument("--host", default="127.0.0.1", metavar="H", help="another than loopback needs --keys")
+    command.add_argument("--port", type=int, default=8080, metavar="P", help="0: any that is free")
+    command.add_argument("--max-sessions", type=_count, default=8, metavar="N", help="at a time; others are refused")
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes with the model; default: one, on CPUs one a core"
+    )
+    command.add_argument("--keys", type=Path, metavar="FILE", help="who may use it: see jaxtml/serve/access.py")
+    command.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="pages that may use it, beside its own"
+    )
+    command.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate chain: https and wss")
+    command.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key, if not in the same file")
+    command.add_argument("--session-minutes", type=float, default=120, metavar="M", help="the longest a session may be")
+    command.add_argument(
+        "--resume-seconds", type=float, default=30, metavar="S", help="how long a client may be gone and come back"
+    )
+    command.add_argument(
+        "--drain-seconds", type=float, default=30, metavar="S", help="for sessions to end, after SIGTERM"
+    )
+
     command = add(
         logits,
         "logits",
@@ -330,6 +373,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    # As variables, so that the processes which a command starts have them too.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     import jax
 
     logging.use_absl_handler()
@@ -337,9 +383,9 @@ def main(args: argparse.Namespace) -> int:
     # Orbax and JAX tell their lives at this level, through the same logger.
     ours = os.path.dirname(os.path.abspath(__file__))
     logging.get_absl_handler().addFilter(lambda r: r.levelno > standard.INFO or r.pathname.startswith(ours))
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    minimum_s = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum_s)
     try:
         args.run(args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be

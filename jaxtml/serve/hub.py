@@ -19,7 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from enum import StrEnum
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,6 +47,17 @@ class Turn:
     tokens: np.ndarray
     speaking: bool
     p_speak: float
+
+
+class End(StrEnum):
+    """Why a session ended."""
+
+    ASKED = "close_requested"
+    EXPIRED = "expired"  # it was as long as sessions may be, or the server is to end
+    LEFT = "remote_hangup"  # the client closed its connection, as one does who is done
+    GONE = "connection_lost"  # the client did not come back
+    SLOW = "slow_client"  # it does not take what it is sent
+    FAILED = "internal_error"  # ours
 
 
 class Full(Exception):
@@ -78,6 +90,14 @@ class WallClock:
         await asyncio.sleep(max(0.0, due - self.now()))
 
 
+class Piece(NamedTuple):
+    """Text of one micro-turn: token ids behind their TYPED or BACKGROUND mark. `placed` is told when that began."""
+
+    mark: Control
+    tokens: tuple[int, ...]
+    placed: Callable[[int], None] | None = None
+
+
 @dataclass
 class Session:
     """One conversation. Protocols put into `hearing`, `say_to` and `show`, wait with `turns_after`, and end it."""
@@ -88,8 +108,8 @@ class Session:
     clock: Clock
     hearing: Hearing = field(default_factory=Hearing)
     attached: bool = True
-    ended: str = ""  # why
-    typed: deque[tuple[Control, tuple[int, ...]]] = field(default_factory=deque)
+    ended: End | None = None
+    typed: deque[Piece] = field(default_factory=deque)
     patches: np.ndarray | None = None
     journal: deque[Turn] = field(default_factory=deque)
     begun: bool = False
@@ -97,10 +117,16 @@ class Session:
     detached_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def say_to(self, mark: Control, tokens: Sequence[int], most: int) -> None:
-        """Text for the next micro-turns, in pieces of at most `most` tokens behind their TYPED or BACKGROUND mark."""
+    def say_to(
+        self, mark: Control, tokens: Sequence[int], most: int, placed: Callable[[int], None] | None = None
+    ) -> None:
+        """Text for the next micro-turns, in pieces of at most `most` tokens behind their TYPED or BACKGROUND mark.
+
+        `placed` gets the time, in ms from the session's beginning, of the micro-turn that has the last piece.
+        """
         for at in range(0, len(tokens), most):
-            self.typed.append((mark, tuple(tokens[at : at + most])))
+            last = at + most >= len(tokens)
+            self.typed.append(Piece(mark, tuple(tokens[at : at + most]), placed if last else None))
 
     def show(self, patches: np.ndarray) -> None:
         """`[P, 2, 40, 40, 3]` float32 for the next micro-turn, instead of what waited for it."""
@@ -127,15 +153,17 @@ class Session:
         """Its client is back."""
         self.attached = True
 
-    def end(self, why: str) -> None:
+    def end(self, why: End) -> None:
         """Its slot is free at the next tick."""
         self.ended = self.ended or why
         self.changed.set()
 
     def given(self) -> Given:
-        text = self.typed.popleft() if self.typed else (Control.TYPED, ())
+        text = self.typed.popleft() if self.typed else Piece(Control.TYPED, ())
+        if text.placed is not None:
+            text.placed(self.turns * TURN_MS)
         patches, self.patches = self.patches, None
-        return Given(self.hearing.take(), text[1], text[0], patches)
+        return Given(self.hearing.take(), text.tokens, text.mark, patches)
 
 
 @dataclass
@@ -217,7 +245,7 @@ class Hub:
         now = self.clock.now()
         for session in list(self.sessions.values()):
             if not session.attached and now > session.detached_at + session.grace_s:
-                session.end("the client did not come back")
+                session.end(End.GONE)
             if session.ended:
                 del self.sessions[session.number]
                 if session.begun:
@@ -237,5 +265,5 @@ class Hub:
             one.turns += 1
             one.changed.set()
             if len(one.journal) > KEPT:
-                one.end("the client does not take what it is sent")
+                one.end(End.SLOW)
         return told

@@ -1,7 +1,7 @@
 """Images and video frames as the 40 x 40 patches that the hMLP embeds, one token a patch.
 
 The tiling and the numbers are the released ones (`InklingImageProcessor` of transformers 5.23, exactly equal in the
-tests). Called by `jaxtml.stream.layout` and `converse --video`.
+tests). Called by `jaxtml.stream.layout`, `converse --video` and the server.
 
 Axes: T = 2 frames in order of time, H x W pixels, P patches row by row, C = 3 (red, green, blue).
 """
@@ -24,6 +24,19 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
     Nothing else tells the model where a row ends.
     """
     return -(-height // PATCH), width // PATCH + 1
+
+
+def fitted_size(height: int, width: int, max_patches: int) -> tuple[int, int]:
+    """The largest (height, width) of that shape, in steps of one per cent, whose grid has at most `max_patches`.
+
+    Raises `ValueError` where there is none.
+    """
+    for percent in range(100, 0, -1):
+        size = max(1, height * percent // 100), max(1, width * percent // 100)
+        rows, columns = patch_grid(*size)
+        if rows * columns <= max_patches:
+            return size
+    raise ValueError(f"no size of {width} x {height} fits into {max_patches} patches")
 
 
 def image_patches(frames: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.errors import InputError
-from jaxtml.stream.images import patch_grid
+from jaxtml.stream.images import fitted_size
 from jaxtml.stream.timebase import TURN_MS
 
 
@@ -37,11 +37,13 @@ def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.
             for frame in container.decode(video=0):
                 if frame.time is not None and frame.time * 1000 > turns * TURN_MS:
                     break
-                size = size or _fitting(frame.height, frame.width, max_patches, path)
+                size = size or fitted_size(frame.height, frame.width, max_patches)
                 times.append(float(frame.time or 0.0))
                 frames.append(frame.reformat(width=size[1], height=size[0], format="rgb24").to_ndarray())
-    except FFmpegError as error:
+    except FFmpegError as error:  # some of these are ValueErrors too
         raise InputError(f"{path} is not a video that can be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     if not frames:
         raise InputError(f"{path} holds no frame of video")
     starts = np.arange(turns) * TURN_MS / 1000
@@ -49,13 +51,3 @@ def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.
     now = np.maximum(np.searchsorted(times, starts, side="right") - 1, 0)
     ago = np.maximum(np.searchsorted(times, starts - 0.1, side="right") - 1, 0)
     return [np.stack([frames[a], frames[b]]) for a, b in zip(ago, now, strict=True)]
-
-
-def _fitting(height: int, width: int, max_patches: int, path: str | Path) -> tuple[int, int]:
-    """The largest size of that shape (in steps of one per cent) whose grid fits."""
-    for percent in range(100, 0, -1):
-        size = max(1, height * percent // 100), max(1, width * percent // 100)
-        rows, columns = patch_grid(*size)
-        if rows * columns <= max_patches:
-            return size
-    raise InputError(f"{path}: no size of {width} x {height} fits into {max_patches} patches")

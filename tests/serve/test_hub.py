@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtml.serve.engine import converse
-from jaxtml.serve.hub import KEPT, TICK_S, Full, Hub, Session, Turn
+from jaxtml.serve.hub import KEPT, TICK_S, End, Full, Hub, Session, Turn
 from jaxtml.serve.slots import Slots
 from jaxtml.serve.wire import Tick, Told, packed, unpacked
 from jaxtml.serve.worker import answer
@@ -109,7 +109,7 @@ def test_a_session_hears_and_says_what_converse_does(served, engine, wave):
         reading = asyncio.create_task(session.turns_after(13))
         await clock.go(1)
         assert [turn.number for turn in await reading] == [14]
-        session.end("asked for")
+        session.end(End.ASKED)
         assert await session.turns_after(14) == []
         await clock.go(1)
         assert not hub.sessions and not served.live
@@ -150,7 +150,7 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
             for session in sessions:
                 session.journal.clear()  # as one does who reads it
             await clock.go(1)
-        assert sessions[1].ended == "the client did not come back" and len(served.live) == 3
+        assert sessions[1].ended == End.GONE and len(served.live) == 3
         assert hub.admit(9).number == 5 and hub.counts.refused == 2
         await clock.go(1)
         assert len(served.live) == 4
@@ -160,7 +160,7 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
 
 def test_one_that_leaves_before_its_first_tick_was_never_there(served):
     async def test(hub: Hub, clock: Stepped, model: Here) -> None:
-        hub.admit(1).end("gone")
+        hub.admit(1).end(End.GONE)
         hub.admit(2).detach()
         await clock.go(200)
         assert not model.ticks and not hub.sessions
@@ -206,7 +206,7 @@ def test_a_client_that_takes_nothing_is_ended_before_it_takes_memory(served):
         for _ in range(KEPT + 2):
             await clock.go(1)
             other.journal.clear()
-        assert deaf.ended == "the client does not take what it is sent" and len(deaf.journal) == KEPT + 1
+        assert deaf.ended == End.SLOW and len(deaf.journal) == KEPT + 1
         assert not other.ended and list(hub.sessions) == [other.number]
 
     hubbed(served, test)
@@ -217,7 +217,8 @@ def test_text_and_pictures_come_in_their_order_in_the_pieces_that_a_micro_turn_t
 
     async def test(hub: Hub, clock: Stepped, model: Here) -> None:
         session = hub.admit(1)
-        session.say_to(Control.TYPED, list(range(most + 1)), most)
+        placed: list[int] = []
+        session.say_to(Control.TYPED, list(range(most + 1)), most, placed.append)
         session.say_to(Control.BACKGROUND, [5], most)
         session.show(np.zeros((1, 2, 40, 40, 3), np.float32))
         session.show(np.ones((1, 2, 40, 40, 3), np.float32))
@@ -227,6 +228,7 @@ def test_text_and_pictures_come_in_their_order_in_the_pieces_that_a_micro_turn_t
         assert texts[:3] == [
             (Control.TYPED, tuple(range(most))), (Control.TYPED, (most,)), (Control.BACKGROUND, (5,)),
         ]  # fmt: skip
+        assert placed == [200], "its last piece is in the second micro-turn"
         assert texts[3][1] == () and given[0].patches is not None and given[0].patches.all()
         assert [one.patches for one in given[1:]] == [None] * 3
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.serve.hub import Full
+from jaxtml.serve.hub import End, Full
 from jaxtml.serve.pool import started
 
 
@@ -26,7 +26,7 @@ def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkp
                 pool.admit(3)
             for session in sessions:
                 assert (await session.turns_after(-1))[0].number == 0
-            sessions[2].end("asked for")
+            sessions[2].end(End.ASKED)
             await asyncio.sleep(0.5)
             pool.admit(4)
             os.kill(pool.hubs[1].model.process.pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]

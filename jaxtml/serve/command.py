@@ -1,0 +1,170 @@
+"""`jaxtml serve`: the workers, the addresses, and an end in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from absl import logging
+from aiohttp import web
+
+from jaxtml.config import from_json
+from jaxtml.convert.checkpoint import TOKENIZER
+from jaxtml.errors import InputError
+from jaxtml.serve.access import Access
+from jaxtml.serve.desk import Desk, Limits, Served
+from jaxtml.serve.hub import End
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.pool import Pool, started
+from jaxtml.serve.routes import Server
+from jaxtml.stream.text import TextCodec
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `jaxtml serve` is told; see its `--help`."""
+
+    checkpoint: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_sessions: int = 8
+    workers: int = 0  # as many as are good for this machine
+    keys: Path | None = None
+    origins: Sequence[str] = ()
+    certificate: Path | None = None
+    private_key: Path | None = None
+    limits: Limits = Limits()
+    drain_s: float = 30.0
+
+
+def serve(options: Options) -> None:
+    """Serves until SIGTERM or SIGINT, then until the sessions are over, `drain_s` at most; a second one ends it now.
+
+    Raises:
+      InputError: what is wrong with the options, the checkpoint, the keys or the certificate, or a port that is taken.
+      SystemExit: with status 1, a worker is gone.
+    """
+    access, tls = _access(options), _tls(options)
+    workers = options.workers or min(_usual_workers(), options.max_sessions)
+    jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
+    try:
+        asyncio.run(_serve(options, access, tls, workers))
+    except ConnectionError as error:
+        logging.error("%s: all sessions are lost", error)
+        raise SystemExit(1) from error
+
+
+def _access(options: Options) -> Access:
+    if options.keys is not None:
+        return Access.load(options.keys)
+    if not _is_loopback(options.host):
+        raise InputError(f"--host {options.host} is seen by others: give --keys FILE, so that not everyone may use it")
+    return Access()
+
+
+def _tls(options: Options) -> ssl.SSLContext | None:
+    if options.certificate is None:
+        if options.private_key is not None:
+            raise InputError("--tls-key without --tls-cert")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(options.certificate, options.private_key)
+    except OSError as error:  # an ssl.SSLError too
+        raise InputError(f"--tls-cert {options.certificate}: {error}") from error
+    return context
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _usual_workers() -> int:
+    """One per core where the model runs on CPUs: its products are too small for two to share."""
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asking takes an accelerator's memory
+    platform = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return len(os.sched_getaffinity(0)) if platform == "cpu" else 1
+
+
+async def _serve(options: Options, access: Access, tls: ssl.SSLContext | None, workers: int) -> None:
+    metrics = Metrics()
+    began = time.monotonic()
+    async with started(options.checkpoint, options.max_sessions, workers, metrics.ticked) as (pool, ready):
+        config = from_json(ready.config)
+        served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
+        desk = Desk(pool, access, served, options.limits, metrics)
+        _watched(metrics, pool, desk)
+        app = Server(desk, access, served, metrics, options.origins).app()
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, options.host, options.port, ssl_context=tls)
+            try:
+                await site.start()
+            except OSError as error:
+                raise InputError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
+            port = runner.addresses[0][1]
+            url = f"{'https' if tls else 'http'}://{options.host}:{port}"
+            logging.info("ready after %.1f s: %s", time.monotonic() - began, url)
+            print(
+                json.dumps({"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}),
+                flush=True,
+            )
+            await _until_told(pool, desk, options.drain_s)
+        finally:
+            await runner.cleanup()
+
+
+async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
+    """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told.set)
+    running = asyncio.create_task(pool.run())
+    waiting = asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            logging.info("draining: %d sessions, at most %.0f s", len(desk.calls), drain_s)
+            told.clear()
+            draining, again = asyncio.create_task(desk.drain(drain_s)), asyncio.create_task(told.wait())
+            await asyncio.wait([running, draining, again], return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
+            again.cancel()
+        await desk.end(End.FAILED if running.done() else End.EXPIRED)
+        if running.done():
+            running.result()
+    finally:
+        waiting.cancel()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+            await running
+
+
+def _watched(metrics: Metrics, pool: Pool, desk: Desk) -> None:
+    """Gauges, read when they are asked for."""
+    counts = [hub.counts for hub in pool.hubs]
+    watch = metrics.watch
+    watch("duplex_sessions_active", "with a slot, clients that are gone included", lambda: len(pool.sessions))
+    watch("duplex_sessions_detached", "whose client is gone", lambda: sum(not one.attached for one in pool.sessions))
+    watch("duplex_sessions_capacity", "there is room for", lambda: pool.capacity)
+    watch("duplex_deadline_miss_total", "ticks that ended late", lambda: sum(one.misses for one in counts))
+    watch("duplex_ticks_lost_total", "ticks that were left out", lambda: sum(one.lost for one in counts))
+    watch("duplex_compilations_total", "since ready: a bug", lambda: sum(one.compilations for one in counts))
+    watch("duplex_draining", "about to end", lambda: desk.leaves_at is not None)

@@ -1,0 +1,158 @@
+"""One WebSocket: reads what its protocol takes, writes what an outbox has, and is watched.
+
+The rules. A client that sends more than the session has room for is not read until there is room: TCP holds it back. So
+is one that sends messages faster than `_PER_SECOND`. One that takes nothing for as long as the outbox keeps is given
+up. One from which nothing is heard, answers to pings included, for `_SILENT_S` is taken for gone.
+
+Called by the handlers of the protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from enum import Enum, auto
+
+from absl import logging
+from aiohttp import WSMsgType, web
+
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.outbox import Behind, Outbox
+
+MESSAGE_BYTES = 2**20  # the largest that is read
+_PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
+_PING_S, _SILENT_S = 5.0, 20.0
+_GOODBYE_S = 3.0  # for a client to answer that it is closed
+
+Receive = Callable[[bytes], Awaitable[None]]
+
+
+class Outcome(Enum):
+    """How a connection came to its end."""
+
+    DONE = auto()  # all was sent, nothing more comes
+    LEFT = auto()  # the client closed it as one does who is done
+    GONE = auto()  # the client is not there any more
+    SLOW = auto()  # the client took nothing for too long
+    REPLACED = auto()  # the client is back over another one
+
+
+def socket() -> web.WebSocketResponse:
+    """A WebSocket as `Connection` wants it: pings and pongs are its own, text comes as bytes."""
+    return web.WebSocketResponse(
+        autoping=False,
+        compress=False,
+        max_msg_size=MESSAGE_BYTES,
+        decode_text=False,
+        protocols=("realtime",),
+        timeout=_GOODBYE_S,
+    )
+
+
+class Connection:
+    """An open WebSocket.
+
+    Args:
+      request: that asked for it.
+      ws: from `socket`, prepared.
+      kind: of the messages it sends.
+      metrics: what is counted.
+    """
+
+    def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType, metrics: Metrics):
+        self.ws, self.kind, self.metrics = ws, kind, metrics
+        self._transport = request.transport
+        self._heard_at = time.monotonic()
+        self._waits = False  # for room: then it is not read, and its silence says nothing
+        self._left = False
+        self._allowance, self._counted_at = float(_BURST), self._heard_at
+        self._replaced = asyncio.Event()
+
+    def replace(self) -> None:
+        """Another connection has taken over."""
+        self._replaced.set()
+
+    async def receive(self) -> bytes | None:
+        """The next message; None where the client is gone. Those that come too fast wait."""
+        while True:
+            message = await self.ws.receive()
+            self._heard_at = time.monotonic()
+            if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+                await self._pace()
+                return message.data
+            if message.type is WSMsgType.PING:
+                await self.ws.pong(message.data)
+            elif message.type is not WSMsgType.PONG:
+                self._left = message.type is WSMsgType.CLOSE and message.data == 1000
+                return None
+
+    async def send(self, frame: bytes) -> None:
+        """Waits where the client does not take it."""
+        await self.ws.send_frame(frame, self.kind)
+
+    async def run(self, outbox: Outbox, after: int, receive: Receive) -> Outcome:
+        """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
+        writing = asyncio.create_task(self._write(outbox, after))
+        others = [asyncio.create_task(one) for one in (self._read(receive), self._watch(), self._replaced.wait())]
+        last = asyncio.create_task(self._last_words(outbox))
+        tasks = [writing, *others, last]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception) and not isinstance(result, (ConnectionError, Behind)):
+                logging.error("a connection failed", exc_info=result)
+        if self._replaced.is_set():
+            return Outcome.REPLACED
+        if isinstance(results[0], Behind):
+            return Outcome.SLOW
+        if outbox.closed:
+            return Outcome.DONE
+        return Outcome.LEFT if self._left else Outcome.GONE
+
+    async def close(self, code: int, why: str = "") -> None:
+        """Says goodbye; a client that does not listen is cut off."""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            await asyncio.wait_for(self.ws.close(code=code, message=why.encode()[:120]), 2 * _GOODBYE_S)
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            self._transport.abort()
+
+    async def _read(self, receive: Receive) -> None:
+        while (message := await self.receive()) is not None:
+            self._waits = True
+            await receive(message)
+            self._waits = False
+            self._heard_at = time.monotonic()
+
+    async def _write(self, outbox: Outbox, after: int) -> None:
+        sent_at = None
+        while frames := await outbox.after(after):
+            for frame in frames:
+                await self.send(frame)
+                after += 1
+            now = time.monotonic()
+            if sent_at is not None:
+                self.metrics.output_gap.observe(now - sent_at)
+            sent_at = now
+
+    async def _last_words(self, outbox: Outbox) -> None:
+        """Until the outbox was closed, and what was in it should have been taken."""
+        await outbox.ended()
+        await asyncio.sleep(_GOODBYE_S)
+
+    async def _watch(self) -> None:
+        while self._waits or time.monotonic() < self._heard_at + _SILENT_S:
+            await asyncio.sleep(_PING_S)
+            await self.ws.ping()
+
+    async def _pace(self) -> None:
+        now = time.monotonic()
+        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND) - 1
+        self._counted_at = now
+        if self._allowance < 0:
+            await asyncio.sleep(-self._allowance / _PER_SECOND)

@@ -1,0 +1,269 @@
+"""Who is talking to a server: admission, clients that come back, the end of sessions and of the server.
+
+A `Call` is one session as its client has it: what it is sent, and by what name and secret it is found again. It lives
+in the hub's clock; connections come and go. Knows of no protocol's wire, see `serve.live` and its siblings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from absl import logging
+
+from jaxtml.config import Config
+from jaxtml.serve.access import Access, Grant, Refused
+from jaxtml.serve.hub import End, Full, Session, Turn
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.outbox import Outbox
+from jaxtml.serve.pool import Pool
+from jaxtml.stream.reading import Reader, Words
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.timebase import SAMPLE_RATE
+
+_WARNED_S = 60.0  # before a session has lasted as long as it may
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take.
+
+    Attributes:
+      session_s: a session.
+      grace_s: a client that was cut off, until it is back.
+      first_message_s: a new connection, until it says what it wants.
+      closing_s: what was begun to be said, after the client has asked to close.
+    """
+
+    session_s: float = 7200.0
+    grace_s: float = 30.0
+    first_message_s: float = 10.0
+    closing_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served: the model's name, its config and its words."""
+
+    name: str
+    config: Config
+    codec: TextCodec
+
+
+class Speaks(Protocol):
+    """One call's protocol: what happens, put into the call's outbox as its client reads it."""
+
+    @property
+    def scope(self) -> str:
+        """The protocol's name."""
+        ...
+
+    def turned(self, turn: Turn, words: Words) -> None:
+        """A micro-turn was."""
+        ...
+
+    def leaving(self, in_s: float) -> None:
+        """The session will be ended in so many seconds."""
+        ...
+
+    def ended(self, why: End) -> None:
+        """The session was ended; nothing comes after this."""
+        ...
+
+
+class Connected(Protocol):
+    """What carries a call at the moment."""
+
+    def replace(self) -> None:
+        """Another one carries it from now on."""
+        ...
+
+
+@dataclass
+class Call:
+    """One session as its client has it. Use `Desk.admit`.
+
+    Attributes:
+      id: its public name.
+      secret: whoever knows it may come back.
+      expires_at: Unix time at which it has lasted as long as it may.
+      closing: when its client asked to close it, on the monotonic clock.
+    """
+
+    id: str
+    secret: str
+    grant: Grant
+    session: Session
+    words: Reader
+    expires_at: float
+    speaks: Speaks = field(init=False)
+    outbox: Outbox = field(default_factory=Outbox)
+    carried: Connected | None = None
+    closing: float | None = None
+    warned: bool = False
+    heard: asyncio.Event = field(default_factory=asyncio.Event)  # set at each micro-turn
+
+    def carry(self, connection: Connected) -> None:
+        """The call goes on over this connection."""
+        if self.carried is not None:
+            self.carried.replace()
+        self.carried = connection
+        self.session.attach()
+
+    def lost(self, connection: Connected) -> None:
+        """The connection is no more; the session stands still until there is another."""
+        if self.carried is connection and not self.session.ended:
+            self.carried = None
+            self.session.detach()
+
+    def close(self) -> None:
+        """The client has nothing more to say: the session ends when what was begun is said."""
+        self.closing = self.closing or time.monotonic()
+        self.session.hearing.muted = True
+
+    async def room(self) -> bool:
+        """Waits until the session has room for sound; False where it has ended instead."""
+        while not self.session.ended and not self.session.hearing.room():
+            self.heard.clear()
+            await self.heard.wait()
+        return not self.session.ended
+
+
+class Desk:
+    """All calls of a server; one thread calls.
+
+    Args:
+      pool: where sessions live.
+      access: who may have them.
+      served: the model.
+      limits: how long things may take.
+      metrics: what is counted.
+    """
+
+    def __init__(self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics):
+        self.pool, self.access, self.served, self.limits, self.metrics = pool, access, served, limits, metrics
+        self.calls: dict[str, Call] = {}
+        self.leaves_at: float | None = None  # when the server ends, on the monotonic clock; None: it does not
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def admit(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
+        """A call that begins at the next tick. Raises `Refused`, which is counted by its code."""
+        try:
+            return self._admitted(grant, make, scope)
+        except Refused as refused:
+            self.metrics.rejected.labels(refused.code).inc()
+            raise
+
+    def _admitted(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
+        self.check_open()
+        self.access.ask(grant)
+        name = f"sess_{secrets.token_urlsafe(16)}"
+        self.access.begin(grant, name, scope)
+        try:
+            session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
+        except Full as full:
+            self.access.end(grant.key.name, name)
+            raise Refused(503, "server_full", str(full), full.retry_after_s) from full
+        reader = Reader(self.served.codec, self.served.config.duplex.control_base)
+        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, time.time() + self.limits.session_s)
+        call.speaks = make(call)
+        self.calls[name] = call
+        task = asyncio.create_task(self._run(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.metrics.begun.labels(scope).inc()
+        logging.info("session %s began: key=%s protocol=%s", name, grant.key.name, scope)
+        return call
+
+    def check_open(self) -> None:
+        """Raises `Refused` where the server is about to end."""
+        if self.leaves_at is not None:
+            after_s = max(1.0, self.leaves_at - time.monotonic())
+            raise Refused(503, "draining", "this server is about to end; another one may be there", after_s)
+
+    def find(self, name: str, grant: Grant) -> Call:
+        """A call of the same key. Raises `Refused`."""
+        call = self.calls.get(name)
+        if call is None or call.grant.key.name != grant.key.name:
+            raise Refused(404, "session_not_found", f"there is no session {name[:64]}, or no longer")
+        return call
+
+    def resume(self, name: str, secret: str, after: int, grant: Grant) -> Call:
+        """The call that a client comes back to, having had all up to `after`. Raises `Refused`."""
+        try:
+            call = self.find(name, grant)
+            if not hmac.compare_digest(call.secret.encode(), secret.encode()):
+                raise Refused(403, "invalid_resume_token", "this token is not that session's")
+            if not call.outbox.last - len(call.outbox.frames) <= after <= call.outbox.last:
+                raise Refused(409, "resync_required", "what was missed is no longer there; begin a new session")
+        except Refused as refused:
+            self.metrics.resumed.labels(refused.code).inc()
+            raise
+        self.metrics.resumed.labels("resumed").inc()
+        logging.info("session %s goes on after event %d", name, after)
+        return call
+
+    async def drain(self, within_s: float) -> None:
+        """Admits nobody more, tells all that are there, and returns when they are gone; those left then are ended."""
+        self.leaves_at = time.monotonic() + within_s
+        for call in list(self.calls.values()):
+            call.expires_at = min(call.expires_at, time.time() + within_s)
+            call.warned = True
+            call.speaks.leaving(within_s)
+        while self.calls and time.monotonic() < self.leaves_at:
+            await asyncio.sleep(0.05)
+        await self.end(End.EXPIRED)
+
+    async def end(self, why: End) -> None:
+        """Ends all calls and waits for their last words."""
+        for call in list(self.calls.values()):
+            call.session.end(why)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5)
+
+    async def _run(self, call: Call) -> None:
+        """From the call's first micro-turn to its end."""
+        why = End.FAILED
+        try:
+            why = await self._followed(call)
+        except Exception:
+            logging.exception("session %s failed", call.id)
+            call.session.end(why)
+        finally:
+            del self.calls[call.id]
+            self.access.end(call.grant.key.name, call.id)
+            call.speaks.ended(why)
+            call.outbox.close()
+            call.heard.set()
+            self.metrics.ended.labels(why.value).inc()
+            logging.info("session %s ended: %s after %d micro-turns", call.id, why.value, call.session.turns)
+
+    async def _followed(self, call: Call) -> End:
+        number = -1
+        while turns := await call.session.turns_after(number):
+            number = turns[-1].number
+            for turn in turns:
+                words = call.words.read(turn.tokens.tolist())
+                call.speaks.turned(turn, words)
+            call.heard.set()
+            self.metrics.input_lag.observe(call.session.hearing.waiting / SAMPLE_RATE)
+            self._consider(call, turns[-1])
+        return call.session.ended or End.FAILED
+
+    def _consider(self, call: Call, turn: Turn) -> None:
+        """Ends what has lasted long enough."""
+        left_s = call.expires_at - time.time()
+        if left_s <= 0:
+            call.session.end(End.EXPIRED)
+        elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:
+            call.warned = True
+            call.speaks.leaving(left_s)
+        if call.closing is not None:
+            waits = turn.speaking or call.session.typed or call.session.hearing.waiting
+            if not waits or time.monotonic() > call.closing + self.limits.closing_s:
+                call.session.end(End.ASKED)

@@ -1,0 +1,334 @@
+"""GPT-Live, the native protocol: what happens in a call as its events, and what its client says.
+
+Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
+a client that was cut off names the last one that it had (`session.resume`); `session.started` has `resume` and
+`turn_ms`; a delegation has its `task`; typed text and pictures (`session.input_text.append`,
+`session.input_image.append`). What a client appends is placed at a micro-turn's edge, in pieces as long as the model
+takes. Instructions, thinking, commentary and developers' and assistants' history are background text to the model; what
+users say is typed text. Silence stands for sound that does not come: the session goes on without any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxtml.serve.desk import Call, Served
+from jaxtml.serve.hub import End, Turn
+from jaxtml.serve.live_messages import (
+    LATER,
+    AppendAudio,
+    AppendCommentary,
+    AppendImage,
+    AppendInstructions,
+    AppendText,
+    AppendThinking,
+    Close,
+    Context,
+    Delegation,
+    Invalid,
+    Mute,
+    SessionConfig,
+    Unmute,
+    Update,
+    decoded,
+    format_of,
+)
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.outbox import Outbox
+from jaxtml.serve.seeing import Seeing
+from jaxtml.serve.sound import Format, Incoming, Outgoing
+from jaxtml.stream.reading import Words
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
+from jaxtml.stream.tokens import Control
+
+SCOPE = "live"
+_CONTENT, _INSTRUCTIONS, _HISTORY, _MESSAGES = 500, 16_384, 8_192, 128  # tokens, and messages of the history
+_WAITING = 24_576  # tokens that wait for their micro-turn
+_USAGE_TURNS = 75  # between two accounts of what was used
+_REFLECTED = Format("pcm", 24_000)
+_CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
+# The protocol's own words for the end of a session.
+_REASONS = {End.SLOW: "connection_lost", End.GONE: "connection_lost", End.FAILED: "connection_lost"}
+
+
+def check(config: SessionConfig, served: Served) -> None:
+    """Raises `Invalid` where this server cannot give such a session."""
+    wants = config.delegation
+    if config.model != served.name:
+        raise Invalid("model_not_found", f"this server has the model {served.name}", "session.model")
+    if wants is not None and wants.type != "client":
+        raise Invalid("unsupported_value", "delegations go to the client here", "session.delegation.type")
+    for name, given in (("store", config.store), ("triggers", config.triggers), ("client", config.client)):
+        if given:
+            raise Invalid("unsupported_parameter", f"this server does not take {name}", f"session.{name}")
+    if len(config.input or ()) > _MESSAGES:
+        raise Invalid("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
+    if not all(one.content[0].text for one in config.input or ()):
+        raise Invalid("invalid_value", "there is no text", "session.input")
+    _check_length(served, config.instructions or "", _INSTRUCTIONS, "session.instructions")
+    _check_length(served, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
+
+
+class Live:
+    """One call's GPT-Live; a `desk.Speaks`. Begins with `session.started`.
+
+    Args:
+      call: whose outbox it fills.
+      served: the model.
+      config: checked.
+      metrics: what is counted.
+      grace_s: for how long a client may be gone.
+      event_id: of the client's `session.start`.
+    """
+
+    scope = SCOPE
+
+    def __init__(
+        self,
+        call: Call,
+        served: Served,
+        config: SessionConfig,
+        metrics: Metrics,
+        grace_s: float,
+        event_id: str | None = None,
+    ):
+        self.call, self.served, self.config, self.metrics = call, served, config, metrics
+        self.format = format_of(config.audio)
+        self.incoming, self.outgoing = Incoming(self.format), Outgoing(self.format)
+        self.seeing = Seeing(served.config.duplex.max_patches)
+        self.sidebands: list[Sideband] = []
+        self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
+        self.task = ""  # of a delegation that is being written
+        self.taken = 0  # bytes of sound that came
+        self.unheard = np.zeros(0, np.float32)  # of those, what waits for room
+        session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": TURN_MS}
+        self._emit("session.started", event_id, session=session)
+        for item in config.input or ():
+            self._say(Control.TYPED if item.role == "user" else Control.BACKGROUND, item.content[0].text, "input")
+        if config.instructions:
+            self._say(Control.BACKGROUND, config.instructions, "instructions")
+
+    # --- what happens
+
+    def turned(self, turn: Turn, words: Words) -> None:
+        """Transcripts lie on the micro-turns: the user's on the one that was heard, ours on the one to be heard."""
+        start, end = turn.t_ms, turn.t_ms + TURN_MS
+        if words.heard:
+            self._emit("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
+        if words.said:
+            self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + TURN_MS)
+        self._put({"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)})
+        for one in self.sidebands:
+            one.said(turn.wave, end)
+        self.task += words.delegated
+        if words.asked:
+            name = f"dlg_{secrets.token_urlsafe(12)}"
+            self.delegated[name] = time.monotonic()
+            delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
+            self.task = ""
+            self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
+        self._flush()
+        if turn.number % _USAGE_TURNS == _USAGE_TURNS - 1:
+            self._emit("session.usage.updated", usage=self._usage())
+
+    def leaving(self, in_s: float) -> None:
+        """An `info` long before, and the time in the session's `expires_at`."""
+        self._emit(
+            "info", code="going_away", message=f"this session ends in {in_s:.0f} s", time_left_ms=round(1000 * in_s)
+        )
+
+    def ended(self, why: End) -> None:
+        reason = _REASONS.get(why, why.value)
+        if why is End.FAILED:
+            self.fail(None, Invalid("internal_error", "the server failed; the session cannot go on"), "server_error")
+        self._emit("session.closed", reason=reason, session=self._resource(), usage=self._usage())
+        for one in self.sidebands:
+            one.outbox.close()
+
+    # --- what the client says
+
+    async def receive(self, data: bytes) -> None:
+        """A message of the client's, or of a sideband's but for sound. What is wrong with it becomes an `error`."""
+        event_id = None
+        try:
+            message = decoded(LATER, data)
+            event_id = message.event_id
+            try:
+                await self._take(message)
+            except ValueError as error:
+                raise Invalid("invalid_value", str(error)) from error
+        except Invalid as invalid:
+            self.metrics.malformed.labels(SCOPE).inc()
+            self.fail(event_id or invalid.event_id, invalid)
+
+    async def _take(self, message: Any) -> None:
+        match message:
+            case AppendAudio():
+                await self._hear(message.audio)
+            case AppendImage():
+                self.call.session.show(await asyncio.to_thread(self.seeing.put, message.image))
+            case AppendText():
+                self._append(message, Control.TYPED, "input_text")
+            case Mute() | Unmute():
+                self.call.session.hearing.muted = muted = isinstance(message, Mute)
+                self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
+            case Update():
+                self._update(message)
+            case Close():
+                self.call.close()
+            case _:
+                self._appended(message)
+
+    async def _hear(self, data: bytes) -> None:
+        samples = self.incoming.put(data)
+        self.taken += len(data)
+        for one in self.sidebands:
+            one.heard(samples)
+        self.unheard = np.concatenate([self.unheard, samples])
+        self._flush()
+        while len(self.unheard) and await self.call.room():
+            self._flush()
+
+    def _flush(self) -> None:
+        """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
+        room = self.call.session.hearing.room()
+        if len(self.unheard) and room:
+            self.call.session.hearing.put(self.unheard[:room])
+            self.unheard = self.unheard[room:]
+
+    def _appended(self, message: Context) -> None:
+        if message.delegation_id is not None:
+            asked_at = self.delegated.get(message.delegation_id)
+            if asked_at is None:
+                raise Invalid("delegation_not_found", "this session has no such delegation", "delegation_id")
+            if asked_at >= 0:
+                self.metrics.delegations.observe(time.monotonic() - asked_at)
+                self.delegated[message.delegation_id] = float("-inf")
+        self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
+
+    def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
+        _check_length(self.served, message.content, _CONTENT, "content")
+        self._say(mark, message.content, "content", lambda at: self._placed(name, at, message.event_id))
+
+    def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
+        self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + TURN_MS)
+
+    def _say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
+        tokens = self.served.codec.encode(text)
+        most = self.served.config.duplex.max_typed - 1
+        if not tokens:
+            raise Invalid("invalid_value", "there is no text", param)
+        if sum(len(piece.tokens) for piece in self.call.session.typed) + len(tokens) > _WAITING:
+            raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
+        self.call.session.say_to(mark, tokens, most, placed)
+
+    def _update(self, message: Update) -> None:
+        wants = message.session.delegation
+        if message.session.triggers:
+            raise Invalid("unsupported_parameter", "this server does not take triggers", "session.triggers")
+        if wants is not None and wants.type != "client":
+            raise Invalid("invalid_value", "the type of delegation cannot change", "session.delegation.type")
+        self._emit("session.updated", message.event_id, session=self._resource())
+
+    def fail(self, event_id: str | None, invalid: Invalid, kind: str = "invalid_request_error") -> None:
+        """An `error`."""
+        self._emit("error", event_id, error=error_of(invalid, kind, event_id))
+
+    # --- events
+
+    def _emit(self, kind: str, client_event_id: str | None = None, **fields: Any) -> None:
+        """An event to the client and its observers."""
+        event = {"type": kind, "event_id": f"evt_{secrets.token_urlsafe(12)}", **fields}
+        if client_event_id is not None:
+            event["client_event_id"] = client_event_id
+        self._put(event)
+        for one in self.sidebands:
+            one.put(event)
+
+    def _put(self, event: dict[str, Any]) -> None:
+        self.call.outbox.put(msgspec.json.encode(event | {"sequence_number": self.call.outbox.last + 1}))
+
+    def _resource(self) -> dict[str, Any]:
+        """The session as it is: what was asked for and does not hold is not in it."""
+        delegation = Delegation(type="client")
+        resource: dict[str, Any] = {
+            "id": self.call.id,
+            "expires_at": int(self.call.expires_at),
+            "model": self.served.name,
+            "status": "active",
+            "audio": {
+                "format": {"type": f"audio/{self.format.kind}", "rate": self.format.rate},
+                "output": {"voice": "own"},
+            },
+            "delegation": delegation,
+            "store": False,
+            "triggers": [],
+        }
+        if self.config.instructions is not None:
+            resource["instructions"] = self.config.instructions
+        return resource
+
+    def _usage(self) -> dict[str, Any]:
+        return {"seconds": self.call.session.turns * TURN_MS // 1000}
+
+
+class Sideband:
+    """Someone who watches and directs a session from beside: its events, and both voices as 24 kHz PCM with times."""
+
+    def __init__(self, live: Live):
+        self.live, self.outbox = live, Outbox()
+        self.ears, self.mouth = Outgoing(_REFLECTED), Outgoing(_REFLECTED)
+        self.unheard = np.zeros(0, np.float32)
+
+    def heard(self, samples: np.ndarray) -> None:
+        """What the client sent, before it is muted; in chunks of a micro-turn."""
+        self.unheard = np.concatenate([self.unheard, samples])
+        size = SAMPLE_RATE * TURN_MS // 1000
+        while len(self.unheard) >= size:
+            chunk, self.unheard = self.unheard[:size], self.unheard[size:]
+            self.put({"type": "session.input_audio.append", "audio": self.ears.put(chunk)})
+
+    def said(self, wave: np.ndarray, t_ms: int) -> None:
+        """What is to be heard from `t_ms` on."""
+        event = {"type": "session.output_audio.delta", "delta": self.mouth.put(wave)}
+        self.put(event | {"start_ms": t_ms, "end_ms": t_ms + TURN_MS})
+
+    def put(self, event: dict[str, Any]) -> None:
+        self.outbox.put(msgspec.json.encode(event | {"sequence_number": self.outbox.last + 1}))
+
+    async def receive(self, data: bytes) -> None:
+        """As the client's own, but for sound."""
+        if b"session.input_audio.append" in data and isinstance(_or_none(data), AppendAudio):
+            refused = Invalid("invalid_event_type", "sound comes over the session's own connection", "type")
+            self.put({"type": "error", "event_id": "evt_sideband", "error": error_of(refused)})
+            return
+        await self.live.receive(data)
+
+
+def error_of(invalid: Invalid, kind: str = "invalid_request_error", event_id: str | None = None) -> dict[str, Any]:
+    """The inside of an `error` event."""
+    error: dict[str, Any] = {"type": kind, "code": invalid.code, "message": str(invalid)}
+    if invalid.param is not None:
+        error["param"] = invalid.param
+    if event_id is not None:
+        error["client_event_id"] = event_id
+    return error
+
+
+def _or_none(data: bytes) -> Any:
+    try:
+        return decoded(LATER, data)
+    except Invalid:
+        return None
+
+
+def _check_length(served: Served, text: str, most: int, param: str) -> None:
+    if len(text.encode()) >= most and len(served.codec.encode(text)) > most:  # a token has a byte at least
+        raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)

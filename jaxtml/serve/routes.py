@@ -1,0 +1,285 @@
+"""The server's addresses: who may ask, what answers, and how a WebSocket becomes a call.
+
+| address | |
+|---|---|
+| `/v1/live/sessions` | GPT-Live, `session.start` or `session.resume` first |
+| `/v1/live/sessions/{id}/attach` | the same session from beside |
+| `/v1/models` | what is served |
+| `/health`, `/ready`, `/metrics` | for those who keep it up |
+
+Called by `serve.command`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Collection
+
+import msgspec
+from absl import logging
+from aiohttp import WSMsgType, web
+
+from jaxtml.serve import live
+from jaxtml.serve.access import Access, Grant, Refused
+from jaxtml.serve.connection import Connection, Outcome, Receive, socket
+from jaxtml.serve.desk import Call, Desk, Served
+from jaxtml.serve.hub import End
+from jaxtml.serve.live_messages import FIRST, Invalid, Resume, Start, decoded
+from jaxtml.serve.metrics import Metrics
+
+_FIRST_TRIES = 8  # malformed first messages
+_BODY_BYTES = 2**16  # of an HTTP request
+_CODES = {End.ASKED: 1000, End.EXPIRED: 1000, End.LEFT: 1000, End.GONE: 1001, End.SLOW: 1008, End.FAILED: 1011}
+_ENDS = {Outcome.SLOW: End.SLOW, Outcome.LEFT: End.LEFT}
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot set headers of a WebSocket
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """The handlers of one server.
+
+    Args:
+      desk: its calls.
+      access: who may have them.
+      served: the model.
+      metrics: what is counted.
+      origins: of pages, besides its own, that may use it from a browser; "*": all.
+    """
+
+    def __init__(self, desk: Desk, access: Access, served: Served, metrics: Metrics, origins: Collection[str] = ()):
+        self.desk, self.access, self.served, self.metrics = desk, access, served, metrics
+        self.origins = frozenset(origins)
+        self.began_at = int(time.time())
+
+    def app(self) -> web.Application:
+        """The application, as `aiohttp.web` runs it."""
+        app = web.Application(middlewares=[self._guarded], client_max_size=_BODY_BYTES)
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/ready", self.ready),
+                web.get("/metrics", self.measured),
+                web.get("/v1/models", self.models),
+                web.get("/v1/models/{model}", self.model),
+                web.get("/v1/live/sessions", self.live),
+                web.get("/v1/live/sessions/{session}/attach", self.attached),
+            ]
+        )
+        return app
+
+    # --- for those who keep it up
+
+    async def health(self, request: web.Request) -> web.Response:
+        """The process is there."""
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """It takes sessions: loaded, compiled, not about to end. Full is ready: those who ask are told when to come."""
+        self.desk.check_open()
+        pool = self.desk.pool
+        return web.json_response({"status": "ready", "sessions": len(pool.sessions), "capacity": pool.capacity})
+
+    async def measured(self, request: web.Request) -> web.Response:
+        """Prometheus' text format."""
+        return web.Response(body=self.metrics.text(), content_type="text/plain", charset="utf-8")
+
+    async def models(self, request: web.Request) -> web.Response:
+        self._grant(request)
+        return web.json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        self._grant(request)
+        if request.match_info["model"] != self.served.name:
+            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        return web.json_response(self._model())
+
+    def _model(self) -> dict[str, str | int]:
+        return {"id": self.served.name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
+
+    # --- GPT-Live
+
+    async def live(self, request: web.Request) -> web.StreamResponse:
+        """A session's own connection."""
+        grant = self._grant(request)
+        self.desk.check_open()
+        ws = socket()
+        await ws.prepare(request)
+        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        try:
+            async with asyncio.timeout(self.desk.limits.first_message_s):
+                found = await self._first(connection, grant)
+        except TimeoutError:
+            await self._unlucky(connection, Invalid("timeout", "the first message did not come in time"), 1008)
+            return ws
+        if found is not None:
+            call, after = found
+            assert isinstance(call.speaks, live.Live)
+            await self._carried(connection, call, after, call.speaks.receive)
+        return ws
+
+    async def _first(self, connection: Connection, grant: Grant) -> tuple[Call, int] | None:
+        """The call that a connection is to carry, and up to which event its client has had it; None: it gave up."""
+        for _ in range(_FIRST_TRIES):
+            data = await connection.receive()
+            if data is None:
+                return None
+            event_id = None
+            try:
+                message = decoded(FIRST, data)
+                event_id = message.event_id
+                if isinstance(message, Resume):
+                    return await self._resumed(connection, grant, message)
+                live.check(message.session, self.served)
+                return self._started(grant, message), 0
+            except Invalid as invalid:
+                self.metrics.malformed.labels(live.SCOPE).inc()
+                await connection.send(_error(invalid, event_id=event_id or invalid.event_id))
+            except Refused as refused:
+                invalid = Invalid(refused.code, str(refused))
+                code = 1008 if refused.retry_after_s is None else 1013
+                await self._unlucky(connection, invalid, code, refused.retry_after_s, event_id)
+                return None
+        await connection.close(1008, "no message that could be understood")
+        return None
+
+    def _started(self, grant: Grant, message: Start) -> Call:
+        def make(call: Call) -> live.Live:
+            limits = self.desk.limits
+            return live.Live(call, self.served, message.session, self.metrics, limits.grace_s, message.event_id)
+
+        return self.desk.admit(grant, make, live.SCOPE)
+
+    async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[Call, int]:
+        call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
+        if not isinstance(call.speaks, live.Live):
+            raise Refused(404, "session_not_found", "that session speaks another protocol")
+        event = {
+            "type": "session.resumed",
+            "event_id": f"evt_resumed_{message.after}",
+            "session_id": call.id,
+            "input_audio_bytes": call.speaks.taken,
+        }
+        if message.event_id is not None:
+            event["client_event_id"] = message.event_id
+        await connection.send(msgspec.json.encode(event))
+        return call, message.after
+
+    async def attached(self, request: web.Request) -> web.StreamResponse:
+        """A connection beside the session's own."""
+        call = self.desk.find(request.match_info["session"], self._grant(request))
+        if not isinstance(call.speaks, live.Live):
+            raise Refused(404, "session_not_found", "that session speaks another protocol")
+        ws = socket()
+        await ws.prepare(request)
+        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        beside = live.Sideband(call.speaks)
+        call.speaks.sidebands.append(beside)
+        try:
+            outcome = await connection.run(beside.outbox, 0, beside.receive)
+        finally:
+            call.speaks.sidebands.remove(beside)
+        await connection.close(*_goodbye(outcome, call))
+        return ws
+
+    # --- connections
+
+    async def _carried(self, connection: Connection, call: Call, after: int, receive: Receive) -> None:
+        """Carries a call until the connection or the session ends."""
+        call.carry(connection)
+        try:
+            outcome = await connection.run(call.outbox, after, receive)
+            if outcome in _ENDS:
+                call.session.end(_ENDS[outcome])
+        finally:
+            call.lost(connection)
+        await connection.close(*_goodbye(outcome, call))
+
+    async def _unlucky(
+        self,
+        connection: Connection,
+        invalid: Invalid,
+        code: int,
+        retry_after_s: float | None = None,
+        event_id: str | None = None,
+    ) -> None:
+        """An error, and the end of a connection that never carried anything."""
+        kind = "invalid_request_error" if retry_after_s is None else "rate_limit_error"
+        await connection.send(_error(invalid, kind, event_id, retry_after_s))
+        await connection.close(code, invalid.code)
+
+    # --- who may ask
+
+    def _grant(self, request: web.Request) -> Grant:
+        """Raises `Refused`."""
+        authorization = request.headers.get("Authorization", "")
+        token = authorization[7:].strip() if authorization[:7].lower() == "bearer " else None
+        offered = request.headers.get("Sec-WebSocket-Protocol", "")
+        for protocol in (one.strip() for one in offered.split(",")):
+            if protocol.startswith(_KEY_PROTOCOL):
+                token = protocol.removeprefix(_KEY_PROTOCOL)
+        return self.access.who(token)
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Pages of other origins stay out; what is refused, and what fails, is said in the API's way."""
+        origin = request.headers.get("Origin")
+        foreign = origin is not None and origin.partition("://")[2] != request.host
+        if origin is not None and not self.access.keys:
+            # A page may have a name that means this machine; where there are no keys, it is only its own page's.
+            foreign = foreign or request.url.raw_host not in _LOOPBACK
+        allowed = not foreign or "*" in self.origins or origin in self.origins
+        try:
+            if not allowed:
+                raise Refused(403, "origin_not_allowed", "pages of this origin may not use this server")
+            if request.method == "OPTIONS":
+                response: web.StreamResponse = web.Response(status=204)
+            else:
+                response = await handler(request)
+        except Refused as refused:
+            response = _refused(refused)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            response = _refused(Refused(error.status, "invalid_request", error.reason))
+        except Exception:
+            logging.exception("%s %s failed", request.method, request.path)
+            response = _refused(Refused(500, "internal_error", "the server failed"))
+        if allowed and origin is not None and foreign and not response.prepared:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+            response.headers["Vary"] = "Origin"
+        return response
+
+
+def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:
+    """Code and reason of a WebSocket's close."""
+    if outcome is Outcome.REPLACED:
+        return 1008, "another connection has taken over"
+    if call.session.ended is not None:
+        return _CODES[call.session.ended], call.session.ended.value
+    return 1001, ""
+
+
+def _error(
+    invalid: Invalid,
+    kind: str = "invalid_request_error",
+    event_id: str | None = None,
+    retry_after_s: float | None = None,
+) -> bytes:
+    error = live.error_of(invalid, kind, event_id)
+    if retry_after_s is not None:
+        error["retry_after_s"] = math.ceil(retry_after_s)
+    return msgspec.json.encode({"type": "error", "event_id": "evt_first", "error": error})
+
+
+def _refused(refused: Refused) -> web.Response:
+    kind = "invalid_request_error" if refused.status < 500 and refused.status != 429 else "rate_limit_error"
+    kind = "server_error" if refused.status == 500 else kind
+    body = {"error": {"message": str(refused), "type": kind, "code": refused.code, "param": None}}
+    headers = {} if refused.retry_after_s is None else {"Retry-After": str(math.ceil(refused.retry_after_s))}
+    return web.json_response(body, status=refused.status, headers=headers)
