@@ -47,8 +47,9 @@ WORDS = ("the", "number", "is", "forty", "two", "a", "sky", "café")  # two or m
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory) -> Iterator[None]:
-    """Compiled programs of this run, shared with the processes that it starts."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """Compiled programs of this run, shared by its processes and with those that they start."""
+    base = tmp_path_factory.getbasetemp()  # of pytest-xdist's processes each has its own, in one that they share
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
     yield

@@ -23,7 +23,7 @@ from jaxtml.serve.outbox import Behind, Outbox
 
 MESSAGE_BYTES = 2**20  # the largest that is read
 _PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
-_PING_S, _SILENT_S = 5.0, 20.0
+_LOOK_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0
 _GOODBYE_S = 3.0  # for a client to answer that it is closed
 
 Receive = Callable[[bytes], Awaitable[None]]
@@ -69,6 +69,7 @@ class Connection:
         self._left = False
         self._allowance, self._counted_at = float(_BURST), self._heard_at
         self._replaced = asyncio.Event()
+        self._written = 0
 
     def replace(self) -> None:
         """Another connection has taken over."""
@@ -94,8 +95,9 @@ class Connection:
 
     async def run(self, outbox: Outbox, after: int, receive: Receive) -> Outcome:
         """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
-        writing = asyncio.create_task(self._write(outbox, after))
-        others = [asyncio.create_task(one) for one in (self._read(receive), self._watch(), self._replaced.wait())]
+        self._written = after
+        writing = asyncio.create_task(self._write(outbox))
+        others = [asyncio.create_task(one) for one in (self._read(receive), self._watch(outbox), self._replaced.wait())]
         last = asyncio.create_task(self._last_words(outbox))
         tasks = [writing, *others, last]
         try:
@@ -109,7 +111,7 @@ class Connection:
                 logging.error("a connection failed", exc_info=result)
         if self._replaced.is_set():
             return Outcome.REPLACED
-        if isinstance(results[0], Behind):
+        if self._behind(outbox):
             return Outcome.SLOW
         if outbox.closed:
             return Outcome.DONE
@@ -119,7 +121,7 @@ class Connection:
         """Says goodbye; a client that does not listen is cut off."""
         with contextlib.suppress(TimeoutError, ConnectionError):
             await asyncio.wait_for(self.ws.close(code=code, message=why.encode()[:120]), 2 * _GOODBYE_S)
-        if self._transport is not None and self._transport.get_write_buffer_size():
+        if self._transport is not None and self._unsent():
             self._transport.abort()
 
     async def _read(self, receive: Receive) -> None:
@@ -129,12 +131,20 @@ class Connection:
             self._waits = False
             self._heard_at = time.monotonic()
 
-    async def _write(self, outbox: Outbox, after: int) -> None:
+    def _unsent(self) -> int:
+        """Bytes that the network has not taken."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def _behind(self, outbox: Outbox) -> bool:
+        """Something that was not written is no longer kept."""
+        return outbox.last - self._written > len(outbox.frames)
+
+    async def _write(self, outbox: Outbox) -> None:
         sent_at = None
-        while frames := await outbox.after(after):
+        while frames := await outbox.after(self._written):
             for frame in frames:
                 await self.send(frame)
-                after += 1
+                self._written += 1
             now = time.monotonic()
             if sent_at is not None:
                 self.metrics.output_gap.observe(now - sent_at)
@@ -145,10 +155,16 @@ class Connection:
         await outbox.ended()
         await asyncio.sleep(_GOODBYE_S)
 
-    async def _watch(self) -> None:
+    async def _watch(self, outbox: Outbox) -> None:
+        """Until nothing is heard any more, or nothing is taken."""
+        pinged_at = time.monotonic()
         while self._waits or time.monotonic() < self._heard_at + _SILENT_S:
-            await asyncio.sleep(_PING_S)
-            await self.ws.ping()
+            await asyncio.sleep(_LOOK_S)
+            if self._behind(outbox):  # the writer itself waits in the midst of a frame
+                return
+            if time.monotonic() > pinged_at + _PING_S and not self._unsent():
+                await self.ws.ping()
+                pinged_at = time.monotonic()
 
     async def _pace(self) -> None:
         now = time.monotonic()

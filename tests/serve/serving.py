@@ -1,0 +1,158 @@
+"""A server on the loopback whose ticks a test makes, and a client that speaks JSON to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from jaxtml.serve.access import Access
+from jaxtml.serve.desk import Call, Desk, Limits, Served
+from jaxtml.serve.engine import Engine
+from jaxtml.serve.hub import Hub
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.pool import Pool
+from jaxtml.serve.routes import Server
+from jaxtml.serve.slots import Slots
+from tests.serve.stepped import Here, Stepped
+
+WAIT_S = 20.0
+
+
+@dataclass
+class Serving:
+    """What a test has of a server."""
+
+    url: str
+    http: aiohttp.ClientSession
+    desk: Desk
+    clock: Stepped
+    model: Here
+    metrics: Metrics
+
+    async def go(self, ticks: int = 1) -> None:
+        await self.clock.go(ticks)
+
+    @asynccontextmanager
+    async def ticking(self) -> AsyncIterator[None]:
+        """Tick after tick meanwhile."""
+
+        async def forever() -> None:
+            while True:
+                await self.go()
+                await asyncio.sleep(0.005)
+
+        task = asyncio.create_task(forever())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def call(self) -> Call:
+        """The only one."""
+        (call,) = self.desk.calls.values()
+        return call
+
+    def counted(self, sample: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(sample, labels) or 0.0
+
+    async def open(self, **options: Any) -> Client:
+        ws = await self.http.ws_connect(f"{self.url}/v1/live/sessions", autoping=True, **options)
+        return Client(ws)
+
+    async def start(self, audio: dict[str, Any] | None = None, **session: Any) -> Client:
+        """A client whose session has started."""
+        client = await self.open()
+        pcm = {"type": "audio/pcm", "rate": 16000}
+        await client.say("session.start", session={"model": "small_test", "audio": {"format": audio or pcm}, **session})
+        client.started = (await client.until("session.started"))["session"]
+        return client
+
+
+class Client:
+    """One WebSocket, and all events that came over it."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse):
+        self.ws = ws
+        self.events: list[dict[str, Any]] = []
+        self.started: dict[str, Any] = {}
+
+    async def say(self, kind: str, **fields: Any) -> None:
+        await self.ws.send_str(json.dumps({"type": kind, **fields}))
+
+    async def event(self) -> dict[str, Any]:
+        """The next one. Raises `ConnectionError` where the server has closed."""
+        message = await asyncio.wait_for(self.ws.receive(), WAIT_S)
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise ConnectionError(f"closed with {self.ws.close_code}")
+        self.events.append(json.loads(message.data))
+        return self.events[-1]
+
+    async def until(self, kind: str) -> dict[str, Any]:
+        """The next event of that type."""
+        while (event := await self.event())["type"] != kind:
+            pass
+        return event
+
+    async def closed(self) -> int:
+        """Reads until the server has closed; the code."""
+        while True:
+            try:
+                await self.event()
+            except ConnectionError:
+                assert self.ws.close_code is not None
+                return self.ws.close_code
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["type"] == kind]
+
+
+def serving(
+    slots: Slots,
+    engine: Engine,
+    test: Callable[[Serving], Awaitable[None]],
+    access: Access | None = None,
+    limits: Limits | None = None,
+    origins: tuple[str, ...] = (),
+    model: Callable[[Slots, Stepped], Here] = Here,
+) -> None:
+    """Runs `test` beside a server of the small model."""
+
+    async def main() -> None:
+        clock = Stepped()
+        worker = model(slots, clock)
+        metrics = Metrics()
+        pool = Pool([Hub(worker, slots.capacity, clock, metrics.ticked, week_ms=lambda: 0)])
+        chosen = access or Access()
+        served = Served(engine.config.name, engine.config, engine.codec)
+        desk = Desk(pool, chosen, served, limits or Limits(), metrics)
+        runner = web.AppRunner(Server(desk, chosen, served, metrics, origins).app(), access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        running = asyncio.create_task(pool.run())
+        clock.running.append(running)
+        try:
+            await clock.go(0)
+            async with aiohttp.ClientSession() as http:
+                url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+                await test(Serving(url, http, desk, clock, worker, metrics))
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await runner.cleanup()
+
+    asyncio.run(main())
+
+
+async def eventually(what: Callable[[], object]) -> None:
+    """Until `what` is true."""
+    async with asyncio.timeout(WAIT_S):
+        while not what():
+            await asyncio.sleep(0.005)
