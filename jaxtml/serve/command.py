@@ -147,7 +147,7 @@ async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
             await asyncio.wait([running, draining, again], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
             again.cancel()
-        await desk.end(End.FAILED if running.done() else End.EXPIRED)
+        await desk.end(End.FAILED if running.done() else End.DRAINED)
         if running.done():
             running.result()
     finally:

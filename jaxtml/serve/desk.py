@@ -171,7 +171,12 @@ class Desk:
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
         call = Call(name, secrets.token_urlsafe(24), grant, session, reader, time.time() + self.limits.session_s)
-        call.speaks = make(call)
+        try:
+            call.speaks = make(call)
+        except BaseException:
+            session.end(End.FAILED)
+            self.access.end(grant.key.name, name)
+            raise
         self.calls[name] = call
         task = asyncio.create_task(self._run(call))
         self._tasks.add(task)
@@ -217,7 +222,7 @@ class Desk:
             call.speaks.leaving(within_s)
         while self.calls and time.monotonic() < self.leaves_at:
             await asyncio.sleep(0.05)
-        await self.end(End.EXPIRED)
+        await self.end(End.DRAINED)
 
     async def end(self, why: End) -> None:
         """Ends all calls and waits for their last words."""
@@ -259,7 +264,7 @@ class Desk:
         """Ends what has lasted long enough."""
         left_s = call.expires_at - time.time()
         if left_s <= 0:
-            call.session.end(End.EXPIRED)
+            call.session.end(End.EXPIRED if self.leaves_at is None else End.DRAINED)
         elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:
             call.warned = True
             call.speaks.leaving(left_s)

@@ -53,7 +53,8 @@ class End(StrEnum):
     """Why a session ended."""
 
     ASKED = "close_requested"
-    EXPIRED = "expired"  # it was as long as sessions may be, or the server is to end
+    EXPIRED = "expired"  # it was as long as sessions may be
+    DRAINED = "drained"  # the server is to end
     LEFT = "remote_hangup"  # the client closed its connection, as one does who is done
     GONE = "connection_lost"  # the client did not come back
     SLOW = "slow_client"  # it does not take what it is sent

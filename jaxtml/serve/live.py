@@ -10,10 +10,8 @@ users say is typed text. Silence stands for sound that does not come: the sessio
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -21,6 +19,7 @@ import numpy as np
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.hub import End, Turn
+from jaxtml.serve.intake import Intake, check_length
 from jaxtml.serve.live_messages import (
     LATER,
     AppendAudio,
@@ -32,30 +31,27 @@ from jaxtml.serve.live_messages import (
     Close,
     Context,
     Delegation,
-    Invalid,
     Mute,
     SessionConfig,
     Unmute,
     Update,
-    decoded,
     format_of,
 )
+from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.outbox import Outbox
-from jaxtml.serve.seeing import Seeing
-from jaxtml.serve.sound import Format, Incoming, Outgoing
+from jaxtml.serve.sound import Format, Outgoing
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
 from jaxtml.stream.tokens import Control
 
 SCOPE = "live"
 _CONTENT, _INSTRUCTIONS, _HISTORY, _MESSAGES = 500, 16_384, 8_192, 128  # tokens, and messages of the history
-_WAITING = 24_576  # tokens that wait for their micro-turn
 _USAGE_TURNS = 75  # between two accounts of what was used
 _REFLECTED = Format("pcm", 24_000)
 _CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
 # The protocol's own words for the end of a session.
-_REASONS = {End.SLOW: "connection_lost", End.GONE: "connection_lost", End.FAILED: "connection_lost"}
+_REASONS = {End.SLOW: "connection_lost", End.FAILED: "connection_lost", End.DRAINED: "expired"}
 
 
 def check(config: SessionConfig, served: Served) -> None:
@@ -72,8 +68,8 @@ def check(config: SessionConfig, served: Served) -> None:
         raise Invalid("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
     if not all(one.content[0].text for one in config.input or ()):
         raise Invalid("invalid_value", "there is no text", "session.input")
-    _check_length(served, config.instructions or "", _INSTRUCTIONS, "session.instructions")
-    _check_length(served, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
+    check_length(served, config.instructions or "", _INSTRUCTIONS, "session.instructions")
+    check_length(served, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
 
 
 class Live:
@@ -101,19 +97,17 @@ class Live:
     ):
         self.call, self.served, self.config, self.metrics = call, served, config, metrics
         self.format = format_of(config.audio)
-        self.incoming, self.outgoing = Incoming(self.format), Outgoing(self.format)
-        self.seeing = Seeing(served.config.duplex.max_patches)
+        self.intake, self.outgoing = Intake(call, served, self.format), Outgoing(self.format)
         self.sidebands: list[Sideband] = []
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
-        self.taken = 0  # bytes of sound that came
-        self.unheard = np.zeros(0, np.float32)  # of those, what waits for room
         session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": TURN_MS}
         self._emit("session.started", event_id, session=session)
         for item in config.input or ():
-            self._say(Control.TYPED if item.role == "user" else Control.BACKGROUND, item.content[0].text, "input")
+            mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
+            self.intake.say(mark, item.content[0].text, "input")
         if config.instructions:
-            self._say(Control.BACKGROUND, config.instructions, "instructions")
+            self.intake.say(Control.BACKGROUND, config.instructions, "instructions")
 
     # --- what happens
 
@@ -134,7 +128,7 @@ class Live:
             delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
             self.task = ""
             self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
-        self._flush()
+        self.intake.flush()
         if turn.number % _USAGE_TURNS == _USAGE_TURNS - 1:
             self._emit("session.usage.updated", usage=self._usage())
 
@@ -158,7 +152,7 @@ class Live:
         """A message of the client's, or of a sideband's but for sound. What is wrong with it becomes an `error`."""
         event_id = None
         try:
-            message = decoded(LATER, data)
+            message = LATER.read(data)
             event_id = message.event_id
             try:
                 await self._take(message)
@@ -173,7 +167,7 @@ class Live:
             case AppendAudio():
                 await self._hear(message.audio)
             case AppendImage():
-                self.call.session.show(await asyncio.to_thread(self.seeing.put, message.image))
+                await self.intake.show(message.image)
             case AppendText():
                 self._append(message, Control.TYPED, "input_text")
             case Mute() | Unmute():
@@ -187,21 +181,10 @@ class Live:
                 self._appended(message)
 
     async def _hear(self, data: bytes) -> None:
-        samples = self.incoming.put(data)
-        self.taken += len(data)
+        samples = self.intake.decoded(data)
         for one in self.sidebands:
             one.heard(samples)
-        self.unheard = np.concatenate([self.unheard, samples])
-        self._flush()
-        while len(self.unheard) and await self.call.room():
-            self._flush()
-
-    def _flush(self) -> None:
-        """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
-        room = self.call.session.hearing.room()
-        if len(self.unheard) and room:
-            self.call.session.hearing.put(self.unheard[:room])
-            self.unheard = self.unheard[room:]
+        await self.intake.hear(samples)
 
     def _appended(self, message: Context) -> None:
         if message.delegation_id is not None:
@@ -214,20 +197,11 @@ class Live:
         self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
-        _check_length(self.served, message.content, _CONTENT, "content")
-        self._say(mark, message.content, "content", lambda at: self._placed(name, at, message.event_id))
+        check_length(self.served, message.content, _CONTENT, "content")
+        self.intake.say(mark, message.content, "content", lambda at: self._placed(name, at, message.event_id))
 
     def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
         self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + TURN_MS)
-
-    def _say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
-        tokens = self.served.codec.encode(text)
-        most = self.served.config.duplex.max_typed - 1
-        if not tokens:
-            raise Invalid("invalid_value", "there is no text", param)
-        if sum(len(piece.tokens) for piece in self.call.session.typed) + len(tokens) > _WAITING:
-            raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
-        self.call.session.say_to(mark, tokens, most, placed)
 
     def _update(self, message: Update) -> None:
         wants = message.session.delegation
@@ -324,11 +298,6 @@ def error_of(invalid: Invalid, kind: str = "invalid_request_error", event_id: st
 
 def _or_none(data: bytes) -> Any:
     try:
-        return decoded(LATER, data)
+        return LATER.read(data)
     except Invalid:
         return None
-
-
-def _check_length(served: Served, text: str, most: int, param: str) -> None:
-    if len(text.encode()) >= most and len(served.codec.encode(text)) > most:  # a token has a byte at least
-        raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)

@@ -4,6 +4,8 @@
 |---|---|
 | `/v1/live/sessions` | GPT-Live, `session.start` or `session.resume` first |
 | `/v1/live/sessions/{id}/attach` | the same session from beside |
+| `/v1/realtime` | OpenAI's Realtime API, `?model=`; `?session_id=&resume_token=&after=` to go on |
+| `/v1/realtime/client_secrets` | short-lived keys for browsers |
 | `/v1/models` | what is served |
 | `/health`, `/ready`, `/metrics` | for those who keep it up |
 
@@ -21,17 +23,27 @@ import msgspec
 from absl import logging
 from aiohttp import WSMsgType, web
 
-from jaxtml.serve import live
+from jaxtml.serve import live, realtime
 from jaxtml.serve.access import Access, Grant, Refused
 from jaxtml.serve.connection import Connection, Outcome, Receive, socket
 from jaxtml.serve.desk import Call, Desk, Served
 from jaxtml.serve.hub import End
-from jaxtml.serve.live_messages import FIRST, Invalid, Resume, Start, decoded
+from jaxtml.serve.live_messages import FIRST, Resume, Start
+from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.realtime_messages import SecretRequest, SessionConfig
 
 _FIRST_TRIES = 8  # malformed first messages
 _BODY_BYTES = 2**16  # of an HTTP request
-_CODES = {End.ASKED: 1000, End.EXPIRED: 1000, End.LEFT: 1000, End.GONE: 1001, End.SLOW: 1008, End.FAILED: 1011}
+_CODES = {
+    End.ASKED: 1000,
+    End.EXPIRED: 1000,
+    End.LEFT: 1000,
+    End.DRAINED: 1012,  # come again
+    End.GONE: 1001,
+    End.SLOW: 1008,
+    End.FAILED: 1011,
+}
 _ENDS = {Outcome.SLOW: End.SLOW, Outcome.LEFT: End.LEFT}
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot set headers of a WebSocket
@@ -67,6 +79,8 @@ class Server:
                 web.get("/v1/models/{model}", self.model),
                 web.get("/v1/live/sessions", self.live),
                 web.get("/v1/live/sessions/{session}/attach", self.attached),
+                web.get("/v1/realtime", self.realtime),
+                web.post("/v1/realtime/client_secrets", self.secret),
             ]
         )
         return app
@@ -129,7 +143,7 @@ class Server:
                 return None
             event_id = None
             try:
-                message = decoded(FIRST, data)
+                message = FIRST.read(data)
                 event_id = message.event_id
                 if isinstance(message, Resume):
                     return await self._resumed(connection, grant, message)
@@ -161,7 +175,7 @@ class Server:
             "type": "session.resumed",
             "event_id": f"evt_resumed_{message.after}",
             "session_id": call.id,
-            "input_audio_bytes": call.speaks.taken,
+            "input_audio_bytes": call.speaks.intake.taken,
         }
         if message.event_id is not None:
             event["client_event_id"] = message.event_id
@@ -184,6 +198,65 @@ class Server:
             call.speaks.sidebands.remove(beside)
         await connection.close(*_goodbye(outcome, call))
         return ws
+
+    # --- the Realtime API
+
+    async def realtime(self, request: web.Request) -> web.StreamResponse:
+        """A session's connection: a new one, or one that goes on."""
+        grant = self._grant(request)
+        query = request.query
+        ws, after = socket(), 0
+        if "session_id" in query:
+            try:
+                after = int(query.get("after", "0"))
+            except ValueError as error:
+                raise Refused(400, "invalid_value", "after is the number of an event") from error
+            call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
+        else:
+            call = self._created(request, grant)
+        speaks = call.speaks
+        if not isinstance(speaks, realtime.Realtime):
+            raise Refused(404, "session_not_found", "that session speaks another protocol")
+        try:
+            await ws.prepare(request)
+        except BaseException:
+            if "session_id" not in query:
+                call.session.end(End.LEFT)
+            raise
+        await self._carried(Connection(request, ws, WSMsgType.TEXT, self.metrics), call, after, speaks.receive)
+        return ws
+
+    def _created(self, request: web.Request, grant: Grant) -> Call:
+        self.desk.check_open()
+        if request.query.get("model", self.served.name) != self.served.name:
+            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        if not _asks_socket(request):
+            raise Refused(426, "upgrade_required", "this address is a WebSocket's")
+        begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else None
+
+        def make(call: Call) -> realtime.Realtime:
+            return realtime.Realtime(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
+
+        return self.desk.admit(grant, make, realtime.SCOPE)
+
+    async def secret(self, request: web.Request) -> web.Response:
+        """A key for one who must not have the real one: for sessions as they are said here, and not for long."""
+        grant = self._grant(request)
+        if grant.session is not None:
+            raise Refused(403, "insufficient_scope", "a short-lived key makes no others")
+        try:
+            asked = msgspec.json.decode(await request.read() or b"{}", type=SecretRequest)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Refused(400, "invalid_value", str(error)[:300]) from error
+        config = asked.session or SessionConfig(type="realtime")
+        if config.model not in (None, self.served.name):
+            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        self.access.ask(grant)
+        expires_at = int(time.time()) + asked.expires_after.seconds
+        session = msgspec.to_builtins(config)
+        value = self.access.ephemeral(grant, expires_at, (realtime.SCOPE, live.SCOPE), session)
+        body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.served.name}
+        return web.json_response({"value": value, "expires_at": expires_at, "session": body})
 
     # --- connections
 
@@ -254,6 +327,11 @@ class Server:
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
             response.headers["Vary"] = "Origin"
         return response
+
+
+def _asks_socket(request: web.Request) -> bool:
+    """It asks for a WebSocket."""
+    return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
 def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:

@@ -63,8 +63,8 @@ class Serving:
     def counted(self, sample: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(sample, labels) or 0.0
 
-    async def open(self, **options: Any) -> Client:
-        ws = await self.http.ws_connect(f"{self.url}/v1/live/sessions", autoping=True, **options)
+    async def open(self, path: str = "/v1/live/sessions", **options: Any) -> Client:
+        ws = await self.http.ws_connect(self.url + path, **options)
         return Client(ws)
 
     async def start(self, audio: dict[str, Any] | None = None, **session: Any) -> Client:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import cast
+
+import numpy as np
 
 from jaxtml.serve.hub import TICK_S
 from jaxtml.serve.slots import Slots
 from jaxtml.serve.wire import Tick, Told, packed, unpacked
 from jaxtml.serve.worker import answer
+from jaxtml.stream.tokens import Control
 
 
 class Stepped:
@@ -53,3 +58,30 @@ class Here:
         told = unpacked(packed(answer(self.slots, cast(Tick, unpacked(packed(tick)[4:]))))[4:])
         assert isinstance(told, Told)
         return told
+
+
+Script = Mapping[int, tuple[Control | str, ...]]
+
+
+def scripted(script: Script) -> Callable[[Slots, Stepped], Here]:
+    """A worker whose model says what is written: controls and texts by the number of the tick, from 1 on; silence in
+    all others. Its sound is the model's own."""
+
+    class Scripted(Here):
+        async def tick(self, tick: Tick) -> Told:
+            told = await super().tick(tick)
+            config, codec = self.slots.engine.config.duplex, self.slots.engine.codec
+            said = script.get(len(self.ticks), (Control.LISTEN,))
+            tokens = [
+                token
+                for one in said
+                for token in (codec.encode(one) if isinstance(one, str) else [config.control_base + one])
+            ]
+            speaking = said[-1] is Control.SPEAK
+            gave = {
+                session: dataclasses.replace(one, tokens=np.array(tokens, np.int32), speaking=speaking)
+                for session, one in told.gave.items()
+            }
+            return dataclasses.replace(told, gave=gave)
+
+    return Scripted

@@ -22,11 +22,10 @@ from jaxtml.serve.desk import Limits
 from jaxtml.serve.engine import converse
 from jaxtml.serve.hub import End
 from jaxtml.serve.sound import Format
-from jaxtml.serve.wire import Tick, Told
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, serving
-from tests.serve.stepped import Here
+from tests.serve.stepped import scripted
 
 PCM = Format("pcm", 16_000)
 TURNS = 14
@@ -342,9 +341,9 @@ def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
         sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds
         await eventually(lambda: not call.session.hearing.room())
         await asyncio.sleep(0.3)
-        assert call.session.hearing.waiting == 160_000 and len(call.speaks.unheard) <= TURN_SAMPLES
+        assert call.session.hearing.waiting == 160_000 and len(call.speaks.intake._unheard) <= TURN_SAMPLES
         async with serving.ticking():
-            await eventually(lambda: sending.done() and call.speaks.taken == 120 * 2 * TURN_SAMPLES)
+            await eventually(lambda: sending.done() and call.speaks.intake.taken == 120 * 2 * TURN_SAMPLES)
         assert call.session.hearing.missed == 0, "and all of it is heard, one after the other"
 
     serving(served, engine, test)
@@ -418,7 +417,7 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
             await draining
         for client in clients[1:]:
             assert (await client.until("session.closed"))["reason"] == "expired"
-            assert await client.closed() == 1000
+            assert await client.closed() == 1012
         assert not serving.desk.calls
 
     serving(served, engine, test)
@@ -435,24 +434,12 @@ def test_a_session_lasts_as_long_as_it_may_and_says_so_before(served, engine):
     serving(served, engine, test, limits=Limits(session_s=1.0))
 
 
-class Delegating(Here):
-    """A worker whose model delegates, in two micro-turns."""
-
-    async def tick(self, tick: Tick) -> Told:
-        told = await super().tick(tick)
-        base, codec = self.slots.engine.config.duplex.control_base, self.slots.engine.codec
-        pieces = {
-            2: [
-                base + Control.SAY,
-                *codec.encode(" one moment"),
-                base + Control.DELEGATE,
-                *codec.encode(" the number"),
-            ],
-            3: [base + Control.SAY, *codec.encode(" forty two"), base + Control.END, base + Control.LISTEN],
-        }
-        for gave in told.gave.values() if len(self.ticks) in pieces else ():
-            object.__setattr__(gave, "tokens", np.array(pieces[len(self.ticks)], np.int32))
-        return told
+DELEGATES = scripted(
+    {
+        2: (Control.SAY, " one moment", Control.DELEGATE, " the number", Control.LISTEN),
+        3: (Control.SAY, " forty two", Control.END, Control.LISTEN),
+    }
+)
 
 
 def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background_text(served, engine):
@@ -477,7 +464,7 @@ def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background
         assert tokens[: len(expected)] == expected and all(len(one.text) < 4 for one in given)
         assert serving.counted("duplex_delegation_duration_seconds_count") == 1
 
-    serving(served, engine, test, model=Delegating)
+    serving(served, engine, test, model=DELEGATES)
 
 
 def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served, engine):

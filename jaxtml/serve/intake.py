@@ -1,0 +1,79 @@
+"""What one client gives its session: sound, text and pictures, within the limits that all protocols share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxtml.serve.desk import Call, Served
+from jaxtml.serve.messages import Invalid
+from jaxtml.serve.seeing import Seeing
+from jaxtml.serve.sound import Format, Incoming
+from jaxtml.stream.tokens import Control
+
+_WAITING = 24_576  # tokens that wait for their micro-turn
+
+
+class Intake:
+    """One call's.
+
+    Args:
+      call: whose session it is.
+      served: the model.
+      format: of the sound.
+
+    Attributes:
+      taken: bytes of sound that came.
+    """
+
+    def __init__(self, call: Call, served: Served, format: Format):
+        self.call, self.served = call, served
+        self.incoming, self.seeing = Incoming(format), Seeing(served.config.duplex.max_patches)
+        self.taken = 0
+        self._unheard = np.zeros(0, np.float32)  # waits for room
+
+    def decoded(self, data: bytes) -> np.ndarray:
+        """`[N]` float32 at 16 kHz. Raises `ValueError` on what is not whole samples."""
+        samples = self.incoming.put(data)
+        self.taken += len(data)
+        return samples
+
+    async def hear(self, samples: np.ndarray) -> None:
+        """Returns when there was room for all of them, which is what holds a client back that sends too much."""
+        self._unheard = np.concatenate([self._unheard, samples])
+        self.flush()
+        while len(self._unheard) and await self.call.room():
+            self.flush()
+
+    def flush(self) -> None:
+        """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
+        room = self.call.session.hearing.room()
+        if len(self._unheard) and room:
+            self.call.session.hearing.put(self._unheard[:room])
+            self._unheard = self._unheard[room:]
+
+    def clear(self) -> None:
+        """What came and was not heard yet is never heard."""
+        self._unheard = self._unheard[:0]
+        self.call.session.hearing.clear()
+
+    async def show(self, image: bytes) -> None:
+        """JPEG or PNG. Raises `ValueError` as `Seeing.put`."""
+        self.call.session.show(await asyncio.to_thread(self.seeing.put, image))
+
+    def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
+        """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""
+        tokens = self.served.codec.encode(text)
+        if not tokens:
+            raise Invalid("invalid_value", "there is no text", param)
+        if sum(len(piece.tokens) for piece in self.call.session.typed) + len(tokens) > _WAITING:
+            raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
+        self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
+
+
+def check_length(served: Served, text: str, most: int, param: str) -> None:
+    """Raises `Invalid` where a text has more than `most` tokens."""
+    if len(text.encode()) >= most and len(served.codec.encode(text)) > most:  # a token has a byte at least
+        raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)

@@ -1,0 +1,88 @@
+"""JSON messages of clients, as types: what does not fit them is refused with the name of what is wrong.
+
+A protocol's messages are `Event`s, told apart by `type`; a `Vocabulary` reads one of them. Base64 comes as bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, Generic, TypeVar, get_args
+
+import msgspec
+
+_Message = TypeVar("_Message")
+_READS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """An object of which every field is known."""
+
+
+class Event(Strict, tag_field="type", kw_only=True):
+    """A message. `event_id` is the client's name for it."""
+
+    event_id: str | None = None
+
+
+class Invalid(Exception):
+    """A message that cannot be taken, in the words of a protocol's error: a code, a text, and the parameter."""
+
+    def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None):
+        super().__init__(message)
+        self.code, self.param, self.event_id = code, param, event_id
+
+
+class _Named(msgspec.Struct):
+    type: Any = None
+    event_id: Any = None
+
+
+class Vocabulary(Generic[_Message]):
+    """What a client may say at some point.
+
+    Args:
+      kinds: a union of `Event`s.
+      elsewhere: a union of those that it may say at another point; None: there are none.
+      unsupported: types that its protocol has and this server does not.
+    """
+
+    def __init__(self, kinds: Any, elsewhere: Any = None, unsupported: Collection[str] = ()):
+        self.decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(kinds)
+        self.elsewhere = _tags(elsewhere) if elsewhere is not None else ()
+        self.known = sorted((*_tags(kinds), *self.elsewhere))
+        self.unsupported = unsupported
+
+    def read(self, data: bytes) -> _Message:
+        """Raises `Invalid`, with the client's `event_id` where there is one."""
+        try:
+            return self.decoder.decode(data)
+        except _READS as error:
+            raise self._invalid(error, data) from error
+
+    def _invalid(self, error: Exception, data: bytes) -> Invalid:
+        try:
+            named = msgspec.json.decode(data, type=_Named)
+        except _READS:
+            return Invalid("invalid_json", f"a message is one JSON object, in UTF-8: {error}"[:300])
+        event_id = named.event_id if isinstance(named.event_id, str) else None
+        if named.type in self.unsupported:
+            return Invalid("unsupported_event", f"this server has no use for {named.type}", "type", event_id)
+        text = str(error)
+        where = re.search(r"`\$\.?([^`]*)`", text)
+        param = where[1] if where else None
+        if unknown := re.search(r"unknown field `([^`]*)`", text):
+            param = f"{param}.{unknown[1]}" if param else unknown[1]
+            return Invalid("unknown_parameter", f"there is no parameter {param}"[:300], param[:100], event_id)
+        if missing := re.search(r"missing required field `([^`]*)`", text):
+            param = f"{param}.{missing[1]}" if param else missing[1]
+            return Invalid("missing_required_parameter", f"{param} is missing", param, event_id)
+        if param == "type" and named.type in self.elsewhere:
+            return Invalid("invalid_event_order", f"{named.type} has no place here", "type", event_id)
+        if param == "type":
+            return Invalid("invalid_event_type", f"type is one of {', '.join(self.known)}", param, event_id)
+        return Invalid("invalid_value", text[:300], param, event_id)
+
+
+def _tags(kinds: Any) -> tuple[str, ...]:
+    return tuple(str(kind.__struct_config__.tag) for kind in get_args(kinds) or (kinds,))

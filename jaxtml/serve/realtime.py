@@ -1,0 +1,450 @@
+"""OpenAI's Realtime API over a model that needs no turns: its own gate opens and ends responses.
+
+What the API's words mean here:
+
+- The model hears everything as it comes and speaks when it wants to. With turn detection (the default), a response is
+  each stretch in which its gate is open; what would tune a detector has no effect. Without (or with `create_response`
+  false), what it says reaches the client in answer to a `response.create` alone, and is dropped otherwise.
+- The user's turn is a stretch of words heard. It ends when the gate opens, or `_QUIET` micro-turns without a word; its
+  events come then. While the model speaks they are held back: clients stop their playback at `speech_started`, and
+  whether it stops is the model's to say. A response that ends while the user has the word is `cancelled`.
+- `response.create` opens a response at once; it is filled when the gate opens, and done and empty if it does not in
+  `_PATIENCE` micro-turns: nobody can make the model speak. `response.cancel` drops what is still said.
+- Instructions, tools, system and assistant messages and results of functions are background text, the user's messages
+  are typed text. A delegation is a call of a function (`realtime_response.call_of`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+import time
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+
+from jaxtml.serve.desk import Call, Served
+from jaxtml.serve.hub import End, Turn
+from jaxtml.serve.intake import Intake, check_length
+from jaxtml.serve.messages import Invalid
+from jaxtml.serve.metrics import Metrics
+from jaxtml.serve.realtime_messages import (
+    CLIENT,
+    Append,
+    AudioFormat,
+    AudioInput,
+    AudioOutput,
+    CallItem,
+    Clear,
+    Commit,
+    Content,
+    Item,
+    ItemCreate,
+    ItemDelete,
+    ItemRetrieve,
+    ItemTruncate,
+    MessageItem,
+    OutputItem,
+    Pcm,
+    ResponseCancel,
+    ResponseCreate,
+    SessionConfig,
+    Tool,
+    TurnDetection,
+    Update,
+    format_of,
+)
+from jaxtml.serve.realtime_response import Response, call_of
+from jaxtml.serve.sound import Format, Incoming, Outgoing
+from jaxtml.stream.reading import Words
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
+from jaxtml.stream.tokens import Control
+
+SCOPE = "realtime"
+_QUIET = 4  # micro-turns without a word that end the user's turn
+_HANG = 2  # with the gate closed that end a response
+_PATIENCE = 50  # until a response that was asked for is given up
+_ITEMS = 256  # of the conversation that are kept
+_TEXT, _INSTRUCTIONS = 8_192, 16_384  # tokens
+
+
+class Realtime:
+    """One call's Realtime API; a `desk.Speaks`. Begins with `session.created`.
+
+    Args:
+      call: whose outbox it fills.
+      served: the model.
+      metrics: what is counted.
+      grace_s: for how long a client may be gone.
+      begins_as: what a short-lived key fixes of the session.
+    """
+
+    scope = SCOPE
+
+    def __init__(
+        self, call: Call, served: Served, metrics: Metrics, grace_s: float, begins_as: SessionConfig | None = None
+    ):
+        self.call, self.served, self.metrics = call, served, metrics
+        self.conversation = f"conv_{secrets.token_urlsafe(12)}"
+        self.detection: TurnDetection | None = TurnDetection(type="server_vad")
+        self.input_format: AudioFormat = Pcm(rate=24_000)
+        self.output_format: AudioFormat = Pcm(rate=24_000)
+        self.modality, self.instructions = "audio", ""
+        self.tools: list[Tool] = []
+        self.intake = Intake(call, served, format_of(self.input_format))
+        self.outgoing = Outgoing(format_of(self.output_format))
+        self.items: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.response: Response | None = None
+        self.closed = 0  # micro-turns that the gate is closed, or that a response has been waited for
+        self.dropped = False  # what is said until the gate closes reaches nobody
+        self.task = ""  # of a delegation that is being written
+        self.called: dict[str, float] = {}  # functions, when, on the monotonic clock
+        self.user: _UserTurn | None = None
+        self.spoken = False  # the sound of this session has a format that cannot change any more
+        if begins_as is not None:
+            self._configure(begins_as)
+        resume = {"token": call.secret, "grace_s": grace_s}
+        self._emit("session.created", session=self.resource() | {"resume": resume})
+
+    # --- what happens
+
+    def turned(self, turn: Turn, words: Words) -> None:
+        sound = self.outgoing.put(turn.wave)
+        self._heard(turn, words.heard)
+        self._said(turn, words.said, sound)
+        self.task += words.delegated
+        if words.asked:
+            self._delegated()
+        if self.response is None:
+            self._settle(turn)
+        self.intake.flush()
+
+    def leaving(self, in_s: float) -> None:
+        """The API has no word for it."""
+        del in_s
+
+    def ended(self, why: End) -> None:
+        if self.response is not None:
+            self.response.end("cancelled" if why is not End.FAILED else "failed")
+        if why in _LAST_WORDS:
+            kind = "server_error" if why is End.FAILED else "invalid_request_error"
+            self.fail(None, Invalid(*_LAST_WORDS[why]), kind)
+
+    def _heard(self, turn: Turn, text: str) -> None:
+        if text:
+            if self.user is None:
+                self.user = _UserTurn(turn.t_ms)
+            self.user.text += text
+            self.user.end_ms = turn.t_ms + TURN_MS
+
+    def _settle(self, turn: Turn) -> None:
+        """Tells of the user's turn where it is over, or, to those who stop what they play, that it is there."""
+        user = self.user
+        if user is None:
+            return
+        if not user.told:
+            user.told = True
+            self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
+        quiet = turn.t_ms + TURN_MS - user.end_ms >= _QUIET * TURN_MS
+        if quiet and not (user.committed and self.call.session.hearing.waiting):
+            self._finish(user)
+
+    def _finish(self, user: _UserTurn) -> None:
+        """The user's turn as an item of the conversation."""
+        self.user = None
+        if not user.told:
+            self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
+        if not user.committed:
+            self._detected("speech_stopped", audio_end_ms=user.end_ms, item_id=user.id)
+            self._commit(user)
+        item = self.items.get(user.id)
+        usage = {"type": "duration", "seconds": (user.end_ms - user.start_ms) / 1000}
+        where = {"item_id": user.id, "content_index": 0}
+        name = "conversation.item.input_audio_transcription"
+        self._emit(f"{name}.delta", delta=user.text, **where)
+        self._emit(f"{name}.completed", transcript=user.text, usage=usage, **where)
+        if item is not None:
+            item["content"] = [{"type": "input_audio", "transcript": user.text}]
+            item["status"] = "completed"
+            self._keep(item, True)
+
+    def _commit(self, user: _UserTurn) -> None:
+        user.committed = True
+        self._emit("input_audio_buffer.committed", item_id=user.id, previous_item_id=self._last())
+        content = [{"type": "input_audio", "transcript": None}]
+        item = {"id": user.id, "object": "realtime.item", "type": "message", "role": "user"}
+        self._keep(item | {"status": "in_progress", "content": content}, False)
+
+    def _detected(self, name: str, **fields: Any) -> None:
+        if self.detection is not None:
+            self._emit(f"input_audio_buffer.{name}", **fields)
+
+    def _said(self, turn: Turn, text: str, sound: bytes) -> None:
+        speaks = turn.speaking or bool(text)
+        self.dropped = self.dropped and speaks
+        if self.response is None:
+            answers = self.detection is not None and self.detection.create_response is not False
+            if not speaks or self.dropped or not answers:
+                return
+            if self.user is not None:
+                self._finish(self.user)
+            self.response = self._begun(None)
+        if speaks and self.user is not None and self.response.message is None:
+            self._finish(self.user)
+        self.closed = 0 if speaks else self.closed + 1
+        if speaks or self.response.message is not None:
+            self.response.say(text, sound)
+        begun = self.response.message is not None
+        if self.closed >= (_HANG if begun else _PATIENCE):
+            interrupted = self.user is not None
+            self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))
+
+    def _begun(self, asked: ResponseCreate | None) -> Response:
+        config = asked.response if asked is not None else None
+        modalities = (config.output_modalities if config else None) or [self.modality]
+        self.spoken, self.closed = True, 0
+        metadata = config.metadata if config else None
+        return Response(self._emit, modalities[0], self.conversation, metadata, self._keep)
+
+    def _end(self, status: str = "completed", reason: str | None = None) -> None:
+        assert self.response is not None
+        self.response.end(status, reason)
+        self.response = None
+
+    def _delegated(self) -> None:
+        """A delegation becomes a call of a function; where the client has none, nobody could answer."""
+        task, self.task = self.task, ""
+        if not self.tools:
+            return
+        alone = self.response is None
+        if self.response is None:
+            self.response = self._begun(None)
+        item = self.response.call(*call_of(task, self.tools))
+        self.called[item["call_id"]] = time.monotonic()
+        if alone:
+            self._end()
+
+    # --- what the client says
+
+    async def receive(self, data: bytes) -> None:
+        """A message of the client's. What is wrong with it becomes an `error`."""
+        event_id = None
+        try:
+            message = CLIENT.read(data)
+            event_id = message.event_id
+            try:
+                await self._take(message)
+            except ValueError as error:
+                raise Invalid("invalid_value", str(error)) from error
+        except Invalid as invalid:
+            self.metrics.malformed.labels(SCOPE).inc()
+            self.fail(event_id or invalid.event_id, invalid)
+
+    async def _take(self, message: Any) -> None:
+        match message:
+            case Append():
+                self.spoken = True
+                await self.intake.hear(self.intake.decoded(message.audio))
+            case Commit():
+                self._committed()
+            case Clear():
+                self.intake.clear()
+                self._emit("input_audio_buffer.cleared")
+            case Update():
+                self._configure(message.session)
+                self._emit("session.updated", session=self.resource())
+            case ItemCreate():
+                await self._create(message.item)
+            case ItemRetrieve():
+                self._emit("conversation.item.retrieved", item=self._item(message.item_id))
+            case ItemDelete():
+                self._item(message.item_id)
+                del self.items[message.item_id]
+                self._emit("conversation.item.deleted", item_id=message.item_id)
+            case ItemTruncate():
+                self._item(message.item_id)
+                where = {"item_id": message.item_id, "content_index": message.content_index}
+                self._emit("conversation.item.truncated", audio_end_ms=message.audio_end_ms, **where)
+            case ResponseCreate():
+                self._create_response(message)
+            case ResponseCancel():
+                if self.response is None:
+                    raise Invalid("response_cancel_not_active", "there is no response to cancel")
+                self.dropped = True
+                self._end("cancelled", "client_cancelled")
+
+    def _committed(self) -> None:
+        if not self.intake.taken:
+            raise Invalid("input_audio_buffer_commit_empty", "there is no sound to commit")
+        if self.user is None:
+            now = self.call.session.turns * TURN_MS
+            self.user = _UserTurn(now)
+        if not self.user.committed:
+            self.user.told = True
+            waiting_ms = 1000 * self.call.session.hearing.waiting // SAMPLE_RATE
+            self.user.end_ms = max(self.user.end_ms, self.call.session.turns * TURN_MS + waiting_ms)
+            self._commit(self.user)
+
+    def _create_response(self, message: ResponseCreate) -> None:
+        if self.response is not None:
+            text = f"response {self.response.id} is not done yet"
+            raise Invalid("conversation_already_has_active_response", text)
+        config = message.response
+        if config is not None and config.input:
+            raise Invalid("unsupported_parameter", "a response is of the conversation here", "response.input")
+        if config is not None and config.instructions:
+            check_length(self.served, config.instructions, _INSTRUCTIONS, "response.instructions")
+            self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions")
+        self.dropped = False
+        self.response = self._begun(message)
+
+    async def _create(self, item: Item) -> None:
+        match item:
+            case MessageItem():
+                mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
+                for n, part in enumerate(item.content):
+                    await self._part(mark, part, f"item.content[{n}]")
+            case OutputItem():
+                if item.call_id not in self.called:
+                    raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
+                self.metrics.delegations.observe(time.monotonic() - self.called.pop(item.call_id))
+                check_length(self.served, item.output, _TEXT, "item.output")
+                self.intake.say(Control.BACKGROUND, item.output, "item.output")
+            case CallItem():
+                self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments")
+        made = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
+        for part in made.get("content", ()):  # sound and pictures are not given back
+            part.pop("audio", None)
+            part.pop("image_url", None)
+        made["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
+        self._keep(made, False)
+        self._keep(made, True)
+
+    async def _part(self, mark: Control, part: Content, param: str) -> None:
+        """A part of a message, as the model takes it."""
+        if part.type == "input_audio" and part.audio is not None:
+            # Whole recordings come as PCM at 24 kHz, whatever the session's format.
+            await self.intake.hear(Incoming(Format("pcm", 24_000)).put(part.audio))
+        elif part.type == "input_image" and part.image_url is not None:
+            head, _, data = part.image_url.partition(";base64,")
+            if not head.startswith("data:image/"):
+                raise Invalid("invalid_value", "a picture comes as a data: URL", f"{param}.image_url")
+            try:
+                await self.intake.show(base64.b64decode(data, validate=True))
+            except binascii.Error as error:
+                raise Invalid("invalid_value", "a picture is base64", f"{param}.image_url") from error
+        elif text := part.text or part.transcript:
+            check_length(self.served, text, _TEXT, f"{param}.text")
+            self.intake.say(mark, text, f"{param}.text")
+        else:
+            raise Invalid("invalid_value", f"{param} has nothing in it", param)
+
+    # --- the session
+
+    def _configure(self, config: SessionConfig) -> None:
+        """Takes what is given, all of it or, where something is wrong (`Invalid`), nothing."""
+        if config.model is not None and config.model != self.served.name:
+            raise Invalid("model_not_found", f"this server has the model {self.served.name}", "session.model")
+        heard = config.audio.input if config.audio and config.audio.input else AudioInput()
+        said = config.audio.output if config.audio and config.audio.output else AudioOutput()
+        formats = (heard.format or self.input_format, said.format or self.output_format)
+        if self.spoken and tuple(map(format_of, formats)) != self._formats():
+            raise Invalid("invalid_value", "there has been sound already: its format cannot change", "session.audio")
+        instructions = config.instructions if config.instructions is not None else self.instructions
+        check_length(self.served, instructions, _INSTRUCTIONS, "session.instructions")
+        tools = self.tools if config.tools is None else config.tools
+        told = "" if instructions == self.instructions else instructions
+        if tools != self.tools:
+            told += "\n" + json.dumps([msgspec.to_builtins(tool) for tool in tools])
+        if told.strip():
+            self.intake.say(Control.BACKGROUND, told, "session.instructions")
+        self.instructions, self.tools = instructions, tools
+        if config.output_modalities:
+            self.modality = config.output_modalities[0]
+        if not isinstance(heard.turn_detection, msgspec.UnsetType):
+            self.detection = heard.turn_detection
+        if tuple(map(format_of, formats)) != self._formats():
+            self.input_format, self.output_format = formats
+            self.intake = Intake(self.call, self.served, format_of(formats[0]))
+            self.outgoing = Outgoing(format_of(formats[1]))
+
+    def _formats(self) -> tuple[Format, Format]:
+        return format_of(self.input_format), format_of(self.output_format)
+
+    def resource(self) -> dict[str, Any]:
+        """The session as it is."""
+        detection = None
+        if self.detection is not None:
+            answers = self.detection.create_response is not False
+            detection = {"type": self.detection.type, "create_response": answers, "interrupt_response": True}
+        heard, said = (_described(one) for one in (self.input_format, self.output_format))
+        return {
+            "type": "realtime",
+            "object": "realtime.session",
+            "id": self.call.id,
+            "model": self.served.name,
+            "expires_at": int(self.call.expires_at),
+            "output_modalities": [self.modality],
+            "instructions": self.instructions,
+            "tools": [msgspec.to_builtins(tool) for tool in self.tools],
+            "tool_choice": "auto",
+            "audio": {
+                "input": {"format": heard, "turn_detection": detection},
+                "output": {"format": said, "voice": "own"},
+            },
+        }
+
+    # --- items and events
+
+    def _item(self, name: str) -> dict[str, Any]:
+        item = self.items.get(name)
+        if item is None:
+            raise Invalid("item_not_found", "there is no such item, or no longer", "item_id")
+        return item
+
+    def _last(self) -> str | None:
+        return next(reversed(self.items), None)
+
+    def _keep(self, item: dict[str, Any], done: bool) -> None:
+        """An item of the conversation is added, or done."""
+        before = self._last() if item["id"] not in self.items else None
+        self.items[item["id"]] = item
+        while len(self.items) > _ITEMS:
+            self.items.popitem(last=False)
+        kind = "conversation.item.done" if done else "conversation.item.added"
+        self._emit(kind, item=dict(item), previous_item_id=before)
+
+    def fail(self, event_id: str | None, invalid: Invalid, kind: str = "invalid_request_error") -> None:
+        """An `error`."""
+        error = {"type": kind, "code": invalid.code, "message": str(invalid), "param": invalid.param}
+        self._emit("error", error=error | {"event_id": event_id})
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        event = {"type": kind, "event_id": f"event_{secrets.token_urlsafe(12)}", **fields}
+        event["sequence_number"] = self.call.outbox.last + 1
+        self.call.outbox.put(msgspec.json.encode(event))
+
+
+_LAST_WORDS = {
+    End.EXPIRED: ("session_expired", "the session has lasted as long as it may"),
+    End.DRAINED: ("session_expired", "this server ends; another one may be there"),
+    End.SLOW: ("slow_client", "the client did not take what it was sent"),
+    End.FAILED: ("internal_error", "the server failed; the session cannot go on"),
+}
+
+
+class _UserTurn:
+    """Words of the user's, from the first to the last."""
+
+    def __init__(self, start_ms: int):
+        self.id = f"item_{secrets.token_urlsafe(12)}"
+        self.start_ms, self.end_ms, self.text = start_ms, start_ms, ""
+        self.told = self.committed = False
+
+
+def _described(given: AudioFormat) -> dict[str, Any]:
+    form = format_of(given)
+    return {"type": f"audio/{form.kind}"} | ({"rate": form.rate} if form.kind == "pcm" else {})

@@ -1,0 +1,447 @@
+"""OpenAI's Realtime API with its stock clients: the model's gate opens and ends responses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+import pytest
+from agents import function_tool
+from agents.realtime import RealtimeAgent, RealtimeRunner
+from openai import AsyncOpenAI
+from openai.types.realtime import RealtimeServerEvent
+from pydantic import TypeAdapter
+
+from jaxtml.serve.access import Access, Key
+from jaxtml.serve.desk import Limits
+from jaxtml.serve.hub import End
+from jaxtml.serve.realtime_messages import Tool
+from jaxtml.serve.realtime_response import call_of
+from jaxtml.stream.tokens import Control
+from tests.serve.serving import Client, Serving, eventually, serving
+from tests.serve.stepped import scripted
+
+EVENTS = TypeAdapter(RealtimeServerEvent)
+HEARD, SAY, SPEAK, LISTEN = Control.HEARD, Control.SAY, Control.SPEAK, Control.LISTEN
+# The user says two words, is answered in two micro-turns, and says one more while nobody speaks.
+TALK = scripted(
+    {
+        2: (HEARD, " what", LISTEN),
+        3: (HEARD, " number", LISTEN),
+        5: (SAY, " it is", SPEAK),
+        6: (SAY, " forty", SPEAK),
+        12: (HEARD, " thanks", LISTEN),
+    }
+)
+RESPONSE = [
+    "response.created",
+    "response.output_item.added",
+    "conversation.item.added",
+    "response.content_part.added",
+    "response.output_audio_transcript.delta",
+    "response.output_audio.delta",
+    "response.output_audio_transcript.delta",
+    "response.output_audio.delta",
+    "response.output_audio.delta",
+    "response.output_audio.delta",
+    "response.output_audio.done",
+    "response.output_audio_transcript.done",
+    "response.content_part.done",
+    "response.output_item.done",
+    "conversation.item.done",
+    "response.done",
+    "rate_limits.updated",
+]
+TURN = [
+    "input_audio_buffer.speech_started",
+    "input_audio_buffer.speech_stopped",
+    "input_audio_buffer.committed",
+    "conversation.item.added",
+    "conversation.item.input_audio_transcription.delta",
+    "conversation.item.input_audio_transcription.completed",
+    "conversation.item.done",
+]
+WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}
+
+
+EMPTY = {"type": "message", "role": "user", "content": [{"type": "input_text"}]}
+
+
+def updated(**session: Any) -> dict[str, Any]:
+    return {"type": "session.update", "session": {"type": "realtime", **session}}
+
+
+async def opened(serving: Serving, **session: Any) -> Client:
+    client = await serving.open("/v1/realtime?model=small_test")
+    client.started = (await client.until("session.created"))["session"]
+    if session:
+        await client.say("session.update", session={"type": "realtime", **session})
+        await client.until("session.updated")
+    return client
+
+
+def kinds(client: Client) -> list[str]:
+    return [event["type"] for event in client.events]
+
+
+def check(client: Client) -> None:
+    """Every event is one of OpenAI's, and none is missing."""
+    for event in client.events:
+        EVENTS.validate_python(event, strict=True)
+    assert [event["sequence_number"] for event in client.events] == list(range(1, len(client.events) + 1))
+
+
+def test_the_gate_opens_and_ends_a_response_and_words_heard_are_the_users_turn(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        await serving.go(20)
+        while kinds(client).count(TURN[-1]) < 3:  # the user's, ours, the user's
+            await client.event()
+        assert kinds(client)[1:] == TURN + RESPONSE + TURN
+        check(client)
+        started, stopped = (client.of(kind)[0] for kind in TURN[:2])
+        assert (started["audio_start_ms"], stopped["audio_end_ms"]) == (200, 600)
+        assert [event["transcript"].strip() for event in client.of(TURN[5])] == ["what number", "thanks"]
+        done = client.of("response.done")[0]["response"]
+        assert done["status"] == "completed"
+        assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": " it is forty"}]
+        sound = [base64.b64decode(event["delta"]) for event in client.of("response.output_audio.delta")]
+        assert [len(one) for one in sound] == 4 * [9_600] and any(sound[0])
+        items = client.of("conversation.item.added")
+        assert items[1]["previous_item_id"] == items[0]["item"]["id"]
+
+    serving(served, engine, test, model=TALK)
+
+
+def test_who_interrupts_is_told_of_when_the_model_yields(served, engine):
+    talk = {
+        2: (SAY, " it is", SPEAK),
+        3: (HEARD, " no", SAY, " a", SPEAK),
+        4: (HEARD, " wait", SPEAK),
+        12: (SAY, " yes", SPEAK),
+        13: (HEARD, " mhm", SPEAK),
+        **{at: (SAY, " a", SPEAK) for at in range(14, 20)},
+    }
+
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        await serving.go(30)
+        while kinds(client).count("response.done") < 2 or kinds(client)[-1] != TURN[-1]:
+            await client.event()
+        check(client)
+        first, second = (event["response"] for event in client.of("response.done"))
+        assert first["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
+        assert first["output"][0]["status"] == "incomplete"
+        at = kinds(client).index("response.done")
+        assert TURN[0] not in kinds(client)[:at] and TURN[0] in kinds(client)[at:]
+        assert second["status"] == "cancelled", "the model spoke on, and ends while the user has the word"
+        assert kinds(client).count(TURN[0]) == 2
+
+    serving(served, engine, test, model=scripted(talk))
+
+
+def test_without_turn_detection_only_a_response_that_was_asked_for_is_heard(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
+        await eventually(lambda: serving.call().session.hearing.waiting)
+        await serving.go(7)
+        await client.say("input_audio_buffer.commit")
+        committed = await client.until("input_audio_buffer.committed")
+        await serving.go(1)
+        await client.until("conversation.item.done")
+        transcript = client.of("conversation.item.input_audio_transcription.completed")[0]
+        assert transcript["item_id"] == committed["item_id"] and transcript["transcript"].strip() == "what number"
+        assert not [kind for kind in kinds(client) if kind.startswith("response.")], "nobody asked"
+        assert TURN[0] not in kinds(client)
+        metadata = {"client_event_id": "ours"}
+        await client.say("response.create", event_id="r1", response={"metadata": metadata})
+        created = await client.until("response.created")
+        assert created["response"]["metadata"] == metadata
+        await client.say("response.create", event_id="r2")
+        error = (await client.until("error"))["error"]
+        assert (error["code"], error["event_id"]) == ("conversation_already_has_active_response", "r2")
+        await serving.go(8)
+        done = (await client.until("response.done"))["response"]
+        assert done["output"][0]["content"][0]["transcript"] == " late"
+        await client.say("response.create")
+        await client.until("response.created")
+        await serving.go(51)
+        done = (await client.until("response.done"))["response"]
+        assert done["status"] == "completed" and done["output"] == [], "it had nothing to say"
+        check(client)
+
+    talk = {2: (HEARD, " what", LISTEN), 3: (HEARD, " number", LISTEN), 5: (SAY, " dropped", SPEAK)}
+    serving(served, engine, test, model=scripted({**talk, 10: (SAY, " late", SPEAK)}))
+
+
+def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(served, engine):
+    talk = {at: (SAY, " a", SPEAK) for at in (*range(2, 8), *range(12, 14))}
+
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, output_modalities=["text"])
+        await client.say("response.cancel", event_id="early")
+        assert (await client.until("error"))["error"]["code"] == "response_cancel_not_active"
+        await serving.go(3)
+        await client.until("response.output_text.delta")
+        await client.say("response.cancel")
+        done = await client.until("response.done")
+        assert done["response"]["status_details"] == {"type": "cancelled", "reason": "client_cancelled"}
+        await serving.go(15)
+        done = (await client.until("response.done"))["response"]
+        assert done["output"][0]["content"] == [{"type": "output_text", "text": " a a"}]
+        assert kinds(client).count("response.created") == 2 and not client.of("response.output_audio.delta")
+        check(client)
+
+    serving(served, engine, test, model=scripted(talk))
+
+
+def test_a_delegation_calls_the_clients_function_and_its_result_is_background_text(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, tools=[WEATHER], instructions="be kind")
+        told = [piece for piece in serving.call().session.typed]
+        assert {piece.mark for piece in told} == {Control.BACKGROUND}
+        await serving.go(3)
+        done = (await client.until("response.done"))["response"]
+        call = done["output"][0]
+        assert (call["type"], call["name"], json.loads(call["arguments"])) == (
+            "function_call",
+            "weather",
+            {"city": "sky"},
+        )
+        serving.call().session.typed.clear()
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "the sky is a number"}
+        await client.say("conversation.item.create", item=output)
+        await client.until("conversation.item.done")
+        text = [token for piece in serving.call().session.typed for token in piece.tokens]
+        assert text == engine.codec.encode("the sky is a number")
+        await client.say("conversation.item.create", event_id="again", item=output)
+        assert (await client.until("error"))["error"]["code"] == "item_call_id_not_found"
+        check(client)
+
+    talk = {2: (SAY, Control.DELEGATE, " weather", LISTEN), 3: (SAY, " sky", Control.END, LISTEN)}
+    serving(served, engine, test, model=scripted(talk))
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("weather sky", ("weather", {"city": "sky"})),
+        ('search({"q": "x"})', ("search", {"q": "x"})),
+        ("anything", ("weather", {"city": "anything"})),
+        ("stop now", ("stop", {})),
+    ],
+)
+def test_which_function_a_task_is_for(task, expected):
+    tools = [
+        Tool(type="function", name="weather", parameters={"properties": {"city": {"type": "string"}}}),
+        Tool(type="function", name="search", parameters={"properties": {"n": {"type": "integer"}}}),
+        Tool(type="function", name="stop"),
+    ]
+    name, arguments = call_of(task, tools)
+    assert (name, json.loads(arguments)) == expected
+
+
+def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        session = serving.call().session
+        for role, kind, mark in (
+            ("user", "input_text", Control.TYPED),
+            ("system", "input_text", Control.BACKGROUND),
+            ("assistant", "output_text", Control.BACKGROUND),
+        ):
+            item = {"type": "message", "role": role, "id": role, "content": [{"type": kind, "text": "the sky"}]}
+            await client.say("conversation.item.create", item=item)
+            await client.until("conversation.item.done")
+            assert session.typed[-1].mark is mark
+        await client.say("conversation.item.retrieve", item_id="user")
+        assert (await client.until("conversation.item.retrieved"))["item"]["content"][0]["text"] == "the sky"
+        await client.say("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
+        await client.until("conversation.item.truncated")
+        await client.say("conversation.item.delete", item_id="user")
+        await client.until("conversation.item.deleted")
+        await client.say("conversation.item.retrieve", item_id="user")
+        assert (await client.until("error"))["error"]["code"] == "item_not_found"
+        sound = {"type": "input_audio", "audio": base64.b64encode(bytes(48_000)).decode()}
+        await client.say("conversation.item.create", item={"type": "message", "role": "user", "content": [sound]})
+        await client.until("conversation.item.done")
+        assert 15_900 <= session.hearing.waiting <= 16_000
+        await client.say("input_audio_buffer.clear")
+        await client.until("input_audio_buffer.cleared")
+        assert session.hearing.waiting == 0
+        picture = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+        await client.say("conversation.item.create", item={"type": "message", "role": "user", "content": [picture]})
+        assert "JPEG or PNG" in (await client.until("error"))["error"]["message"]
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "param"),
+    [
+        ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty", None),
+        (updated(type="transcription"), "invalid_value", "session.type"),
+        (updated(voice="x"), "unknown_parameter", "session.voice"),
+        (updated(model="x"), "model_not_found", "session.model"),
+        ({"type": "output_audio_buffer.clear"}, "unsupported_event", "type"),
+        ({"type": "response.create", "response": {"input": [{}]}}, "unsupported_parameter", "response.input"),
+        ({"type": "conversation.item.create", "item": EMPTY}, "invalid_value", "item.content[0]"),
+        ({"type": "nonsense"}, "invalid_event_type", "type"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(served, engine, message, code, param):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        await client.ws.send_str(json.dumps({**message, "event_id": "mine"}))
+        error = (await client.event())["error"]
+        assert (error["code"], error["param"], error["event_id"]) == (code, param, "mine")
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+def test_a_format_is_the_clients_until_there_has_been_sound(served, engine):
+    async def test(serving: Serving) -> None:
+        g711 = {"format": {"type": "audio/pcmu"}}
+        client = await opened(serving, audio={"input": g711, "output": g711})
+        assert client.events[-1]["session"]["audio"]["output"]["format"] == {"type": "audio/pcmu"}
+        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(1_600)).decode())
+        await eventually(lambda: serving.call().session.hearing.waiting)
+        pcm = {"format": {"type": "audio/pcm", "rate": 24_000}}
+        await client.say("session.update", session={"type": "realtime", "audio": {"input": pcm}})
+        assert (await client.until("error"))["error"]["param"] == "session.audio"
+        await serving.go(8)
+        delta = await client.until("response.output_audio.delta")
+        assert len(base64.b64decode(delta["delta"])) == 1_600
+
+    serving(served, engine, test, model=TALK)
+
+
+def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        await serving.go(5)
+        await client.until("response.output_audio.delta")
+        call = serving.call()
+        client.ws._response.connection.transport.abort()
+        await eventually(lambda: not call.session.attached)
+        last, token = client.events[-1]["sequence_number"], client.started["resume"]["token"]
+        back = await serving.open(f"/v1/realtime?session_id={call.id}&resume_token={token}&after={last}")
+        async with serving.ticking():
+            await back.until("response.done")
+        client.events += back.events
+        check(client)
+        assert kinds(client).count("response.created") == kinds(client).count("response.done") == 1
+        for query, status in (
+            (f"session_id={call.id}&resume_token=x&after=0", 403),
+            (f"session_id={call.id}&resume_token={token}&after=x", 400),
+            ("session_id=other&resume_token=x", 404),
+            ("model=gpt-realtime", 404),
+            ("model=small_test", 426),
+        ):
+            async with serving.http.get(f"{serving.url}/v1/realtime?{query}") as refused:
+                assert refused.status == status
+        assert len(serving.desk.calls) == 1
+
+    serving(served, engine, test, model=TALK)
+
+
+def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        async with serving.ticking():
+            assert (await client.until("error"))["error"]["code"] == "session_expired"
+            assert await client.closed() == 1000
+        other = await opened(serving)
+        serving.call().session.end(End.FAILED)
+        assert (await other.until("error"))["error"]["type"] == "server_error"
+        assert await other.closed() == 1011
+
+    serving(served, engine, test, model=scripted({}), limits=Limits(session_s=0.5))
+
+
+def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(served, engine):
+    access = Access([Key(name="one", key="sk-first-key")])
+
+    async def test(serving: Serving) -> None:
+        openai = AsyncOpenAI(api_key="sk-first-key", base_url=f"{serving.url}/v1")
+        session = {"type": "realtime", "instructions": "be kind", "output_modalities": ["text"]}
+        made = await openai.realtime.client_secrets.create(
+            expires_after={"anchor": "created_at", "seconds": 60}, session=session
+        )
+        assert made.value.startswith("ek_") and made.session.instructions == "be kind"
+        browser = AsyncOpenAI(api_key=made.value, base_url=f"{serving.url}/v1")
+        async with browser.realtime.connect(model="small_test") as connection:
+            created = await connection.recv()
+            assert created.session.instructions == "be kind" and created.session.output_modalities == ["text"]
+        headers = {"Authorization": f"Bearer {made.value}"}
+        async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets", headers=headers) as refused:
+            assert refused.status == 403
+        headers = {"Authorization": "Bearer sk-first-key"}
+        for body in (b"{", b'{"expires_after": {"seconds": 5}}', b'{"session": {"type": "realtime", "x": 1}}'):
+            url = f"{serving.url}/v1/realtime/client_secrets"
+            async with serving.http.post(url, headers=headers, data=body) as refused:
+                assert refused.status == 400
+
+    serving(served, engine, test, access=access, model=scripted({}))
+
+
+def test_the_stock_sdk_talks(served, engine):
+    async def test(serving: Serving) -> None:
+        openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
+        async with openai.realtime.connect(model="small_test") as connection:
+            await connection.session.update(session={"type": "realtime", "instructions": "be kind"})
+            await connection.input_audio_buffer.append(audio=base64.b64encode(bytes(4_800)).decode())
+            async with serving.ticking():
+                seen = []
+                async for event in connection:
+                    seen.append(event)
+                    if event.type == "response.done":
+                        break
+        assert seen[-1].response.output[0].content[0].transcript == " it is forty"
+
+    serving(served, engine, test, model=TALK)
+
+
+def test_the_strict_client_runs_an_agent_with_a_function(served, engine):
+    asked: list[str] = []
+
+    @function_tool
+    def weather(city: str) -> str:
+        """Of a city."""
+        asked.append(city)
+        return "the sky is a number"
+
+    talk = {
+        3: (HEARD, " what", LISTEN),
+        5: (SAY, " a", SPEAK),
+        6: (SAY, " moment", Control.DELEGATE, " weather sky", Control.END, SPEAK),
+        14: (SAY, " it is", SPEAK),
+    }
+
+    async def test(serving: Serving) -> None:
+        agent = RealtimeAgent(name="a", instructions="be kind", tools=[weather])
+        config = {"model_settings": {"model_name": "small_test"}}
+        runner = RealtimeRunner(agent, config=config)
+        url = serving.url.replace("http", "ws") + "/v1/realtime?model=small_test"
+        kinds, raw, history = [], [], []
+        async with await runner.run(model_config={"url": url, "api_key": "any"}) as session:
+            await session.send_audio(bytes(9_600))
+            async with serving.ticking():
+                async with asyncio.timeout(20):
+                    async for event in session:
+                        kinds.append(event.type)
+                        if event.type == "raw_model_event":
+                            raw.append(event.data)
+                        if event.type == "history_added":
+                            history.append(event.item)
+                        if kinds.count("agent_end") >= 2 and "tool_end" in kinds:
+                            break
+        assert asked == ["sky"] and "audio" in kinds and "error" not in kinds
+        assert not [one for one in raw if one.type in ("error", "exception")], raw
+
+    serving(served, engine, test, model=scripted(talk))
