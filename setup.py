@@ -45,6 +45,7 @@ setup(
         "safetensors>=0.6,<1",
         "soundfile>=0.13,<1",
         "soxr>=1,<2",
+        "sphn>=0.2,<0.3",
         "av>=15,<19",
         "tensorboardX>=2.6,<3",
         "tokenizers>=0.22,<1",

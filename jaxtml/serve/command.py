@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def serve(options: Options) -> None:
     workers = options.workers or min(_usual_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
     try:
-        asyncio.run(_serve(options, access, tls, workers))
+        with _bound(options) as place:
+            asyncio.run(_serve(options, access, tls, workers, place))
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
@@ -101,7 +103,22 @@ def _usual_workers() -> int:
     return len(os.sched_getaffinity(0)) if platform == "cpu" else 1
 
 
-async def _serve(options: Options, access: Access, tls: ssl.SSLContext | None, workers: int) -> None:
+def _bound(options: Options) -> socket.socket:
+    """The server's place, before the long work; nobody can connect to it yet."""
+    try:
+        family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, socket.SOCK_STREAM)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {why}") from error
+    return place
+
+
+async def _serve(
+    options: Options, access: Access, tls: ssl.SSLContext | None, workers: int, place: socket.socket
+) -> None:
     metrics = Metrics()
     began = time.monotonic()
     async with started(options.checkpoint, options.max_sessions, workers, metrics.ticked) as (pool, ready):
@@ -113,13 +130,8 @@ async def _serve(options: Options, access: Access, tls: ssl.SSLContext | None, w
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, options.host, options.port, ssl_context=tls)
-            try:
-                await site.start()
-            except OSError as error:
-                raise InputError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
-            port = runner.addresses[0][1]
-            url = f"{'https' if tls else 'http'}://{options.host}:{port}"
+            await web.SockSite(runner, place, ssl_context=tls).start()
+            url = f"{'https' if tls else 'http'}://{options.host}:{place.getsockname()[1]}"
             logging.info("ready after %.1f s: %s", time.monotonic() - began, url)
             print(
                 json.dumps({"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}),

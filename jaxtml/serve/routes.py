@@ -6,6 +6,7 @@
 | `/v1/live/sessions/{id}/attach` | the same session from beside |
 | `/v1/realtime` | OpenAI's Realtime API, `?model=`; `?session_id=&resume_token=&after=` to go on |
 | `/v1/realtime/client_secrets` | short-lived keys for browsers |
+| `/api/chat` | Moshi's wire |
 | `/v1/models` | what is served |
 | `/health`, `/ready`, `/metrics` | for those who keep it up |
 
@@ -23,7 +24,7 @@ import msgspec
 from absl import logging
 from aiohttp import WSMsgType, web
 
-from jaxtml.serve import live, realtime
+from jaxtml.serve import live, moshi, realtime
 from jaxtml.serve.access import Access, Grant, Refused
 from jaxtml.serve.connection import Connection, Outcome, Receive, socket
 from jaxtml.serve.desk import Call, Desk, Served
@@ -81,6 +82,7 @@ class Server:
                 web.get("/v1/live/sessions/{session}/attach", self.attached),
                 web.get("/v1/realtime", self.realtime),
                 web.post("/v1/realtime/client_secrets", self.secret),
+                web.get("/api/chat", self.chat),
             ]
         )
         return app
@@ -205,39 +207,59 @@ class Server:
         """A session's connection: a new one, or one that goes on."""
         grant = self._grant(request)
         query = request.query
-        ws, after = socket(), 0
         if "session_id" in query:
             try:
                 after = int(query.get("after", "0"))
             except ValueError as error:
                 raise Refused(400, "invalid_value", "after is the number of an event") from error
             call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
-        else:
-            call = self._created(request, grant)
-        speaks = call.speaks
-        if not isinstance(speaks, realtime.Realtime):
-            raise Refused(404, "session_not_found", "that session speaks another protocol")
-        try:
+            if not isinstance(call.speaks, realtime.Realtime):
+                raise Refused(404, "session_not_found", "that session speaks another protocol")
+            ws = socket()
             await ws.prepare(request)
-        except BaseException:
-            if "session_id" not in query:
-                call.session.end(End.LEFT)
-            raise
-        await self._carried(Connection(request, ws, WSMsgType.TEXT, self.metrics), call, after, speaks.receive)
-        return ws
-
-    def _created(self, request: web.Request, grant: Grant) -> Call:
-        self.desk.check_open()
-        if request.query.get("model", self.served.name) != self.served.name:
+            connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+            await self._carried(connection, call, after, call.speaks.receive)
+            return ws
+        if query.get("model", self.served.name) != self.served.name:
             raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
-        if not _asks_socket(request):
-            raise Refused(426, "upgrade_required", "this address is a WebSocket's")
         begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else None
 
         def make(call: Call) -> realtime.Realtime:
             return realtime.Realtime(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
 
-        return self.desk.admit(grant, make, realtime.SCOPE)
+        return await self._begun(request, grant, make, WSMsgType.TEXT, realtime.SCOPE)
+
+    async def _begun(
+        self,
+        request: web.Request,
+        grant: Grant,
+        make: Callable[[Call], realtime.Realtime | moshi.Moshi],
+        kind: WSMsgType,
+        scope: str,
+    ) -> web.StreamResponse:
+        """A connection whose session begins with it: what is refused is refused before it is a WebSocket."""
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            raise Refused(426, "upgrade_required", "this address is a WebSocket's")
+        call = self.desk.admit(grant, make, scope)
+        ws = socket()
+        try:
+            await ws.prepare(request)
+        except BaseException:
+            call.session.end(End.LEFT)
+            raise
+        assert isinstance(call.speaks, (realtime.Realtime, moshi.Moshi))
+        await self._carried(Connection(request, ws, kind, self.metrics), call, 0, call.speaks.receive)
+        return ws
+
+    # --- Moshi
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """A session's connection; the session ends with it."""
+
+        def make(call: Call) -> moshi.Moshi:
+            return moshi.Moshi(call, self.served, self.metrics)
+
+        return await self._begun(request, self._grant(request), make, WSMsgType.BINARY, moshi.SCOPE)
 
     async def secret(self, request: web.Request) -> web.Response:
         """A key for one who must not have the real one: for sessions as they are said here, and not for long."""
@@ -265,8 +287,8 @@ class Server:
         call.carry(connection)
         try:
             outcome = await connection.run(call.outbox, after, receive)
-            if outcome in _ENDS:
-                call.session.end(_ENDS[outcome])
+            if outcome in _ENDS or call.speaks.scope == moshi.SCOPE:  # there is no way back to a session of that
+                call.session.end(_ENDS.get(outcome, End.GONE))
         finally:
             call.lost(connection)
         await connection.close(*_goodbye(outcome, call))
@@ -290,6 +312,7 @@ class Server:
         """Raises `Refused`."""
         authorization = request.headers.get("Authorization", "")
         token = authorization[7:].strip() if authorization[:7].lower() == "bearer " else None
+        token = token or request.query.get("auth_id")  # Moshi's clients have no other place for it
         offered = request.headers.get("Sec-WebSocket-Protocol", "")
         for protocol in (one.strip() for one in offered.split(",")):
             if protocol.startswith(_KEY_PROTOCOL):
@@ -327,11 +350,6 @@ class Server:
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
             response.headers["Vary"] = "Origin"
         return response
-
-
-def _asks_socket(request: web.Request) -> bool:
-    """It asks for a WebSocket."""
-    return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
 def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:

@@ -61,7 +61,11 @@ class Incoming:
 
     def put(self, data: bytes) -> np.ndarray:
         """`[N]` float32 at 16 kHz. Raises `ValueError` as `Format.decoded`."""
-        return self.stream.put(self.format.decoded(data))
+        return self.resampled(self.format.decoded(data))
+
+    def resampled(self, samples: np.ndarray) -> np.ndarray:
+        """`[N]` float32 at 16 kHz, of samples at the format's rate."""
+        return self.stream.put(samples)
 
 
 class Outgoing:

@@ -1,0 +1,129 @@
+"""`jaxtml serve` as its user has it: a process that says where it is, serves, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.serve.serving import Client
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "jaxtml", "serve", *map(str, arguments)]
+
+
+def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
+    process = subprocess.Popen(
+        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1", "--drain-seconds", "20"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        said = json.loads(process.stdout.readline() or process.stderr.read())
+        assert said["model"] == "small_test" and said["sessions"] == 1 and said["workers"] == 1
+        asyncio.run(_talked(said["url"], process))
+        assert process.wait(20) == 0
+        log = process.stderr.read()
+        assert "ended: close_requested" in log and "Traceback" not in log
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def _talked(url: str, process: subprocess.Popen[str]) -> None:
+    async with aiohttp.ClientSession() as http:
+        async with http.get(f"{url}/ready") as ready:
+            assert (await ready.json())["capacity"] == 1
+        client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
+        await client.say("session.start", session={"model": "small_test"})
+        token = (await client.until("session.started"))["session"]["resume"]["token"]
+        began = time.monotonic()
+        for _ in range(6):
+            await client.until("session.output_audio.delta")
+        assert 0.9 < time.monotonic() - began < 3, "in real time"
+        async with http.get(f"{url}/metrics") as metrics:
+            text = await metrics.text()
+        assert 'duplex_sessions_total{protocol="live"} 1.0' in text and "duplex_compilations_total 0.0" in text
+        assert "duplex_sessions_active 1.0" in text and token not in text
+        process.send_signal(signal.SIGTERM)
+        assert (await client.until("info"))["code"] == "going_away"
+        async with http.get(f"{url}/ready") as ready:
+            assert ready.status == 503
+        await client.say("session.close")
+        assert (await client.until("session.closed"))["reason"] == "close_requested"
+
+
+def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
+    process = subprocess.Popen(
+        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        url = json.loads(process.stdout.readline() or process.stderr.read())["url"]
+
+        async def main() -> None:
+            async with aiohttp.ClientSession() as http:
+                client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
+                await client.say("session.start", session={"model": "small_test"})
+                await client.until("session.output_audio.delta")
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for child in children:
+                    os.kill(int(child), signal.SIGKILL)
+                assert (await client.until("error"))["error"]["type"] == "server_error"
+                assert (await client.until("session.closed"))["reason"] == "connection_lost"
+                assert await client.closed() == 1011
+
+        asyncio.run(main())
+        assert process.wait(20) == 1
+        assert "the model's process is gone" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 is seen by others: give --keys FILE"),
+        (("--keys", "missing.json"), "no keys in missing.json"),
+        (("--tls-cert", "missing.pem"), "--tls-cert missing.pem: "),
+        (("--tls-key", "missing.pem"), "--tls-key without --tls-cert"),
+        (("--checkpoint", "missing"), "missing"),
+        (("--workers", "9", "--max-sessions", "2"), "9 workers for 2 sessions"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments, line, tmp_path):
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment()
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("jaxtml serve: ") and line in last and "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(checkpoint, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ("--checkpoint", checkpoint, "--max-sessions", "1", "--port", port)
+        done = subprocess.run(command(*options), capture_output=True, text=True, timeout=200, env=_environment())
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"jaxtml serve: cannot listen on 127.0.0.1:{port}: ")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
