@@ -11,7 +11,11 @@ VOICES = [
     "onnxruntime>=1.20",
 ]
 JUDGES = ["faster-whisper>=1.1,<2", "pesq>=0.0.4", "pystoi>=0.4.1", "jiwer>=4,<5"]
-CLIENTS = ["openai[realtime]>=3.50,<4", "openai-agents>=0.20,<1"]  # of the protocols that are served
+CLIENTS = [
+    "openai[realtime]>=3.50,<4",
+    "openai-agents>=0.20,<1",
+    "hypothesis>=6,<7",
+]  # of the protocols that are served
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.16", "basedpyright>=1.30,<2", *CLIENTS]
 
 setup(
@@ -23,7 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["jaxtml", "jaxtml.*", "configs"]),
-    package_data={"jaxtml": ["assets/**/*"]},
+    package_data={"jaxtml": ["assets/**/*", "serve/page/*"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.14",

@@ -1,11 +1,12 @@
 """GPT-Live, the native protocol: what happens in a call as its events, and what its client says.
 
 Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
-a client that was cut off names the last one that it had (`session.resume`); `session.started` has `resume` and
-`turn_ms`; a delegation has its `task`; typed text and pictures (`session.input_text.append`,
-`session.input_image.append`). What a client appends is placed at a micro-turn's edge, in pieces as long as the model
-takes. Instructions, thinking, commentary and developers' and assistants' history are background text to the model; what
-users say is typed text. Silence stands for sound that does not come: the session goes on without any.
+a client that was cut off names the last one that it had (`session.resume`); `session.started` has `resume`, `turn_ms`
+and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its `task`; typed text and
+pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is placed at a micro-turn's
+edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers' and assistants' history
+are background text to the model; what users say is typed text. Silence stands for sound that does not come: the session
+goes on without any.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Live:
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
         session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": TURN_MS}
+        session["sees"] = served.config.duplex.max_patches > 0
         self._emit("session.started", event_id, session=session)
         for item in config.input or ():
             mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
@@ -118,7 +120,8 @@ class Live:
             self._emit("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
         if words.said:
             self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + TURN_MS)
-        self._put({"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)})
+        delta = {"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)}
+        self._put(delta | {"start_ms": end, "end_ms": end + TURN_MS, "speaking": turn.speaking})
         for one in self.sidebands:
             one.said(turn.wave, end)
         self.task += words.delegated

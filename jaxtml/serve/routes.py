@@ -8,6 +8,7 @@
 | `/v1/realtime/client_secrets` | short-lived keys for browsers |
 | `/api/chat` | Moshi's wire |
 | `/v1/models` | what is served |
+| `/` | a page to talk to it |
 | `/health`, `/ready`, `/metrics` | for those who keep it up |
 
 Called by `serve.command`.
@@ -19,6 +20,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
 
 import msgspec
 from absl import logging
@@ -44,6 +46,11 @@ _CODES = {
     End.GONE: 1001,
     End.SLOW: 1008,
     End.FAILED: 1011,
+}
+_HERE = Path(__file__).parent / "page"
+_PAGE = {
+    **{name: _HERE / name for name in ("index.html", "style.css", "page.js", "live.js", "sound.js", "timeline.js")},
+    "demo.flac": Path(__file__).parents[1] / "assets" / "demo" / "human.flac",
 }
 _ENDS = {Outcome.SLOW: End.SLOW, Outcome.LEFT: End.LEFT}
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -73,6 +80,8 @@ class Server:
         app = web.Application(middlewares=[self._guarded], client_max_size=_BODY_BYTES)
         app.add_routes(
             [
+                web.get("/", self.page),
+                *(web.get(f"/{name}", self.page) for name in _PAGE),
                 web.get("/health", self.health),
                 web.get("/ready", self.ready),
                 web.get("/metrics", self.measured),
@@ -115,6 +124,18 @@ class Server:
 
     def _model(self) -> dict[str, str | int]:
         return {"id": self.served.name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
+
+    # --- the page
+
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        """The page and what it is made of. It says nothing of anyone, so it is for everyone."""
+        headers = {
+            "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+            "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        return web.FileResponse(_PAGE[request.path[1:] or "index.html"], headers=headers)
 
     # --- GPT-Live
 

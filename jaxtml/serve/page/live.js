@@ -1,0 +1,105 @@
+// A client of GPT-Live: one session over as many connections as it takes.
+
+const TRIES = 6;
+
+export class Live extends EventTarget {
+  // key: or "". Events: `event` (detail: what the server sent), `state` (detail: text, and whether it is bad).
+  constructor(model, key) {
+    super();
+    this.model = model;
+    this.key = key;
+    this.number = 0;
+    this.session = null;
+    this.over = false;
+    this.tries = 0;
+    this.unsent = [];
+    this.connect();
+  }
+
+  connect() {
+    const address = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live/sessions`;
+    const protocols = this.key ? ["realtime", `openai-insecure-api-key.${this.key}`] : ["realtime"];
+    this.socket = new WebSocket(address, protocols);
+    this.ready = false;
+    this.socket.onopen = () => {
+      if (this.session) {
+        const { id, resume } = this.session;
+        this.write({ type: "session.resume", session_id: id, resume_token: resume.token, after: this.number });
+      } else {
+        const format = { type: "audio/pcm", rate: 24000 };
+        this.write({ type: "session.start", session: { model: this.model, audio: { format } } });
+      }
+    };
+    this.socket.onmessage = ({ data }) => this.received(JSON.parse(data));
+    this.socket.onclose = ({ code, reason }) => this.closed(code, reason);
+  }
+
+  write(message) {
+    this.socket.send(JSON.stringify(message));
+  }
+
+  // Sound that was said while there was no connection is heard when there is one again, two seconds of it at most.
+  send(message) {
+    if (this.ready) return this.write(message);
+    this.unsent.push(message);
+    if (this.unsent.length > 100) this.unsent.shift();
+  }
+
+  received(event) {
+    if (event.sequence_number) this.number = event.sequence_number;
+    if (event.type === "session.started") this.session = event.session;
+    if (event.type === "session.started" || event.type === "session.resumed") {
+      this.ready = true;
+      this.tries = 0;
+      this.unsent.splice(0).forEach((message) => this.write(message));
+      this.tell("Connected");
+    }
+    if (event.type === "session.closed") this.over = true;
+    if (event.type === "error" && !this.ready) {
+      this.over = true;
+      const again = event.error.retry_after_s ? ` Try again in ${event.error.retry_after_s} s.` : "";
+      this.tell(`${event.error.message}.${again}`, true);
+    }
+    this.dispatchEvent(new CustomEvent("event", { detail: event }));
+  }
+
+  closed(code, reason) {
+    this.ready = false;
+    if (this.over) {
+      if (this.session) this.tell("The conversation is over");
+    } else if (this.session && ++this.tries <= TRIES) {
+      this.tell("Connection lost, coming back …", true);
+      setTimeout(() => this.connect(), Math.min(250 * 2 ** this.tries, 4000));
+      return;
+    } else {
+      this.tell(this.session ? "The connection is gone" : `No connection (${reason || code})`, true);
+    }
+    this.dispatchEvent(new Event("over"));
+  }
+
+  close() {
+    if (this.ready) this.write({ type: "session.close" });
+    else {
+      this.over = true;
+      this.socket.close();
+    }
+  }
+
+  tell(text, bad = false) {
+    this.dispatchEvent(new CustomEvent("state", { detail: { text, bad } }));
+  }
+}
+
+export function encoded(samples) {
+  const data = new DataView(new ArrayBuffer(2 * samples.length));
+  samples.forEach((sample, i) => data.setInt16(2 * i, Math.max(-1, Math.min(1, sample)) * 32767, true));
+  let text = "";
+  for (const byte of new Uint8Array(data.buffer)) text += String.fromCharCode(byte);
+  return btoa(text);
+}
+
+export function decoded(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const data = new DataView(bytes.buffer);
+  return Float32Array.from({ length: bytes.length / 2 }, (_, i) => data.getInt16(2 * i, true) / 32768);
+}

@@ -1,0 +1,109 @@
+// The two worklets of the page: what the microphone hears goes out in packets, what comes is played in order.
+
+const RATE = 24000;
+const PACKET = RATE / 50; // 20 ms
+const AHEAD = 0.12; // seconds that wait before playing begins: as much as packets may be late
+
+// Windowed-sinc resampling of a stream from `from` to `to` Hz, for browsers whose context has the microphone's rate.
+class Resampler {
+  constructor(from, to) {
+    this.step = from / to;
+    this.cut = Math.min(1, to / from);
+    this.half = Math.ceil(16 / this.cut);
+    this.before = new Float32Array(2 * this.half);
+    this.at = this.half;
+  }
+
+  put(samples) {
+    const all = new Float32Array(this.before.length + samples.length);
+    all.set(this.before);
+    all.set(samples, this.before.length);
+    const out = [];
+    for (; this.at + this.half < all.length; this.at += this.step) {
+      const middle = Math.floor(this.at);
+      let sum = 0;
+      for (let i = middle - this.half + 1; i <= middle + this.half; i++) {
+        const x = this.at - i;
+        const window = 0.5 + 0.5 * Math.cos((Math.PI * x) / (this.half + 1));
+        const angle = Math.PI * x * this.cut;
+        sum += all[i] * window * this.cut * (Math.abs(angle) < 1e-9 ? 1 : Math.sin(angle) / angle);
+      }
+      out.push(sum);
+    }
+    const kept = Math.max(0, all.length - 2 * this.half);
+    this.before = all.slice(kept);
+    this.at -= kept;
+    return Float32Array.from(out);
+  }
+}
+
+class Ears extends AudioWorkletProcessor {
+  constructor() {
+    super();
+    this.resampler = sampleRate === RATE ? null : new Resampler(sampleRate, RATE);
+    this.packet = new Float32Array(PACKET);
+    this.filled = 0;
+  }
+
+  process([input]) {
+    if (!input.length) return true;
+    const samples = this.resampler ? this.resampler.put(input[0]) : input[0];
+    for (const sample of samples) {
+      this.packet[this.filled++] = sample;
+      if (this.filled === PACKET) {
+        this.port.postMessage({ packet: this.packet, at: currentTime }, [this.packet.buffer]);
+        this.packet = new Float32Array(PACKET);
+        this.filled = 0;
+      }
+    }
+    return true;
+  }
+}
+
+class Mouth extends AudioWorkletProcessor {
+  constructor() {
+    super();
+    this.resampler = sampleRate === RATE ? null : new Resampler(RATE, sampleRate);
+    this.queue = [];
+    this.offset = 0;
+    this.waiting = 0;
+    this.playing = false;
+    this.quiet = Infinity; // seconds since it was loud
+    this.port.onmessage = ({ data }) => {
+      const samples = this.resampler ? this.resampler.put(data) : data;
+      this.queue.push(samples);
+      this.waiting += samples.length;
+    };
+  }
+
+  process(_, [output]) {
+    const out = output[0];
+    if (!this.playing && this.waiting >= AHEAD * sampleRate) this.playing = true;
+    let power = 0;
+    for (let i = 0; i < out.length && this.playing; i++) {
+      if (!this.queue.length) {
+        this.playing = false; // nothing came in time: a gap, and then as much ahead as at the beginning
+        this.port.postMessage({ gap: true });
+        break;
+      }
+      out[i] = this.queue[0][this.offset++];
+      this.waiting--;
+      power += out[i] * out[i];
+      if (this.offset === this.queue[0].length) {
+        this.queue.shift();
+        this.offset = 0;
+      }
+    }
+    for (let c = 1; c < output.length; c++) output[c].set(out);
+    if (Math.sqrt(power / out.length) > 0.006) {
+      if (this.quiet > 0.3) this.port.postMessage({ audible: currentTime });
+      this.quiet = 0;
+    } else {
+      this.quiet += out.length / sampleRate;
+    }
+    return true;
+  }
+}
+
+registerProcessor("ears", Ears);
+registerProcessor("mouth", Mouth);
