@@ -11,12 +11,10 @@ VOICES = [
     "onnxruntime>=1.20",
 ]
 JUDGES = ["faster-whisper>=1.1,<2", "pesq>=0.0.4", "pystoi>=0.4.1", "jiwer>=4,<5"]
-CLIENTS = [
-    "openai[realtime]>=3.50,<4",
-    "openai-agents>=0.20,<1",
-    "hypothesis>=6,<7",
-]  # of the protocols that are served
-TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.16", "basedpyright>=1.30,<2", *CLIENTS]
+CLIENTS = ["openai[realtime]>=3.50,<4", "openai-agents>=0.20,<1"]  # of the protocols that are served
+RUNNERS = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6,<7"]
+TEST = [*RUNNERS, *CLIENTS, "ruff>=0.14,<0.16", "basedpyright>=1.30,<2"]
+
 
 setup(
     name="jaxtml",
