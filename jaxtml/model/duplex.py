@@ -341,7 +341,10 @@ class Duplex:
         carry = (progress, state, out, token)
         axes = jax.tree.map(lambda _: 0, carry)
         axes = (axes[0], self._session_dims(), *axes[2:])
-        _, state, out, _ = self._in_parts(finished, carry, axes, progress.phase != _DONE)
+        running = progress.phase != _DONE
+        # Who speaks takes many rounds: together with others who do, a part takes no longer.
+        order = jnp.where(running, ~(state.spoke | (progress.phase > _HEARD)), 2)
+        _, state, out, _ = self._in_parts(finished, carry, axes, order)
         return state, out
 
     def _one_of(self, wanted: jax.Array, run: Callable[[Any], Any], otherwise: Callable[[Any], Any], carry: Any) -> Any:
@@ -355,23 +358,24 @@ class Duplex:
 
         return once(~wanted, otherwise, once(wanted, run, carry))
 
-    def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, wanted: jax.Array) -> Any:
-        """`run(carry)`, in which nothing is to be done but for the slots that are `wanted` `[B]`, and that once.
+    def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, order: jax.Array) -> Any:
+        """`run(carry)`, in which nothing is to be done but for the slots of `order` `[B]` 0 and 1, and that once.
 
-        On a CPU, whose time is that of the rows, for `_PART` of those at a time: always as many, so that what a session
-        gets does not depend on how many there are. `axes` says which dimension of an array of `carry` counts sessions.
+        On a CPU, whose time is that of the rows, for `_PART` of those at a time, those of 0 first: always as many, so
+        that what a session gets does not depend on how many there are. `axes` says which dimension of an array of
+        `carry` counts sessions.
         """
-        if len(wanted) <= _PART or not self.one_cpu:
+        if len(order) <= _PART or not self.one_cpu:
             return run(carry)
 
         def body(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-            carry, wanted = loop
-            rows = jnp.argsort(~wanted, stable=True)[:_PART]
+            carry, order = loop
+            rows = jnp.argsort(order, stable=True)[:_PART]
             part = run(jax.tree.map(lambda axis, whole: jnp.take(whole, rows, axis=axis), axes, carry))
             carry = jax.tree.map(partial(_put_rows, rows), axes, carry, part)
-            return carry, wanted.at[rows].set(False)
+            return carry, order.at[rows].set(2)
 
-        return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), body, (carry, wanted))[0]
+        return jax.lax.while_loop(lambda loop: jnp.any(loop[1] < 2), body, (carry, order))[0]
 
     def _write(
         self, params: Params, progress: _Progress, state: DuplexState, out: _Generated, hidden: jax.Array
@@ -490,7 +494,7 @@ class Duplex:
         carry = (state.voice, silence, frames, running, speaking)
         axes = jax.tree.map(lambda _: 0, carry)
         carry = self._one_of(
-            jnp.any(running), lambda carry: self._in_parts(some, carry, axes, running), lambda carry: carry, carry
+            jnp.any(running), lambda carry: self._in_parts(some, carry, axes, 2 * ~running), lambda carry: carry, carry
         )
         return state._replace(voice=carry[0]), carry[1]
 
