@@ -119,6 +119,8 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
         async with browser(serving.url, tmp_path) as tab, serving.ticking():
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
             assert await tab.run("document.getElementById('model').textContent") == "small_test"
+            assert not await tab.run("document.getElementById('access').checkVisibility()")
+            assert await tab.run("document.querySelectorAll('#cards li').length") > 1
             await tab.run("document.getElementById('talk').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
             call = serving.call()

@@ -8,12 +8,19 @@ const LOUD = 0.006; // root mean square above which someone is heard
 const ANSWER_S = 3; // after which it was no answer
 const SHOWN = 12; // latencies
 
-// What the shipped model was trained to do; it knows few words.
-const CARDS = [
-  ["what is three plus four", "It hears the numbers and says the sum."],
-  ["my number is nine one six", "Wait, and ask: what is my number?"],
-  ["spell it: type a few words", "Typed text reaches it while it listens."],
-];
+// What any model of the family does, and what the shipped one was trained to answer: it knows few words.
+const CARDS = {
+  all: [
+    ["Talk while it talks", "It hears you, and stops when you mean it to."],
+    ["Stop in the middle of a sentence", "It waits, and does not take the turn from you."],
+  ],
+  tiny: [
+    ["Say “what is three plus four”", "It says the sum."],
+    ["Say “repeat after me red green monday”", "It says the words."],
+    ["Say “is july a month”", "It says yes or no."],
+    ["Say “the code is three nine one”", "It says the number."],
+  ],
+};
 
 const $ = (id) => document.getElementById(id);
 const timeline = new Timeline($("timeline"));
@@ -41,6 +48,7 @@ async function look() {
   if (!answer.ok) return tell(answer.status === 401 ? "This server asks for a key" : "The server does not answer", true);
   models = (await answer.json()).data;
   $("model").textContent = models[0].id;
+  $("cards").replaceChildren(...[...(CARDS[models[0].id] ?? []), ...CARDS.all].map(card));
   tell("Ready");
 }
 
@@ -137,6 +145,14 @@ function happened(event) {
   }
 }
 
+function card([what, about]) {
+  const item = document.createElement("li");
+  const bold = document.createElement("b");
+  bold.textContent = what;
+  item.append(bold, `. ${about}`);
+  return item;
+}
+
 function say(who, ms, text) {
   timeline.word(who, ms, text);
   const last = line[who];
@@ -153,7 +169,7 @@ function say(who, ms, text) {
   name.textContent = who === "you" ? "You" : "Model";
   item.append(time, name, document.createTextNode(text));
   $("words").append(item);
-  item.scrollIntoView({ block: "nearest" });
+  $("words").scrollTop = $("words").scrollHeight;
   line[who] = { item, ms };
 }
 
@@ -271,11 +287,4 @@ addEventListener("keydown", (event) => {
     $(id).click();
   }
 });
-for (const [words, about] of CARDS) {
-  const item = document.createElement("li");
-  const quote = document.createElement("q");
-  quote.textContent = words;
-  item.append("Say ", quote, `. ${about}`);
-  $("cards").append(item);
-}
 look();
