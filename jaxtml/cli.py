@@ -113,6 +113,8 @@ def serve(args: argparse.Namespace) -> None:
             private_key=args.tls_key,
             limits=Limits(session_s=60 * args.session_minutes, grace_s=args.resume_seconds),
             drain_s=args.drain_seconds,
+            json=args.json,
+            log_json=args.log_json,
         )
     )
 
@@ -298,6 +300,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--drain-seconds", type=float, default=30, metavar="S", help="for sessions to end, after SIGTERM"
     )
+    command.add_argument("--json", action="store_true", help="where it is as JSON, nothing else, on stdout")
+    command.add_argument("--log-json", action="store_true", help="the log as a line of JSON for each event")
 
     command = add(
         logits,

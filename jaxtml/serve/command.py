@@ -24,6 +24,7 @@ from aiohttp import web
 from jaxtml.config import from_json
 from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.errors import InputError
+from jaxtml.serve import log
 from jaxtml.serve.access import Access
 from jaxtml.serve.desk import Desk, Limits, Served
 from jaxtml.serve.hub import End
@@ -48,6 +49,8 @@ class Options:
     private_key: Path | None = None
     limits: Limits = Limits()
     drain_s: float = 30.0
+    json: bool = False
+    log_json: bool = False
 
 
 def serve(options: Options) -> None:
@@ -57,6 +60,8 @@ def serve(options: Options) -> None:
       InputError: what is wrong with the options, the checkpoint, the keys or the certificate, or a port that is taken.
       SystemExit: with status 1, a worker is gone.
     """
+    if options.log_json:
+        log.as_json()
     access, tls = _access(options), _tls(options)
     workers = options.workers or min(_usual_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
@@ -121,6 +126,7 @@ async def _serve(
 ) -> None:
     metrics = Metrics()
     began = time.monotonic()
+    log.event("loading and compiling, which takes a minute or more the first time", workers=workers)
     async with started(options.checkpoint, options.max_sessions, workers, metrics.ticked) as (pool, ready):
         config = from_json(ready.config)
         served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
@@ -132,11 +138,9 @@ async def _serve(
         try:
             await web.SockSite(runner, place, ssl_context=tls).start()
             url = f"{'https' if tls else 'http'}://{options.host}:{place.getsockname()[1]}"
-            logging.info("ready after %.1f s: %s", time.monotonic() - began, url)
-            print(
-                json.dumps({"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}),
-                flush=True,
-            )
+            log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)
+            said = {"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}
+            print(json.dumps(said) if options.json else f"talk to {served.name}: {url} (Ctrl-C ends it)", flush=True)
             await _until_told(pool, desk, options.drain_s)
         finally:
             await runner.cleanup()
@@ -153,7 +157,7 @@ async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
     try:
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
-            logging.info("draining: %d sessions, at most %.0f s", len(desk.calls), drain_s)
+            log.event("draining", sessions=len(desk.calls), at_most_s=drain_s)
             told.clear()
             draining, again = asyncio.create_task(desk.drain(drain_s)), asyncio.create_task(told.wait())
             await asyncio.wait([running, draining, again], return_when=asyncio.FIRST_COMPLETED)
@@ -172,11 +176,11 @@ async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
 def _watched(metrics: Metrics, pool: Pool, desk: Desk) -> None:
     """Gauges, read when they are asked for."""
     counts = [hub.counts for hub in pool.hubs]
-    watch = metrics.watch
+    watch, count = metrics.watch, metrics.count
     watch("duplex_sessions_active", "with a slot, clients that are gone included", lambda: len(pool.sessions))
     watch("duplex_sessions_detached", "whose client is gone", lambda: sum(not one.attached for one in pool.sessions))
     watch("duplex_sessions_capacity", "there is room for", lambda: pool.capacity)
-    watch("duplex_deadline_miss_total", "ticks that ended late", lambda: sum(one.misses for one in counts))
-    watch("duplex_ticks_lost_total", "ticks that were left out", lambda: sum(one.lost for one in counts))
-    watch("duplex_compilations_total", "since ready: a bug", lambda: sum(one.compilations for one in counts))
+    count("duplex_deadline_miss", "ticks that ended late", lambda: sum(one.misses for one in counts))
+    count("duplex_ticks_lost", "ticks that were left out", lambda: sum(one.lost for one in counts))
+    count("duplex_compilations", "since ready: a bug", lambda: sum(one.compilations for one in counts))
     watch("duplex_draining", "about to end", lambda: desk.leaves_at is not None)

@@ -17,6 +17,7 @@ from typing import Protocol
 from absl import logging
 
 from jaxtml.config import Config
+from jaxtml.serve import log
 from jaxtml.serve.access import Access, Grant, Refused
 from jaxtml.serve.hub import End, Full, Session, Turn
 from jaxtml.serve.metrics import Metrics
@@ -182,7 +183,7 @@ class Desk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.metrics.begun.labels(scope).inc()
-        logging.info("session %s began: key=%s protocol=%s", name, grant.key.name, scope)
+        log.event("session began", session=name, key=grant.key.name, protocol=scope)
         return call
 
     def check_open(self) -> None:
@@ -210,7 +211,7 @@ class Desk:
             self.metrics.resumed.labels(refused.code).inc()
             raise
         self.metrics.resumed.labels("resumed").inc()
-        logging.info("session %s goes on after event %d", name, after)
+        log.event("session resumed", session=name, after=after)
         return call
 
     async def drain(self, within_s: float) -> None:
@@ -246,7 +247,7 @@ class Desk:
             call.outbox.close()
             call.heard.set()
             self.metrics.ended.labels(why.value).inc()
-            logging.info("session %s ended: %s after %d micro-turns", call.id, why.value, call.session.turns)
+            log.event("session ended", session=call.id, reason=why.value, micro_turns=call.session.turns)
 
     async def _followed(self, call: Call) -> End:
         number = -1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.hub import End, Turn
 from jaxtml.serve.intake import Intake, check_length
 from jaxtml.serve.live_messages import (
+    BESIDE,
     LATER,
     AppendAudio,
     AppendCommentary,
@@ -38,7 +40,7 @@ from jaxtml.serve.live_messages import (
     Update,
     format_of,
 )
-from jaxtml.serve.messages import Invalid
+from jaxtml.serve.messages import Invalid, Vocabulary
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.outbox import Outbox
 from jaxtml.serve.sound import Format, Outgoing
@@ -144,7 +146,8 @@ class Live:
     def ended(self, why: End) -> None:
         reason = _REASONS.get(why, why.value)
         if why is End.FAILED:
-            self.fail(None, Invalid("internal_error", "the server failed; the session cannot go on"), "server_error")
+            failed = Invalid("internal_error", "the server failed; the session cannot go on")
+            self._emit("error", error=error_of(failed, "server_error"))
         self._emit("session.closed", reason=reason, session=self._resource(), usage=self._usage())
         for one in self.sidebands:
             one.outbox.close()
@@ -152,10 +155,14 @@ class Live:
     # --- what the client says
 
     async def receive(self, data: bytes) -> None:
-        """A message of the client's, or of a sideband's but for sound. What is wrong with it becomes an `error`."""
+        """A message of the client's."""
+        await self.take(LATER, data, self._put)
+
+    async def take(self, vocabulary: Vocabulary[Any], data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
+        """A message of anyone who may direct the session. What is wrong with it becomes an `error` for who sent it."""
         event_id = None
         try:
-            message = LATER.read(data)
+            message = vocabulary.read(data)
             event_id = message.event_id
             try:
                 await self._take(message)
@@ -163,7 +170,8 @@ class Live:
                 raise Invalid("invalid_value", str(error)) from error
         except Invalid as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
-            self.fail(event_id or invalid.event_id, invalid)
+            event_id = event_id or invalid.event_id
+            put(_event("error", event_id, error=error_of(invalid, event_id=event_id)))
 
     async def _take(self, message: Any) -> None:
         match message:
@@ -214,17 +222,11 @@ class Live:
             raise Invalid("invalid_value", "the type of delegation cannot change", "session.delegation.type")
         self._emit("session.updated", message.event_id, session=self._resource())
 
-    def fail(self, event_id: str | None, invalid: Invalid, kind: str = "invalid_request_error") -> None:
-        """An `error`."""
-        self._emit("error", event_id, error=error_of(invalid, kind, event_id))
-
     # --- events
 
     def _emit(self, kind: str, client_event_id: str | None = None, **fields: Any) -> None:
         """An event to the client and its observers."""
-        event = {"type": kind, "event_id": f"evt_{secrets.token_urlsafe(12)}", **fields}
-        if client_event_id is not None:
-            event["client_event_id"] = client_event_id
+        event = _event(kind, client_event_id, **fields)
         self._put(event)
         for one in self.sidebands:
             one.put(event)
@@ -281,12 +283,13 @@ class Sideband:
         self.outbox.put(msgspec.json.encode(event | {"sequence_number": self.outbox.last + 1}))
 
     async def receive(self, data: bytes) -> None:
-        """As the client's own, but for sound."""
-        if b"session.input_audio.append" in data and isinstance(_or_none(data), AppendAudio):
-            refused = Invalid("invalid_event_type", "sound comes over the session's own connection", "type")
-            self.put({"type": "error", "event_id": "evt_sideband", "error": error_of(refused)})
-            return
-        await self.live.receive(data)
+        """What the client may say too, but for sound."""
+        await self.live.take(BESIDE, data, self.put)
+
+
+def _event(kind: str, client_event_id: str | None = None, **fields: Any) -> dict[str, Any]:
+    event = {"type": kind, "event_id": f"evt_{secrets.token_urlsafe(12)}", **fields}
+    return event if client_event_id is None else event | {"client_event_id": client_event_id}
 
 
 def error_of(invalid: Invalid, kind: str = "invalid_request_error", event_id: str | None = None) -> dict[str, Any]:
@@ -297,10 +300,3 @@ def error_of(invalid: Invalid, kind: str = "invalid_request_error", event_id: st
     if event_id is not None:
         error["client_event_id"] = event_id
     return error
-
-
-def _or_none(data: bytes) -> Any:
-    try:
-        return LATER.read(data)
-    except Invalid:
-        return None

@@ -133,7 +133,8 @@ class Close(Event, tag="session.close"):
 
 Context = AppendInstructions | AppendThinking | AppendCommentary
 First = Start | Resume
-Later = Update | AppendAudio | Mute | Unmute | Context | AppendText | AppendImage | Close
+Beside = Update | Mute | Unmute | Context | AppendText | AppendImage | Close
+Later = AppendAudio | Beside
 # Of OpenAI's vocabulary, what needs a background model, a recording or decisions of the server's own.
 _UNSUPPORTED = (
     "session.output_audio.fixture.play",
@@ -147,6 +148,7 @@ _UNSUPPORTED = (
 )
 FIRST = Vocabulary[First](First, Later, _UNSUPPORTED)
 LATER = Vocabulary[Later](Later, First, _UNSUPPORTED)
+BESIDE = Vocabulary[Beside](Beside, First | AppendAudio, _UNSUPPORTED)  # of a sideband
 
 
 def format_of(audio: Audio | None) -> Format:

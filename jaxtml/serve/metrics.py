@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from jaxtml.serve.wire import Told
 
 _OF_A_TICK = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3, 0.5, 1.0)
+
+
+class _Counted(Collector):
+    def __init__(self, name: str, about: str, value: Callable[[], float]):
+        self.name, self.about, self.value = name, about, value
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self.name, self.about, self.value())
 
 
 class Metrics:
@@ -55,6 +65,10 @@ class Metrics:
     def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
         """A gauge whose value is asked for when it is read."""
         Gauge(name, about, registry=self.registry).set_function(value)
+
+    def count(self, name: str, about: str, value: Callable[[], float]) -> None:
+        """A counter that somebody else counts, read when it is asked for."""
+        self.registry.register(_Counted(name, about, value))
 
     def ticked(self, took_s: float, late_s: float, told: Told) -> None:
         """As `Hub` tells of a tick."""

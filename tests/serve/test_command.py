@@ -19,12 +19,12 @@ from tests.serve.serving import Client
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "jaxtml", "serve", *map(str, arguments)]
+    return [sys.executable, "-m", "jaxtml", "serve", "--json", *map(str, arguments)]
 
 
 def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
     process = subprocess.Popen(
-        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1", "--drain-seconds", "20"),
+        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1", "--log-json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -36,7 +36,11 @@ def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
         asyncio.run(_talked(said["url"], process))
         assert process.wait(20) == 0
         log = process.stderr.read()
-        assert "ended: close_requested" in log and "Traceback" not in log
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        ended = next(line for line in lines if line["event"] == "session ended")
+        assert ended["reason"] == "close_requested" and ended["session"].startswith("sess_") and ended["level"] == "info"
+        assert [line["event"] for line in lines][-2:] == ["draining", "session ended"]
+        assert "Traceback" not in log
     finally:
         process.kill()
         process.wait()

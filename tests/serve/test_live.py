@@ -517,6 +517,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
             await beside.send({"type": "session.input_audio.append", "audio": ""})
             while (event := await beside.recv()).type != "error":
                 pass
+            assert event.error.code == "invalid_event_order" and not client.of("error")
             await beside.session.close()
             async with serving.ticking():
                 while (event := await beside.recv()).type != "session.closed":
