@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import json
 import os
@@ -136,6 +137,8 @@ async def _serve(
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5)
         await runner.setup()
         try:
+            gc.collect()
+            gc.freeze()  # all that is loaded: to look through it takes longer than there is between two ticks
             await web.SockSite(runner, place, ssl_context=tls).start()
             url = f"{'https' if tls else 'http'}://{options.host}:{place.getsockname()[1]}"
             log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)

@@ -1,4 +1,4 @@
-"""The server's log: what happened, and its fields, as a line of text or of JSON. Keys and tokens are never among them."""
+"""The server's log: what happened and its fields, as a line of text or of JSON; no key or token is ever among them."""
 
 from __future__ import annotations
 

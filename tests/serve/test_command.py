@@ -38,7 +38,9 @@ def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
         log = process.stderr.read()
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         ended = next(line for line in lines if line["event"] == "session ended")
-        assert ended["reason"] == "close_requested" and ended["session"].startswith("sess_") and ended["level"] == "info"
+        assert (
+            ended["reason"] == "close_requested" and ended["session"].startswith("sess_") and ended["level"] == "info"
+        )
         assert [line["event"] for line in lines][-2:] == ["draining", "session ended"]
         assert "Traceback" not in log
     finally:
