@@ -43,20 +43,28 @@ class FlowHead(nnx.Module):
         """The part of the conditioning that does not depend on the flow time: `[N, D]` -> `[N, W]`."""
         return hidden @ self.w_cond[...].astype(hidden.dtype)
 
-    def __call__(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Predicts x1. `x` `[N, X]`, `t` `[N]` in [0, 1), `condition` `[N, W]` -> `[N, X]`."""
-        dtype = x.dtype
+    def modulation(self, t: jax.Array, condition: jax.Array) -> list[jax.Array]:
+        """What the flow time `t` `[N]` in [0, 1) and the condition `[N, W]` do to each layer, and to the output:
+        `[N, 3 W]` each, `[N, 2 W]` the last. It does not depend on the frame."""
+        dtype = condition.dtype
         frequency = jnp.exp(jnp.linspace(0.0, 5.0, TIME_FEATURES // 2, dtype=jnp.float32))
         angle = t.astype(jnp.float32)[:, None] * frequency
         time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(dtype)
         c = jax.nn.silu(condition + time @ self.w_time[...].astype(dtype))
+        weights = [*(getattr(self, f"mod_{i}") for i in range(self.config.depth)), self.mod_out]
+        return [c @ weight[...].astype(dtype) for weight in weights]
+
+    def __call__(self, x: jax.Array, condition: jax.Array, modulation: list[jax.Array]) -> jax.Array:
+        """Predicts x1. `x` `[N, X]`, `condition` `[N, W]`, `modulation` of the flow time -> `[N, X]`."""
+        dtype = x.dtype
+        *layers, last = modulation
         h = x @ self.w_in[...].astype(dtype) + condition
-        for i in range(self.config.depth):
-            shift, scale, gate = jnp.split(c @ getattr(self, f"mod_{i}")[...].astype(dtype), 3, axis=-1)
+        for i, layer in enumerate(layers):
+            shift, scale, gate = jnp.split(layer, 3, axis=-1)
             y = rms_normalise(h, 1e-6) * (1 + scale) + shift
             y = jax.nn.silu(y @ getattr(self, f"up_{i}")[...].astype(dtype))
             h = h + (1 + gate) * (y @ getattr(self, f"down_{i}")[...].astype(dtype))
-        shift, scale = jnp.split(c @ self.mod_out[...].astype(dtype), 2, axis=-1)
+        shift, scale = jnp.split(last, 2, axis=-1)
         return (rms_normalise(h, 1e-6) * (1 + scale) + shift) @ self.w_out[...].astype(dtype)
 
     def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
@@ -76,7 +84,8 @@ class FlowHead(nnx.Module):
 
         x0, t = (a.reshape(len(x1), *a.shape[2:]) for a in jax.vmap(draw)(keys))
         mixed = (1 - t[:, None]) * x0 + t[:, None] * x1
-        error = (self(mixed.astype(x1.dtype), t, condition) - x1).astype(jnp.float32)
+        modulation = self.modulation(t, condition)
+        error = (self(mixed.astype(x1.dtype), condition, modulation) - x1).astype(jnp.float32)
         mask = jnp.repeat(valid.astype(jnp.float32), draws)
         return (mask * jnp.mean(error * error, axis=-1)).sum() / draws
 
@@ -84,9 +93,13 @@ class FlowHead(nnx.Module):
         """Euler steps from `noise` `[N, 400]` (already scaled by the temperature) to log-mels `[N, 400]`."""
         condition = self.condition(hidden)
         x = noise.astype(hidden.dtype)
+        # Of all steps at once: a few positions at a time, the time of the head is that of reading its weights.
+        times = jnp.repeat(jnp.arange(steps) / steps, len(x))
+        modulation = self.modulation(times, jnp.tile(condition, (steps, 1)))
         for i in range(steps):
             t = i / steps
-            x1 = self(x, jnp.full(x.shape[:1], t), condition)
+            rows = slice(i * len(x), (i + 1) * len(x))
+            x1 = self(x, condition, [part[rows] for part in modulation])
             x = x1 if i == steps - 1 else x + (x1 - x) * (1 / steps) / (1 - t)
         return denormalise(x)
 
