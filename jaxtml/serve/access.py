@@ -71,6 +71,7 @@ class Grant(msgspec.Struct, frozen=True):
     key: Key
     scopes: frozenset[str]
     session: dict[str, Any] | None = None
+    expired: bool = False  # nothing begins any more; what was begun goes on
 
 
 EVERYONE = Key(name="everyone")
@@ -115,17 +116,18 @@ class Access:
         return access
 
     def who(self, token: str | None) -> Grant:
-        """Raises `Refused` where the token is none of ours, or one of the past."""
-        if not self.keys:
-            return Grant(EVERYONE, SCOPES, self._claims(token)["session"] if (token or "").startswith(PREFIX) else None)
-        if not token:
-            raise Refused(401, "missing_api_key", "this server asks for a key: Authorization: Bearer KEY")
-        if token.startswith(PREFIX):
+        """Raises `Refused` where the token is none of ours."""
+        if token is not None and token.startswith(PREFIX):
             claims = self._claims(token)
             key = self.names.get(claims["sub"])
             if key is None:
                 raise Refused(401, "invalid_api_key", "the key that this one was made from is no longer known")
-            return Grant(key, frozenset(claims["scopes"]) & set(key.scopes), claims["session"])
+            scopes = frozenset(claims["scopes"]) & set(key.scopes)
+            return Grant(key, scopes, claims["session"], self.now() >= claims["exp"])
+        if not self.keys:
+            return Grant(EVERYONE, SCOPES)
+        if not token:
+            raise Refused(401, "missing_api_key", "this server asks for a key: Authorization: Bearer KEY")
         key = self.keys.get(_digest(token))
         if key is None:
             raise Refused(401, "invalid_api_key", "this key is not known")
@@ -141,22 +143,21 @@ class Access:
         }
         return PREFIX + jwt.encode(claims, self.secret, algorithm="HS256")
 
-    def _claims(self, token: str | None) -> dict[str, Any]:
+    def _claims(self, token: str) -> dict[str, Any]:
         try:
-            claims = jwt.decode(
-                (token or "")[len(PREFIX) :],
+            return jwt.decode(
+                token[len(PREFIX) :].encode(errors="replace"),
                 self.secret,
                 algorithms=["HS256"],
                 options={"verify_exp": False, "require": ["exp", "sub", "scopes", "session"]},
             )
         except jwt.InvalidTokenError as error:
             raise Refused(401, "invalid_api_key", "this short-lived key is not one of this server's") from error
-        if self.now() >= claims["exp"]:
-            raise Refused(401, "expired_api_key", "this short-lived key has expired")
-        return claims
 
     def ask(self, grant: Grant) -> None:
-        """Counts a request. Raises `Refused` where there were too many in the last minute."""
+        """Counts a request. Raises `Refused` where there were too many in the last minute, or the key has expired."""
+        if grant.expired:
+            raise Refused(401, "expired_api_key", "this short-lived key has expired")
         asked, now = self._asked[grant.key.name], self.now()
         while asked and asked[0] <= now - _MINUTE_S:
             asked.popleft()
@@ -189,6 +190,10 @@ class Access:
         else:
             used.append((now, now - began))
 
+    def left_s(self, grant: Grant) -> float:
+        """Seconds of sessions that the key has left today."""
+        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes(grant.key.name)))
+
     def minutes(self, name: str) -> float:
         """Minutes of sessions that ended in the last 24 hours or go on."""
         used, now = self._used[name], self.now()
@@ -198,4 +203,4 @@ class Access:
 
 
 def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()

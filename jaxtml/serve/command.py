@@ -7,6 +7,7 @@ import contextlib
 import gc
 import ipaddress
 import json
+import logging as standard
 import os
 import signal
 import socket
@@ -134,13 +135,17 @@ async def _serve(
         desk = Desk(pool, access, served, options.limits, metrics)
         _watched(metrics, pool, desk)
         app = Server(desk, access, served, metrics, options.origins).app()
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5)
+        # aiohttp would log requests that it cannot parse with all that is in them, keys too.
+        unheard = standard.getLogger("jaxtml.http")
+        unheard.disabled = True
+        runner = web.AppRunner(app, access_log=None, logger=unheard, handle_signals=False, shutdown_timeout=5)
         await runner.setup()
         try:
             gc.collect()
             gc.freeze()  # all that is loaded: to look through it takes longer than there is between two ticks
             await web.SockSite(runner, place, ssl_context=tls).start()
-            url = f"{'https' if tls else 'http'}://{options.host}:{place.getsockname()[1]}"
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            url = f"{'https' if tls else 'http'}://{host}:{place.getsockname()[1]}"
             log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)
             said = {"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}
             print(json.dumps(said) if options.json else f"talk to {served.name}: {url} (Ctrl-C ends it)", flush=True)

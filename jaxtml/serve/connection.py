@@ -23,6 +23,7 @@ from jaxtml.serve.outbox import Behind, Outbox
 
 MESSAGE_BYTES = 2**20  # the largest that is read
 _PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
+_UNIT = 2048  # bytes: half a megabyte a second, and two at once, are ten times what sound is
 _LOOK_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0
 _GOODBYE_S = 3.0  # for a client to answer that it is closed
 
@@ -81,7 +82,7 @@ class Connection:
             message = await self.ws.receive()
             self._heard_at = time.monotonic()
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
-                await self._pace()
+                await self._pace(len(message.data))
                 return message.data
             if message.type is WSMsgType.PING:
                 await self.ws.pong(message.data)
@@ -125,7 +126,7 @@ class Connection:
             self._transport.abort()
 
     async def _read(self, receive: Receive) -> None:
-        while (message := await self.receive()) is not None:
+        while (message := await self.receive()) is not None and not self._replaced.is_set():
             self._waits = True
             await receive(message)
             self._waits = False
@@ -166,9 +167,11 @@ class Connection:
                 await self.ws.ping()
                 pinged_at = time.monotonic()
 
-    async def _pace(self) -> None:
+    async def _pace(self, size: int) -> None:
+        """A message counts as one, or as many as it has `_UNIT` bytes."""
         now = time.monotonic()
-        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND) - 1
+        cost = 1 + size / _UNIT
+        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND) - cost
         self._counted_at = now
         if self._allowance < 0:
             await asyncio.sleep(-self._allowance / _PER_SECOND)

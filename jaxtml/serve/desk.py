@@ -171,7 +171,8 @@ class Desk:
             self.access.end(grant.key.name, name)
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
-        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, time.time() + self.limits.session_s)
+        expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
+        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at)
         try:
             call.speaks = make(call)
         except BaseException:

@@ -4,8 +4,8 @@ The rule, at each tick edge. A micro-turn takes the oldest 200 ms that have arri
 and silence for the rest: the session waits for nobody. Sound that comes late is heard late, after that silence, so a
 reserve grows as large as the jitter that there was. A reserve of more than 200 ms that stays for five seconds is
 latency: it is taken back from silence, never from speech, a micro-turn in five seconds, which also bounds what a
-client's fast clock piles up. More than two seconds were not sent in real time: they are heard in their own time and
-whole. At ten seconds `room` is zero, and whoever reads the network stops until there is some.
+client's fast clock piles up. More than two seconds beyond what was missed before were not sent in real time: they are
+heard in their own time and whole. At ten seconds `room` is zero, and whoever reads the network stops until there is some.
 
 Called by `serve.hub`.
 """
@@ -72,7 +72,8 @@ class Hearing:
         self._least, self._turns = min(self._least, self.waiting - TURN_SAMPLES), self._turns + 1
         if self._turns < _PATIENCE:
             return
-        if TURN_SAMPLES < self._least <= _UPLOAD:
+        # As much as was missed before is no upload: the network had stalled.
+        if TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed - self.cut):
             oldest = self._oldest(TURN_SAMPLES)
             if np.sqrt(np.mean(np.square(oldest))) >= _SILENT:  # not yet: someone is speaking
                 self.parts.appendleft(oldest)

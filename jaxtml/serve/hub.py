@@ -111,6 +111,7 @@ class Session:
     attached: bool = True
     ended: End | None = None
     typed: deque[Piece] = field(default_factory=deque)
+    waiting: int = 0  # tokens in `typed`
     patches: np.ndarray | None = None
     journal: deque[Turn] = field(default_factory=deque)
     begun: bool = False
@@ -125,6 +126,7 @@ class Session:
 
         `placed` gets the time, in ms from the session's beginning, of the micro-turn that has the last piece.
         """
+        self.waiting += len(tokens)
         for at in range(0, len(tokens), most):
             last = at + most >= len(tokens)
             self.typed.append(Piece(mark, tuple(tokens[at : at + most]), placed if last else None))
@@ -161,6 +163,7 @@ class Session:
 
     def given(self) -> Given:
         text = self.typed.popleft() if self.typed else Piece(Control.TYPED, ())
+        self.waiting -= len(text.tokens)
         if text.placed is not None:
             text.placed(self.turns * TURN_MS)
         patches, self.patches = self.patches, None

@@ -13,7 +13,8 @@ from jaxtml.serve.seeing import Seeing
 from jaxtml.serve.sound import Format, Incoming
 from jaxtml.stream.tokens import Control
 
-_WAITING = 24_576  # tokens that wait for their micro-turn
+_WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
+_TOKEN_BYTES = 16  # of a token, in the mean of any text that is one
 
 
 class Intake:
@@ -42,6 +43,8 @@ class Intake:
 
     async def hear(self, samples: np.ndarray) -> None:
         """Returns when there was room for all of them, which is what holds a client back that sends too much."""
+        while len(self._unheard) and await self.call.room():  # of a connection that was lost meanwhile
+            self.flush()
         self._unheard = np.concatenate([self._unheard, samples])
         self.flush()
         while len(self._unheard) and await self.call.room():
@@ -65,15 +68,18 @@ class Intake:
 
     def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
         """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""
+        check_length(self.served, text, _WAITING, param)
         tokens = self.served.codec.encode(text)
         if not tokens:
             raise Invalid("invalid_value", "there is no text", param)
-        if sum(len(piece.tokens) for piece in self.call.session.typed) + len(tokens) > _WAITING:
+        session = self.call.session
+        if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
             raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
 
 
 def check_length(served: Served, text: str, most: int, param: str) -> None:
     """Raises `Invalid` where a text has more than `most` tokens."""
-    if len(text.encode()) >= most and len(served.codec.encode(text)) > most:  # a token has a byte at least
+    size = len(text.encode())
+    if size > most * _TOKEN_BYTES or size >= most and len(served.codec.encode(text)) > most:  # a token has a byte
         raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)

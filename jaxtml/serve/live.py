@@ -209,7 +209,8 @@ class Live:
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
         check_length(self.served, message.content, _CONTENT, "content")
-        self.intake.say(mark, message.content, "content", lambda at: self._placed(name, at, message.event_id))
+        event_id = message.event_id
+        self.intake.say(mark, message.content, "content", lambda at: self._placed(name, at, event_id))
 
     def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
         self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + TURN_MS)

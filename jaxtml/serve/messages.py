@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 
 _Message = TypeVar("_Message")
 _READS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+Name = Annotated[str, msgspec.Meta(max_length=512)]  # what a client calls something
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -22,7 +25,7 @@ class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defa
 class Event(Strict, tag_field="type", kw_only=True):
     """A message. `event_id` is the client's name for it."""
 
-    event_id: str | None = None
+    event_id: Name | None = None
 
 
 class Invalid(Exception):

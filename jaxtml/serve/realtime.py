@@ -316,9 +316,10 @@ class Realtime:
             case CallItem():
                 self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments")
         made = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
-        for part in made.get("content", ()):  # sound and pictures are not given back
-            part.pop("audio", None)
-            part.pop("image_url", None)
+        made.pop("phase", None)
+        for part in made.get("content", ()):  # sound and pictures are not given back, nor what was not looked at
+            for name in ("audio", "image_url", "detail", *(("transcript",) if part.get("text") else ())):
+                part.pop(name, None)
         made["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
         self._keep(made, False)
         self._keep(made, True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from jaxtml.serve.messages import Event, Strict, Vocabulary
+from jaxtml.serve.messages import Event, Name, Strict, Vocabulary
 from jaxtml.serve.sound import Format
 
 _Ignored = Any
@@ -104,7 +104,7 @@ class SecretRequest(Strict):
 
 
 class ResponseConfig(Strict):
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Name, Name], msgspec.Meta(max_length=16)] | None = None
     instructions: str | None = None
     output_modalities: list[Modality] | None = None
     audio: _Ignored = None
@@ -129,28 +129,28 @@ class Content(Strict, kw_only=True):
 
 class MessageItem(Strict, tag_field="type", tag="message", kw_only=True):
     role: Literal["user", "assistant", "system"]
-    content: list[Content]
-    id: str | None = None
-    object: str | None = None
-    status: str | None = None
+    content: Annotated[list[Content], msgspec.Meta(max_length=64)]
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
     phase: _Ignored = None
 
 
 class OutputItem(Strict, tag_field="type", tag="function_call_output", kw_only=True):
-    call_id: str
+    call_id: Name
     output: str
-    id: str | None = None
-    object: str | None = None
-    status: str | None = None
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
 
 
 class CallItem(Strict, tag_field="type", tag="function_call", kw_only=True):
-    name: str
+    name: Name
     arguments: str
-    call_id: str | None = None
-    id: str | None = None
-    object: str | None = None
-    status: str | None = None
+    call_id: Name | None = None
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
 
 
 Item = MessageItem | OutputItem | CallItem
@@ -178,15 +178,15 @@ class ItemCreate(Event, tag="conversation.item.create", kw_only=True):
 
 
 class ItemRetrieve(Event, tag="conversation.item.retrieve", kw_only=True):
-    item_id: str
+    item_id: Name
 
 
 class ItemDelete(Event, tag="conversation.item.delete", kw_only=True):
-    item_id: str
+    item_id: Name
 
 
 class ItemTruncate(Event, tag="conversation.item.truncate", kw_only=True):
-    item_id: str
+    item_id: Name
     content_index: int
     audio_end_ms: int
 

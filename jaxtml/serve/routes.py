@@ -37,6 +37,7 @@ from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.realtime_messages import SecretRequest, SessionConfig
 
 _FIRST_TRIES = 8  # malformed first messages
+_SIDEBANDS = 4  # of a session
 _BODY_BYTES = 2**16  # of an HTTP request
 _CODES = {
     End.ASKED: 1000,
@@ -53,7 +54,7 @@ _PAGE = {
     "demo.flac": Path(__file__).parents[1] / "assets" / "demo" / "human.flac",
 }
 _ENDS = {Outcome.SLOW: End.SLOW, Outcome.LEFT: End.LEFT}
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot set headers of a WebSocket
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -142,7 +143,6 @@ class Server:
     async def live(self, request: web.Request) -> web.StreamResponse:
         """A session's own connection."""
         grant = self._grant(request)
-        self.desk.check_open()
         ws = socket()
         await ws.prepare(request)
         connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
@@ -194,6 +194,8 @@ class Server:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
         if not isinstance(call.speaks, live.Live):
             raise Refused(404, "session_not_found", "that session speaks another protocol")
+        if call.carried is not None:
+            call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
         event = {
             "type": "session.resumed",
             "event_id": f"evt_resumed_{message.after}",
@@ -207,9 +209,13 @@ class Server:
 
     async def attached(self, request: web.Request) -> web.StreamResponse:
         """A connection beside the session's own."""
-        call = self.desk.find(request.match_info["session"], self._grant(request))
+        grant = self._grant(request)
+        call = self.desk.find(request.match_info["session"], grant)
         if not isinstance(call.speaks, live.Live):
             raise Refused(404, "session_not_found", "that session speaks another protocol")
+        if len(call.speaks.sidebands) >= _SIDEBANDS:
+            raise Refused(429, "session_limit_exceeded", f"that session has its {_SIDEBANDS} sidebands", 5.0)
+        self.access.ask(grant)
         ws = socket()
         await ws.prepare(request)
         connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)

@@ -11,7 +11,7 @@ from av.error import FFmpegError
 
 from jaxtml.stream.images import fitted_size, image_patches
 
-_PIXELS = 4096 * 4096  # of the largest picture that is decoded
+_PIXELS = 2**22  # of the largest picture that is decoded
 _PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
 
 

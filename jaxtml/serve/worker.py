@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import socket
 import time
 
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--descriptor", type=int, required=True, help="of the socket")
     parser.add_argument("--core", type=int, help="to stay on: small products on two cores are slower than on one")
     args = parser.parse_args()
+    # A terminal, or a supervisor, signals the whole group: the server drains then, and needs this to the last.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})  # before JAX counts the cores for its threads
     with socket.socket(fileno=args.descriptor) as connection:

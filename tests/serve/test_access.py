@@ -60,7 +60,7 @@ def test_a_short_lived_key_has_the_scopes_of_its_maker_and_an_end():
     without = Access([Key(name="other", key="sk-other-key")], "s" * 32, clock)
     assert refused(value, of=without.who) == "invalid_api_key", "its maker was taken away"
     clock.time += 61
-    assert refused(value, of=access.who) == "expired_api_key"
+    assert refused(access.who(value), of=access.ask) == "expired_api_key"
 
 
 def test_requests_sessions_and_minutes_are_counted_by_key():
@@ -93,7 +93,7 @@ def test_requests_sessions_and_minutes_are_counted_by_key():
     assert error.value.code == "quota_exceeded" and 0 < error.value.retry_after_s <= 86_400
     clock.time += 86_400
     access.begin(grant, "f", "live")
-    assert access.minutes("one") == 0
+    assert access.minutes("one") == 0 and access.left_s(grant) == pytest.approx(600)
 
 
 def test_a_million_short_sessions_take_no_memory():

@@ -28,6 +28,7 @@ def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None and process.stderr is not None
@@ -63,7 +64,7 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
             text = await metrics.text()
         assert 'duplex_sessions_total{protocol="live"} 1.0' in text and "duplex_compilations_total 0.0" in text
         assert "duplex_sessions_active 1.0" in text and token not in text
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
         assert (await client.until("info"))["code"] == "going_away"
         async with http.get(f"{url}/ready") as ready:
             assert ready.status == 503

@@ -105,3 +105,15 @@ def test_what_is_muted_is_not_heard_and_what_is_cleared_neither():
     hearing.clear()
     hearing.put(wave)
     np.testing.assert_array_equal(hearing.take(), heard(wave)[0])
+
+
+def test_what_a_stall_held_back_does_not_make_a_conversation_late_for_ever():
+    hearing = Hearing()
+    for _ in range(15):
+        hearing.take()  # three seconds in which nothing comes
+    for _ in range(16):
+        hearing.put(np.zeros(TURN_SAMPLES, np.float32))  # and then all of it, while nobody speaks
+    for _ in range(500):
+        hearing.put(np.zeros(TURN_SAMPLES, np.float32))
+        hearing.take()
+    assert hearing.waiting <= 2 * TURN_SAMPLES

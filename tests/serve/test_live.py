@@ -406,9 +406,8 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
         for client in clients:
             info = await client.until("info")
             assert info["code"] == "going_away" and 0 < info["time_left_ms"] <= 400
-        for path in ("/ready", "/v1/live/sessions"):
-            async with serving.http.get(serving.url + path) as refused:
-                assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
+        async with serving.http.get(f"{serving.url}/ready") as refused:
+            assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
         async with serving.http.get(f"{serving.url}/health") as health:
             assert health.status == 200
         await clients[0].say("session.close")
@@ -572,5 +571,67 @@ def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_
         own = {"Origin": serving.url}
         async with serving.http.get(f"{serving.url}/v1/models", headers=own) as allowed:
             assert allowed.status == 200
+
+    serving(served, engine, test)
+
+
+def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served, engine, monkeypatch):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call = serving.call()
+        await client.say("session.input_text.append", content="a", event_id="e" * 600)
+        assert (await client.until("error"))["error"]["param"] == "event_id"
+        for n in range(4200):
+            await client.say("session.input_text.append", content="a", event_id=str(n))
+        error = (await client.until("error"))["error"]
+        assert error["code"] == "rate_limit_exceeded" and len(call.session.typed) == 4096
+        assert call.session.waiting == sum(len(piece.tokens) for piece in call.session.typed)
+        began = time.monotonic()
+        await client.say("session.commentary.append", content="x" * 900_000, delegation_id=None)
+        while (await client.until("error"))["error"]["code"] != "string_above_max_length":
+            pass
+        assert time.monotonic() - began < 2, "refused by its size, not by its tokens"
+        chunk = text_of(bytes(4 * 16_000))
+        for _ in range(3):  # of two seconds each, over connections that are lost
+            for _ in range(4):
+                await client.say("session.input_audio.append", audio=chunk)
+            await asyncio.sleep(0.2)
+            client.ws._response.connection.transport.abort()
+            await eventually(lambda: not call.session.attached)
+            client = await serving.open()
+            token = json.loads(call.outbox.frames[0])["session"]["resume"]["token"]
+            await client.say("session.resume", session_id=call.id, resume_token=token, after=call.outbox.last)
+            await client.until("session.resumed")
+        assert len(call.speaks.intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
+        beside = [await serving.open(f"/v1/live/sessions/{call.id}/attach") for _ in range(4)]
+        async with serving.http.get(f"{serving.url}/v1/live/sessions/{call.id}/attach") as refused:
+            assert refused.status == 429
+        for one in beside:
+            await one.ws.close()
+
+    monkeypatch.setattr(connection, "_PER_SECOND", 100_000)
+    monkeypatch.setattr(connection, "_BURST", 100_000)
+    serving(served, engine, test)
+
+
+def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call = serving.call()
+        draining = asyncio.create_task(serving.desk.drain(3))
+        await client.until("info")
+        client.ws._response.connection.transport.abort()
+        await eventually(lambda: not call.session.attached)
+        back = await serving.open()
+        token = client.started["resume"]["token"]
+        await back.say("session.resume", session_id=call.id, resume_token=token, after=0)
+        assert (await back.until("info"))["code"] == "going_away"
+        late = await serving.open()
+        await late.say("session.start", session={"model": "small_test"})
+        assert (await late.event())["error"]["code"] == "draining" and await late.closed() == 1013
+        async with serving.ticking():
+            await back.say("session.close")
+            await back.until("session.closed")
+            await draining
 
     serving(served, engine, test)

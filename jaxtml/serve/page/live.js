@@ -17,6 +17,7 @@ export class Live extends EventTarget {
   }
 
   connect() {
+    if (this.over) return;
     const address = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live/sessions`;
     const protocols = this.key ? ["realtime", `openai-insecure-api-key.${this.key}`] : ["realtime"];
     this.socket = new WebSocket(address, protocols);
@@ -69,7 +70,7 @@ export class Live extends EventTarget {
       if (this.session) this.tell("The conversation is over");
     } else if (this.session && ++this.tries <= TRIES) {
       this.tell("Connection lost, coming back …", true);
-      setTimeout(() => this.connect(), Math.min(250 * 2 ** this.tries, 4000));
+      this.again = setTimeout(() => this.connect(), Math.min(250 * 2 ** this.tries, 4000));
       return;
     } else {
       this.tell(this.session ? "The connection is gone" : `No connection (${reason || code})`, true);
@@ -81,7 +82,9 @@ export class Live extends EventTarget {
     if (this.ready) this.write({ type: "session.close" });
     else {
       this.over = true;
-      this.socket.close();
+      clearTimeout(this.again);
+      if (this.socket.readyState === WebSocket.CLOSED) this.dispatchEvent(new Event("over"));
+      else this.socket.close(1000);
     }
   }
 

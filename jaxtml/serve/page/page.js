@@ -74,12 +74,14 @@ async function open() {
 }
 
 async function talk() {
+  let stream = null;
   try {
     const wants = { echoCancellation: true, noiseSuppression: true, autoGainControl: true, channelCount: 1 };
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: wants });
+    stream = await navigator.mediaDevices.getUserMedia({ audio: wants });
     await open();
     hear(context.createMediaStreamSource(stream), () => stream.getTracks().forEach((track) => track.stop()));
   } catch (error) {
+    stream?.getTracks().forEach((track) => track.stop());
     tell(error.name === "NotAllowedError" ? "The microphone was not allowed" : `No microphone: ${error.message}`, true);
   }
 }
@@ -88,7 +90,8 @@ async function play() {
   await open();
   const data = await (await fetch("demo.flac")).arrayBuffer();
   const node = new AudioBufferSourceNode(context, { buffer: await context.decodeAudioData(data) });
-  node.onended = () => setTimeout(() => live?.close(), 3000);
+  const ours = live;
+  node.onended = () => setTimeout(() => live === ours && live.close(), 3000);
   hear(node, () => node.disconnect());
   node.connect(context.destination);
   node.start(context.currentTime + 1);
