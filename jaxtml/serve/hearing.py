@@ -5,7 +5,8 @@ and silence for the rest: the session waits for nobody. Sound that comes late is
 reserve grows as large as the jitter that there was. A reserve of more than 200 ms that stays for five seconds is
 latency: it is taken back from silence, never from speech, a micro-turn in five seconds, which also bounds what a
 client's fast clock piles up. More than two seconds beyond what was missed before were not sent in real time: they are
-heard in their own time and whole. At ten seconds `room` is zero, and whoever reads the network stops until there is some.
+heard in their own time and whole. At ten seconds `room` is zero, and whoever reads the network stops until there is
+some.
 
 Called by `serve.hub`.
 """
