@@ -339,8 +339,8 @@ class Duplex:
             return jax.lax.while_loop(unfinished, body, carry)
 
         carry = (progress, state, out, token)
-        axes = jax.tree.map(lambda _: 0, carry)
-        axes = (axes[0], self._session_dims(), *axes[2:])
+        first = jax.tree.map(lambda _: 0, carry)
+        axes = (first[0], self._session_dims(), *first[2:])
         running = progress.phase != _DONE
         # Who speaks takes many rounds: together with others who do, a part takes no longer.
         order = jnp.where(running, ~(state.spoke | (progress.phase > _HEARD)), 2)

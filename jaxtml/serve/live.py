@@ -160,18 +160,11 @@ class Live:
 
     async def take(self, vocabulary: Vocabulary[Any], data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
         """A message of anyone who may direct the session. What is wrong with it becomes an `error` for who sent it."""
-        event_id = None
         try:
-            message = vocabulary.read(data)
-            event_id = message.event_id
-            try:
-                await self._take(message)
-            except ValueError as error:
-                raise Invalid("invalid_value", str(error)) from error
+            await vocabulary.taken(data, self._take)
         except Invalid as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
-            event_id = event_id or invalid.event_id
-            put(_event("error", event_id, error=error_of(invalid, event_id=event_id)))
+            put(_event("error", invalid.event_id, error=error_of(invalid)))
 
     async def _take(self, message: Any) -> None:
         match message:
@@ -293,11 +286,11 @@ def _event(kind: str, client_event_id: str | None = None, **fields: Any) -> dict
     return event if client_event_id is None else event | {"client_event_id": client_event_id}
 
 
-def error_of(invalid: Invalid, kind: str = "invalid_request_error", event_id: str | None = None) -> dict[str, Any]:
+def error_of(invalid: Invalid, kind: str = "invalid_request_error") -> dict[str, Any]:
     """The inside of an `error` event."""
     error: dict[str, Any] = {"type": kind, "code": invalid.code, "message": str(invalid)}
     if invalid.param is not None:
         error["param"] = invalid.param
-    if event_id is not None:
-        error["client_event_id"] = event_id
+    if invalid.event_id is not None:
+        error["client_event_id"] = invalid.event_id
     return error

@@ -6,7 +6,7 @@ A protocol's messages are `Event`s, told apart by `type`; a `Vocabulary` reads o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
@@ -62,6 +62,18 @@ class Vocabulary(Generic[_Message]):
             return self.decoder.decode(data)
         except _READS as error:
             raise self._invalid(error, data) from error
+
+    async def taken(self, data: bytes, take: Callable[[_Message], Awaitable[None]]) -> None:
+        """Reads a message and has it taken. Raises `Invalid`, with the client's `event_id`, where one of the two fails;
+        a `ValueError` of `take` is one of its values."""
+        message: Any = self.read(data)
+        try:
+            await take(message)
+        except Invalid as invalid:
+            invalid.event_id = message.event_id
+            raise
+        except ValueError as error:
+            raise Invalid("invalid_value", str(error), None, message.event_id) from error
 
     def _invalid(self, error: Exception, data: bytes) -> Invalid:
         try:

@@ -131,7 +131,7 @@ class Realtime:
             self.response.end("cancelled" if why is not End.FAILED else "failed")
         if why in _LAST_WORDS:
             kind = "server_error" if why is End.FAILED else "invalid_request_error"
-            self.fail(None, Invalid(*_LAST_WORDS[why]), kind)
+            self.fail(Invalid(*_LAST_WORDS[why]), kind)
 
     def _heard(self, turn: Turn, text: str) -> None:
         if text:
@@ -231,17 +231,11 @@ class Realtime:
 
     async def receive(self, data: bytes) -> None:
         """A message of the client's. What is wrong with it becomes an `error`."""
-        event_id = None
         try:
-            message = CLIENT.read(data)
-            event_id = message.event_id
-            try:
-                await self._take(message)
-            except ValueError as error:
-                raise Invalid("invalid_value", str(error)) from error
+            await CLIENT.taken(data, self._take)
         except Invalid as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
-            self.fail(event_id or invalid.event_id, invalid)
+            self.fail(invalid)
 
     async def _take(self, message: Any) -> None:
         match message:
@@ -418,10 +412,10 @@ class Realtime:
         kind = "conversation.item.done" if done else "conversation.item.added"
         self._emit(kind, item=dict(item), previous_item_id=before)
 
-    def fail(self, event_id: str | None, invalid: Invalid, kind: str = "invalid_request_error") -> None:
+    def fail(self, invalid: Invalid, kind: str = "invalid_request_error") -> None:
         """An `error`."""
         error = {"type": kind, "code": invalid.code, "message": str(invalid), "param": invalid.param}
-        self._emit("error", error=error | {"event_id": event_id})
+        self._emit("error", error=error | {"event_id": invalid.event_id})
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, "event_id": f"event_{secrets.token_urlsafe(12)}", **fields}

@@ -119,9 +119,13 @@ class Server:
 
     async def model(self, request: web.Request) -> web.Response:
         self._grant(request)
-        if request.match_info["model"] != self.served.name:
-            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        self._check_model(request.match_info["model"])
         return web.json_response(self._model())
+
+    def _check_model(self, name: str | None) -> None:
+        """Raises `Refused` where another model than the one that is served is asked for; None asks for none."""
+        if name not in (None, self.served.name):
+            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
 
     def _model(self) -> dict[str, str | int]:
         return {"id": self.served.name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
@@ -174,11 +178,12 @@ class Server:
                 return self._started(grant, message), 0
             except Invalid as invalid:
                 self.metrics.malformed.labels(live.SCOPE).inc()
-                await connection.send(_error(invalid, event_id=event_id or invalid.event_id))
+                invalid.event_id = invalid.event_id or event_id
+                await connection.send(_error(invalid))
             except Refused as refused:
-                invalid = Invalid(refused.code, str(refused))
+                invalid = Invalid(refused.code, str(refused), None, event_id)
                 code = 1008 if refused.retry_after_s is None else 1013
-                await self._unlucky(connection, invalid, code, refused.retry_after_s, event_id)
+                await self._unlucky(connection, invalid, code, refused.retry_after_s)
                 return None
         await connection.close(1008, "no message that could be understood")
         return None
@@ -247,8 +252,7 @@ class Server:
             connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
             await self._carried(connection, call, after, call.speaks.receive)
             return ws
-        if query.get("model", self.served.name) != self.served.name:
-            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        self._check_model(query.get("model"))
         begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else None
 
         def make(call: Call) -> realtime.Realtime:
@@ -278,16 +282,6 @@ class Server:
         await self._carried(Connection(request, ws, kind, self.metrics), call, 0, call.speaks.receive)
         return ws
 
-    # --- Moshi
-
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        """A session's connection; the session ends with it."""
-
-        def make(call: Call) -> moshi.Moshi:
-            return moshi.Moshi(call, self.served, self.metrics)
-
-        return await self._begun(request, self._grant(request), make, WSMsgType.BINARY, moshi.SCOPE)
-
     async def secret(self, request: web.Request) -> web.Response:
         """A key for one who must not have the real one: for sessions as they are said here, and not for long."""
         grant = self._grant(request)
@@ -298,14 +292,23 @@ class Server:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
         config = asked.session or SessionConfig(type="realtime")
-        if config.model not in (None, self.served.name):
-            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        self._check_model(config.model)
         self.access.ask(grant)
         expires_at = int(time.time()) + asked.expires_after.seconds
         session = msgspec.to_builtins(config)
         value = self.access.ephemeral(grant, expires_at, (realtime.SCOPE, live.SCOPE), session)
         body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.served.name}
         return web.json_response({"value": value, "expires_at": expires_at, "session": body})
+
+    # --- Moshi
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """A session's connection; the session ends with it."""
+
+        def make(call: Call) -> moshi.Moshi:
+            return moshi.Moshi(call, self.served, self.metrics)
+
+        return await self._begun(request, self._grant(request), make, WSMsgType.BINARY, moshi.SCOPE)
 
     # --- connections
 
@@ -321,16 +324,11 @@ class Server:
         await connection.close(*_goodbye(outcome, call))
 
     async def _unlucky(
-        self,
-        connection: Connection,
-        invalid: Invalid,
-        code: int,
-        retry_after_s: float | None = None,
-        event_id: str | None = None,
+        self, connection: Connection, invalid: Invalid, code: int, retry_after_s: float | None = None
     ) -> None:
         """An error, and the end of a connection that never carried anything."""
         kind = "invalid_request_error" if retry_after_s is None else "rate_limit_error"
-        await connection.send(_error(invalid, kind, event_id, retry_after_s))
+        await connection.send(_error(invalid, kind, retry_after_s))
         await connection.close(code, invalid.code)
 
     # --- who may ask
@@ -388,13 +386,8 @@ def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:
     return 1001, ""
 
 
-def _error(
-    invalid: Invalid,
-    kind: str = "invalid_request_error",
-    event_id: str | None = None,
-    retry_after_s: float | None = None,
-) -> bytes:
-    error = live.error_of(invalid, kind, event_id)
+def _error(invalid: Invalid, kind: str = "invalid_request_error", retry_after_s: float | None = None) -> bytes:
+    error = live.error_of(invalid, kind)
     if retry_after_s is not None:
         error["retry_after_s"] = math.ceil(retry_after_s)
     return msgspec.json.encode({"type": "error", "event_id": "evt_first", "error": error})

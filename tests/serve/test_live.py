@@ -17,7 +17,6 @@ from openai.types.live.connect_server_event import ConnectServerEvent
 from pydantic import TypeAdapter
 
 from jaxtml.serve import connection
-from jaxtml.serve.access import Access, Key
 from jaxtml.serve.desk import Limits
 from jaxtml.serve.engine import converse
 from jaxtml.serve.hub import End
@@ -402,10 +401,10 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
         error = (await late.event())["error"]
         assert error["code"] == "server_full" and error["retry_after_s"] >= 1 and error["type"] == "rate_limit_error"
         assert await late.closed() == 1013
-        draining = asyncio.create_task(serving.desk.drain(0.4))
+        draining = asyncio.create_task(serving.desk.drain(3))  # enough for one who closes, on a busy machine too
         for client in clients:
             info = await client.until("info")
-            assert info["code"] == "going_away" and 0 < info["time_left_ms"] <= 400
+            assert info["code"] == "going_away" and 0 < info["time_left_ms"] <= 3000
         async with serving.http.get(f"{serving.url}/ready") as refused:
             assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
         async with serving.http.get(f"{serving.url}/health") as health:
@@ -529,52 +528,6 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
     serving(served, engine, test)
 
 
-def test_keys_and_origins_decide_who_may_begin(served, engine):
-    access = Access([Key(name="one", key="sk-first-key", sessions=1), Key(name="two", key="sk-second-key")])
-
-    async def test(serving: Serving) -> None:
-        live = f"{serving.url}/v1/live/sessions"
-        for headers, status in (
-            ({}, 401),
-            ({"Authorization": "Bearer wrong"}, 401),
-            ({"Authorization": "Bearer sk-first-key", "Origin": "https://evil.example"}, 403),
-        ):
-            async with serving.http.get(live, headers=headers) as refused:
-                body = await refused.json()
-                assert refused.status == status and body["error"]["code"]
-        async with serving.http.get(f"{serving.url}/v1/models") as refused:
-            assert refused.status == 401
-        browser = await serving.open(protocols=("realtime", "openai-insecure-api-key.sk-first-key"))
-        assert browser.ws.protocol == "realtime"
-        await browser.say("session.start", session={"model": "small_test"})
-        assert (await browser.event())["type"] == "session.started"
-        again = await serving.open(headers={"Authorization": "Bearer sk-first-key", "Origin": "https://page.example"})
-        await again.say("session.start", session={"model": "small_test"})
-        assert (await again.event())["error"]["code"] == "session_limit_exceeded"
-        assert await again.closed() == 1013
-        (name,) = serving.desk.calls
-        other = {"Authorization": "Bearer sk-second-key"}
-        async with serving.http.get(f"{live}/{name}/attach", headers=other) as refused:
-            assert refused.status == 404, "another key's sessions are not even there"
-        async with serving.http.options(live, headers={"Origin": "https://page.example"}) as asked:
-            assert asked.headers["Access-Control-Allow-Origin"] == "https://page.example"
-        assert serving.counted("duplex_admission_rejected_total", reason="session_limit_exceeded") == 1
-
-    serving(served, engine, test, access=access, origins=("https://page.example",))
-
-
-def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_keys(served, engine):
-    async def test(serving: Serving) -> None:
-        headers = {"Host": "rebound.example", "Origin": "http://rebound.example"}
-        async with serving.http.get(f"{serving.url}/v1/live/sessions", headers=headers) as refused:
-            assert refused.status == 403
-        own = {"Origin": serving.url}
-        async with serving.http.get(f"{serving.url}/v1/models", headers=own) as allowed:
-            assert allowed.status == 200
-
-    serving(served, engine, test)
-
-
 def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
@@ -618,7 +571,7 @@ def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(s
     async def test(serving: Serving) -> None:
         client = await serving.start()
         call = serving.call()
-        draining = asyncio.create_task(serving.desk.drain(3))
+        draining = asyncio.create_task(serving.desk.drain(15))
         await client.until("info")
         client.ws._response.connection.transport.abort()
         await eventually(lambda: not call.session.attached)
