@@ -94,7 +94,7 @@ class Layer(nnx.Module):
         y = self.mlp_norm(x)
         stats = None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(y, kind, at)
+            y, stats = self.mlp(y, kind, at, skip_padding=step is not None)
         else:
             y = self.mlp(y)
         y = checkpoint_name(y, "feed_forward")

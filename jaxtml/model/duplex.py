@@ -97,7 +97,7 @@ class TurnOutputs(NamedTuple):
     logits: jax.Array | None
 
 
-_PART = 4  # sessions that a CPU works on at a time
+_PART = 6  # sessions that a CPU works on at a time
 
 # Phases of a slot within a micro-turn.
 _START, _HEARD, _TEXT, _OWN, _DONE = range(5)

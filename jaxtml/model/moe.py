@@ -125,17 +125,25 @@ class MoE(nnx.Module):
         return Experts(self.w13[...].astype(dtype), self.w2[...].astype(dtype), at=at)
 
     def __call__(
-        self, x: jax.Array, modality: jax.Array | None = None, at: tuple[jax.Array, ...] = ()
+        self,
+        x: jax.Array,
+        modality: jax.Array | None = None,
+        at: tuple[jax.Array, ...] = (),
+        skip_padding: bool = False,
     ) -> tuple[jax.Array, MoEStats]:
         """`x` `[B, T, D]`, `modality` `[B, T]` in 0..M-1, 0 (PAD) where nothing stands (None: all text).
 
-        With `at`, the routed experts are those of a stack of layers, everything else that of the layer at `at`.
+        With `at`, the routed experts are those of a stack of layers, everything else that of the layer at `at`. With
+        `skip_padding`, no routed expert is read for positions where nothing stands.
 
         Returns `[B, T, D]` and the layer's stats.
         """
         batch, tokens, dim = x.shape
         flat = x.reshape(batch * tokens, dim)
         routing = self.route(flat)
+        if skip_padding and modality is not None:
+            nobody = modality.reshape(-1, 1) == PositionKind.PAD
+            routing = routing._replace(index=jnp.where(nobody, self.config.n_experts, routing.index))
         mesh = self.placement.mesh
         transport = TRANSPORTS[self.placement.transport]
         out, dropped = transport(flat, routing, self.experts(x.dtype, at), self.placement)
