@@ -108,6 +108,7 @@ def serve(args: argparse.Namespace) -> None:
             max_sessions=args.max_sessions,
             workers=args.workers,
             mesh=args.mesh,
+            replica=args.replica,
             keys=args.keys,
             origins=args.allow_origin,
             certificate=args.tls_cert,
@@ -290,6 +291,9 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--mesh", default="", metavar="AXES", help="devices that share the model, as data=2,expert=4; default: one"
+    )
+    command.add_argument(
+        "--replica", default="", metavar="NAME", help="its name among several behind a router: see launch/nginx.conf"
     )
     command.add_argument("--keys", type=Path, metavar="FILE", help="who may use it: see jaxtml/serve/access.py")
     command.add_argument(

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import logging as standard
 import os
+import re
 import signal
 import socket
 import ssl
@@ -47,6 +48,7 @@ class Options:
     port: int = 8080
     max_sessions: int = 8
     workers: int = 0  # as many as are good for this machine
+    replica: str = ""  # this server's name among others behind the same address
     mesh: str = ""  # of the devices that share the model, as `MeshShape.parse` reads it; empty: one
     keys: Path | None = None
     origins: Sequence[str] = ()
@@ -70,6 +72,7 @@ def serve(options: Options) -> None:
     if options.log_json:
         log.as_json()
     workers = _workers(options)
+    prefix(options.replica)
     if rank():
         log.event("runs the model with the first host", process=rank())
         worker.follow(options.checkpoint)
@@ -82,6 +85,13 @@ def serve(options: Options) -> None:
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
+
+
+def prefix(replica: str) -> str:
+    """Of the names of sessions: a router finds the server of a session by it. Raises `InputError`."""
+    if not re.fullmatch("[a-z0-9]{0,16}", replica):
+        raise InputError(f"--replica {replica!r}: 16 small letters and digits at most")
+    return f"sess_{replica}." if replica else "sess_"
 
 
 def _access(options: Options) -> Access:
@@ -154,7 +164,7 @@ async def _serve(
     async with started(options.checkpoint, *places) as (pool, ready):
         config = from_json(ready.config)
         served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        desk = Desk(pool, access, served, options.limits, metrics)
+        desk = Desk(pool, access, served, options.limits, metrics, prefix(options.replica))
         _watched(metrics, pool, desk)
         app = Server(desk, access, served, metrics, options.origins).app()
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.

@@ -144,10 +144,14 @@ class Desk:
       served: the model.
       limits: how long things may take.
       metrics: what is counted.
+      prefix: of the names of its calls.
     """
 
-    def __init__(self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics):
+    def __init__(
+        self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics, prefix: str = "sess_"
+    ):
         self.pool, self.access, self.served, self.limits, self.metrics = pool, access, served, limits, metrics
+        self.prefix = prefix
         self.calls: dict[str, Call] = {}
         self.leaves_at: float | None = None  # when the server ends, on the monotonic clock; None: it does not
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,7 +167,7 @@ class Desk:
     def _admitted(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
         self.check_open()
         self.access.ask(grant)
-        name = f"sess_{secrets.token_urlsafe(16)}"
+        name = self.prefix + secrets.token_urlsafe(16)
         self.access.begin(grant, name, scope)
         try:
             session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
