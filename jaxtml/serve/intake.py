@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.messages import Invalid
-from jaxtml.serve.seeing import Seeing
+from jaxtml.serve.seeing import THREAD, Seeing
 from jaxtml.serve.sound import Format, Incoming
 from jaxtml.stream.tokens import Control
 
@@ -63,8 +63,10 @@ class Intake:
         self.call.session.hearing.clear()
 
     async def show(self, image: bytes) -> None:
-        """JPEG or PNG. Raises `ValueError` as `Seeing.put`."""
-        self.call.session.show(await asyncio.to_thread(self.seeing.put, image))
+        """JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
+        self.seeing.count()
+        loop = asyncio.get_running_loop()
+        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.put, image))
 
     def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
         """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""
