@@ -175,6 +175,7 @@ async def _serve(
         try:
             gc.collect()
             gc.freeze()  # all that is loaded: to look through it takes longer than there is between two ticks
+            gc.collect()  # Python looks through old objects when there are a quarter more than at the last time
             await web.SockSite(runner, place, ssl_context=tls).start()
             host = f"[{options.host}]" if ":" in options.host else options.host
             url = f"{'https' if tls else 'http'}://{host}:{place.getsockname()[1]}"
