@@ -28,7 +28,7 @@ from aiohttp import WSMsgType, web
 
 from jaxtml.serve import live, moshi, realtime
 from jaxtml.serve.access import Access, Grant, Refused
-from jaxtml.serve.connection import Connection, Outcome, Receive, socket
+from jaxtml.serve.connection import Connection, Outcome, Receive, Socket, socket
 from jaxtml.serve.desk import Call, Desk, Served
 from jaxtml.serve.hub import End
 from jaxtml.serve.live_messages import FIRST, Resume, Start
@@ -149,7 +149,7 @@ class Server:
         grant = self._grant(request)
         ws = socket()
         await ws.prepare(request)
-        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
         try:
             async with asyncio.timeout(self.desk.limits.first_message_s):
                 found = await self._first(connection, grant)
@@ -223,7 +223,7 @@ class Server:
         self.access.ask(grant)
         ws = socket()
         await ws.prepare(request)
-        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
         beside = live.Sideband(call.speaks)
         call.speaks.sidebands.append(beside)
         try:
@@ -249,7 +249,7 @@ class Server:
                 raise Refused(404, "session_not_found", "that session speaks another protocol")
             ws = socket()
             await ws.prepare(request)
-            connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+            connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
             await self._carried(connection, call, after, call.speaks.receive)
             return ws
         self._check_model(query.get("model"))
@@ -279,7 +279,7 @@ class Server:
             call.session.end(End.LEFT)
             raise
         assert isinstance(call.speaks, (realtime.Realtime, moshi.Moshi))
-        await self._carried(Connection(request, ws, kind, self.metrics), call, 0, call.speaks.receive)
+        await self._carried(Connection(Socket(request, ws, kind), self.metrics), call, 0, call.speaks.receive)
         return ws
 
     async def secret(self, request: web.Request) -> web.Response:
