@@ -111,7 +111,7 @@ class Socket:
         await self.ws.send_frame(frame, self.kind)
 
     async def ping(self) -> None:
-        await self.line.ping()
+        await self.ws.ping()
 
     def unsent(self) -> int:
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
