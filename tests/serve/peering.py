@@ -6,6 +6,7 @@ import asyncio
 import fractions
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -54,13 +55,13 @@ class Mouth(MediaStreamTrack):
 
 
 class Caller:
-    """A peer, all events that came over its data channel, and all that it heard: `[N]` float32 at 48 kHz."""
+    """A peer, all events that came over its data channel, and the last two seconds that it heard."""
 
     def __init__(self, *tracks: MediaStreamTrack):
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.channel = self.pc.createDataChannel("oai-events")
         self.events: list[dict[str, Any]] = []
-        self.heard = np.zeros(0, np.float32)
+        self._pieces: deque[np.ndarray] = deque(maxlen=100)
         self._new: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self.channel.on("message", lambda text: self._new.put_nowait(json.loads(text)))
@@ -75,6 +76,10 @@ class Caller:
 
     async def answered(self, sdp: str) -> None:
         await self.pc.setRemoteDescription(RTCSessionDescription(sdp, "answer"))
+
+    def heard(self) -> np.ndarray:
+        """`[N]` float32 at 48 kHz."""
+        return np.concatenate([np.zeros(0, np.float32), *self._pieces])
 
     def say(self, kind: str, **fields: Any) -> None:
         self.channel.send(json.dumps({"type": kind, **fields}))
@@ -106,7 +111,7 @@ class Caller:
             while True:
                 frame = await track.recv()
                 samples = frame.to_ndarray().reshape(-1, 2)[:, 0].astype(np.float32) / 2**15
-                self.heard = np.concatenate([self.heard, samples])
+                self._pieces.append(samples)
         except MediaStreamError:
             pass
 
