@@ -368,6 +368,7 @@ class Server:
         try:
             call = self.desk.admit(grant, lambda call: make(call, peer.voice), scope)
             call.session.detach()
+            call.session.detached_at += self.desk.limits.first_message_s  # its grace is for who was there
             answer = await peer.answer()
         except BaseException as error:
             if call is not None:
