@@ -107,6 +107,8 @@ def serve(args: argparse.Namespace) -> None:
             port=args.port,
             max_sessions=args.max_sessions,
             workers=args.workers,
+            mesh=args.mesh,
+            replica=args.replica,
             keys=args.keys,
             origins=args.allow_origin,
             certificate=args.tls_cert,
@@ -286,6 +288,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-sessions", type=_count, default=8, metavar="N", help="at a time; others are refused")
     command.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes with the model; default: one, on CPUs one a core"
+    )
+    command.add_argument(
+        "--mesh", default="", metavar="AXES", help="devices that share the model, as data=2,expert=4; default: one"
+    )
+    command.add_argument(
+        "--replica", default="", metavar="NAME", help="its name among several behind a router: see launch/nginx.conf"
     )
     command.add_argument("--keys", type=Path, metavar="FILE", help="who may use it: see jaxtml/serve/access.py")
     command.add_argument(

@@ -182,7 +182,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ServeConfig:
     """How sessions are served. With `int8_experts` the routed experts are held as int8 and a scale per column. On a
-    mesh, for which so far there are plans alone: `sessions` side by side, `transport` to the experts (`model.moe`).
+    mesh tokens reach their experts by `transport` (`model.moe`). `sessions` side by side are what is planned with; a
+    server is told how many.
     """
 
     sessions: int = 8

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.errors import InputError
 from jaxtml.model import vocoder
@@ -206,10 +206,31 @@ class Duplex:
             active=jnp.ones((batch,), bool),
         )
 
-    def compiled(self, params: Params, batch: int) -> Callable[[Params, DuplexState, TurnInputs], Any]:
-        """The step compiled ahead of time for `batch` slots; state is donated. It can never recompile."""
+    def shapes(self, batch: int, mesh: Mesh | None = None) -> tuple[DuplexState, TurnInputs]:
+        """State and inputs of `batch` slots as `jax.ShapeDtypeStruct`s, with their places on the mesh."""
         shapes = jax.eval_shape(lambda: (self.init_state(batch), self.empty_inputs(batch)))
-        return jax.jit(self.step, donate_argnums=1).lower(params, *shapes).compile()
+        if mesh is None:
+            return shapes
+
+        def placed(a: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes, self.layouts()[1:])
+
+    def compiled(
+        self, params: Params, batch: int, mesh: Mesh | None = None
+    ) -> Callable[[Params, DuplexState, TurnInputs], Any]:
+        """The step compiled ahead of time for `batch` slots; state is donated. It can never recompile.
+
+        On a mesh (which is set), what it gives is whole on every device: any process can read it.
+        """
+
+        def everywhere(params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
+            state, outputs = self.step(params, state, inputs)
+            return state, jax.tree.map(lambda a: jax.sharding.reshard(a, PartitionSpec()), outputs)
+
+        step = self.step if mesh is None else everywhere
+        return jax.jit(step, donate_argnums=1).lower(params, *self.shapes(batch, mesh)).compile()
 
     def step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
         """One micro-turn. `params` from `prepare`; `state` from `init_state` or the step before.

@@ -1,4 +1,4 @@
-"""Many processes, one program: how a process finds the others. Called by the command line, first of all."""
+"""Many processes, one program: how a process finds the others. Called by `train` and by the server's workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from jaxtml.errors import InputError
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
+def rank() -> int | None:
+    """Which process of its job this one is, before it joins it; None where it is alone.
+
+    Raises:
+      InputError: as `join`.
+    """
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return _told()[1]
+    if os.environ.get("SLURM_STEP_NODELIST"):
+        return int(os.environ.get("SLURM_PROCID", "0"))
+    if any(os.environ.get(name) for name in FOUND_BY_JAX):
+        hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+        return int(os.environ.get("MEGASCALE_SLICE_ID", "0")) * hosts + int(os.environ.get("TPU_WORKER_ID", "0"))
+    return None
+
+
 def join() -> None:
     """Joins the processes of this job; does nothing where there is but one.
 
@@ -23,12 +39,17 @@ def join() -> None:
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
-        try:
-            count, rank = (int(os.environ[name]) for name in ("NNODES", "NODE_RANK"))
-        except (KeyError, ValueError) as error:
-            raise InputError("JAX_COORDINATOR_ADDRESS is set: set NNODES and NODE_RANK to integers too") from error
-        if not 0 <= rank < count:
-            raise InputError(f"NODE_RANK={rank} with NNODES={count}: give 0 to {count - 1}")
-        jax.distributed.initialize(address, count, rank)
+        jax.distributed.initialize(address, *_told())
     elif any(os.environ.get(name) for name in FOUND_BY_JAX):
         jax.distributed.initialize()
+
+
+def _told() -> tuple[int, int]:
+    """How many processes there are, and which one this is."""
+    try:
+        count, rank = (int(os.environ[name]) for name in ("NNODES", "NODE_RANK"))
+    except (KeyError, ValueError) as error:
+        raise InputError("JAX_COORDINATOR_ADDRESS is set: set NNODES and NODE_RANK to integers too") from error
+    if not 0 <= rank < count:
+        raise InputError(f"NODE_RANK={rank} with NNODES={count}: give 0 to {count - 1}")
+    return count, rank

@@ -9,6 +9,7 @@ file, everyone may do everything: `jaxtml serve` does that on the machine's own 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from jaxtml.errors import InputError
 
 PREFIX = "ek_"  # of short-lived keys, as OpenAI's have it
 SCOPES = frozenset({"live", "realtime", "moshi"})
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 
 
@@ -104,6 +106,9 @@ class Access:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InputError(f"no keys in {path}: {error}") from error
         for key in found.keys:
+            if not key.key.startswith("sha256:") and not _TOKEN.fullmatch(key.key):
+                # Browsers send it as a WebSocket's subprotocol, which is a token (RFC 9110, section 5.6.2).
+                raise InputError(f"{path}: key {key.name!r} has characters that HTTP headers cannot carry as they are")
             if len(key.key) < 8 or not key.name or not set(key.scopes) <= SCOPES:
                 raise InputError(
                     f"{path}: key {key.name!r} needs a name, 8 characters and scopes of {', '.join(sorted(SCOPES))}"

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import logging as standard
 import os
+import re
 import signal
 import socket
 import ssl
@@ -26,7 +27,9 @@ from aiohttp import web
 from jaxtml.config import from_json
 from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.errors import InputError
-from jaxtml.serve import log
+from jaxtml.parallel.mesh import MeshShape
+from jaxtml.parallel.processes import rank
+from jaxtml.serve import log, worker
 from jaxtml.serve.access import Access
 from jaxtml.serve.desk import Desk, Limits, Served
 from jaxtml.serve.hub import End
@@ -45,6 +48,8 @@ class Options:
     port: int = 8080
     max_sessions: int = 8
     workers: int = 0  # as many as are good for this machine
+    replica: str = ""  # this server's name among others behind the same address
+    mesh: str = ""  # of the devices that share the model, as `MeshShape.parse` reads it; empty: one
     keys: Path | None = None
     origins: Sequence[str] = ()
     certificate: Path | None = None
@@ -58,14 +63,21 @@ class Options:
 def serve(options: Options) -> None:
     """Serves until SIGTERM or SIGINT, then until the sessions are over, `drain_s` at most; a second one ends it now.
 
+    Where JAX finds several processes, the first of them takes the traffic, and the others run the model with it.
+
     Raises:
       InputError: what is wrong with the options, the checkpoint, the keys or the certificate, or a port that is taken.
-      SystemExit: with status 1, a worker is gone.
+      SystemExit: with status 1, a worker is gone, or another host.
     """
     if options.log_json:
         log.as_json()
+    workers = _workers(options)
+    prefix(options.replica)
+    if rank():
+        log.event("runs the model with the first host", process=rank())
+        worker.follow(options.checkpoint)
+        return
     access, tls = _access(options), _tls(options)
-    workers = options.workers or min(_usual_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
     try:
         with _bound(options) as place:
@@ -73,6 +85,13 @@ def serve(options: Options) -> None:
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
+
+
+def prefix(replica: str) -> str:
+    """Of the names of sessions: a router finds the server of a session by it. Raises `InputError`."""
+    if not re.fullmatch("[a-z0-9]{0,16}", replica):
+        raise InputError(f"--replica {replica!r}: 16 small letters and digits at most")
+    return f"sess_{replica}." if replica else "sess_"
 
 
 def _access(options: Options) -> Access:
@@ -103,6 +122,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _workers(options: Options) -> int:
+    """How many processes have the model here. Raises `InputError` where the options do not go together."""
+    mesh = MeshShape.parse(options.mesh)
+    if mesh.devices == 1 and rank() is not None:
+        raise InputError("there are several processes: say with --mesh how their devices share the model")
+    if mesh.devices > 1:
+        if options.workers > 1:
+            raise InputError(f"--mesh {options.mesh} is one worker's: leave --workers out")
+        return 1
+    return options.workers or min(_usual_workers(), options.max_sessions)
+
+
 def _usual_workers() -> int:
     """One per core where the model runs on CPUs: its products are too small for two to share."""
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asking takes an accelerator's memory
@@ -129,10 +160,11 @@ async def _serve(
     metrics = Metrics()
     began = time.monotonic()
     log.event("loading and compiling, which takes a minute or more the first time", workers=workers)
-    async with started(options.checkpoint, options.max_sessions, workers, metrics.ticked) as (pool, ready):
+    places = (options.max_sessions, workers, metrics.ticked, options.mesh)
+    async with started(options.checkpoint, *places) as (pool, ready):
         config = from_json(ready.config)
         served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        desk = Desk(pool, access, served, options.limits, metrics)
+        desk = Desk(pool, access, served, options.limits, metrics, prefix(options.replica))
         _watched(metrics, pool, desk)
         app = Server(desk, access, served, metrics, options.origins).app()
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.

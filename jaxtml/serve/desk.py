@@ -17,7 +17,7 @@ from typing import Protocol
 from absl import logging
 
 from jaxtml.config import Config
-from jaxtml.serve import log
+from jaxtml.serve import log, tracing
 from jaxtml.serve.access import Access, Grant, Refused
 from jaxtml.serve.hub import End, Full, Session, Turn
 from jaxtml.serve.metrics import Metrics
@@ -93,6 +93,7 @@ class Call:
       id: its public name.
       secret: whoever knows it may come back.
       expires_at: Unix time at which it has lasted as long as it may.
+      span: of its trace.
       closing: when its client asked to close it, on the monotonic clock.
     """
 
@@ -102,6 +103,7 @@ class Call:
     session: Session
     words: Reader
     expires_at: float
+    span: tracing.Span
     speaks: Speaks = field(init=False)
     outbox: Outbox = field(default_factory=Outbox)
     carried: Connected | None = None
@@ -121,6 +123,7 @@ class Call:
         if self.carried is connection and not self.session.ended:
             self.carried = None
             self.session.detach()
+            self.span.add_event("client gone")
 
     def close(self) -> None:
         """The client has nothing more to say: the session ends when what was begun is said."""
@@ -144,10 +147,14 @@ class Desk:
       served: the model.
       limits: how long things may take.
       metrics: what is counted.
+      prefix: of the names of its calls.
     """
 
-    def __init__(self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics):
+    def __init__(
+        self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics, prefix: str = "sess_"
+    ):
         self.pool, self.access, self.served, self.limits, self.metrics = pool, access, served, limits, metrics
+        self.prefix = prefix
         self.calls: dict[str, Call] = {}
         self.leaves_at: float | None = None  # when the server ends, on the monotonic clock; None: it does not
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,7 +170,7 @@ class Desk:
     def _admitted(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
         self.check_open()
         self.access.ask(grant)
-        name = f"sess_{secrets.token_urlsafe(16)}"
+        name = self.prefix + secrets.token_urlsafe(16)
         self.access.begin(grant, name, scope)
         try:
             session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
@@ -172,12 +179,14 @@ class Desk:
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
-        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at)
+        span = tracing.session(name, scope, self.served.name, grant.key.name)
+        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
         try:
             call.speaks = make(call)
         except BaseException:
             session.end(End.FAILED)
             self.access.end(grant.key.name, name)
+            span.end()
             raise
         self.calls[name] = call
         task = asyncio.create_task(self._run(call))
@@ -212,6 +221,7 @@ class Desk:
             self.metrics.resumed.labels(refused.code).inc()
             raise
         self.metrics.resumed.labels("resumed").inc()
+        call.span.add_event("client back", {"after": after})
         log.event("session resumed", session=name, after=after)
         return call
 
@@ -249,6 +259,9 @@ class Desk:
             call.heard.set()
             self.metrics.ended.labels(why.value).inc()
             log.event("session ended", session=call.id, reason=why.value, micro_turns=call.session.turns)
+            call.span.set_attribute("jaxtml.end", why.value)
+            call.span.set_attribute("jaxtml.micro_turns", call.session.turns)
+            call.span.end()
 
     async def _followed(self, call: Call) -> End:
         number = -1

@@ -6,25 +6,32 @@ Called by `converse`, the trainer's samples and the evaluations. Nothing here kn
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
 from jaxtml.model.duplex import Duplex, DuplexState, TurnInputs, TurnOutputs
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.placement import Placement
-from jaxtml.model.spec import Params
+from jaxtml.model.placement import Placement, layout
+from jaxtml.model.spec import Params, ParamSpec
+from jaxtml.parallel.mesh import SERVE, MeshShape, make_mesh
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.layout import plan_typed
 from jaxtml.stream.reading import Reader
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import TURN_MS, TURN_SAMPLES
 from jaxtml.stream.tokens import Control
+
+if TYPE_CHECKING:
+    from jaxtml.convert.source import Source
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,16 @@ class Given:
 
 @dataclass
 class Engine:
-    """Model, parameters and compiled steps. Thread-safe as long as one thread steps."""
+    """Model, parameters and compiled steps. Thread-safe as long as one thread steps.
+
+    On a mesh of several processes, each has an engine, and all call the same in the same order.
+    """
 
     config: Config
     codec: TextCodec
     params: Params
     duplex: Duplex
+    mesh: Mesh | None = None  # None: one device
     _steps: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
@@ -87,25 +98,86 @@ class Engine:
         return cls(config, codec, jax.jit(duplex.prepare)(params), duplex)
 
     @classmethod
-    def load(cls, directory: str | Path) -> Engine:
-        """Reads any checkpoint that `jaxtml convert` does; raises `InputError` as `opened` and `TextCodec.load` do."""
-        from jaxtml.convert.checkpoint import TOKENIZER
-        from jaxtml.convert.command import read
+    def load(cls, directory: str | Path, shape: MeshShape = MeshShape()) -> Engine:
+        """Reads any checkpoint that `jaxtml convert` does, on a mesh each process what its own devices hold.
 
-        config, params = read(directory)
-        return cls.create(config, params, TextCodec.load(Path(directory) / TOKENIZER))
+        Raises:
+          InputError: as `opened` and `TextCodec.load`; a mesh that is not that of the devices, or cannot share a
+            parameter.
+        """
+        from jaxtml.convert.checkpoint import TOKENIZER
+        from jaxtml.convert.command import opened, read
+
+        tokenizer = Path(directory) / TOKENIZER
+        if shape.devices == 1:
+            return cls.create(*read(directory), TextCodec.load(tokenizer))
+        return cls._on_mesh(opened(directory), TextCodec.load(tokenizer), shape)
+
+    @classmethod
+    def _on_mesh(cls, source: Source, codec: TextCodec, shape: MeshShape) -> Engine:
+        from jaxtml.convert.source import placed
+
+        config, mesh = source.config, make_mesh(shape)
+        placement = Placement(shape, config.serve.transport, int8=config.serve.int8_experts)
+        duplex = Duplex(InteractionModel(config, placement))
+        table = InteractionModel(config).served()
+
+        def one(spec: ParamSpec, at: PartitionSpec) -> jax.ShapeDtypeStruct:
+            dtype = np.float32 if "router" in spec.axes else duplex.dtype
+            return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(mesh, at))
+
+        shapes = jax.tree.map(one, table, layout(table, shape, SERVE))
+        with jax.set_mesh(mesh):
+            held = jax.tree.map(partial(NamedSharding, mesh), duplex.layouts()[0])
+            donated = () if placement.int8 else 0  # int8 has no use for the place of larger numbers
+            prepare = jax.jit(duplex.prepare, out_shardings=held, donate_argnums=donated)
+            return cls(config, codec, prepare(placed(source, shapes)), duplex, mesh)
 
     def step(self, batch: int) -> Any:
         """The compiled step for `batch` slots; compiled at the first call."""
         if batch not in self._steps:
-            self._steps[batch] = self.duplex.compiled(self.params, batch)
+            with self._set_mesh():
+                self._steps[batch] = self.duplex.compiled(self.params, batch, self.mesh)
         return self._steps[batch]
+
+    def state(self, batch: int) -> DuplexState:
+        """Of `batch` sessions that have not begun."""
+        make = partial(self.duplex.init_state, batch)
+        return make() if self.mesh is None else self.compiled(make)()
+
+    def compiled(self, make: Callable[..., DuplexState], *shapes: Any, donated: tuple[int, ...] = ()) -> Any:
+        """What makes one state of others, compiled ahead of time for `shapes`."""
+        run: Any = make
+        if self.mesh is not None:  # sessions travel: which way is the compiler's business
+            run = jax.sharding.auto_axes(make, out_sharding=self.duplex.layouts()[1])
+        with self._set_mesh():
+            return jax.jit(run, donate_argnums=donated).lower(*shapes).compile()
+
+    def empty(self, batch: int) -> TurnInputs:
+        """Inputs of a micro-turn in which nothing is given to anyone."""
+        empty = self.duplex.empty_inputs(batch)
+        return empty if self.mesh is None else self._placed(jax.device_get(empty))
+
+    def _placed(self, inputs: TurnInputs) -> TurnInputs:
+        """Host arrays, the same in all processes, as parts on their devices; those that are there already stay."""
+        if (mesh := self.mesh) is None:
+            return inputs
+
+        def one(array: Any, at: PartitionSpec) -> jax.Array:
+            if isinstance(array, jax.Array):
+                return array
+            return jax.make_array_from_callback(array.shape, NamedSharding(mesh, at), array.__getitem__)
+
+        return jax.tree.map(one, inputs, self.duplex.layouts()[2])
+
+    def _set_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def inputs(self, empty: TurnInputs, given: Mapping[int, Given]) -> TurnInputs:
         """What a micro-turn gives to its slots; slots that are not in `given` are not active.
 
         Args:
-          empty: `Duplex.empty_inputs` of the batch.
+          empty: `empty` of the batch.
           given: by slot.
         """
         batch, base = len(empty.active), self.config.duplex.control_base
@@ -123,8 +195,10 @@ class Engine:
             if one.patches is not None:
                 counts[slot] = len(one.patches)
                 patches[slot, : counts[slot]] = one.patches
-        return empty._replace(
-            bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
+        return self._placed(
+            empty._replace(
+                bins=bins, active=active, typed=typed, typed_length=lengths, patches=patches, patch_count=counts
+            )
         )
 
     def reader(self) -> Reader:
@@ -158,7 +232,7 @@ def converse(
     padded = [np.pad(wave, (0, turns * TURN_SAMPLES - len(wave))) for wave in waves]
     step = engine.step(batch)
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
-    empty = engine.duplex.empty_inputs(batch)
+    empty = engine.empty(batch)
     streams, readers = [DmelStream() for _ in waves], [engine.reader() for _ in waves]
     plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * batch]
     for turn in range(turns):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.messages import Invalid
-from jaxtml.serve.seeing import Seeing
+from jaxtml.serve.seeing import THREAD, Seeing
 from jaxtml.serve.sound import Format, Incoming
 from jaxtml.stream.tokens import Control
 
@@ -69,12 +69,15 @@ class Intake:
         self.call.session.hearing.clear()
 
     async def show(self, image: bytes) -> None:
-        """JPEG or PNG. Raises `ValueError` as `Seeing.put`."""
-        self.call.session.show(await asyncio.to_thread(self.seeing.put, image))
+        """JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
+        self.seeing.count()
+        loop = asyncio.get_running_loop()
+        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.put, image))
 
     async def look(self, frame: av.VideoFrame) -> None:
         """A frame of a video."""
-        self.call.session.show(await asyncio.to_thread(self.seeing.look, frame))
+        loop = asyncio.get_running_loop()
+        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
 
     def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
         """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""

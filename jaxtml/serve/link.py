@@ -31,15 +31,16 @@ class Link:
         self.ready = Ready()
 
     @classmethod
-    async def start(cls, checkpoint: str | Path, capacity: int, core: int | None = None) -> Link:
+    async def start(cls, checkpoint: str | Path, capacity: int, core: int | None = None, mesh: str = "") -> Link:
         """Returns when everything is compiled, some ten seconds for a small model. The worker stays on `core`; None:
-        goes where it likes.
+        goes where it likes. `mesh`, as `MeshShape.parse` reads it, is that of all devices; empty: one.
 
         Raises:
           InputError: what is wrong with the checkpoint, or that the worker ended without a word.
         """
         ours, theirs = socket.socketpair()
         command = ["-m", "jaxtml.serve.worker", "--checkpoint", str(checkpoint), "--capacity", str(capacity)]
+        command += ["--mesh", mesh]
         if core is not None:
             command += ["--core", str(core)]
         with theirs:
@@ -50,6 +51,7 @@ class Link:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),  # libraries write there what is not for who reads our stdout
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         link = cls(process, *await asyncio.open_connection(sock=ours))
@@ -74,6 +76,11 @@ class Link:
             raise ConnectionError("the model's process is gone") from error
         assert isinstance(told, Told)
         return told
+
+    async def gone(self) -> None:
+        """Raises `ConnectionError` when the worker is gone, also while nobody asks it anything."""
+        await self.process.wait()
+        raise ConnectionError("the model's process is gone")
 
     async def close(self) -> None:
         """Ends the worker."""

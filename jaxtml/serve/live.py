@@ -139,6 +139,7 @@ class Live:
             delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
             self.task = ""
             self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
+            self.call.span.add_event("delegation", {"id": name})
         self.intake.flush()
         if turn.number % _USAGE_TURNS == _USAGE_TURNS - 1:
             self._emit("session.usage.updated", usage=self._usage())
@@ -212,6 +213,7 @@ class Live:
             if asked_at >= 0:
                 self.metrics.delegations.observe(time.monotonic() - asked_at)
                 self.delegated[message.delegation_id] = float("-inf")
+                self.call.span.add_event("delegation answered", {"id": message.delegation_id})
         self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:

@@ -1,6 +1,6 @@
 """The workers of a server, side by side: a session lives in one of them from its beginning to its end.
 
-One worker has all accelerators of a host. On a CPU there are as many as cores, each on its own: the products of a small
+One worker has all devices of a mesh. On a CPU there are as many as cores, each on its own: the products of a small
 model are too small for two cores to share. Their clocks are apart by parts of a tick, so that the process that has the
 network is not asked by all at once.
 """
@@ -23,10 +23,10 @@ OnTick = Callable[[float, float, Told], None]
 
 
 class Pool:
-    """Sessions over `hubs`."""
+    """Sessions over `hubs`, whose workers are at the other ends of `links`."""
 
-    def __init__(self, hubs: Sequence[Hub]):
-        self.hubs = tuple(hubs)
+    def __init__(self, hubs: Sequence[Hub], links: Sequence[Link] = ()):
+        self.hubs, self.links = tuple(hubs), tuple(links)
 
     @property
     def capacity(self) -> int:
@@ -46,6 +46,7 @@ class Pool:
     async def run(self) -> None:
         """Ticks of all until it is cancelled, or one worker is gone (`ConnectionError`), which ends them all."""
         tasks = [asyncio.create_task(_later(TICK_S * at / len(self.hubs), hub)) for at, hub in enumerate(self.hubs)]
+        tasks += [asyncio.create_task(link.gone()) for link in self.links]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -56,9 +57,15 @@ class Pool:
 
 @asynccontextmanager
 async def started(
-    checkpoint: str | Path, capacity: int, workers: int, on_tick: OnTick = lambda took_s, late_s, told: None
+    checkpoint: str | Path,
+    capacity: int,
+    workers: int,
+    on_tick: OnTick = lambda took_s, late_s, told: None,
+    mesh: str = "",
 ) -> AsyncIterator[tuple[Pool, Ready]]:
     """A pool that has room for `capacity` sessions, and the first word of its workers, which end with it.
+
+    Each of the `workers` has one device, or the only one a `mesh` (as `MeshShape.parse` reads it).
 
     Raises:
       InputError: what is wrong with the checkpoint, or more workers than sessions or cores.
@@ -69,7 +76,7 @@ async def started(
     shares = [capacity // workers + (at < capacity % workers) for at in range(workers)]
     pinned = cores if workers > 1 else [None]
     begun = await asyncio.gather(
-        *(Link.start(checkpoint, share, core) for share, core in zip(shares, pinned, strict=False)),
+        *(Link.start(checkpoint, share, core, mesh) for share, core in zip(shares, pinned, strict=False)),
         return_exceptions=True,
     )
     links = [link for link in begun if isinstance(link, Link)]
@@ -78,7 +85,7 @@ async def started(
             if isinstance(link, BaseException):
                 raise link
         hubs = [Hub(link, share, on_tick=on_tick) for link, share in zip(links, shares, strict=True)]
-        yield Pool(hubs), links[0].ready
+        yield Pool(hubs, links), links[0].ready
     finally:
         await asyncio.gather(*(link.close() for link in links))
 

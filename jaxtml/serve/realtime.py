@@ -252,6 +252,7 @@ class Realtime:
             self.response = self._begun(None)
         item = self.response.call(*call_of(task, self.tools))
         self.called[item["call_id"]] = time.monotonic()
+        self.call.span.add_event("delegation", {"id": item["call_id"]})
         if alone:
             self._end()
 
@@ -343,6 +344,7 @@ class Realtime:
                 if item.call_id not in self.called:
                     raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
                 self.metrics.delegations.observe(time.monotonic() - self.called.pop(item.call_id))
+                self.call.span.add_event("delegation answered", {"id": item.call_id})
                 check_length(self.served, item.output, _TEXT, "item.output")
                 self.intake.say(Control.BACKGROUND, item.output, "item.output")
             case CallItem():

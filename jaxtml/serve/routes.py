@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _FIRST_TRIES = 8  # malformed first messages
 _SIDEBANDS = 4  # of a session
 _BODY_BYTES = 2**16  # of an HTTP request
+_KEY_BYTES = 7000  # of a key that is made here: aiohttp takes headers of 8 KB
 _CODES = {
     End.ASKED: 1000,
     End.EXPIRED: 1000,
@@ -312,6 +313,9 @@ class Server:
         expires_at = int(time.time()) + asked.expires_after.seconds
         session = msgspec.to_builtins(config)
         value = self.access.ephemeral(grant, expires_at, (realtime.SCOPE, live.SCOPE), session)
+        if len(value) > _KEY_BYTES:
+            why = "a short-lived key carries its session, and this one would be longer than HTTP headers may be"
+            raise Refused(400, "string_above_max_length", f"{why}: send a session.update instead")
         body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.served.name}
         return web.json_response({"value": value, "expires_at": expires_at, "session": body})
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -42,33 +41,34 @@ class Slots:
       capacity: sessions at most.
 
     Raises:
-      InputError: a capacity below one.
+      InputError: a capacity below one, or that the mesh cannot share.
     """
 
     def __init__(self, engine: Engine, capacity: int):
         if capacity < 1:
             raise InputError(f"{capacity} sessions: a server has room for one at least")
         self.engine, self.capacity = engine, capacity
-        self.buckets = (*(size for size in BUCKETS if size < capacity), capacity)
+        engine.duplex.check_sessions(capacity)
+        parts = engine.duplex.model.placement.session_parts
+        self.buckets = (*(parts * size for size in BUCKETS if parts * size < capacity), capacity)
         self.live: dict[int, int] = {}  # session -> slot
-        self._empty = {size: engine.duplex.empty_inputs(size) for size in self.buckets}
+        self._empty = {size: engine.empty(size) for size in self.buckets}
         self._begins, self._moves = self._compiled()
         self.bucket = self.buckets[0]
-        self.state: DuplexState = engine.duplex.init_state(self.bucket)
+        self.state: DuplexState = engine.state(self.bucket)
 
     def _compiled(self) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
         """All programs that will ever run, beside the engine's steps; each step has run once."""
-        duplex, begins, moves = self.engine.duplex, {}, {}
-        shapes = {size: jax.eval_shape(partial(duplex.init_state, size)) for size in self.buckets}
+        engine, begins, moves = self.engine, {}, {}
+        shapes = {size: engine.duplex.shapes(size, engine.mesh)[0] for size in self.buckets}
         for size in self.buckets:
-            begin = jax.jit(duplex.begin, donate_argnums=0)
-            begins[size] = begin.lower(shapes[size], *_beginning(0, 0, 0)).compile()
-            _, outputs = self.engine.step(size)(self.engine.params, duplex.init_state(size), self._empty[size])
+            begins[size] = engine.compiled(engine.duplex.begin, shapes[size], *_beginning(0, 0, 0), donated=(0,))
+            _, outputs = engine.step(size)(engine.params, engine.state(size), self._empty[size])
             jax.block_until_ready(outputs)
         for pair in zip(self.buckets, self.buckets[1:], strict=False):
             for before, after in (pair, pair[::-1]):
                 rows = jax.ShapeDtypeStruct((after,), jnp.int32)
-                moves[before, after] = jax.jit(duplex.moved).lower(shapes[before], rows).compile()
+                moves[before, after] = engine.compiled(engine.duplex.moved, shapes[before], rows)
         return begins, moves
 
     def begin(self, session: int, seed: int, week_ms: int) -> None:

@@ -1,11 +1,12 @@
 """What the server's two processes tell each other: MessagePack, each message behind its length, over a Unix socket.
 
 The process that has the network sends a `Tick` and gets a `Told`, one at a time; before that, once, a `Ready` or a
-line that says why not. Called by `serve.worker` and `serve.hub`.
+line that says why not. Called by `serve.worker`, `serve.link` and `serve.hosts`.
 """
 
 from __future__ import annotations
 
+import socket
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,23 @@ def packed(message: Message) -> bytes:
         body = ("ready", message.config, message.capacity, message.error)
     data: Any = msgpack.packb(body)
     return LENGTH.pack(len(data)) + data
+
+
+def received(connection: socket.socket) -> bytes | None:
+    """What the next message has behind its length; None where the other end is closed."""
+    head = exactly(connection, LENGTH.size)
+    return None if head is None else exactly(connection, LENGTH.unpack(head)[0])
+
+
+def exactly(connection: socket.socket, size: int) -> bytes | None:
+    """`size` bytes; None where the other end is closed before."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = connection.recv(size - len(parts))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
 
 
 def unpacked(data: bytes) -> Message:

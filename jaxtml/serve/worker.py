@@ -1,7 +1,8 @@
 """The process that has the model, and does nothing but tick: `python -m jaxtml.serve.worker --checkpoint DIR ...`.
 
 Started by `jaxtml serve` with one end of a socket as file descriptor; it ends when the other end is closed. Transport,
-codecs and JSON live in the other process: on two cores, they would make ticks late.
+codecs and JSON live in the other process: on two cores, they would make ticks late. Of a model on several hosts, each
+has a worker, see `serve.hosts`.
 """
 
 from __future__ import annotations
@@ -11,21 +12,27 @@ import gc
 import os
 import signal
 import socket
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from jaxtml.config import to_json
 from jaxtml.errors import InputError
+from jaxtml.parallel.mesh import MeshShape
+from jaxtml.parallel.processes import join
+from jaxtml.serve import hosts
 from jaxtml.serve.engine import Engine
 from jaxtml.serve.slots import Slots
-from jaxtml.serve.wire import LENGTH, Message, Ready, Tick, Told, packed, unpacked
+from jaxtml.serve.wire import Ready, Tick, Told, packed, received, unpacked
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def work(connection: socket.socket, slots: Slots) -> None:
-    """Answers ticks until the other end is closed."""
+def work(connection: socket.socket, slots: Slots, tell: Callable[[bytes], None] = lambda tick: None) -> None:
+    """Answers ticks until the other end is closed; `tell` gets each before it is run."""
     compilations = 0
 
     def count(event: str, duration_secs: float, **_: str | int) -> None:
@@ -35,7 +42,9 @@ def work(connection: socket.socket, slots: Slots) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     connection.sendall(packed(Ready(to_json(slots.engine.config), slots.capacity)))
-    while (tick := received(connection)) is not None:
+    while (data := received(connection)) is not None:
+        tell(data)
+        tick = unpacked(data)
         assert isinstance(tick, Tick)
         connection.sendall(packed(answer(slots, tick, compilations)))
 
@@ -51,23 +60,40 @@ def answer(slots: Slots, tick: Tick, compilations: int = 0) -> Told:
     return Told(gave, 1000 * (time.perf_counter() - began), slots.bucket, compilations)
 
 
-def received(connection: socket.socket) -> Message | None:
-    """The next message; None where the other end is closed."""
-    head = _exactly(connection, LENGTH.size)
-    if head is None:
-        return None
-    data = _exactly(connection, LENGTH.unpack(head)[0])
-    return None if data is None else unpacked(data)
+def follow(checkpoint: str | Path) -> None:
+    """The worker of a host that is not the first: does what the first one does, until that ends.
+
+    Where it cannot, it says why and ends with status 2, and where the first host's process is gone, with 1.
+
+    Raises:
+      InputError: there is no way to the others.
+    """
+    _ignore_signals()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries write there what is not for who reads our stdout
+    join()
+    word, ticks = hosts.follow()
+    try:
+        slots = _slots(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
+    except (InputError, OSError) as error:
+        print(f"jaxtml serve: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # in good order it would wait for the first host, which waits for this one
+    for data in ticks:
+        tick = unpacked(data)
+        assert isinstance(tick, Tick)
+        answer(slots, tick)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
-        part = connection.recv(size - len(parts))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
+def _slots(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> Slots:
+    slots = Slots(Engine.load(checkpoint, mesh), capacity)
+    gc.collect()
+    gc.freeze()  # what is there now stays: a collection in service need not look at it
+    return slots
+
+
+def _ignore_signals() -> None:
+    """A terminal, or a supervisor, signals all processes: the server drains then, and needs this one to the last."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def main() -> None:
@@ -75,22 +101,28 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--capacity", type=int, required=True)
     parser.add_argument("--descriptor", type=int, required=True, help="of the socket")
+    parser.add_argument("--mesh", default="", help="of all devices that share the model, as expert=8")
     parser.add_argument("--core", type=int, help="to stay on: small products on two cores are slower than on one")
     args = parser.parse_args()
-    # A terminal, or a supervisor, signals the whole group: the server drains then, and needs this to the last.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    _ignore_signals()
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})  # before JAX counts the cores for its threads
+    leader = None
     with socket.socket(fileno=args.descriptor) as connection:
         try:
-            slots = Slots(Engine.load(args.checkpoint), args.capacity)
+            join()
+            mesh = MeshShape.parse(args.mesh)
+            if jax.process_count() > 1:
+                leader = hosts.lead({"capacity": args.capacity, "mesh": mesh.sizes})
+            slots = _slots(args.checkpoint, args.capacity, mesh)
         except (InputError, OSError) as error:
             connection.sendall(packed(Ready(error=str(error))))
             return
-        gc.collect()
-        gc.freeze()  # what is there now stays: a collection in service need not look at it
-        work(connection, slots)
+        if leader is None:
+            work(connection, slots)
+        else:
+            work(connection, slots, leader.tell)
+            leader.end()
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def test_a_million_short_sessions_take_no_memory():
         '{"keys": [{"name": "", "key": "sk-long-enough"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough", "scopes": ["all"]}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough", "colour": 1}]}',
+        '{"keys": [{"name": "a", "key": "sk-long/enough"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "a", "key": "sk-another-one"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "b", "key": "sk-long-enough"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}], "secret": "short"}',

@@ -489,6 +489,9 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served,
         texts = [(one.mark, token) for one in given for token in one.text]
         expected = [(Control.TYPED, "a sky"), (Control.BACKGROUND, "forty"), (Control.TYPED, "café")]
         assert texts == [(mark, token) for mark, text in expected for token in engine.codec.encode(text)]
+        for _ in range(25):
+            await client.say("session.input_image.append", image=text_of(picture.getvalue()))
+        assert (await client.until("error"))["error"]["code"] == "rate_limit_exceeded"
 
     serving(served, engine, test)
 

@@ -382,7 +382,8 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(serve
         async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets", headers=headers) as refused:
             assert refused.status == 403
         headers = {"Authorization": "Bearer sk-first-key"}
-        for body in (b"{", b'{"expires_after": {"seconds": 5}}', b'{"session": {"type": "realtime", "x": 1}}'):
+        longer = json.dumps({"session": {"type": "realtime", "instructions": "be kind " * 800}}).encode()
+        for body in (b"{", b'{"expires_after": {"seconds": 5}}', b'{"session": {"type": "realtime", "x": 1}}', longer):
             url = f"{serving.url}/v1/realtime/client_secrets"
             async with serving.http.post(url, headers=headers, data=body) as refused:
                 assert refused.status == 400

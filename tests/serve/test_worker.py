@@ -14,6 +14,7 @@ from jaxtml.errors import InputError
 from jaxtml.serve.engine import Given, converse
 from jaxtml.serve.hub import Hub
 from jaxtml.serve.link import Link
+from jaxtml.serve.pool import Pool
 from jaxtml.serve.wire import Beginning, Tick
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import TURN_SAMPLES
@@ -50,6 +51,12 @@ def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkp
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await running
         await link.close()
+        idle = await Link.start(checkpoint, 1)
+        running = asyncio.create_task(Pool([Hub(idle, 1)], [idle]).run())
+        os.kill(idle.process.pid, signal.SIGKILL)
+        with pytest.raises(ConnectionError, match="the model's process is gone"):
+            await asyncio.wait_for(running, 20)
+        await idle.close()
         orphan = await Link.start(checkpoint, 1)
         orphan.writer.transport.abort()
         assert await asyncio.wait_for(orphan.process.wait(), 20) == 0

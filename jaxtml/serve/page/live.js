@@ -18,7 +18,8 @@ export class Live extends EventTarget {
 
   connect() {
     if (this.over) return;
-    const address = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live/sessions`;
+    const known = this.session ? `?session_id=${this.session.id}` : ""; // by which a router finds its server
+    const address = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live/sessions${known}`;
     const protocols = this.key ? ["realtime", `openai-insecure-api-key.${this.key}`] : ["realtime"];
     this.socket = new WebSocket(address, protocols);
     this.ready = false;

@@ -1,0 +1,146 @@
+"""A model on several hosts: the worker of the first one tells the others what it does, and all of them do it.
+
+A step is one program of all devices: every process has to call it, with the same inputs and in the same order. The
+worker of process 0 gets ticks from the process that has the network (`serve.wire`) and passes each on, as it came, over
+TCP before it runs it; the workers of the other hosts run it too and keep what it gives to themselves. They learn where
+the first one is over the devices, once, and with it a secret without which nobody is told anything.
+
+A process that is gone takes all others with it, at once: a step would wait for it for ever. Whoever started them starts
+them again. Called by `serve.worker`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental.multihost_utils import broadcast_one_to_all
+
+from jaxtml.errors import InputError
+from jaxtml.serve.wire import LENGTH, exactly, received
+
+_WORD = 512  # bytes in which the first process says where it is
+_FIND_S, _SHOW_S = 60.0, 5.0  # until the others have found it, and have shown the secret
+_END = LENGTH.pack(0)  # a message of nothing: the model ends in good order
+
+
+class Leader:
+    """The other hosts, seen from the first one. Use `lead`."""
+
+    def __init__(self, others: list[socket.socket]):
+        self.others, self.ending = others, False
+        for other in others:
+            threading.Thread(target=self._watch, args=(other,), daemon=True).start()
+
+    def tell(self, data: bytes) -> None:
+        """What all are to do next."""
+        for other in self.others:
+            other.sendall(LENGTH.pack(len(data)) + data)
+
+    def end(self) -> None:
+        """All are done."""
+        self.ending = True
+        for other in self.others:
+            other.sendall(_END)
+
+    def _watch(self, other: socket.socket) -> None:
+        """They never say anything; but one that is gone is read as an end."""
+        try:
+            other.recv(1)
+        except OSError as error:
+            logging.error("another host: %s", error)
+        if not self.ending:
+            _give_up("a process of another host is gone")
+
+
+def lead(word: dict[str, Any], host: str | None = None) -> Leader:
+    """On process 0: tells all others a `word`, and waits until they have found this one.
+
+    Args:
+      word: what JSON can carry.
+      host: by which the others reach this one; None: that of JAX' coordinator, or this machine's name.
+
+    Raises:
+      InputError: nobody could reach this one by that name, or somebody does not come.
+    """
+    host = host or os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0] or socket.gethostname()
+    secret = secrets.token_bytes(32)
+    try:
+        listener = socket.create_server((host.strip("[]"), 0))
+    except OSError as error:
+        raise InputError(f"the other hosts could not reach this one as {host}: {error.strerror}") from error
+    with listener:
+        told = json.dumps([word, host, listener.getsockname()[1], secret.hex()]).encode()
+        broadcast_one_to_all(np.frombuffer(told.ljust(_WORD), np.uint8))
+        listener.settimeout(_FIND_S)
+        others: list[socket.socket] = []
+        while len(others) < jax.process_count() - 1:
+            try:
+                other, _ = listener.accept()
+            except TimeoutError as error:
+                raise InputError(f"only {len(others) + 1} of {jax.process_count()} hosts are there") from error
+            other.settimeout(_SHOW_S)
+            if _shows(other, secret):
+                other.settimeout(None)
+                other.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                others.append(other)
+            else:
+                other.close()
+    return Leader(others)
+
+
+def _shows(other: socket.socket, secret: bytes) -> bool:
+    try:
+        return hmac.compare_digest(exactly(other, len(secret)) or b"", secret)
+    except OSError:
+        return False
+
+
+def follow() -> tuple[dict[str, Any], Iterator[bytes]]:
+    """On any other process: the first one's word, and what it tells, one after the other, until the end.
+
+    Raises:
+      InputError: the first one cannot be reached.
+    """
+    word, host, port, secret = json.loads(bytes(broadcast_one_to_all(np.zeros(_WORD, np.uint8))))
+    try:
+        first = socket.create_connection((host.strip("[]"), port), _FIND_S)
+        first.sendall(bytes.fromhex(secret))
+        first.settimeout(None)
+    except OSError as error:
+        raise InputError(f"the first host cannot be reached as {host}:{port}: {error}") from error
+    told: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(first, told.put), daemon=True).start()
+    return word, iter(told.get, b"")
+
+
+def _listen(first: socket.socket, put: Callable[[bytes], None]) -> None:
+    """In a thread: while a step waits for the first host, nobody else would see that it is gone."""
+    data: bytes | None = None
+    while data != b"":
+        try:
+            data = received(first)
+        except OSError as error:
+            logging.error("the first host: %s", error)
+            data = None
+        if data is None:
+            _give_up("the first host's process is gone")
+        else:
+            put(data)
+
+
+def _give_up(why: str) -> None:
+    """Ends this process at once: its other thread may wait inside a step, where nothing reaches it."""
+    logging.error("%s", why)
+    logging.flush()
+    os._exit(1)
