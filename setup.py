@@ -12,9 +12,10 @@ VOICES = [
 ]
 JUDGES = ["faster-whisper>=1.1,<2", "pesq>=0.0.4", "pystoi>=0.4.1", "jiwer>=4,<5"]
 CLIENTS = ["openai[realtime]>=3.50,<4", "openai-agents>=0.20,<1"]  # of the protocols that are served
+WEBRTC = ["aiortc>=1.16,<1.17"]  # serve/peer.py relies on what is inside
 RUNNERS = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6,<7"]
 TRACES = ["opentelemetry-api>=1.30,<2"]
-TEST = [*RUNNERS, *CLIENTS, *TRACES, "opentelemetry-sdk>=1.30,<2", "ruff>=0.14,<0.16", "basedpyright>=1.30,<2"]
+TEST = [*RUNNERS, *CLIENTS, *TRACES, *WEBRTC, "opentelemetry-sdk>=1.30,<2", "ruff>=0.14,<0.16", "basedpyright>=1.30,<2"]
 
 
 setup(
@@ -62,6 +63,7 @@ setup(
         "oracle": ORACLE,
         "voices": VOICES,
         "judges": JUDGES,
+        "webrtc": WEBRTC,
         "telemetry": [*TRACES, "opentelemetry-distro[otlp]"],
         "test": TEST,
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import av
 import numpy as np
 
 from jaxtml.serve.desk import Call, Served
@@ -26,7 +27,7 @@ class Intake:
       format: of the sound.
 
     Attributes:
-      taken: bytes of sound that came.
+      taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
     """
 
     def __init__(self, call: Call, served: Served, format: Format):
@@ -40,6 +41,11 @@ class Intake:
         samples = self.incoming.put(data)
         self.taken += len(data)
         return samples
+
+    async def follow(self, samples: np.ndarray) -> None:
+        """As `hear`, of a track."""
+        self.taken += 2 * len(samples)
+        await self.hear(samples)
 
     async def hear(self, samples: np.ndarray) -> None:
         """Returns when there was room for all of them, which is what holds a client back that sends too much."""
@@ -67,6 +73,11 @@ class Intake:
         self.seeing.count()
         loop = asyncio.get_running_loop()
         self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.put, image))
+
+    async def look(self, frame: av.VideoFrame) -> None:
+        """A frame of a video."""
+        loop = asyncio.get_running_loop()
+        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
 
     def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
         """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""

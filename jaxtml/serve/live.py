@@ -43,7 +43,7 @@ from jaxtml.serve.live_messages import (
 from jaxtml.serve.messages import Invalid, Vocabulary
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.outbox import Outbox
-from jaxtml.serve.sound import Format, Outgoing
+from jaxtml.serve.sound import Format, Outgoing, Track
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
 from jaxtml.stream.tokens import Control
@@ -85,6 +85,7 @@ class Live:
       metrics: what is counted.
       grace_s: for how long a client may be gone.
       event_id: of the client's `session.start`.
+      track: where what is said goes; None: into the events.
     """
 
     scope = SCOPE
@@ -97,8 +98,10 @@ class Live:
         metrics: Metrics,
         grace_s: float,
         event_id: str | None = None,
+        track: Track | None = None,
     ):
         self.call, self.served, self.config, self.metrics = call, served, config, metrics
+        self.track = track
         self.format = format_of(config.audio)
         self.intake, self.outgoing = Intake(call, served, self.format), Outgoing(self.format)
         self.sidebands: list[Sideband] = []
@@ -122,8 +125,11 @@ class Live:
             self._emit("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
         if words.said:
             self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + TURN_MS)
-        delta = {"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)}
-        self._put(delta | {"start_ms": end, "end_ms": end + TURN_MS, "speaking": turn.speaking})
+        if self.track is not None:
+            self.track.put(turn.wave)
+        else:
+            delta = {"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)}
+            self._put(delta | {"start_ms": end, "end_ms": end + TURN_MS, "speaking": turn.speaking})
         for one in self.sidebands:
             one.said(turn.wave, end)
         self.task += words.delegated
@@ -156,8 +162,13 @@ class Live:
     # --- what the client says
 
     async def receive(self, data: bytes) -> None:
-        """A message of the client's."""
-        await self.take(LATER, data, self._put)
+        """A message of the client's. Who has a track has no other way for sound."""
+        await self.take(LATER if self.track is None else BESIDE, data, self._put)
+
+    async def hear(self, samples: np.ndarray) -> None:
+        """`[N]` float32 at 16 kHz, from a track."""
+        self._reflected(samples)
+        await self.intake.follow(samples)
 
     async def take(self, vocabulary: Vocabulary[Any], data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
         """A message of anyone who may direct the session. What is wrong with it becomes an `error` for who sent it."""
@@ -187,9 +198,12 @@ class Live:
 
     async def _hear(self, data: bytes) -> None:
         samples = self.intake.decoded(data)
+        self._reflected(samples)
+        await self.intake.hear(samples)
+
+    def _reflected(self, samples: np.ndarray) -> None:
         for one in self.sidebands:
             one.heard(samples)
-        await self.intake.hear(samples)
 
     def _appended(self, message: Context) -> None:
         if message.delegation_id is not None:

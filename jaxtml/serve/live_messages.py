@@ -82,6 +82,20 @@ class Resume(Event, tag="session.resume", kw_only=True):
     after: int
 
 
+class Offer(Strict, kw_only=True):
+    """Of a peer: where and how it may be reached."""
+
+    type: Literal["webrtc"]
+    sdp: str
+
+
+class Create(Strict, kw_only=True):
+    """The body of a request for a session with a peer."""
+
+    session: SessionConfig
+    transport: Offer
+
+
 class Update(Event, tag="session.update", kw_only=True):
     session: UpdateConfig
 

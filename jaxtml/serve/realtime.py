@@ -10,6 +10,8 @@ What the API's words mean here:
   whether it stops is the model's to say. A response that ends while the user has the word is `cancelled`.
 - `response.create` opens a response at once; it is filled when the gate opens, and done and empty if it does not in
   `_PATIENCE` micro-turns: nobody can make the model speak. `response.cancel` drops what is still said.
+- Over a track goes what would else be a response's deltas, and silence besides. The buffer that `output_audio_buffer.*`
+  tell of is the track's, a fraction of a second: it is over when the response is.
 - Instructions, tools, system and assistant messages and results of functions are background text, the user's messages
   are typed text. A delegation is a call of a function (`realtime_response.call_of`).
 """
@@ -25,6 +27,7 @@ from collections import OrderedDict
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.hub import End, Turn
@@ -33,12 +36,14 @@ from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.realtime_messages import (
     CLIENT,
+    PEER,
     Append,
     AudioFormat,
     AudioInput,
     AudioOutput,
     CallItem,
     Clear,
+    ClearOutput,
     Commit,
     Content,
     Item,
@@ -58,7 +63,7 @@ from jaxtml.serve.realtime_messages import (
     format_of,
 )
 from jaxtml.serve.realtime_response import Response, call_of
-from jaxtml.serve.sound import Format, Incoming, Outgoing
+from jaxtml.serve.sound import Format, Incoming, Outgoing, Track
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
 from jaxtml.stream.tokens import Control
@@ -79,15 +84,24 @@ class Realtime:
       served: the model.
       metrics: what is counted.
       grace_s: for how long a client may be gone.
-      begins_as: what a short-lived key fixes of the session.
+      begins_as: what a short-lived key, or the request, says of the session.
+      track: where what is said goes; None: into the events.
     """
 
     scope = SCOPE
 
     def __init__(
-        self, call: Call, served: Served, metrics: Metrics, grace_s: float, begins_as: SessionConfig | None = None
+        self,
+        call: Call,
+        served: Served,
+        metrics: Metrics,
+        grace_s: float,
+        begins_as: SessionConfig | None = None,
+        track: Track | None = None,
     ):
         self.call, self.served, self.metrics = call, served, metrics
+        self.track = track
+        self.sounding: str | None = None  # the response that the track has sound of
         self.conversation = f"conv_{secrets.token_urlsafe(12)}"
         self.detection: TurnDetection | None = TurnDetection(type="server_vad")
         self.input_format: AudioFormat = Pcm(rate=24_000)
@@ -112,9 +126,11 @@ class Realtime:
     # --- what happens
 
     def turned(self, turn: Turn, words: Words) -> None:
-        sound = self.outgoing.put(turn.wave)
         self._heard(turn, words.heard)
-        self._said(turn, words.said, sound)
+        sound = self.outgoing.put(turn.wave) if self.track is None else None
+        said = self._said(turn, words.said, sound)
+        if self.track is not None:
+            self.track.put(turn.wave if said else np.zeros_like(turn.wave))
         self.task += words.delegated
         if words.asked:
             self._delegated()
@@ -128,7 +144,7 @@ class Realtime:
 
     def ended(self, why: End) -> None:
         if self.response is not None:
-            self.response.end("cancelled" if why is not End.FAILED else "failed")
+            self._end("cancelled" if why is not End.FAILED else "failed")
         if why in _LAST_WORDS:
             kind = "server_error" if why is End.FAILED else "invalid_request_error"
             self.fail(Invalid(*_LAST_WORDS[why]), kind)
@@ -182,13 +198,14 @@ class Realtime:
         if self.detection is not None:
             self._emit(f"input_audio_buffer.{name}", **fields)
 
-    def _said(self, turn: Turn, text: str, sound: bytes) -> None:
+    def _said(self, turn: Turn, text: str, sound: bytes | None) -> bool:
+        """Whether a response has what is said, and its client wants to hear it."""
         speaks = turn.speaking or bool(text)
         self.dropped = self.dropped and speaks
         if self.response is None:
             answers = self.detection is not None and self.detection.create_response is not False
             if not speaks or self.dropped or not answers:
-                return
+                return False
             if self.user is not None:
                 self._finish(self.user)
             self.response = self._begun(None)
@@ -198,9 +215,14 @@ class Realtime:
         if speaks or self.response.message is not None:
             self.response.say(text, sound)
         begun = self.response.message is not None
+        audible = begun and self.response.modality == "audio"
+        if audible and self.track is not None and self.sounding is None:
+            self.sounding = self.response.id
+            self._emit("output_audio_buffer.started", response_id=self.sounding)
         if self.closed >= (_HANG if begun else _PATIENCE):
             interrupted = self.user is not None
             self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))
+        return audible
 
     def _begun(self, asked: ResponseCreate | None) -> Response:
         config = asked.response if asked is not None else None
@@ -213,6 +235,12 @@ class Realtime:
         assert self.response is not None
         self.response.end(status, reason)
         self.response = None
+        if self.sounding is not None:
+            cleared = status == "cancelled"
+            if cleared and self.track is not None:
+                self.track.clear()
+            self._emit(f"output_audio_buffer.{'cleared' if cleared else 'stopped'}", response_id=self.sounding)
+            self.sounding = None
 
     def _delegated(self) -> None:
         """A delegation becomes a call of a function; where the client has none, nobody could answer."""
@@ -233,10 +261,14 @@ class Realtime:
     async def receive(self, data: bytes) -> None:
         """A message of the client's. What is wrong with it becomes an `error`."""
         try:
-            await CLIENT.taken(data, self._take)
+            await (CLIENT if self.track is None else PEER).taken(data, self._take)
         except Invalid as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
             self.fail(invalid)
+
+    async def hear(self, samples: np.ndarray) -> None:
+        """`[N]` float32 at 16 kHz, from a track."""
+        await self.intake.follow(samples)
 
     async def _take(self, message: Any) -> None:
         match message:
@@ -268,8 +300,14 @@ class Realtime:
             case ResponseCancel():
                 if self.response is None:
                     raise Invalid("response_cancel_not_active", "there is no response to cancel")
-                self.dropped = True
-                self._end("cancelled", "client_cancelled")
+                self._cancel()
+            case ClearOutput():
+                if self.sounding is not None:
+                    self._cancel()
+
+    def _cancel(self) -> None:
+        self.dropped = True
+        self._end("cancelled", "client_cancelled")
 
     def _committed(self) -> None:
         if not self.intake.taken:

@@ -191,6 +191,10 @@ class ItemTruncate(Event, tag="conversation.item.truncate", kw_only=True):
     audio_end_ms: int
 
 
+class ClearOutput(Event, tag="output_audio_buffer.clear"):
+    """Of those who have a track."""
+
+
 class ResponseCreate(Event, tag="response.create", kw_only=True):
     response: ResponseConfig | None = None
 
@@ -199,19 +203,13 @@ class ResponseCancel(Event, tag="response.cancel", kw_only=True):
     response_id: str | None = None
 
 
-Message = (
-    Update
-    | Append
-    | Commit
-    | Clear
-    | ItemCreate
-    | ItemRetrieve
-    | ItemDelete
-    | ItemTruncate
-    | ResponseCreate
-    | ResponseCancel
+_Shared = (
+    Update | Commit | Clear | ItemCreate | ItemRetrieve | ItemDelete | ItemTruncate | ResponseCreate | ResponseCancel
 )
-CLIENT = Vocabulary[Message](Message, unsupported=("output_audio_buffer.clear",))  # of WebRTC alone
+Message = Append | _Shared
+PeerMessage = ClearOutput | _Shared
+CLIENT = Vocabulary[Message](Message, unsupported=("output_audio_buffer.clear",))
+PEER = Vocabulary[PeerMessage](PeerMessage, Append)  # of one who has a track
 
 
 def format_of(given: AudioFormat) -> Format:

@@ -43,8 +43,8 @@ class Response:
         self.audible = False
         emit("response.created", response=self._resource("in_progress"))
 
-    def say(self, text: str, sound: bytes) -> None:
-        """A piece of what is said: its text, and its sound where the client wants sound."""
+    def say(self, text: str, sound: bytes | None) -> None:
+        """A piece of what is said: its text, and its sound where the client wants sound; None: it has it elsewhere."""
         if self.message is None:
             self._begin()
         self.text += text
@@ -55,7 +55,8 @@ class Response:
             return
         if text:
             self.emit("response.output_audio_transcript.delta", delta=text, **where)
-        self.emit("response.output_audio.delta", delta=sound, **where)
+        if sound is not None:
+            self.emit("response.output_audio.delta", delta=sound, **where)
 
     def call(self, name: str, arguments: str) -> dict[str, Any]:
         """A call of the client's function; its item."""

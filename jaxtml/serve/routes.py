@@ -1,10 +1,12 @@
-"""The server's addresses: who may ask, what answers, and how a WebSocket becomes a call.
+"""The server's addresses: who may ask, what answers, and how a WebSocket, or a peer, becomes a call.
 
 | address | |
 |---|---|
 | `/v1/live/sessions` | GPT-Live, `session.start` or `session.resume` first |
 | `/v1/live/sessions/{id}/attach` | the same session from beside |
 | `/v1/realtime` | OpenAI's Realtime API, `?model=`; `?session_id=&resume_token=&after=` to go on |
+| POST `/v1/live/sessions`, `/v1/realtime/calls` | the same over WebRTC: an offer, and its answer |
+| POST `.../{id}/hangup` | the end of a session, however it is carried |
 | `/v1/realtime/client_secrets` | short-lived keys for browsers |
 | `/api/chat` | Moshi's wire |
 | `/v1/models` | what is served |
@@ -21,20 +23,25 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from absl import logging
 from aiohttp import WSMsgType, web
 
-from jaxtml.serve import live, moshi, realtime
+from jaxtml.serve import live, moshi, offers, realtime
 from jaxtml.serve.access import Access, Grant, Refused
-from jaxtml.serve.connection import Connection, Outcome, Receive, socket
+from jaxtml.serve.connection import Connection, Outcome, Receive, Socket, socket
 from jaxtml.serve.desk import Call, Desk, Served
 from jaxtml.serve.hub import End
 from jaxtml.serve.live_messages import FIRST, Resume, Start
 from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.realtime_messages import SecretRequest, SessionConfig
+from jaxtml.serve.sound import Track
+
+if TYPE_CHECKING:
+    from jaxtml.serve.peer import Peer
 
 _FIRST_TRIES = 8  # malformed first messages
 _SIDEBANDS = 4  # of a session
@@ -76,6 +83,7 @@ class Server:
         self.desk, self.access, self.served, self.metrics = desk, access, served, metrics
         self.origins = frozenset(origins)
         self.began_at = int(time.time())
+        self._peers: set[asyncio.Task[None]] = set()
 
     def app(self) -> web.Application:
         """The application, as `aiohttp.web` runs it."""
@@ -90,12 +98,17 @@ class Server:
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{model}", self.model),
                 web.get("/v1/live/sessions", self.live),
+                web.post("/v1/live/sessions", self.live_offered),
+                web.post("/v1/live/sessions/{session}/hangup", self.hung_up),
                 web.get("/v1/live/sessions/{session}/attach", self.attached),
                 web.get("/v1/realtime", self.realtime),
+                web.post("/v1/realtime/calls", self.realtime_offered),
+                web.post("/v1/realtime/calls/{session}/hangup", self.hung_up),
                 web.post("/v1/realtime/client_secrets", self.secret),
                 web.get("/api/chat", self.chat),
             ]
         )
+        app.on_shutdown.append(self._cut_off)
         return app
 
     # --- for those who keep it up
@@ -150,7 +163,7 @@ class Server:
         grant = self._grant(request)
         ws = socket()
         await ws.prepare(request)
-        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
         try:
             async with asyncio.timeout(self.desk.limits.first_message_s):
                 found = await self._first(connection, grant)
@@ -200,6 +213,7 @@ class Server:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
         if not isinstance(call.speaks, live.Live):
             raise Refused(404, "session_not_found", "that session speaks another protocol")
+        call.speaks.track = None  # that of a peer which is no more
         if call.carried is not None:
             call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
         event = {
@@ -224,7 +238,7 @@ class Server:
         self.access.ask(grant)
         ws = socket()
         await ws.prepare(request)
-        connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
         beside = live.Sideband(call.speaks)
         call.speaks.sidebands.append(beside)
         try:
@@ -248,9 +262,10 @@ class Server:
             call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
             if not isinstance(call.speaks, realtime.Realtime):
                 raise Refused(404, "session_not_found", "that session speaks another protocol")
+            call.speaks.track = None  # that of a peer which is no more
             ws = socket()
             await ws.prepare(request)
-            connection = Connection(request, ws, WSMsgType.TEXT, self.metrics)
+            connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
             await self._carried(connection, call, after, call.speaks.receive)
             return ws
         self._check_model(query.get("model"))
@@ -280,7 +295,7 @@ class Server:
             call.session.end(End.LEFT)
             raise
         assert isinstance(call.speaks, (realtime.Realtime, moshi.Moshi))
-        await self._carried(Connection(request, ws, kind, self.metrics), call, 0, call.speaks.receive)
+        await self._carried(Connection(Socket(request, ws, kind), self.metrics), call, 0, call.speaks.receive)
         return ws
 
     async def secret(self, request: web.Request) -> web.Response:
@@ -303,6 +318,97 @@ class Server:
             raise Refused(400, "string_above_max_length", f"{why}: send a session.update instead")
         body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.served.name}
         return web.json_response({"value": value, "expires_at": expires_at, "session": body})
+
+    # --- peers
+
+    async def live_offered(self, request: web.Request) -> web.Response:
+        """A GPT-Live session over WebRTC: its config and the offer, as JSON."""
+        grant = self._grant(request)
+        asked = await offers.of_live(request, self.served)
+
+        def make(call: Call, track: Track) -> live.Live:
+            grace_s = self.desk.limits.grace_s
+            return live.Live(call, self.served, asked.session, self.metrics, grace_s, track=track)
+
+        call, answer = await self._offered(request, grant, asked.transport.sdp, make, live.SCOPE)
+        body = {"session": {"id": call.id}, "transport": {"type": "webrtc", "sdp": answer}}
+        return web.json_response(body, status=201)
+
+    async def realtime_offered(self, request: web.Request) -> web.Response:
+        """A session of the Realtime API over WebRTC: the offer alone, or a form of it and the session."""
+        grant = self._grant(request)
+        self._check_model(request.query.get("model"))
+        sdp, said = await offers.of_realtime(request)
+        if said is not None and grant.session is not None:
+            raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
+        begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else said
+        if begins_as is not None:
+            self._check_model(begins_as.model)
+
+        def make(call: Call, track: Track) -> realtime.Realtime:
+            grace_s = self.desk.limits.grace_s
+            return realtime.Realtime(call, self.served, self.metrics, grace_s, begins_as, track)
+
+        call, answer = await self._offered(request, grant, sdp, make, realtime.SCOPE)
+        headers = {"Location": f"/v1/realtime/calls/{call.id}", "Access-Control-Expose-Headers": "Location"}
+        return web.Response(text=answer, status=201, content_type="application/sdp", headers=headers)
+
+    async def hung_up(self, request: web.Request) -> web.Response:
+        """Ends a session."""
+        self.desk.find(request.match_info["session"], self._grant(request)).session.end(End.ASKED)
+        return web.Response()
+
+    async def _offered(
+        self,
+        request: web.Request,
+        grant: Grant,
+        sdp: str,
+        make: Callable[[Call, Track], live.Live | realtime.Realtime],
+        scope: str,
+    ) -> tuple[Call, str]:
+        """A call for who made this offer, and the answer; it stands still until that has come to something."""
+        peer = await offers.peer_of(request, sdp, self.served.config.duplex.max_patches > 0)
+        call = None
+        try:
+            call = self.desk.admit(grant, lambda call: make(call, peer.voice), scope)
+            call.session.detach()
+            call.session.detached_at += self.desk.limits.first_message_s  # its grace is for who was there
+            answer = await peer.answer()
+        except BaseException as error:
+            if call is not None:
+                call.session.end(End.LEFT)
+            await peer.close(1011, "")
+            if isinstance(error, Invalid):  # what the session is to begin as
+                raise Refused(400, error.code, str(error)) from error
+            raise
+        task = asyncio.create_task(self._peered(peer, call))
+        self._peers.add(task)
+        task.add_done_callback(self._peers.discard)
+        return call, answer
+
+    async def _peered(self, peer: Peer, call: Call) -> None:
+        """Waits for a peer, and carries its call."""
+        speaks = call.speaks
+        assert isinstance(speaks, (live.Live, realtime.Realtime))
+        try:
+            async with asyncio.timeout(self.desk.limits.first_message_s):
+                await peer.opened()
+            async with peer.feeding(speaks):
+                await self._carried(Connection(peer, self.metrics), call, 0, speaks.receive)
+        except (TimeoutError, ConnectionError):
+            call.session.end(End.GONE)
+        except Exception:
+            logging.exception("the peer of session %s failed", call.id)
+            call.session.end(End.FAILED)
+        finally:
+            await peer.close(1001, "")
+
+    async def _cut_off(self, app: web.Application) -> None:
+        """Peers that are left when the server ends."""
+        del app
+        for task in self._peers:
+            task.cancel()
+        await asyncio.gather(*self._peers, return_exceptions=True)
 
     # --- Moshi
 

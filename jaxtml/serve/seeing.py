@@ -1,4 +1,4 @@
-"""Pictures that a client sends, JPEG or PNG, as the patches of a micro-turn. Called by the protocols."""
+"""Pictures that a client sends, JPEG, PNG or a video's, as the patches of a micro-turn. Called by the protocols."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from av.error import FFmpegError
 from jaxtml.serve.messages import Invalid
 from jaxtml.stream.images import fitted_size, image_patches
 
-_PIXELS = 2**22  # of the largest picture that is decoded
+PIXELS = 2**22  # of the largest picture that is decoded
 _PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
 _PER_SECOND, _BURST = 10.0, 20  # of a session: a micro-turn sees two
 THREAD = ThreadPoolExecutor(1, "pictures")  # all decoding of a server: more of it at a time would make ticks late
@@ -44,25 +44,27 @@ class Seeing:
         """`[P, 2, 40, 40, 3]` float32. Raises `ValueError` on what is no picture, or one too large or too long."""
         if not self.max_patches:
             raise ValueError("this model does not see")
-        now, frame = time.monotonic(), self._decoded(data)
+        return self.look(self._decoded(data))
+
+    def look(self, picture: av.VideoFrame) -> np.ndarray:
+        """The same of a picture that is decoded already."""
+        height, width = fitted_size(picture.height, picture.width, self.max_patches)
+        now, frame = time.monotonic(), picture.reformat(width=width, height=height, format="rgb24").to_ndarray()
         before = frame
         if self._before is not None and now - self._before[0] < _PAIR_S and self._before[1].shape == frame.shape:
             before = self._before[1]
         self._before = now, frame
         return image_patches(np.stack([before, frame]))
 
-    def _decoded(self, data: bytes) -> np.ndarray:
-        """`[H, W, 3]` uint8, scaled to fit."""
+    def _decoded(self, data: bytes) -> av.VideoFrame:
         kind = "png_pipe" if data.startswith(b"\x89PNG") else "jpeg_pipe" if data.startswith(b"\xff\xd8") else None
         if kind is None:
             raise ValueError("a picture is JPEG or PNG")
         try:
             with av.open(io.BytesIO(data), "r", format=kind) as container:
                 shape = container.streams.video[0].codec_context
-                if not 0 < shape.width * shape.height <= _PIXELS:
+                if not 0 < shape.width * shape.height <= PIXELS:
                     raise ValueError(f"a picture of {shape.width} x {shape.height} pixels is too large")
-                frame = next(container.decode(video=0))
+                return next(container.decode(video=0))
         except (FFmpegError, StopIteration, IndexError) as error:
             raise ValueError("this picture cannot be read") from error
-        height, width = fitted_size(frame.height, frame.width, self.max_patches)
-        return frame.reformat(width=width, height=height, format="rgb24").to_ndarray()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Protocol
 
 import av
 import numpy as np
@@ -91,6 +92,18 @@ class Outgoing:
         self.waiting = np.concatenate([self.waiting, ready])
         given, self.waiting = self.waiting[: self.samples], self.waiting[self.samples :]
         return self.format.encoded(given)
+
+
+class Track(Protocol):
+    """Where a protocol puts what is said when its client does not have it as events."""
+
+    def put(self, wave: np.ndarray) -> None:
+        """`[3200]` float32 at 16 kHz: a micro-turn's."""
+        ...
+
+    def clear(self) -> None:
+        """What was put and is not sent yet never is."""
+        ...
 
 
 class _Resampler:
