@@ -50,7 +50,7 @@ setup(
         "soundfile>=0.13,<1",
         "soxr>=1,<2",
         "sphn>=0.2,<0.3",
-        "av>=15,<19",
+        "av>=18,<19",
         "tensorboardX>=2.6,<3",
         "tokenizers>=0.22,<1",
     ],

@@ -7,11 +7,14 @@ object per session and direction. Called by the protocols.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import av
+import av.filter
 import numpy as np
 import soundfile
 
@@ -110,12 +113,26 @@ class _Resampler:
     """`[N]` float32 at one rate, piece by piece, at another."""
 
     def __init__(self, before: int, after: int):
-        self.rate = before
-        self.stream = None if before == after else av.AudioResampler(format="flt", layout="mono", rate=after)
+        self.rate, self.graph = before, None if before == after else av.filter.Graph()
+        if self.graph is not None:
+            self.graph.threads = 1  # `av.AudioResampler` has two threads of its own for each session and direction
+            source = self.graph.add_abuffer(
+                sample_rate=before, format="flt", layout="mono", time_base=Fraction(1, before)
+            )
+            wanted = self.graph.add("aformat", f"sample_fmts=flt:sample_rates={after}:channel_layouts=mono")
+            sink = self.graph.add("abuffersink")
+            source.link_to(wanted)
+            wanted.link_to(sink)
+            self.graph.configure()
 
     def put(self, samples: np.ndarray) -> np.ndarray:
-        if self.stream is None or not len(samples):
+        if self.graph is None or not len(samples):
             return samples
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="flt", layout="mono")
         frame.sample_rate = self.rate
-        return np.concatenate([np.zeros(0, np.float32), *(out.to_ndarray()[0] for out in self.stream.resample(frame))])
+        self.graph.push(frame)
+        found = [np.zeros(0, np.float32)]
+        with contextlib.suppress(BlockingIOError):  # it wants more first
+            while True:
+                found.append(self.graph.pull().to_ndarray()[0])
+        return np.concatenate(found)
