@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import jax
 
@@ -10,6 +11,7 @@ from jaxtml.errors import InputError
 
 # Set by Slurm inside a step, and by GKE on TPU pods of several hosts: JAX finds the rest by itself.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+_SLICES = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 
 
 def rank() -> int | None:
@@ -18,14 +20,16 @@ def rank() -> int | None:
     Raises:
       InputError: as `join`.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return _told()[1]
-    if os.environ.get("SLURM_STEP_NODELIST"):
-        return int(os.environ.get("SLURM_PROCID", "0"))
-    if any(os.environ.get(name) for name in FOUND_BY_JAX):
-        hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
-        return int(os.environ.get("MEGASCALE_SLICE_ID", "0")) * hosts + int(os.environ.get("TPU_WORKER_ID", "0"))
-    return None
+    count, place = _place()
+    return place if count > 1 else None
+
+
+def first_host() -> str:
+    """The host of process 0, by which the others reach it, as told on process 0."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS") or ""
+    told = address.rpartition(":")[0] if address.rpartition(":")[2].isdecimal() else address
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return told.strip("[]") or os.environ.get("SLURMD_NODENAME") or names[0] or socket.gethostname()
 
 
 def join() -> None:
@@ -37,11 +41,24 @@ def join() -> None:
     Raises:
       InputError: the variables are incomplete or wrong.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
+    if rank() is None:
+        return
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize(address, *_told())
-    elif any(os.environ.get(name) for name in FOUND_BY_JAX):
+    else:
         jax.distributed.initialize()
+
+
+def _place() -> tuple[int, int]:
+    """How many processes the job has, and which one this is."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return _told()
+    if os.environ.get("SLURM_STEP_NODELIST"):
+        count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+        return int(count), int(os.environ.get("SLURM_PROCID", "0"))
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    slices, at = (int(os.environ.get(f"MEGASCALE_{name}", default)) for name, default in _SLICES)
+    return hosts * slices, hosts * at + int(os.environ.get("TPU_WORKER_ID", "0"))
 
 
 def _told() -> tuple[int, int]:

@@ -21,6 +21,7 @@ from typing import Protocol
 from absl import logging
 from aiohttp import WSMsgType, web
 
+from jaxtml.serve.allowance import Allowance
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.outbox import Behind, Outbox
 
@@ -134,7 +135,7 @@ class Connection:
     def __init__(self, line: Line, metrics: Metrics):
         self.line, self.metrics = line, metrics
         self._waits = False  # for room: then it is not read, and its silence says nothing
-        self._allowance, self._counted_at = float(_BURST), time.monotonic()
+        self._allowance = Allowance(_PER_SECOND, _BURST)
         self._replaced = asyncio.Event()
         self._written = 0
 
@@ -221,9 +222,5 @@ class Connection:
 
     async def _pace(self, size: int) -> None:
         """A message counts as one, or as many as it has `_UNIT` bytes."""
-        now = time.monotonic()
-        cost = 1 + size / _UNIT
-        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND) - cost
-        self._counted_at = now
-        if self._allowance < 0:
-            await asyncio.sleep(-self._allowance / _PER_SECOND)
+        if (wait_s := self._allowance.wait(1 + size / _UNIT)) > 0:
+            await asyncio.sleep(wait_s)

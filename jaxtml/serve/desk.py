@@ -179,14 +179,13 @@ class Desk:
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
-        span = tracing.session(name, scope, self.served.name, grant.key.name)
-        call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
         try:
+            span = tracing.session(name, scope, self.served.name, grant.key.name)
+            call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
             call.speaks = make(call)
         except BaseException:
             session.end(End.FAILED)
             self.access.end(grant.key.name, name)
-            span.end()
             raise
         self.calls[name] = call
         task = asyncio.create_task(self._run(call))

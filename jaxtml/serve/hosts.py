@@ -19,7 +19,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from absl import logging
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from jaxtml.errors import InputError
+from jaxtml.parallel.processes import first_host
 from jaxtml.serve.wire import LENGTH, exactly, received
 
 _WORD = 512  # bytes in which the first process says where it is
@@ -60,26 +61,17 @@ class Leader:
         except OSError as error:
             logging.error("another host: %s", error)
         if not self.ending:
-            _give_up("a process of another host is gone")
+            give_up("a process of another host is gone")
 
 
-def lead(word: dict[str, Any], host: str | None = None) -> Leader:
-    """On process 0: tells all others a `word`, and waits until they have found this one.
-
-    Args:
-      word: what JSON can carry.
-      host: by which the others reach this one; None: that of JAX' coordinator, or this machine's name.
+def lead(word: dict[str, Any]) -> Leader:
+    """On process 0: tells all others a `word` (what JSON can carry), and waits until they have found this one.
 
     Raises:
-      InputError: nobody could reach this one by that name, or somebody does not come.
+      InputError: somebody does not come.
     """
-    host = host or os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0] or socket.gethostname()
-    secret = secrets.token_bytes(32)
-    try:
-        listener = socket.create_server((host.strip("[]"), 0))
-    except OSError as error:
-        raise InputError(f"the other hosts could not reach this one as {host}: {error.strerror}") from error
-    with listener:
+    host, secret = first_host(), secrets.token_bytes(32)
+    with _listening(host) as listener:
         told = json.dumps([word, host, listener.getsockname()[1], secret.hex()]).encode()
         broadcast_one_to_all(np.frombuffer(told.ljust(_WORD), np.uint8))
         listener.settimeout(_FIND_S)
@@ -91,12 +83,29 @@ def lead(word: dict[str, Any], host: str | None = None) -> Leader:
                 raise InputError(f"only {len(others) + 1} of {jax.process_count()} hosts are there") from error
             other.settimeout(_SHOW_S)
             if _shows(other, secret):
-                other.settimeout(None)
-                other.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _watched(other)
                 others.append(other)
             else:
                 other.close()
     return Leader(others)
+
+
+def _listening(host: str) -> socket.socket:
+    """On the loopback where that is what the host is called by, else wherever the others may come from."""
+    if host in ("localhost", "127.0.0.1"):
+        return socket.create_server((host, 0))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _watched(connection: socket.socket) -> None:
+    """A machine that is gone says nothing more: then the connection ends after some seconds."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("NODELAY", 1), ("KEEPIDLE", 5), ("KEEPINTVL", 2), ("KEEPCNT", 3), ("USER_TIMEOUT", 10_000)):
+        if hasattr(socket, f"TCP_{option}"):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
 
 
 def _shows(other: socket.socket, secret: bytes) -> bool:
@@ -114,9 +123,9 @@ def follow() -> tuple[dict[str, Any], Iterator[bytes]]:
     """
     word, host, port, secret = json.loads(bytes(broadcast_one_to_all(np.zeros(_WORD, np.uint8))))
     try:
-        first = socket.create_connection((host.strip("[]"), port), _FIND_S)
+        first = socket.create_connection((host, port), _FIND_S)
         first.sendall(bytes.fromhex(secret))
-        first.settimeout(None)
+        _watched(first)
     except OSError as error:
         raise InputError(f"the first host cannot be reached as {host}:{port}: {error}") from error
     told: SimpleQueue[bytes] = SimpleQueue()
@@ -134,13 +143,13 @@ def _listen(first: socket.socket, put: Callable[[bytes], None]) -> None:
             logging.error("the first host: %s", error)
             data = None
         if data is None:
-            _give_up("the first host's process is gone")
+            give_up("the first host's process is gone")
         else:
             put(data)
 
 
-def _give_up(why: str) -> None:
-    """Ends this process at once: its other thread may wait inside a step, where nothing reaches it."""
+def give_up(why: str, status: int = 1) -> NoReturn:
+    """Ends this process at once: in good order it would wait for the others, or it waits inside a step already."""
     logging.error("%s", why)
     logging.flush()
-    os._exit(1)
+    os._exit(status)

@@ -59,7 +59,8 @@ class Link:
             first = await link._received()
             assert isinstance(first, Ready)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise InputError(f"the model's process ended with status {await process.wait()} (see its log)") from error
+            await link.close()  # of several, it may wait for the others
+            raise InputError(f"the model's process ended with status {process.returncode} (see its log)") from error
         if first.error:
             await link.close()
             raise InputError(first.error)

@@ -165,6 +165,10 @@ class Live:
         """A message of the client's. Who has a track has no other way for sound."""
         await self.take(LATER if self.track is None else BESIDE, data, self._put)
 
+    def untracked(self) -> None:
+        """Its client is back over a WebSocket: sound is in the events from now on."""
+        self.track = None
+
     async def hear(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, from a track."""
         self._reflected(samples)

@@ -42,16 +42,16 @@ async def of_live(request: web.Request, served: Served) -> Create:
 async def of_realtime(request: web.Request) -> tuple[str, SessionConfig | None]:
     """The Realtime API's: the offer alone, or a form of it (`sdp`) and the session (`session`). Raises `Refused`."""
     form: dict[str, bytes] = {}
-    if request.content_type == "multipart/form-data":
-        for name, value in (await request.post()).items():
-            read = value.file.read() if isinstance(value, web.FileField) else value
-            form[name] = read.encode() if isinstance(read, str) else bytes(read)
-    else:
-        form["sdp"] = await request.read()
     try:
+        if request.content_type == "multipart/form-data":
+            for name, value in (await request.post()).items():
+                read = value.file.read() if isinstance(value, web.FileField) else value
+                form[name] = read.encode() if isinstance(read, str) else bytes(read)
+        else:
+            form["sdp"] = await request.read()
         session = msgspec.json.decode(form["session"], type=SessionConfig) if "session" in form else None
         return form.get("sdp", b"").decode(), session
-    except _READS as error:
+    except (*_READS, ValueError) as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error
 
 

@@ -3,9 +3,10 @@
 The rules. A peer makes one offer, with a data channel, at most one track of sound (Opus) and one of pictures (VP8), all
 over one port; it is answered once. It is found at the address at which the request for it came in, no other server is
 asked for one (no STUN, no TURN), and nothing is sent to anyone who has not reached that address with the answer's
-password: the candidates of an offer are not looked at. Datagrams beyond `_PER_SECOND` are dropped. UDP cannot hold back
-who sends too much, so a peer whose messages are not taken as fast as they come is given up. There is no way back to a
-session over WebRTC; over a WebSocket there is, and then its sound is in the events.
+password: the candidates of an offer are not looked at. Datagrams of strangers are not read, and of a peer no more than
+`_PER_SECOND`; of those that look for a way (STUN) fewer. UDP cannot hold back who sends too much, so a peer whose
+messages are not taken as fast as they come, cost too much time, or come from too many sources, is given up. There is no
+way back to a session over WebRTC; over a WebSocket there is, and then its sound is in the events.
 
 Called by the server's addresses, when the first offer comes.
 """
@@ -16,7 +17,9 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,9 +32,12 @@ from aiortc import (
     RTCRtpTransceiver,
     RTCSessionDescription,
 )
+from aiortc.jitterbuffer import JitterFrame
 from aiortc.mediastreams import MediaStreamError
+from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
+from jaxtml.serve.allowance import Allowance
 from jaxtml.serve.connection import GOODBYE_S, MESSAGE_BYTES
 from jaxtml.serve.intake import Intake
 from jaxtml.serve.tracks import Arrivals, Ear, Pictures, Voice
@@ -41,6 +47,11 @@ _SDP_BYTES = 2**15  # of an offer; browsers' have 2 to 10 KB
 _KINDS = {"audio": "audio/opus", "video": "video/VP8", "application": None}
 _NOT_READ = ("a=candidate", "a=end-of-candidates", "a=ice-lite")
 _PER_SECOND, _BURST = 1000, 2000  # datagrams: sound is 50, a camera's pictures 300
+_STUN_PER_SECOND, _STUN_BURST = 20, 100
+_STUN_ANSWER = b"\1\1"  # begins a binding's success response (RFC 8489)
+_BUSY, _BUSY_S = 0.1, 0.3  # of the time, and at once, for putting messages together: tiny parts of them cost much
+_SOURCES = 8  # of one track: aiortc forgets none
+_UNDECODED = 4  # pictures that wait for the decoder, or to be looked at: those that come then are dropped
 _MESSAGES = 512  # that wait to be taken, beside their bytes
 _UNSENT = 2**16  # bytes that a data channel is given in advance
 _LOOK_S = 0.02
@@ -74,7 +85,9 @@ class Peer:
         self._waiting = 0  # bytes in it
         self._over = False
         self._changed = asyncio.Event()
-        self._allowance, self._counted_at = float(_BURST), self.heard_at
+        self._datagrams, self._stun, self._time = (
+            Allowance(*rate) for rate in ((_PER_SECOND, _BURST), (_STUN_PER_SECOND, _STUN_BURST), (_BUSY, _BUSY_S))
+        )
 
     @classmethod
     async def offered(cls, sdp: str, address: str, sees: bool) -> Peer:
@@ -102,6 +115,8 @@ class Peer:
     async def answer(self) -> str:
         """The answer to the offer; from now on the peer can connect."""
         await self._pc.setLocalDescription(await self._pc.createAnswer())
+        for port in self._ice()._protocols:
+            port.datagram_received = partial(self._arrived, port.datagram_received)
         return self._pc.localDescription.sdp
 
     async def opened(self) -> None:
@@ -147,7 +162,7 @@ class Peer:
             raise ConnectionError(str(error)) from error
 
     async def ping(self) -> None:
-        """A peer that is there reports what it hears every few seconds (RTCP): it need not be asked."""
+        """ICE does, every five seconds (RFC 7675), and the answer is heard."""
 
     def unsent(self) -> int:
         sctp, channel = self._pc.sctp, self._channel
@@ -160,7 +175,13 @@ class Peer:
         until = time.monotonic() + GOODBYE_S
         while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < until:
             await asyncio.sleep(_LOOK_S)
-        await asyncio.shield(self._pc.close())  # aiortc's own may be under way: it fails where we are cancelled
+        # aiortc's own may be under way: it fails where we are cancelled.
+        closing = asyncio.ensure_future(self._pc.close())
+        done, _ = await asyncio.wait([closing], timeout=GOODBYE_S)
+        if not done:  # a task of its own has failed, which it waits for
+            logging.error("a peer's connection does not close; it is cut off")
+            for port in self._ice()._protocols:
+                port.transport.abort()
 
     # --- inside
 
@@ -190,32 +211,66 @@ class Peer:
         for transceiver in self._pc.getTransceivers():
             sound = transceiver.kind == "audio"
             # aiortc has no way to be given one.
-            buffer = self._ear.arrivals if sound else Pictures()
-            setattr(transceiver.receiver, "_RTCRtpReceiver__jitter_buffer", buffer)  # noqa: B010
+            buffer = self._ear.arrivals if sound else Pictures(partial(self._piled_up, transceiver.receiver))
+            add = partial(self._added, buffer.add, set())
+            setattr(transceiver.receiver, "_RTCRtpReceiver__jitter_buffer", SimpleNamespace(add=add))  # noqa: B010
             if not sound and sees:
                 self._camera = transceiver.receiver
-        ice: Any = sctp.transport.transport._connection
-        gathered, received = ice.get_component_candidates, ice.data_received
+        ice = self._ice()
+        gathered, handle = ice.get_component_candidates, sctp._handle_data
         ice.get_component_candidates = lambda component, addresses: gathered(component, [address])
-        ice.data_received = lambda data, component: received(data, component) if self._taken() else None
+        sctp._handle_data = partial(self._handled, handle)
 
     def _prefer(self, transceiver: RTCRtpTransceiver, kind: str) -> None:
         known = RTCRtpReceiver.getCapabilities(kind)
         codecs = [] if known is None else known.codecs
         transceiver.setCodecPreferences([one for one in codecs if one.mimeType in (_KINDS[kind], f"{kind}/rtx")])
 
-    def _taken(self) -> bool:
-        """Whether a datagram of the peer is read."""
-        now = time.monotonic()
-        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND)
-        self._counted_at = self.heard_at = now
-        if self._allowance < 1:
-            return False
-        self._allowance -= 1
+    def _ice(self) -> Any:
+        sctp = self._pc.sctp
+        assert sctp is not None
+        return sctp.transport.transport._connection
+
+    def _arrived(self, received: Callable[[bytes, Any], None], data: bytes, address: Any) -> None:
+        """A datagram, of anyone. Those of STUN begin with a byte below 4 (RFC 7983)."""
+        known = any(pair.remote_addr[:2] == address[:2] for pair in self._ice()._check_list)
+        stun = data[:1] < b"\4"
+        if known and (not stun or data[:2] == _STUN_ANSWER):
+            self.heard_at = time.monotonic()
+        allowance = self._stun if stun else self._datagrams
+        if (stun or known) and not self._over and allowance.take():
+            received(data, address)
+
+    async def _handled(self, handle: Callable[[bytes], Awaitable[None]], data: bytes) -> None:
+        """What the data channel's transport (SCTP) gets."""
+        if self._over:
+            return
+        began = time.thread_time()
+        await handle(data)
+        sctp = self._pc.sctp
         # Parts of a message that never ends wait there.
-        if self._pc.sctp is not None and self._pc.sctp._advertised_rwnd < -MESSAGE_BYTES:
-            self._end()
-        return True
+        endless = sctp is not None and sctp._advertised_rwnd < -MESSAGE_BYTES
+        if endless or not self._time.take(time.thread_time() - began):
+            self._flooded()
+
+    def _added(
+        self, add: Callable[[RtpPacket], Any], sources: set[int], packet: RtpPacket
+    ) -> tuple[bool, JitterFrame | None]:
+        """A packet of a track."""
+        sources.add(packet.ssrc)
+        if len(sources) > _SOURCES:
+            self._flooded()
+        return (False, None) if self._over else add(packet)
+
+    def _piled_up(self, receiver: RTCRtpReceiver) -> bool:
+        """Whether pictures come faster than they are decoded and looked at."""
+        undecoded: Any = getattr(receiver, "_RTCRtpReceiver__decoder_queue")  # noqa: B009
+        unseen: Any = receiver.track
+        return undecoded.qsize() > _UNDECODED or unseen._queue.qsize() > _UNDECODED
+
+    def _flooded(self) -> None:
+        self._inbox.clear()
+        self._end()
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
         """The first one is for events, whatever its name."""
@@ -228,12 +283,14 @@ class Peer:
         self._changed.set()
 
     def _on_message(self, message: str | bytes) -> None:
+        if self._over:
+            return
         data = message.encode() if isinstance(message, str) else message
         self._inbox.append(data)
         self._waiting += len(data)
         self._changed.set()
         if len(self._inbox) > _MESSAGES or self._waiting > MESSAGE_BYTES:
-            self._end()
+            self._flooded()
 
     def _on_close(self) -> None:
         ice = None if self._pc.sctp is None else self._pc.sctp.transport.transport
@@ -264,8 +321,11 @@ class Peer:
         """A picture a micro-turn. All are decoded, as each is told by those before it, but few are looked at."""
         due = 0.0
         with contextlib.suppress(MediaStreamError):
+            track: Any = camera.track
             while True:
-                frame: Any = await camera.track.recv()
+                frame = await track.recv()
+                while track._queue.qsize():
+                    frame = await track.recv()
                 if (now := time.monotonic()) >= due:
                     due = now + TURN_MS / 1000
                     with contextlib.suppress(ValueError):  # of a shape that has no patches

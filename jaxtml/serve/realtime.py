@@ -266,6 +266,10 @@ class Realtime:
             self.metrics.malformed.labels(SCOPE).inc()
             self.fail(invalid)
 
+    def untracked(self) -> None:
+        """Its client is back over a WebSocket: sound is in the events from now on."""
+        self.track = self.sounding = None
+
     async def hear(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, from a track."""
         await self.intake.follow(samples)

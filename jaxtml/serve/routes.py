@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _FIRST_TRIES = 8  # malformed first messages
 _SIDEBANDS = 4  # of a session
 _BODY_BYTES = 2**16  # of an HTTP request
+_CUT_OFF_S = 5.0
 _KEY_BYTES = 7000  # of a key that is made here: aiohttp takes headers of 8 KB
 _CODES = {
     End.ASKED: 1000,
@@ -213,7 +214,7 @@ class Server:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
         if not isinstance(call.speaks, live.Live):
             raise Refused(404, "session_not_found", "that session speaks another protocol")
-        call.speaks.track = None  # that of a peer which is no more
+        call.speaks.untracked()
         if call.carried is not None:
             call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
         event = {
@@ -262,9 +263,9 @@ class Server:
             call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
             if not isinstance(call.speaks, realtime.Realtime):
                 raise Refused(404, "session_not_found", "that session speaks another protocol")
-            call.speaks.track = None  # that of a peer which is no more
             ws = socket()
             await ws.prepare(request)
+            call.speaks.untracked()
             connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
             await self._carried(connection, call, after, call.speaks.receive)
             return ws
@@ -408,7 +409,8 @@ class Server:
         del app
         for task in self._peers:
             task.cancel()
-        await asyncio.gather(*self._peers, return_exceptions=True)
+        if self._peers:
+            await asyncio.wait(self._peers, timeout=_CUT_OFF_S)
 
     # --- Moshi
 

@@ -10,13 +10,14 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from jaxtml.serve.allowance import Allowance
 from jaxtml.serve.messages import Invalid
 from jaxtml.stream.images import fitted_size, image_patches
 
 PIXELS = 2**22  # of the largest picture that is decoded
 _PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
 _PER_SECOND, _BURST = 10.0, 20  # of a session: a micro-turn sees two
-THREAD = ThreadPoolExecutor(1, "pictures")  # all decoding of a server: more of it at a time would make ticks late
+THREAD = ThreadPoolExecutor(1, "pictures")  # of all sessions: more of it at a time would make ticks late
 
 
 class Seeing:
@@ -29,16 +30,12 @@ class Seeing:
     def __init__(self, max_patches: int):
         self.max_patches = max_patches
         self._before: tuple[float, np.ndarray] | None = None
-        self._allowance, self._counted_at = float(_BURST), time.monotonic()
+        self._pictures = Allowance(_PER_SECOND, _BURST)
 
     def count(self) -> None:
         """One more has come. Raises `Invalid` where that was too soon."""
-        now = time.monotonic()
-        self._allowance = min(_BURST, self._allowance + (now - self._counted_at) * _PER_SECOND)
-        self._counted_at = now
-        if self._allowance < 1:
+        if not self._pictures.take():
             raise Invalid("rate_limit_exceeded", f"pictures come faster than {_PER_SECOND:.0f} a second")
-        self._allowance -= 1
 
     def put(self, data: bytes) -> np.ndarray:
         """`[P, 2, 40, 40, 3]` float32. Raises `ValueError` on what is no picture, or one too large or too long."""

@@ -2,15 +2,20 @@
 
 Only its API is called: who wants traces starts the server with `opentelemetry-instrument jaxtml serve ...`, which says
 where they go; without it nothing is recorded. A span begins inside the request that asks for the session, so that it
-is a child of the caller's where HTTP requests are traced. Names of attributes are those of OpenTelemetry's conventions
-for generative AI where there are any. Called by `serve.desk`.
+is a child of the caller's where HTTP requests are traced; the spans of those have addresses, in which there may be keys
+of Moshi's clients and tokens of Realtime's. Names of attributes are those of OpenTelemetry's conventions for generative
+AI where there are any. Called by `serve.desk`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Protocol
+
+try:
+    from opentelemetry import trace
+except ImportError:
+    trace = None
 
 Value = str | int | float | bool
 
@@ -38,10 +43,8 @@ class _Nothing:
 
 def session(name: str, protocol: str, model: str, key: str) -> Span:
     """The span of a session that begins now; whoever has it ends it."""
-    if importlib.util.find_spec("opentelemetry") is None:
+    if trace is None:
         return _Nothing()
-    from opentelemetry import trace
-
     attributes = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "jaxtml",

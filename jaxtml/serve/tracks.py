@@ -17,6 +17,7 @@ import asyncio
 import fractions
 import time
 from collections import deque
+from collections.abc import Callable
 
 import av
 import numpy as np
@@ -54,7 +55,7 @@ class Voice(MediaStreamTrack):
         self.waiting = np.zeros(0, np.float32)
         self._hold = 0  # pieces of silence before what waits
         self._dry = True
-        self._due, self._number = 0.0, 0
+        self._due, self._number = time.monotonic(), 0
         self._codec = av.AudioCodecContext.create("libopus", "w")
         self._codec.sample_rate, self._codec.format, self._codec.layout = SAMPLE_RATE, "s16", "mono"
         self._codec.time_base = fractions.Fraction(1, SAMPLE_RATE)
@@ -153,14 +154,21 @@ class Ear:
 
 
 class Pictures(JitterBuffer):
-    """Frames of VP8 of a size that is decoded at all."""
+    """Frames of VP8 of a size that is decoded at all.
 
-    def __init__(self) -> None:
+    Args:
+      piled_up: so many wait already that the next ones are dropped; the peer is then asked to begin anew.
+    """
+
+    def __init__(self, piled_up: Callable[[], bool]):
         super().__init__(capacity=512, is_video=True)
+        self.piled_up = piled_up
 
     def add(self, packet: RtpPacket) -> tuple[bool, JitterFrame | None]:
         lost, frame = super().add(packet)
-        return lost, frame if frame is not None and _size(frame.data) <= PIXELS else None
+        if frame is None or _size(frame.data) > PIXELS:
+            return lost, None
+        return (True, None) if self.piled_up() else (lost, frame)
 
 
 def _size(frame: bytes) -> int:

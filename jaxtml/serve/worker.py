@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from jaxtml.config import to_json
 from jaxtml.errors import InputError
@@ -74,13 +75,16 @@ def follow(checkpoint: str | Path) -> None:
     word, ticks = hosts.follow()
     try:
         slots = _slots(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
+        for data in ticks:
+            tick = unpacked(data)
+            assert isinstance(tick, Tick)
+            answer(slots, tick)
     except (InputError, OSError) as error:
         print(f"jaxtml serve: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # in good order it would wait for the first host, which waits for this one
-    for data in ticks:
-        tick = unpacked(data)
-        assert isinstance(tick, Tick)
-        answer(slots, tick)
+    except Exception:
+        logging.exception("the model failed")
+        hosts.give_up("this host's process ends")
 
 
 def _slots(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> Slots:
@@ -120,9 +124,13 @@ def main() -> None:
             return
         if leader is None:
             work(connection, slots)
-        else:
+            return
+        try:
             work(connection, slots, leader.tell)
             leader.end()
+        except Exception:
+            logging.exception("the model failed")
+            hosts.give_up("this host's process ends")
 
 
 if __name__ == "__main__":

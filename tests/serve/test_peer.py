@@ -208,6 +208,45 @@ def test_a_peer_that_does_not_come_back_is_ended(served, engine, monkeypatch):
     serving(served, engine, test, model=scripted({}))
 
 
+def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(served, engine, monkeypatch):
+    monkeypatch.setattr(connection, "_LOOK_S", 0.05)
+    monkeypatch.setattr(connection, "_SILENT_S", 0.5)
+    monkeypatch.setattr("aioice.ice.CONSENT_INTERVAL", 0.1)
+
+    async def test(serving: Serving) -> None:
+        async with calling() as caller:  # a data channel, no track
+            await live(serving, caller)
+            await asyncio.sleep(1.5)
+            assert serving.call().session.attached
+            caller.vanish()
+            await eventually(lambda: not serving.call().session.attached)
+
+    serving(served, engine, test)
+
+
+@pytest.mark.parametrize("flood", ["messages", "parts"])
+def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, monkeypatch, flood):
+    if flood == "messages":  # more than are taken
+        monkeypatch.setattr(connection, "_PER_SECOND", 1)
+        monkeypatch.setattr(connection, "_BURST", 10)
+
+    async def test(serving: Serving) -> None:
+        async with calling() as caller:
+            await live(serving, caller)
+            line = serving.call().carried.line
+            if flood == "parts":  # that take longer to put together than they may
+                line._time.burst = 1e-4
+            for _ in range(1000):
+                caller.say("session.input_audio.mute")
+            async with serving.ticking():
+                await eventually(lambda: not serving.call().session.attached)
+            assert not line._inbox and not line.left
+            async with serving.http.get(f"{serving.url}/health") as health:
+                assert health.status == 200
+
+    serving(served, engine, test)
+
+
 def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(served, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
