@@ -155,6 +155,20 @@ def test_a_layer_gives_the_same_with_few_tokens_and_with_many():
     np.testing.assert_allclose(together[:, ::20], alone, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [2, 40])  # choice by choice, and sorted by expert
+def test_padding_that_is_skipped_reads_no_expert_and_changes_nothing_beside_it(tokens):
+    module = MoE(CONFIG, "moe")
+    params = init_params(specs(module), 0)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(2, tokens, D)), jnp.float32)
+    kind = jnp.asarray(np.arange(2 * tokens).reshape(2, tokens) % 3 != 0, jnp.int32)
+    run = jax.jit(lambda params, skip: bind(module, params)(x, kind, skip_padding=skip)[0], static_argnums=1)
+    present, whole, skipped = np.asarray(kind, bool), run(params, False), run(params, True)
+    np.testing.assert_array_equal(skipped[present], whole[present])
+    poisoned = run({**params, "w13": jnp.full_like(params["w13"], jnp.nan)}, True)
+    assert np.isnan(poisoned[present]).all() and np.isfinite(poisoned[~present]).all()
+    np.testing.assert_array_equal(poisoned[~present], skipped[~present])
+
+
 def test_stats_count_real_tokens_by_modality_and_nothing_is_dropped():
     layer = MoE(CONFIG, "mlp")
     params = init_params(specs(layer), 0)
