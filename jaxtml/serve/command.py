@@ -71,13 +71,14 @@ def serve(options: Options) -> None:
     """
     if options.log_json:
         log.as_json()
-    workers = _workers(options)
     prefix(options.replica)
+    on_mesh = _on_mesh(options)
     if rank():
         log.event("runs the model with the first host", process=rank())
         worker.follow(options.checkpoint)
         return
     access, tls = _access(options), _tls(options)
+    workers = 1 if on_mesh else options.workers or min(_usual_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
     try:
         with _bound(options) as place:
@@ -122,16 +123,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _workers(options: Options) -> int:
-    """How many processes have the model here. Raises `InputError` where the options do not go together."""
+def _on_mesh(options: Options) -> bool:
+    """Whether one worker has several devices. Raises `InputError` where the options do not go together."""
     mesh = MeshShape.parse(options.mesh)
     if mesh.devices == 1 and rank() is not None:
         raise InputError("there are several processes: say with --mesh how their devices share the model")
-    if mesh.devices > 1:
-        if options.workers > 1:
-            raise InputError(f"--mesh {options.mesh} is one worker's: leave --workers out")
-        return 1
-    return options.workers or min(_usual_workers(), options.max_sessions)
+    if mesh.devices > 1 and options.workers > 1:
+        raise InputError(f"--mesh {options.mesh} is one worker's: leave --workers out")
+    return mesh.devices > 1
 
 
 def _usual_workers() -> int:

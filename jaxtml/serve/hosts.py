@@ -148,8 +148,8 @@ def _listen(first: socket.socket, put: Callable[[bytes], None]) -> None:
             put(data)
 
 
-def give_up(why: str, status: int = 1) -> NoReturn:
+def give_up(why: str) -> NoReturn:
     """Ends this process at once: in good order it would wait for the others, or it waits inside a step already."""
     logging.error("%s", why)
     logging.flush()
-    os._exit(status)
+    os._exit(1)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 import msgspec
 
 _Message = TypeVar("_Message")
-_READS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what JSON that is not as its type raises
 
 
 Name = Annotated[str, msgspec.Meta(max_length=512)]  # what a client calls something
@@ -60,7 +60,7 @@ class Vocabulary(Generic[_Message]):
         """Raises `Invalid`, with the client's `event_id` where there is one."""
         try:
             return self.decoder.decode(data)
-        except _READS as error:
+        except UNREADABLE as error:
             raise self._invalid(error, data) from error
 
     async def taken(self, data: bytes, take: Callable[[_Message], Awaitable[None]]) -> None:
@@ -78,7 +78,7 @@ class Vocabulary(Generic[_Message]):
     def _invalid(self, error: Exception, data: bytes) -> Invalid:
         try:
             named = msgspec.json.decode(data, type=_Named)
-        except _READS:
+        except UNREADABLE:
             return Invalid("invalid_json", f"a message is one JSON object, in UTF-8: {error}"[:300])
         event_id = named.event_id if isinstance(named.event_id, str) else None
         if named.type in self.unsupported:

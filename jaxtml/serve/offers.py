@@ -16,13 +16,11 @@ from jaxtml.serve import live
 from jaxtml.serve.access import Refused
 from jaxtml.serve.desk import Served
 from jaxtml.serve.live_messages import Create
-from jaxtml.serve.messages import Invalid
+from jaxtml.serve.messages import UNREADABLE, Invalid
 from jaxtml.serve.realtime_messages import SessionConfig
 
 if TYPE_CHECKING:
     from jaxtml.serve.peer import Peer
-
-_READS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 async def of_live(request: web.Request, served: Served) -> Create:
@@ -34,7 +32,7 @@ async def of_live(request: web.Request, served: Served) -> Create:
         live.check(asked.session, served)
     except Invalid as invalid:
         raise Refused(400, invalid.code, str(invalid)) from invalid
-    except _READS as error:
+    except UNREADABLE as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error
     return asked
 
@@ -51,7 +49,7 @@ async def of_realtime(request: web.Request) -> tuple[str, SessionConfig | None]:
             form["sdp"] = await request.read()
         session = msgspec.json.decode(form["session"], type=SessionConfig) if "session" in form else None
         return form.get("sdp", b"").decode(), session
-    except (*_READS, ValueError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error
 
 

@@ -35,7 +35,7 @@ from jaxtml.serve.connection import Connection, Outcome, Receive, Socket, socket
 from jaxtml.serve.desk import Call, Desk, Served
 from jaxtml.serve.hub import End
 from jaxtml.serve.live_messages import FIRST, Resume, Start
-from jaxtml.serve.messages import Invalid
+from jaxtml.serve.messages import UNREADABLE, Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.realtime_messages import SecretRequest, SessionConfig
 from jaxtml.serve.sound import Track
@@ -306,7 +306,7 @@ class Server:
             raise Refused(403, "insufficient_scope", "a short-lived key makes no others")
         try:
             asked = msgspec.json.decode(await request.read() or b"{}", type=SecretRequest)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
         config = asked.session or SessionConfig(type="realtime")
         self._check_model(config.model)

@@ -19,7 +19,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from jaxtml.serve.slots import Slots
 from jaxtml.serve.wire import Tick, Told
-from tests.serve.serving import WAIT_S, Serving
+from tests.serve.serving import WAIT_S
 from tests.serve.stepped import Here, Script, Stepped, scripted
 
 RATE = 48_000
@@ -129,25 +129,6 @@ async def calling(*tracks: MediaStreamTrack) -> AsyncIterator[Caller]:
         yield caller
     finally:
         await caller.close()
-
-
-@asynccontextmanager
-async def real_time(serving: Serving) -> AsyncIterator[None]:
-    """Ticks as a server has them meanwhile."""
-
-    async def forever() -> None:
-        due = time.monotonic()
-        while True:
-            await serving.go()
-            due += 0.2
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-
-    task = asyncio.create_task(forever())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def singing(hz: float, script: Script) -> Callable[[Slots, Stepped], Here]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -40,13 +41,15 @@ class Serving:
         await self.clock.go(ticks)
 
     @asynccontextmanager
-    async def ticking(self) -> AsyncIterator[None]:
-        """Tick after tick meanwhile."""
+    async def ticking(self, every_s: float = 0.0) -> AsyncIterator[None]:
+        """Tick after tick meanwhile; as a server has them, every 0.2 s."""
 
         async def forever() -> None:
+            due = time.monotonic()
             while True:
                 await self.go()
-                await asyncio.sleep(0.005)
+                due += every_s
+                await asyncio.sleep(max(0.005, due - time.monotonic()))
 
         task = asyncio.create_task(forever())
         try:

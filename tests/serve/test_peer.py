@@ -29,7 +29,7 @@ from aiortc import VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
 from jaxtml.serve.tracks import Arrivals, Ear, Voice, _size
-from tests.serve.peering import Caller, Mouth, calling, loudest, real_time, singing, tone
+from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
 
 SPEAKS = {n: (Control.SAY, "yes", Control.SPEAK) for n in range(1, 100)}
 MODEL = {"model": "small_test"}
@@ -68,7 +68,7 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
             heard = np.concatenate(call.session.hearing.parts)[-TURN_SAMPLES:]
             assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
-            async with real_time(serving):
+            async with serving.ticking(0.2):
                 await eventually(lambda: len(caller.heard()) > 48_000)
                 caller.say("session.commentary.append", content="abc", delegation_id=None, event_id="a")
                 assert (await caller.until("session.commentary.appended"))["client_event_id"] == "a"
@@ -457,7 +457,7 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
             call = serving.call()
             assert where == f"/v1/realtime/calls/{call.id}"
             await tab.until("events[0]?.type === 'session.created'")
-            async with real_time(serving):
+            async with serving.ticking(0.2):
                 await tab.until("events.some((one) => one.type === 'output_audio_buffer.started')")
                 before = json.loads(await tab.run(HEARD))
                 await asyncio.sleep(4)
