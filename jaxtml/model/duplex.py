@@ -97,7 +97,7 @@ class TurnOutputs(NamedTuple):
     logits: jax.Array | None
 
 
-_PART = 6  # sessions that a CPU works on at a time
+PART = 6  # sessions that a CPU works on at a time
 
 # Phases of a slot within a micro-turn.
 _START, _HEARD, _TEXT, _OWN, _DONE = range(5)
@@ -382,16 +382,16 @@ class Duplex:
     def _in_parts(self, run: Callable[[Any], Any], carry: Any, axes: Any, order: jax.Array) -> Any:
         """`run(carry)`, in which nothing is to be done but for the slots of `order` `[B]` 0 and 1, and that once.
 
-        On a CPU, whose time is that of the rows, for `_PART` of those at a time, those of 0 first: always as many, so
+        On a CPU, whose time is that of the rows, for `PART` of those at a time, those of 0 first: always as many, so
         that what a session gets does not depend on how many there are. `axes` says which dimension of an array of
         `carry` counts sessions.
         """
-        if len(order) <= _PART or not self.one_cpu:
+        if len(order) <= PART or not self.one_cpu:
             return run(carry)
 
         def body(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             carry, order = loop
-            rows = jnp.argsort(order, stable=True)[:_PART]
+            rows = jnp.argsort(order, stable=True)[:PART]
             part = run(jax.tree.map(lambda axis, whole: jnp.take(whole, rows, axis=axis), axes, carry))
             carry = jax.tree.map(partial(_put_rows, rows), axes, carry, part)
             return carry, order.at[rows].set(2)

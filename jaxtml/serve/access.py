@@ -171,18 +171,22 @@ class Access:
             raise Refused(429, "rate_limit_exceeded", "too many requests with this key in a minute", after_s)
         asked.append(now)
 
-    def begin(self, grant: Grant, session: str, scope: str) -> None:
-        """Counts a session from now on. Raises `Refused` where the key is not for this protocol, or is used up."""
-        name, now = grant.key.name, self.now()
+    def check(self, grant: Grant, scope: str) -> None:
+        """Raises `Refused` where the key is not for this protocol, or is used up."""
+        name = grant.key.name
         if scope not in grant.scopes:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
         begun = self._begun[name]
         if len(begun) >= grant.key.sessions:
             raise Refused(429, "session_limit_exceeded", f"this key has its {len(begun)} sessions", 5.0)
         if self.minutes(name) >= grant.key.minutes_per_day:
-            after_s = self._used[name][0][0] + _DAY_S - now if self._used[name] else _MINUTE_S
+            after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S
             raise Refused(429, "quota_exceeded", "this key has had its minutes of the last 24 hours", after_s)
-        begun[session] = now
+
+    def begin(self, grant: Grant, session: str, scope: str) -> None:
+        """Counts a session from now on. Raises as `check`."""
+        self.check(grant, scope)
+        self._begun[grant.key.name][session] = self.now()
 
     def end(self, name: str, session: str) -> None:
         """The session of that key is over."""

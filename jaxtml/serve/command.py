@@ -29,7 +29,7 @@ from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import rank
-from jaxtml.serve import log, worker
+from jaxtml.serve import hosts, log, worker
 from jaxtml.serve.access import Access
 from jaxtml.serve.desk import Desk, Limits, Served
 from jaxtml.serve.hub import End
@@ -188,27 +188,30 @@ async def _serve(
 
 async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
     """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
-    told = asyncio.Event()
+    begin, told, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        begin.set()
+        (again if told.is_set() else told).set()
+
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, told.set)
+    for name, handler in ((signal.SIGTERM, signalled), (signal.SIGINT, signalled), (hosts.DRAIN, begin.set)):
+        loop.add_signal_handler(name, handler)
     running = asyncio.create_task(pool.run())
-    waiting = asyncio.create_task(told.wait())
+    waiting, hurrying = asyncio.create_task(begin.wait()), asyncio.create_task(again.wait())
     try:
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             log.event("draining", sessions=len(desk.calls), at_most_s=drain_s)
-            told.clear()
-            draining, again = asyncio.create_task(desk.drain(drain_s)), asyncio.create_task(told.wait())
-            await asyncio.wait([running, draining, again], return_when=asyncio.FIRST_COMPLETED)
+            draining = asyncio.create_task(desk.drain(drain_s))
+            await asyncio.wait([running, draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
-            again.cancel()
         await desk.end(End.FAILED if running.done() else End.DRAINED)
         if running.done():
             running.result()
     finally:
-        waiting.cancel()
-        running.cancel()
+        for task in (waiting, hurrying, running):
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             await running
 

@@ -10,7 +10,8 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -161,22 +162,25 @@ class Desk:
 
     def admit(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
         """A call that begins at the next tick. Raises `Refused`, which is counted by its code."""
-        try:
-            return self._admitted(grant, make, scope)
-        except Refused as refused:
-            self.metrics.rejected.labels(refused.code).inc()
-            raise
+        self.ask(grant, scope)
+        return self.begin(grant, make, scope)
 
-    def _admitted(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
-        self.check_open()
-        self.access.ask(grant)
+    def ask(self, grant: Grant, scope: str) -> None:
+        """Counts a request for a call, and looks whether one may begin. Raises as `admit`."""
+        with self._refusing():
+            self.check_open()
+            self.access.ask(grant)
+            self.access.check(grant, scope)
+            self.pool.check()
+
+    def begin(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
+        """As `admit`, of a request that is counted already."""
         name = self.prefix + secrets.token_urlsafe(16)
-        self.access.begin(grant, name, scope)
-        try:
-            session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
-        except Full as full:
-            self.access.end(grant.key.name, name)
-            raise Refused(503, "server_full", str(full), full.retry_after_s) from full
+        with self._refusing():
+            self.check_open()
+            self.pool.check()
+            self.access.begin(grant, name, scope)
+        session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
         try:
@@ -194,6 +198,18 @@ class Desk:
         self.metrics.begun.labels(scope).inc()
         log.event("session began", session=name, key=grant.key.name, protocol=scope)
         return call
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Counts what is refused meanwhile."""
+        try:
+            yield
+        except Refused as refused:
+            self.metrics.rejected.labels(refused.code).inc()
+            raise
+        except Full as full:
+            self.metrics.rejected.labels("server_full").inc()
+            raise Refused(503, "server_full", str(full), full.retry_after_s) from full
 
     def check_open(self) -> None:
         """Raises `Refused` where the server is about to end."""

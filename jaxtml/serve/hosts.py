@@ -5,8 +5,9 @@ worker of process 0 gets ticks from the process that has the network (`serve.wir
 TCP before it runs it; the workers of the other hosts run it too and keep what it gives to themselves. They learn where
 the first one is over the devices, once, and with it a secret without which nobody is told anything.
 
-A process that is gone takes all others with it, at once: a step would wait for it for ever. Whoever started them starts
-them again. Called by `serve.worker`.
+A process that is told to end (by SIGTERM or SIGINT) tells the first one, whose server drains. One that is gone takes
+all others with it, at once: a step would wait for it for ever. Whoever started them starts them again. Called by
+`serve.worker`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import hmac
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -28,11 +31,11 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from jaxtml.errors import InputError
 from jaxtml.parallel.processes import first_host
-from jaxtml.serve.wire import LENGTH, exactly, received
+from jaxtml.serve.wire import END, LENGTH, exactly, received
 
 _WORD = 512  # bytes in which the first process says where it is
 _FIND_S, _SHOW_S = 60.0, 5.0  # until the others have found it, and have shown the secret
-_END = LENGTH.pack(0)  # a message of nothing: the model ends in good order
+DRAIN = signal.SIGUSR1  # to the server: another host is to end, however often that is said
 
 
 class Leader:
@@ -52,12 +55,13 @@ class Leader:
         """All are done."""
         self.ending = True
         for other in self.others:
-            other.sendall(_END)
+            other.sendall(END)
 
     def _watch(self, other: socket.socket) -> None:
-        """They never say anything; but one that is gone is read as an end."""
+        """One that is told to end says so; one that is gone is read as an end."""
         try:
-            other.recv(1)
+            while other.recv(1):
+                os.kill(os.getppid(), DRAIN)
         except OSError as error:
             logging.error("another host: %s", error)
         if not self.ending:
@@ -73,6 +77,7 @@ def lead(word: dict[str, Any]) -> Leader:
     host, secret = first_host(), secrets.token_bytes(32)
     with _listening(host) as listener:
         told = json.dumps([word, host, listener.getsockname()[1], secret.hex()]).encode()
+        assert len(told) <= _WORD, "names of hosts have 253 characters at most"
         broadcast_one_to_all(np.frombuffer(told.ljust(_WORD), np.uint8))
         listener.settimeout(_FIND_S)
         others: list[socket.socket] = []
@@ -130,6 +135,13 @@ def follow() -> tuple[dict[str, Any], Iterator[bytes]]:
         raise InputError(f"the first host cannot be reached as {host}:{port}: {error}") from error
     told: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(first, told.put), daemon=True).start()
+
+    def leave(*_: object) -> None:
+        with suppress(OSError):  # it is gone, which `_listen` sees too
+            first.send(b"\0")
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, leave)
     return word, iter(told.get, b"")
 
 

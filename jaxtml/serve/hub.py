@@ -182,7 +182,7 @@ class Counts:
 
 
 class Hub:
-    """All sessions of one worker.
+    """All sessions of one worker, or of one group of them.
 
     Args:
       model: the worker.
@@ -190,6 +190,7 @@ class Hub:
       clock: of the ticks.
       on_tick: is told of each: seconds it took, seconds it began late, and what the worker said.
       week_ms: the wall clock of the week.
+      group: of the worker's sessions.
     """
 
     def __init__(
@@ -199,8 +200,9 @@ class Hub:
         clock: Clock | None = None,
         on_tick: Callable[[float, float, Told], None] = lambda took_s, late_s, told: None,
         week_ms: Callable[[], int] = lambda: int(1000 * time.time()) % WEEK_MS,
+        group: int = 0,
     ):
-        self.model, self.capacity, self.clock = model, capacity, clock or WallClock()
+        self.model, self.capacity, self.clock, self.group = model, capacity, clock or WallClock(), group
         self.on_tick, self.week_ms = on_tick, week_ms
         self.sessions: dict[int, Session] = {}
         self.counts = Counts()
@@ -259,7 +261,7 @@ class Hub:
         end, self.leaving = tuple(self.leaving), []
         if not there and not end:
             return None
-        told = await self.model.tick(Tick(begin, end, {one.number: one.given() for one in there}))
+        told = await self.model.tick(Tick(begin, end, {one.number: one.given() for one in there}, self.group))
         for one in there:
             one.begun = True
             gave = told.gave[one.number]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from jaxtml.errors import InputError
-from jaxtml.serve.wire import LENGTH, Message, Ready, Tick, Told, packed, unpacked
+from jaxtml.serve.wire import END, LENGTH, Message, Ready, Tick, Told, packed, unpacked
 
 _END_S = 5.0  # until a worker whose socket is closed is killed
 
@@ -29,6 +29,7 @@ class Link:
     ):
         self.process, self.reader, self.writer = process, reader, writer
         self.ready = Ready()
+        self._one = asyncio.Lock()
 
     @classmethod
     async def start(cls, checkpoint: str | Path, capacity: int, core: int | None = None, mesh: str = "") -> Link:
@@ -68,11 +69,12 @@ class Link:
         return link
 
     async def tick(self, tick: Tick) -> Told:
-        """Raises `ConnectionError` where the worker is gone."""
+        """Asks when what others have asked is answered. Raises `ConnectionError` where the worker is gone."""
         try:
-            self.writer.write(packed(tick))
-            await self.writer.drain()
-            told = await self._received()
+            async with self._one:
+                self.writer.write(packed(tick))
+                await self.writer.drain()
+                told = await self._received()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise ConnectionError("the model's process is gone") from error
         assert isinstance(told, Told)
@@ -85,12 +87,14 @@ class Link:
 
     async def close(self) -> None:
         """Ends the worker."""
-        self.writer.close()
+        self.writer.write(END)
+        self.writer.write_eof()  # it may have an answer that nobody waits for, and must not fail of that
         try:
             await asyncio.wait_for(self.process.wait(), _END_S)
         except TimeoutError:
             self.process.kill()
             await self.process.wait()
+        self.writer.close()
 
     async def _received(self) -> Message:
         head = await self.reader.readexactly(LENGTH.size)

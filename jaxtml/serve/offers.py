@@ -6,6 +6,7 @@ Called by the server's addresses. WebRTC is an extra, which is looked for when i
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,11 @@ async def peer_of(request: web.Request, sdp: str, sees: bool) -> Peer:
         text = "this server has no WebRTC (pip install 'jaxtml[webrtc]'); over a WebSocket it has the same protocols"
         raise Refused(501, "webrtc_not_installed", text) from error
     assert request.transport is not None
+    ours = ipaddress.ip_address(request.transport.get_extra_info("sockname")[0])
+    if isinstance(ours, ipaddress.IPv6Address):
+        ours = ours.ipv4_mapped or ours  # a server of both families has IPv4's in this form
     try:
-        return await peers.Peer.offered(sdp, request.transport.get_extra_info("sockname")[0], sees)
+        return await peers.Peer.offered(sdp, str(ours), sees)
     except ValueError as error:
         raise Refused(400, "invalid_sdp", str(error)) from error
 

@@ -158,7 +158,8 @@ class Peer:
             raise ConnectionError("the data channel is closed")
         try:
             self._channel.send(frame.decode())
-        except ValueError as error:  # the peer has said how much it takes at once
+        except ValueError as error:  # it has said how much it takes at once; and nothing may be left out
+            logging.error("a peer does not take an event of %d bytes", len(frame))
             raise ConnectionError(str(error)) from error
 
     async def ping(self) -> None:

@@ -1,9 +1,9 @@
 """The workers of a server, side by side: a session lives in one of them from its beginning to its end.
 
 One worker has all devices of a mesh. On a CPU there are as many as cores, each on its own: the products of a small
-model are too small for two cores to share. With two a core each has half the sessions: ticks in which many speak are
-shorter, and fewer are late, for a quarter more work and twice the memory. Their clocks are apart by parts of a tick, so
-that the process that has the network is not asked by all at once.
+model are too small for two cores to share; and a worker has its sessions in groups (`slots.grouped`), for each of which
+there is a hub. The clocks of hubs are apart by parts of a tick, so that neither a worker nor the process that has the
+network is asked by all at once.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class Pool:
         return list(itertools.chain.from_iterable(hub.sessions.values() for hub in self.hubs))
 
     def admit(self, seed: int, grace_s: float = 30.0) -> Session:
-        """A session where there is most room. Raises `Full`, with the shortest time that any of them names."""
-        for hub in sorted(self.hubs, key=Hub.free, reverse=True):
-            if hub.free():
-                return hub.admit(seed, grace_s)
-        raise Full(min(hub.retry_after_s() for hub in self.hubs))
+        """A session where there are fewest. Raises as `check`."""
+        self.check()
+        return min(filter(Hub.free, self.hubs), key=lambda hub: len(hub.sessions)).admit(seed, grace_s)
+
+    def check(self) -> None:
+        """Raises `Full` where there is no room, with the shortest time that any of them names."""
+        if not any(hub.free() for hub in self.hubs):
+            raise Full(min(hub.retry_after_s() for hub in self.hubs))
 
     async def run(self) -> None:
         """Ticks of all until it is cancelled, or one worker is gone (`ConnectionError`), which ends them all."""
@@ -74,7 +77,7 @@ async def started(
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= capacity:
         raise InputError(f"{workers} workers for {capacity} sessions: each has one at least")
-    shares = [capacity // workers + (at < capacity % workers) for at in range(workers)]
+    shares = _shares(capacity, workers)
     pinned = [cores[at % len(cores)] if workers > 1 else None for at in range(workers)]
     begun = await asyncio.gather(
         *(Link.start(checkpoint, share, core, mesh) for share, core in zip(shares, pinned, strict=True)),
@@ -85,10 +88,20 @@ async def started(
         for link in begun:
             if isinstance(link, BaseException):
                 raise link
-        hubs = [Hub(link, share, on_tick=on_tick) for link, share in zip(links, shares, strict=True)]
-        yield Pool(hubs, links), links[0].ready
+        rooms = [
+            (at, link, room)
+            for link, share in zip(links, shares, strict=True)
+            for at, room in enumerate(_shares(share, link.ready.groups))
+        ]
+        rooms.sort(key=lambda room: room[0])  # those of one worker are as far apart as they can be
+        yield Pool([Hub(link, room, on_tick=on_tick, group=at) for at, link, room in rooms], links), links[0].ready
     finally:
         await asyncio.gather(*(link.close() for link in links))
+
+
+def _shares(whole: int, parts: int) -> list[int]:
+    """Of `parts`, that differ by one at most."""
+    return [whole // parts + (at < whole % parts) for at in range(parts)]
 
 
 async def _later(after_s: float, hub: Hub) -> None:

@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from absl import logging
@@ -67,6 +67,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot set headers of a WebSocket
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Protocol = TypeVar("Protocol", live.Live, realtime.Realtime)
 
 
 class Server:
@@ -212,16 +213,15 @@ class Server:
 
     async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[Call, int]:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
-        if not isinstance(call.speaks, live.Live):
-            raise Refused(404, "session_not_found", "that session speaks another protocol")
-        call.speaks.untracked()
+        speaks = _speaking(call, live.Live)
+        speaks.untracked()
         if call.carried is not None:
             call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
         event = {
             "type": "session.resumed",
             "event_id": f"evt_resumed_{message.after}",
             "session_id": call.id,
-            "input_audio_bytes": call.speaks.intake.taken,
+            "input_audio_bytes": speaks.intake.taken,
         }
         if message.event_id is not None:
             event["client_event_id"] = message.event_id
@@ -232,20 +232,19 @@ class Server:
         """A connection beside the session's own."""
         grant = self._grant(request)
         call = self.desk.find(request.match_info["session"], grant)
-        if not isinstance(call.speaks, live.Live):
-            raise Refused(404, "session_not_found", "that session speaks another protocol")
-        if len(call.speaks.sidebands) >= _SIDEBANDS:
+        speaks = _speaking(call, live.Live)
+        if len(speaks.sidebands) >= _SIDEBANDS:
             raise Refused(429, "session_limit_exceeded", f"that session has its {_SIDEBANDS} sidebands", 5.0)
         self.access.ask(grant)
         ws = socket()
         await ws.prepare(request)
         connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
-        beside = live.Sideband(call.speaks)
-        call.speaks.sidebands.append(beside)
+        beside = live.Sideband(speaks)
+        speaks.sidebands.append(beside)
         try:
             outcome = await connection.run(beside.outbox, 0, beside.receive)
         finally:
-            call.speaks.sidebands.remove(beside)
+            speaks.sidebands.remove(beside)
         await connection.close(*_goodbye(outcome, call))
         return ws
 
@@ -261,13 +260,12 @@ class Server:
             except ValueError as error:
                 raise Refused(400, "invalid_value", "after is the number of an event") from error
             call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
-            if not isinstance(call.speaks, realtime.Realtime):
-                raise Refused(404, "session_not_found", "that session speaks another protocol")
+            speaks = _speaking(call, realtime.Realtime)
             ws = socket()
             await ws.prepare(request)
-            call.speaks.untracked()
+            speaks.untracked()
             connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
-            await self._carried(connection, call, after, call.speaks.receive)
+            await self._carried(connection, call, after, speaks.receive)
             return ws
         self._check_model(query.get("model"))
         begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else None
@@ -368,10 +366,11 @@ class Server:
         scope: str,
     ) -> tuple[Call, str]:
         """A call for who made this offer, and the answer; it stands still until that has come to something."""
+        self.desk.ask(grant, scope)  # before the work that an offer is
         peer = await offers.peer_of(request, sdp, self.served.config.duplex.max_patches > 0)
         call = None
         try:
-            call = self.desk.admit(grant, lambda call: make(call, peer.voice), scope)
+            call = self.desk.begin(grant, lambda call: make(call, peer.voice), scope)
             call.session.detach()
             call.session.detached_at += self.desk.limits.first_message_s  # its grace is for who was there
             answer = await peer.answer()
@@ -487,6 +486,13 @@ class Server:
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
             response.headers["Vary"] = "Origin"
         return response
+
+
+def _speaking(call: Call, protocol: type[Protocol]) -> Protocol:
+    """What speaks for a call. Raises `Refused` where that is another protocol."""
+    if not isinstance(call.speaks, protocol):
+        raise Refused(404, "session_not_found", "that session speaks another protocol")
+    return call.speaks
 
 
 def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:

@@ -17,7 +17,8 @@ from jaxtml.stream.images import fitted_size, image_patches
 PIXELS = 2**22  # of the largest picture that is decoded
 _PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
 _PER_SECOND, _BURST = 10.0, 20  # of a session: a micro-turn sees two
-THREAD = ThreadPoolExecutor(1, "pictures")  # of all sessions: more of it at a time would make ticks late
+# Of all sessions, one picture of each at a time, in the order in which they come: more would make ticks late.
+THREAD = ThreadPoolExecutor(1, "pictures")
 
 
 class Seeing:

@@ -3,10 +3,14 @@
 There is one compiled step per bucket. Sessions are moved to another bucket when one begins that has no room, or when
 those left fill no more than half of the next smaller one; what a session gives does not depend on the slot, the bucket
 or who else is there. Everything is compiled at the start: from then on nothing is. Called by the server.
+
+On a CPU the sessions are in several groups, each with a clock of its own: a step of twice as many takes twice as long
+there, all of them wait for its end, and a tick in which many speak is late before the next can begin.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.errors import InputError
-from jaxtml.model.duplex import DuplexState
+from jaxtml.model.duplex import PART, DuplexState
 from jaxtml.serve.engine import Engine, Given
 
 BUCKETS = (1, 4, 16, 64)  # each is compiled at the start; a slot that nobody has costs little of a step
@@ -51,11 +55,20 @@ class Slots:
         engine.duplex.check_sessions(capacity)
         parts = engine.duplex.model.placement.session_parts
         self.buckets = (*(parts * size for size in BUCKETS if parts * size < capacity), capacity)
-        self.live: dict[int, int] = {}  # session -> slot
         self._empty = {size: engine.empty(size) for size in self.buckets}
         self._begins, self._moves = self._compiled()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.live: dict[int, int] = {}  # session -> slot
         self.bucket = self.buckets[0]
-        self.state: DuplexState = engine.state(self.bucket)
+        self.state: DuplexState = self.engine.state(self.bucket)
+
+    def another(self) -> Slots:
+        """As many slots for other sessions, with the same compiled programs."""
+        other = copy.copy(self)
+        other._clear()
+        return other
 
     def _compiled(self) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
         """All programs that will ever run, beside the engine's steps; each step has run once."""
@@ -114,6 +127,13 @@ class Slots:
         self.state = self._moves[self.bucket, bucket](self.state, rows)
         self.live = {session: slot for slot, session in enumerate(order)}
         self.bucket = bucket
+
+
+def grouped(engine: Engine, capacity: int) -> list[Slots]:
+    """Slots for `capacity` sessions or a few more: on a CPU in groups of `PART` at most, else in one. As `Slots`."""
+    groups = max(1, -(-capacity // PART)) if engine.duplex.one_cpu else 1
+    first = Slots(engine, -(-capacity // groups))
+    return [first, *(first.another() for _ in range(groups - 1))]
 
 
 def _beginning(slot: int, seed: int, week_ms: int) -> Sequence[np.ndarray]:

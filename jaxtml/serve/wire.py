@@ -19,6 +19,7 @@ from jaxtml.serve.slots import Gave
 from jaxtml.stream.tokens import Control
 
 LENGTH = struct.Struct("<I")
+END = LENGTH.pack(0)  # a message of nothing: the other end is to end, in good order
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Tick:
-    """One micro-turn of all sessions in `given`; those in `end` leave before it, those in `begin` come."""
+    """One micro-turn of those sessions of a `group` that are in `given`; those in `end` leave before it, those in
+    `begin` come."""
 
     begin: tuple[Beginning, ...] = ()
     end: tuple[int, ...] = ()
     given: dict[int, Given] = field(default_factory=dict)
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class Told:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker's first word: the config of its model (JSON) and how many sessions it has room for; or `error`."""
+    """The worker's first word: the config of its model (JSON) and how many groups its sessions are in; or `error`."""
 
     config: str = ""
-    capacity: int = 0
+    groups: int = 0
     error: str = ""
 
 
@@ -66,7 +69,7 @@ def packed(message: Message) -> bytes:
     if isinstance(message, Tick):
         begin = [(one.session, one.seed, one.week_ms) for one in message.begin]
         given = [(session, *_packed_given(one)) for session, one in message.given.items()]
-        body: Any = ("tick", begin, message.end, given)
+        body: Any = ("tick", begin, message.end, given, message.group)
     elif isinstance(message, Told):
         gave = [
             (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
@@ -74,7 +77,7 @@ def packed(message: Message) -> bytes:
         ]
         body = ("told", gave, message.step_ms, message.bucket, message.compilations)
     else:
-        body = ("ready", message.config, message.capacity, message.error)
+        body = ("ready", message.config, message.groups, message.error)
     data: Any = msgpack.packb(body)
     return LENGTH.pack(len(data)) + data
 
@@ -100,8 +103,9 @@ def unpacked(data: bytes) -> Message:
     """The message of which `data` is all behind the length."""
     kind, *parts = msgpack.unpackb(data, use_list=False)
     if kind == "tick":
-        begin, end, given = parts
-        return Tick(tuple(Beginning(*one) for one in begin), end, {one[0]: _given(*one[1:]) for one in given})
+        begin, end, given, group = parts
+        given = {one[0]: _given(*one[1:]) for one in given}
+        return Tick(tuple(Beginning(*one) for one in begin), end, given, group)
     if kind == "told":
         gave, *rest = parts
         return Told({one[0]: _gave(*one[1:]) for one in gave}, *rest)

@@ -1,8 +1,8 @@
 """The process that has the model, and does nothing but tick: `python -m jaxtml.serve.worker --checkpoint DIR ...`.
 
-Started by `jaxtml serve` with one end of a socket as file descriptor; it ends when the other end is closed. Transport,
-codecs and JSON live in the other process: on two cores, they would make ticks late. Of a model on several hosts, each
-has a worker, see `serve.hosts`.
+Started by `jaxtml serve` with one end of a socket as file descriptor; it ends when it is told to there, or when the
+other end is closed. Transport, codecs and JSON live in the other process: on two cores, they would make ticks late. Of
+a model on several hosts, each has a worker, see `serve.hosts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -26,14 +26,14 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import join
 from jaxtml.serve import hosts
 from jaxtml.serve.engine import Engine
-from jaxtml.serve.slots import Slots
+from jaxtml.serve.slots import Slots, grouped
 from jaxtml.serve.wire import Ready, Tick, Told, packed, received, unpacked
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def work(connection: socket.socket, slots: Slots, tell: Callable[[bytes], None] = lambda tick: None) -> None:
-    """Answers ticks until the other end is closed; `tell` gets each before it is run."""
+def work(connection: socket.socket, groups: Sequence[Slots], tell: Callable[[bytes], None] = lambda tick: None) -> bool:
+    """Answers ticks until it is told to end, or (false) the other end is closed; `tell` gets each before it is run."""
     compilations = 0
 
     def count(event: str, duration_secs: float, **_: str | int) -> None:
@@ -42,16 +42,17 @@ def work(connection: socket.socket, slots: Slots, tell: Callable[[bytes], None] 
         compilations += event == _COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    connection.sendall(packed(Ready(to_json(slots.engine.config), slots.capacity)))
-    while (data := received(connection)) is not None:
+    connection.sendall(packed(Ready(to_json(groups[0].engine.config), len(groups))))
+    while data := received(connection):
         tell(data)
         tick = unpacked(data)
         assert isinstance(tick, Tick)
-        connection.sendall(packed(answer(slots, tick, compilations)))
+        connection.sendall(packed(answer(groups[tick.group], tick, compilations)))
+    return data is not None
 
 
 def answer(slots: Slots, tick: Tick, compilations: int = 0) -> Told:
-    """One tick: sessions leave, come, and all have their micro-turn."""
+    """One tick of a group: sessions leave, come, and all have their micro-turn."""
     began = time.perf_counter()
     for session in tick.end:
         slots.end(session)
@@ -69,16 +70,15 @@ def follow(checkpoint: str | Path) -> None:
     Raises:
       InputError: there is no way to the others.
     """
-    _ignore_signals()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries write there what is not for who reads our stdout
     join()
     word, ticks = hosts.follow()
     try:
-        slots = _slots(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
+        groups = _groups(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
         for data in ticks:
             tick = unpacked(data)
             assert isinstance(tick, Tick)
-            answer(slots, tick)
+            answer(groups[tick.group], tick)
     except (InputError, OSError) as error:
         print(f"jaxtml serve: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # in good order it would wait for the first host, which waits for this one
@@ -87,11 +87,11 @@ def follow(checkpoint: str | Path) -> None:
         hosts.give_up("this host's process ends")
 
 
-def _slots(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> Slots:
-    slots = Slots(Engine.load(checkpoint, mesh), capacity)
+def _groups(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> list[Slots]:
+    groups = grouped(Engine.load(checkpoint, mesh), capacity)
     gc.collect()
     gc.freeze()  # what is there now stays: a collection in service need not look at it
-    return slots
+    return groups
 
 
 def _ignore_signals() -> None:
@@ -118,15 +118,16 @@ def main() -> None:
             mesh = MeshShape.parse(args.mesh)
             if jax.process_count() > 1:
                 leader = hosts.lead({"capacity": args.capacity, "mesh": mesh.sizes})
-            slots = _slots(args.checkpoint, args.capacity, mesh)
+            groups = _groups(args.checkpoint, args.capacity, mesh)
         except (InputError, OSError) as error:
             connection.sendall(packed(Ready(error=str(error))))
             return
         if leader is None:
-            work(connection, slots)
+            work(connection, groups)
             return
         try:
-            work(connection, slots, leader.tell)
+            if not work(connection, groups, leader.tell):
+                hosts.give_up("the server's process is gone")
             leader.end()
         except Exception:
             logging.exception("the model failed")

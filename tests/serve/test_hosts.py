@@ -124,8 +124,10 @@ def two(checkpoint: Path, other: Path | None = None) -> Iterator[tuple[subproces
             process.communicate()
 
 
-async def talked(url: str, wave: np.ndarray, turns: int) -> np.ndarray:
-    """What a client hears."""
+async def talked(
+    url: str, wave: np.ndarray, turns: int, first: subprocess.Popen[str], second: subprocess.Popen[str]
+) -> np.ndarray:
+    """What a client hears, of a server whose hosts are told to end meanwhile, the second before the first."""
     async with aiohttp.ClientSession() as http:
         client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
         pcm = {"format": {"type": "audio/pcm", "rate": 16000}}
@@ -134,6 +136,10 @@ async def talked(url: str, wave: np.ndarray, turns: int) -> np.ndarray:
         sound = base64.b64encode((wave * 32767).astype("<i2").tobytes()).decode()
         await client.say("session.input_audio.append", audio=sound)
         heard = [await client.until("session.output_audio.delta") for _ in range(turns)]
+        second.send_signal(signal.SIGTERM)
+        assert (await client.until("info"))["code"] == "going_away", "a host that is to go ends no session at once"
+        first.send_signal(signal.SIGTERM)
+        heard += [await client.until("session.output_audio.delta") for _ in range(2)]
         await client.say("session.close")
         await client.until("session.closed")
         return np.concatenate([np.frombuffer(base64.b64decode(one["delta"]), "<i2") for one in heard])
@@ -144,30 +150,26 @@ def test_two_processes_serve_one_model_and_end_together(checkpoint, wave):
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
         said = json.loads(first.stdout.readline() or first.stderr.read())
         assert said["sessions"] == 4 and said["workers"] == 1
-        heard = asyncio.run(talked(said["url"], wave, 8))
+        heard = asyncio.run(talked(said["url"], wave, 8, first, second))
         assert np.abs(heard).max() > 0, "it speaks"
-        for process in (first, second):
-            process.send_signal(signal.SIGTERM)
         assert (first.wait(30), second.wait(30)) == (0, 0)
         assert "Traceback" not in first.stderr.read() + second.stderr.read()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", ["worker", "server", "other host"])
 def test_a_host_that_dies_takes_the_others_with_it(checkpoint, victim):
     with two(checkpoint) as both:
         first, second = both
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
         assert first.stdout.readline()
-        if victim == 0:
-            (model,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-            os.kill(int(model), signal.SIGKILL)
-        else:
-            second.kill()
-        assert first.wait(20) == 1
-        assert victim == 1 or second.wait(20) == 1
-        assert "the model's process is gone" in first.stderr.read()
-        if victim == 0:
+        (model,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill({"worker": int(model), "server": first.pid, "other host": second.pid}[victim], signal.SIGKILL)
+        assert first.wait(20) == (-signal.SIGKILL if victim == "server" else 1)
+        assert second.wait(20) == (-signal.SIGKILL if victim == "other host" else 1)
+        said = {"worker": "the model's process", "server": "the server's process", "other host": "the model's process"}
+        assert f"{said[victim]} is gone" in first.stderr.read()
+        if victim != "other host":
             assert "the first host's process is gone" in second.stderr.read()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
 from jaxtml.serve import routes
@@ -60,6 +61,14 @@ class Browser:
                 self.errors.append(answer["params"]["exceptionDetails"])
             if answer.get("id") == self.number:
                 return answer["result"]
+
+    async def press(self, key: str, alt: bool = False) -> None:
+        """Tab, Enter, or a letter."""
+        key = {"key": key, "code": f"Key{key.upper()}" if len(key) == 1 else key, "modifiers": int(alt)}
+        key["windowsVirtualKeyCode"] = {"Tab": 9, "Enter": 13}.get(key["key"], ord(key["key"][0].upper()))
+        text = {"text": "\r"} if key["key"] == "Enter" else {}
+        await self.ask("Input.dispatchKeyEvent", type="keyDown", **key, **text)
+        await self.ask("Input.dispatchKeyEvent", type="keyUp", **key)
 
     async def run(self, script: str) -> Any:
         found = await self.ask("Runtime.evaluate", expression=script, awaitPromise=True, userGesture=True)
@@ -141,5 +150,75 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
             assert not await tab.run("document.getElementById('talk').disabled")
             assert tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
+    focus = "document.activeElement.id"
+
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.press("Tab")
+            assert await tab.run(focus) == "talk"
+            await tab.press("Enter")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            call = serving.call()
+            assert await tab.run(focus) == "stop", "not nowhere"
+            order = []
+            for _ in range(2):
+                await tab.press("Tab")
+                order.append(await tab.run(focus))
+            assert order == ["text", "send"]
+            await tab.run("text.focus()")
+            await tab.ask("Input.insertText", text="the sky")
+            await tab.press("Enter")
+            await tab.until("document.getElementById('words').textContent.includes('the sky')")
+            await tab.press("m", alt=True)
+            await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
+            assert await tab.run("text.value") == "", "a shortcut is no letter"
+            tree = (await tab.ask("Accessibility.getFullAXTree"))["nodes"]
+            named = {
+                (node["role"]["value"], node.get("name", {}).get("value", ""))
+                for node in tree
+                if any(one["name"] == "focusable" for one in node.get("properties", ()))
+                or node.get("role", {}).get("value") in ("image", "log", "status", "button", "textbox")
+            }
+            assert all(name for role, name in named if role not in ("status", "RootWebArea")), named
+            assert {("button", "End"), ("button", "Muted"), ("textbox", "Type to the model")} <= named
+            assert ("log", "What was heard and said") in named
+            await tab.press("s", alt=True)
+            await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
+            assert call.session.ended and tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_camera_is_seen_as_it_is(served, engine, tmp_path):
+    """Its picture is a file: the left half dark, the right half bright."""
+    luma = np.full((240, 320), 16, np.uint8)
+    luma[:, 160:] = 235
+    header, grey = b"YUV4MPEG2 W320 H240 F10:1 Ip A1:1 C420jpeg\n", np.full(320 * 240 // 2, 128, np.uint8).tobytes()
+    (tmp_path / "camera.y4m").write_bytes(header + (b"FRAME\n" + luma.tobytes() + grey) * 10)
+
+    async def test(serving: Serving) -> None:
+        flag = f"--use-file-for-fake-video-capture={tmp_path / 'camera.y4m'}"
+        async with browser(serving.url, tmp_path / "profile", flag) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run("document.getElementById('talk').click()")
+            await tab.until("!document.getElementById('camera').disabled")
+            await tab.run("document.getElementById('camera').click()")
+            await tab.until("document.getElementById('view').checkVisibility()")
+            seen: list[np.ndarray] = []
+            async with asyncio.timeout(20):
+                while len(seen) < 3:
+                    await asyncio.sleep(0.1)
+                    given = [one for tick in serving.model.ticks for one in tick.given.values()]
+                    seen = [one.patches for one in given if one.patches is not None]
+        (left, right) = seen[-1][:, -1]  # two patches are what this model takes: a picture of 51 x 38 pixels
+        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "in CLIP's units"
 
     serving(served, engine, test)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 
 import jaxtml.serve
-from jaxtml.serve import connection
+from jaxtml.serve import connection, offers
 from jaxtml.serve.access import Access, Key
 from jaxtml.serve.desk import Limits
 from jaxtml.serve.hub import End
@@ -28,6 +30,7 @@ pytest.importorskip("aiortc", reason="needs the extra webrtc")
 from aiortc import VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
+from jaxtml.serve import peer
 from jaxtml.serve.tracks import Arrivals, Ear, Voice, _size
 from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
 
@@ -152,8 +155,9 @@ def test_a_short_lived_key_is_enough_and_says_what_the_session_is(served, engine
                 await caller.answered(await made.text())
             created = await caller.until("session.created")
             assert created["session"]["instructions"] == "be brief"
-            async with serving.http.post(url, data=offer, headers=headers | sdp) as refused:
-                assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
+            for data in (offer, "nonsense"):  # which nobody looks at
+                async with serving.http.post(url, data=data, headers=headers | sdp) as refused:
+                    assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
             call = serving.call()
             async with serving.http.post(f"{url}/{call.id}/hangup") as refused:
                 assert refused.status == 401
@@ -224,16 +228,24 @@ def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(served, engine,
     serving(served, engine, test)
 
 
-@pytest.mark.parametrize("flood", ["messages", "parts"])
+@pytest.mark.parametrize("flood", ["messages", "parts", "sources"])
 def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, monkeypatch, flood):
     if flood == "messages":  # more than are taken
         monkeypatch.setattr(connection, "_PER_SECOND", 1)
         monkeypatch.setattr(connection, "_BURST", 10)
 
     async def test(serving: Serving) -> None:
-        async with calling() as caller:
+        async with calling(Mouth(500)) as caller:
             await live(serving, caller)
             line = serving.call().carried.line
+            if flood == "sources":
+                (sender,) = caller.pc.getSenders()
+                for source in range(9):
+                    assert serving.call().session.attached, "eight are not too many"
+                    sender._ssrc = source + 1
+                    await asyncio.sleep(0.1)
+                await eventually(lambda: not serving.call().session.attached)
+                return
             if flood == "parts":  # that take longer to put together than they may
                 line._time.burst = 1e-4
             for _ in range(1000):
@@ -245,6 +257,33 @@ def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, 
                 assert health.status == 200
 
     serving(served, engine, test)
+
+
+def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(served, engine, caplog):
+    async def test(serving: Serving) -> None:
+        async with calling() as caller:
+            offer = (await caller.offer()).replace("max-message-size:65536", "max-message-size:300")
+            body = {"session": MODEL, "transport": {"type": "webrtc", "sdp": offer}}
+            async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as made:
+                await caller.answered((await made.json())["transport"]["sdp"])
+            await caller.closed()
+            assert not serving.call().session.attached
+
+    serving(served, engine, test)
+    assert "a peer does not take an event of" in caplog.text
+
+
+def test_who_comes_over_ipv4_to_a_server_of_both_families_is_answered_there(monkeypatch):
+    answered = []
+
+    async def offered(sdp: str, address: str, sees: bool) -> None:
+        answered.append(address)
+
+    monkeypatch.setattr(peer.Peer, "offered", offered)
+    for ours in ("::ffff:10.0.0.7", "10.0.0.7", "2001:db8::7"):
+        transport = SimpleNamespace(get_extra_info=lambda name, ours=ours: (ours, 8080))
+        asyncio.run(offers.peer_of(cast(Any, SimpleNamespace(transport=transport)), "", False))
+    assert answered == ["10.0.0.7", "10.0.0.7", "2001:db8::7"]
 
 
 def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(served, engine):

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
@@ -34,6 +35,26 @@ def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkp
                 await running
 
     asyncio.run(main())
+
+
+def test_groups_of_one_worker_have_clocks_of_their_own(checkpoint):
+    ended: list[float] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with started(checkpoint, 7, 1, lambda *_: ended.append(loop.time())) as (pool, ready):
+            assert ready.groups == 2 and [hub.capacity for hub in pool.hubs] == [4, 3] and len(pool.links) == 1
+            running = asyncio.create_task(pool.run())
+            first, second = pool.admit(0), pool.admit(0)
+            assert [len(hub.sessions) for hub in pool.hubs] == [1, 1]
+            for session in (first, second):
+                assert (await session.turns_after(4))[0].number == 5
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+    apart = np.diff(ended)
+    assert len(ended) > 9 and 0.05 < np.median(apart) < 0.15, "half a tick"
 
 
 @pytest.mark.parametrize("workers", [0, 2, 10_000])

@@ -8,7 +8,7 @@ import pytest
 from jaxtml.errors import InputError
 from jaxtml.serve import slots
 from jaxtml.serve.engine import converse
-from jaxtml.serve.slots import Gave, Given, Slots
+from jaxtml.serve.slots import Gave, Given, Slots, grouped
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
@@ -147,6 +147,26 @@ def test_nothing_compiles_in_service(served, bins, compilations):
         served.end(session)
         served.step({session: Given(bins[1], (1, 2)) for session in served.live})
     assert len(compilations) == before and not served.live
+
+
+def test_groups_share_their_programs_and_nothing_else(served, engine, bins, compilations, monkeypatch):
+    monkeypatch.setattr(slots, "PART", 2)
+    monkeypatch.setattr(slots, "BUCKETS", (1,))
+    expected = _alone(served, bins)
+    groups = grouped(engine, 5)
+    assert [group.capacity for group in groups] == [2, 2, 2]
+    before, gave = len(compilations), []
+    for turn, frames in enumerate(bins):
+        for seed, group in enumerate(groups):
+            if turn == seed:  # the same number in each, at another time
+                group.begin(0, 7 + seed, 0)
+            if turn == 4 and seed:
+                group.begin(1, 9, 0)
+            if 0 in group.live:
+                told = group.step({session: Given(frames) if not seed else _noise(turn) for session in group.live})
+                gave += [told[0]] if not seed else []
+    assert [group.bucket for group in groups] == [1, 2, 2] and len(compilations) == before
+    _same(expected, gave)
 
 
 def test_there_is_no_room_for_more_than_was_said(served, engine):

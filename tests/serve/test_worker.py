@@ -23,7 +23,7 @@ from jaxtml.stream.timebase import TURN_SAMPLES
 def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint, engine, wave):
     async def main() -> None:
         link = await Link.start(checkpoint, 1)
-        assert link.ready.capacity == 1 and '"name": "small_test"' in link.ready.config
+        assert link.ready.groups == 1 and '"name": "small_test"' in link.ready.config
         stream, begin = DmelStream(), (Beginning(3, 7, 0),)
         for turn, (outputs, _) in enumerate(converse(engine, [wave], seed=7)):
             stream, bins = stream.step(wave[turn * TURN_SAMPLES : (turn + 1) * TURN_SAMPLES])
@@ -34,8 +34,11 @@ def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint,
             assert told.compilations == 0 and told.step_ms > 0
         told = await link.tick(Tick((), (3,), {}))
         assert told.gave == {}
+        unheard = asyncio.create_task(link.tick(Tick()))
+        await asyncio.sleep(0)
+        unheard.cancel()
         await link.close()
-        assert link.process.returncode == 0
+        assert link.process.returncode == 0, "also where nobody waits for its last answer"
 
     asyncio.run(main())
 

@@ -260,9 +260,11 @@ function finish() {
 }
 
 function running(on) {
+  const leaves = document.activeElement.matches(":focus-visible"); // whoever has only keys needs a place to go on from
   for (const id of ["talk", "play"]) $(id).disabled = on;
   for (const id of ["mute", "stop", "text", "send"]) $(id).disabled = !on;
   if (!on) $("camera").disabled = true;
+  if (leaves && document.activeElement.matches("body, :disabled")) $(on ? "stop" : "talk").focus();
 }
 
 $("talk").onclick = talk;
