@@ -178,7 +178,6 @@ class Counts:
     misses: int = 0
     lost: int = 0
     compilations: int = 0
-    refused: int = 0
 
 
 class Hub:
@@ -212,7 +211,6 @@ class Hub:
     def admit(self, seed: int, grace_s: float = 30.0) -> Session:
         """A session that begins at the next tick. Raises `Full`."""
         if not self.free():
-            self.counts.refused += 1
             raise Full(self.retry_after_s())
         session = Session(next(self.numbers), seed, grace_s, self.clock)
         self.sessions[session.number] = session

@@ -44,11 +44,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class Told:
-    """What came of a tick. `bucket` is the size of the batch, `compilations` those since the worker was ready: none."""
+    """What came of a tick. `compilations` are those since the worker was ready: none."""
 
     gave: dict[int, Gave]
     step_ms: float
-    bucket: int
     compilations: int
 
 
@@ -75,7 +74,7 @@ def packed(message: Message) -> bytes:
             (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
             for session, one in message.gave.items()
         ]
-        body = ("told", gave, message.step_ms, message.bucket, message.compilations)
+        body = ("told", gave, message.step_ms, message.compilations)
     else:
         body = ("ready", message.config, message.groups, message.error)
     data: Any = msgpack.packb(body)

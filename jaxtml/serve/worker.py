@@ -59,7 +59,7 @@ def answer(slots: Slots, tick: Tick, compilations: int = 0) -> Told:
     for one in tick.begin:
         slots.begin(one.session, one.seed, one.week_ms)
     gave = slots.step(tick.given)
-    return Told(gave, 1000 * (time.perf_counter() - began), slots.bucket, compilations)
+    return Told(gave, 1000 * (time.perf_counter() - began), compilations)
 
 
 def follow(checkpoint: str | Path) -> None:
