@@ -4,12 +4,16 @@ What the API's words mean here:
 
 - The model hears everything as it comes and speaks when it wants to. With turn detection (the default), a response is
   each stretch in which its gate is open; what would tune a detector has no effect. Without (or with `create_response`
-  false), what it says reaches the client in answer to a `response.create` alone, and is dropped otherwise.
-- The user's turn is a stretch of words heard. It ends when the gate opens, or `_QUIET` micro-turns without a word; its
-  events come then. While the model speaks they are held back: clients stop their playback at `speech_started`, and
-  whether it stops is the model's to say. A response that ends while the user has the word is `cancelled`.
+  false), what it says reaches the client in answer to a `response.create` alone, which may come a moment later than the
+  gate opens: the last stretch, of `_PATIENCE` micro-turns at most, is kept for it.
+- The user's turn is a stretch of words heard. With turn detection it ends when the gate opens, or `_QUIET` micro-turns
+  without a word; without, when the client commits it. While the model speaks its events are held back: clients stop
+  their playback at `speech_started`, and whether it stops is the model's to say. For the same reason words that are
+  heard in the micro-turn in which the gate opens have no `speech_started`. A response that ends while the user has the
+  word is `cancelled`.
 - `response.create` opens a response at once; it is filled when the gate opens, and done and empty if it does not in
-  `_PATIENCE` micro-turns: nobody can make the model speak. `response.cancel` drops what is still said.
+  `_PATIENCE` micro-turns, or gives way to the next: nobody can make the model speak. `response.cancel` drops what is
+  still said.
 - Over a track goes what would else be a response's deltas, and silence besides. The buffer that `output_audio_buffer.*`
   tell of is the track's, a fraction of a second: it is over when the response is.
 - Instructions, tools, system and assistant messages and results of functions are background text, the user's messages
@@ -23,7 +27,7 @@ import binascii
 import json
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import msgspec
@@ -115,7 +119,9 @@ class Realtime:
         self.closed = 0  # micro-turns that the gate is closed, or that a response has been waited for
         self.dropped = False  # what is said until the gate closes reaches nobody
         self.task = ""  # of a delegation that is being written
-        self.called: dict[str, float] = {}  # functions, when, on the monotonic clock
+        self.held: deque[tuple[str, bytes | None]] = deque(maxlen=_PATIENCE)  # said, and not asked for yet
+        # Functions that wait for their result: when the model called them, on the monotonic clock; None: a client says.
+        self.called: OrderedDict[str, float | None] = OrderedDict()
         self.user: _UserTurn | None = None
         self.spoken = False  # the sound of this session has a format that cannot change any more
         if begins_as is not None:
@@ -134,7 +140,7 @@ class Realtime:
         self.task += words.delegated
         if words.asked:
             self._delegated()
-        if self.response is None:
+        if self.response is None or self.response.message is None:
             self._settle(turn)
         self.intake.flush()
 
@@ -151,6 +157,8 @@ class Realtime:
 
     def _heard(self, turn: Turn, text: str) -> None:
         if text:
+            if self.closed >= _HANG:
+                self.held.clear()  # it was an answer to something else
             if self.user is None:
                 self.user = _UserTurn(turn.t_ms)
             self.user.text += text
@@ -164,17 +172,16 @@ class Realtime:
         if not user.told:
             user.told = True
             self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
-        quiet = turn.t_ms + TURN_MS - user.end_ms >= _QUIET * TURN_MS
-        if quiet and not (user.committed and self.call.session.hearing.waiting):
+        over = not self.call.session.hearing.waiting if user.committed else self.detection is not None
+        if over and user.quiet_ms(turn) >= _QUIET * TURN_MS:
             self._finish(user)
 
     def _finish(self, user: _UserTurn) -> None:
         """The user's turn as an item of the conversation."""
         self.user = None
-        if not user.told:
-            self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
         if not user.committed:
-            self._detected("speech_stopped", audio_end_ms=user.end_ms, item_id=user.id)
+            if user.told:
+                self._detected("speech_stopped", audio_end_ms=user.end_ms, item_id=user.id)
             self._commit(user)
         item = self.items.get(user.id)
         usage = {"type": "duration", "seconds": (user.end_ms - user.start_ms) / 1000}
@@ -203,14 +210,15 @@ class Realtime:
         speaks = turn.speaking or bool(text)
         self.dropped = self.dropped and speaks
         if self.response is None:
-            answers = self.detection is not None and self.detection.create_response is not False
-            if not speaks or self.dropped or not answers:
+            if self.detection is None or self.detection.create_response is False:
+                self._hold(text, sound, speaks)
                 return False
-            if self.user is not None:
-                self._finish(self.user)
+            if not speaks or self.dropped:
+                return False
+            self._answered()
             self.response = self._begun(None)
-        if speaks and self.user is not None and self.response.message is None:
-            self._finish(self.user)
+        if speaks and self.response.message is None:
+            self._answered()
         self.closed = 0 if speaks else self.closed + 1
         if speaks or self.response.message is not None:
             self.response.say(text, sound)
@@ -220,14 +228,31 @@ class Realtime:
             self.sounding = self.response.id
             self._emit("output_audio_buffer.started", response_id=self.sounding)
         if self.closed >= (_HANG if begun else _PATIENCE):
-            interrupted = self.user is not None
+            user = self.user if self.detection is not None else None
+            interrupted = user is not None and user.text and user.quiet_ms(turn) < _QUIET * TURN_MS
             self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))
         return audible
+
+    def _hold(self, text: str, sound: bytes | None, speaks: bool) -> None:
+        """Keeps what is said for a `response.create`. A track has only what is said now."""
+        if speaks and self.closed >= _HANG:
+            self.held.clear()
+        self.closed = 0 if speaks else self.closed + 1
+        if self.closed > _PATIENCE:
+            self.held.clear()
+        elif self.track is None and not self.dropped and (speaks or self.held and self.closed <= _HANG):
+            self.held.append((text, sound))
+
+    def _answered(self) -> None:
+        """The model speaks: where turns are detected, the user's is over."""
+        if self.user is not None and (self.detection is not None or self.user.committed):
+            self._finish(self.user)
 
     def _begun(self, asked: ResponseCreate | None) -> Response:
         config = asked.response if asked is not None else None
         modalities = (config.output_modalities if config else None) or [self.modality]
         self.spoken, self.closed = True, 0
+        self.held.clear()
         metadata = config.metadata if config else None
         return Response(self._emit, modalities[0], self.conversation, metadata, self._keep)
 
@@ -251,10 +276,16 @@ class Realtime:
         if self.response is None:
             self.response = self._begun(None)
         item = self.response.call(*call_of(task, self.tools))
-        self.called[item["call_id"]] = time.monotonic()
+        self._call(item["call_id"], time.monotonic())
         self.call.span.add_event("delegation", {"id": item["call_id"]})
         if alone:
             self._end()
+
+    def _call(self, name: str, when: float | None) -> None:
+        """A function that may be answered."""
+        self.called[name] = when
+        while len(self.called) > _ITEMS:
+            self.called.popitem(last=False)
 
     # --- what the client says
 
@@ -290,43 +321,45 @@ class Realtime:
             case ItemCreate():
                 await self._create(message.item)
             case ItemRetrieve():
-                self._emit("conversation.item.retrieved", item=self._item(message.item_id))
+                self._emit("conversation.item.retrieved", item=self._item(message.item_id, "retrieve"))
             case ItemDelete():
-                self._item(message.item_id)
+                self._item(message.item_id, "delete")
                 del self.items[message.item_id]
                 self._emit("conversation.item.deleted", item_id=message.item_id)
             case ItemTruncate():
-                self._item(message.item_id)
+                self._item(message.item_id, "truncate")
                 where = {"item_id": message.item_id, "content_index": message.content_index}
                 self._emit("conversation.item.truncated", audio_end_ms=message.audio_end_ms, **where)
             case ResponseCreate():
                 self._create_response(message)
             case ResponseCancel():
-                if self.response is None:
-                    raise Invalid("response_cancel_not_active", "there is no response to cancel")
+                if self.response is None or message.response_id not in (None, self.response.id):
+                    # OpenAI's own words, by which LiveKit's client knows that nothing is wrong.
+                    raise Invalid("response_cancel_not_active", "Cancellation failed: no active response found")
                 self._cancel()
             case ClearOutput():
                 if self.sounding is not None:
                     self._cancel()
 
     def _cancel(self) -> None:
-        self.dropped = True
+        assert self.response is not None
+        self.dropped = self.response.message is not None  # one that only waits drops nothing
+        self.held.clear()
         self._end("cancelled", "client_cancelled")
 
     def _committed(self) -> None:
         if not self.intake.taken:
             raise Invalid("input_audio_buffer_commit_empty", "there is no sound to commit")
-        if self.user is None:
-            now = self.call.session.turns * TURN_MS
-            self.user = _UserTurn(now)
-        if not self.user.committed:
-            self.user.told = True
-            waiting_ms = 1000 * self.call.session.hearing.waiting // SAMPLE_RATE
-            self.user.end_ms = max(self.user.end_ms, self.call.session.turns * TURN_MS + waiting_ms)
-            self._commit(self.user)
+        if self.user is not None and self.user.committed:
+            self._finish(self.user)
+        now = self.call.session.turns * TURN_MS
+        self.user = self.user or _UserTurn(now)
+        self.user.told = True
+        self.user.end_ms = max(self.user.end_ms, now + 1000 * self.call.session.hearing.waiting // SAMPLE_RATE)
+        self._commit(self.user)
 
     def _create_response(self, message: ResponseCreate) -> None:
-        if self.response is not None:
+        if self.response is not None and self.response.output:
             text = f"response {self.response.id} is not done yet"
             raise Invalid("conversation_already_has_active_response", text)
         config = message.response
@@ -335,10 +368,21 @@ class Realtime:
         if config is not None and config.instructions:
             check_length(self.served, config.instructions, _INSTRUCTIONS, "response.instructions")
             self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions")
+        if self.response is not None:
+            self._end("cancelled", "client_cancelled")
         self.dropped = False
+        held, over = list(self.held), self.closed >= _HANG
         self.response = self._begun(message)
+        if held:
+            self._answered()
+            for text, sound in held:
+                self.response.say(text, sound)
+            if over:
+                self._end()
 
     async def _create(self, item: Item) -> None:
+        if item.id in self.items:
+            raise Invalid("item_create_duplicate_item_id", "there is an item of this id", "item.id")
         match item:
             case MessageItem():
                 mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
@@ -347,12 +391,15 @@ class Realtime:
             case OutputItem():
                 if item.call_id not in self.called:
                     raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
-                self.metrics.delegations.observe(time.monotonic() - self.called.pop(item.call_id))
-                self.call.span.add_event("delegation answered", {"id": item.call_id})
                 check_length(self.served, item.output, _TEXT, "item.output")
                 self.intake.say(Control.BACKGROUND, item.output, "item.output")
+                if (asked := self.called.pop(item.call_id)) is not None:
+                    self.metrics.delegations.observe(time.monotonic() - asked)
+                    self.call.span.add_event("delegation answered", {"id": item.call_id})
             case CallItem():
                 self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments")
+                if item.call_id is not None:  # of a conversation before this one
+                    self._call(item.call_id, None)
         made = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
         made.pop("phase", None)
         for part in made.get("content", ()):  # sound and pictures are not given back, nor what was not looked at
@@ -438,10 +485,11 @@ class Realtime:
 
     # --- items and events
 
-    def _item(self, name: str) -> dict[str, Any]:
+    def _item(self, name: str, to: str) -> dict[str, Any]:
+        """Raises `Invalid` where there is none to `retrieve`, `delete` or `truncate`."""
         item = self.items.get(name)
         if item is None:
-            raise Invalid("item_not_found", "there is no such item, or no longer", "item_id")
+            raise Invalid(f"item_{to}_invalid_item_id", "there is no such item, or no longer", "item_id")
         return item
 
     def _last(self) -> str | None:
@@ -482,6 +530,10 @@ class _UserTurn:
         self.id = f"item_{secrets.token_urlsafe(12)}"
         self.start_ms, self.end_ms, self.text = start_ms, start_ms, ""
         self.told = self.committed = False
+
+    def quiet_ms(self, turn: Turn) -> int:
+        """Since the last word, at the end of a micro-turn."""
+        return turn.t_ms + TURN_MS - self.end_ms
 
 
 def _described(given: AudioFormat) -> dict[str, Any]:
