@@ -40,7 +40,7 @@ setup(
         "msgpack>=1.1,<2",
         "psutil>=6,<8",
         "absl-py>=2.3,<3",
-        "aiohttp>=3.12,<4",
+        "aiohttp>=3.14,<4",
         "msgspec>=0.20,<1",
         "prometheus-client>=0.22,<1",
         "pyjwt>=2.10,<3",

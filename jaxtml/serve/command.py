@@ -156,11 +156,21 @@ def _bound(options: Options) -> socket.socket:
 async def _serve(
     options: Options, access: Access, tls: ssl.SSLContext | None, workers: int, place: socket.socket
 ) -> None:
-    metrics = Metrics()
+    metrics, orders = Metrics(), _Orders()
     began = time.monotonic()
     log.event("loading and compiling, which takes a minute or more the first time", workers=workers)
     places = (options.max_sessions, workers, metrics.ticked, options.mesh)
-    async with started(options.checkpoint, *places) as (pool, ready):
+    async with contextlib.AsyncExitStack() as stack:
+        starting = asyncio.create_task(stack.enter_async_context(started(options.checkpoint, *places)))
+        told = asyncio.create_task(orders.drain.wait())
+        await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if not starting.done():
+            log.event("told to end before it was ready")
+            starting.cancel()
+            await asyncio.wait([starting])
+            return
+        pool, ready = starting.result()
         config = from_json(ready.config)
         served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
         desk = Desk(pool, access, served, options.limits, metrics, prefix(options.replica))
@@ -181,24 +191,32 @@ async def _serve(
             log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)
             said = {"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}
             print(json.dumps(said) if options.json else f"talk to {served.name}: {url} (Ctrl-C ends it)", flush=True)
-            await _until_told(pool, desk, options.drain_s)
+            await _until_told(orders, pool, desk, options.drain_s)
         finally:
             await runner.cleanup()
 
 
-async def _until_told(pool: Pool, desk: Desk, drain_s: float) -> None:
+class _Orders:
+    """What signals say, from now on: to `drain`, by SIGTERM, SIGINT, or another host; `now`, by another one."""
+
+    def __init__(self) -> None:
+        self.drain, self.now = asyncio.Event(), asyncio.Event()
+        self._told = False
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._signalled)
+        loop.add_signal_handler(hosts.DRAIN, self.drain.set)
+
+    def _signalled(self) -> None:
+        (self.now if self._told else self.drain).set()
+        self.drain.set()
+        self._told = True
+
+
+async def _until_told(orders: _Orders, pool: Pool, desk: Desk, drain_s: float) -> None:
     """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
-    begin, told, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-    def signalled() -> None:
-        begin.set()
-        (again if told.is_set() else told).set()
-
-    loop = asyncio.get_running_loop()
-    for name, handler in ((signal.SIGTERM, signalled), (signal.SIGINT, signalled), (hosts.DRAIN, begin.set)):
-        loop.add_signal_handler(name, handler)
     running = asyncio.create_task(pool.run())
-    waiting, hurrying = asyncio.create_task(begin.wait()), asyncio.create_task(again.wait())
+    waiting, hurrying = asyncio.create_task(orders.drain.wait()), asyncio.create_task(orders.now.wait())
     try:
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():

@@ -3,7 +3,8 @@
 It runs over a line, which is a WebSocket (`Socket`) or the data channel of a peer (`serve.peer`).
 
 The rules. A client that sends more than the session has room for is not read until there is room: TCP holds it back. So
-is one that sends messages faster than `_PER_SECOND`. One that takes nothing for as long as the outbox keeps is given
+is one that sends messages faster than `_PER_SECOND`, or pings and pongs faster than `_PINGS_PER_SECOND`; between two
+messages of one client everyone else has a turn. One that takes nothing for as long as the outbox keeps is given
 up. One from which nothing is heard, answers to pings included, for `_SILENT_S` is taken for gone.
 
 Called by the handlers of the protocols.
@@ -27,6 +28,7 @@ from jaxtml.serve.outbox import Behind, Outbox
 
 MESSAGE_BYTES = 2**20  # the largest that is read
 _PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
+_PINGS_PER_SECOND, _PINGS_BURST = 20, 40
 _UNIT = 2048  # bytes: half a megabyte a second, and two at once, are ten times what sound is
 _LOOK_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0
 GOODBYE_S = 3.0  # for a client to answer that it is closed
@@ -95,6 +97,7 @@ class Socket:
         self.ws, self.kind = ws, kind
         self._transport = request.transport
         self.heard_at, self.left = time.monotonic(), False
+        self._pings = Allowance(_PINGS_PER_SECOND, _PINGS_BURST)
 
     async def receive(self) -> bytes | None:
         while True:
@@ -102,9 +105,11 @@ class Socket:
             self.heard_at = time.monotonic()
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 return message.data
-            if message.type is WSMsgType.PING:
-                await self.ws.pong(message.data)
-            elif message.type is not WSMsgType.PONG:
+            if message.type in (WSMsgType.PING, WSMsgType.PONG):
+                if message.type is WSMsgType.PING:
+                    await self.ws.pong(message.data)
+                await asyncio.sleep(self._pings.wait(1))
+            else:
                 self.left = message.type is WSMsgType.CLOSE and message.data == 1000
                 return None
 
@@ -221,6 +226,5 @@ class Connection:
                 pinged_at = time.monotonic()
 
     async def _pace(self, size: int) -> None:
-        """A message counts as one, or as many as it has `_UNIT` bytes."""
-        if (wait_s := self._allowance.wait(1 + size / _UNIT)) > 0:
-            await asyncio.sleep(wait_s)
+        """A message counts as one, or as many as it has `_UNIT` bytes. Reading what has arrived already never waits."""
+        await asyncio.sleep(self._allowance.wait(1 + size / _UNIT))

@@ -161,7 +161,7 @@ class Desk:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def admit(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
-        """A call that begins at the next tick. Raises `Refused`, which is counted by its code."""
+        """A call that begins at the next tick. Raises `Refused`."""
         self.ask(grant, scope)
         return self.begin(grant, make, scope)
 
@@ -183,12 +183,13 @@ class Desk:
         session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
         reader = Reader(self.served.codec, self.served.config.duplex.control_base)
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
+        span = tracing.session(name, scope, self.served.name, grant.key.name)
         try:
-            span = tracing.session(name, scope, self.served.name, grant.key.name)
             call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
             call.speaks = make(call)
         except BaseException:
             session.end(End.FAILED)
+            span.end()
             self.access.end(grant.key.name, name)
             raise
         self.calls[name] = call
@@ -201,14 +202,10 @@ class Desk:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Counts what is refused meanwhile."""
+        """A full pool refuses."""
         try:
             yield
-        except Refused as refused:
-            self.metrics.rejected.labels(refused.code).inc()
-            raise
         except Full as full:
-            self.metrics.rejected.labels("server_full").inc()
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
 
     def check_open(self) -> None:
@@ -292,7 +289,7 @@ class Desk:
 
     def _consider(self, call: Call, turn: Turn) -> None:
         """Ends what has lasted long enough."""
-        left_s = call.expires_at - time.time()
+        left_s = min(call.expires_at - time.time(), self.access.left_s(call.grant))  # others may use the same minutes
         if left_s <= 0:
             call.session.end(End.EXPIRED if self.leaves_at is None else End.DRAINED)
         elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:

@@ -42,7 +42,7 @@ class Leader:
     """The other hosts, seen from the first one. Use `lead`."""
 
     def __init__(self, others: list[socket.socket]):
-        self.others, self.ending = others, False
+        self.others, self.ending, self.server = others, False, os.getppid()
         for other in others:
             threading.Thread(target=self._watch, args=(other,), daemon=True).start()
 
@@ -61,7 +61,8 @@ class Leader:
         """One that is told to end says so; one that is gone is read as an end."""
         try:
             while other.recv(1):
-                os.kill(os.getppid(), DRAIN)
+                if os.getppid() == self.server:  # else it is gone
+                    os.kill(self.server, DRAIN)
         except OSError as error:
             logging.error("another host: %s", error)
         if not self.ending:

@@ -7,8 +7,8 @@ from which whoever speaks its protocol reads.
 The rules. All attached sessions take part in every tick, with what has arrived (`serve.hearing`). A tick that ends
 after the next should have begun is a miss, and the next begins at once; once a second behind, the clock is set to now,
 and the ticks that were lost are counted. A session whose client is gone stands still until it comes back, or for
-`grace_s` at most: it says nothing to nobody. A journal keeps 30 seconds of turns that are not acknowledged; a session
-whose client does not take them for longer is ended, and nothing ever waits without bound.
+`grace_s` at most: it says nothing to nobody. A journal keeps 30 seconds of turns that its reader (`serve.desk`) has not
+taken; a session whose turns nobody reads is ended, and nothing ever waits without bound.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Hub:
       model: the worker.
       capacity: sessions that it has room for; detached ones keep their slot.
       clock: of the ticks.
-      on_tick: is told of each: seconds it took, seconds it began late, and what the worker said.
+      on_tick: is told of each: seconds it took, and what the worker said.
       week_ms: the wall clock of the week.
       group: of the worker's sessions.
     """
@@ -197,7 +197,7 @@ class Hub:
         model: Model,
         capacity: int,
         clock: Clock | None = None,
-        on_tick: Callable[[float, float, Told], None] = lambda took_s, late_s, told: None,
+        on_tick: Callable[[float, Told], None] = lambda took_s, told: None,
         week_ms: Callable[[], int] = lambda: int(1000 * time.time()) % WEEK_MS,
         group: int = 0,
     ):
@@ -235,9 +235,9 @@ class Hub:
             now = self.clock.now()
             if told is not None:
                 self.counts.ticks += 1
-                self.counts.compilations = told.compilations
+                self.counts.compilations += told.compilations
                 self.counts.misses += now > due + TICK_S
-                self.on_tick(now - began, began - due, told)
+                self.on_tick(now - began, told)
             due += TICK_S
             if now > due + _LOST_S:
                 lost = int((now - due) / TICK_S)

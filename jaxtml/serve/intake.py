@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import lru_cache
 
 import av
 import numpy as np
 
+from jaxtml.serve.allowance import Allowance
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.messages import Invalid
 from jaxtml.serve.seeing import THREAD, Seeing
 from jaxtml.serve.sound import Format, Incoming
+from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
-_WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
-_TOKEN_BYTES = 16  # of a token, in the mean of any text that is one
+WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
+_TOKEN_BYTES = 8  # of a token, in the mean of any text that is one
+_TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a megabyte takes half a second
 
 
 class Intake:
@@ -34,25 +38,36 @@ class Intake:
         self.call, self.served = call, served
         self.incoming, self.seeing = Incoming(format), Seeing(served.config.duplex.max_patches)
         self.taken = 0
+        self._texts = Allowance(_TEXT_PER_SECOND, _TEXT_BURST)
         self._unheard = np.zeros(0, np.float32)  # waits for room
 
-    def decoded(self, data: bytes) -> np.ndarray:
-        """`[N]` float32 at 16 kHz. Raises `ValueError` on what is not whole samples."""
+    async def take(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
+        """Sound in the client's format, as `hear`; `look` gets it as the model does, `[N]` float32 at 16 kHz.
+
+        What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
+        not whole samples.
+        """
+        await self._settled()
         samples = self.incoming.put(data)
+        look(samples)
         self.taken += len(data)
-        return samples
+        await self.hear(samples)
 
     async def follow(self, samples: np.ndarray) -> None:
         """As `hear`, of a track."""
+        await self._settled()
         self.taken += 2 * len(samples)
         await self.hear(samples)
 
     async def hear(self, samples: np.ndarray) -> None:
         """Returns when there was room for all of them, which is what holds a client back that sends too much."""
-        while len(self._unheard) and await self.call.room():  # of a connection that was lost meanwhile
-            self.flush()
+        await self._settled()
         self._unheard = np.concatenate([self._unheard, samples])
         self.flush()
+        await self._settled()
+
+    async def _settled(self) -> None:
+        """When all that has come, over a connection that was lost too, had room."""
         while len(self._unheard) and await self.call.room():
             self.flush()
 
@@ -79,14 +94,26 @@ class Intake:
         loop = asyncio.get_running_loop()
         self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
 
-    def say(self, mark: Control, text: str, param: str, placed: Callable[[int], None] | None = None) -> None:
-        """Text for the next micro-turns, behind its mark. Raises `Invalid` where there is none, or too much waits."""
-        check_length(self.served, text, _WAITING, param)
-        tokens = self.served.codec.encode(text)
+    def say(
+        self,
+        mark: Control,
+        text: str,
+        param: str,
+        most: int = WAITING,
+        placed: Callable[[int], None] | None = None,
+    ) -> None:
+        """Text of at most so many tokens for the next micro-turns, behind its mark.
+
+        Raises `Invalid` where there is none, it is too long, came too fast, or too much waits.
+        """
+        if not self._texts.take(min(len(text.encode()), _TEXT_BURST)):
+            raise Invalid("rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param)
+        check_length(self.served, text, most, param)
+        tokens = _tokens(self.served.codec, text)
         if not tokens:
             raise Invalid("invalid_value", "there is no text", param)
         session = self.call.session
-        if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
+        if session.waiting + len(tokens) > WAITING or len(session.typed) >= _PIECES:
             raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
 
@@ -94,5 +121,10 @@ class Intake:
 def check_length(served: Served, text: str, most: int, param: str) -> None:
     """Raises `Invalid` where a text has more than `most` tokens."""
     size = len(text.encode())
-    if size > most * _TOKEN_BYTES or size >= most and len(served.codec.encode(text)) > most:  # a token has a byte
+    if size > most * _TOKEN_BYTES or size >= most and len(_tokens(served.codec, text)) > most:  # a token has a byte
         raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)
+
+
+@lru_cache(maxsize=1)  # what is counted is said next
+def _tokens(codec: TextCodec, text: str) -> list[int]:
+    return codec.encode(text)

@@ -11,7 +11,8 @@ from pathlib import Path
 from jaxtml.errors import InputError
 from jaxtml.serve.wire import END, LENGTH, Message, Ready, Tick, Told, packed, unpacked
 
-_END_S = 5.0  # until a worker whose socket is closed is killed
+_END_S = 5.0  # until a worker that was told to end is killed
+_STUCK_S = 20.0  # for the answer to a tick
 
 
 class Link:
@@ -59,6 +60,10 @@ class Link:
         try:
             first = await link._received()
             assert isinstance(first, Ready)
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             await link.close()  # of several, it may wait for the others
             raise InputError(f"the model's process ended with status {process.returncode} (see its log)") from error
@@ -69,14 +74,16 @@ class Link:
         return link
 
     async def tick(self, tick: Tick) -> Told:
-        """Asks when what others have asked is answered. Raises `ConnectionError` where the worker is gone."""
+        """Asks when what others have asked is answered. Raises `ConnectionError` where the worker is gone, or stuck."""
         try:
-            async with self._one:
+            async with asyncio.timeout(_STUCK_S), self._one:
                 self.writer.write(packed(tick))
                 await self.writer.drain()
                 told = await self._received()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise ConnectionError("the model's process is gone") from error
+        except TimeoutError as error:
+            raise ConnectionError(f"the model's process has not answered for {_STUCK_S:.0f} s") from error
         assert isinstance(told, Told)
         return told
 
@@ -88,10 +95,13 @@ class Link:
     async def close(self) -> None:
         """Ends the worker."""
         self.writer.write(END)
-        self.writer.write_eof()  # it may have an answer that nobody waits for, and must not fail of that
+        self.writer.write_eof()
         try:
-            await asyncio.wait_for(self.process.wait(), _END_S)
-        except TimeoutError:
+            async with asyncio.timeout(_END_S):
+                while await self.reader.read(2**16):  # an answer that nobody waits for any more
+                    pass
+                await self.process.wait()
+        except (TimeoutError, ConnectionError):
             self.process.kill()
             await self.process.wait()
         self.writer.close()

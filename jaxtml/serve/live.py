@@ -50,6 +50,7 @@ from jaxtml.stream.tokens import Control
 
 SCOPE = "live"
 _CONTENT, _INSTRUCTIONS, _HISTORY, _MESSAGES = 500, 16_384, 8_192, 128  # tokens, and messages of the history
+_DELEGATIONS = 256  # that may be answered, and spoken of again
 _USAGE_TURNS = 75  # between two accounts of what was used
 _REFLECTED = Format("pcm", 24_000)
 _CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
@@ -136,6 +137,8 @@ class Live:
         if words.asked:
             name = f"dlg_{secrets.token_urlsafe(12)}"
             self.delegated[name] = time.monotonic()
+            if len(self.delegated) > _DELEGATIONS:
+                del self.delegated[next(iter(self.delegated))]
             delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
             self.task = ""
             self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
@@ -201,9 +204,7 @@ class Live:
                 self._appended(message)
 
     async def _hear(self, data: bytes) -> None:
-        samples = self.intake.decoded(data)
-        self._reflected(samples)
-        await self.intake.hear(samples)
+        await self.intake.take(data, self._reflected)
 
     def _reflected(self, samples: np.ndarray) -> None:
         for one in self.sidebands:
@@ -221,9 +222,8 @@ class Live:
         self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
-        check_length(self.served, message.content, _CONTENT, "content")
         event_id = message.event_id
-        self.intake.say(mark, message.content, "content", lambda at: self._placed(name, at, event_id))
+        self.intake.say(mark, message.content, "content", _CONTENT, lambda at: self._placed(name, at, event_id))
 
     def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
         self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + TURN_MS)

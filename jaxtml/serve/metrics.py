@@ -70,9 +70,8 @@ class Metrics:
         """A counter that somebody else counts, read when it is asked for."""
         self.registry.register(_Counted(name, about, value))
 
-    def ticked(self, took_s: float, late_s: float, told: Told) -> None:
+    def ticked(self, took_s: float, told: Told) -> None:
         """As `Hub` tells of a tick."""
-        del late_s
         self.ticks.observe(took_s)
         self.steps.observe(told.step_ms / 1000)
 

@@ -22,7 +22,7 @@ import sphn
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.hub import End, Turn
-from jaxtml.serve.intake import Intake, check_length
+from jaxtml.serve.intake import Intake
 from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.sound import Format, Outgoing
@@ -80,9 +80,7 @@ class Moshi:
             if kind == SOUND:
                 await self._hear(rest)
             elif kind == TEXT:
-                text = rest.decode()
-                check_length(self.served, text, _TEXT_TOKENS, "text")
-                self.intake.say(Control.TYPED, text, "text")
+                self.intake.say(Control.TYPED, rest.decode(), "text", _TEXT_TOKENS)
             elif kind == IMAGE:
                 await self.intake.show(rest)
             elif kind not in (CONTROL, METADATA, PING):

@@ -20,7 +20,7 @@ from jaxtml.serve.hub import TICK_S, Full, Hub, Session
 from jaxtml.serve.link import Link
 from jaxtml.serve.wire import Ready, Told
 
-OnTick = Callable[[float, float, Told], None]
+OnTick = Callable[[float, Told], None]
 
 
 class Pool:
@@ -64,7 +64,7 @@ async def started(
     checkpoint: str | Path,
     capacity: int,
     workers: int,
-    on_tick: OnTick = lambda took_s, late_s, told: None,
+    on_tick: OnTick = lambda took_s, told: None,
     mesh: str = "",
 ) -> AsyncIterator[tuple[Pool, Ready]]:
     """A pool that has room for `capacity` sessions, and the first word of its workers, which end with it.

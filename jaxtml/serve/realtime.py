@@ -28,6 +28,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict, deque
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -35,7 +36,7 @@ import numpy as np
 
 from jaxtml.serve.desk import Call, Served
 from jaxtml.serve.hub import End, Turn
-from jaxtml.serve.intake import Intake, check_length
+from jaxtml.serve.intake import Intake
 from jaxtml.serve.messages import Invalid
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.realtime_messages import (
@@ -309,7 +310,7 @@ class Realtime:
         match message:
             case Append():
                 self.spoken = True
-                await self.intake.hear(self.intake.decoded(message.audio))
+                await self.intake.take(message.audio)
             case Commit():
                 self._committed()
             case Clear():
@@ -366,8 +367,7 @@ class Realtime:
         if config is not None and config.input:
             raise Invalid("unsupported_parameter", "a response is of the conversation here", "response.input")
         if config is not None and config.instructions:
-            check_length(self.served, config.instructions, _INSTRUCTIONS, "response.instructions")
-            self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions")
+            self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions", _INSTRUCTIONS)
         if self.response is not None:
             self._end("cancelled", "client_cancelled")
         self.dropped = False
@@ -391,19 +391,20 @@ class Realtime:
             case OutputItem():
                 if item.call_id not in self.called:
                     raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
-                check_length(self.served, item.output, _TEXT, "item.output")
-                self.intake.say(Control.BACKGROUND, item.output, "item.output")
+                self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
                 if (asked := self.called.pop(item.call_id)) is not None:
                     self.metrics.delegations.observe(time.monotonic() - asked)
                     self.call.span.add_event("delegation answered", {"id": item.call_id})
             case CallItem():
-                self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments")
+                self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments", _TEXT)
                 if item.call_id is not None:  # of a conversation before this one
                     self._call(item.call_id, None)
         made = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
         made.pop("phase", None)
         for part in made.get("content", ()):  # sound and pictures are not given back, nor what was not looked at
-            for name in ("audio", "image_url", "detail", *(("transcript",) if part.get("text") else ())):
+            seen = bool(part.get("audio") or part.get("image_url"))
+            unread = [name for name, there in (("text", seen), ("transcript", seen or part.get("text"))) if there]
+            for name in ("audio", "image_url", "detail", *unread):
                 part.pop(name, None)
         made["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
         self._keep(made, False)
@@ -411,9 +412,8 @@ class Realtime:
 
     async def _part(self, mark: Control, part: Content, param: str) -> None:
         """A part of a message, as the model takes it."""
-        if part.type == "input_audio" and part.audio is not None:
-            # Whole recordings come as PCM at 24 kHz, whatever the session's format.
-            await self.intake.hear(Incoming(Format("pcm", 24_000)).put(part.audio))
+        if part.type == "input_audio" and part.audio:
+            await self.intake.hear(self._recordings.put(part.audio))
         elif part.type == "input_image" and part.image_url is not None:
             head, _, data = part.image_url.partition(";base64,")
             if not head.startswith("data:image/"):
@@ -423,8 +423,7 @@ class Realtime:
             except binascii.Error as error:
                 raise Invalid("invalid_value", "a picture is base64", f"{param}.image_url") from error
         elif text := part.text or part.transcript:
-            check_length(self.served, text, _TEXT, f"{param}.text")
-            self.intake.say(mark, text, f"{param}.text")
+            self.intake.say(mark, text, f"{param}.text", _TEXT)
         else:
             raise Invalid("invalid_value", f"{param} has nothing in it", param)
 
@@ -440,13 +439,12 @@ class Realtime:
         if self.spoken and tuple(map(format_of, formats)) != self._formats():
             raise Invalid("invalid_value", "there has been sound already: its format cannot change", "session.audio")
         instructions = config.instructions if config.instructions is not None else self.instructions
-        check_length(self.served, instructions, _INSTRUCTIONS, "session.instructions")
         tools = self.tools if config.tools is None else config.tools
         told = "" if instructions == self.instructions else instructions
         if tools != self.tools:
             told += "\n" + json.dumps([msgspec.to_builtins(tool) for tool in tools])
         if told.strip():
-            self.intake.say(Control.BACKGROUND, told, "session.instructions")
+            self.intake.say(Control.BACKGROUND, told, "session.instructions", _INSTRUCTIONS)
         self.instructions, self.tools = instructions, tools
         if config.output_modalities:
             self.modality = config.output_modalities[0]
@@ -454,7 +452,7 @@ class Realtime:
             self.detection = heard.turn_detection
         if tuple(map(format_of, formats)) != self._formats():
             self.input_format, self.output_format = formats
-            self.intake = Intake(self.call, self.served, format_of(formats[0]))
+            self.intake.incoming = Incoming(format_of(formats[0]))
             self.outgoing = Outgoing(format_of(formats[1]))
 
     def _formats(self) -> tuple[Format, Format]:
@@ -482,6 +480,11 @@ class Realtime:
                 "output": {"format": said, "voice": "own"},
             },
         }
+
+    @cached_property
+    def _recordings(self) -> Incoming:
+        """Whole recordings come as PCM at 24 kHz, whatever the session's format."""
+        return Incoming(Format("pcm", 24_000))
 
     # --- items and events
 

@@ -6,6 +6,7 @@ The order is the one that clients of the API rely on: created, item, part, delta
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -144,10 +145,11 @@ def call_of(task: str, tools: list[Tool]) -> tuple[str, str]:
     """Which function a delegation is for, and its arguments as JSON.
 
     A task that begins with a tool's name is for that one, any other for the first. What follows is its arguments where
-    it is a JSON object; else it is the first string among those that the tool requires, or has.
+    it is a JSON object; else it is the first string among those that the tool requires, or has. A schema that is none
+    has no arguments.
     """
     task = task.strip()
-    tool = next((one for one in tools if task.startswith(one.name)), tools[0])
+    tool = next((one for one in tools if re.match(rf"{re.escape(one.name)}(?![\w-])", task)), tools[0])
     rest = task.removeprefix(tool.name).strip(" :()")
     try:
         given = json.loads(rest)
@@ -156,7 +158,13 @@ def call_of(task: str, tools: list[Tool]) -> tuple[str, str]:
     if isinstance(given, dict):
         return tool.name, json.dumps(given)
     schema = tool.parameters or {}
-    properties = schema.get("properties") or {}
-    names = [*(schema.get("required") or ()), *properties]
-    texts = [name for name in names if (properties.get(name) or {}).get("type", "string") == "string"]
+    required, properties = schema.get("required"), schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    names = [name for name in required if name in properties] if isinstance(required, list) else []
+    texts = [name for name in (*names, *properties) if _is_text(properties[name])]
     return tool.name, json.dumps({texts[0]: rest} if texts else {})
+
+
+def _is_text(schema: Any) -> bool:
+    kind = schema.get("type", "string") if isinstance(schema, dict) else None
+    return kind == "string" or isinstance(kind, list) and "string" in kind

@@ -197,6 +197,7 @@ class Server:
                 invalid.event_id = invalid.event_id or event_id
                 await connection.send(_error(invalid))
             except Refused as refused:
+                self.metrics.rejected.labels(refused.code).inc()
                 invalid = Invalid(refused.code, str(refused), None, event_id)
                 code = 1008 if refused.retry_after_s is None else 1013
                 await self._unlucky(connection, invalid, code, refused.retry_after_s)
@@ -455,16 +456,24 @@ class Server:
                 token = protocol.removeprefix(_KEY_PROTOCOL)
         return self.access.who(token)
 
+    def _foreign(self, request: web.Request, origin: str | None) -> bool:
+        """Whether a page of another origin asks. Raises `Refused` where the request does not say for whom it is."""
+        if origin is None:
+            return False
+        try:
+            host = request.url.raw_host
+        except ValueError as error:
+            raise Refused(400, "invalid_request", "this Host is none") from error
+        # A page may have a name that means this machine; where there are no keys, it is only its own page's.
+        return origin.partition("://")[2] != request.host or not self.access.keys and host not in _LOOPBACK
+
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Pages of other origins stay out; what is refused, and what fails, is said in the API's way."""
-        origin = request.headers.get("Origin")
-        foreign = origin is not None and origin.partition("://")[2] != request.host
-        if origin is not None and not self.access.keys:
-            # A page may have a name that means this machine; where there are no keys, it is only its own page's.
-            foreign = foreign or request.url.raw_host not in _LOOPBACK
-        allowed = not foreign or "*" in self.origins or origin in self.origins
+        origin, foreign, allowed = request.headers.get("Origin"), True, False
         try:
+            foreign = self._foreign(request, origin)
+            allowed = not foreign or "*" in self.origins or origin in self.origins
             if not allowed:
                 raise Refused(403, "origin_not_allowed", "pages of this origin may not use this server")
             if request.method == "OPTIONS":
@@ -472,11 +481,14 @@ class Server:
             else:
                 response = await handler(request)
         except Refused as refused:
+            self.metrics.rejected.labels(refused.code).inc()
             response = _refused(refused)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
             response = _refused(Refused(error.status, "invalid_request", error.reason))
+        except ConnectionError:  # whoever asked is gone
+            raise
         except Exception:
             logging.exception("%s %s failed", request.method, request.path)
             response = _refused(Refused(500, "internal_error", "the server failed"))

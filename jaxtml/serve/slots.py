@@ -1,8 +1,9 @@
 """Live sessions in the slots of a batch: begun and ended at tick edges, in the smallest compiled batch that has room.
 
 There is one compiled step per bucket. Sessions are moved to another bucket when one begins that has no room, or when
-those left fill no more than half of the next smaller one; what a session gives does not depend on the slot, the bucket
-or who else is there. Everything is compiled at the start: from then on nothing is. Called by the server.
+those left fill no more than half of the next smaller one. What a session gives does not depend on the slot or on who
+else is there; in another bucket its tokens are the same, and its sound but for rounding (1e-4 at most, in the tests).
+Everything is compiled at the start: from then on nothing is. Called by the server.
 
 On a CPU the sessions are in several groups, each with a clock of its own: a step of twice as many takes twice as long
 there, all of them wait for its end, and a tick in which many speak is late before the next can begin.

@@ -44,11 +44,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Told:
-    """What came of a tick. `compilations` are those since the worker was ready: none."""
+    """What came of a tick. `compilations` are those since the one before: none."""
 
     gave: dict[int, Gave]
     step_ms: float
-    compilations: int
+    compilations: int = 0
 
 
 @dataclass(frozen=True)

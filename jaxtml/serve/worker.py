@@ -8,6 +8,7 @@ a model on several hosts, each has a worker, see `serve.hosts`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import os
 import signal
@@ -47,11 +48,13 @@ def work(connection: socket.socket, groups: Sequence[Slots], tell: Callable[[byt
         tell(data)
         tick = unpacked(data)
         assert isinstance(tick, Tick)
-        connection.sendall(packed(answer(groups[tick.group], tick, compilations)))
+        told = answer(groups[tick.group], tick)
+        connection.sendall(packed(dataclasses.replace(told, compilations=compilations)))
+        compilations = 0
     return data is not None
 
 
-def answer(slots: Slots, tick: Tick, compilations: int = 0) -> Told:
+def answer(slots: Slots, tick: Tick) -> Told:
     """One tick of a group: sessions leave, come, and all have their micro-turn."""
     began = time.perf_counter()
     for session in tick.end:
@@ -59,7 +62,7 @@ def answer(slots: Slots, tick: Tick, compilations: int = 0) -> Told:
     for one in tick.begin:
         slots.begin(one.session, one.seed, one.week_ms)
     gave = slots.step(tick.given)
-    return Told(gave, 1000 * (time.perf_counter() - began), compilations)
+    return Told(gave, 1000 * (time.perf_counter() - began))
 
 
 def follow(checkpoint: str | Path) -> None:

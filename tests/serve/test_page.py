@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from jaxtml.serve import routes
-from tests.serve.serving import Serving, serving
+from tests.serve.serving import Serving, eventually, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGE = Path(routes.__file__).parent / "page"
@@ -150,6 +151,34 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
             assert not await tab.run("document.getElementById('talk').disabled")
             assert tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served, engine, tmp_path):
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking(0.2):
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run("document.getElementById('talk').click(); document.getElementById('talk').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            call = serving.call()
+            await eventually(lambda: call.speaks.intake.taken > 48_000)
+            began, before = time.monotonic(), call.speaks.intake.taken
+            call.carried.line._transport.abort()
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            assert not call.session.attached
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.speaks.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
+            call.carried.line._transport.abort()
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            await tab.run("document.getElementById('mute').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.session.hearing.muted)
+            taken = call.speaks.intake.taken
+            await asyncio.sleep(0.5)
+            assert call.speaks.intake.taken == taken, "who is muted is not even sent"
+            assert serving.call() is call and call.session.turns and tab.errors == []
 
     serving(served, engine, test)
 

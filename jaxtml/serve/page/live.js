@@ -1,6 +1,8 @@
 // A client of GPT-Live: one session over as many connections as it takes.
 
-const TRIES = 6;
+const AGAIN_MS = 4000; // between two tries to come back, at most
+const KEPT = 500; // packets of sound that were sent and may have been lost on the way
+const WAITING = 100; // that could not be sent
 
 export class Live extends EventTarget {
   // key: or "". Events: `event` (detail: what the server sent), `state` (detail: text, and whether it is bad).
@@ -12,7 +14,10 @@ export class Live extends EventTarget {
     this.session = null;
     this.over = false;
     this.tries = 0;
-    this.unsent = [];
+    this.unsent = []; // what was typed or pressed while there was no connection
+    this.sound = []; // the last packets, `written` of them sent; the server has had `before` bytes before them
+    this.written = 0;
+    this.before = 0;
     this.connect();
   }
 
@@ -40,11 +45,38 @@ export class Live extends EventTarget {
     this.socket.send(JSON.stringify(message));
   }
 
-  // Sound that was said while there was no connection is heard when there is one again, two seconds of it at most.
   send(message) {
-    if (this.ready) return this.write(message);
-    this.unsent.push(message);
-    if (this.unsent.length > 100) this.unsent.shift();
+    if (message.type === "session.input_audio.append") this.say(message);
+    else if (this.ready) this.write(message);
+    else this.unsent.push(message);
+  }
+
+  say(message) {
+    this.sound.push(message);
+    if (this.ready) {
+      this.write(message);
+      if (++this.written > KEPT) {
+        this.before += size(this.sound.shift());
+        this.written--;
+      }
+    } else if (this.sound.length > this.written + WAITING) {
+      this.sound.splice(this.written, 1);
+    }
+  }
+
+  // The server has had so many bytes of sound: what it has not comes again.
+  goOn(taken) {
+    let at = this.before;
+    this.sound = this.sound.filter((message) => (at += size(message)) > taken);
+    this.written = this.sound.length;
+    this.before = taken;
+    this.sound.forEach((message) => this.write(message));
+    this.unsent.splice(0).forEach((message) => this.write(message));
+  }
+
+  // Whether pictures would only wait: sound comes first.
+  get busy() {
+    return !this.ready || this.socket.bufferedAmount > 0;
   }
 
   received(event) {
@@ -53,7 +85,7 @@ export class Live extends EventTarget {
     if (event.type === "session.started" || event.type === "session.resumed") {
       this.ready = true;
       this.tries = 0;
-      this.unsent.splice(0).forEach((message) => this.write(message));
+      this.goOn(event.input_audio_bytes ?? 0);
       this.tell("Connected");
     }
     if (event.type === "session.closed") this.over = true;
@@ -69,14 +101,20 @@ export class Live extends EventTarget {
     this.ready = false;
     if (this.over) {
       if (this.session) this.tell("The conversation is over");
-    } else if (this.session && ++this.tries <= TRIES) {
+    } else if (this.session && this.waits()) {
       this.tell("Connection lost, coming back …", true);
-      this.again = setTimeout(() => this.connect(), Math.min(250 * 2 ** this.tries, 4000));
+      this.again = setTimeout(() => this.connect(), Math.min(250 * 2 ** ++this.tries, AGAIN_MS));
       return;
     } else {
       this.tell(this.session ? "The connection is gone" : `No connection (${reason || code})`, true);
     }
     this.dispatchEvent(new Event("over"));
+  }
+
+  // Whether the server still has the session.
+  waits() {
+    if (!this.tries) this.lostAt = performance.now();
+    return performance.now() < this.lostAt + 1000 * this.session.resume.grace_s;
   }
 
   close() {
@@ -92,6 +130,10 @@ export class Live extends EventTarget {
   tell(text, bad = false) {
     this.dispatchEvent(new CustomEvent("state", { detail: { text, bad } }));
   }
+}
+
+function size({ audio }) {
+  return (audio.length / 4) * 3 - (audio.endsWith("=") ? 1 : 0) - (audio.endsWith("==") ? 1 : 0);
 }
 
 export function encoded(samples) {

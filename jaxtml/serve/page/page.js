@@ -29,6 +29,7 @@ let context = null;
 let mouth = null;
 let source = null; // what is heard: a microphone or a recording
 let muted = false;
+let byKeys = false; // whoever has only keys needs a place to go on from when a button goes
 let camera = null;
 let lastLoud = null; // context time of the user's last sound
 let latencies = [];
@@ -70,11 +71,12 @@ async function open() {
   live.addEventListener("state", ({ detail }) => tell(detail.text, detail.bad));
   live.addEventListener("event", ({ detail }) => happened(detail));
   live.addEventListener("over", finish);
-  running(true);
+  controls("on");
 }
 
 async function talk() {
   let stream = null;
+  controls("opening");
   try {
     const wants = { echoCancellation: true, noiseSuppression: true, autoGainControl: true, channelCount: 1 };
     stream = await navigator.mediaDevices.getUserMedia({ audio: wants });
@@ -82,14 +84,23 @@ async function talk() {
     hear(context.createMediaStreamSource(stream), () => stream.getTracks().forEach((track) => track.stop()));
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
+    controls("idle");
     tell(error.name === "NotAllowedError" ? "The microphone was not allowed" : `No microphone: ${error.message}`, true);
   }
 }
 
 async function play() {
-  await open();
-  const data = await (await fetch("demo.flac")).arrayBuffer();
-  const node = new AudioBufferSourceNode(context, { buffer: await context.decodeAudioData(data) });
+  let node = null;
+  controls("opening");
+  try {
+    const data = await (await fetch("demo.flac")).arrayBuffer();
+    context ??= new AudioContext({ sampleRate: 24000 });
+    node = new AudioBufferSourceNode(context, { buffer: await context.decodeAudioData(data) });
+    await open();
+  } catch (error) {
+    controls("idle");
+    return tell(`No recording: ${error.message}`, true);
+  }
   const ours = live;
   node.onended = () => setTimeout(() => live === ours && live.close(), 3000);
   hear(node, () => node.disconnect());
@@ -104,8 +115,9 @@ function hear(node, release) {
   ears.port.onmessage = ({ data: { packet, at } }) => {
     if (!live) return;
     const power = Math.sqrt(packet.reduce((sum, x) => sum + x * x, 0) / packet.length);
-    if (!muted && power > LOUD) lastLoud = at;
     if (timeline.began !== null) timeline.level("you", timeline.now - 20, timeline.now, muted ? 0 : power);
+    if (muted) return;
+    if (power > LOUD) lastLoud = at;
     live.send({ type: "session.input_audio.append", audio: encoded(packet) });
   };
 }
@@ -193,7 +205,7 @@ function delegated({ id, task }) {
     event.preventDefault();
     if (!input.value || !live) return;
     live.send({ type: "session.commentary.append", content: input.value, delegation_id: id });
-    input.disabled = button.disabled = true;
+    input.readOnly = button.disabled = true; // the focus stays
   };
   item.append(form);
   $("asked").append(item);
@@ -209,23 +221,29 @@ function answered(at) {
 
 async function film() {
   if (camera) return unfilm();
+  const ours = live;
+  $("camera").disabled = true;
   try {
     const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
     $("view").srcObject = stream;
     $("view").hidden = false;
     await $("view").play();
+    if (live !== ours) return stream.getTracks().forEach((track) => track.stop());
     const canvas = document.createElement("canvas");
     const timer = setInterval(() => {
+      if (live.busy) return;
       canvas.width = $("view").videoWidth;
       canvas.height = $("view").videoHeight;
       canvas.getContext("2d").drawImage($("view"), 0, 0);
       const image = canvas.toDataURL("image/jpeg", 0.7).split(",")[1];
-      if (live?.ready) live.send({ type: "session.input_image.append", image });
+      live.send({ type: "session.input_image.append", image });
     }, FRAME_MS);
     camera = { stream, timer };
     $("camera").setAttribute("aria-pressed", "true");
   } catch (error) {
     tell(`No camera: ${error.message}`, true);
+  } finally {
+    $("camera").disabled = !live;
   }
 }
 
@@ -256,15 +274,17 @@ function finish() {
     $("mute").setAttribute("aria-pressed", "false");
     $("mute").textContent = "Mute";
   }
-  running(false);
+  controls("idle");
 }
 
-function running(on) {
-  const leaves = document.activeElement.matches(":focus-visible"); // whoever has only keys needs a place to go on from
-  for (const id of ["talk", "play"]) $(id).disabled = on;
-  for (const id of ["mute", "stop", "text", "send"]) $(id).disabled = !on;
-  if (!on) $("camera").disabled = true;
-  if (leaves && document.activeElement.matches("body, :disabled")) $(on ? "stop" : "talk").focus();
+// "idle"; "opening", from a click until there is a session that can be ended; "on".
+function controls(state) {
+  if (state !== "on") byKeys = document.activeElement.matches(":focus-visible");
+  for (const id of ["talk", "play"]) $(id).disabled = state !== "idle";
+  for (const id of ["mute", "stop", "text", "send"]) $(id).disabled = state !== "on";
+  if (state !== "on") $("camera").disabled = true;
+  const lost = document.activeElement.matches("body, :disabled");
+  if (byKeys && lost && state !== "opening") $(state === "on" ? "stop" : "talk").focus();
 }
 
 $("talk").onclick = talk;

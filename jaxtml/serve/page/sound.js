@@ -3,6 +3,8 @@
 const RATE = 24000;
 const PACKET = RATE / 50; // 20 ms
 const AHEAD = 0.12; // seconds that wait before playing begins: as much as packets may be late
+const LATE = 0.5; // that wait only where the connection had stalled: silence is left out until they do not
+const SILENT = 0.003; // root mean square
 
 // Windowed-sinc resampling of a stream from `from` to `to` Hz, for browsers whose context has the microphone's rate.
 class Resampler {
@@ -35,6 +37,10 @@ class Resampler {
     this.at -= kept;
     return Float32Array.from(out);
   }
+}
+
+function loudness(samples) {
+  return Math.sqrt(samples.reduce((sum, x) => sum + x * x, 0) / samples.length);
 }
 
 class Ears extends AudioWorkletProcessor {
@@ -73,13 +79,16 @@ class Mouth extends AudioWorkletProcessor {
       const samples = this.resampler ? this.resampler.put(data) : data;
       this.queue.push(samples);
       this.waiting += samples.length;
+      for (let i = 1; i < this.queue.length && this.waiting > LATE * sampleRate; ) {
+        if (loudness(this.queue[i]) > SILENT) i++;
+        else this.waiting -= this.queue.splice(i, 1)[0].length;
+      }
     };
   }
 
   process(_, [output]) {
     const out = output[0];
     if (!this.playing && this.waiting >= AHEAD * sampleRate) this.playing = true;
-    let power = 0;
     for (let i = 0; i < out.length && this.playing; i++) {
       if (!this.queue.length) {
         this.playing = false; // nothing came in time: a gap, and then as much ahead as at the beginning
@@ -88,14 +97,13 @@ class Mouth extends AudioWorkletProcessor {
       }
       out[i] = this.queue[0][this.offset++];
       this.waiting--;
-      power += out[i] * out[i];
       if (this.offset === this.queue[0].length) {
         this.queue.shift();
         this.offset = 0;
       }
     }
     for (let c = 1; c < output.length; c++) output[c].set(out);
-    if (Math.sqrt(power / out.length) > 0.006) {
+    if (loudness(out) > 0.006) {
       if (this.quiet > 0.3) this.port.postMessage({ audible: currentTime });
       this.quiet = 0;
     } else {
