@@ -106,7 +106,8 @@ class Intake:
 
         Raises `Invalid` where there is none, it is too long, came too fast, or too much waits.
         """
-        if not self._texts.take(min(len(text.encode()), _TEXT_BURST)):
+        size = len(text.encode())
+        if size <= most * _TOKEN_BYTES and not self._texts.take(size):
             raise Invalid("rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param)
         check_length(self.served, text, most, param)
         tokens = _tokens(self.served.codec, text)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jaxtml.errors import InputError
@@ -93,16 +94,17 @@ class Link:
         raise ConnectionError("the model's process is gone")
 
     async def close(self) -> None:
-        """Ends the worker."""
-        self.writer.write(END)
-        self.writer.write_eof()
-        try:
+        """Ends the worker. Nobody may be asking it anything."""
+        with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(_END_S):
+                self.writer.write(END)
+                self.writer.write_eof()
                 while await self.reader.read(2**16):  # an answer that nobody waits for any more
                     pass
                 await self.process.wait()
-        except (TimeoutError, ConnectionError):
-            self.process.kill()
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.kill()
             await self.process.wait()
         self.writer.close()
 

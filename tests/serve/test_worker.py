@@ -37,6 +37,7 @@ def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint,
         unheard = asyncio.create_task(link.tick(Tick()))
         await asyncio.sleep(0)
         unheard.cancel()
+        await asyncio.gather(unheard, return_exceptions=True)
         await link.close()
         assert link.process.returncode == 0, "also where nobody waits for its last answer"
 
