@@ -127,8 +127,8 @@ class Realtime:
         self.spoken = False  # the sound of this session has a format that cannot change any more
         if begins_as is not None:
             self._configure(begins_as)
-        resume = {"token": call.secret, "grace_s": grace_s}
-        self._emit("session.created", session=self.resource() | {"resume": resume})
+        self._resume = {"token": call.secret, "grace_s": grace_s}
+        self._emit("session.created", session=self.resource() | {"resume": self._resume})
 
     # --- what happens
 
@@ -299,8 +299,10 @@ class Realtime:
             self.fail(invalid)
 
     def untracked(self) -> None:
-        """Its client is back over a WebSocket: sound is in the events from now on."""
+        """Its client is back over a WebSocket: sound is in the events from now on. It is told what came of its own."""
         self.track = self.sounding = None
+        resume = self._resume | {"input_audio_bytes": self.intake.taken}
+        self._emit("session.updated", session=self.resource() | {"resume": resume})
 
     async def hear(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, from a track."""

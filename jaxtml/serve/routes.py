@@ -264,6 +264,8 @@ class Server:
             speaks = _speaking(call, realtime.Realtime)
             ws = socket()
             await ws.prepare(request)
+            if call.carried is not None:
+                call.carried.replace()  # as in `_resumed`
             speaks.untracked()
             connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
             await self._carried(connection, call, after, speaks.receive)

@@ -72,6 +72,29 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
         assert (await client.until("session.closed"))["reason"] == "close_requested"
 
 
+def test_who_is_told_to_end_while_it_loads_ends_at_once_and_leaves_nothing(checkpoint):
+    process = subprocess.Popen(
+        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "2", "--workers", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        workers: list[str] = []
+        while len(workers) < 2:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        log = process.stderr.read()
+        assert "told to end before it was ready" in log and "Traceback" not in log
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
     process = subprocess.Popen(
         command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1"),

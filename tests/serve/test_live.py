@@ -558,7 +558,11 @@ def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served
             token = json.loads(call.outbox.frames[0])["session"]["resume"]["token"]
             await client.say("session.resume", session_id=call.id, resume_token=token, after=call.outbox.last)
             await client.until("session.resumed")
-        assert len(call.speaks.intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
+        intake = call.speaks.intake
+        assert len(intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
+        assert intake.taken == 2 * (call.session.hearing.waiting + len(intake._unheard)), (
+            "what is told as taken is there"
+        )
         beside = [await serving.open(f"/v1/live/sessions/{call.id}/attach") for _ in range(4)]
         async with serving.http.get(f"{serving.url}/v1/live/sessions/{call.id}/attach") as refused:
             assert refused.status == 429

@@ -337,6 +337,9 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
         ('search({"q": "x"})', ("search", {"q": "x"})),
         ("anything", ("weather", {"city": "anything"})),
         ("stop now", ("stop", {})),
+        ("search_all cats", ("search_all", {"q": "cats"})),
+        ("broken 1", ("broken", {})),
+        ("loose 1", ("loose", {})),
     ],
 )
 def test_which_function_a_task_is_for(task, expected):
@@ -344,6 +347,9 @@ def test_which_function_a_task_is_for(task, expected):
         Tool(type="function", name="weather", parameters={"properties": {"city": {"type": "string"}}}),
         Tool(type="function", name="search", parameters={"properties": {"n": {"type": "integer"}}}),
         Tool(type="function", name="stop"),
+        Tool(type="function", name="search_all", parameters={"properties": {"q": {"type": ["string", "null"]}}}),
+        Tool(type="function", name="broken", parameters={"required": 5, "properties": {"a": 5}}),
+        Tool(type="function", name="loose", parameters={"required": ["a", 1], "properties": 5}),
     ]
     name, arguments = call_of(task, tools)
     assert (name, json.loads(arguments)) == expected
@@ -432,12 +438,15 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
         await serving.go(5)
         await client.until("response.output_audio.delta")
         call = serving.call()
+        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode())
+        await eventually(lambda: call.speaks.intake.taken)
         client.ws._response.connection.transport.abort()
         await eventually(lambda: not call.session.attached)
         last, token = client.events[-1]["sequence_number"], client.started["resume"]["token"]
         back = await serving.open(f"/v1/realtime?session_id={call.id}&resume_token={token}&after={last}")
         async with serving.ticking():
             await back.until("response.done")
+        assert back.of("session.updated")[0]["session"]["resume"]["input_audio_bytes"] == 960
         client.events += back.events
         check(client)
         assert kinds(client).count("response.created") == kinds(client).count("response.done") == 1

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
+from aiohttp import WSMsgType
+
 from jaxtml.serve.access import Access, Key
 from tests.serve.serving import Serving, serving
+from tests.serve.stepped import scripted
 
 
 def test_keys_and_origins_decide_who_may_begin(served, engine):
@@ -50,3 +56,41 @@ def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_
             assert allowed.status == 200
 
     serving(served, engine, test)
+
+
+def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
+    clock = [0.0]
+    access = Access([Key(name="one", key="sk-first-key", minutes_per_day=10)], now=lambda: clock[0])
+
+    async def test(serving: Serving) -> None:
+        headers = {"Authorization": "Bearer sk-first-key"}
+        clients = [await serving.open("/v1/realtime", headers=headers) for _ in range(2)]
+        clock[0] = 4 * 60.0
+        await serving.go(2)
+        await asyncio.sleep(0.1)
+        assert len(serving.desk.calls) == 2, "eight of ten"
+        clock[0] = 5 * 60.0
+        await serving.go(2)
+        for client in clients:
+            assert await client.closed() == 1000 and client.of("error")[0]["error"]["code"] == "session_expired"
+
+    serving(served, engine, test, access=access, model=scripted({}))
+
+
+def test_pings_are_answered_no_faster_than_anyone_needs(served, engine):
+    async def test(serving: Serving) -> None:
+        flood = await serving.http.ws_connect(f"{serving.url}/v1/live/sessions", autoping=False)
+        began = time.monotonic()
+        for _ in range(2000):
+            await flood.ping()
+        client = await serving.start()
+        await client.say("session.close")
+        async with serving.ticking():
+            await client.until("session.closed")
+        answered = 0
+        while (took_s := time.monotonic() - began) < 3:
+            assert (await flood.receive(timeout=3)).type is WSMsgType.PONG
+            answered += 1
+        assert 40 <= answered <= 41 + 20 * took_s
+
+    serving(served, engine, test, model=scripted({}))

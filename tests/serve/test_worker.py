@@ -73,3 +73,20 @@ def test_what_is_wrong_with_a_checkpoint_is_said_here(checkpoint, tmp_path):
         with pytest.raises(InputError, match=said):
             asyncio.run(Link.start(folder, capacity))
     assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "serve.worker"], capture_output=True).stdout
+
+
+def test_a_worker_that_hangs_is_noticed(checkpoint, monkeypatch):
+    monkeypatch.setattr("jaxtml.serve.link._STUCK_S", 1.0)
+
+    async def main() -> None:
+        one = await Link.start(checkpoint, 1)
+        os.kill(one.process.pid, signal.SIGSTOP)
+        hub = Hub(one, 1)
+        hub.admit(0)
+        with pytest.raises(ConnectionError, match="has not answered for 1 s"):
+            await hub.run()
+        os.kill(one.process.pid, signal.SIGCONT)
+        await one.close()
+        assert one.process.returncode == 0
+
+    asyncio.run(main())
