@@ -179,7 +179,8 @@ async def _serve(
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.
         unheard = standard.getLogger("jaxtml.http")
         unheard.disabled = True
-        runner = web.AppRunner(app, access_log=None, logger=unheard, handle_signals=False, shutdown_timeout=5)
+        patience = {"keepalive_timeout": options.limits.first_message_s, "shutdown_timeout": 5}
+        runner = web.AppRunner(app, access_log=None, logger=unheard, handle_signals=False, **patience)
         await runner.setup()
         try:
             gc.collect()

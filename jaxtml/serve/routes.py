@@ -480,8 +480,13 @@ class Server:
                 raise Refused(403, "origin_not_allowed", "pages of this origin may not use this server")
             if request.method == "OPTIONS":
                 response: web.StreamResponse = web.Response(status=204)
+            elif request.method == "POST":  # whose body may never come
+                async with asyncio.timeout(self.desk.limits.first_message_s):
+                    response = await handler(request)
             else:
                 response = await handler(request)
+        except TimeoutError:
+            response = _refused(Refused(408, "timeout", "the request did not come in time"))
         except Refused as refused:
             self.metrics.rejected.labels(refused.code).inc()
             response = _refused(refused)

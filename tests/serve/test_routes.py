@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 
 from aiohttp import WSMsgType
 
 from jaxtml.serve.access import Access, Key
+from jaxtml.serve.desk import Limits
 from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
@@ -75,6 +77,19 @@ def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
             assert await client.closed() == 1000 and client.of("error")[0]["error"]["code"] == "session_expired"
 
     serving(served, engine, test, access=access, model=scripted({}))
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served, engine):
+    async def test(serving: Serving) -> None:
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(5)
+
+        for path in ("/v1/realtime/client_secrets", "/v1/live/sessions"):
+            async with serving.http.post(serving.url + path, data=slow()) as refused:
+                assert refused.status == 408 and (await refused.json())["error"]["code"] == "timeout"
+
+    serving(served, engine, test, limits=Limits(first_message_s=0.2))
 
 
 def test_pings_are_answered_no_faster_than_anyone_needs(served, engine):
