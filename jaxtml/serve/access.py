@@ -200,8 +200,9 @@ class Access:
             used.append((now, now - began))
 
     def left_s(self, grant: Grant) -> float:
-        """Seconds of sessions that the key has left today."""
-        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes(grant.key.name)))
+        """Seconds that each session of the key has left today, if there are as many as now."""
+        name = grant.key.name
+        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes(name))) / max(1, len(self._begun[name]))
 
     def minutes(self, name: str) -> float:
         """Minutes of sessions that ended in the last 24 hours or go on."""

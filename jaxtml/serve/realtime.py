@@ -173,7 +173,7 @@ class Realtime:
         if not user.told:
             user.told = True
             self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
-        over = not self.call.session.hearing.waiting if user.committed else self.detection is not None
+        over = user.committed or self.detection is not None
         if over and user.quiet_ms(turn) >= _QUIET * TURN_MS:
             self._finish(user)
 
@@ -220,7 +220,8 @@ class Realtime:
             self.response = self._begun(None)
         if speaks and self.response.message is None:
             self._answered()
-        self.closed = 0 if speaks else self.closed + 1
+        unheard = self.response.message is None and self.call.session.hearing.waiting > SAMPLE_RATE  # all at once
+        self.closed = 0 if speaks or unheard else self.closed + 1
         if speaks or self.response.message is not None:
             self.response.say(text, sound)
         begun = self.response.message is not None
@@ -239,9 +240,9 @@ class Realtime:
         if speaks and self.closed >= _HANG:
             self.held.clear()
         self.closed = 0 if speaks else self.closed + 1
-        if self.closed > _PATIENCE:
+        if self.closed > _PATIENCE or self.track is not None and self.modality == "audio":
             self.held.clear()
-        elif self.track is None and not self.dropped and (speaks or self.held and self.closed <= _HANG):
+        elif not self.dropped and (speaks or self.held and self.closed <= _HANG):
             self.held.append((text, sound))
 
     def _answered(self) -> None:
@@ -273,7 +274,7 @@ class Realtime:
         task, self.task = self.task, ""
         if not self.tools:
             return
-        alone = self.response is None
+        alone = self.response is None or self.response.message is None
         if self.response is None:
             self.response = self._begun(None)
         item = self.response.call(*call_of(task, self.tools))
@@ -385,6 +386,8 @@ class Realtime:
     async def _create(self, item: Item) -> None:
         if item.id in self.items:
             raise Invalid("item_create_duplicate_item_id", "there is an item of this id", "item.id")
+        if self.closed >= _HANG:
+            self.held.clear()  # it was an answer to something else
         match item:
             case MessageItem():
                 mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
@@ -393,7 +396,8 @@ class Realtime:
             case OutputItem():
                 if item.call_id not in self.called:
                     raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
-                self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
+                if item.output:
+                    self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
                 if (asked := self.called.pop(item.call_id)) is not None:
                     self.metrics.delegations.observe(time.monotonic() - asked)
                     self.call.span.add_event("delegation answered", {"id": item.call_id})
@@ -452,8 +456,10 @@ class Realtime:
             self.modality = config.output_modalities[0]
         if not isinstance(heard.turn_detection, msgspec.UnsetType):
             self.detection = heard.turn_detection
+            self.held.clear()
         if tuple(map(format_of, formats)) != self._formats():
             self.input_format, self.output_format = formats
+            self.held.clear()
             self.intake.incoming = Incoming(format_of(formats[0]))
             self.outgoing = Outgoing(format_of(formats[1]))
 

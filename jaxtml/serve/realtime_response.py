@@ -149,8 +149,9 @@ def call_of(task: str, tools: list[Tool]) -> tuple[str, str]:
     has no arguments.
     """
     task = task.strip()
-    tool = next((one for one in tools if re.match(rf"{re.escape(one.name)}(?![\w-])", task)), tools[0])
-    rest = task.removeprefix(tool.name).strip(" :()")
+    named = next((one for one in tools if re.match(rf"{re.escape(one.name)}(?![\w-])", task)), None)
+    tool = named or tools[0]
+    rest = (task.removeprefix(tool.name) if named else task).strip(" :()")
     try:
         given = json.loads(rest)
     except ValueError:
@@ -160,7 +161,11 @@ def call_of(task: str, tools: list[Tool]) -> tuple[str, str]:
     schema = tool.parameters or {}
     required, properties = schema.get("required"), schema.get("properties")
     properties = properties if isinstance(properties, dict) else {}
-    names = [name for name in required if name in properties] if isinstance(required, list) else []
+    names = (
+        [name for name in required if isinstance(name, str) and name in properties]
+        if isinstance(required, list)
+        else []
+    )
     texts = [name for name in (*names, *properties) if _is_text(properties[name])]
     return tool.name, json.dumps({texts[0]: rest} if texts else {})
 

@@ -190,6 +190,7 @@ class Server:
                 event_id = message.event_id
                 if isinstance(message, Resume):
                     return await self._resumed(connection, grant, message)
+                self.desk.ask(grant, live.SCOPE)  # before the work that texts are
                 live.check(message.session, self.served)
                 return self._started(grant, message), 0
             except Invalid as invalid:
@@ -210,7 +211,7 @@ class Server:
             limits = self.desk.limits
             return live.Live(call, self.served, message.session, self.metrics, limits.grace_s, message.event_id)
 
-        return self.desk.admit(grant, make, live.SCOPE)
+        return self.desk.begin(grant, make, live.SCOPE)
 
     async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[Call, int]:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
@@ -326,6 +327,7 @@ class Server:
     async def live_offered(self, request: web.Request) -> web.Response:
         """A GPT-Live session over WebRTC: its config and the offer, as JSON."""
         grant = self._grant(request)
+        self.desk.ask(grant, live.SCOPE)  # before the work that offers are
         asked = await offers.of_live(request, self.served)
 
         def make(call: Call, track: Track) -> live.Live:
@@ -340,6 +342,7 @@ class Server:
         """A session of the Realtime API over WebRTC: the offer alone, or a form of it and the session."""
         grant = self._grant(request)
         self._check_model(request.query.get("model"))
+        self.desk.ask(grant, realtime.SCOPE)
         sdp, said = await offers.of_realtime(request)
         if said is not None and grant.session is not None:
             raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
@@ -369,7 +372,6 @@ class Server:
         scope: str,
     ) -> tuple[Call, str]:
         """A call for who made this offer, and the answer; it stands still until that has come to something."""
-        self.desk.ask(grant, scope)  # before the work that an offer is
         peer = await offers.peer_of(request, sdp, self.served.config.duplex.max_patches > 0)
         call = None
         try:

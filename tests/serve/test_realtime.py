@@ -260,6 +260,48 @@ def test_words_are_told_of_while_a_response_waits_and_not_as_an_interruption_whe
     serving(served, engine, test, model=scripted(talk))
 
 
+def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, tools=[WEATHER], audio={"input": {"turn_detection": None}})
+        await client.say("response.create")
+        await client.until("response.created")
+        await serving.go(3)
+        call = (await client.until("response.done"))["response"]["output"][0]
+        await serving.go(3)  # " one" is said and over
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": ""}
+        await client.say("conversation.item.create", item=output)
+        await client.until("conversation.item.done")
+        await client.say("response.create")
+        await client.until("response.created")
+        await serving.go(5)
+        done = (await client.until("response.done"))["response"]
+        assert done["output"][0]["content"][0]["transcript"] == " it is", "not what was said before"
+        assert not client.of("error")
+        check(client)
+
+    talk = {
+        2: (SAY, Control.DELEGATE, " weather", Control.END, LISTEN),
+        4: (SAY, " one", SPEAK),
+        9: (SAY, " it is", SPEAK),
+    }
+    serving(served, engine, test, model=scripted(talk))
+
+
+def test_a_recording_that_comes_at_once_is_heard_before_its_answer_is_given_up(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        for _ in range(9):
+            await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(48_000)).decode())
+        await client.say("input_audio_buffer.commit")
+        await client.say("response.create")
+        await client.until("response.created")
+        async with serving.ticking():  # one after the other, as the clock has them
+            done = (await client.until("response.done"))["response"]
+        assert done["output"][0]["content"][0]["transcript"] == " forty"
+
+    serving(served, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
+
+
 def test_a_conversation_with_calls_can_be_told_anew(served, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, tools=[WEATHER])
@@ -340,6 +382,7 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
         ("search_all cats", ("search_all", {"q": "cats"})),
         ("broken 1", ("broken", {})),
         ("loose 1", ("loose", {})),
+        ("weatherman of the sky", ("weather", {"city": "weatherman of the sky"})),
     ],
 )
 def test_which_function_a_task_is_for(task, expected):
@@ -349,7 +392,7 @@ def test_which_function_a_task_is_for(task, expected):
         Tool(type="function", name="stop"),
         Tool(type="function", name="search_all", parameters={"properties": {"q": {"type": ["string", "null"]}}}),
         Tool(type="function", name="broken", parameters={"required": 5, "properties": {"a": 5}}),
-        Tool(type="function", name="loose", parameters={"required": ["a", 1], "properties": 5}),
+        Tool(type="function", name="loose", parameters={"required": ["a", {}], "properties": {}}),
     ]
     name, arguments = call_of(task, tools)
     assert (name, json.loads(arguments)) == expected

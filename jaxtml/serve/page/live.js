@@ -18,6 +18,7 @@ export class Live extends EventTarget {
     this.sound = []; // the last packets, `written` of them sent; the server has had `before` bytes before them
     this.written = 0;
     this.before = 0;
+    this.closing = false;
     this.connect();
   }
 
@@ -86,6 +87,7 @@ export class Live extends EventTarget {
       this.ready = true;
       this.tries = 0;
       this.goOn(event.input_audio_bytes ?? 0);
+      if (this.closing) this.write({ type: "session.close" }); // the first one was lost
       this.tell("Connected");
     }
     if (event.type === "session.closed") this.over = true;
@@ -100,7 +102,7 @@ export class Live extends EventTarget {
   closed(code, reason) {
     this.ready = false;
     if (this.over) {
-      if (this.session) this.tell("The conversation is over");
+      if (this.session || this.closing) this.tell("The conversation is over");
     } else if (this.session && this.waits()) {
       this.tell("Connection lost, coming back …", true);
       this.again = setTimeout(() => this.connect(), Math.min(250 * 2 ** ++this.tries, AGAIN_MS));
@@ -118,11 +120,12 @@ export class Live extends EventTarget {
   }
 
   close() {
+    this.closing = true;
     if (this.ready) this.write({ type: "session.close" });
     else {
       this.over = true;
       clearTimeout(this.again);
-      if (this.socket.readyState === WebSocket.CLOSED) this.dispatchEvent(new Event("over"));
+      if (this.socket.readyState === WebSocket.CLOSED) this.closed();
       else this.socket.close(1000);
     }
   }

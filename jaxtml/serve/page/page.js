@@ -84,7 +84,8 @@ async function talk() {
     hear(context.createMediaStreamSource(stream), () => stream.getTracks().forEach((track) => track.stop()));
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
-    controls("idle");
+    if (live) live.close();
+    else controls("idle");
     tell(error.name === "NotAllowedError" ? "The microphone was not allowed" : `No microphone: ${error.message}`, true);
   }
 }
@@ -128,6 +129,9 @@ function happened(event) {
       timeline.began = performance.now();
       $("camera").disabled = !event.session.sees;
       $("camera").title = event.session.sees ? "" : "This model does not see";
+      break;
+    case "session.resumed": // what was pressed while the connection was about to be lost
+      live.send({ type: `session.input_audio.${muted ? "mute" : "unmute"}` });
       break;
     case "session.output_audio.delta": {
       const samples = decoded(event.delta);
@@ -222,13 +226,14 @@ function answered(at) {
 async function film() {
   if (camera) return unfilm();
   const ours = live;
+  let stream = null;
   $("camera").disabled = true;
   try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
+    stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
     $("view").srcObject = stream;
     $("view").hidden = false;
     await $("view").play();
-    if (live !== ours) return stream.getTracks().forEach((track) => track.stop());
+    if (live !== ours) throw new Error("the conversation is over");
     const canvas = document.createElement("canvas");
     const timer = setInterval(() => {
       if (live.busy) return;
@@ -241,6 +246,8 @@ async function film() {
     camera = { stream, timer };
     $("camera").setAttribute("aria-pressed", "true");
   } catch (error) {
+    stream?.getTracks().forEach((track) => track.stop());
+    $("view").hidden = true;
     tell(`No camera: ${error.message}`, true);
   } finally {
     $("camera").disabled = !live;
