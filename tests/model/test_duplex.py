@@ -293,11 +293,11 @@ def session(config: Config, turns: int, batch: int = 2, seed: int = 0) -> Run:
 
 def test_a_cpu_that_runs_few_slots_at_a_time_gives_what_one_that_runs_all_gives(small, monkeypatch):
     config, batch = two_layers(small, steps=1), 5
-    monkeypatch.setattr(duplex_module, "_PART", batch)
+    monkeypatch.setattr(duplex_module, "PART", batch)
     whole = session(config, 16, batch)
     spoke = np.array([out.speaking for out in whole.outputs])
     assert spoke.any(axis=1).any() and (spoke.sum(axis=1) > 2).any(), "nothing of interest is compared"
-    monkeypatch.setattr(duplex_module, "_PART", 2)
+    monkeypatch.setattr(duplex_module, "PART", 2)
     parts = session(config, 16, batch)
     assert_same(whole.outputs, parts.outputs, exact=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), whole.state.layers, parts.state.layers)
