@@ -70,7 +70,11 @@ def sound(wave) -> bytes:
     return PCM.encoded(wave)
 
 
-def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(served, engine, sound):
+def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(
+    served, engine, sound, monkeypatch
+):
+    monkeypatch.setattr("jaxtml.serve.desk.secrets.randbits", lambda bits: 7)  # one that hears and speaks
+
     async def test(serving: Serving) -> None:
         client = await serving.start()
         seed = serving.call().session.seed
