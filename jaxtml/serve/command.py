@@ -209,7 +209,8 @@ class _Orders:
         loop.add_signal_handler(hosts.DRAIN, self.drain.set)
 
     def _signalled(self) -> None:
-        (self.now if self._told else self.drain).set()
+        if self._told:
+            self.now.set()
         self.drain.set()
         self._told = True
 

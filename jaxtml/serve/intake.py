@@ -17,7 +17,7 @@ from jaxtml.serve.sound import Format, Incoming
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
-WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
+_WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
 _TOKEN_BYTES = 8  # of a token, in the mean of any text that is one
 _TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a megabyte takes half a second
 
@@ -99,7 +99,7 @@ class Intake:
         mark: Control,
         text: str,
         param: str,
-        most: int = WAITING,
+        most: int = _WAITING,
         placed: Callable[[int], None] | None = None,
     ) -> None:
         """Text of at most so many tokens for the next micro-turns, behind its mark.
@@ -114,7 +114,7 @@ class Intake:
         if not tokens:
             raise Invalid("invalid_value", "there is no text", param)
         session = self.call.session
-        if session.waiting + len(tokens) > WAITING or len(session.typed) >= _PIECES:
+        if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
             raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
 

@@ -188,7 +188,7 @@ class Live:
     async def _take(self, message: Any) -> None:
         match message:
             case AppendAudio():
-                await self._hear(message.audio)
+                await self.intake.take(message.audio, self._reflected)
             case AppendImage():
                 await self.intake.show(message.image)
             case AppendText():
@@ -202,9 +202,6 @@ class Live:
                 self.call.close()
             case _:
                 self._appended(message)
-
-    async def _hear(self, data: bytes) -> None:
-        await self.intake.take(data, self._reflected)
 
     def _reflected(self, samples: np.ndarray) -> None:
         for one in self.sidebands:

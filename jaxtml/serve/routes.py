@@ -460,6 +460,14 @@ class Server:
                 token = protocol.removeprefix(_KEY_PROTOCOL)
         return self.access.who(token)
 
+    async def _in_time(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Raises `Refused` where that takes too long."""
+        try:
+            async with asyncio.timeout(self.desk.limits.first_message_s):
+                return await handler(request)
+        except TimeoutError as error:
+            raise Refused(408, "timeout", "the request did not come in time") from error
+
     def _foreign(self, request: web.Request, origin: str | None) -> bool:
         """Whether a page of another origin asks. Raises `Refused` where the request does not say for whom it is."""
         if origin is None:
@@ -483,12 +491,9 @@ class Server:
             if request.method == "OPTIONS":
                 response: web.StreamResponse = web.Response(status=204)
             elif request.method == "POST":  # whose body may never come
-                async with asyncio.timeout(self.desk.limits.first_message_s):
-                    response = await handler(request)
+                response = await self._in_time(request, handler)
             else:
                 response = await handler(request)
-        except TimeoutError:
-            response = _refused(Refused(408, "timeout", "the request did not come in time"))
         except Refused as refused:
             self.metrics.rejected.labels(refused.code).inc()
             response = _refused(refused)
