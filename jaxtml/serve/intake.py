@@ -84,10 +84,14 @@ class Intake:
         self.call.session.hearing.clear()
 
     async def show(self, image: bytes) -> None:
-        """JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
+        """JPEG or PNG. Raises as `seen`."""
+        self.call.session.show(await self.seen(image))
+
+    async def seen(self, image: bytes) -> np.ndarray:
+        """The patches of a JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
         self.seeing.count()
         loop = asyncio.get_running_loop()
-        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.put, image))
+        return await loop.run_in_executor(THREAD, self.seeing.put, image)
 
     async def look(self, frame: av.VideoFrame) -> None:
         """A frame of a video."""

@@ -50,7 +50,6 @@ from jaxtml.serve.realtime_messages import (
     Clear,
     ClearOutput,
     Commit,
-    Content,
     Item,
     ItemCreate,
     ItemDelete,
@@ -79,6 +78,7 @@ _HANG = 2  # with the gate closed that end a response
 _PATIENCE = 50  # until a response that was asked for is given up
 _ITEMS = 256  # of the conversation that are kept
 _TEXT, _INSTRUCTIONS = 8_192, 16_384  # tokens
+_RECORDING = Format("pcm", 24_000)  # in a message, whatever the session's format
 
 
 class Realtime:
@@ -146,8 +146,9 @@ class Realtime:
         self.intake.flush()
 
     def leaving(self, in_s: float) -> None:
-        """The API has no word for it."""
+        """The API has no other word for it than the time in `expires_at`."""
         del in_s
+        self._emit("session.updated", session=self.resource())
 
     def ended(self, why: End) -> None:
         if self.response is not None:
@@ -390,9 +391,7 @@ class Realtime:
             self.held.clear()  # it was an answer to something else
         match item:
             case MessageItem():
-                mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
-                for n, part in enumerate(item.content):
-                    await self._part(mark, part, f"item.content[{n}]")
+                await self._say(item)
             case OutputItem():
                 if item.call_id not in self.called:
                     raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
@@ -416,22 +415,28 @@ class Realtime:
         self._keep(made, False)
         self._keep(made, True)
 
-    async def _part(self, mark: Control, part: Content, param: str) -> None:
-        """A part of a message, as the model takes it."""
-        if part.type == "input_audio" and part.audio:
-            await self.intake.hear(self._recordings.put(part.audio))
-        elif part.type == "input_image" and part.image_url is not None:
-            head, _, data = part.image_url.partition(";base64,")
-            if not head.startswith("data:image/"):
-                raise Invalid("invalid_value", "a picture comes as a data: URL", f"{param}.image_url")
-            try:
-                await self.intake.show(base64.b64decode(data, validate=True))
-            except binascii.Error as error:
-                raise Invalid("invalid_value", "a picture is base64", f"{param}.image_url") from error
-        elif text := part.text or part.transcript:
-            self.intake.say(mark, text, f"{param}.text", _TEXT)
-        else:
-            raise Invalid("invalid_value", f"{param} has nothing in it", param)
+    async def _say(self, item: MessageItem) -> None:
+        """Gives the model all parts of a message, of pictures the last; where one cannot be, none. Raises `Invalid`."""
+        texts: list[str] = []
+        sounds: list[np.ndarray] = []
+        patches = None
+        for n, part in enumerate(item.content):
+            where = f"item.content[{n}]"
+            if part.type == "input_audio" and part.audio:
+                sounds.append(_RECORDING.decoded(part.audio))
+            elif part.type == "input_image" and part.image_url is not None:
+                patches = await self.intake.seen(_picture(part.image_url, f"{where}.image_url"))
+            elif text := part.text or part.transcript:
+                texts.append(text)
+            else:
+                raise Invalid("invalid_value", f"{where} has nothing in it", where)
+        if texts:
+            mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
+            self.intake.say(mark, "\n".join(texts), "item.content", _TEXT)
+        if patches is not None:
+            self.call.session.show(patches)
+        for samples in sounds:
+            await self.intake.hear(self._recordings.resampled(samples))
 
     # --- the session
 
@@ -491,8 +496,7 @@ class Realtime:
 
     @cached_property
     def _recordings(self) -> Incoming:
-        """Whole recordings come as PCM at 24 kHz, whatever the session's format."""
-        return Incoming(Format("pcm", 24_000))
+        return Incoming(_RECORDING)
 
     # --- items and events
 
@@ -545,6 +549,17 @@ class _UserTurn:
     def quiet_ms(self, turn: Turn) -> int:
         """Since the last word, at the end of a micro-turn."""
         return turn.t_ms + TURN_MS - self.end_ms
+
+
+def _picture(url: str, param: str) -> bytes:
+    """What a `data:` URL holds. Raises `Invalid`."""
+    head, _, data = url.partition(";base64,")
+    if not head.startswith("data:image/"):
+        raise Invalid("invalid_value", "a picture comes as a data: URL", param)
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise Invalid("invalid_value", "a picture is base64", param) from error
 
 
 def _described(given: AudioFormat) -> dict[str, Any]:

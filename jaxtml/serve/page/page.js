@@ -233,7 +233,7 @@ async function film() {
     $("view").srcObject = stream;
     $("view").hidden = false;
     await $("view").play();
-    if (live !== ours) throw new Error("the conversation is over");
+    if (live !== ours) throw new Error("the conversation is over"); // which nobody needs to be told
     const canvas = document.createElement("canvas");
     const timer = setInterval(() => {
       if (live.busy) return;
@@ -248,7 +248,7 @@ async function film() {
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
     $("view").hidden = true;
-    tell(`No camera: ${error.message}`, true);
+    if (live === ours) tell(`No camera: ${error.message}`, true);
   } finally {
     $("camera").disabled = !live;
   }
