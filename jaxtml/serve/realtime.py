@@ -416,7 +416,10 @@ class Realtime:
         self._keep(made, True)
 
     async def _say(self, item: MessageItem) -> None:
-        """Gives the model all parts of a message, of pictures the last; where one cannot be, none. Raises `Invalid`."""
+        """Gives the model all parts of a message, of pictures the last; where one is refused (`Invalid`), none.
+
+        A connection that is lost while recordings wait for room loses those that are behind.
+        """
         texts: list[str] = []
         sounds: list[np.ndarray] = []
         patches = None
