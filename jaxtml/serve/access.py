@@ -50,7 +50,7 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
       key: itself, or `sha256:` and its digest.
       sessions: at a time.
       minutes_per_day: of sessions, in the last 24 hours.
-      requests_per_minute: sessions begun and short-lived keys made.
+      requests_per_minute: for sessions, for places beside them, and for short-lived keys.
       scopes: protocols.
     """
 

@@ -47,7 +47,7 @@ class Intake:
         What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
         not whole samples.
         """
-        await self._settled()
+        await self.settled()
         samples = self.incoming.put(data)
         look(samples)
         self.taken += len(data)
@@ -55,18 +55,27 @@ class Intake:
 
     async def follow(self, samples: np.ndarray) -> None:
         """As `hear`, of a track."""
-        await self._settled()
+        await self.settled()
         self.taken += 2 * len(samples)
         await self.hear(samples)
 
     async def hear(self, samples: np.ndarray) -> None:
         """Returns when there was room for all of them, which is what holds a client back that sends too much."""
-        await self._settled()
+        await self.settled()
+        self.put(samples)
+        await self.settled()
+
+    def put(self, samples: np.ndarray) -> None:
+        """As `hear`, and waits for nothing: what there is no room for waits here, so wait for `settled` before."""
         self._unheard = np.concatenate([self._unheard, samples])
         self.flush()
-        await self._settled()
 
-    async def _settled(self) -> None:
+    @property
+    def waiting(self) -> int:
+        """Samples that came and were not heard yet."""
+        return len(self._unheard) + self.call.session.hearing.waiting
+
+    async def settled(self) -> None:
         """When all that has come, over a connection that was lost too, had room."""
         while len(self._unheard) and await self.call.room():
             self.flush()
@@ -106,9 +115,20 @@ class Intake:
         most: int = _WAITING,
         placed: Callable[[int], None] | None = None,
     ) -> None:
-        """Text of at most so many tokens for the next micro-turns, behind its mark.
+        """Text of at most so many tokens for the next micro-turns, behind its mark. Raises as `read`.
 
-        Raises `Invalid` where there is none, it is too long, came too fast, or too much waits.
+        `placed` as `hub.Session.say_to` has it.
+        """
+        self.tell(mark, self.read(text, param, most), placed)
+
+    def tell(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
+        """As `say`, of a text that was read."""
+        self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
+
+    def read(self, text: str, param: str, most: int = _WAITING) -> list[int]:
+        """The tokens of a text that may be said now.
+
+        Raises `Invalid` where there are none, they are too many, came too fast, or too much waits.
         """
         size = len(text.encode())
         if size <= most * _TOKEN_BYTES and not self._texts.take(size):
@@ -120,7 +140,7 @@ class Intake:
         session = self.call.session
         if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
             raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
-        self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
+        return tokens
 
 
 def check_length(served: Served, text: str, most: int, param: str) -> None:

@@ -194,7 +194,8 @@ class Live:
             case AppendText():
                 self._append(message, Control.TYPED, "input_text")
             case Mute() | Unmute():
-                self.call.session.hearing.muted = muted = isinstance(message, Mute)
+                # Who has asked to close has nothing more to say.
+                self.call.session.hearing.muted = muted = isinstance(message, Mute) or self.call.closing is not None
                 self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
             case Update():
                 self._update(message)

@@ -69,7 +69,7 @@ from jaxtml.serve.realtime_messages import (
 from jaxtml.serve.realtime_response import Response, call_of
 from jaxtml.serve.sound import Format, Incoming, Outgoing, Track
 from jaxtml.stream.reading import Words
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS, TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
 SCOPE = "realtime"
@@ -117,7 +117,8 @@ class Realtime:
         self.outgoing = Outgoing(format_of(self.output_format))
         self.items: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.response: Response | None = None
-        self.closed = 0  # micro-turns that the gate is closed, or that a response has been waited for
+        self.closed = 0  # micro-turns that the gate is closed
+        self.due = 0  # micro-turn at which a response that nothing came of is given up
         self.dropped = False  # what is said until the gate closes reaches nobody
         self.task = ""  # of a delegation that is being written
         self.held: deque[tuple[str, bytes | None]] = deque(maxlen=_PATIENCE)  # said, and not asked for yet
@@ -221,8 +222,7 @@ class Realtime:
             self.response = self._begun(None)
         if speaks and self.response.message is None:
             self._answered()
-        unheard = self.response.message is None and self.call.session.hearing.waiting > SAMPLE_RATE  # all at once
-        self.closed = 0 if speaks or unheard else self.closed + 1
+        self.closed = 0 if speaks else self.closed + 1
         if speaks or self.response.message is not None:
             self.response.say(text, sound)
         begun = self.response.message is not None
@@ -230,7 +230,7 @@ class Realtime:
         if audible and self.track is not None and self.sounding is None:
             self.sounding = self.response.id
             self._emit("output_audio_buffer.started", response_id=self.sounding)
-        if self.closed >= (_HANG if begun else _PATIENCE):
+        if self.closed >= _HANG if begun else turn.number + 1 >= self.due:
             user = self.user if self.detection is not None else None
             interrupted = user is not None and user.text and user.quiet_ms(turn) < _QUIET * TURN_MS
             self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))
@@ -254,10 +254,14 @@ class Realtime:
     def _begun(self, asked: ResponseCreate | None) -> Response:
         config = asked.response if asked is not None else None
         modalities = (config.output_modalities if config else None) or [self.modality]
-        self.spoken, self.closed = True, 0
+        self.spoken, self.closed, self.due = True, 0, self._patience()
         self.held.clear()
         metadata = config.metadata if config else None
         return Response(self._emit, modalities[0], self.conversation, metadata, self._keep)
+
+    def _patience(self) -> int:
+        """The micro-turn until which what has come by now may be answered: it is heard first."""
+        return self.call.session.turns + self.intake.waiting // TURN_SAMPLES + _PATIENCE
 
     def _end(self, status: str = "completed", reason: str | None = None) -> None:
         assert self.response is not None
@@ -360,7 +364,8 @@ class Realtime:
         now = self.call.session.turns * TURN_MS
         self.user = self.user or _UserTurn(now)
         self.user.told = True
-        self.user.end_ms = max(self.user.end_ms, now + 1000 * self.call.session.hearing.waiting // SAMPLE_RATE)
+        self.user.end_ms = max(self.user.end_ms, now + 1000 * self.intake.waiting // SAMPLE_RATE)
+        self.due = self._patience()
         self._commit(self.user)
 
     def _create_response(self, message: ResponseCreate) -> None:
@@ -387,8 +392,6 @@ class Realtime:
     async def _create(self, item: Item) -> None:
         if item.id in self.items:
             raise Invalid("item_create_duplicate_item_id", "there is an item of this id", "item.id")
-        if self.closed >= _HANG:
-            self.held.clear()  # it was an answer to something else
         match item:
             case MessageItem():
                 await self._say(item)
@@ -404,6 +407,8 @@ class Realtime:
                 self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments", _TEXT)
                 if item.call_id is not None:  # of a conversation before this one
                     self._call(item.call_id, None)
+        if self.closed >= _HANG:
+            self.held.clear()  # it was an answer to something else
         made = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
         made.pop("phase", None)
         for part in made.get("content", ()):  # sound and pictures are not given back, nor what was not looked at
@@ -414,32 +419,36 @@ class Realtime:
         made["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
         self._keep(made, False)
         self._keep(made, True)
+        await self.intake.settled()
 
     async def _say(self, item: MessageItem) -> None:
-        """Gives the model all parts of a message, of pictures the last; where one is refused (`Invalid`), none.
+        """Gives the model all parts of a message, of pictures the last.
 
-        A connection that is lost while recordings wait for room loses those that are behind.
+        All or, where one is refused (`Invalid`) or the connection is lost meanwhile, none.
         """
         texts: list[str] = []
         sounds: list[np.ndarray] = []
-        patches = None
+        picture = None
         for n, part in enumerate(item.content):
             where = f"item.content[{n}]"
             if part.type == "input_audio" and part.audio:
                 sounds.append(_RECORDING.decoded(part.audio))
             elif part.type == "input_image" and part.image_url is not None:
-                patches = await self.intake.seen(_picture(part.image_url, f"{where}.image_url"))
+                picture = _picture(part.image_url, f"{where}.image_url")
             elif text := part.text or part.transcript:
                 texts.append(text)
             else:
                 raise Invalid("invalid_value", f"{where} has nothing in it", where)
-        if texts:
-            mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
-            self.intake.say(mark, "\n".join(texts), "item.content", _TEXT)
+        tokens = self.intake.read("\n".join(texts), "item.content", _TEXT) if texts else []
+        patches = None if picture is None else await self.intake.seen(picture)
+        await self.intake.settled()
+        # From here on nothing waits, so that nothing can come between.
+        if tokens:
+            self.intake.tell(Control.TYPED if item.role == "user" else Control.BACKGROUND, tokens)
         if patches is not None:
             self.call.session.show(patches)
         for samples in sounds:
-            await self.intake.hear(self._recordings.resampled(samples))
+            self.intake.put(self._recordings.resampled(samples))
 
     # --- the session
 

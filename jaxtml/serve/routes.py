@@ -272,12 +272,20 @@ class Server:
             await self._carried(connection, call, after, speaks.receive)
             return ws
         self._check_model(query.get("model"))
-        begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else None
+        begins_as = self._fixed(grant)
 
         def make(call: Call) -> realtime.Realtime:
             return realtime.Realtime(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
 
         return await self._begun(request, grant, make, WSMsgType.TEXT, realtime.SCOPE)
+
+    def _fixed(self, grant: Grant) -> SessionConfig | None:
+        """What a short-lived key says of the session. Raises `Refused` where that is another model's."""
+        if grant.session is None:
+            return None
+        config = msgspec.convert(grant.session, SessionConfig)
+        self._check_model(config.model)
+        return config
 
     async def _begun(
         self,
@@ -346,7 +354,7 @@ class Server:
         sdp, said = await offers.of_realtime(request)
         if said is not None and grant.session is not None:
             raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
-        begins_as = msgspec.convert(grant.session, SessionConfig) if grant.session else said
+        begins_as = self._fixed(grant) or said
         if begins_as is not None:
             self._check_model(begins_as.model)
 

@@ -71,6 +71,7 @@ export class Live extends EventTarget {
     this.sound = this.sound.filter((message) => (at += size(message)) > taken);
     this.written = this.sound.length;
     this.before = taken;
+    if (this.sound.length) this.write({ type: "session.input_audio.unmute" }); // nobody sends sound while muted
     this.sound.forEach((message) => this.write(message));
     this.unsent.splice(0).forEach((message) => this.write(message));
   }

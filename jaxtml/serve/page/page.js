@@ -7,6 +7,7 @@ const FRAME_MS = 200; // between two pictures of the camera
 const LOUD = 0.006; // root mean square above which someone is heard
 const ANSWER_S = 3; // after which it was no answer
 const SHOWN = 12; // latencies
+const OVER = new Error("the conversation is over"); // which nobody needs to be told
 
 // What any model of the family does, and what the shipped one was trained to answer: it knows few words.
 const CARDS = {
@@ -230,10 +231,11 @@ async function film() {
   $("camera").disabled = true;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
+    if (live !== ours) throw OVER;
     $("view").srcObject = stream;
     $("view").hidden = false;
     await $("view").play();
-    if (live !== ours) throw new Error("the conversation is over"); // which nobody needs to be told
+    if (live !== ours) throw OVER;
     const canvas = document.createElement("canvas");
     const timer = setInterval(() => {
       if (live.busy) return;
@@ -247,10 +249,10 @@ async function film() {
     $("camera").setAttribute("aria-pressed", "true");
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
-    $("view").hidden = true;
+    if ($("view").srcObject === stream) $("view").hidden = true;
     if (live === ours) tell(`No camera: ${error.message}`, true);
   } finally {
-    $("camera").disabled = !live;
+    if (live === ours) $("camera").disabled = !live;
   }
 }
 
