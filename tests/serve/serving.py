@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import av
+import numpy as np
 from aiohttp import web
 
 from jaxtml.serve.access import Access
@@ -152,6 +155,17 @@ def serving(
             await runner.cleanup()
 
     asyncio.run(main())
+
+
+def jpeg(shade: int) -> bytes:
+    """A picture of one grey."""
+    picture = io.BytesIO()
+    with av.open(picture, "w", format="mjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=1, width=20, height=30, pix_fmt="yuvj420p")
+        frame = av.VideoFrame.from_ndarray(np.full((30, 20, 3), shade, np.uint8), format="rgb24")
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+    return picture.getvalue()
 
 
 async def eventually(what: Callable[[], object]) -> None:

@@ -178,7 +178,51 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served,
             taken = call.speaks.intake.taken
             await asyncio.sleep(0.5)
             assert call.speaks.intake.taken == taken, "who is muted is not even sent"
+            call.carried.line._transport.abort()
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            put, heard = call.session.hearing.put, []
+            call.session.hearing.put = lambda samples: (heard.append(not call.session.hearing.muted), put(samples))
+            await tab.run("document.getElementById('mute').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.speaks.intake.taken > taken + 24_000)
+            assert all(heard), "what was said while the server did not know that it was not muted any more"
             assert serving.call() is call and call.session.turns and tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(served, engine, tmp_path):
+    slow = """
+        const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        window.allow = [];
+        navigator.mediaDevices.getUserMedia = async (wants) => {
+          const stream = await ask(wants);
+          if (wants.video) await new Promise((resolve) => allow.push(() => resolve(stream)));
+          return stream;
+        };"""
+
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run(slow)
+            for count in (1, 2):
+                await tab.run("document.getElementById('talk').click()")
+                await tab.until("!document.getElementById('camera').disabled")
+                await tab.run("document.getElementById('camera').click()")
+                await tab.until(f"allow.length === {count}")
+                if count == 1:
+                    await tab.run("document.getElementById('stop').click()")
+                    await tab.until("!document.getElementById('talk').disabled")
+            pressed = "document.getElementById('camera').getAttribute('aria-pressed') === 'true'"
+            await tab.run("allow[1]()")
+            await tab.until(pressed)
+            ours = await tab.run("document.getElementById('view').srcObject.id")
+            await tab.run("allow[0]()")
+            await asyncio.sleep(0.5)
+            assert await tab.run("document.getElementById('view').srcObject.id") == ours
+            assert await tab.run("document.getElementById('view').checkVisibility()") and await tab.run(pressed)
+            assert tab.errors == []
 
     serving(served, engine, test)
 

@@ -297,28 +297,6 @@ def test_a_recording_that_comes_at_once_is_heard_before_its_answer_is_given_up(s
     serving(served, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
 
 
-def test_a_conversation_with_calls_can_be_told_anew(served, engine):
-    async def test(serving: Serving) -> None:
-        client = await opened(serving, tools=[WEATHER])
-        call = {"type": "function_call", "call_id": "c1", "id": "i1", "name": "weather", "arguments": "{}"}
-        output = {"type": "function_call_output", "call_id": "c1", "id": "i2", "output": "the sky"}
-        for item in (call, output):
-            await client.say("conversation.item.create", item=item)
-            await client.until("conversation.item.done")
-        assert not client.of("error") and not serving.counted("duplex_delegation_duration_seconds_count")
-        for again, code in ((call, "item_create_duplicate_item_id"), (output | {"id": "i3"}, "item_call_id_not_found")):
-            await client.say("conversation.item.create", item=again)
-            assert (await client.until("error"))["error"]["code"] == code
-        for n in range(300):
-            await client.say("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
-        for _ in range(300):
-            await client.until("conversation.item.done")
-        assert len(serving.call().speaks.called) == len(serving.call().speaks.items) == 256
-        check(client)
-
-    serving(served, engine, test, model=scripted({}))
-
-
 def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(served, engine):
     talk = {at: (SAY, " a", SPEAK) for at in (*range(2, 8), *range(12, 14))}
 
@@ -391,49 +369,6 @@ def test_which_function_a_task_is_for(task, expected):
     ]
     name, arguments = call_of(task, tools)
     assert (name, json.loads(arguments)) == expected
-
-
-def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine):
-    async def test(serving: Serving) -> None:
-        client = await opened(serving)
-        session = serving.call().session
-        for role, kind, mark in (
-            ("user", "input_text", Control.TYPED),
-            ("system", "input_text", Control.BACKGROUND),
-            ("assistant", "output_text", Control.BACKGROUND),
-        ):
-            item = {"type": "message", "role": role, "id": role, "content": [{"type": kind, "text": "the sky"}]}
-            await client.say("conversation.item.create", item=item)
-            await client.until("conversation.item.done")
-            assert session.typed[-1].mark is mark
-        await client.say("conversation.item.retrieve", item_id="user")
-        assert (await client.until("conversation.item.retrieved"))["item"]["content"][0]["text"] == "the sky"
-        await client.say("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
-        await client.until("conversation.item.truncated")
-        await client.say("conversation.item.delete", item_id="user")
-        await client.until("conversation.item.deleted")
-        await client.say("conversation.item.retrieve", item_id="user")
-        assert (await client.until("error"))["error"]["code"] == "item_retrieve_invalid_item_id"
-        sound = {"type": "input_audio", "audio": base64.b64encode(bytes(48_000)).decode()}
-        await client.say("conversation.item.create", item={"type": "message", "role": "user", "content": [sound]})
-        await client.until("conversation.item.done")
-        assert 15_900 <= session.hearing.waiting <= 16_000
-        await client.say("input_audio_buffer.clear")
-        await client.until("input_audio_buffer.cleared")
-        assert session.hearing.waiting == 0
-        picture = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
-        text, before = {"type": "input_text", "text": "the sky"}, list(session.typed)
-        parts = [text, sound, picture]
-        await client.say("conversation.item.create", item={"type": "message", "role": "user", "content": parts})
-        assert "JPEG or PNG" in (await client.until("error"))["error"]["message"]
-        assert list(session.typed) == before and session.hearing.waiting == 0, "all of a message or nothing"
-        parts = [text, text]
-        await client.say("conversation.item.create", item={"type": "message", "role": "user", "content": parts})
-        await client.until("conversation.item.done")
-        assert len(session.typed) > len(before)
-        check(client)
-
-    serving(served, engine, test, model=scripted({}))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(serve
         headers = {"Authorization": f"Bearer {made.value}"}
         async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets", headers=headers) as refused:
             assert refused.status == 403
+        other = {"type": "realtime", "model": "other"}
+        key = access.ephemeral(access.who("sk-first-key"), 2**40, ("realtime",), other)
+        async with serving.http.get(f"{serving.url}/v1/realtime", params={"auth_id": key}) as refused:
+            assert refused.status == 404, "made for a model that this server had once"
         headers = {"Authorization": "Bearer sk-first-key"}
         longer = json.dumps({"session": {"type": "realtime", "instructions": "be kind " * 800}}).encode()
         for body in (b"{", b'{"expires_after": {"seconds": 5}}', b'{"session": {"type": "realtime", "x": 1}}', longer):

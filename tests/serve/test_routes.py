@@ -71,6 +71,11 @@ def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
         await serving.go(2)
         await asyncio.sleep(0.1)
         assert len(serving.desk.calls) == 2, "eight of ten"
+        clock[0] = 4.75 * 60.0
+        await serving.go(2)
+        for client in clients:
+            told = (await client.until("session.updated"))["session"]["expires_at"]
+            assert 0 <= told - time.time() + 1 <= 16, "a quarter of a minute, in which a key's minutes are used up"
         clock[0] = 5 * 60.0
         await serving.go(2)
         for client in clients:
