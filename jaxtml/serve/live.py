@@ -1,19 +1,20 @@
 """GPT-Live, the native protocol: what happens in a call as its events, and what its client says.
 
 Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
-a client that was cut off names the last one that it had (`session.resume`); `session.started` has `resume`, `turn_ms`
-and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its `task`; typed text and
-pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is placed at a micro-turn's
-edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers' and assistants' history
-are background text to the model; what users say is typed text. Silence stands for sound that does not come: the session
-goes on without any.
+a client that was cut off names the last one that it had (`session.resume`), and `session.resumed` what came of its own:
+`input_audio_bytes`, and of all else the last `event_id` (`last_client_event_id`); `session.started` has `resume`,
+`turn_ms` and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its `task`; typed
+text and pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is placed at a
+micro-turn's edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers' and
+assistants' history are background text to the model; what users say is typed text. Silence stands for sound that does
+not come: the session goes on without any.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -108,6 +109,7 @@ class Live:
         self.sidebands: list[Sideband] = []
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
+        self.last_event_id = event_id  # of the client's messages
         session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": TURN_MS}
         session["sees"] = served.config.duplex.max_patches > 0
         self._emit("session.started", event_id, session=session)
@@ -166,7 +168,7 @@ class Live:
 
     async def receive(self, data: bytes) -> None:
         """A message of the client's. Who has a track has no other way for sound."""
-        await self.take(LATER if self.track is None else BESIDE, data, self._put)
+        await self._read(LATER if self.track is None else BESIDE, data, self._put, self._noted)
 
     def untracked(self) -> None:
         """Its client is back over a WebSocket: sound is in the events from now on."""
@@ -177,13 +179,28 @@ class Live:
         self._reflected(samples)
         await self.intake.follow(samples)
 
-    async def take(self, vocabulary: Vocabulary[Any], data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
-        """A message of anyone who may direct the session. What is wrong with it becomes an `error` for who sent it."""
+    async def direct(self, data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
+        """A message of someone beside the session."""
+        await self._read(BESIDE, data, put, self._take)
+
+    async def _read(
+        self,
+        vocabulary: Vocabulary[Any],
+        data: bytes,
+        put: Callable[[dict[str, Any]], None],
+        take: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        """What is wrong with a message becomes an `error` for who sent it."""
         try:
-            await vocabulary.taken(data, self._take)
+            await vocabulary.taken(data, take)
         except Invalid as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
             put(_event("error", invalid.event_id, error=error_of(invalid)))
+
+    async def _noted(self, message: Any) -> None:
+        """A message of the client's own: text is said before anything waits, so that what is noted is said."""
+        self.last_event_id = message.event_id or self.last_event_id
+        await self._take(message)
 
     async def _take(self, message: Any) -> None:
         match message:
@@ -296,7 +313,7 @@ class Sideband:
 
     async def receive(self, data: bytes) -> None:
         """What the client may say too, but for sound."""
-        await self.live.take(BESIDE, data, self.put)
+        await self.live.direct(data, self.put)
 
 
 def _event(kind: str, client_event_id: str | None = None, **fields: Any) -> dict[str, Any]:

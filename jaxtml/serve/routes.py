@@ -224,6 +224,7 @@ class Server:
             "event_id": f"evt_resumed_{message.after}",
             "session_id": call.id,
             "input_audio_bytes": speaks.intake.taken,
+            "last_client_event_id": speaks.last_event_id,
         }
         if message.event_id is not None:
             event["client_event_id"] = message.event_id

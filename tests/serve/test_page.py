@@ -123,6 +123,11 @@ async def browser(url: str, folder: Path, *flags: str) -> AsyncIterator[Browser]
         process.wait()
 
 
+def typed(serving: Serving) -> list[int]:
+    given = [one for tick in serving.model.ticks for one in tick.given.values()]
+    return [token for one in given for token in one.text]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
     async def test(serving: Serving) -> None:
@@ -166,8 +171,8 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served,
             await eventually(lambda: call.speaks.intake.taken > 48_000)
             began, before = time.monotonic(), call.speaks.intake.taken
             call.carried.line._transport.abort()
+            await eventually(lambda: not call.session.attached)
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
-            assert not call.session.attached
             await tab.until("document.getElementById('state').textContent === 'Connected'")
             await eventually(lambda: call.speaks.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
             call.carried.line._transport.abort()
@@ -178,6 +183,11 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served,
             taken = call.speaks.intake.taken
             await asyncio.sleep(0.5)
             assert call.speaks.intake.taken == taken, "who is muted is not even sent"
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
+            call.carried.line._transport.pause_reading()
+            await tab.run("text.value = 'a number'; typing.requestSubmit()")
+            await asyncio.sleep(0.2)  # on its way, and never read
             call.carried.line._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             put, heard = call.session.hearing.put, []
@@ -185,6 +195,9 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served,
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
             await eventually(lambda: call.speaks.intake.taken > taken + 24_000)
+            both = engine.codec.encode("the sky") + engine.codec.encode("a number")
+            await eventually(lambda: len(typed(serving)) >= len(both))
+            assert typed(serving) == both, "nothing twice"
             assert all(heard), "what was said while the server did not know that it was not muted any more"
             assert serving.call() is call and call.session.turns and tab.errors == []
 

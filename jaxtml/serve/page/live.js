@@ -3,6 +3,7 @@
 const AGAIN_MS = 4000; // between two tries to come back, at most
 const KEPT = 500; // packets of sound that were sent and may have been lost on the way
 const WAITING = 100; // that could not be sent
+const SAID = 100; // other messages that may have been lost
 
 export class Live extends EventTarget {
   // key: or "". Events: `event` (detail: what the server sent), `state` (detail: text, and whether it is bad).
@@ -14,7 +15,8 @@ export class Live extends EventTarget {
     this.session = null;
     this.over = false;
     this.tries = 0;
-    this.unsent = []; // what was typed or pressed while there was no connection
+    this.said = []; // what was typed or pressed last, by `event_id` 1, 2 and so on
+    this.count = 0;
     this.sound = []; // the last packets, `written` of them sent; the server has had `before` bytes before them
     this.written = 0;
     this.before = 0;
@@ -47,12 +49,15 @@ export class Live extends EventTarget {
   }
 
   send(message) {
-    if (message.type === "session.input_audio.append") this.say(message);
-    else if (this.ready) this.write(message);
-    else this.unsent.push(message);
+    if (message.type === "session.input_audio.append") return this.hear(message);
+    if (message.type !== "session.input_image.append") { // a picture is what is seen now, and not later
+      message.event_id = String(++this.count);
+      if (this.said.push(message) > SAID) this.said.shift();
+    }
+    if (this.ready) this.write(message);
   }
 
-  say(message) {
+  hear(message) {
     this.sound.push(message);
     if (this.ready) {
       this.write(message);
@@ -65,15 +70,16 @@ export class Live extends EventTarget {
     }
   }
 
-  // The server has had so many bytes of sound: what it has not comes again.
-  goOn(taken) {
+  // The server has had so many bytes of sound, and what was said up to an `event_id`: what it has not comes again.
+  goOn(taken, last) {
     let at = this.before;
     this.sound = this.sound.filter((message) => (at += size(message)) > taken);
     this.written = this.sound.length;
     this.before = taken;
     if (this.sound.length) this.write({ type: "session.input_audio.unmute" }); // nobody sends sound while muted
     this.sound.forEach((message) => this.write(message));
-    this.unsent.splice(0).forEach((message) => this.write(message));
+    this.said = this.said.filter((message) => Number(message.event_id) > last);
+    this.said.forEach((message) => this.write(message));
   }
 
   // Whether pictures would only wait: sound comes first.
@@ -87,7 +93,7 @@ export class Live extends EventTarget {
     if (event.type === "session.started" || event.type === "session.resumed") {
       this.ready = true;
       this.tries = 0;
-      this.goOn(event.input_audio_bytes ?? 0);
+      this.goOn(event.input_audio_bytes ?? 0, Number(event.last_client_event_id ?? 0));
       if (this.closing) this.write({ type: "session.close" }); // the first one was lost
       this.tell("Connected");
     }
