@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import av
@@ -129,7 +132,8 @@ def serving(
     origins: tuple[str, ...] = (),
     model: Callable[[Slots, Stepped], Here] = Here,
 ) -> None:
-    """Runs `test` beside a server of the small model."""
+    """Runs `test` beside a server of the small model, whose sessions have the same seeds in each run."""
+    seeds = itertools.count(7)  # a model of that hears and speaks
 
     async def main() -> None:
         clock = Stepped()
@@ -154,7 +158,8 @@ def serving(
             await asyncio.gather(running, return_exceptions=True)
             await runner.cleanup()
 
-    asyncio.run(main())
+    with mock.patch.object(secrets, "randbits", lambda bits: next(seeds)):
+        asyncio.run(main())
 
 
 def jpeg(shade: int) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import secrets
 
 import numpy as np
 import pytest
@@ -66,11 +65,7 @@ def sound(wave) -> bytes:
     return PCM.encoded(wave)
 
 
-def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(
-    served, engine, sound, monkeypatch
-):
-    monkeypatch.setattr("jaxtml.serve.desk.secrets.randbits", lambda bits: 7)  # one that hears and speaks
-
+def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(served, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         seed = serving.call().session.seed
@@ -256,11 +251,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound, monkeypatch):
-    # Two sessions run in another bucket than the one of `converse`: other sums of the same numbers, by which one seed
-    # in sixty samples another bin somewhere.
-    monkeypatch.setattr(secrets, "randbits", lambda bits: 7)
-
+def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound):
     async def test(serving: Serving) -> None:
         bad, good = await serving.start(), None
         for data, code, param in WRONG:
@@ -290,6 +281,8 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound,
         waves, heard, text = given(good.events)
         expected = said(engine, sound, call.session.seed)
         assert (heard, text) == expected[1:]
+        # Two sessions run in another bucket than the one of `converse`: other sums of the same numbers, by which, with
+        # one seed in sixty, another bin is sampled somewhere.
         np.testing.assert_allclose(PCM.decoded(b"".join(waves)), PCM.decoded(b"".join(expected[0])), atol=1e-3)
 
     serving(served, engine, test)
