@@ -142,11 +142,14 @@ class Connection:
         self._waits = False  # for room: then it is not read, and its silence says nothing
         self._allowance = Allowance(_PER_SECOND, _BURST)
         self._replaced = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
         self._written = 0
 
     def replace(self) -> None:
-        """Another connection has taken over."""
+        """Another connection has taken over: from this moment on, nothing of this one is taken."""
         self._replaced.set()
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def receive(self) -> bytes | None:
         """The next message; None where the client is gone. Those that come too fast wait."""
@@ -162,10 +165,9 @@ class Connection:
     async def run(self, outbox: Outbox, after: int, receive: Receive) -> Outcome:
         """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
         self._written = after
-        writing = asyncio.create_task(self._write(outbox))
-        others = [asyncio.create_task(one) for one in (self._read(receive), self._watch(outbox), self._replaced.wait())]
-        last = asyncio.create_task(self._last_words(outbox))
-        tasks = [writing, *others, last]
+        self._reading = asyncio.create_task(self._read(receive))
+        others = (self._write(outbox), self._watch(outbox), self._replaced.wait(), self._last_words(outbox))
+        tasks = [self._reading, *(asyncio.create_task(one) for one in others)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

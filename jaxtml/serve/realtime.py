@@ -230,7 +230,8 @@ class Realtime:
         if audible and self.track is not None and self.sounding is None:
             self.sounding = self.response.id
             self._emit("output_audio_buffer.started", response_id=self.sounding)
-        if self.closed >= _HANG if begun else turn.number + 1 >= self.due:
+        over = self.closed >= _HANG if begun else turn.number + 1 >= self.due
+        if over:
             user = self.user if self.detection is not None else None
             interrupted = user is not None and user.text and user.quiet_ms(turn) < _QUIET * TURN_MS
             self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))

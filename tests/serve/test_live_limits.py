@@ -55,6 +55,30 @@ def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
     serving(served, engine, test)
 
 
+def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call, chunk = serving.call(), text_of(bytes(4 * 16_000))
+        intake = call.speaks.intake
+        for _ in range(6):  # of two seconds each; there is room for five
+            await client.say("session.input_audio.append", audio=chunk)
+        await eventually(lambda: intake.taken == 6 * 64_000)
+        client.ws._response.connection.transport.abort()
+        await eventually(lambda: not call.session.attached)
+        client = await serving.open()
+        await client.say("session.resume", session_id=call.id, resume_token=call.secret, after=call.outbox.last)
+        await client.until("session.resumed")
+        await client.say("session.input_audio.append", audio=chunk)  # waits, and is not counted
+        await asyncio.sleep(0.2)
+        call.carried.replace()  # which another connection does when it tells its client how much was taken
+        intake.clear()
+        call.heard.set()  # in the same moment there is room
+        await eventually(lambda: call.carried is None)
+        assert intake.taken == 6 * 64_000 and await client.closed() == 1008
+
+    serving(served, engine, test)
+
+
 async def _flood(client: Client, chunk: str, count: int) -> None:
     async def listen() -> None:
         async for _ in client.ws:

@@ -252,7 +252,7 @@ async function film() {
     if ($("view").srcObject === stream) $("view").hidden = true;
     if (live === ours) tell(`No camera: ${error.message}`, true);
   } finally {
-    if (live === ours) $("camera").disabled = !live;
+    if (live === ours) $("camera").disabled = false;
   }
 }
 
