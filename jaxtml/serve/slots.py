@@ -1,12 +1,14 @@
 """Live sessions in the slots of a batch: begun and ended at tick edges, in the smallest compiled batch that has room.
 
 There is one compiled step per bucket. Sessions are moved to another bucket when one begins that has no room, or when
-those left fill no more than half of the next smaller one. What a session gives does not depend on the slot or on who
-else is there; in another bucket its tokens are the same, and its sound but for rounding (1e-4 at most, in the tests).
-Everything is compiled at the start: from then on nothing is. Called by the server.
+those left fill no more than half of the next smaller one. In a bucket, what a session gives does not depend by a bit on
+the slot or on who else is there. In another one sums are rounded otherwise: sound by 1e-4 at most, in the tests, and
+where something was sampled as near as that to something else, the session goes on with that (EXPERIMENTS.md says how
+often). Everything is compiled at the start: from then on nothing is. Called by the server.
 
 On a CPU the sessions are in several groups, each with a clock of its own: a step of twice as many takes twice as long
-there, all of them wait for its end, and a tick in which many speak is late before the next can begin.
+there, all of them wait for its end, and a tick in which many speak is late before the next can begin. A group has one
+bucket, as slots that nobody has cost next to nothing there: who else is connected never changes a bit.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from jaxtml.errors import InputError
 from jaxtml.model.duplex import PART, DuplexState
 from jaxtml.serve.engine import Engine, Given
 
-BUCKETS = (1, 4, 16, 64)  # each is compiled at the start; a slot that nobody has costs little of a step
+BUCKETS = (1, 4, 16, 64)  # below the capacity; each is compiled at the start
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,19 @@ class Slots:
     Args:
       engine: the loaded model.
       capacity: sessions at most.
+      buckets: below the capacity, for each part of the mesh that has sessions of its own.
 
     Raises:
       InputError: a capacity below one, or that the mesh cannot share.
     """
 
-    def __init__(self, engine: Engine, capacity: int):
+    def __init__(self, engine: Engine, capacity: int, buckets: Sequence[int] = BUCKETS):
         if capacity < 1:
             raise InputError(f"{capacity} sessions: a server has room for one at least")
         self.engine, self.capacity = engine, capacity
         engine.duplex.check_sessions(capacity)
         parts = engine.duplex.model.placement.session_parts
-        self.buckets = (*(parts * size for size in BUCKETS if parts * size < capacity), capacity)
+        self.buckets = (*(parts * size for size in buckets if parts * size < capacity), capacity)
         self._empty = {size: engine.empty(size) for size in self.buckets}
         self._begins, self._moves = self._compiled()
         self._clear()
@@ -132,8 +135,10 @@ class Slots:
 
 def grouped(engine: Engine, capacity: int) -> list[Slots]:
     """Slots for `capacity` sessions or a few more: on a CPU in groups of `PART` at most, else in one. As `Slots`."""
-    groups = max(1, -(-capacity // PART)) if engine.duplex.one_cpu else 1
-    first = Slots(engine, -(-capacity // groups))
+    if not engine.duplex.one_cpu:
+        return [Slots(engine, capacity)]
+    groups = max(1, -(-capacity // PART))
+    first = Slots(engine, -(-capacity // groups), ())
     return [first, *(first.another() for _ in range(groups - 1))]
 
 

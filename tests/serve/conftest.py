@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxtml.convert.checkpoint import save_checkpoint
-from jaxtml.serve import slots
 from jaxtml.serve.slots import Slots
 from jaxtml.stream.timebase import TURN_SAMPLES
 
@@ -19,9 +18,7 @@ TURNS = 14
 @pytest.fixture(scope="session")
 def compiled(engine) -> Slots:
     """Buckets of 1, 2 and 4."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "BUCKETS", (1, 2))
-        return Slots(engine, 4)
+    return Slots(engine, 4, (1, 2))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.convert.command import read
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.serve import slots
 from jaxtml.serve.engine import Engine, Given
 from jaxtml.serve.slots import Gave, Slots
 from jaxtml.stream.dmel import DmelStream
@@ -63,10 +62,9 @@ def shared(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-def test_sessions_on_a_mesh_are_those_of_one_device(shared, served, wave, monkeypatch):
+def test_sessions_on_a_mesh_are_those_of_one_device(shared, served, wave):
     waves = [np.roll(wave, 999 * n) for n in range(3)]
-    monkeypatch.setattr(slots, "BUCKETS", (1,))
-    spread = Slots(Engine.load(shared, MESH), 4)
+    spread = Slots(Engine.load(shared, MESH), 4, (1,))
     assert spread.buckets == (2, 4), "each part of the mesh has as many sessions"
     ours, theirs = gave(spread, waves), gave(served, waves)
     assert spread.bucket == 4

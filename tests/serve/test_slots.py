@@ -20,10 +20,9 @@ def bins(wave) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def four(engine, monkeypatch) -> Slots:
+def four(engine) -> Slots:
     """Four slots and no smaller bucket."""
-    monkeypatch.setattr(slots, "BUCKETS", ())
-    return Slots(engine, 4)
+    return Slots(engine, 4, ())
 
 
 def _bins(wave: np.ndarray) -> list[np.ndarray]:
@@ -149,23 +148,23 @@ def test_nothing_compiles_in_service(served, bins, compilations):
     assert len(compilations) == before and not served.live
 
 
-def test_groups_share_their_programs_and_nothing_else(served, engine, bins, compilations, monkeypatch):
+def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations, monkeypatch):
     monkeypatch.setattr(slots, "PART", 2)
-    monkeypatch.setattr(slots, "BUCKETS", (1,))
-    expected = _alone(served, bins)
     groups = grouped(engine, 5)
-    assert [group.capacity for group in groups] == [2, 2, 2]
+    assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "who comes and goes moves nobody"
+    expected = _alone(groups[0], bins)
     before, gave = len(compilations), []
     for turn, frames in enumerate(bins):
         for seed, group in enumerate(groups):
             if turn == seed:  # the same number in each, at another time
                 group.begin(0, 7 + seed, 0)
-            if turn == 4 and seed:
+            if turn == 4:
                 group.begin(1, 9, 0)
             if 0 in group.live:
-                told = group.step({session: Given(frames) if not seed else _noise(turn) for session in group.live})
+                given = {session: _noise(turn + session) for session in group.live}
+                told = group.step(given if seed else given | {0: Given(frames)})
                 gave += [told[0]] if not seed else []
-    assert [group.bucket for group in groups] == [1, 2, 2] and len(compilations) == before
+    assert len(compilations) == before
     _same(expected, gave)
 
 
