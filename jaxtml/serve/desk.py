@@ -294,7 +294,7 @@ class Desk:
             call.session.end(End.EXPIRED if self.leaves_at is None else End.DRAINED)
         elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:
             call.warned = True
-            call.expires_at = min(call.expires_at, time.time() + left_s)
+            call.expires_at = min(call.expires_at, time.time() + left_s)  # what is told holds, also if others leave
             call.speaks.leaving(left_s)
         if call.closing is not None:
             waits = turn.speaking or call.session.typed or call.session.hearing.waiting

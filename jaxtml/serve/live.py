@@ -2,12 +2,12 @@
 
 Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
 a client that was cut off names the last one that it had (`session.resume`), and `session.resumed` what came of its own:
-`input_audio_bytes`, and of all else the last `event_id` (`last_client_event_id`); `session.started` has `resume`,
-`turn_ms` and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its `task`; typed
-text and pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is placed at a
-micro-turn's edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers' and
-assistants' history are background text to the model; what users say is typed text. Silence stands for sound that does
-not come: the session goes on without any.
+`input_audio_bytes`, and of all else but pictures the last `event_id` (`last_client_event_id`); `session.started` has
+`resume`, `turn_ms` and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its
+`task`; typed text and pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is
+placed at a micro-turn's edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers'
+and assistants' history are background text to the model; what users say is typed text. Silence stands for sound that
+does not come: the session goes on without any.
 """
 
 from __future__ import annotations

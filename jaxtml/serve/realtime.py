@@ -261,8 +261,9 @@ class Realtime:
         return Response(self._emit, modalities[0], self.conversation, metadata, self._keep)
 
     def _patience(self) -> int:
-        """The micro-turn until which what has come by now may be answered: it is heard first."""
-        return self.call.session.turns + self.intake.waiting // TURN_SAMPLES + _PATIENCE
+        """The micro-turn until which what has come by now may be answered: it is heard, and read, first."""
+        session = self.call.session
+        return session.turns + max(-(-self.intake.waiting // TURN_SAMPLES), len(session.typed)) + _PATIENCE
 
     def _end(self, status: str = "completed", reason: str | None = None) -> None:
         assert self.response is not None
@@ -423,7 +424,7 @@ class Realtime:
         await self.intake.settled()
 
     async def _say(self, item: MessageItem) -> None:
-        """Gives the model all parts of a message, of pictures the last.
+        """Gives the model all parts of a message, of pictures the last: those before it are not even decoded.
 
         All or, where one is refused (`Invalid`) or the connection is lost meanwhile, none.
         """

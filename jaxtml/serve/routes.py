@@ -353,11 +353,11 @@ class Server:
         self._check_model(request.query.get("model"))
         self.desk.ask(grant, realtime.SCOPE)
         sdp, said = await offers.of_realtime(request)
-        if said is not None and grant.session is not None:
-            raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
+        if said is not None:
+            if grant.session is not None:
+                raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
+            self._check_model(said.model)
         begins_as = self._fixed(grant) or said
-        if begins_as is not None:
-            self._check_model(begins_as.model)
 
         def make(call: Call, track: Track) -> realtime.Realtime:
             grace_s = self.desk.limits.grace_s
