@@ -158,7 +158,7 @@ async def _serve(
 ) -> None:
     metrics, orders = Metrics(), _Orders()
     began = time.monotonic()
-    log.event("loading and compiling, which takes a minute or more the first time", workers=workers)
+    log.event("loading and compiling, which takes longer the first time", workers=workers)
     places = (options.max_sessions, workers, metrics.ticked, options.mesh)
     async with contextlib.AsyncExitStack() as stack:
         starting = asyncio.create_task(stack.enter_async_context(started(options.checkpoint, *places)))
