@@ -21,8 +21,8 @@ from aiohttp import web
 
 from jaxtml.serve.access import Access
 from jaxtml.serve.desk import Call, Desk, Limits, Served
-from jaxtml.serve.engine import Engine
-from jaxtml.serve.hub import Hub
+from jaxtml.serve.engine import Engine, Given
+from jaxtml.serve.hub import Hub, Session
 from jaxtml.serve.metrics import Metrics
 from jaxtml.serve.pool import Pool
 from jaxtml.serve.routes import Server
@@ -68,6 +68,10 @@ class Serving:
         """The only one."""
         (call,) = self.desk.calls.values()
         return call
+
+    def given(self) -> list[Given]:
+        """What the model was given, tick by tick."""
+        return [one for tick in self.model.ticks for one in tick.given.values()]
 
     def counted(self, sample: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(sample, labels) or 0.0
@@ -118,6 +122,13 @@ class Client:
             except ConnectionError:
                 assert self.ws.close_code is not None
                 return self.ws.close_code
+
+    async def cut_off(self, call: Call) -> None:
+        """Loses its connection, without a word, and the server knows."""
+        connection = self.ws._response.connection
+        assert connection is not None and connection.transport is not None
+        connection.transport.abort()
+        await eventually(lambda: not call.session.attached)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
@@ -171,6 +182,11 @@ def jpeg(shade: int) -> bytes:
         for packet in (*stream.encode(frame), *stream.encode()):
             container.mux(packet)
     return picture.getvalue()
+
+
+def unread(session: Session) -> list[int]:
+    """The tokens of the text that waits for its micro-turns."""
+    return [token for piece in session.typed for token in piece.tokens]
 
 
 async def eventually(what: Callable[[], object]) -> None:

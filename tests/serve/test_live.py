@@ -115,7 +115,7 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, 
                     kinds[event.type] = event
             thought = kinds["session.thinking.appended"]
             assert thought.client_event_id == "thought" and thought.start_ms % 200 == 0
-            marks = [one.mark for tick in serving.model.ticks for one in tick.given.values() if one.text]
+            marks = [one.mark for one in serving.given() if one.text]
             assert set(marks) == {Control.BACKGROUND} and len(marks) > 1
             await live.session.close()
             async with serving.ticking():
@@ -137,8 +137,7 @@ def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engin
         await client.until("session.output_audio.delta")  # and not what came after it
         last = client.events[-1]["sequence_number"]
         if cut == "aborted":
-            client.ws._response.connection.transport.abort()
-            await eventually(lambda: not call.session.attached)
+            await client.cut_off(call)
             ticks = len(serving.model.ticks)
             await serving.go(20)
             assert len(serving.model.ticks) == ticks, "it stands still"
@@ -185,8 +184,7 @@ def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(serve
     async def test(serving: Serving) -> None:
         client = await serving.start()
         call = serving.call()
-        client.ws._response.connection.transport.abort()
-        await eventually(lambda: not call.session.attached)
+        await client.cut_off(call)
         await serving.go(160)
         await eventually(lambda: not serving.desk.calls)
         assert call.session.ended is End.GONE and served.live == {}
@@ -386,7 +384,7 @@ def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background
         await eventually(lambda: len(call.session.typed) >= 2)
         async with serving.ticking():
             await client.until("session.commentary.appended")
-        given = [one for tick in serving.model.ticks for one in tick.given.values() if one.text]
+        given = [one for one in serving.given() if one.text]
         assert given[0].mark is Control.BACKGROUND
         tokens = [token for one in given for token in one.text]
         expected = engine.codec.encode("the sky")
@@ -410,7 +408,7 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served,
         await eventually(lambda: serving.call().session.patches is not None)
         async with serving.ticking():
             await client.until("session.input_text.appended")
-        given = [one for tick in serving.model.ticks for one in tick.given.values()]
+        given = serving.given()
         assert given[0].patches is not None and given[0].patches.shape[1:] == (2, 40, 40, 3)
         texts = [(one.mark, token) for one in given for token in one.text]
         expected = [(Control.TYPED, "a sky"), (Control.BACKGROUND, "forty"), (Control.TYPED, "café")]
@@ -462,8 +460,7 @@ def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(s
         call = serving.call()
         draining = asyncio.create_task(serving.desk.drain(15))
         await client.until("info")
-        client.ws._response.connection.transport.abort()
-        await eventually(lambda: not call.session.attached)
+        await client.cut_off(call)
         back = await serving.open()
         token = client.started["resume"]["token"]
         await back.say("session.resume", session_id=call.id, resume_token=token, after=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 
 from jaxtml.serve import connection
@@ -63,11 +62,7 @@ def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, eng
         for _ in range(6):  # of two seconds each; there is room for five
             await client.say("session.input_audio.append", audio=chunk)
         await eventually(lambda: intake.taken == 6 * 64_000)
-        client.ws._response.connection.transport.abort()
-        await eventually(lambda: not call.session.attached)
-        client = await serving.open()
-        await client.say("session.resume", session_id=call.id, resume_token=call.secret, after=call.outbox.last)
-        await client.until("session.resumed")
+        client = await _back(serving, client)
         await client.say("session.input_audio.append", audio=chunk)  # waits, and is not counted
         await asyncio.sleep(0.2)
         call.carried.replace()  # which another connection does when it tells its client how much was taken
@@ -77,6 +72,16 @@ def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, eng
         assert intake.taken == 6 * 64_000 and await client.closed() == 1008
 
     serving(served, engine, test)
+
+
+async def _back(serving: Serving, client: Client) -> Client:
+    """A client that was cut off, over another connection."""
+    call = serving.call()
+    await client.cut_off(call)
+    again = await serving.open()
+    await again.say("session.resume", session_id=call.id, resume_token=call.secret, after=call.outbox.last)
+    await again.until("session.resumed")
+    return again
 
 
 async def _flood(client: Client, chunk: str, count: int) -> None:
@@ -145,12 +150,7 @@ def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served
             for _ in range(4):
                 await client.say("session.input_audio.append", audio=chunk)
             await asyncio.sleep(0.2)
-            client.ws._response.connection.transport.abort()
-            await eventually(lambda: not call.session.attached)
-            client = await serving.open()
-            token = json.loads(call.outbox.frames[0])["session"]["resume"]["token"]
-            await client.say("session.resume", session_id=call.id, resume_token=token, after=call.outbox.last)
-            await client.until("session.resumed")
+            client = await _back(serving, client)
         intake = call.speaks.intake
         assert len(intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
         assert intake.taken == 2 * (call.session.hearing.waiting + len(intake._unheard)), (

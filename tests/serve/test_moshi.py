@@ -16,7 +16,7 @@ from jaxtml.serve.moshi import ERROR, READY, SOUND, TEXT
 from jaxtml.serve.sound import Format, Incoming, Outgoing
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
-from tests.serve.serving import Serving, eventually, serving
+from tests.serve.serving import Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
@@ -99,7 +99,7 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(served, 
         session = serving.call().session
         await eventually(lambda: session.typed)
         assert session.typed[0].mark is Control.TYPED
-        assert [token for piece in session.typed for token in piece.tokens] == engine.codec.encode("the sky")
+        assert unread(session) == engine.codec.encode("the sky")
         writer = sphn.OpusStreamWriter(24_000)
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))

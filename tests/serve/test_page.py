@@ -124,8 +124,7 @@ async def browser(url: str, folder: Path, *flags: str) -> AsyncIterator[Browser]
 
 
 def typed(serving: Serving) -> list[int]:
-    given = [one for tick in serving.model.ticks for one in tick.given.values()]
-    return [token for one in given for token in one.text]
+    return [token for one in serving.given() for token in one.text]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -147,7 +146,7 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             await tab.run("document.getElementById('camera').click()")
             await tab.until("document.getElementById('camera').getAttribute('aria-pressed') === 'true'")
             assert call.session.hearing.muted and call.speaks.intake.taken > 0
-            given = [one for tick in serving.model.ticks for one in tick.given.values()]
+            given = serving.given()
             async with asyncio.timeout(20):
                 while not any(one.patches is not None for one in given):
                     await asyncio.sleep(0.1)
@@ -302,7 +301,7 @@ def test_a_camera_is_seen_as_it_is(served, engine, tmp_path):
             async with asyncio.timeout(20):
                 while len(seen) < 3:
                     await asyncio.sleep(0.1)
-                    given = [one for tick in serving.model.ticks for one in tick.given.values()]
+                    given = serving.given()
                     seen = [one.patches for one in given if one.patches is not None]
         (left, right) = seen[-1][:, -1]  # two patches are what this model takes: a picture of 51 x 38 pixels
         assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "in CLIP's units"

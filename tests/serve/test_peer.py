@@ -359,7 +359,7 @@ def test_a_camera_is_seen_once_a_micro_turn(served, engine):
                 seen.append(call.session.patches)
                 await serving.go()
             assert all(one.shape[1:] == (2, 40, 40, 3) for one in seen)
-            given = [one.patches is not None for tick in serving.model.ticks for one in tick.given.values()]
+            given = [one.patches is not None for one in serving.given()]
             assert given == [True] * 4
 
     serving(served, engine, test, model=scripted({}))
@@ -508,7 +508,7 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
             )
             assert after[2] < 500, f"the browser's own buffer has {after[2]:.0f} ms"
             assert call.session.hearing.missed < call.session.turns * TURN_SAMPLES / 2, "its microphone is heard"
-            seen = [one.patches is not None for tick in serving.model.ticks for one in tick.given.values()]
+            seen = [one.patches is not None for one in serving.given()]
             assert np.mean(seen) > 0.5, "and its camera"
             await tab.run("pc.close()")
             await eventually(lambda: call.session.ended)

@@ -15,7 +15,7 @@ from jaxtml.serve.hub import End
 from jaxtml.serve.realtime_messages import Tool
 from jaxtml.serve.realtime_response import call_of
 from jaxtml.stream.tokens import Control
-from tests.serve.serving import Client, Serving, eventually, serving
+from tests.serve.serving import Client, Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
 
 EVENTS = TypeAdapter(RealtimeServerEvent)
@@ -335,7 +335,7 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "the sky is a number"}
         await client.say("conversation.item.create", item=output)
         await client.until("conversation.item.done")
-        text = [token for piece in serving.call().session.typed for token in piece.tokens]
+        text = unread(serving.call().session)
         assert text == engine.codec.encode("the sky is a number")
         await client.say("conversation.item.create", event_id="again", item=output)
         assert (await client.until("error"))["error"]["code"] == "item_call_id_not_found"
@@ -420,8 +420,7 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
         call = serving.call()
         await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode())
         await eventually(lambda: call.speaks.intake.taken)
-        client.ws._response.connection.transport.abort()
-        await eventually(lambda: not call.session.attached)
+        await client.cut_off(call)
         last, token = client.events[-1]["sequence_number"], client.started["resume"]["token"]
         back = await serving.open(f"/v1/realtime?session_id={call.id}&resume_token={token}&after={last}")
         async with serving.ticking():

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
-from tests.serve.serving import Client, Serving, eventually, jpeg, serving
+from tests.serve.serving import Client, Serving, eventually, jpeg, serving, unread
 from tests.serve.stepped import scripted
 from tests.serve.test_realtime import LISTEN, SAY, SPEAK, WEATHER, check, opened
 
@@ -77,7 +77,7 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine)
         session.typed.clear()
         await create(client, TEXT, TEXT)
         await client.until("conversation.item.done")
-        tokens = [token for piece in session.typed for token in piece.tokens]
+        tokens = unread(session)
         assert tokens == engine.codec.encode("the sky\nthe sky")
         check(client)
 
@@ -114,8 +114,7 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
         intake = call.speaks.intake
 
         async def cut(client: Client) -> Client:
-            client.ws._response.connection.transport.abort()
-            await eventually(lambda: not call.session.attached)
+            await client.cut_off(call)
             events.extend(client.events)
             query = f"session_id={call.id}&resume_token={call.secret}&after={events[-1]['sequence_number']}"
             return await serving.open(f"/v1/realtime?{query}")
@@ -129,7 +128,7 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
         await eventually(lambda: intake.seeing._before is not None)
         client = await cut(client)
         assert intake.waiting == given and call.session.patches is None
-        assert [token for piece in call.session.typed for token in piece.tokens] == engine.codec.encode("the sky")
+        assert unread(call.session) == engine.codec.encode("the sky")
         await create(client, *later, id="later")
         async with serving.ticking():
             assert (await client.until("conversation.item.done"))["item"]["id"] == "later"

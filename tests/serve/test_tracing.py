@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from jaxtml.serve import tracing
-from tests.serve.serving import eventually, serving
+from tests.serve.serving import serving
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,7 @@ def test_a_session_is_a_span_with_what_happened_in_it(served, engine, exported):
     async def test(server):
         client = await server.start()
         await server.go(2)
-        client.ws._response.connection.transport.abort()
-        await eventually(lambda: not server.call().session.attached)
+        await client.cut_off(server.call())
         again = await server.open()
         started = client.started
         resume = {"session_id": started["id"], "resume_token": started["resume"]["token"], "after": 1}
