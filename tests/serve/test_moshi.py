@@ -1,11 +1,21 @@
-"""Moshi's wire, with the Opus streams of its own library on the other end."""
+"""Moshi's wire, with its own client, and the Opus streams of its own library, on the other end."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import importlib
+import io
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import aiohttp
 import numpy as np
+import pytest
 import soxr
 import sphn
 
@@ -14,6 +24,7 @@ from jaxtml.serve.engine import converse
 from jaxtml.serve.hub import End
 from jaxtml.serve.moshi import ERROR, READY, SOUND, TEXT
 from jaxtml.serve.sound import Format, Incoming, Outgoing
+from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving, unread
@@ -21,6 +32,7 @@ from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
 PCM = Format("pcm", 24_000)
+PEERS = Path(sys.prefix) / "peers"  # tools/environment
 
 
 async def frames(ws: aiohttp.ClientWebSocketResponse, until: float) -> list[bytes]:
@@ -107,6 +119,72 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(served, 
         assert serving.counted("duplex_malformed_messages_total", protocol="moshi") == 7
 
     serving(served, engine, test, model=scripted({}))
+
+
+class Card:
+    """A stream as `sounddevice` has them, on a machine without a sound card.
+
+    Args:
+      sound: `[N]` float32 that it gives, block by block; silence after it.
+      blocks: what it was given, or gave.
+    """
+
+    def __init__(
+        self,
+        sound: np.ndarray,
+        blocks: list[np.ndarray],
+        *,
+        samplerate: int,
+        channels: int,
+        blocksize: int,
+        callback: Callable[..., None],
+    ):
+        self.sound, self.blocks, self.callback = sound[:, None], blocks, callback
+        self.shape, self.block_s = (blocksize, channels), blocksize / samplerate
+        self.over, self.thread = threading.Event(), threading.Thread(target=self._run)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.over.wait(self.block_s):
+            block = np.zeros(self.shape, np.float32)
+            given, self.sound = self.sound[: len(block)], self.sound[len(block) :]
+            block[: len(given)] = given
+            self.callback(block, len(block), None, None)
+            self.blocks.append(block)
+
+
+@pytest.mark.skipif(not PEERS.exists(), reason="needs Kyutai's client, which tools/test installs")
+def test_the_stock_client_talks(served, engine, wave, monkeypatch):
+    package, card = ModuleType("moshi"), ModuleType("sounddevice")
+    package.__path__ = [str(PEERS / "moshi")]  # without the models beside it, which want torch
+    loud, played = soxr.resample(wave, 16_000, 24_000).astype(np.float32), []
+    card.InputStream, card.OutputStream = partial(Card, loud, []), partial(Card, loud[:0], played)
+    for name, module in (("moshi", package), ("sounddevice", card)):
+        monkeypatch.setitem(sys.modules, name, module)
+    client = importlib.import_module("moshi.client")
+    printer = importlib.import_module("moshi.client_utils").RawPrinter(io.StringIO(), io.StringIO())
+
+    async def test(serving: Serving) -> None:
+        talking = asyncio.create_task(client.run(printer, argparse.Namespace(url=serving.url)))
+        await eventually(lambda: serving.desk.calls)
+        call = serving.call()
+        async with serving.ticking(0.2):
+            await eventually(lambda: printer.stream.getvalue() == " it is forty")
+            await eventually(lambda: any(block.any() for block in played))
+        silence = DmelStream().step(np.zeros(TURN_SAMPLES, np.float32))[1]
+        assert any((one.bins != silence).any() for one in serving.given()), "the microphone was heard"
+        talking.cancel()
+        await eventually(lambda: call.session.ended)
+        assert "Lost connection" not in printer.err_stream.getvalue()
+
+    talk = {5: (Control.SAY, " it is", Control.SPEAK), 6: (Control.SAY, " forty", Control.SPEAK)}
+    serving(served, engine, test, model=scripted(talk))
 
 
 def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_once(served, engine):
