@@ -67,5 +67,5 @@ setup(
         "telemetry": [*TRACES, "opentelemetry-distro[otlp]"],
         "test": TEST,
     },
-    entry_points={"console_scripts": ["jaxtml=jaxtml.cli:run"]},
+    entry_points={"console_scripts": ["jaxtml=jaxtml.commands.main:run"]},
 )

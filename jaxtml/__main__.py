@@ -1,5 +1,5 @@
 """`python -m jaxtml` is `jaxtml`."""
 
-from jaxtml.cli import run
+from jaxtml.commands.main import run
 
 run()

@@ -115,7 +115,7 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class VocoderConfig:
-    """Causal ConvNeXt vocoder (see `jaxtml.model.vocoder`)."""
+    """Causal ConvNeXt vocoder (see `jaxtml.model.speech.vocoder`)."""
 
     width: int = 192
     depth: int = 6
@@ -147,8 +147,8 @@ class TrainConfig:
     the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the backward
     pass computes again: "none" of it, a layer but for its "outputs" of attention and feed-forward, or the layer in
     "full". A batch is cut into `accumulate` parts that follow each other. `transport` and `capacity` are those of the
-    experts (`jaxtml.model.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights, and
-    gradients are summed over both in `compute_dtype`.
+    experts (`jaxtml.model.experts.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights,
+    and gradients are summed over both in `compute_dtype`.
     """
 
     steps: int = 1000
@@ -182,8 +182,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ServeConfig:
     """How sessions are served. With `int8_experts` the routed experts are held as int8 and a scale per column. On a
-    mesh tokens reach their experts by `transport` (`model.moe`). `sessions` side by side are what is planned with; a
-    server is told how many.
+    mesh tokens reach their experts by `transport` (`model.experts.moe`). `sessions` side by side are what is planned
+    with; a server is told how many.
     """
 
     sessions: int = 8
@@ -335,7 +335,7 @@ _MAY_BE_ZERO = (
 )
 _POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
 _AT_MOST = {
-    **{"batch": 10**6, "sessions": 10**6, "pinned": 512},  # pinned: a block of `model.attend_blocks`
+    **{"batch": 10**6, "sessions": 10**6, "pinned": 512},  # pinned: a block of `model.attention.blocks`
     **{"n_layers": 4096, "mtp_heads": 4096, "depth": 4096},
 }
 _LARGEST = 2**31 - 1  # of all other whole numbers

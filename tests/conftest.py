@@ -31,10 +31,10 @@ from jaxtml.config import (
     VocoderConfig,
     validate,
 )
-from jaxtml.model.duplex import Duplex
+from jaxtml.model.duplex.step import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
-from jaxtml.serve.engine import Engine
+from jaxtml.session.engine import Engine
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import TURN_SAMPLES

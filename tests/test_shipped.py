@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxtml import cli
+from jaxtml.commands import main as cli
 from jaxtml.evals.events import AUDIBLE_RMS
 
 HUMAN = cli.SHIPPED.parent / "demo" / "human.flac"

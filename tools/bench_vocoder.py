@@ -24,18 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from jaxtml.cli import SHIPPED
+from jaxtml.checkpoint.opening import SHIPPED
+from jaxtml.checkpoint.orbax_source import load_checkpoint
 from jaxtml.config import VocoderConfig
-from jaxtml.convert.checkpoint import load_checkpoint
-from jaxtml.data.voices import OWN_VOICE, synthesise
+from jaxtml.data.voices.registry import OWN_VOICE, synthesise
 from jaxtml.errors import InputError
 from jaxtml.evals.judge import Judge, errors
 from jaxtml.model.spec import Params
-from jaxtml.model.vocoder import init_state, vocode
+from jaxtml.model.speech.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_PER_TURN, FINE_WINDOW, SAMPLE_RATE, TURN_SAMPLES
-from jaxtml.train.vocoder import trained
-from jaxtml.train.vocoder_data import disturb
+from jaxtml.train.vocoder.data import disturb
+from jaxtml.train.vocoder.training import trained
 
 SENTENCES = (
     "The birch canoe slid on the smooth planks.", "Glue the sheet to the dark blue background.",

@@ -5,7 +5,7 @@
 
 The task's replies use few of English's sound sequences. These sentences are put together from word lists chosen for
 their sounds; they mean nothing. About five minutes of speech in four CPU-minutes; safe to kill and to start again.
-Train on both with `jaxtml.train.vocoder.train_vocoder`, which takes several banks.
+Train on both with `jaxtml.train.vocoder.training.train_vocoder`, which takes several banks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.data.bank import Item, build
-from jaxtml.data.voices import OWN_VOICE
+from jaxtml.data.voices.registry import OWN_VOICE
 from jaxtml.errors import InputError
 
 ADJECTIVES = (

@@ -21,9 +21,9 @@ import numpy as np
 from absl import logging
 from safetensors.numpy import save_file
 
+from jaxtml.checkpoint.inkling.config import config_from_inkling
+from jaxtml.checkpoint.inkling.source import places
 from jaxtml.config import Config
-from jaxtml.convert.inkling_config import config_from_inkling
-from jaxtml.convert.released import places
 
 SEED = 20261123
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "backbone.npz"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtml.convert.checkpoint import save_checkpoint
-from jaxtml.convert.command import read
+from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
-from jaxtml.train.vocoder import trained
+from jaxtml.train.vocoder.training import trained
 
 LIMIT_BYTES = 25_000_000
 VOCODER_LOG = "vocoder_training.jsonl"

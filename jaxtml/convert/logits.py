@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtml.checkpoint.opening import read
 from jaxtml.config import Config
-from jaxtml.convert.command import read
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params

@@ -3,7 +3,7 @@
 What is written lies in a hidden folder beside the destination until all of it is there, and then takes its name. A
 journal in that folder says which chunks are done: a conversion that was killed goes on with the next ones. Every
 layer's part of a parameter is worked through in order by one thread, which keeps a CRC-32 of all that it wrote
-(`convert.manifest`). Memory is a chunk for each thread, whatever the model's size. Called by `convert.command`.
+(`checkpoint.manifest`). Memory is a chunk for each thread, whatever the model's size. Called by `convert.conversion`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
-from jaxtml.convert import manifest
-from jaxtml.convert.manifest import Tensor, crc32, layer_name
-from jaxtml.convert.source import Index, Source
-from jaxtml.convert.store import chunk_shape, chunks
+from jaxtml.checkpoint import manifest
+from jaxtml.checkpoint.manifest import Tensor, crc32, layer_name
+from jaxtml.checkpoint.orbax_sink import chunk_shape, chunks
+from jaxtml.checkpoint.source import Index, Source
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 

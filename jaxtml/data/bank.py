@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxtml.data import scenarios, voices
-from jaxtml.data.utterance import Utterance
+from jaxtml.data.tasks import scenarios
+from jaxtml.data.voices import registry as voices
+from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
 

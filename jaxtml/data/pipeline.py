@@ -21,8 +21,8 @@ from absl import flags
 
 from jaxtml.config import Config
 from jaxtml.data.bank import Bank
-from jaxtml.data.mix import Speakers, Weights, make_conversation
-from jaxtml.data.scenarios import VOCABULARY
+from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
+from jaxtml.data.tasks.scenarios import VOCABULARY
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.images import PATCH

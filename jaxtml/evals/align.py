@@ -1,6 +1,6 @@
 """Two sequences of words side by side: which were right, taken for another, left out or put in.
 
-Called by `jaxtml.evals.bars` for what the model heard, and by `jaxtml.evals.judge` for what the model said.
+Called by `jaxtml.evals.thresholds` for what the model heard, and by `jaxtml.evals.judge` for what the model said.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What happened in one evaluated session, as times and words: from a conversation and a reply to a record in JSON.
 
-Everything that `jaxtml.evals.bars` counts is computed from these records alone, so that a finished run can be scored
-again, and a single figure followed back to its sessions. Called by `jaxtml.evals.run`.
+Everything that `jaxtml.evals.thresholds` counts is computed from these records alone, so that a finished run can be
+scored again, and a single figure followed back to its sessions. Called by `jaxtml.evals.run`.
 
 All times are seconds on the clock of the recording. Micro-turn `m` hears samples `[3200 m, 3200 (m + 1))`; what it
 writes or says is there at `0.2 (m + 1)` s, which is the time that counts here. Axis: N samples.
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtml.data.scenarios import DIGITS, GREETINGS, I_SEE, number_words, reply_to
-from jaxtml.serve.engine import Reply, TurnRecord
+from jaxtml.data.tasks.scenarios import DIGITS, GREETINGS, I_SEE, number_words, reply_to
+from jaxtml.session.engine import Reply, TurnRecord
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS, TURN_SAMPLES
 
@@ -142,7 +142,7 @@ def turns_of(conversation: Conversation) -> tuple[Turn, ...]:
 
 
 def intent_of(words: Sequence[str]) -> str:
-    """Which of the task's intents these words are; a row of the table in `jaxtml.data.scenarios`."""
+    """Which of the task's intents these words are; a row of the table in `jaxtml.data.tasks.scenarios`."""
     if " ".join(words) in GREETINGS:
         return "greet"
     if words[0] in ("say", "repeat", "please"):

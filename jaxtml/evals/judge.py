@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtml.data.parts import package_file, read_pinned
-from jaxtml.data.scenarios import number_words
+from jaxtml.data.packages import package_file, read_pinned
+from jaxtml.data.tasks.scenarios import number_words
 from jaxtml.errors import InputError
 from jaxtml.evals.align import word_errors
 from jaxtml.stream.timebase import SAMPLE_RATE

@@ -3,7 +3,7 @@
 - **synthetic**: the two-channel mixer of training (rooms, noise, telephone bands, hesitations, barge-ins, coughs) over
   the bank's split "test". Its engines take turns, and within each its voices: all engines count the same, although most
   voices are eSpeak's. Every tenth session is silent.
-- **human**: Asterisk's recorded prompts, see `jaxtml.data.human`.
+- **human**: Asterisk's recorded prompts, see `jaxtml.data.talks.human`.
 
 Called by `jaxtml.evals.run`.
 """
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxtml.data import human
 from jaxtml.data.bank import Bank
-from jaxtml.data.mix import Speakers, Weights, make_conversation
+from jaxtml.data.talks import human
+from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
 from jaxtml.stream.conversation import Conversation
 
 SEED = 20_000  # far from any seed of training

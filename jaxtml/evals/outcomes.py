@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxtml.data.scenarios import is_complete, reply_to
+from jaxtml.data.tasks.scenarios import is_complete, reply_to
 from jaxtml.evals import judge
 from jaxtml.evals.align import align
 from jaxtml.evals.events import Session, Stretch, Turn

@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxtml.data.bank import Bank
 from jaxtml.errors import InputError
-from jaxtml.evals import bars, judge
+from jaxtml.evals import judge
+from jaxtml.evals import thresholds as bars
 from jaxtml.evals.events import Session, from_json, observe, sound_of, to_json, understood_as
 from jaxtml.evals.judge import Judge
 from jaxtml.evals.material import Item
 from jaxtml.evals.outcomes import uninterrupted
-from jaxtml.serve.engine import Engine, Reply, replies
+from jaxtml.session.engine import Engine, Reply, replies
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.conversation import Conversation
 

@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxtml.config import AttentionConfig, BackboneConfig
-from jaxtml.model.attention import Attention, KVCache, Step, make_step, ring_slots
+from jaxtml.model.attention.attention import Attention, KVCache, Step, make_step, ring_slots
+from jaxtml.model.experts.moe import MoE, MoEStats
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
-from jaxtml.model.moe import MoE, MoEStats
 from jaxtml.model.placement import ALONE, Placement, whole
 from jaxtml.model.spec import Params, bind
 from jaxtml.model.stack import Block, Kind, Run, Stack

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import Config
-from jaxtml.model import vocoder
 from jaxtml.model.backbone import Backbone
-from jaxtml.model.flow import FlowHead
+from jaxtml.model.experts.moe import MoEStats
 from jaxtml.model.layers import RMSNorm
-from jaxtml.model.moe import MoEStats
 from jaxtml.model.mtp import MTP
 from jaxtml.model.placement import ALONE, TENSOR, Placement, whole
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
+from jaxtml.model.speech import vocoder
+from jaxtml.model.speech.flow import FlowHead
 from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
 from jaxtml.model.vocabulary import Scores, scores
 from jaxtml.parallel.collectives import joined, spread

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtml.model.attend import HIDDEN
+from jaxtml.model.attention.attend import HIDDEN
 from jaxtml.model.placement import TENSOR
 from jaxtml.parallel.collectives import largest, merge, spread
 from jaxtml.parallel.mesh import MeshShape

@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtml.checkpoint.orbax_source import TOKENIZER
 from jaxtml.config import Config
-from jaxtml.convert.checkpoint import TOKENIZER
 from jaxtml.data.cache import CachedRows, digest
 from jaxtml.data.pipeline import Batch, Rows, Share, batches
 from jaxtml.errors import InputError

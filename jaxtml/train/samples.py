@@ -13,7 +13,7 @@ import numpy as np
 from jaxtml.config import Config
 from jaxtml.data.pipeline import Rows
 from jaxtml.model.spec import Params
-from jaxtml.serve.engine import Engine, replies
+from jaxtml.session.engine import Engine, replies
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.text import TextCodec
 

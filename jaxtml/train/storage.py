@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.orbax_source import CONFIG, RUN, TOKENIZER
+from jaxtml.checkpoint.source import placed, table
+from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, TrainConfig, from_json, to_json
-from jaxtml.convert.checkpoint import CONFIG, RUN, TOKENIZER
-from jaxtml.convert.command import opened
-from jaxtml.convert.released import ReleasedCheckpoint
-from jaxtml.convert.source import placed, table
-from jaxtml.convert.warm import WarmStart
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import layout

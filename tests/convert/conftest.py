@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from jaxtml.checkpoint import orbax_sink as store
 from jaxtml.config import Config
-from jaxtml.convert import store
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,16 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from jaxtml.cli import run
-from jaxtml.convert import command, export, streaming
-from jaxtml.convert.command import convert, opened, write
-from jaxtml.convert.inspect import checked, described
-from jaxtml.convert.safetensors_file import headers, write_at
-from jaxtml.convert.source import Held, table
-from jaxtml.convert.store import OrbaxSink
+from jaxtml.checkpoint.inkling import sink as export
+from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.orbax_sink import OrbaxSink
+from jaxtml.checkpoint.source import Held, table
+from jaxtml.commands.main import run
+from jaxtml.convert import conversion as command
+from jaxtml.convert import streaming
+from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.inspection import checked, described
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from jaxtml.convert import manifest, store
-from jaxtml.convert.checkpoint import STATE
-from jaxtml.convert.command import convert, opened, write
-from jaxtml.convert.inkling_config import config_from_inkling, inkling_config
-from jaxtml.convert.released import read_json
-from jaxtml.convert.source import Held
+from jaxtml.checkpoint import manifest
+from jaxtml.checkpoint import orbax_sink as store
+from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
+from jaxtml.checkpoint.inkling.source import read_json
+from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.orbax_source import STATE
+from jaxtml.checkpoint.source import Held
+from jaxtml.convert.conversion import convert, write
 from jaxtml.errors import InputError
 
 WRONG: tuple[Any, ...] = (

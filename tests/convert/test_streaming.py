@@ -21,13 +21,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
-from jaxtml.convert import store, streaming
-from jaxtml.convert.checkpoint import OrbaxCheckpoint, load_checkpoint, on_one_device
-from jaxtml.convert.command import convert, opened, read, write
-from jaxtml.convert.released import ReleasedCheckpoint
-from jaxtml.convert.safetensors_file import headers, write_at
-from jaxtml.convert.source import Held, placed, table
-from jaxtml.convert.store import OrbaxSink, chunk_shape, chunks
+from jaxtml.checkpoint import orbax_sink as store
+from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.opening import opened, read
+from jaxtml.checkpoint.orbax_sink import OrbaxSink, chunk_shape, chunks
+from jaxtml.checkpoint.orbax_source import OrbaxCheckpoint, load_checkpoint, on_one_device
+from jaxtml.checkpoint.source import Held, placed, table
+from jaxtml.convert import streaming
+from jaxtml.convert.conversion import convert, write
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
@@ -146,7 +148,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from jaxtml.convert import store, streaming
-from jaxtml.convert.command import convert
+from jaxtml.convert.conversion import convert
 store.CHUNK = 8192
 note, seen = streaming.Journal.note, []
 def killed(self, *args):

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtml.data import bank, voices
-from jaxtml.data.utterance import Utterance, words_of
+from jaxtml.data import bank
+from jaxtml.data.voices import registry as voices
+from jaxtml.data.voices.utterance import Utterance, words_of
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
 

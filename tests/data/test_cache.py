@@ -8,9 +8,10 @@ import pytest
 from tones import ToneBank
 
 from jaxtml import config as configs
-from jaxtml.data import cache, pipeline, scenarios
-from jaxtml.data.mix import Speakers, Weights
+from jaxtml.data import cache, pipeline
 from jaxtml.data.pipeline import Rows
+from jaxtml.data.talks.mix import Speakers, Weights
+from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.stream.text import TextCodec
 

@@ -8,9 +8,10 @@ import pytest
 from tones import ToneBank
 
 from jaxtml import config as configs
-from jaxtml.data import pipeline, scenarios
-from jaxtml.data.mix import Speakers
+from jaxtml.data import pipeline
 from jaxtml.data.pipeline import Rows, Share
+from jaxtml.data.talks.mix import Speakers
+from jaxtml.data.tasks import scenarios
 from jaxtml.stream.layout import decode, encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import PositionKind, Term

@@ -5,7 +5,8 @@ import pytest
 import soundfile
 from tones import ToneBank
 
-from jaxtml.data import channel, mix, show
+from jaxtml.data import show
+from jaxtml.data.talks import channel, mix
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
 

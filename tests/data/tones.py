@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtml.data import scenarios
 from jaxtml.data.bank import Item
-from jaxtml.data.utterance import Utterance
+from jaxtml.data.tasks import scenarios
+from jaxtml.data.voices.utterance import Utterance
 from jaxtml.stream.conversation import Word
 from jaxtml.stream.timebase import SAMPLE_RATE
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxtml.data.scenarios import sample_user_text
+from jaxtml.data.tasks.scenarios import sample_user_text
 from jaxtml.evals import events
-from jaxtml.serve.engine import Reply, TurnRecord
+from jaxtml.session.engine import Reply, TurnRecord
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jaxtml.data import scenarios
-from jaxtml.data.utterance import Utterance
+from jaxtml.data.tasks import scenarios
+from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.evals.material import synthetic
 from jaxtml.stream.conversation import Word

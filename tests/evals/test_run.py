@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.evals import bars, report, run
+from jaxtml.evals import report, run
+from jaxtml.evals import thresholds as bars
 from jaxtml.evals.material import Item
 from jaxtml.stream.audio_file import read_audio
 

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtml.checkpoint.inkling.config import config_from_inkling
+from jaxtml.checkpoint.inkling.source import places
+from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.source import Held
 from jaxtml.config import Config
-from jaxtml.convert.command import read, write
-from jaxtml.convert.inkling_config import config_from_inkling
-from jaxtml.convert.released import places
-from jaxtml.convert.source import Held
+from jaxtml.convert.conversion import write
 from jaxtml.data.pipeline import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
-from jaxtml.model.duplex import Duplex
+from jaxtml.model.duplex.step import Duplex
 from jaxtml.model.flops import forward_flops_per_token, train_flops_per_token
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params, count, flatten, init_params

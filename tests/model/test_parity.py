@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtml.checkpoint.inkling.config import config_from_inkling
+from jaxtml.checkpoint.inkling.source import places
+from jaxtml.checkpoint.opening import read
 from jaxtml.config import Config
-from jaxtml.convert.command import convert, read
-from jaxtml.convert.inkling_config import config_from_inkling
-from jaxtml.convert.released import places
+from jaxtml.convert.conversion import convert
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params, flatten, init_params
 from jaxtml.stream.clock import CLOCK_FEATURES

@@ -76,7 +76,7 @@ def test_collectives_are_told_by_kind_axis_and_bytes():
 
 
 def test_a_kernel_counts_by_its_own_estimate():
-    from jaxtml.model.flash import flash_attention
+    from jaxtml.model.attention.flash import flash_attention
 
     tokens, width, rank = 512, 128, 16
     shapes = ((1, 2, tokens, width), (1, 1, tokens, width), (1, 1, tokens, width), (1, 2, tokens, rank), (rank, 64))

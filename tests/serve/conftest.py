@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtml.convert.checkpoint import save_checkpoint
-from jaxtml.serve.slots import Slots
+from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.session.slots import Slots
 from jaxtml.stream.timebase import TURN_SAMPLES
 
 TURNS = 14

@@ -17,8 +17,8 @@ import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from jaxtml.serve.slots import Slots
-from jaxtml.serve.wire import Tick, Told
+from jaxtml.serve.runtime.wire import Tick, Told
+from jaxtml.session.slots import Slots
 from tests.serve.serving import WAIT_S
 from tests.serve.stepped import Here, Script, Stepped, scripted
 

@@ -19,14 +19,14 @@ import av
 import numpy as np
 from aiohttp import web
 
-from jaxtml.serve.access import Access
-from jaxtml.serve.desk import Call, Desk, Limits, Served
-from jaxtml.serve.engine import Engine, Given
-from jaxtml.serve.hub import Hub, Session
-from jaxtml.serve.metrics import Metrics
-from jaxtml.serve.pool import Pool
-from jaxtml.serve.routes import Server
-from jaxtml.serve.slots import Slots
+from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.runtime.pool import Pool
+from jaxtml.serve.runtime.scheduler import Hub, Session
+from jaxtml.serve.sessions.access import Access
+from jaxtml.serve.sessions.manager import Call, Desk, Limits, Served
+from jaxtml.serve.web.server import Server
+from jaxtml.session.engine import Engine, Given
+from jaxtml.session.slots import Slots
 from tests.serve.stepped import Here, Stepped
 
 WAIT_S = 20.0

@@ -9,10 +9,10 @@ from typing import cast
 
 import numpy as np
 
-from jaxtml.serve.hub import TICK_S
-from jaxtml.serve.slots import Slots
-from jaxtml.serve.wire import Tick, Told, packed, unpacked
-from jaxtml.serve.worker import answer
+from jaxtml.serve.runtime.scheduler import TICK_S
+from jaxtml.serve.runtime.wire import Tick, Told, packed, unpacked
+from jaxtml.serve.runtime.worker import answer
+from jaxtml.session.slots import Slots
 from jaxtml.stream.tokens import Control
 
 

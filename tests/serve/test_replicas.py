@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.serve import command
-from jaxtml.serve.command import Options
+from jaxtml.serve import serving as command
+from jaxtml.serve.serving import Options
 from tests.serve.serving import serving
 
 NGINX = Path(__file__).parents[2] / "launch" / "nginx.conf"

@@ -20,12 +20,13 @@ import pytest
 import soundfile
 import tones
 
-from jaxtml import cli
 from jaxtml import config as configs
+from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.orbax_source import load_checkpoint, save_checkpoint
+from jaxtml.commands import main as cli
 from jaxtml.config import Config
-from jaxtml.convert.checkpoint import load_checkpoint, save_checkpoint
-from jaxtml.convert.command import read
-from jaxtml.data import bank, pipeline, scenarios
+from jaxtml.data import bank, pipeline
+from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
@@ -34,7 +35,7 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.train import loop
 from jaxtml.train.loop import train
 from jaxtml.train.step import TrainState
-from jaxtml.train.vocoder import trained
+from jaxtml.train.vocoder.training import trained
 
 STEPS = 6
 # Trains in a process of its own, which is killed while it waits for the sixth batch: a checkpoint is being written.

@@ -16,9 +16,10 @@ import pytest
 import tones
 
 from jaxtml import config as configs
+from jaxtml.checkpoint.opening import read
 from jaxtml.config import AttentionConfig, Config
-from jaxtml.convert.command import read
-from jaxtml.data import bank, scenarios
+from jaxtml.data import bank
+from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
 from jaxtml.parallel import processes

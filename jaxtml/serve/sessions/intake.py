@@ -1,0 +1,155 @@
+"""What one client gives its session: sound, text and pictures, within the limits that all protocols share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import lru_cache
+
+import av
+import numpy as np
+
+from jaxtml.serve.protocols.messages import Invalid
+from jaxtml.serve.sessions.images import THREAD, Seeing
+from jaxtml.serve.sessions.manager import Call, Served
+from jaxtml.serve.transport.sound import Format, Incoming
+from jaxtml.serve.transport.token_bucket import Allowance
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.tokens import Control
+
+_WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
+_TOKEN_BYTES = 8  # of a token, in the mean of any text that is one
+_TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a megabyte takes half a second
+
+
+class Intake:
+    """One call's.
+
+    Args:
+      call: whose session it is.
+      served: the model.
+      format: of the sound.
+
+    Attributes:
+      taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
+    """
+
+    def __init__(self, call: Call, served: Served, format: Format):
+        self.call, self.served = call, served
+        self.incoming, self.seeing = Incoming(format), Seeing(served.config.duplex.max_patches)
+        self.taken = 0
+        self._texts = Allowance(_TEXT_PER_SECOND, _TEXT_BURST)
+        self._unheard = np.zeros(0, np.float32)  # waits for room
+
+    async def take(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
+        """Sound in the client's format, as `hear`; `look` gets it as the model does, `[N]` float32 at 16 kHz.
+
+        What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
+        not whole samples.
+        """
+        await self.settled()
+        samples = self.incoming.put(data)
+        look(samples)
+        self.taken += len(data)
+        await self.hear(samples)
+
+    async def follow(self, samples: np.ndarray) -> None:
+        """As `hear`, of a track."""
+        await self.settled()
+        self.taken += 2 * len(samples)
+        await self.hear(samples)
+
+    async def hear(self, samples: np.ndarray) -> None:
+        """Returns when there was room for all of them, which is what holds a client back that sends too much."""
+        await self.settled()
+        self.put(samples)
+        await self.settled()
+
+    def put(self, samples: np.ndarray) -> None:
+        """As `hear`, and waits for nothing: what there is no room for waits here, so wait for `settled` before."""
+        self._unheard = np.concatenate([self._unheard, samples])
+        self.flush()
+
+    @property
+    def waiting(self) -> int:
+        """Samples that came and were not heard yet."""
+        return len(self._unheard) + self.call.session.hearing.waiting
+
+    async def settled(self) -> None:
+        """When all that has come, over a connection that was lost too, had room."""
+        while len(self._unheard) and await self.call.room():
+            self.flush()
+
+    def flush(self) -> None:
+        """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
+        room = self.call.session.hearing.room()
+        if len(self._unheard) and room:
+            self.call.session.hearing.put(self._unheard[:room])
+            self._unheard = self._unheard[room:]
+
+    def clear(self) -> None:
+        """What came and was not heard yet is never heard."""
+        self._unheard = self._unheard[:0]
+        self.call.session.hearing.clear()
+
+    async def show(self, image: bytes) -> None:
+        """JPEG or PNG. Raises as `seen`."""
+        self.call.session.show(await self.seen(image))
+
+    async def seen(self, image: bytes) -> np.ndarray:
+        """The patches of a JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
+        self.seeing.count()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(THREAD, self.seeing.put, image)
+
+    async def look(self, frame: av.VideoFrame) -> None:
+        """A frame of a video."""
+        loop = asyncio.get_running_loop()
+        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
+
+    def say(
+        self,
+        mark: Control,
+        text: str,
+        param: str,
+        most: int = _WAITING,
+        placed: Callable[[int], None] | None = None,
+    ) -> None:
+        """Text of at most so many tokens for the next micro-turns, behind its mark. Raises as `read`.
+
+        `placed` as `hub.Session.say_to` has it.
+        """
+        self.tell(mark, self.read(text, param, most), placed)
+
+    def tell(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
+        """As `say`, of a text that was read."""
+        self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
+
+    def read(self, text: str, param: str, most: int = _WAITING) -> list[int]:
+        """The tokens of a text that may be said now.
+
+        Raises `Invalid` where there are none, they are too many, came too fast, or too much waits.
+        """
+        size = len(text.encode())
+        if size <= most * _TOKEN_BYTES and not self._texts.take(size):
+            raise Invalid("rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param)
+        check_length(self.served, text, most, param)
+        tokens = _tokens(self.served.codec, text)
+        if not tokens:
+            raise Invalid("invalid_value", "there is no text", param)
+        session = self.call.session
+        if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
+            raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
+        return tokens
+
+
+def check_length(served: Served, text: str, most: int, param: str) -> None:
+    """Raises `Invalid` where a text has more than `most` tokens."""
+    size = len(text.encode())
+    if size > most * _TOKEN_BYTES or size >= most and len(_tokens(served.codec, text)) > most:  # a token has a byte
+        raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)
+
+
+@lru_cache(maxsize=1)  # what is counted is said next
+def _tokens(codec: TextCodec, text: str) -> list[int]:
+    return codec.encode(text)

@@ -1,0 +1,25 @@
+"""A session as lines of text while it happens. Called by `jaxtml converse`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxtml.session.engine import TurnRecord
+
+_console = Console(highlight=False)
+
+
+def print_turn(turn: TurnRecord) -> None:
+    """One line per micro-turn: clock, gate, time of the step, what was heard and what is said."""
+    speaking = turn.gate == "speak"
+    line = Text(f"{turn.t_ms / 1000:7.1f} s  ")
+    line.append("■ speak  " if speaking else "· listen ", style="bold red" if speaking else "dim")
+    line.append(f"{turn.step_ms:5.0f} ms  ", style="dim")
+    if turn.heard:
+        line.append(f"heard: {turn.heard.strip()}  ", style="cyan")
+    if turn.text:
+        line.append(f"says: {turn.text.strip()}  ", style="red")
+    if turn.delegate:
+        line.append(f"delegates: {turn.delegate.strip()}", style="magenta")
+    _console.print(line)

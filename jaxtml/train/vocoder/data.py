@@ -1,0 +1,115 @@
+"""Training material for the vocoder: the voice's recordings with their frames and pitch, and batches addressed by step.
+
+`batch_at(voice, seed, step, ...)` depends on nothing else, so resuming needs one integer. Called by
+`train.vocoder.training`.
+
+Axes: B rows, F fine frames of a segment, 80 mels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soxr
+
+from jaxtml.data.bank import Bank
+from jaxtml.errors import InputError
+from jaxtml.stream.dmel import fine_log_mel
+from jaxtml.stream.timebase import FINE_HOP, LOG_MEL_MAX, LOG_MEL_MIN, N_MELS, SAMPLE_RATE
+from jaxtml.train.vocoder.pitch import LOW_HZ, pitch_track
+
+_SILENCE = SAMPLE_RATE // 2  # before and after each recording, so that onsets from silence are learnt
+_NOISY = 0.5  # share of rows whose frames are disturbed: in service they come from the flow head, not from a recording
+_GAIN_DB = (-18.0, 6.0)
+_SPEEDS = (0.88, 1.13)
+_NEURAL = ("kokoro:", "piper:")
+
+
+class Voice(NamedTuple):
+    """Recordings end to end, on the frame grid: `wave` [200 F], `frames` [F, 80], `octaves` [F] pitch, `voiced` [F]."""
+
+    wave: np.ndarray
+    frames: np.ndarray
+    octaves: np.ndarray
+    voiced: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Segments to learn from.
+
+    `frames` [B, F, 80]; `wave` [B, 200 F]; `octaves` [B, F], log2 of Hz over 60; `voiced` [B, F], 0 or 1; `start` [B]
+    uint32, a number for the first frame: it addresses the noise source, so that every row hears its own.
+    """
+
+    frames: jax.Array
+    wave: jax.Array
+    octaves: jax.Array
+    voiced: jax.Array
+    start: jax.Array
+
+
+def recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
+    """What to learn from in some banks (`jaxtml.data.bank`): `[N]` float32 each, at 16 kHz.
+
+    Every utterance of the assistant, also slower and faster, pitch and all; and, up to a quarter of the whole, neural
+    users of the training split: what is learnt from more voices than one reads imperfect frames of the one better.
+    """
+    opened = [Bank.open(folder) for folder in banks]
+    own = [bank.utterance(int(index)).wave for bank in opened for index in bank.select(role="assistant")]
+    if not own:
+        raise InputError("the vocoder has nothing to train on: the banks hold no utterance of the assistant's voice")
+    waves = [*own, *(soxr.resample(wave, SAMPLE_RATE * speed, SAMPLE_RATE) for wave in own for speed in _SPEEDS)]
+    room = sum(map(len, waves)) // 3
+    for bank in opened:
+        for index in bank.select(split="train", role="user"):
+            if bank.entries[index].item.voice.startswith(_NEURAL) and room > 0:
+                waves.append(bank.utterance(int(index)).wave)
+                room -= len(waves[-1])
+    return waves
+
+
+def prepare(waves: Sequence[np.ndarray]) -> Voice:
+    """Joins recordings (`[N]` float32, 16 kHz) with silence between them and computes frames and pitch."""
+    pieces = [np.zeros(_SILENCE, np.float32)]
+    for wave in waves:
+        pieces += [wave.astype(np.float32), np.zeros(_SILENCE + -len(wave) % FINE_HOP, np.float32)]
+    wave = np.concatenate(pieces)
+    hz, voiced = pitch_track(wave)
+    octaves = np.log2(np.maximum(hz, LOW_HZ) / LOW_HZ).astype(np.float32)
+    return Voice(wave, fine_log_mel(wave), octaves, voiced)
+
+
+def batch_at(voice: Voice, seed: int, step: int, rows: int, length: int) -> Batch:
+    """Batch number `step`: `rows` segments of `length` frames at random places, gains and disturbances."""
+    rng = np.random.default_rng((seed, step))
+    starts = rng.integers(0, len(voice.frames) - length, rows)
+    index = starts[:, None] + np.arange(length)
+    wave = voice.wave.reshape(-1, FINE_HOP)[index].reshape(rows, -1)
+    loudest = np.abs(wave).max(axis=1, keepdims=True)
+    gain = np.minimum(10.0 ** (rng.uniform(*_GAIN_DB, (rows, 1)) / 20), 0.98 / np.maximum(loudest, 1e-3))
+    frames = voice.frames[index] + np.log10(gain)[..., None]
+    disturbed = disturb(frames, rng)
+    frames = np.where(rng.random((rows, 1, 1)) < _NOISY, disturbed, frames)
+    return Batch(
+        frames=jnp.asarray(np.clip(frames, LOG_MEL_MIN, LOG_MEL_MAX), jnp.float32),
+        wave=jnp.asarray(wave * gain, jnp.float32),
+        octaves=jnp.asarray(voice.octaves[index]),
+        voiced=jnp.asarray(voice.voiced[index], jnp.float32),
+        start=jnp.asarray(rng.integers(0, 2**31, rows, dtype=np.uint32)),
+    )
+
+
+def disturb(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Frames as an imperfect generator gives them: blurred over neighbours in mel and time, and noisy."""
+    rows = len(frames)
+    over_mel = 0.5 * (np.roll(frames, 1, axis=2) + np.roll(frames, -1, axis=2))
+    over_mel[..., [0, N_MELS - 1]] = frames[..., [0, N_MELS - 1]]
+    frames = frames + rng.uniform(0, 0.5, (rows, 1, 1)) * (over_mel - frames)
+    before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    frames = frames + rng.uniform(0, 0.4, (rows, 1, 1)) * (before - frames)
+    return frames + rng.uniform(0, 0.15, (rows, 1, 1)) * rng.standard_normal(frames.shape)

@@ -1,0 +1,174 @@
+"""A larger model begins as a smaller one: the same logits on text, everything new neutral, anything else refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtml import config as configs
+from jaxtml.checkpoint.inkling.config import config_from_inkling
+from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.source import placed, table, whole
+from jaxtml.checkpoint.warm_start import WarmStart
+from jaxtml.config import Config, DuplexConfig, FlowConfig
+from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.logits import text_logits
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.spec import flatten, init_params
+from jaxtml.stream.tokens import CONTROLS
+from jaxtml.train.storage import shapes, start_from
+
+ROOT = Path(__file__).parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+DESCRIBED = TOOL["released_config"]()
+THEIRS = config_from_inkling(DESCRIBED, "inkling")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "inkling"
+    folder.mkdir()
+    TOOL["write_checkpoint"](folder, DESCRIBED)
+    return folder
+
+
+@pytest.fixture
+def larger() -> Config:
+    """Two layers more, micro-turn extensions of other sizes, a window on global layers with pinned tokens."""
+    b = THEIRS.backbone
+    globals_ = dataclasses.replace(b.global_, window=256, pinned=4)
+    backbone = dataclasses.replace(b, n_layers=6, global_layers=(2, 5), global_=globals_)
+    duplex = DuplexConfig(control_base=100, max_typed=2, max_heard=3, max_text=3)
+    return dataclasses.replace(
+        THEIRS, name="larger", backbone=backbone, duplex=duplex, flow=FlowConfig(width=32, depth=2)
+    )
+
+
+def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, tmp_path):
+    path = tmp_path / "larger.json"
+    path.write_text(configs.to_json(larger))
+    said = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
+    assert "tensors equal, logits of 64 tokens too" in said
+    config, params = read(tmp_path / "ours")
+    assert config == larger
+    ids = np.random.default_rng(0).integers(0, 100, (2, 96))
+    np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read(checkpoint), ids))
+
+
+def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, larger, tmp_path):
+    """Scales of dense layers are bfloat16 in a release, those of routers float32; here both go into one stack."""
+    write(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
+    release = ReleasedCheckpoint(tmp_path / "release")
+    scales = {release.dtype(path) for path in table(release.config) if path.endswith("mlp/global_scale")}
+    assert len(scales) == 2
+    path = tmp_path / "larger.json"
+    path.write_text(configs.to_json(larger))
+    assert "logits of 64 tokens too" in convert(tmp_path / "release", tmp_path / "a", begin_as=str(path), verify=True)
+    source = WarmStart(release, larger)
+    for path, spec in table(larger).items():
+        assert source.read(path, whole(spec)).dtype == source.dtype(path), path
+
+
+def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
+    source, warm = ReleasedCheckpoint(checkpoint), None
+    warm = WarmStart(source, larger)
+    model = InteractionModel(larger)
+    for layer, (alike, kind) in {4: (3, "sliding"), 5: (2, "global")}.items():
+        prefix, at = next((where for where, _ in warm.layers.items() if where == _where(model, layer)))
+        (theirs, there), new = warm.layers[prefix, at]
+        assert new and there == _where(InteractionModel(THEIRS), alike)[1], kind
+        for name in ("attn/wq", "attn/wo", "mlp/w13", "mlp/w2", "mlp/shared_w2", "mlp/router"):
+            spec = warm.table[f"{prefix}/{name}"]
+            ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *whole(spec)[2:]))[0, 0]
+            held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *whole(spec)[2:]))[0, 0]
+            if name in ("attn/wo", "mlp/w2", "mlp/shared_w2"):
+                assert not ours.any() and held.any()
+            else:
+                np.testing.assert_array_equal(ours, held)
+
+
+def _where(model: InteractionModel, layer: int) -> tuple[str, tuple[int, int]]:
+    backbone = model.backbone
+    return next(
+        (f"layers/block{b}/run{r}", (i, j))
+        for b, block in enumerate(backbone.blocks)
+        for r, run in enumerate(block.runs)
+        for i in range(block.repeats)
+        for j in range(run.layers)
+        if backbone.layer_index(b, r, i, j) == layer
+    )
+
+
+def test_what_speech_needs_starts_neutral_and_empty_control_rows_differ(checkpoint, larger):
+    file = checkpoint / "model.safetensors"
+    stored = headers(file)["model.llm.embed.weight"]
+    write_at(stored, 100 * stored.mapped()[:1].nbytes, np.zeros_like(stored.mapped()[100:]))
+    warm = WarmStart(ReleasedCheckpoint(checkpoint), larger)
+    assert not warm.read("own", (slice(None),)).any()
+    assert not warm.read("clock/weight", (slice(None), slice(None))).any()
+    embed = warm.read("embed/weight", (slice(None), slice(None)))
+    controls = embed[100 : 100 + CONTROLS]
+    assert len(np.unique(controls, axis=0)) == CONTROLS
+    assert 0.5 < controls.std() / embed[:100].std() < 2
+    assert not embed[100 + CONTROLS :].any()
+    np.testing.assert_array_equal(warm.read("embed/weight", (slice(96, 108), slice(8, 24))), embed[96:108, 8:24])
+
+
+def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoint, larger, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model = InteractionModel(larger)
+    params = start_from(checkpoint, model, tmp_path)
+    expected = placed(WarmStart(ReleasedCheckpoint(checkpoint), larger), shapes(model))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    (checkpoint / "tokenizer.json").write_text("another")
+    with pytest.raises(InputError, match="its tokenizer.json is not that of"):
+        start_from(checkpoint, model, tmp_path)
+
+
+def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_path):
+    params = init_params(InteractionModel(THEIRS).specs(), 5)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_checkpoint(tmp_path / "ours", THEIRS, params, tokenizer_path=tmp_path / "tokenizer.json")
+    more = dataclasses.replace(THEIRS, backbone=dataclasses.replace(THEIRS.backbone, mtp_heads=1))
+    begun = start_from(tmp_path / "ours", InteractionModel(more), tmp_path)
+    heads = begun.pop("mtp")
+    jax.tree.map(np.testing.assert_array_equal, begun, params)
+    assert (
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(heads)) and heads["block0"]["run0"]["input_proj"].any()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layers": 3, "global_layers": (2,)}, "larger has 3 layers, inkling 4"),
+        ({"d_ff_expert": 32}, "cannot begin as inkling: backbone.d_ff_expert is 32, theirs 24"),
+        ({"global_layers": (1, 5)}, "a layer 1 of a kind that inkling has none of there"),
+        ({"n_dense": 2}, "cannot begin as inkling: backbone.n_dense is 2, theirs 1"),
+    ],
+    ids=str,
+)
+def test_another_backbone_is_refused_by_what_differs(changes, said, checkpoint, larger):
+    other = dataclasses.replace(larger, backbone=dataclasses.replace(larger.backbone, **changes))
+    with pytest.raises(InputError, match=said):
+        WarmStart(ReleasedCheckpoint(checkpoint), other)
+
+
+def test_every_tensor_that_the_model_shares_is_copied(checkpoint, larger):
+    source = ReleasedCheckpoint(checkpoint)
+    warm = WarmStart(source, larger)
+    for path, spec in table(larger).items():
+        if not path.startswith("layers/") and spec.released is not None and path != "embed/weight":
+            np.testing.assert_array_equal(warm.read(path, whole(spec)), source.read(path, whole(spec)), err_msg=path)
+    assert {p for p, _ in flatten(InteractionModel(larger).specs())} == set(warm.table)
+    assert json.loads((checkpoint / "config.json").read_text()) == DESCRIBED

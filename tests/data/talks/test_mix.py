@@ -1,0 +1,203 @@
+"""Conversations keep the rules of time: who may speak when, and who stops."""
+
+import numpy as np
+import pytest
+from tones import ToneBank
+
+from jaxtml.data.talks import channel, mix
+from jaxtml.data.tasks.scenarios import incomplete_after, is_complete, is_nonsense, reply_to
+from jaxtml.errors import InputError
+from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+
+ONLY = {
+    "exchange": mix.Weights(1, 0, 0, 0, 0, typed=0),
+    "hesitation": mix.Weights(0, 1, 0, 0, 0, typed=0, joined=0),
+    "barge_in": mix.Weights(0.2, 0, 0.8, 0, 0, typed=0),
+    "distraction": mix.Weights(0.5, 0, 0, 0.5, 0, typed=0),
+    "silence": mix.Weights(silence=1.0),
+    "typed": mix.Weights(silence=0, typed=1.0),
+    "all": mix.Weights(),
+}
+
+
+@pytest.fixture(scope="module")
+def speakers() -> mix.Speakers:
+    return mix.Speakers.of(ToneBank.made())
+
+
+def made(speakers, name, count=25, **options):
+    options = {"channel": channel.CLEAN, **options}
+    return [mix.make_conversation(np.random.default_rng((7, i)), speakers, ONLY[name], **options) for i in range(count)]
+
+
+def sounding(wave: np.ndarray) -> np.ndarray:
+    """Indices of the samples at which something is heard."""
+    return np.flatnonzero(np.abs(wave) > 1e-4)
+
+
+@pytest.mark.parametrize("name", list(ONLY))
+def test_both_channels_share_one_clock_of_whole_micro_turns(speakers, name):
+    for talk in made(speakers, name, 5, n_turns=61, channel=None):
+        assert talk.user.shape == talk.assistant.shape == (61 * TURN_SAMPLES,)
+        assert talk.user.dtype == talk.assistant.dtype == np.float32
+        assert np.abs(talk.user).max() <= 1
+
+
+def test_the_reply_is_heard_200_to_400_ms_after_the_users_end(speakers):
+    talks = made(speakers, "exchange")
+    latencies = []
+    for talk in talks:
+        assert len(talk.user_end_s) == len(talk.speech)
+        for end_s, speech in zip(talk.user_end_s, talk.speech, strict=True):
+            latencies.append((speech.start_turn + 1) * TURN_SAMPLES / SAMPLE_RATE - end_s)
+            heard = sounding(talk.user[: round(end_s * SAMPLE_RATE)])
+            assert len(talk.user) and round(end_s * SAMPLE_RATE) - heard[-1] < 400, "the end is the end of the sound"
+    assert len(latencies) > 60
+    assert min(latencies) >= 0.2
+    assert max(latencies) <= 0.4
+    assert np.std(latencies) > 0.03, "users end anywhere inside a micro-turn"
+
+
+@pytest.mark.parametrize("name", list(ONLY))
+def test_the_assistant_is_heard_only_inside_its_stretches(speakers, name):
+    for talk in made(speakers, name, 10):
+        spoken = np.zeros(len(talk.assistant), bool)
+        last = -1
+        for speech in talk.speech:
+            assert last < speech.start_turn < speech.end_turn, "stretches are in order with a listening turn between"
+            last = speech.end_turn
+            spoken[(speech.start_turn + 1) * TURN_SAMPLES : (speech.end_turn + 1) * TURN_SAMPLES] = True
+            for word in speech.words:
+                assert spoken[int(word.start_s * SAMPLE_RATE)] and spoken[int(word.end_s * SAMPLE_RATE) - 1]
+        assert spoken[sounding(talk.assistant)].all()
+
+
+def test_every_reply_is_right_for_what_the_user_said(speakers):
+    checked = 0
+    for talk in made(speakers, "all"):
+        start_s = 0.0
+        for end_s, expected in zip(talk.user_end_s, talk.expected.split(" | "), strict=False):
+            heard = [
+                word.text for word in talk.user_words if start_s - 1e-6 <= word.start_s and word.end_s <= end_s + 1e-6
+            ]
+            assert is_complete(heard) or is_nonsense(heard)
+            assert reply_to(heard) == expected
+            start_s, checked = end_s, checked + 1
+    assert checked > 60
+
+
+def test_the_assistant_stays_silent_in_a_pause_inside_a_sentence(speakers):
+    pauses = []
+    for talk in made(speakers, "hesitation"):
+        for before, after in zip(talk.user_words, talk.user_words[1:], strict=False):
+            inside_a_turn = not any(before.end_s - 0.01 <= end <= after.start_s for end in talk.user_end_s)
+            if inside_a_turn and after.start_s - before.end_s > 0.38:
+                pauses.append(after.start_s - before.end_s)
+                window = slice(int(before.end_s * SAMPLE_RATE), int(after.start_s * SAMPLE_RATE))
+                assert np.abs(talk.assistant[window]).max() == 0
+                k = talk.user_words.index(before)
+                first = k - next(n for n in range(k + 1) if n == k or _ends_turn(talk, k - n - 1))
+                sentence = [
+                    word.text for word in talk.user_words[first:] if word.end_s <= _end_after(talk, after) + 1e-6
+                ]
+                assert incomplete_after(sentence, k - first + 1)
+    assert len(pauses) > 30
+    assert max(pauses) < 1.75
+
+
+def _ends_turn(talk, k: int) -> bool:
+    return any(abs(talk.user_words[k].end_s - end) < 0.02 for end in talk.user_end_s)
+
+
+def _end_after(talk, word) -> float:
+    return min(end for end in talk.user_end_s if end >= word.end_s - 1e-6)
+
+
+def test_an_interrupted_assistant_has_stopped_within_400_ms_and_then_answers(speakers):
+    interrupted = 0
+    for talk in made(speakers, "barge_in"):
+        for n, scene in enumerate(talk.scenario.split()):
+            if scene != "barge_in":
+                continue
+            interrupted += 1
+            before, after = talk.speech[n - 1], talk.speech[n]
+            start_s = min(w.start_s for w in talk.user_words if talk.user_end_s[n - 1] < w.start_s)
+            stop = (before.end_turn + 1) * TURN_SAMPLES
+            # a clip begins up to 10 ms before its first word, and the micro-turn is that of the clip
+            assert 0.19 <= stop / SAMPLE_RATE - start_s <= 0.4
+            assert (before.start_turn + 1) * TURN_SAMPLES < start_s * SAMPLE_RATE, "it was speaking"
+            assert np.abs(talk.assistant[stop : (after.start_turn + 1) * TURN_SAMPLES]).max() == 0
+            assert np.abs(talk.assistant[stop - 8 : stop]).max() < 0.02, "it fades, it does not click"
+            assert " ".join(word.text for word in before.words) != talk.expected.split(" | ")[n - 1]
+    assert interrupted > 20
+
+
+def test_an_interrupted_stretch_keeps_only_words_that_were_said_to_their_end(speakers):
+    for talk in made(speakers, "barge_in"):
+        for speech, reply in zip(talk.speech, talk.expected.split(" | "), strict=True):
+            said = [word.text for word in speech.words]
+            assert said == reply.split()[: len(said)]
+            assert all(word.end_s * SAMPLE_RATE <= (speech.end_turn + 1) * TURN_SAMPLES for word in speech.words)
+            assert [*said, *(word.text for word in speech.unsaid)] == reply.split()
+
+
+def test_what_is_typed_is_answered_in_the_micro_turn_in_which_it_is_read(speakers):
+    replies = set()
+    for talk in made(speakers, "typed"):
+        assert talk.user_words == () and talk.user_end_s == ()
+        assert [turn for turn, _ in talk.typed] == [speech.start_turn for speech in talk.speech]
+        expected = [reply_to(text.split()) for _, text in talk.typed]
+        assert expected == [" ".join(word.text for word in speech.words) for speech in talk.speech]
+        assert talk.expected == " | ".join(expected)
+        replies.update(expected)
+        spoken = sum(speech.end_turn - speech.start_turn for speech in talk.speech)
+        assert spoken > 0.5 * len(talk.user) / TURN_SAMPLES, "little else but the model's own voice"
+    assert len(replies) > 100
+
+
+def test_nobody_is_answered_when_nobody_spoke(speakers):
+    talks = made(speakers, "silence", channel=None)
+    assert any(np.abs(talk.user).max() > 1e-3 for talk in talks), "noise and coughs are there"
+    for talk in talks:
+        assert talk.speech == () and talk.user_words == () and talk.expected == ""
+        assert np.abs(talk.assistant).max() == 0
+
+
+def test_coughs_do_not_stop_the_assistant(speakers):
+    for talk in made(speakers, "distraction"):
+        for speech, reply in zip(talk.speech, talk.expected.split(" | "), strict=False):
+            assert [word.text for word in speech.words] == reply.split()
+
+
+def test_sessions_repeat_with_their_seed_and_differ_otherwise(speakers):
+    one, two, other = (mix.make_conversation(np.random.default_rng(seed), speakers) for seed in (3, 3, 4))
+    assert one.user.tobytes() == two.user.tobytes() and one.user_words == two.user_words
+    assert one.clock_s == two.clock_s and one.scenario == two.scenario
+    assert one.user.tobytes() != other.user.tobytes()
+
+
+def test_words_joined_from_different_utterances_make_new_sentences(speakers):
+    joined = mix.Weights(1, 0, 0, 0, 0, typed=0, joined=1.0)
+    talks = [
+        mix.make_conversation(np.random.default_rng(i), speakers, joined, channel=channel.CLEAN) for i in range(20)
+    ]
+    replies = {reply for talk in talks for reply in talk.expected.split(" | ")}
+    spoken = {reply_to(speakers.clip(int(i)).text.split()) for i in speakers.users}
+    assert len(replies - spoken) >= 5
+
+
+def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
+    odd = mix.Weights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
+    seen = 0
+    for i in range(8):
+        talk = mix.make_conversation(np.random.default_rng((3, i)), speakers, odd, channel=channel.CLEAN)
+        replies = filter(None, talk.expected.split(" | "))
+        for scene, expected in zip(talk.scenario.split(), replies, strict=True):
+            seen += expected == "i see"
+            assert (scene, expected) != ("hesitation", "i see")
+    assert seen >= 8
+
+
+def test_a_bank_without_users_is_refused():
+    with pytest.raises(InputError, match="no user voices"):
+        mix.Speakers.of(ToneBank((), ()))

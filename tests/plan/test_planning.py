@@ -1,0 +1,143 @@
+"""A plan compiles the trainer's own step; where libtpu is not installed it says so in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxtml import config as configs
+from jaxtml.errors import InputError
+from jaxtml.model.flops import train_flops_per_token
+from jaxtml.parallel.mesh import MeshShape
+from jaxtml.parallel.work import work_of
+from jaxtml.plan import planning as command
+from jaxtml.plan.programs import serve_program, train_program
+from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
+
+KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
+        "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
+
+
+def test_the_large_models_step_needs_little_more_than_its_tokens_do():
+    """FLOPs with loop trip counts at 4,096 tokens a chip, everything but a layer's input computed again backwards."""
+    shape = MeshShape(data=16, expert=8)
+    config = configs.load("tml_interaction_small", ["train.batch=128", "train.capacity=1.1"])
+    axes = (AxisType.Explicit,) * 4
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
+        program = train_program(config, shape)
+        work = work_of(program.function, *program.arguments, platform="tpu")
+    needed = train_flops_per_token(config) * config.data.tokens
+    assert work.open_loops == 0
+    assert 4 / 3 <= work.flops / needed < 1.1 * 4 / 3
+    # Each layer's weights are gathered over `data` twice, their gradients scattered once.
+    gathered, scattered = (work.sent[kind, ("data",)] for kind in ("all_gather", "reduce_scatter"))
+    assert gathered == pytest.approx(2 * scattered, rel=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_a_plan_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"no compiler for it here \(pip install libtpu\)") as refused:
+        command.plan(configs.load("tiny"), "v5e:2x2", None, "train")
+    assert "\n" not in str(refused.value)
+
+
+def planned(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`jaxtml plan` of tiny in bfloat16, in a process of its own: the compiler stays in the one it was loaded into."""
+    tiny = configs.load("tiny", ["train.compute_dtype=bfloat16", "serve.compute_dtype=bfloat16"])
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(tiny))
+    command = [sys.executable, "-m", "jaxtml", "plan", str(path), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--topology", "v5e:2x4", "--mesh", "data=4,expert=2", "--set", "train.transport=ragged"),
+        ("--topology", "v6e:2x2", "--program", "serve"),
+    ],
+    ids=["train", "serve"],
+)
+def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_path):
+    done = planned(tmp_path, *arguments, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report.keys() >= KEYS
+    assert 0 < report["bytes_per_chip"] < report["chip_memory_bytes"]
+    assert report["chips"] == (4 if "serve" in arguments else 8) and report["flops_ratio"] >= 1
+    if "serve" in arguments:
+        assert report["mesh"] == "expert=4" and report["sessions_at_200_ms"] > report["sessions"] == 8
+
+
+@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--topology", "h100:1x4", "--mesh", "data=2,expert=2", "--set", "train.transport=ragged"),
+        ("--topology", "h100:1x4", "--program", "serve"),
+    ],
+    ids=["train", "serve"],
+)
+def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_path):
+    done = planned(tmp_path, *arguments, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report.keys() >= KEYS and report["chips"] == 4
+    assert 0 < report["bytes_per_chip"] < report["chip_memory_bytes"] and report["flops_ratio"] >= 1
+    if "serve" not in arguments:
+        assert any(kind.startswith("ragged_all_to_all") for kind in report["collective_bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
+    given = (
+        "--topology",
+        "v5e:4x4",
+        "--mesh",
+        "data=2,expert=8",
+        "--set",
+        "train.batch=16",
+        "--set",
+        "backbone.n_experts=8",
+    )
+    done = planned(tmp_path, *given, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["mesh"] == "data=2,expert=8"
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
+    done = planned(tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--set", "serve.sessions=40000")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert (
+        "does not fit v5e:1x1, a device has 15.75G and would need " in done.stderr
+        and "fewer serve.sessions" in done.stderr
+    )
+
+
+def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_that_it_needs():
+    """The program of eight chips with 32 sessions, traced: what a device holds, and what a round of it multiplies."""
+    shape = MeshShape(expert=2, tensor=4)
+    config = configs.load("tml_interaction_small")
+    axes = (AxisType.Explicit,) * 4
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
+        program = serve_program(config, shape, "tpu")
+        jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
+    served = command._served(config, shape, program, jaxpr, "tpu")
+    routed = 42 * 256 * 3 * 4096 * 2048 * 2
+    assert served.experts == routed / 8
+    assert served.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
+    assert served.longest == 9 + 12 + 2 + 4 and served.given == (6, 6 + 32 + 153)
+    # At most a block of eight rows for each of 96 choices; dense, it would be 128 experts for each of 32 sessions.
+    attention_and_rest = served.turn.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
+    assert 96 < attention_and_rest < 16 * 96

@@ -1,0 +1,52 @@
+"""A session is a span, with what happened in it; without OpenTelemetry there is none."""
+
+from __future__ import annotations
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from jaxtml.serve.monitoring import tracing
+from tests.serve.serving import serving
+
+
+@pytest.fixture(scope="module")
+def exported() -> InMemorySpanExporter:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)  # of this process, once
+    return exporter
+
+
+def test_a_session_is_a_span_with_what_happened_in_it(served, engine, exported):
+    async def test(server):
+        client = await server.start()
+        await server.go(2)
+        await client.cut_off(server.call())
+        again = await server.open()
+        started = client.started
+        resume = {"session_id": started["id"], "resume_token": started["resume"]["token"], "after": 1}
+        await again.say("session.resume", **resume)
+        await again.until("session.resumed")
+        await again.say("session.close")
+        async with server.ticking():
+            await again.until("session.closed")
+        (span,) = exported.get_finished_spans()
+        assert span.name == "chat small_test" and span.attributes is not None
+        assert span.attributes["gen_ai.conversation.id"] == started["id"]
+        assert span.attributes["jaxtml.end"] == "close_requested" and span.attributes["jaxtml.micro_turns"] >= 2
+        assert [event.name for event in span.events] == ["client gone", "client back"]
+        assert started["resume"]["token"] not in span.to_json()
+
+    serving(served, engine, test)
+
+
+def test_without_opentelemetry_a_span_is_nothing(monkeypatch):
+    monkeypatch.setattr(tracing, "trace", None)
+    span = tracing.session("sess_1", "live", "small_test", "everyone")
+    span.add_event("client gone")
+    span.set_attribute("jaxtml.end", "expired")
+    span.end()
+    assert not hasattr(span, "get_span_context")

@@ -1,0 +1,167 @@
+"""GPT-Live and clients that send too much, too fast, or nothing, and that take nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.sessions.manager import Limits
+from jaxtml.serve.transport import connection
+from jaxtml.stream.timebase import TURN_SAMPLES
+from tests.serve.protocols.live.test_live import text_of
+from tests.serve.serving import Client, Serving, eventually, serving
+
+
+def test_a_connection_that_says_nothing_or_only_nonsense_is_closed(served, engine):
+    async def test(serving: Serving) -> None:
+        silent = await serving.open()
+        assert (await silent.event())["error"]["code"] == "timeout" and await silent.closed() == 1008
+        noisy = await serving.open()
+        for _ in range(8):
+            await noisy.ws.send_str("nonsense")
+            assert (await noisy.event())["error"]["code"] == "invalid_json"
+        assert await noisy.closed() == 1008
+        assert not serving.desk.calls
+
+    serving(served, engine, test, limits=Limits(first_message_s=0.5))
+
+
+def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call = serving.call()
+        await client.ws.send_bytes(b"x" * (connection.MESSAGE_BYTES + 1))
+        assert await client.closed() == 1009
+        await eventually(lambda: not call.session.attached)
+        assert not call.session.ended
+
+    serving(served, engine, test)
+
+
+def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call, chunk = serving.call(), text_of(bytes(2 * TURN_SAMPLES))
+        sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds
+        await eventually(lambda: not call.session.hearing.room())
+        await asyncio.sleep(0.3)
+        assert call.session.hearing.waiting == 160_000 and len(call.speaks.intake._unheard) <= TURN_SAMPLES
+        async with serving.ticking():
+            await eventually(lambda: sending.done() and call.speaks.intake.taken == 120 * 2 * TURN_SAMPLES)
+        assert call.session.hearing.missed == 0, "and all of it is heard, one after the other"
+
+    serving(served, engine, test)
+
+
+def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call, chunk = serving.call(), text_of(bytes(4 * 16_000))
+        intake = call.speaks.intake
+        for _ in range(6):  # of two seconds each; there is room for five
+            await client.say("session.input_audio.append", audio=chunk)
+        await eventually(lambda: intake.taken == 6 * 64_000)
+        client = await _back(serving, client)
+        await client.say("session.input_audio.append", audio=chunk)  # waits, and is not counted
+        await asyncio.sleep(0.2)
+        call.carried.replace()  # which another connection does when it tells its client how much was taken
+        intake.clear()
+        call.heard.set()  # in the same moment there is room
+        await eventually(lambda: call.carried is None)
+        assert intake.taken == 6 * 64_000 and await client.closed() == 1008
+
+    serving(served, engine, test)
+
+
+async def _back(serving: Serving, client: Client) -> Client:
+    """A client that was cut off, over another connection."""
+    call = serving.call()
+    await client.cut_off(call)
+    again = await serving.open()
+    await again.say("session.resume", session_id=call.id, resume_token=call.secret, after=call.outbox.last)
+    await again.until("session.resumed")
+    return again
+
+
+async def _flood(client: Client, chunk: str, count: int) -> None:
+    async def listen() -> None:
+        async for _ in client.ws:
+            pass
+
+    listening = asyncio.create_task(listen())
+    for _ in range(count):
+        await client.say("session.input_audio.append", audio=chunk)
+    listening.cancel()
+
+
+def test_messages_that_come_too_fast_are_slowed_down(served, engine, monkeypatch):
+    monkeypatch.setattr(connection, "_BURST", 10)
+    monkeypatch.setattr(connection, "_PER_SECOND", 100)
+
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        began = time.monotonic()
+        for _ in range(60):
+            await client.ws.send_str("nonsense")
+        for _ in range(60):
+            await client.until("error")
+        assert time.monotonic() - began > 0.3
+
+    serving(served, engine, test)
+
+
+def test_a_client_that_takes_nothing_loses_its_session(served, engine, monkeypatch):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call = serving.call()
+        call.outbox.most = 100_000
+        client.ws._response.connection.transport.pause_reading()
+        for _ in range(100):  # more than all buffers between the two hold
+            call.outbox.put(bytes(90_000))
+            await asyncio.sleep(0)
+        await eventually(lambda: call.session.ended)
+        assert call.session.ended is End.SLOW
+        other = await serving.start()
+        await serving.go()
+        await other.until("session.output_audio.delta")
+
+    serving(served, engine, test)
+
+
+def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served, engine, monkeypatch):
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        call = serving.call()
+        await client.say("session.input_text.append", content="a", event_id="e" * 600)
+        assert (await client.until("error"))["error"]["param"] == "event_id"
+        for n in range(4200):
+            await client.say("session.input_text.append", content="a", event_id=str(n))
+        error = (await client.until("error"))["error"]
+        assert error["code"] == "rate_limit_exceeded" and len(call.session.typed) == 4096
+        assert call.session.waiting == sum(len(piece.tokens) for piece in call.session.typed)
+        began = time.monotonic()
+        await client.say("session.commentary.append", content="x" * 900_000, delegation_id=None)
+        while (await client.until("error"))["error"]["code"] != "string_above_max_length":
+            pass
+        assert time.monotonic() - began < 2, "refused by its size, not by its tokens"
+        chunk = text_of(bytes(4 * 16_000))
+        for _ in range(3):  # of two seconds each, over connections that are lost
+            for _ in range(4):
+                await client.say("session.input_audio.append", audio=chunk)
+            await asyncio.sleep(0.2)
+            client = await _back(serving, client)
+        intake = call.speaks.intake
+        assert len(intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
+        assert intake.taken == 2 * (call.session.hearing.waiting + len(intake._unheard)), (
+            "what is told as taken is there"
+        )
+        beside = [await serving.open(f"/v1/live/sessions/{call.id}/attach") for _ in range(4)]
+        async with serving.http.get(f"{serving.url}/v1/live/sessions/{call.id}/attach") as refused:
+            assert refused.status == 429
+        for one in beside:
+            await one.ws.close()
+
+    monkeypatch.setattr(connection, "_PER_SECOND", 100_000)
+    monkeypatch.setattr(connection, "_BURST", 100_000)
+    serving(served, engine, test)

@@ -1,0 +1,178 @@
+"""Items that clients of OpenAI's Realtime API put into a conversation: given to the model whole, or not at all."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.tokens import Control
+from tests.serve.protocols.realtime.test_realtime import LISTEN, SAY, SPEAK, WEATHER, check, opened
+from tests.serve.serving import Client, Serving, eventually, jpeg, serving, unread
+from tests.serve.stepped import scripted
+
+TEXT = {"type": "input_text", "text": "the sky"}
+SECOND = {"type": "input_audio", "audio": base64.b64encode(bytes(48_000)).decode()}
+
+
+def picture(data: bytes) -> dict[str, str]:
+    return {"type": "input_image", "image_url": f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"}
+
+
+async def create(client: Client, *parts: dict[str, Any], **fields: Any) -> None:
+    item = {"type": "message", "role": "user", "content": parts, **fields}
+    await client.say("conversation.item.create", item=item)
+
+
+def test_a_conversation_with_calls_can_be_told_anew(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, tools=[WEATHER])
+        call = {"type": "function_call", "call_id": "c1", "id": "i1", "name": "weather", "arguments": "{}"}
+        output = {"type": "function_call_output", "call_id": "c1", "id": "i2", "output": "the sky"}
+        for item in (call, output):
+            await client.say("conversation.item.create", item=item)
+            await client.until("conversation.item.done")
+        assert not client.of("error") and not serving.counted("duplex_delegation_duration_seconds_count")
+        for again, code in ((call, "item_create_duplicate_item_id"), (output | {"id": "i3"}, "item_call_id_not_found")):
+            await client.say("conversation.item.create", item=again)
+            assert (await client.until("error"))["error"]["code"] == code
+        for n in range(300):
+            await client.say("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
+        for _ in range(300):
+            await client.until("conversation.item.done")
+        assert len(serving.call().speaks.called) == len(serving.call().speaks.items) == 256
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        session = serving.call().session
+        for role, kind, mark in (
+            ("user", "input_text", Control.TYPED),
+            ("system", "input_text", Control.BACKGROUND),
+            ("assistant", "output_text", Control.BACKGROUND),
+        ):
+            await create(client, {"type": kind, "text": "the sky"}, role=role, id=role)
+            await client.until("conversation.item.done")
+            assert session.typed[-1].mark is mark
+        await client.say("conversation.item.retrieve", item_id="user")
+        assert (await client.until("conversation.item.retrieved"))["item"]["content"][0]["text"] == "the sky"
+        await client.say("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
+        await client.until("conversation.item.truncated")
+        await client.say("conversation.item.delete", item_id="user")
+        await client.until("conversation.item.deleted")
+        await client.say("conversation.item.retrieve", item_id="user")
+        assert (await client.until("error"))["error"]["code"] == "item_retrieve_invalid_item_id"
+        await create(client, SECOND)
+        await client.until("conversation.item.done")
+        assert 15_900 <= session.hearing.waiting <= 16_000
+        await client.say("input_audio_buffer.clear")
+        await client.until("input_audio_buffer.cleared")
+        assert session.hearing.waiting == 0
+        session.typed.clear()
+        await create(client, TEXT, TEXT)
+        await client.until("conversation.item.done")
+        tokens = unread(session)
+        assert tokens == engine.codec.encode("the sky\nthe sky")
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+def test_a_message_is_given_whole_or_not_at_all(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        session = serving.call().session
+        await create(client, TEXT, SECOND, picture(b"no picture"))
+        assert "JPEG or PNG" in (await client.until("error"))["error"]["message"]
+        await create(client, picture(jpeg(20)), {"type": "input_text", "text": "the sky " * 9_000})
+        assert (await client.until("error"))["error"]["code"] == "string_above_max_length"
+        await create(client, picture(jpeg(20)), {"type": "input_text"})
+        await client.until("error")
+        assert not session.typed and not session.hearing.waiting and session.patches is None
+        assert not client.of("conversation.item.added")
+        await create(client, picture(jpeg(20)), picture(jpeg(200)))
+        await client.until("conversation.item.done")
+        (before, now) = session.patches[0]
+        assert np.array_equal(before, now), "what was refused, and what was not the last, is not seen beside it"
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_nothing(served, engine):
+    later = (SECOND, {"type": "input_text", "text": "a number"}, picture(jpeg(20)))
+
+    async def test(serving: Serving) -> None:
+        client = await opened(serving)
+        call, events = serving.call(), []
+        intake = call.speaks.intake
+
+        async def cut(client: Client) -> Client:
+            await client.cut_off(call)
+            events.extend(client.events)
+            query = f"session_id={call.id}&resume_token={call.secret}&after={events[-1]['sequence_number']}"
+            return await serving.open(f"/v1/realtime?{query}")
+
+        await create(client, *8 * [SECOND], TEXT, *7 * [SECOND], id="long")
+        assert (await client.until("conversation.item.done"))["item"]["id"] == "long"
+        client = await cut(client)
+        given = intake.waiting
+        assert abs(given - 15 * 16_000) < 200, "where there is room for ten seconds"
+        await create(client, *later, id="later")
+        await eventually(lambda: intake.seeing._before is not None)
+        client = await cut(client)
+        assert intake.waiting == given and call.session.patches is None
+        assert unread(call.session) == engine.codec.encode("the sky")
+        await create(client, *later, id="later")
+        async with serving.ticking():
+            assert (await client.until("conversation.item.done"))["item"]["id"] == "later"
+        client.events = events + client.events
+        assert not client.of("error")
+        check(client)
+
+    serving(served, engine, test, model=scripted({}))
+
+
+def test_what_is_refused_costs_no_answer_that_waits(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        await serving.go(6)
+        await create(client, {"type": "input_text"})
+        await client.until("error")
+        await client.say("response.create")
+        done = (await client.until("response.done"))["response"]
+        assert done["output"][0]["content"][0]["transcript"] == " it is"
+
+    serving(served, engine, test, model=scripted({2: (SAY, " it is", SPEAK), 3: (LISTEN,)}))
+
+
+def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(served, engine):
+    async def test(serving: Serving) -> None:
+        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        await create(client, *9 * [SECOND])
+        await client.say("response.create")
+        await client.until("response.created")
+        call = serving.call()
+        for _ in range(94):
+            call.session.hearing.put(np.zeros(TURN_SAMPLES, np.float32))  # its client stays nine seconds ahead
+            await serving.go(1)
+        assert call.speaks.response is not None
+        await serving.go(1)
+        done = (await client.until("response.done"))["response"]
+        assert done["output"] == [] and call.session.turns == 95, "45 of sound, and 50"
+        await create(client, {"type": "input_text", "text": "the sky " * 60})
+        await client.say("response.create")
+        await client.until("response.created")
+        pieces = len(call.session.typed)
+        await serving.go(pieces + 49)
+        assert pieces > 50 and call.speaks.response is not None, "it is read first"
+        await serving.go(1)
+        await client.until("response.done")
+
+    serving(served, engine, test, model=scripted({}))

@@ -1,0 +1,76 @@
+"""Workers side by side: who gets a new session, and what happens when one of them is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from jaxtml.errors import InputError
+from jaxtml.serve.runtime.pool import started
+from jaxtml.serve.runtime.scheduler import End, Full
+
+
+def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkpoint):
+    async def main() -> None:
+        async with started(checkpoint, 3, 2) as (pool, ready):
+            assert [hub.capacity for hub in pool.hubs] == [2, 1] and pool.capacity == 3
+            assert '"name": "small_test"' in ready.config
+            running = asyncio.create_task(pool.run())
+            sessions = [pool.admit(seed) for seed in range(3)]
+            assert [len(hub.sessions) for hub in pool.hubs] == [2, 1]
+            assert sorted(map(id, pool.sessions)) == sorted(map(id, sessions))
+            with pytest.raises(Full):
+                pool.admit(3)
+            for session in sessions:
+                assert (await session.turns_after(-1))[0].number == 0
+            sessions[2].end(End.ASKED)
+            await asyncio.sleep(0.5)
+            pool.admit(4)
+            os.kill(pool.hubs[1].model.process.pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
+            with pytest.raises(ConnectionError, match="the model's process is gone"):
+                await running
+
+    asyncio.run(main())
+
+
+def test_groups_of_one_worker_have_clocks_of_their_own(checkpoint):
+    ended: list[float] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with started(checkpoint, 7, 1, lambda *_: ended.append(loop.time())) as (pool, ready):
+            assert ready.groups == 2 and [hub.capacity for hub in pool.hubs] == [4, 3] and len(pool.links) == 1
+            running = asyncio.create_task(pool.run())
+            first, second = pool.admit(0), pool.admit(0)
+            assert [len(hub.sessions) for hub in pool.hubs] == [1, 1]
+            for session in (first, second):
+                assert (await session.turns_after(4))[0].number == 5
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+    apart = np.diff(ended)
+    assert len(ended) > 9 and 0.05 < np.median(apart) < 0.15, "half a tick"
+
+
+@pytest.mark.parametrize("workers", [0, 2, 10_000])
+def test_a_number_of_workers_that_does_not_fit_is_refused(checkpoint, workers):
+    async def main() -> None:
+        async with started(checkpoint, 1, workers):
+            pass
+
+    with pytest.raises(InputError, match=f"{workers} workers for 1 sessions"):
+        asyncio.run(main())
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_and_no_worker_is_left(tmp_path):
+    async def main() -> None:
+        async with started(tmp_path, 2, min(2, len(os.sched_getaffinity(0)))):
+            pass
+
+    with pytest.raises(InputError, match="not a jaxtml checkpoint"):
+        asyncio.run(main())

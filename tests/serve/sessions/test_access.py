@@ -1,0 +1,137 @@
+"""Who may use a server, and how much of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from jaxtml.errors import InputError
+from jaxtml.serve.sessions.access import EVERYONE, Access, Key, Refused
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def refused(*arguments, of) -> str:
+    with pytest.raises(Refused) as error:
+        of(*arguments)
+    return error.value.code
+
+
+def test_a_key_is_known_by_itself_or_by_its_digest_and_the_digest_is_no_key():
+    digest = "sha256:" + hashlib.sha256(b"sk-hidden-key").hexdigest()
+    access = Access([Key(name="plain", key="sk-plain-key"), Key(name="hidden", key=digest)])
+    assert access.who("sk-plain-key").key.name == "plain"
+    assert access.who("sk-hidden-key").key.name == "hidden"
+    assert refused(digest, of=access.who) == "invalid_api_key"
+    assert refused("", of=access.who) == refused(None, of=access.who) == "missing_api_key"
+
+
+def test_without_keys_everyone_may():
+    access = Access()
+    assert access.who(None).key is EVERYONE and access.who("anything").key is EVERYONE
+    for n in range(1000):
+        access.ask(access.who(None))
+        access.begin(access.who(None), f"s{n}", "live")
+
+
+def test_a_short_lived_key_has_the_scopes_of_its_maker_and_an_end():
+    clock = Clock()
+    maker = Key(name="maker", key="sk-maker-key", scopes=("live", "realtime"))
+    access = Access([maker], "s" * 32, clock)
+    value = access.ephemeral(access.who("sk-maker-key"), int(clock.time) + 60, ("realtime", "moshi"), {"a": 1})
+    grant = access.who(value)
+    assert (grant.key, grant.scopes, grant.session) == (maker, {"realtime"}, {"a": 1})
+    assert refused(grant, "s1", "live", of=access.begin) == "insufficient_scope"
+    access.begin(grant, "s1", "realtime")
+    replica = Access([maker], "s" * 32, clock)
+    assert replica.who(value).key == maker, "replicas with the file know it"
+    for other in (Access([maker], "t" * 32, clock), Access([maker], "", clock)):
+        assert refused(value, of=other.who) == "invalid_api_key"
+    assert refused(value[:-3] + "abc", of=access.who) == "invalid_api_key"
+    assert refused("ek_nonsense", of=access.who) == "invalid_api_key"
+    without = Access([Key(name="other", key="sk-other-key")], "s" * 32, clock)
+    assert refused(value, of=without.who) == "invalid_api_key", "its maker was taken away"
+    clock.time += 61
+    assert refused(access.who(value), of=access.ask) == "expired_api_key"
+
+
+def test_requests_sessions_and_minutes_are_counted_by_key():
+    clock = Clock()
+    key = Key(name="one", key="sk-first-key", sessions=2, minutes_per_day=10, requests_per_minute=3)
+    access = Access([key, Key(name="two", key="sk-second-key")], now=clock)
+    grant = access.who("sk-first-key")
+    for _ in range(3):
+        access.ask(grant)
+        clock.time += 10
+    with pytest.raises(Refused) as error:
+        access.ask(grant)
+    assert error.value.code == "rate_limit_exceeded" and error.value.retry_after_s == pytest.approx(30)
+    clock.time += 31
+    access.ask(grant)
+    access.begin(grant, "a", "live")
+    access.begin(grant, "b", "live")
+    assert refused(grant, "c", "live", of=access.begin) == "session_limit_exceeded"
+    access.begin(access.who("sk-second-key"), "d", "live")
+    clock.time += 240
+    assert access.minutes("one") == pytest.approx(8)
+    access.end("one", "a")
+    access.end("one", "a")  # once
+    access.end("one", "b")
+    access.begin(grant, "e", "live")
+    clock.time += 180
+    access.end("one", "e")
+    with pytest.raises(Refused) as error:
+        access.begin(grant, "f", "live")
+    assert error.value.code == "quota_exceeded" and 0 < error.value.retry_after_s <= 86_400
+    clock.time += 86_400
+    access.begin(grant, "f", "live")
+    assert access.minutes("one") == 0 and access.left_s(grant) == pytest.approx(600)
+
+
+def test_a_million_short_sessions_take_no_memory():
+    clock = Clock()
+    access = Access([Key(name="one", key="sk-first-key")], now=clock)
+    grant = access.who("sk-first-key")
+    for n in range(5000):
+        access.begin(grant, str(n), "live")
+        clock.time += 0.1
+        access.end("one", str(n))
+    assert len(access._used["one"]) < 12 and access.minutes("one") == pytest.approx(500 / 60)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"keys": []}',
+        '{"keys": [{"name": "a", "key": "short"}]}',
+        '{"keys": [{"name": "", "key": "sk-long-enough"}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough", "scopes": ["all"]}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough", "colour": 1}]}',
+        '{"keys": [{"name": "a", "key": "sk-long/enough"}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "a", "key": "sk-another-one"}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "b", "key": "sk-long-enough"}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough"}], "secret": "short"}',
+    ],
+)
+def test_a_file_that_says_anything_else_is_refused_without_telling_keys(tmp_path, text):
+    (tmp_path / "keys.json").write_text(text)
+    with pytest.raises(InputError) as error:
+        Access.load(tmp_path / "keys.json")
+    assert "sk-" not in str(error.value) and "keys.json" in str(error.value)
+
+
+def test_a_file_is_read(tmp_path):
+    with pytest.raises(InputError, match="no keys in"):
+        Access.load(tmp_path / "missing.json")
+    keys = [{"name": "a", "key": "sk-long-enough", "sessions": 3}]
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": keys, "secret": "s" * 32}))
+    assert Access.load(tmp_path / "keys.json").who("sk-long-enough").key.sessions == 3

@@ -1,0 +1,309 @@
+"""The page in a browser, where there is one: a fake microphone plays a real recording to the shipped model.
+
+Chromium is driven over its DevTools protocol (`--remote-debugging-port`), which needs no driver besides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from jaxtml.serve.web import server as routes
+from tests.serve.serving import Serving, eventually, serving
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PAGE = Path(routes.__file__).parent / "page"
+
+
+def test_the_page_is_served_whole_and_asks_nobody_else(served, engine):
+    async def test(serving: Serving) -> None:
+        async with serving.http.get(serving.url) as response:
+            html = await response.text()
+            assert response.status == 200 and response.content_type == "text/html"
+            assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        parts = re.findall(r'(?:src|href)="([^"]+)"', html)
+        assert "page.js" in parts and "style.css" in parts
+        for part in (*parts, "live.js", "sound.js", "timeline.js", "demo.flac"):
+            if not part.startswith("data:"):
+                async with serving.http.get(f"{serving.url}/{part}") as response:
+                    assert response.status == 200 and await response.read()
+        for file in PAGE.iterdir():
+            assert not re.search(r"https?://|//cdn", file.read_text()), f"{file.name} asks another server"
+        async with serving.http.get(f"{serving.url}/../access.py") as response:
+            assert response.status == 404
+
+    serving(served, engine, test)
+
+
+class Browser:
+    """A tab of Chromium."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse):
+        self.ws, self.number, self.errors = ws, 0, []
+
+    async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.number += 1
+        await self.ws.send_json({"id": self.number, "method": method, "params": parameters})
+        while True:
+            answer = await asyncio.wait_for(self.ws.receive_json(), 30)
+            if answer.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(answer["params"]["exceptionDetails"])
+            if answer.get("id") == self.number:
+                return answer["result"]
+
+    async def press(self, key: str, alt: bool = False) -> None:
+        """Tab, Enter, or a letter."""
+        key = {"key": key, "code": f"Key{key.upper()}" if len(key) == 1 else key, "modifiers": int(alt)}
+        key["windowsVirtualKeyCode"] = {"Tab": 9, "Enter": 13}.get(key["key"], ord(key["key"][0].upper()))
+        text = {"text": "\r"} if key["key"] == "Enter" else {}
+        await self.ask("Input.dispatchKeyEvent", type="keyDown", **key, **text)
+        await self.ask("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    async def run(self, script: str) -> Any:
+        found = await self.ask("Runtime.evaluate", expression=script, awaitPromise=True, userGesture=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def until(self, script: str, seconds: float = 30) -> Any:
+        async with asyncio.timeout(seconds):
+            while not (value := await self.run(script)):
+                await asyncio.sleep(0.1)
+        return value
+
+
+@asynccontextmanager
+async def browser(url: str, folder: Path, *flags: str) -> AsyncIterator[Browser]:
+    assert CHROMIUM is not None
+    process = subprocess.Popen(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}",
+            "--use-fake-ui-for-media-stream",
+            "--use-fake-device-for-media-stream",
+            "--autoplay-policy=no-user-gesture-required",
+            "--window-size=1100,900",
+            *flags,
+            "about:blank",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        found = None
+        while found is None:
+            line = await asyncio.to_thread(process.stderr.readline)
+            assert line, "Chromium ended"
+            found = re.search(r"ws://([\d.:]+)/", line)
+        async with aiohttp.ClientSession() as http:
+            async with http.get(f"http://{found[1]}/json/list") as tabs:
+                tab = next(one for one in json.loads(await tabs.text()) if one["type"] == "page")
+            tab = Browser(await http.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0))
+            await tab.ask("Runtime.enable")
+            await tab.ask("Page.enable")
+            await tab.ask("Page.navigate", url=url)
+            yield tab
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def typed(serving: Serving) -> list[int]:
+    return [token for one in serving.given() for token in one.text]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            assert await tab.run("document.getElementById('model').textContent") == "small_test"
+            assert not await tab.run("document.getElementById('access').checkVisibility()")
+            assert await tab.run("document.querySelectorAll('#cards li').length") > 1
+            await tab.run("document.getElementById('talk').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            call = serving.call()
+            await tab.until("document.querySelectorAll('#words li').length > 1")
+            await tab.run("document.getElementById('mute').click()")
+            await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await tab.until("document.getElementById('words').textContent.includes('the sky')")
+            await tab.run("document.getElementById('camera').click()")
+            await tab.until("document.getElementById('camera').getAttribute('aria-pressed') === 'true'")
+            assert call.session.hearing.muted and call.speaks.intake.taken > 0
+            given = serving.given()
+            async with asyncio.timeout(20):
+                while not any(one.patches is not None for one in given):
+                    await asyncio.sleep(0.1)
+                    given = [one for tick in serving.model.ticks[-50:] for one in tick.given.values()]
+            await tab.run("document.getElementById('stop').click()")
+            await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
+            assert not await tab.run("document.getElementById('talk').disabled")
+            assert tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served, engine, tmp_path):
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking(0.2):
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run("document.getElementById('talk').click(); document.getElementById('talk').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            call = serving.call()
+            await eventually(lambda: call.speaks.intake.taken > 48_000)
+            began, before = time.monotonic(), call.speaks.intake.taken
+            call.carried.line._transport.abort()
+            await eventually(lambda: not call.session.attached)
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.speaks.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
+            call.carried.line._transport.abort()
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            await tab.run("document.getElementById('mute').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.session.hearing.muted)
+            taken = call.speaks.intake.taken
+            await asyncio.sleep(0.5)
+            assert call.speaks.intake.taken == taken, "who is muted is not even sent"
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
+            call.carried.line._transport.pause_reading()
+            await tab.run("text.value = 'a number'; typing.requestSubmit()")
+            await asyncio.sleep(0.2)  # on its way, and never read
+            call.carried.line._transport.abort()
+            await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
+            put, heard = call.session.hearing.put, []
+            call.session.hearing.put = lambda samples: (heard.append(not call.session.hearing.muted), put(samples))
+            await tab.run("document.getElementById('mute').click()")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            await eventually(lambda: call.speaks.intake.taken > taken + 24_000)
+            both = engine.codec.encode("the sky") + engine.codec.encode("a number")
+            await eventually(lambda: len(typed(serving)) >= len(both))
+            assert typed(serving) == both, "nothing twice"
+            assert all(heard), "what was said while the server did not know that it was not muted any more"
+            assert serving.call() is call and call.session.turns and tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(served, engine, tmp_path):
+    slow = """
+        const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        window.allow = [];
+        navigator.mediaDevices.getUserMedia = async (wants) => {
+          const stream = await ask(wants);
+          if (wants.video) await new Promise((resolve) => allow.push(() => resolve(stream)));
+          return stream;
+        };"""
+
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run(slow)
+            for count in (1, 2):
+                await tab.run("document.getElementById('talk').click()")
+                await tab.until("!document.getElementById('camera').disabled")
+                await tab.run("document.getElementById('camera').click()")
+                await tab.until(f"allow.length === {count}")
+                if count == 1:
+                    await tab.run("document.getElementById('stop').click()")
+                    await tab.until("!document.getElementById('talk').disabled")
+            pressed = "document.getElementById('camera').getAttribute('aria-pressed') === 'true'"
+            await tab.run("allow[1]()")
+            await tab.until(pressed)
+            ours = await tab.run("document.getElementById('view').srcObject.id")
+            await tab.run("allow[0]()")
+            await asyncio.sleep(0.5)
+            assert await tab.run("document.getElementById('view').srcObject.id") == ours
+            assert await tab.run("document.getElementById('view').checkVisibility()") and await tab.run(pressed)
+            assert tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
+    focus = "document.activeElement.id"
+
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.press("Tab")
+            assert await tab.run(focus) == "talk"
+            await tab.press("Enter")
+            await tab.until("document.getElementById('state').textContent === 'Connected'")
+            call = serving.call()
+            assert await tab.run(focus) == "stop", "not nowhere"
+            order = []
+            for _ in range(2):
+                await tab.press("Tab")
+                order.append(await tab.run(focus))
+            assert order == ["text", "send"]
+            await tab.run("text.focus()")
+            await tab.ask("Input.insertText", text="the sky")
+            await tab.press("Enter")
+            await tab.until("document.getElementById('words').textContent.includes('the sky')")
+            await tab.press("m", alt=True)
+            await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
+            assert await tab.run("text.value") == "", "a shortcut is no letter"
+            tree = (await tab.ask("Accessibility.getFullAXTree"))["nodes"]
+            named = {
+                (node["role"]["value"], node.get("name", {}).get("value", ""))
+                for node in tree
+                if any(one["name"] == "focusable" for one in node.get("properties", ()))
+                or node.get("role", {}).get("value") in ("image", "log", "status", "button", "textbox")
+            }
+            assert all(name for role, name in named if role not in ("status", "RootWebArea")), named
+            assert {("button", "End"), ("button", "Muted"), ("textbox", "Type to the model")} <= named
+            assert ("log", "What was heard and said") in named
+            await tab.press("s", alt=True)
+            await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
+            assert call.session.ended and tab.errors == []
+
+    serving(served, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_camera_is_seen_as_it_is(served, engine, tmp_path):
+    """Its picture is a file: the left half dark, the right half bright."""
+    luma = np.full((240, 320), 16, np.uint8)
+    luma[:, 160:] = 235
+    header, grey = b"YUV4MPEG2 W320 H240 F10:1 Ip A1:1 C420jpeg\n", np.full(320 * 240 // 2, 128, np.uint8).tobytes()
+    (tmp_path / "camera.y4m").write_bytes(header + (b"FRAME\n" + luma.tobytes() + grey) * 10)
+
+    async def test(serving: Serving) -> None:
+        flag = f"--use-file-for-fake-video-capture={tmp_path / 'camera.y4m'}"
+        async with browser(serving.url, tmp_path / "profile", flag) as tab, serving.ticking():
+            await tab.until("document.getElementById('state')?.textContent === 'Ready'")
+            await tab.run("document.getElementById('talk').click()")
+            await tab.until("!document.getElementById('camera').disabled")
+            await tab.run("document.getElementById('camera').click()")
+            await tab.until("document.getElementById('view').checkVisibility()")
+            seen: list[np.ndarray] = []
+            async with asyncio.timeout(20):
+                while len(seen) < 3:
+                    await asyncio.sleep(0.1)
+                    given = serving.given()
+                    seen = [one.patches for one in given if one.patches is not None]
+        (left, right) = seen[-1][:, -1]  # two patches are what this model takes: a picture of 51 x 38 pixels
+        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "in CLIP's units"
+
+    serving(served, engine, test)

@@ -1,0 +1,116 @@
+"""Who may use the addresses of a server, by key and by the page that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from aiohttp import WSMsgType
+
+from jaxtml.serve.sessions.access import Access, Key
+from jaxtml.serve.sessions.manager import Limits
+from tests.serve.serving import Serving, serving
+from tests.serve.stepped import scripted
+
+
+def test_keys_and_origins_decide_who_may_begin(served, engine):
+    access = Access([Key(name="one", key="sk-first-key", sessions=1), Key(name="two", key="sk-second-key")])
+
+    async def test(serving: Serving) -> None:
+        live = f"{serving.url}/v1/live/sessions"
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer wrong"}, 401),
+            ({"Authorization": "Bearer sk-first-key", "Origin": "https://evil.example"}, 403),
+        ):
+            async with serving.http.get(live, headers=headers) as refused:
+                body = await refused.json()
+                assert refused.status == status and body["error"]["code"]
+        async with serving.http.get(f"{serving.url}/v1/models") as refused:
+            assert refused.status == 401
+        browser = await serving.open(protocols=("realtime", "openai-insecure-api-key.sk-first-key"))
+        assert browser.ws.protocol == "realtime"
+        await browser.say("session.start", session={"model": "small_test"})
+        assert (await browser.event())["type"] == "session.started"
+        again = await serving.open(headers={"Authorization": "Bearer sk-first-key", "Origin": "https://page.example"})
+        await again.say("session.start", session={"model": "small_test"})
+        assert (await again.event())["error"]["code"] == "session_limit_exceeded"
+        assert await again.closed() == 1013
+        (name,) = serving.desk.calls
+        other = {"Authorization": "Bearer sk-second-key"}
+        async with serving.http.get(f"{live}/{name}/attach", headers=other) as refused:
+            assert refused.status == 404, "another key's sessions are not even there"
+        async with serving.http.options(live, headers={"Origin": "https://page.example"}) as asked:
+            assert asked.headers["Access-Control-Allow-Origin"] == "https://page.example"
+        assert serving.counted("duplex_admission_rejected_total", reason="session_limit_exceeded") == 1
+
+    serving(served, engine, test, access=access, origins=("https://page.example",))
+
+
+def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_keys(served, engine):
+    async def test(serving: Serving) -> None:
+        headers = {"Host": "rebound.example", "Origin": "http://rebound.example"}
+        async with serving.http.get(f"{serving.url}/v1/live/sessions", headers=headers) as refused:
+            assert refused.status == 403
+        own = {"Origin": serving.url}
+        async with serving.http.get(f"{serving.url}/v1/models", headers=own) as allowed:
+            assert allowed.status == 200
+
+    serving(served, engine, test)
+
+
+def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
+    clock = [0.0]
+    access = Access([Key(name="one", key="sk-first-key", minutes_per_day=10)], now=lambda: clock[0])
+
+    async def test(serving: Serving) -> None:
+        headers = {"Authorization": "Bearer sk-first-key"}
+        clients = [await serving.open("/v1/realtime", headers=headers) for _ in range(2)]
+        clock[0] = 4 * 60.0
+        await serving.go(2)
+        await asyncio.sleep(0.1)
+        assert len(serving.desk.calls) == 2, "eight of ten"
+        clock[0] = 4.75 * 60.0
+        await serving.go(2)
+        for client in clients:
+            told = (await client.until("session.updated"))["session"]["expires_at"]
+            assert 0 <= told - time.time() + 1 <= 16, "a quarter of a minute, in which a key's minutes are used up"
+        clock[0] = 5 * 60.0
+        await serving.go(2)
+        for client in clients:
+            assert await client.closed() == 1000 and client.of("error")[0]["error"]["code"] == "session_expired"
+
+    serving(served, engine, test, access=access, model=scripted({}))
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served, engine):
+    async def test(serving: Serving) -> None:
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(5)
+
+        for path in ("/v1/realtime/client_secrets", "/v1/live/sessions"):
+            async with serving.http.post(serving.url + path, data=slow()) as refused:
+                assert refused.status == 408 and (await refused.json())["error"]["code"] == "timeout"
+
+    serving(served, engine, test, limits=Limits(first_message_s=0.2))
+
+
+def test_pings_are_answered_no_faster_than_anyone_needs(served, engine):
+    async def test(serving: Serving) -> None:
+        flood = await serving.http.ws_connect(f"{serving.url}/v1/live/sessions", autoping=False)
+        began = time.monotonic()
+        for _ in range(2000):
+            await flood.ping()
+        client = await serving.start()
+        await client.say("session.close")
+        async with serving.ticking():
+            await client.until("session.closed")
+        answered = 0
+        while (took_s := time.monotonic() - began) < 3:
+            assert (await flood.receive(timeout=3)).type is WSMsgType.PONG
+            answered += 1
+        assert 40 <= answered <= 41 + 20 * took_s
+
+    serving(served, engine, test, model=scripted({}))
