@@ -37,7 +37,7 @@ from jaxtml.model.spec import Params, init_params
 from jaxtml.session.engine import Engine
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.text import TextCodec
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes; a program without one runs on the first
 
@@ -143,15 +143,17 @@ def codec() -> TextCodec:
 def random_talk(seed: int, turns: int = 16) -> Conversation:
     """A conversation of noise with random words, stretches of speech, typed text and frames, in the rules of one."""
     rng = np.random.default_rng(seed)
-    samples = turns * TURN_SAMPLES
-    user = (0.1 * rng.standard_normal(samples) * np.repeat(rng.random(turns) < 0.5, TURN_SAMPLES)).astype(np.float32)
+    samples = turns * MICRO_TURN_SAMPLES
+    user = (0.1 * rng.standard_normal(samples) * np.repeat(rng.random(turns) < 0.5, MICRO_TURN_SAMPLES)).astype(
+        np.float32
+    )
     assistant = np.zeros(samples, np.float32)
     ends = np.sort(rng.uniform(0.3, turns * 0.2, int(rng.integers(0, turns))))
     user_words = tuple(Word(WORDS[int(rng.integers(len(WORDS)))], float(end) - 0.2, float(end)) for end in ends)
     edges = np.sort(rng.choice(turns + 1, 2 * int(rng.integers(0, 4)), replace=False)).tolist()
     speech = []
     for start, end in zip(edges[::2], edges[1::2], strict=True):
-        heard = slice((start + 1) * TURN_SAMPLES, (end + 1) * TURN_SAMPLES)
+        heard = slice((start + 1) * MICRO_TURN_SAMPLES, (end + 1) * MICRO_TURN_SAMPLES)
         assistant[heard] = 0.1 * rng.standard_normal(len(assistant[heard]))
         begins = np.sort(rng.uniform(0.2 * (start + 1), 0.2 * (end + 1), int(rng.integers(0, 2 * (end - start)))))
         words = tuple(Word(WORDS[int(rng.integers(len(WORDS)))], float(b), float(b) + 0.1) for b in begins)

@@ -33,7 +33,7 @@ from jaxtml.evals.judge import Judge, errors
 from jaxtml.model.spec import Params
 from jaxtml.model.speech.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
-from jaxtml.stream.timebase import FINE_HOP, FINE_PER_TURN, FINE_WINDOW, SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import FINE_HOP, FINE_PER_MICRO_TURN, FINE_WINDOW, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.train.vocoder.data import disturb
 from jaxtml.train.vocoder.training import trained
 
@@ -67,7 +67,7 @@ def human_voices() -> list[tuple[str, np.ndarray]]:
 
 def on_grid(wave: np.ndarray) -> np.ndarray:
     """A micro-turn of silence on both sides, a whole number of micro-turns long."""
-    return np.pad(wave, (TURN_SAMPLES, TURN_SAMPLES + -len(wave) % TURN_SAMPLES))
+    return np.pad(wave, (MICRO_TURN_SAMPLES, MICRO_TURN_SAMPLES + -len(wave) % MICRO_TURN_SAMPLES))
 
 
 def griffin_lim(frames: np.ndarray, iterations: int = 32) -> np.ndarray:
@@ -107,12 +107,12 @@ def streaming(config: VocoderConfig, params: Params) -> tuple[Speak, float]:
 
     def speak(frames: np.ndarray) -> np.ndarray:
         state, parts = init_state(config, 1), []
-        for start in range(0, len(frames), FINE_PER_TURN):
-            state, wave = step(config, params, state, frames[None, start : start + FINE_PER_TURN])
+        for start in range(0, len(frames), FINE_PER_MICRO_TURN):
+            state, wave = step(config, params, state, frames[None, start : start + FINE_PER_MICRO_TURN])
             parts.append(np.asarray(wave[0]))
         return np.concatenate(parts)
 
-    frames = jnp.full((1, FINE_PER_TURN, 80), -2.0)
+    frames = jnp.full((1, FINE_PER_MICRO_TURN, 80), -2.0)
     state = init_state(config, 1)
     times = []
     for _ in range(200):

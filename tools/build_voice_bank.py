@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtml.data.bank import Item, build
+from jaxtml.data.bank import PlannedUtterance, build
 from jaxtml.data.voices.registry import OWN_VOICE
 from jaxtml.errors import InputError
 
@@ -79,7 +79,7 @@ def main() -> int:
     args = parser.parse_args()
     rates = np.random.default_rng(1).uniform(0.9, 1.15, args.sentences)
     items = [
-        Item("assistant", "train", OWN_VOICE, text, rate=round(float(rate), 3))
+        PlannedUtterance("assistant", "train", OWN_VOICE, text, rate=round(float(rate), 3))
         for text, rate in zip(sentences(args.sentences, seed=0), rates, strict=True)
     ]
     shards = [tuple(items[first : first + SHARD]) for first in range(0, len(items), SHARD)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     try:
-        config, params = read(args.workdir)
+        config, params = read_checkpoint(args.workdir)
         logs = {"training.jsonl": (args.workdir / "log.jsonl").read_text()}
         if args.vocoder is not None:
             other, vocoder = trained(args.vocoder)

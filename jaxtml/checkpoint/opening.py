@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtml.checkpoint.inkling.source import INDEX, ReleasedCheckpoint
 from jaxtml.checkpoint.orbax_source import OrbaxCheckpoint, on_one_device
-from jaxtml.checkpoint.source import Source, placed
+from jaxtml.checkpoint.source import ParameterSource, place_parameters
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
@@ -14,7 +14,7 @@ from jaxtml.model.spec import Params
 SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
-def opened(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
+def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
     """Any checkpoint that we know as a source. Raises `InputError` where it is none."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -24,10 +24,11 @@ def opened(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
     return OrbaxCheckpoint(directory)
 
 
-def read(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
-    """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as `opened`."""
-    return in_memory(opened(directory), dtype)
+def read_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
+    """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as
+    `open_checkpoint`."""
+    return in_memory(open_checkpoint(directory), dtype)
 
 
-def in_memory(source: Source, dtype: str = "float32") -> tuple[Config, Params]:
-    return source.config, placed(source, on_one_device(source.config, dtype))
+def in_memory(source: ParameterSource, dtype: str = "float32") -> tuple[Config, Params]:
+    return source.config, place_parameters(source, on_one_device(source.config, dtype))

@@ -22,7 +22,7 @@ from absl import logging
 
 from jaxtml.checkpoint.manifest import CARRIED, Tensor, layer_name
 from jaxtml.checkpoint.orbax_source import CONFIG, STATE, TOKENIZER, open_array, uncached
-from jaxtml.checkpoint.source import Index, table
+from jaxtml.checkpoint.source import Index, spec_table
 from jaxtml.config import Config, to_json
 from jaxtml.model.spec import Params, ParamSpec
 
@@ -101,7 +101,7 @@ class OrbaxSink:
 
     def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
         self.config, self.dtypes, self.carried = config, dtypes, carried
-        self.specs = table(config)
+        self.specs = spec_table(config)
         self.arrays: dict[str, Any] = {}
 
     def dtype(self, path: str) -> np.dtype:

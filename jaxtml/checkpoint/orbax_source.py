@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from jaxtml.checkpoint.source import Index, placed, table
+from jaxtml.checkpoint.source import Index, place_parameters, spec_table
 from jaxtml.config import Config, from_json, to_json, validate
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -92,7 +92,7 @@ class OrbaxCheckpoint:
                 raise InputError(f"{directory} has no checkpoint yet: let the training run on")
             self.step = max(steps)
             folder, prefix = self.directory / RUN / str(self.step), "params/"
-        self.specs, context = table(self.config), uncached()
+        self.specs, context = spec_table(self.config), uncached()
         held = {name.removeprefix(prefix) for name in self._names(folder / STATE) if name.startswith(prefix)}
         opened = {path: self._opened(folder / STATE, prefix + path, context) for path in sorted(held)}
         for path in sorted(self.specs.keys() | opened.keys()):
@@ -175,7 +175,7 @@ def load_checkpoint(
             f"{directory} is a training run: make a checkpoint of it with `jaxtml convert {directory} DST`"
         )
     source = OrbaxCheckpoint(directory)
-    return source.config, placed(source, shapes or on_one_device(source.config, dtype))
+    return source.config, place_parameters(source, shapes or on_one_device(source.config, dtype))
 
 
 def on_one_device(config: Config, dtype: str) -> dict[str, Any]:

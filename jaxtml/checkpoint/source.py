@@ -1,6 +1,6 @@
 """Where parameters come from, whatever holds them: any part of any of them, in our layout, without the rest.
 
-`Source` is what a conversion reads and what a run or a server starts from: a released checkpoint
+`ParameterSource` is what a conversion reads and what a run or a server starts from: a released checkpoint
 (`checkpoint.inkling.source`), one of ours (`checkpoint.orbax_source`), a larger model that begins with a smaller one's
 weights (`checkpoint.warm_start`). An index is a tuple of slices, one per dimension of the parameter.
 """
@@ -23,7 +23,7 @@ _BLOCK_ROWS, _BLOCK_BYTES, _PADDING = 512, 768, 8
 _SMALLEST = 32  # sides of matrices that are not worth a buffer
 
 
-class Source(Protocol):
+class ParameterSource(Protocol):
     """Parameters of a model of `config`."""
 
     config: Config
@@ -41,8 +41,8 @@ class Source(Protocol):
         ...
 
 
-class Held:
-    """Parameters in memory as a `Source`."""
+class InMemorySource:
+    """Parameters in memory as a `ParameterSource`."""
 
     def __init__(self, config: Config, params: Params):
         self.config = config
@@ -58,12 +58,12 @@ class Held:
         return np.ascontiguousarray(self.leaves[path][index])
 
 
-def table(config: Config) -> dict[str, ParamSpec]:
+def spec_table(config: Config) -> dict[str, ParamSpec]:
     """The spec of every parameter by its path."""
     return dict(flatten(InteractionModel(config).specs()))
 
 
-def whole(spec: ParamSpec) -> Index:
+def full_index(spec: ParamSpec) -> Index:
     return (slice(None),) * len(spec.shape)
 
 
@@ -72,7 +72,7 @@ def extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True))
 
 
-def placed(source: Source, shapes: dict[str, Any]) -> Params:
+def place_parameters(source: ParameterSource, shapes: dict[str, Any]) -> Params:
     """The parameters where and as `shapes`, a tree of `jax.ShapeDtypeStruct`s with shardings, says: each process reads
     what its own devices hold."""
 

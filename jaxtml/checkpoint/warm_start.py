@@ -13,7 +13,7 @@ from functools import reduce
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtml.checkpoint.source import Index, Source, contiguous, extent, table, whole
+from jaxtml.checkpoint.source import Index, ParameterSource, contiguous, extent, full_index, spec_table
 from jaxtml.config import BackboneConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -29,15 +29,15 @@ Where = tuple[str, tuple[int, int]]  # "layers/block0/run1", (repeat, layer)
 
 
 class WarmStart:
-    """A `checkpoint.source.Source` for `config` over one of a model with the same backbone and no more layers.
+    """A `checkpoint.source.ParameterSource` for `config` over one of a model with the same backbone and no more layers.
 
     Raises:
       InputError: the backbones differ in more than their number of layers; the first difference is named.
     """
 
-    def __init__(self, source: Source, config: Config, seed: int = 0):
+    def __init__(self, source: ParameterSource, config: Config, seed: int = 0):
         self.source, self.config, self.seed = source, config, seed
-        self.table, self.theirs = table(config), table(source.config)
+        self.table, self.theirs = spec_table(config), spec_table(source.config)
         _check(source.config, config)
         kinds = InteractionModel(source.config).backbone.kinds()
         self.held = _places(source.config)
@@ -101,7 +101,7 @@ class WarmStart:
         for token in range(max(first, base), min(last, base + CONTROLS)):
             if not rows[token - first].any():
                 spec = self.theirs["embed/weight"]
-                sample = self.source.read("embed/weight", (slice(min(_SAMPLED, base)), *whole(spec)[1:]))
+                sample = self.source.read("embed/weight", (slice(min(_SAMPLED, base)), *full_index(spec)[1:]))
                 scale = float(np.sqrt(np.mean(np.square(sample.astype(np.float32)))))
                 drawn = np.random.default_rng((self.seed, token)).normal(0.0, scale, spec.shape[1])
                 rows[token - first] = drawn[index[1]].astype(rows.dtype)

@@ -29,7 +29,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxt
 
 
 def info(args: argparse.Namespace) -> None:
-    from jaxtml.checkpoint.source import table
+    from jaxtml.checkpoint.source import spec_table
     from jaxtml.convert import inspection as inspect
     from jaxtml.model.interaction import group_of
     from jaxtml.model.spec import count
@@ -45,7 +45,7 @@ def info(args: argparse.Namespace) -> None:
         raise InputError(f"{args.config} is no checkpoint: there is nothing to --verify")
     else:
         config = configs.load(args.config, args.set)
-        specs = table(config)
+        specs = spec_table(config)
     parts: dict[str, dict[str, object]] = {}
     for path, spec in specs.items():
         parts.setdefault(group_of(path, spec), {})[path] = spec

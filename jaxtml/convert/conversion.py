@@ -22,10 +22,10 @@ from jaxtml.checkpoint import manifest
 from jaxtml.checkpoint.inkling.sink import ReleasedSink, released_dtypes
 from jaxtml.checkpoint.inkling.source import INDEX
 from jaxtml.checkpoint.manifest import CARRIED, MANIFEST
-from jaxtml.checkpoint.opening import in_memory, opened
+from jaxtml.checkpoint.opening import in_memory, open_checkpoint
 from jaxtml.checkpoint.orbax_sink import OrbaxSink
 from jaxtml.checkpoint.orbax_source import RUN, TOKENIZER, OrbaxCheckpoint
-from jaxtml.checkpoint.source import Source, table
+from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
 from jaxtml.convert import streaming
@@ -40,7 +40,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 
 
 def write(
-    source: Source,
+    source: ParameterSource,
     destination: Path,
     made_from: str,
     to: str = "orbax",
@@ -50,7 +50,7 @@ def write(
 ) -> None:
     """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held, with the files `carried` (by
     name). What `check` raises of the folder keeps it from its name."""
-    dtypes = {path: source.dtype(path) for path in table(source.config)}
+    dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
     kind = ReleasedSink if to == "hf" else OrbaxSink
@@ -85,7 +85,7 @@ def convert(
         raise InputError(f"{destination} is in {source}: name a directory outside it")
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
-    held = opened(source)
+    held = open_checkpoint(source)
     given = held if begin_as is None else WarmStart(held, configs.load(begin_as))
     step = held.step if isinstance(held, OrbaxCheckpoint) else None
     asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
@@ -94,7 +94,7 @@ def convert(
 
     def check(folder: Path) -> None:
         if verify:
-            said.append(_verified(held, given, opened(folder), to))
+            said.append(_verified(held, given, open_checkpoint(folder), to))
 
     if verify and (destination / MANIFEST).is_file():
         if manifest.read(destination).source != made_from:
@@ -128,9 +128,9 @@ def _is_of_weights(file: Path) -> bool:
     return about or large or file.suffix in _WEIGHTS or file.name in (INDEX, MANIFEST) or file.name.startswith(".")
 
 
-def _counted(source: Source, to: str) -> str:
+def _counted(source: ParameterSource, to: str) -> str:
     """How many parameters a conversion wrote, which of them the source did not hold, and which it left out."""
-    specs = table(source.config)
+    specs = spec_table(source.config)
     missing = {path for path in specs if not source.holds(path)}
     unwanted = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
 
@@ -156,11 +156,13 @@ def fingerprint(directory: Path, step: int | None = None) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
-def _verified(held: Source, source: Source, result: Source, to: str) -> str:
+def _verified(held: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
     """Holds a result to the source that it was made of, and its logits to those of the checkpoint as it was held."""
-    specs = {path: spec for path, spec in table(result.config).items() if to == "orbax" or spec.released is not None}
+    specs = {
+        path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
+    }
     said = f"verified, {streaming.verify(source, result, specs)} tensors equal"
-    needed, free = 2 * streaming.nbytes(table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
+    needed, free = 2 * streaming.nbytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
     if needed > free:
         return f"{said}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
     from jaxtml.convert.logits import text_logits
@@ -170,12 +172,12 @@ def _verified(held: Source, source: Source, result: Source, to: str) -> str:
     if np.array_equal(theirs, ours, equal_nan=True):
         return f"{said}, logits of {PROMPT} tokens too"
     apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
-    before = table(held.config)
+    before = spec_table(held.config)
     alike = held.config.backbone.global_ == result.config.backbone.global_ and all(
         path in before and held.dtype(path) == result.dtype(path) for path in specs
     )
     if not np.isfinite(apart) or (alike and apart > ROUNDING):
-        raise streaming.Differs(f"all tensors are equal, and the logits differ by {apart:.2e} of their norm")
+        raise streaming.VerificationFailed(f"all tensors are equal, and the logits differ by {apart:.2e} of their norm")
     return f"{said}, logits of {PROMPT} tokens differ by {apart:.2e} of their norm"
 
 

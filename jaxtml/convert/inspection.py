@@ -16,9 +16,9 @@ from absl import logging
 from jaxtml.checkpoint import manifest
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint, some
 from jaxtml.checkpoint.manifest import Tensor
-from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax_source import RUN, TOKENIZER, OrbaxCheckpoint
-from jaxtml.checkpoint.source import Source, table
+from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.config import Config
 from jaxtml.convert import streaming
 from jaxtml.errors import InputError
@@ -32,7 +32,7 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     (numbers of each, as held), `bytes` on disk and `uses`: what can be done with it. Raises `InputError` where it is
     none."""
     directory = Path(directory)
-    source = opened(directory)
+    source = open_checkpoint(directory)
     held = _held(source)
     dtypes: Counter[str] = Counter()
     for path, spec in held.items():
@@ -51,8 +51,8 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     return source.config, held, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
 
 
-def _held(source: Source) -> dict[str, ParamSpec]:
-    return {path: spec for path, spec in table(source.config).items() if source.holds(path)}
+def _held(source: ParameterSource) -> dict[str, ParamSpec]:
+    return {path: spec for path, spec in spec_table(source.config).items() if source.holds(path)}
 
 
 def checked(directory: str | Path) -> int:
@@ -63,9 +63,9 @@ def checked(directory: str | Path) -> int:
         (five are named).
     """
     directory = Path(directory)
-    wanted, source = manifest.read(directory), opened(directory)
+    wanted, source = manifest.read(directory), open_checkpoint(directory)
     parts = dict(_parts(source))
-    progress = streaming.Progress(streaming.nbytes(_held(source), source.dtype), 0, "verified ")
+    progress = streaming.CopyProgress(streaming.nbytes(_held(source), source.dtype), 0, "verified ")
 
     def one(name: str, stop: threading.Event) -> tuple[str, Tensor | None]:
         dtype, shape, blocks = parts[name]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import Inputs, InteractionModel
@@ -27,7 +27,7 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path) ->
         cannot be written.
     """
     ids = _read_ids(tokens)
-    config, params = read(checkpoint)
+    config, params = read_checkpoint(checkpoint)
     vocab = config.backbone.vocab_size
     if ids.size == 0 or ids.min() < 0 or ids.max() >= vocab:
         raise InputError(f"{tokens}: ids must lie in 0..{vocab - 1} and be at least one")

@@ -28,7 +28,7 @@ from absl import logging
 from jaxtml.checkpoint import manifest
 from jaxtml.checkpoint.manifest import Tensor, crc32, layer_name
 from jaxtml.checkpoint.orbax_sink import chunk_shape, chunks
-from jaxtml.checkpoint.source import Index, Source
+from jaxtml.checkpoint.source import Index, ParameterSource
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 
@@ -58,12 +58,12 @@ class Sink(Protocol):
         ...
 
 
-class Differs(InputError):
+class VerificationFailed(InputError):
     """A result is not what it was made of."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerChunks:
     """One layer's part of a parameter, or all of one that is in no layer: a tensor of a release."""
 
     path: str
@@ -75,17 +75,17 @@ class Layer:
         return layer_name(self.path, self.at)
 
 
-def layers(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[Layer]:
+def layers(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[LayerChunks]:
     """All of them, each with its chunks of the size that a parameter has, in order."""
     for path, spec in specs.items():
         found: dict[tuple[int, ...], list[Index]] = {}
         for index in chunks(spec, size(path)):
             found.setdefault(tuple(cut.start for cut in index[: spec.stacked]), []).append(index)
         for at, indices in found.items():
-            yield Layer(path, at, tuple(indices))
+            yield LayerChunks(path, at, tuple(indices))
 
 
-def written(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[Layer]:
+def written(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[LayerChunks]:
     """All of them in the chunks in which a conversion works."""
     return list(layers(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
 
@@ -95,7 +95,7 @@ def nbytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> 
 
 
 def convert(
-    source: Source,
+    source: ParameterSource,
     sink: Sink,
     destination: Path,
     made_from: str,
@@ -110,7 +110,7 @@ def convert(
       destination: a folder that is not there, or empty.
       made_from: what identifies the source: a conversion of another one is not resumed.
       check: called with the folder before it gets its name; what this raises keeps it from it, and where that is
-        `Differs`, the next conversion begins anew.
+        `VerificationFailed`, the next conversion begins anew.
       workers: threads; None: two for each core, as half of them wait for the disk.
 
     Raises:
@@ -136,16 +136,18 @@ def convert(
         sink.prepare(folder)
         journal.begin()
         try:
-            tensors = _filled(source, sink, work, journal, Progress(total, journal.written), workers)
+            tensors = _filled(source, sink, work, journal, CopyProgress(total, journal.written), workers)
             manifest.write(folder, made_from, tensors)
             os.sync()
             check(folder)
         except KeyboardInterrupt:
             logging.info("what is written is kept in %s: convert again to go on, or remove it", folder)
             raise
-        except Differs as error:
+        except VerificationFailed as error:
             journal.forget()
-            raise Differs(f"{error}; the result is left as {folder}, for you to look at and remove") from error
+            raise VerificationFailed(
+                f"{error}; the result is left as {folder}, for you to look at and remove"
+            ) from error
         if destination.exists():
             destination.rmdir()  # an empty folder
         folder.rename(destination)
@@ -153,11 +155,16 @@ def convert(
 
 
 def _filled(
-    source: Source, sink: Sink, work: list[Layer], journal: Journal, progress: Progress, workers: int | None
+    source: ParameterSource,
+    sink: Sink,
+    work: list[LayerChunks],
+    journal: Journal,
+    progress: CopyProgress,
+    workers: int | None,
 ) -> dict[str, Tensor]:
     """Writes what the journal does not have yet; what each layer then is, by its name."""
 
-    def one(layer: Layer, stop: threading.Event) -> tuple[str, Tensor]:
+    def one(layer: LayerChunks, stop: threading.Event) -> tuple[str, Tensor]:
         done, checksum = journal.done.get(layer.name, (0, 0))
         for count, index in enumerate(layer.indices[done:], done + 1):
             if stop.is_set():
@@ -177,14 +184,16 @@ def _filled(
         raise InputError(f"{journal.file.parent}: {said}") from error
 
 
-def verify(source: Source, result: Source, specs: Mapping[str, ParamSpec], workers: int | None = None) -> int:
+def verify(
+    source: ParameterSource, result: ParameterSource, specs: Mapping[str, ParamSpec], workers: int | None = None
+) -> int:
     """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
 
     Raises:
       Differs: the first layer is named, all of them in the log.
     """
 
-    def checksum(of: Source, layer: Layer, stop: threading.Event) -> int:
+    def checksum(of: ParameterSource, layer: LayerChunks, stop: threading.Event) -> int:
         found = 0
         for index in layer.indices:
             if stop.is_set():
@@ -194,14 +203,16 @@ def verify(source: Source, result: Source, specs: Mapping[str, ParamSpec], worke
             progress.add(values.nbytes)
         return found
 
-    def one(layer: Layer, stop: threading.Event) -> str | None:
+    def one(layer: LayerChunks, stop: threading.Event) -> str | None:
         return None if checksum(source, layer, stop) == checksum(result, layer, stop) else layer.name
 
-    work, progress = written(specs, result.dtype), Progress(2 * nbytes(specs, result.dtype), 0, "verified ")
+    work, progress = written(specs, result.dtype), CopyProgress(2 * nbytes(specs, result.dtype), 0, "verified ")
     wrong = sorted(name for name in side_by_side(one, work, workers) if name)
     if wrong:
         logging.info("all that differ:\n%s", "\n".join(wrong))
-        raise Differs(f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}")
+        raise VerificationFailed(
+            f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}"
+        )
     return len(work)
 
 
@@ -293,7 +304,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return None
 
 
-class Progress:
+class CopyProgress:
     """A line every few seconds: bytes, rate, time left."""
 
     def __init__(self, total: int, done: int, what: str = ""):

@@ -41,7 +41,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Item:
+class PlannedUtterance:
     """One utterance to be spoken, for "train" or "test" (the assistant: "train").
 
     `role` is "user" or "assistant", or "words": a user's voice that names a few words, each with a pause behind it.
@@ -103,7 +103,7 @@ def plan(
     user_text: Callable[[np.random.Generator], str],
     seed: int,
     vocabulary: Sequence[str] = (),
-) -> tuple[tuple[Item, ...], ...]:
+) -> tuple[tuple[PlannedUtterance, ...], ...]:
     """Who says what, as shards in the order in which they are built. A pure function of its arguments.
 
     First every reply in the model's own voice, then the users: within a cast voices take turns, and casts of the same
@@ -117,14 +117,14 @@ def plan(
       seed: of everything that is drawn.
       vocabulary: what casts with `words` name.
     """
-    spoken = [Item("assistant", "train", voices.OWN_VOICE, reply) for reply in replies]
+    spoken = [PlannedUtterance("assistant", "train", voices.OWN_VOICE, reply) for reply in replies]
     quick, slow = [], []
     for number, cast in enumerate(casts):
         rng = np.random.default_rng([seed, number])
         items = []
         for voice, text in _namings(rng, cast, vocabulary) if cast.words else _sentences(rng, cast, user_text):
             rate, pitch = (round(float(np.exp(rng.uniform(*np.log(bounds)))), 3) for bounds in (cast.rate, cast.pitch))
-            items.append(Item("words" if cast.words else "user", cast.split, voice, text, rate, pitch))
+            items.append(PlannedUtterance("words" if cast.words else "user", cast.split, voice, text, rate, pitch))
         (slow if cast.voices[0].startswith("kokoro:") else quick).extend(
             ((index + 0.5) / len(items), number, item) for index, item in enumerate(items)
         )
@@ -155,7 +155,7 @@ def _namings(rng: np.random.Generator, cast: Cast, vocabulary: Sequence[str]) ->
             yield voice, " ".join(f"{word}." for word in orders[voice][first : first + WORDS_AT_ONCE])
 
 
-def full_plan(seed: int) -> tuple[tuple[Item, ...], ...]:
+def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
     """The bank that `tiny` is trained and tested on: every reply of the first task, and its users."""
     return plan(
         full_casts(),
@@ -166,19 +166,19 @@ def full_plan(seed: int) -> tuple[tuple[Item, ...], ...]:
     )
 
 
-def _speak(item: Item) -> Utterance:
+def _speak(item: PlannedUtterance) -> Utterance:
     return voices.synthesise(item.voice, item.text, rate=item.rate, pitch=item.pitch)
 
 
-def _digest(shards: Sequence[Sequence[Item]]) -> str:
+def _digest(shards: Sequence[Sequence[PlannedUtterance]]) -> str:
     return hashlib.sha256(json.dumps([[asdict(i) for i in shard] for shard in shards]).encode()).hexdigest()
 
 
 def build(
     folder: Path,
-    shards: Sequence[Sequence[Item]],
+    shards: Sequence[Sequence[PlannedUtterance]],
     workers: int,
-    speak: Callable[[Item], Utterance] = _speak,
+    speak: Callable[[PlannedUtterance], Utterance] = _speak,
 ) -> None:
     """Speak every shard that is not finished yet. Safe to kill and to start again; refuses a folder of another plan.
 
@@ -236,7 +236,11 @@ def _in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
 
 
 def _build_shard(
-    result: Connection, folder: Path, number: int, items: Sequence[Item], speak: Callable[[Item], Utterance]
+    result: Connection,
+    folder: Path,
+    number: int,
+    items: Sequence[PlannedUtterance],
+    speak: Callable[[PlannedUtterance], Utterance],
 ) -> None:
     """In a worker process: speak a shard and write it; sends None, or the exception that stopped it."""
     try:
@@ -288,7 +292,7 @@ def _read_head(folder: Path) -> dict:
 class Entry:
     """One utterance of a bank: what was asked for, where its samples lie and when its words are heard."""
 
-    item: Item
+    item: PlannedUtterance
     shard: int
     offset: int
     length: int
@@ -347,7 +351,8 @@ class Bank:
         return Utterance(wave, entry.words, entry.item.voice, entry.item.text)
 
     def select(self, *, split: str | None = None, role: str | None = None) -> np.ndarray:
-        """`[n]` int64, rising: indices of the utterances of a split ("train", "test") and a role (see `Item`)."""
+        """`[n]` int64, rising: indices of the utterances of a split ("train", "test") and a role (see
+        `PlannedUtterance`)."""
         kept = [
             index
             for index, entry in enumerate(self.entries)
@@ -369,7 +374,7 @@ def _read_shard(folder: Path, number: int) -> tuple[str, list[Entry]]:
         for row in rows:
             words = tuple(Word(*word) for word in row.pop("words"))
             offset, length = row.pop("offset"), row.pop("length")
-            entries.append(Entry(Item(**row), number, offset, length, words))
+            entries.append(Entry(PlannedUtterance(**row), number, offset, length, words))
         size = head["bytes"]
         broken = not entries or size != 2 * (entries[-1].offset + entries[-1].length)
         digest = head["sha256"]

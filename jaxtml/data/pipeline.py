@@ -28,7 +28,7 @@ from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.images import PATCH
 from jaxtml.stream.layout import SPEECH_DIM, Sequence, encode
 from jaxtml.stream.text import TextCodec
-from jaxtml.stream.timebase import FRAMES_PER_TURN, N_MELS
+from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, N_MELS
 from jaxtml.stream.tokens import Term
 
 Batch = dict[str, np.ndarray]
@@ -158,7 +158,7 @@ def pad(sequence: Sequence, config: Config) -> Batch:
 
 def speech_slots(tokens: int) -> int:
     """Own-speech positions that a row of `tokens` has room for."""
-    return FRAMES_PER_TURN * (tokens // (FRAMES_PER_TURN * _SPEECH_SHARE))
+    return FRAMES_PER_MICRO_TURN * (tokens // (FRAMES_PER_MICRO_TURN * _SPEECH_SHARE))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.dmel import log_mel
-from jaxtml.stream.timebase import DMEL_HOP, LOG_MEL_MAX, LOG_MEL_MIN, SAMPLE_RATE, TURN_MS, TURN_SAMPLES
+from jaxtml.stream.timebase import DMEL_HOP, LOG_MEL_MAX, LOG_MEL_MIN, MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 _PAUSE_S = 0.38  # a gap between two words of one turn from here on is a pause
 _USER, _OWN, _TAKEOVER, _PAUSE = "tab:blue", "tab:green", "tab:red", "gold"
@@ -24,7 +24,7 @@ _USER, _OWN, _TAKEOVER, _PAUSE = "tab:blue", "tab:green", "tab:red", "gold"
 
 def takeovers(conversation: Conversation) -> list[tuple[float, float]]:
     """`(end_s, heard_s)` for each turn of the user that is answered: its end, and when the answer is first heard."""
-    heard = [(speech.start_turn + 1) * TURN_SAMPLES / SAMPLE_RATE for speech in conversation.speech]
+    heard = [(speech.start_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE for speech in conversation.speech]
     pairs = []
     for end in conversation.user_end_s:
         later = [start for start in heard if start > end]
@@ -62,8 +62,8 @@ def summary(conversation: Conversation) -> str:
     for end, heard in takeovers(conversation):
         lines.append((end, f"           (taken over after {1000 * (heard - end):.0f} ms)"))
     for speech in conversation.speech:
-        start = (speech.start_turn + 1) * TURN_MS / 1000
-        stop = (speech.end_turn + 1) * TURN_MS / 1000
+        start = (speech.start_turn + 1) * MICRO_TURN_MS / 1000
+        stop = (speech.end_turn + 1) * MICRO_TURN_MS / 1000
         lines.append((start, f"assistant  {' '.join(word.text for word in speech.words)}   (silent from {stop:.1f} s)"))
     seconds = len(conversation.user) / SAMPLE_RATE
     head = (
@@ -115,7 +115,7 @@ def draw(conversation: Conversation, title: str) -> Figure:
     said = [word for speech in conversation.speech for word in speech.words]
     _spectrogram(own, conversation.assistant, said, _OWN, "assistant")
     for speech in conversation.speech:
-        start, end = speech.start_turn * TURN_MS / 1000, speech.end_turn * TURN_MS / 1000
+        start, end = speech.start_turn * MICRO_TURN_MS / 1000, speech.end_turn * MICRO_TURN_MS / 1000
         gate.broken_barh([(start, end - start)], (0, 1), facecolors=_OWN)
     gate.set_ylim(0, 1)
     gate.set_yticks([])
@@ -128,7 +128,7 @@ def draw(conversation: Conversation, title: str) -> Figure:
             axes.axvline(end, color=_TAKEOVER, linewidth=1.2)
             axes.axvline(heard, color=_TAKEOVER, linewidth=1.2, linestyle="--")
         axes.set_xticks(np.arange(0, seconds + 1e-6, 1))
-        axes.set_xticks(np.arange(0, seconds + 1e-6, TURN_MS / 1000), minor=True)
+        axes.set_xticks(np.arange(0, seconds + 1e-6, MICRO_TURN_MS / 1000), minor=True)
         axes.grid(True, axis="x", which="minor", linewidth=0.3, alpha=0.6)
         axes.grid(True, axis="x", which="major", linewidth=0.8, alpha=0.6)
     for end, heard in takeovers(conversation):

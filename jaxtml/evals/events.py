@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from jaxtml.data.tasks.scenarios import DIGITS, GREETINGS, I_SEE, number_words, reply_to
-from jaxtml.session.engine import Reply, TurnRecord
+from jaxtml.session.engine import MicroTurn, Reply
 from jaxtml.stream.conversation import Conversation, Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 PAUSE_S = 0.38  # a shorter gap between two words is no pause; inserted ones begin at 0.4 s
 AUDIBLE_RMS = 10 ** (-50 / 20)  # the model's voice is trained at -24 dBFS
 _FRAME = SAMPLE_RATE // 200  # 5 ms
-_TURN_S = TURN_MS / 1000
+_TURN_S = MICRO_TURN_MS / 1000
 
 
 @dataclass(frozen=True)
-class Turn:
+class ObservedUserTurn:
     """One turn of the user.
 
     Attributes:
@@ -75,42 +75,42 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Session:
+class ObservedSession:
     """One evaluated session. `set`: "synthetic" or "human"; `step_ms`: median of its micro-turns, whole batches."""
 
     id: str
     set: str
     voice: str
     seconds: float
-    turns: tuple[Turn, ...]
+    turns: tuple[ObservedUserTurn, ...]
     heard: tuple[Heard, ...]
     stretches: tuple[Stretch, ...]
     step_ms: float
 
 
-def to_json(session: Session) -> dict[str, Any]:
+def to_json(session: ObservedSession) -> dict[str, Any]:
     return asdict(session)
 
 
-def from_json(row: dict[str, Any]) -> Session:
+def from_json(row: dict[str, Any]) -> ObservedSession:
     """The inverse of `to_json`."""
     turns = [
         {**turn, "words": tuple(Word(**word) for word in turn["words"]), "pauses": tuple(map(tuple, turn["pauses"]))}
         for turn in row["turns"]
     ]
-    return Session(
+    return ObservedSession(
         **{
             **row,
-            "turns": tuple(Turn(**turn) for turn in turns),
+            "turns": tuple(ObservedUserTurn(**turn) for turn in turns),
             "heard": tuple(Heard(**heard) for heard in row["heard"]),
             "stretches": tuple(Stretch(**stretch) for stretch in row["stretches"]),
         }
     )
 
 
-def observe(name: str, set_name: str, voice: str, conversation: Conversation, reply: Reply) -> Session:
+def observe(name: str, set_name: str, voice: str, conversation: Conversation, reply: Reply) -> ObservedSession:
     """The record of one session."""
-    return Session(
+    return ObservedSession(
         id=name,
         set=set_name,
         voice=voice,
@@ -125,7 +125,7 @@ def observe(name: str, set_name: str, voice: str, conversation: Conversation, re
 # --- the user's side
 
 
-def turns_of(conversation: Conversation) -> tuple[Turn, ...]:
+def turns_of(conversation: Conversation) -> tuple[ObservedUserTurn, ...]:
     """The user's turns, from the labels that the conversation carries."""
     scenes = [scene for scene in conversation.scenario.split() if scene in ("exchange", "hesitation", "barge_in")]
     replies = conversation.expected.split(" | ") if conversation.user_end_s else []
@@ -137,7 +137,7 @@ def turns_of(conversation: Conversation) -> tuple[Turn, ...]:
         gaps = [(a.end_s, b.start_s) for a, b in zip(words, words[1:], strict=False)]
         pauses = tuple(gap for gap in gaps if gap[1] - gap[0] >= PAUSE_S)
         intent = intent_of([word.text for word in words])
-        turns.append(Turn(words[0].start_s, round(end_s, 4), scene, intent, expected, words, pauses))
+        turns.append(ObservedUserTurn(words[0].start_s, round(end_s, 4), scene, intent, expected, words, pauses))
     return tuple(turns)
 
 
@@ -162,11 +162,11 @@ _NUMBERS = frozenset((*DIGITS, *(word for value in range(10, 100) for word in nu
 # --- the model's side
 
 
-def heard_words(records: Sequence[TurnRecord]) -> tuple[Heard, ...]:
+def heard_words(records: Sequence[MicroTurn]) -> tuple[Heard, ...]:
     """The transcript as words. A word may be written in pieces; it is there when its last piece is."""
     words: list[Heard] = []
     for record in records:
-        at_s = (record.t_ms + TURN_MS) / 1000
+        at_s = (record.t_ms + MICRO_TURN_MS) / 1000
         for number, piece in enumerate(record.heard.split()):
             goes_on = number == 0 and bool(words) and not record.heard[0].isspace()
             if goes_on:
@@ -185,7 +185,7 @@ def stretches_of(reply: Reply) -> tuple[Stretch, ...]:
     for number, (first, end) in enumerate(edges):
         # It rings out in the micro-turn behind its last, unless the next stretch begins there.
         rung = min(end + 2, edges[number + 1][0] + 1 if number + 1 < len(edges) else end + 2)
-        per_turn = TURN_SAMPLES // _FRAME
+        per_turn = MICRO_TURN_SAMPLES // _FRAME
         frames = np.flatnonzero(sounding[(first + 1) * per_turn : rung * per_turn]) + (first + 1) * per_turn
         text = "".join(record.text for record in reply.turns[first:end])
         stretches.append(
@@ -212,7 +212,7 @@ def sound_of(stretch: Stretch, wave: np.ndarray) -> np.ndarray:
     return wave[round(stretch.open_s * SAMPLE_RATE) : round(end_s * SAMPLE_RATE)]
 
 
-def understood_as(session: Session, texts: dict[int, str]) -> Session:
+def understood_as(session: ObservedSession, texts: dict[int, str]) -> ObservedSession:
     """With the independent listener's transcript of some stretches, by their index."""
     stretches = [
         replace(stretch, understood=texts.get(number, stretch.understood))

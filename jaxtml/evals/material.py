@@ -25,7 +25,7 @@ SILENT_EVERY = 10
 
 
 @dataclass(frozen=True)
-class Item:
+class EvaluationTalk:
     """One session to be held: its name, its set, who speaks, and how to make it."""
 
     id: str
@@ -34,7 +34,7 @@ class Item:
     make: Callable[[], Conversation]
 
 
-def synthetic(bank: Bank, count: int, turns: int) -> list[Item]:
+def synthetic(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
     """`count` sessions of `turns` micro-turns with the voices of the bank's split "test".
 
     Raises:
@@ -52,7 +52,7 @@ def synthetic(bank: Bank, count: int, turns: int) -> list[Item]:
         def make(number: int = number, alone: Speakers = alone, weights: Weights = weights) -> Conversation:
             return make_conversation(np.random.default_rng((SEED, number)), alone, weights, turns)
 
-        items.append(Item(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
+        items.append(EvaluationTalk(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
     return items
 
 
@@ -69,7 +69,7 @@ def _in_turn(voices: Sequence[str], count: int) -> list[str]:
     return chosen
 
 
-def spoken_by_a_person(prompts: human.Prompts, count: int) -> list[Item]:
+def spoken_by_a_person(prompts: human.Prompts, count: int) -> list[EvaluationTalk]:
     """`count` sessions of recorded prompts, kinds in turn."""
     items = []
     for number in range(count):
@@ -78,5 +78,7 @@ def spoken_by_a_person(prompts: human.Prompts, count: int) -> list[Item]:
         def make(number: int = number, kind: tuple[str, str] = kind) -> Conversation:
             return human.make_item(np.random.default_rng((SEED, number)), prompts, kind)
 
-        items.append(Item(f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else human.VOICE, make))
+        items.append(
+            EvaluationTalk(f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else human.VOICE, make)
+        )
     return items

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtml.data.tasks.scenarios import is_complete, reply_to
 from jaxtml.evals import judge
 from jaxtml.evals.align import align
-from jaxtml.evals.events import Session, Stretch, Turn
+from jaxtml.evals.events import ObservedSession, ObservedUserTurn, Stretch
 
 WINDOW_S = 1.6  # how long after the user's end a take-over still is one
 _LATE_S = 2.0  # how long after its end a word may still be written down
@@ -35,8 +35,8 @@ class Outcome:
       stop_s: if the model was audible when the turn began: from then to the last audible sample of that stretch.
     """
 
-    session: Session
-    turn: Turn
+    session: ObservedSession
+    turn: ObservedUserTurn
     cut_in: bool
     broken: tuple[bool, ...]
     reply: Stretch | None
@@ -66,7 +66,7 @@ class Outcome:
         return self.reply is not None and self.said == self.turn.expected
 
 
-def outcomes(session: Session) -> tuple[Outcome, ...]:
+def outcomes(session: ObservedSession) -> tuple[Outcome, ...]:
     """What became of each turn of a session."""
     found = []
     for number, turn in enumerate(session.turns):
@@ -102,7 +102,7 @@ class WordResult:
     heard: str
 
 
-def word_results(session: Session) -> tuple[list[WordResult], int]:
+def word_results(session: ObservedSession) -> tuple[list[WordResult], int]:
     """Every true word of a session with what was heard for it, and how many words were heard that nobody said.
 
     Both word sequences of the whole session are aligned; a heard word can stand for a true one from that one's start
@@ -120,14 +120,14 @@ def word_results(session: Session) -> tuple[list[WordResult], int]:
     return results, sum(pair.true is None for pair in pairs)
 
 
-def unasked(session: Session) -> int:
+def unasked(session: ObservedSession) -> int:
     """Openings that answer no turn and lie inside none."""
     answers = {id(outcome.reply) for outcome in outcomes(session) if outcome.reply}
     inside = [s for s in session.stretches if any(t.start_s <= s.open_s < t.end_s for t in session.turns)]
     return len(session.stretches) - len(answers) - len(inside)
 
 
-def uninterrupted(session: Session) -> list[int]:
+def uninterrupted(session: ObservedSession) -> list[int]:
     """Indices of the stretches with text during which the user did not begin a turn."""
     return [
         number
@@ -136,7 +136,7 @@ def uninterrupted(session: Session) -> list[int]:
     ]
 
 
-def listener_errors(sessions: Iterable[Session]) -> tuple[int, int]:
+def listener_errors(sessions: Iterable[ObservedSession]) -> tuple[int, int]:
     """`(word errors, words)` of the independent listener over the stretches that it heard."""
     pairs = [
         judge.errors(session.stretches[n].text, understood)

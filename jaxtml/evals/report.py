@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxtml.evals.events import Session
+from jaxtml.evals.events import ObservedSession
 from jaxtml.evals.outcomes import outcomes
 
 _SECONDS = ("gate_latency_s", "gate_latency_s p90", "gate_opens_s", "stop_s", "stop_s p90")
@@ -48,7 +48,7 @@ def breakdown_table(title: str, groups: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def picture(path: Path, sessions: Sequence[Session], score: dict[str, Any], title: str) -> None:
+def picture(path: Path, sessions: Sequence[ObservedSession], score: dict[str, Any], title: str) -> None:
     """Latency of the take-overs, and heard words and right answers by intent and by voice, one row per set."""
     import matplotlib
 

@@ -24,9 +24,9 @@ from jaxtml.data.bank import Bank
 from jaxtml.errors import InputError
 from jaxtml.evals import judge
 from jaxtml.evals import thresholds as bars
-from jaxtml.evals.events import Session, from_json, observe, sound_of, to_json, understood_as
+from jaxtml.evals.events import ObservedSession, from_json, observe, sound_of, to_json, understood_as
 from jaxtml.evals.judge import Judge
-from jaxtml.evals.material import Item
+from jaxtml.evals.material import EvaluationTalk
 from jaxtml.evals.outcomes import uninterrupted
 from jaxtml.session.engine import Engine, Reply, replies
 from jaxtml.stream.audio_file import write_wav
@@ -63,13 +63,13 @@ def digest_of(engine: Engine) -> str:
 
 def hold(
     engine: Engine,
-    items: Sequence[Item],
+    items: Sequence[EvaluationTalk],
     out: Path,
     setting: Setting,
     listener: Judge | None,
     listened: int,
     batch: int = BATCH,
-) -> list[Session]:
+) -> list[ObservedSession]:
     """Holds every session that `out` has no record of yet.
 
     Args:
@@ -114,14 +114,16 @@ def hold(
     return [done[item.id] for item in items]
 
 
-def _blocks(items: Sequence[Item], batch: int) -> Iterator[Sequence[Item]]:
+def _blocks(items: Sequence[EvaluationTalk], batch: int) -> Iterator[Sequence[EvaluationTalk]]:
     """Always the same batches, so that a resumed run samples as one that was never stopped. One set per batch."""
     for name in dict.fromkeys(item.set for item in items):
         of_set = [item for item in items if item.set == name]
         yield from (of_set[first : first + batch] for first in range(0, len(of_set), batch))
 
 
-def _converse(engine: Engine, block: Sequence[Item], batch: int) -> Iterator[tuple[Item, Conversation, Reply]]:
+def _converse(
+    engine: Engine, block: Sequence[EvaluationTalk], batch: int
+) -> Iterator[tuple[EvaluationTalk, Conversation, Reply]]:
     talks = [item.make() for item in block]
     empty = [np.zeros(0, np.float32)] * (batch - len(block))  # the step is compiled for one batch size
     yield from zip(block, talks, replies(engine, [*(t.user for t in talks), *empty]), strict=False)
@@ -136,7 +138,7 @@ def _claim(out: Path, setting: Setting) -> None:
         raise InputError(f"{out} holds an evaluation of another model or of other material: name a new --out")
 
 
-def _recorded(path: Path) -> list[Session]:
+def _recorded(path: Path) -> list[ObservedSession]:
     """The sessions of a run so far; a line that a kill cut short is dropped from the file."""
     if not path.exists():
         return []

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from jaxtml.evals import judge
-from jaxtml.evals.events import Session, Turn
+from jaxtml.evals.events import ObservedSession, ObservedUserTurn
 from jaxtml.evals.outcomes import Outcome, listener_errors, outcomes, unasked, uninterrupted, word_results
 
 _Z = 1.959964  # 95 %
@@ -83,7 +83,7 @@ def quantile(name: str, set_name: str, values: Sequence[float], q: float, bar: f
 # --- all sessions of a set
 
 
-def rows_of(sessions: Sequence[Session], set_name: str) -> list[Row]:
+def rows_of(sessions: Sequence[ObservedSession], set_name: str) -> list[Row]:
     """Every figure of one set.
 
     - `heard_words`: true words written down right, of all true words (every word of the user's is of the task's
@@ -144,7 +144,9 @@ def rows_of(sessions: Sequence[Session], set_name: str) -> list[Row]:
 # --- where it fails
 
 
-def breakdown(sessions: Sequence[Session], key: Callable[[Session, Turn], str]) -> dict[str, dict[str, Any]]:
+def breakdown(
+    sessions: Sequence[ObservedSession], key: Callable[[ObservedSession, ObservedUserTurn], str]
+) -> dict[str, dict[str, Any]]:
     """The main rates by a property of the turn (its intent, its voice ...), as `{group: {figure: [rate, of]}}`."""
     words: dict[str, list[bool]] = defaultdict(list)
     turns: dict[str, list[Outcome]] = defaultdict(list)
@@ -183,7 +185,7 @@ def breakdown(sessions: Sequence[Session], key: Callable[[Session, Turn], str]) 
     return table
 
 
-def confusions(sessions: Sequence[Session]) -> dict[str, Any]:
+def confusions(sessions: Sequence[ObservedSession]) -> dict[str, Any]:
     """Which words go wrong: `{word: [said, right, {heard instead: count}]}`, the most errors first; "" is nothing."""
     said: Counter[str] = Counter()
     instead: dict[str, Counter[str]] = defaultdict(Counter)
@@ -198,7 +200,7 @@ def confusions(sessions: Sequence[Session]) -> dict[str, Any]:
     }
 
 
-def score(sessions: Sequence[Session]) -> dict[str, Any]:
+def score(sessions: Sequence[ObservedSession]) -> dict[str, Any]:
     """All of it, ready for JSON: `rows`, and by set `intents`, `scenes`, `voices`, `engines` and `words`."""
     result: dict[str, Any] = {"rows": [], "sets": {}}
     for set_name in sorted({session.set for session in sessions}):

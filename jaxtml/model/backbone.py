@@ -19,7 +19,7 @@ from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention.attention import Attention, KVCache, Step, make_step, ring_slots
 from jaxtml.model.experts.moe import MoE, MoEStats
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
-from jaxtml.model.placement import ALONE, Placement, whole
+from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, bind
 from jaxtml.model.stack import Block, Kind, Run, Stack
 
@@ -135,7 +135,7 @@ class Backbone(Stack):
                 for r, run in enumerate(block.runs):
 
                     def one(x: jax.Array, layer: Params, of: Kind = run.kind) -> tuple[jax.Array, Any]:
-                        layer = whole(layer, self.tables[of], self.placement.mesh, x.dtype)
+                        layer = all_gather_parameters(layer, self.tables[of], self.placement.mesh, x.dtype)
                         x, _, stat = bind(self.modules[of], layer)(x, kind)
                         return x, stat
 

@@ -19,13 +19,13 @@ from jaxtml.model.backbone import Backbone
 from jaxtml.model.experts.moe import MoEStats
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.mtp import MTP
-from jaxtml.model.placement import ALONE, TENSOR, Placement, whole
+from jaxtml.model.placement import ALONE, TENSOR, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.speech import vocoder
 from jaxtml.model.speech.flow import FlowHead
-from jaxtml.model.towers import HMLP, Clock, DmelTower, TextEmbedding
+from jaxtml.model.towers import HMLP, ClockTower, DmelTower, TextEmbedding
 from jaxtml.model.vocabulary import Scores, scores
-from jaxtml.parallel.collectives import joined, spread
+from jaxtml.parallel.collectives import all_gather_last, psum_backward
 from jaxtml.stream.tokens import PositionKind
 
 _GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
@@ -68,7 +68,7 @@ class Trunk(nnx.Module):
         self.embed = TextEmbedding(b, placement)
         self.audio = DmelTower(b)
         self.visual = HMLP(config.vision, b)
-        self.clock = Clock(b)
+        self.clock = ClockTower(b)
         # What tells own speech from the user's; zero in a warm start.
         self.own = param((b.d_model,), ("embed",), zeros)
         self.norm = RMSNorm(b.d_model, b.norm_eps, "embed", "model.llm.norm.weight")
@@ -108,7 +108,7 @@ class InteractionModel:
         apart = {name: params[name] for name in (*_APART, "unembed") if name in params}
         table = {name: part for name, part in specs(self.trunk).items() if name not in apart}
         trunk = {name: params[name] for name in table}
-        return {**whole(trunk, table, self.placement.mesh, dtype), **apart}
+        return {**all_gather_parameters(trunk, table, self.placement.mesh, dtype), **apart}
 
     def bind(self, params: Params) -> Trunk:
         """The trunk over its part of `params`."""
@@ -152,7 +152,7 @@ class InteractionModel:
         table = specs(self.trunk)["unembed"]
 
         def fetched(columns: jax.Array) -> jax.Array:
-            return whole({"": columns}, {"": table}, mesh, hidden.dtype)[""].astype(hidden.dtype)
+            return all_gather_parameters({"": columns}, {"": table}, mesh, hidden.dtype)[""].astype(hidden.dtype)
 
         flat = (hidden / b.logits_divisor).reshape(-1, b.d_model)
         found = scores(flat, params["unembed"], target.reshape(-1), mesh, fetched)
@@ -171,6 +171,6 @@ class InteractionModel:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""
-        scaled = spread(hidden / self.config.backbone.logits_divisor, self.placement.mesh, TENSOR)
+        scaled = psum_backward(hidden / self.config.backbone.logits_divisor, self.placement.mesh, TENSOR)
         logits = (scaled @ params["unembed"].astype(hidden.dtype)).astype(jnp.float32)
-        return joined(logits, self.placement.mesh, TENSOR)
+        return all_gather_last(logits, self.placement.mesh, TENSOR)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param
-from jaxtml.parallel.collectives import merge, spread
+from jaxtml.parallel.collectives import psum_backward, psum_forward
 
 
 class RMSNorm(nnx.Module):
@@ -204,6 +204,6 @@ class DenseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = x.dtype
-        rows = spread(_rows(x), self.mesh, TENSOR)
+        rows = psum_backward(_rows(x), self.mesh, TENSOR)
         out = swiglu(rows, self.w13[...].astype(dtype), self.w2[...].astype(dtype))
-        return merge(out, self.mesh, TENSOR).reshape(x.shape) * self.global_scale[...].astype(dtype)
+        return psum_forward(out, self.mesh, TENSOR).reshape(x.shape) * self.global_scale[...].astype(dtype)

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtml.config import BackboneConfig
 from jaxtml.model.backbone import REMAT, SPELT_OUT, Layer
 from jaxtml.model.layers import RMSNorm, project
-from jaxtml.model.placement import ALONE, Placement, whole
+from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, Released, bind, normal, param
 from jaxtml.model.stack import Block, Kind, Stack
 from jaxtml.model.vocabulary import Scores
@@ -98,7 +98,7 @@ class MTP(Stack):
 
                     @REMAT[remat]
                     def head(hidden: jax.Array, layer: Params, later: jax.Array, of: Kind = run.kind) -> jax.Array:
-                        layer = whole(layer, self.tables[of], self.mesh, hidden.dtype)
+                        layer = all_gather_parameters(layer, self.tables[of], self.mesh, hidden.dtype)
                         ahead = jax.lax.dynamic_slice_in_dim(embedded, later, tokens, axis=1)
                         return bind(self.modules[of], layer)(hidden, ahead)
 

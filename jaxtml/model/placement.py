@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtml.model.spec import Params, ParamSpec
-from jaxtml.parallel.collectives import gathered
+from jaxtml.parallel.collectives import all_gather_parameter
 from jaxtml.parallel.mesh import BATCH_AXES, SERVE, TRAIN, MeshShape, Rules, partition_spec
 
 TENSOR = ("tensor",)
@@ -62,7 +62,7 @@ def layout(table: dict[str, Any], mesh: MeshShape, rules: Rules) -> dict[str, An
     return jax.tree_util.tree_map_with_path(one, table)
 
 
-def whole(params: Params, table: dict[str, Any], mesh: MeshShape, dtype: Any) -> Params:
+def all_gather_parameters(params: Params, table: dict[str, Any], mesh: MeshShape, dtype: Any) -> Params:
     """A device's parts of parameters, laid out by `TRAIN`, as it computes with them (by `SERVE`); gradients go back.
 
     What travels is cast to `dtype` first, all but the router, whose scores are made in float32.
@@ -76,9 +76,9 @@ def whole(params: Params, table: dict[str, Any], mesh: MeshShape, dtype: Any) ->
             return array
         array = array if "router" in spec.axes else array.astype(dtype)
         if spec.axes[-4:-2] != ("expert", "gate_up"):
-            return gathered(array, held, needed)
+            return all_gather_parameter(array, held, needed)
         # The halves by themselves, as they are used: to cut them out of what has arrived would be to copy it.
-        halves = (gathered(array[:, i : i + 1], held, needed) for i in (0, 1))
+        halves = (all_gather_parameter(array[:, i : i + 1], held, needed) for i in (0, 1))
         return jnp.concatenate(list(halves), axis=1)
 
     return jax.tree.map(one, table, params, held, needed)

@@ -14,7 +14,7 @@ from jaxtml.config import BackboneConfig, VisionConfig
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param, zeros
-from jaxtml.parallel.collectives import merge
+from jaxtml.parallel.collectives import psum_forward
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.timebase import N_BINS, N_MELS
 
@@ -43,7 +43,7 @@ class TextEmbedding(nnx.Module):
             return self.norm(table[ids])
         own = ids - len(table) * jax.lax.axis_index("tensor")  # the vocabulary is split
         rows = jnp.where(((own >= 0) & (own < len(table)))[..., None], table[jnp.clip(own, 0, len(table) - 1)], 0)
-        return self.norm(merge(rows, self.mesh, TENSOR))
+        return self.norm(psum_forward(rows, self.mesh, TENSOR))
 
 
 class DmelTower(nnx.Module):
@@ -106,7 +106,7 @@ class HMLP(nnx.Module):
         return self.final_norm(x.reshape(patches.shape[0], -1))
 
 
-class Clock(nnx.Module):
+class ClockTower(nnx.Module):
     """Linear map of the clock features, added to the TURN token; zero at the start."""
 
     def __init__(self, config: BackboneConfig):

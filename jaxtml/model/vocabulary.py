@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxtml.model.attention.attend import HIDDEN
 from jaxtml.model.placement import TENSOR
-from jaxtml.parallel.collectives import largest, merge, spread
+from jaxtml.parallel.collectives import pmax, psum_backward, psum_forward
 from jaxtml.parallel.mesh import MeshShape
 
 LOGITS = 2**27  # of a chunk, at most: half a gigabyte in float32
@@ -55,7 +55,7 @@ def scores(
     count = _chunks(len(hidden), unembed.shape[1])
     width = unembed.shape[1] // count
     first = unembed.shape[1] * jax.lax.axis_index("tensor") if mesh.tensor > 1 else 0
-    hidden = spread(hidden, mesh, TENSOR)
+    hidden = psum_backward(hidden, mesh, TENSOR)
 
     def one(seen: _Seen, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Seen, None]:
         start, columns = chunk
@@ -74,9 +74,9 @@ def scores(
     else:
         parts = unembed.reshape(-1, count, width).swapaxes(0, 1)
         seen, _ = jax.lax.scan(jax.checkpoint(one), seen, (starts, parts))
-    most = largest(seen.largest, mesh, TENSOR)
-    total = merge(seen.total * jnp.exp(seen.largest - most), mesh, TENSOR)
-    picked = merge(seen.picked, mesh, TENSOR)
+    most = pmax(seen.largest, mesh, TENSOR)
+    total = psum_forward(seen.total * jnp.exp(seen.largest - most), mesh, TENSOR)
+    picked = psum_forward(seen.picked, mesh, TENSOR)
     return Scores(most + jnp.log(total) - picked, picked >= most)
 
 

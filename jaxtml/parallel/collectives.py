@@ -1,9 +1,9 @@
 """What the programs of a mesh's devices say to each other, inside `jax.shard_map`. Knows axis names, no model.
 
-All are written for `check_vma=False`, where the transpose of a `psum` is a `psum`: `spread` and `merge` are the pair
-that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et al., 2019);
-`joined` completes what they then all use alike.
-Each is the identity over axes of length 1, so that a program for one device has no axes at all.
+All are written for `check_vma=False`, where the transpose of a `psum` is a `psum`: `psum_backward` and `psum_forward`
+are the pair that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et
+al., 2019); `all_gather_last` completes what they then all use alike. Each is the identity over axes of length 1, so
+that a program for one device has no axes at all.
 
 On a CPU sums are taken in the order of the devices: over processes it would be Gloo's order, and a run that goes on
 with another number of them would not be what it had been.
@@ -51,13 +51,14 @@ def _scatter_added(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=in_order, default=scattered)
 
 
-def gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+def all_gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
     """The parts of the devices of `names` side by side in dimension `dim`; gradients are summed and scattered back."""
     return _gather(x, names, dim)
 
 
-def scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`: the adjoint of `gather`."""
+def reduce_scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`: the adjoint of
+    `all_gather`."""
     return _scatter(x, names, dim)
 
 
@@ -79,26 +80,26 @@ _scatter.defvjp(lambda x, names, dim: (_scatter(x, names, dim), None),
                 lambda names, dim, _, grad: (_gather(grad, names, dim),))  # fmt: skip
 
 
-def total(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+def psum(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """Sum over the devices of `axes`; not to be differentiated."""
     names = used(mesh, axes)
     return _added(x, names) if names else x
 
 
-def largest(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+def pmax(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """Maximum over the devices of `axes`; no gradient passes."""
     names = used(mesh, axes)
     x = jax.lax.stop_gradient(x)
     return jax.lax.pmax(x, names) if names else x
 
 
-def spread(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+def psum_backward(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """A value that is the same on all devices of `axes` and that each uses for its part: gradients are summed."""
     names = used(mesh, axes)
     return _spread(x, names) if names else x
 
 
-def merge(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+def psum_forward(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """The sum of the parts that the devices of `axes` hold: the same everywhere, each part with the whole gradient."""
     names = used(mesh, axes)
     return _merge(x, names) if names else x
@@ -120,7 +121,7 @@ def _merge(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 _merge.defvjp(lambda x, names: (_added(x, names), None), lambda names, _, grad: (grad,))
 
 
-def joined(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
+def all_gather_last(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """The last dimension whole, from the parts of the devices of `axes`, which then all do the same with it."""
     names = used(mesh, axes)
     return _joined(x, names) if names else x
@@ -139,7 +140,7 @@ def _joined_bwd(names: tuple[str, ...], size: int, grad: jax.Array) -> tuple[jax
 _joined.defvjp(lambda x, names: (_joined(x, names), x.shape[-1]), _joined_bwd)
 
 
-def gathered(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
+def all_gather_parameter(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
     """A device's part of a parameter, laid out as `held`, as the larger part `needed`; gradients are scattered back.
 
     Only the axes that `needed` lacks are gathered (the last ones of a dimension, as in ("expert", "data")).
@@ -148,5 +149,5 @@ def gathered(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Ar
         keep = names_of(needed[dim] if dim < len(needed) else None)
         more = tuple(name for name in names_of(names) if name not in keep)
         if more:
-            x = gather(x, more, dim)
+            x = all_gather(x, more, dim)
     return x

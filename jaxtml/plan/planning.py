@@ -24,10 +24,10 @@ from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
 from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
-from jaxtml.plan.report import Memory, Served, serve_report, train_report
+from jaxtml.plan.report import Memory, ServedLoad, serve_report, train_report
 from jaxtml.plan.search import search
 from jaxtml.plan.topology import Topology
-from jaxtml.stream.timebase import FRAMES_PER_TURN
+from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN
 from jaxtml.train.step import check_batch
 
 GIB = 2**30
@@ -102,7 +102,7 @@ def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
     return MeshShape(data=devices // (expert * tensor), expert=expert, tensor=tensor)
 
 
-def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, platform: str) -> Served:
+def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, platform: str) -> ServedLoad:
     params, state, _ = program.arguments
     routed = device_bytes(_routed(params))
     # The loop's work is what one round more adds. Without any, the cheapest branches are a micro-turn of listening.
@@ -110,7 +110,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
     turn = one.scaled(1)
     turn.add(none, -1)
     duplex = Duplex(InteractionModel(config))
-    return Served(
+    return ServedLoad(
         sessions=config.serve.sessions,
         parts=Placement(shape, config.serve.transport).session_parts,
         experts=routed,
@@ -122,7 +122,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
         listening=counted(jaxpr, platform, rounds=0, least=True),
         turn=turn,
         given=(duplex.narrow, duplex.wide),
-        longest=duplex.generated + FRAMES_PER_TURN,
+        longest=duplex.generated + FRAMES_PER_MICRO_TURN,
     )
 
 

@@ -20,7 +20,7 @@ from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import AXES, MeshShape
 from jaxtml.parallel.work import Work
 from jaxtml.plan.topology import Topology
-from jaxtml.stream.timebase import FRAMES_PER_TURN, TURN_MS
+from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ WRITTEN = 3  # tokens that a speaking micro-turn writes: SAY and two more, about
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedLoad:
     """What a device of a serving program holds and does.
 
     Attributes:
@@ -175,7 +175,9 @@ class _Pass(NamedTuple):
     speaks: bool
 
 
-def serve_report(config: Config, served: Served, memory: Memory, topology: Topology, mesh: MeshShape) -> dict[str, Any]:
+def serve_report(
+    config: Config, served: ServedLoad, memory: Memory, topology: Topology, mesh: MeshShape
+) -> dict[str, Any]:
     """The plan of serving: of a micro-turn in which every session writes `WRITTEN` tokens and speaks.
 
     `turn_ms` has the roofline of micro-turns in which all listen, all speak, and all take as long as they can;
@@ -184,11 +186,15 @@ def serve_report(config: Config, served: Served, memory: Memory, topology: Topol
     """
     chip, n, (given, wide) = topology.chip, served.sessions, served.given
     writing, speaking = _Pass(served.turn, n, False), _Pass(served.turn, n, True)
-    spoken = [speaking] * FRAMES_PER_TURN
+    spoken = [speaking] * FRAMES_PER_MICRO_TURN
     turns = {
         "listening": [_Pass(served.listening, n * given, False)],
         "speaking": [_Pass(served.listening, n * given, False), *[writing] * (1 + WRITTEN), *spoken],
-        "longest": [_Pass(served.widest, n * wide, False), *[writing] * (served.longest - FRAMES_PER_TURN), *spoken],
+        "longest": [
+            _Pass(served.widest, n * wide, False),
+            *[writing] * (served.longest - FRAMES_PER_MICRO_TURN),
+            *spoken,
+        ],
     }
 
     def weights(one: _Pass, share: float = 1.0) -> float:
@@ -221,7 +227,7 @@ def serve_report(config: Config, served: Served, memory: Memory, topology: Topol
     each = (memory.total - fixed) / n
     room = int((chip.memory / chip.devices - fixed) / each) // served.parts
     fitting = bisect_right(
-        range(1, room + 1), TURN_MS / 1e3, key=lambda parts: seconds(turns["speaking"], parts * served.parts / n)
+        range(1, room + 1), MICRO_TURN_MS / 1e3, key=lambda parts: seconds(turns["speaking"], parts * served.parts / n)
     )
     rate = chip.memory_rate / chip.devices
     return report | {

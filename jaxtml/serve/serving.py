@@ -32,10 +32,10 @@ from jaxtml.parallel.processes import rank
 from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime import hosts, worker
-from jaxtml.serve.runtime.pool import Pool, started
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.pool import WorkerPool, started
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access
-from jaxtml.serve.sessions.manager import Desk, Limits, Served
+from jaxtml.serve.sessions.manager import Limits, ServedModel, SessionManager
 from jaxtml.serve.web.server import Server
 from jaxtml.stream.text import TextCodec
 
@@ -173,8 +173,8 @@ async def _serve(
             return
         pool, ready = starting.result()
         config = from_json(ready.config)
-        served = Served(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        desk = Desk(pool, access, served, options.limits, metrics, prefix(options.replica))
+        served = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
+        desk = SessionManager(pool, access, served, options.limits, metrics, prefix(options.replica))
         _watched(metrics, pool, desk)
         app = Server(desk, access, served, metrics, options.origins).app()
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.
@@ -216,7 +216,7 @@ class _Orders:
         self._told = True
 
 
-async def _until_told(orders: _Orders, pool: Pool, desk: Desk, drain_s: float) -> None:
+async def _until_told(orders: _Orders, pool: WorkerPool, desk: SessionManager, drain_s: float) -> None:
     """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
     running = asyncio.create_task(pool.run())
     waiting, hurrying = asyncio.create_task(orders.drain.wait()), asyncio.create_task(orders.now.wait())
@@ -227,7 +227,7 @@ async def _until_told(orders: _Orders, pool: Pool, desk: Desk, drain_s: float) -
             draining = asyncio.create_task(desk.drain(drain_s))
             await asyncio.wait([running, draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
-        await desk.end(End.FAILED if running.done() else End.DRAINED)
+        await desk.end(EndReason.FAILED if running.done() else EndReason.DRAINED)
         if running.done():
             running.result()
     finally:
@@ -237,7 +237,7 @@ async def _until_told(orders: _Orders, pool: Pool, desk: Desk, drain_s: float) -
             await running
 
 
-def _watched(metrics: Metrics, pool: Pool, desk: Desk) -> None:
+def _watched(metrics: Metrics, pool: WorkerPool, desk: SessionManager) -> None:
     """Gauges, read when they are asked for."""
     counts = [hub.counts for hub in pool.hubs]
     watch, count = metrics.watch, metrics.count

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
-from jaxtml.model.duplex.step import Duplex, DuplexState, TurnInputs, TurnOutputs
+from jaxtml.model.duplex.step import Duplex, DuplexState, MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement, layout
 from jaxtml.model.spec import Params, ParamSpec
@@ -27,15 +27,15 @@ from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.layout import plan_typed
 from jaxtml.stream.reading import Reader
 from jaxtml.stream.text import TextCodec
-from jaxtml.stream.timebase import TURN_MS, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
 if TYPE_CHECKING:
-    from jaxtml.checkpoint.source import Source
+    from jaxtml.checkpoint.source import ParameterSource
 
 
 @dataclass(frozen=True)
-class TurnRecord:
+class MicroTurn:
     """One micro-turn of one session, in words.
 
     `t_ms` is when its input began; what it says is heard in `[t_ms + 200, t_ms + 400)`. `heard`, `text` and
@@ -56,7 +56,7 @@ class Reply:
     """What one session gave: `wave` `[N]` float32 on the clock of its input, and a record per micro-turn."""
 
     wave: np.ndarray
-    turns: tuple[TurnRecord, ...]
+    turns: tuple[MicroTurn, ...]
 
     @property
     def heard(self) -> str:
@@ -68,7 +68,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Given:
+class SlotInput:
     """What one session is given for a micro-turn: `bins` `[4, 80]` uint8, text as token ids behind a TYPED or
     BACKGROUND `mark`, `patches` `[P, 2, 40, 40, 3]` float32."""
 
@@ -102,20 +102,21 @@ class Engine:
         """Reads any checkpoint that `jaxtml convert` does, on a mesh each process what its own devices hold.
 
         Raises:
-          InputError: as `opened` and `TextCodec.load`; a mesh that is not that of the devices, or cannot share a
+          InputError: as `open_checkpoint` and `TextCodec.load`; a mesh that is not that of the devices, or cannot share
+          a
             parameter.
         """
-        from jaxtml.checkpoint.opening import opened, read
+        from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
         from jaxtml.checkpoint.orbax_source import TOKENIZER
 
         tokenizer = Path(directory) / TOKENIZER
         if shape.devices == 1:
-            return cls.create(*read(directory), TextCodec.load(tokenizer))
-        return cls._on_mesh(opened(directory), TextCodec.load(tokenizer), shape)
+            return cls.create(*read_checkpoint(directory), TextCodec.load(tokenizer))
+        return cls._on_mesh(open_checkpoint(directory), TextCodec.load(tokenizer), shape)
 
     @classmethod
-    def _on_mesh(cls, source: Source, codec: TextCodec, shape: MeshShape) -> Engine:
-        from jaxtml.checkpoint.source import placed
+    def _on_mesh(cls, source: ParameterSource, codec: TextCodec, shape: MeshShape) -> Engine:
+        from jaxtml.checkpoint.source import place_parameters
 
         config, mesh = source.config, make_mesh(shape)
         placement = Placement(shape, config.serve.transport, int8=config.serve.int8_experts)
@@ -131,7 +132,7 @@ class Engine:
             held = jax.tree.map(partial(NamedSharding, mesh), duplex.layouts()[0])
             donated = () if placement.int8 else 0  # int8 has no use for the place of larger numbers
             prepare = jax.jit(duplex.prepare, out_shardings=held, donate_argnums=donated)
-            return cls(config, codec, prepare(placed(source, shapes)), duplex, mesh)
+            return cls(config, codec, prepare(place_parameters(source, shapes)), duplex, mesh)
 
     def step(self, batch: int) -> Any:
         """The compiled step for `batch` slots; compiled at the first call."""
@@ -153,12 +154,12 @@ class Engine:
         with self._set_mesh():
             return jax.jit(run, donate_argnums=donated).lower(*shapes).compile()
 
-    def empty(self, batch: int) -> TurnInputs:
+    def empty(self, batch: int) -> MicroTurnInputs:
         """Inputs of a micro-turn in which nothing is given to anyone."""
         empty = self.duplex.empty_inputs(batch)
         return empty if self.mesh is None else self._placed(jax.device_get(empty))
 
-    def _placed(self, inputs: TurnInputs) -> TurnInputs:
+    def _placed(self, inputs: MicroTurnInputs) -> MicroTurnInputs:
         """Host arrays, the same in all processes, as parts on their devices; those that are there already stay."""
         if (mesh := self.mesh) is None:
             return inputs
@@ -173,7 +174,7 @@ class Engine:
     def _set_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def inputs(self, empty: TurnInputs, given: Mapping[int, Given]) -> TurnInputs:
+    def inputs(self, empty: MicroTurnInputs, given: Mapping[int, SlotInput]) -> MicroTurnInputs:
         """What a micro-turn gives to its slots; slots that are not in `given` are not active.
 
         Args:
@@ -213,7 +214,7 @@ def converse(
     week_ms: int = 0,
     patches: Sequence[np.ndarray] | None = None,
     typed: Sequence[Sequence[tuple[int, str]]] | None = None,
-) -> Iterator[tuple[TurnOutputs, tuple[TurnRecord, ...]]]:
+) -> Iterator[tuple[MicroTurnOutputs, tuple[MicroTurn, ...]]]:
     """Runs one session per wave, side by side, a micro-turn at a time.
 
     Args:
@@ -228,8 +229,8 @@ def converse(
       The outputs (host arrays) and one record per session.
     """
     batch = len(waves)
-    turns = max(-(-len(wave) // TURN_SAMPLES) for wave in waves)
-    padded = [np.pad(wave, (0, turns * TURN_SAMPLES - len(wave))) for wave in waves]
+    turns = max(-(-len(wave) // MICRO_TURN_SAMPLES) for wave in waves)
+    padded = [np.pad(wave, (0, turns * MICRO_TURN_SAMPLES - len(wave))) for wave in waves]
     step = engine.step(batch)
     state: DuplexState = engine.duplex.init_state(batch, seed, week_ms)
     empty = engine.empty(batch)
@@ -237,12 +238,12 @@ def converse(
     plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * batch]
     for turn in range(turns):
         began = time.perf_counter()
-        rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
+        rows = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
         stepped = [stream.step(wave[rows]) for stream, wave in zip(streams, padded, strict=True)]
         streams = [stream for stream, _ in stepped]
         seen = patches[turn] if patches is not None and turn < len(patches) else None
         given = {
-            i: Given(bins, tuple(plan[turn]), patches=seen)
+            i: SlotInput(bins, tuple(plan[turn]), patches=seen)
             for i, ((_, bins), plan) in enumerate(zip(stepped, plans, strict=True))
         }
         state, outputs = step(engine.params, state, engine.inputs(empty, given))
@@ -253,7 +254,7 @@ def converse(
             words = readers[i].read(host.tokens[i, : host.count[i]].tolist())
             gate = "speak" if host.speaking[i] else "listen"
             p_speak = round(float(host.p_speak[i]), 4)
-            records.append(TurnRecord(turn * TURN_MS, gate, p_speak, *words[:3], round(step_ms, 2)))
+            records.append(MicroTurn(turn * MICRO_TURN_MS, gate, p_speak, *words[:3], round(step_ms, 2)))
         yield host, tuple(records)
 
 
@@ -265,13 +266,13 @@ def replies(
 ) -> list[Reply]:
     """Whole sessions, side by side; a reply has the length and clock of its wave. Arguments as for `converse`."""
     chunks: list[np.ndarray] = []
-    records: list[tuple[TurnRecord, ...]] = []
+    records: list[tuple[MicroTurn, ...]] = []
     for outputs, turn in converse(engine, waves, seed, typed=typed):
         chunks.append(np.asarray(outputs.wave))
         records.append(turn)
-    heard_later = np.zeros((len(waves), TURN_SAMPLES), np.float32)
+    heard_later = np.zeros((len(waves), MICRO_TURN_SAMPLES), np.float32)
     joined = np.concatenate([heard_later, *chunks], axis=1)
     return [
-        Reply(joined[i, : len(wave)], tuple(turn[i] for turn in records[: -(-len(wave) // TURN_SAMPLES)]))
+        Reply(joined[i, : len(wave)], tuple(turn[i] for turn in records[: -(-len(wave) // MICRO_TURN_SAMPLES)]))
         for i, wave in enumerate(waves)
     ]

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.errors import InputError
-from jaxtml.session.engine import Engine, Reply, TurnRecord, converse
+from jaxtml.session.engine import Engine, MicroTurn, Reply, converse
 from jaxtml.stream.audio_file import read_audio, write_wav
 from jaxtml.stream.images import image_patches
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.video_file import read_frame_pairs
 
 NOON_MS = 12 * 3_600_000
@@ -61,17 +61,17 @@ def run(
     seed: int = 0,
     video: str | Path | None = None,
     realtime: bool = False,
-    on_turn: Callable[[TurnRecord], None] = lambda record: None,
+    on_turn: Callable[[MicroTurn], None] = lambda record: None,
 ) -> Reply:
     """Holds the session; `on_turn` is called after each micro-turn, at the pace of the clock where `realtime`."""
-    turns = -(-len(wave) // TURN_SAMPLES)
+    turns = -(-len(wave) // MICRO_TURN_SAMPLES)
     patches = None
     if video is not None:
         most = engine.config.duplex.max_patches
         if not most:
             raise InputError(f"--video: the checkpoint {engine.config.name!r} takes no video (duplex.max_patches is 0)")
         patches = [image_patches(pair) for pair in read_frame_pairs(video, turns, most)]
-    chunks, records = [np.zeros(TURN_SAMPLES, np.float32)], []
+    chunks, records = [np.zeros(MICRO_TURN_SAMPLES, np.float32)], []
     engine.step(1)
     began = time.monotonic()
     for outputs, (record,) in converse(engine, [wave], seed, NOON_MS, patches):
@@ -79,7 +79,7 @@ def run(
         records.append(record)
         on_turn(record)
         if realtime:
-            time.sleep(max(0.0, began + len(records) * TURN_MS / 1000 - time.monotonic()))
+            time.sleep(max(0.0, began + len(records) * MICRO_TURN_MS / 1000 - time.monotonic()))
     return Reply(np.concatenate(chunks)[: len(wave)], tuple(records))
 
 
@@ -99,14 +99,14 @@ def summarise(wave: np.ndarray, reply: Reply) -> Summary:
         gate_latency_ms=tuple(latencies),
         step_ms_median=float(np.median(steps)),
         step_ms_max=float(steps.max()),
-        late_turns=int((steps > TURN_MS).sum()),
+        late_turns=int((steps > MICRO_TURN_MS).sum()),
     )
 
 
 def _latency_ms(wave: np.ndarray, turn: int) -> int | None:
     """From the user's last loud 10 ms before the reply of micro-turn `turn` is heard, to that moment."""
     block = SAMPLE_RATE // 100
-    audible = (turn + 1) * TURN_SAMPLES
+    audible = (turn + 1) * MICRO_TURN_SAMPLES
     blocks = wave[: min(audible, len(wave)) // block * block].reshape(-1, block)
     level = np.sqrt((blocks**2).mean(axis=1))
     loud = np.flatnonzero(level > 0.1 * np.sqrt((wave**2).mean()) + 0.1 * level.max(initial=0.0))
@@ -124,8 +124,8 @@ def write_events(path: str | Path, reply: Reply) -> None:
 def read_recording(path: str | Path) -> np.ndarray:
     """`[N]` float32 at 16 kHz, at least one micro-turn. Raises `InputError` as `read_audio` does."""
     wave = read_audio(path)
-    if len(wave) < TURN_SAMPLES:
-        raise InputError(f"{path} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: a micro-turn needs {TURN_MS}")
+    if len(wave) < MICRO_TURN_SAMPLES:
+        raise InputError(f"{path} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: a micro-turn needs {MICRO_TURN_MS}")
     return wave
 
 

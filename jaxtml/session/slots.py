@@ -24,13 +24,13 @@ import numpy as np
 
 from jaxtml.errors import InputError
 from jaxtml.model.duplex.step import PART, DuplexState
-from jaxtml.session.engine import Engine, Given
+from jaxtml.session.engine import Engine, SlotInput
 
 BUCKETS = (1, 4, 16, 64)  # below the capacity; each is compiled at the start
 
 
 @dataclass(frozen=True)
-class Gave:
+class SlotOutput:
     """What one session gave: `wave` `[3200]` float32 at 16 kHz, to be heard one micro-turn later; the generated
     `tokens` `[n]` int32, the gate last."""
 
@@ -105,7 +105,7 @@ class Slots:
         while (at := self.buckets.index(self.bucket)) and len(self.live) <= max(1, self.buckets[at - 1] // 2):
             self._move_to(self.buckets[at - 1])
 
-    def step(self, given: Mapping[int, Given]) -> dict[int, Gave]:
+    def step(self, given: Mapping[int, SlotInput]) -> dict[int, SlotOutput]:
         """One micro-turn of the sessions in `given`; the others stay as they are."""
         if not given:
             return {}
@@ -114,7 +114,7 @@ class Slots:
         self.state, outputs = self.engine.step(self.bucket)(self.engine.params, self.state, inputs)
         host = jax.device_get(outputs._replace(frames=None, logits=None))
         return {
-            session: Gave(
+            session: SlotOutput(
                 host.wave[slot],
                 host.tokens[slot, : host.count[slot]],
                 bool(host.speaking[slot]),
@@ -133,7 +133,7 @@ class Slots:
         self.bucket = bucket
 
 
-def grouped(engine: Engine, capacity: int) -> list[Slots]:
+def slot_groups(engine: Engine, capacity: int) -> list[Slots]:
     """Slots for `capacity` sessions or a few more: on a CPU in groups of `PART` at most, else in one. As `Slots`."""
     if not engine.duplex.one_cpu:
         return [Slots(engine, capacity)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from jaxtml.session.engine import TurnRecord
+from jaxtml.session.engine import MicroTurn
 
 _console = Console(highlight=False)
 
 
-def print_turn(turn: TurnRecord) -> None:
+def print_turn(turn: MicroTurn) -> None:
     """One line per micro-turn: clock, gate, time of the step, what was heard and what is said."""
     speaking = turn.gate == "speak"
     line = Text(f"{turn.t_ms / 1000:7.1f} s  ")

@@ -22,17 +22,17 @@ from jaxtml.stream.timebase import (
     DMEL_WINDOW,
     FINE_HOP,
     FINE_WINDOW,
-    FRAMES_PER_TURN,
+    FRAMES_PER_MICRO_TURN,
     LOG_MEL_MAX,
     LOG_MEL_MIN,
+    MICRO_TURN_SAMPLES,
     N_BINS,
     N_MELS,
     SAMPLE_RATE,
-    TURN_SAMPLES,
 )
 
 _FLOOR = 1e-10  # of the power before its square root, and of the mel magnitude before its logarithm
-_BLOCK = 64 * FRAMES_PER_TURN  # frames transformed at a time: bounds memory on hours of audio and stays in cache
+_BLOCK = 64 * FRAMES_PER_MICRO_TURN  # frames transformed at a time: bounds memory on hours of audio and stays in cache
 _CENTRES = np.linspace(LOG_MEL_MIN, LOG_MEL_MAX, N_BINS).astype(np.float32)
 _LEFT_PAD = DMEL_WINDOW - DMEL_HOP
 
@@ -94,8 +94,8 @@ def _log_mel_frames(padded: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
         spectrum = np.fft.rfft(block * _hann(n_fft).astype(np.float64), axis=-1)
         power = np.square(spectrum.real) + np.square(spectrum.imag)
         magnitude = np.sqrt(np.maximum(power, _FLOOR))
-        spare = -len(block) % FRAMES_PER_TURN
-        fours = np.pad(magnitude, ((0, spare), (0, 0))).reshape(-1, FRAMES_PER_TURN, magnitude.shape[1])
+        spare = -len(block) % FRAMES_PER_MICRO_TURN
+        fours = np.pad(magnitude, ((0, spare), (0, 0))).reshape(-1, FRAMES_PER_MICRO_TURN, magnitude.shape[1])
         mel = np.matmul(fours, filters).reshape(-1, N_MELS)[: len(block)]
         out[start : start + len(block)] = np.log10(np.maximum(mel, _FLOOR))
     return np.clip(out, LOG_MEL_MIN, LOG_MEL_MAX)
@@ -169,7 +169,7 @@ class DmelStream:
     def step(self, samples: np.ndarray) -> tuple[DmelStream, np.ndarray]:
         """`[3200]` float32 -> (the stream after it, `[4, 80]` uint8)."""
         samples = _checked(samples)
-        if len(samples) != TURN_SAMPLES:
-            raise ValueError(f"a micro-turn has {TURN_SAMPLES} samples, got {len(samples)}")
+        if len(samples) != MICRO_TURN_SAMPLES:
+            raise ValueError(f"a micro-turn has {MICRO_TURN_SAMPLES} samples, got {len(samples)}")
         padded = np.concatenate([self.tail, samples])
         return DmelStream(padded[-_LEFT_PAD:].copy()), quantise(_log_mel_frames(padded, DMEL_WINDOW, DMEL_HOP))

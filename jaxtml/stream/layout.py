@@ -34,10 +34,10 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import (
     DMEL_HOP,
     FINE_PER_FRAME,
-    FRAMES_PER_TURN,
+    FRAMES_PER_MICRO_TURN,
+    MICRO_TURN_MS,
+    MICRO_TURN_SAMPLES,
     N_MELS,
-    TURN_MS,
-    TURN_SAMPLES,
 )
 from jaxtml.stream.tokens import Control, PositionKind, Term
 
@@ -72,7 +72,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class TurnText:
+class MicroTurnText:
     """Tokens that one micro-turn generates, before the gate."""
 
     heard: tuple[int, ...]
@@ -81,16 +81,16 @@ class TurnText:
 
 def plan_text(
     conversation: Conversation, codec: TextCodec, config: DuplexConfig, *, heard_delay_ms: int, lead_ms: int
-) -> list[TurnText]:
+) -> list[MicroTurnText]:
     """Which tokens stand in which micro-turn; tokens that do not fit move on to the next one, in order.
 
     Words that would move past the end of the conversation, or said words past the end of their stretch of speech, are
     dropped: they would be heard or said outside it.
     """
-    turns = len(conversation.user) // TURN_SAMPLES
+    turns = len(conversation.user) // MICRO_TURN_SAMPLES
     heard = _spread(
         [
-            (int((word.end_s * 1000 + heard_delay_ms) // TURN_MS), codec.encode(word.text))
+            (int((word.end_s * 1000 + heard_delay_ms) // MICRO_TURN_MS), codec.encode(word.text))
             for word in conversation.user_words
         ],
         config.max_heard if config.heard else 0,
@@ -100,12 +100,12 @@ def plan_text(
     text: list[tuple[int, ...]] = [()] * turns
     for speech in conversation.speech:
         words = [
-            (int((word.start_s * 1000 - TURN_MS - lead_ms) // TURN_MS), codec.encode(word.text))
+            (int((word.start_s * 1000 - MICRO_TURN_MS - lead_ms) // MICRO_TURN_MS), codec.encode(word.text))
             for word in (*speech.words, *speech.unsaid)
         ]
         stretch = _spread(words, config.max_text, speech.start_turn, min(speech.end_turn, turns))
         text[speech.start_turn : speech.end_turn] = stretch[speech.start_turn : speech.end_turn]
-    return [TurnText(h, t) for h, t in zip(heard, text, strict=True)]
+    return [MicroTurnText(h, t) for h, t in zip(heard, text, strict=True)]
 
 
 def plan_typed(
@@ -161,11 +161,11 @@ def encode(
         in a micro-turn than the config allows.
     """
     _check(conversation)
-    turns = len(conversation.user) // TURN_SAMPLES
+    turns = len(conversation.user) // MICRO_TURN_SAMPLES
     texts = plan_text(conversation, codec, config, heard_delay_ms=heard_delay_ms, lead_ms=lead_ms)
     user_bins = quantise(log_mel(conversation.user))
     # Output of micro-turn m is heard one micro-turn later: on its own clock it starts at sample 0.
-    own = np.concatenate([conversation.assistant[TURN_SAMPLES:], np.zeros(TURN_SAMPLES, np.float32)])
+    own = np.concatenate([conversation.assistant[MICRO_TURN_SAMPLES:], np.zeros(MICRO_TURN_SAMPLES, np.float32)])
     coarse, fine = _own_mels(own, conversation.speech)
     before = np.concatenate([SILENT_BINS[None], quantise(coarse)[:-1]])
     speaking = np.zeros(turns, bool)
@@ -188,7 +188,7 @@ def encode(
             out.patches.extend(frames[turn])
             for _ in frames[turn]:
                 out.add(PositionKind.PATCH, turn)
-        rows = slice(FRAMES_PER_TURN * turn, FRAMES_PER_TURN * (turn + 1))
+        rows = slice(FRAMES_PER_MICRO_TURN * turn, FRAMES_PER_MICRO_TURN * (turn + 1))
         for bins in user_bins[rows]:
             out.add(PositionKind.USER, turn, bins=bins)
         out.generated(texts[turn], bool(speaking[turn]), turn)
@@ -200,9 +200,9 @@ def encode(
             out.cut(start)
             break
     used = int(out.turn[-1]) + 1 if out.turn else 0
-    first = round(conversation.clock_s * 1000 / TURN_MS)
+    first = round(conversation.clock_s * 1000 / MICRO_TURN_MS)
     index = np.arange(first, first + used)
-    wall = week_ms(conversation.wall_clock_s) + TURN_MS * np.arange(used)
+    wall = week_ms(conversation.wall_clock_s) + MICRO_TURN_MS * np.arange(used)
     return out.finish(clock_features(index, wall))
 
 
@@ -216,7 +216,7 @@ def _own_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarray, 
     coarse = np.repeat(log_mel(np.zeros(DMEL_HOP, np.float32)), frames, axis=0)
     fine = np.tile(SILENT_FINE, (frames, FINE_PER_FRAME))
     for stretch in speech:
-        first, end = stretch.start_turn * FRAMES_PER_TURN, min(stretch.end_turn * FRAMES_PER_TURN, frames)
+        first, end = stretch.start_turn * FRAMES_PER_MICRO_TURN, min(stretch.end_turn * FRAMES_PER_MICRO_TURN, frames)
         # Two hops of lead: the causal window of the frame before, and the fine window of the first.
         low, high = max(0, first - 2), min(frames, end + 1)
         segment = own[low * DMEL_HOP : high * DMEL_HOP]
@@ -229,13 +229,13 @@ def _own_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarray, 
 
 def _check(conversation: Conversation) -> None:
     n = len(conversation.user)
-    if len(conversation.assistant) != n or n % TURN_SAMPLES:
+    if len(conversation.assistant) != n or n % MICRO_TURN_SAMPLES:
         raise ValueError(
             f"waveforms of {n} and {len(conversation.assistant)} samples: give both one whole number of micro-turns"
         )
     end = 0
     for speech in conversation.speech:
-        if not end <= speech.start_turn < speech.end_turn <= n // TURN_SAMPLES:
+        if not end <= speech.start_turn < speech.end_turn <= n // MICRO_TURN_SAMPLES:
             raise ValueError(f"speech {speech.start_turn}..{speech.end_turn} overlaps another or leaves the recording")
         end = speech.end_turn
 
@@ -276,7 +276,7 @@ class _Writer:
         self.term[-1] = term
         self.add(PositionKind.TEXT, turn, token)
 
-    def generated(self, text: TurnText, speaking: bool, turn: int) -> None:
+    def generated(self, text: MicroTurnText, speaking: bool, turn: int) -> None:
         if text.heard:
             self.predict(self.base + Control.HEARD, Term.HEARD, turn)
             for token in text.heard:
@@ -333,7 +333,7 @@ class Decoded:
 
 def decode(sequence: Sequence, codec: TextCodec, config: DuplexConfig) -> Decoded:
     """Reads a sequence back; the inverse of `encode` up to what that states as lost."""
-    seconds = TURN_MS / 1000
+    seconds = MICRO_TURN_MS / 1000
     base = config.control_base
     heard: list[tuple[int, list[int]]] = []
     said: list[tuple[int, list[int]]] = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtml.errors import InputError
 from jaxtml.stream.images import fitted_size
-from jaxtml.stream.timebase import TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS
 
 
 def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.ndarray]:
@@ -35,7 +35,7 @@ def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.
                 raise InputError(f"{path} holds no video")
             size: tuple[int, int] | None = None
             for frame in container.decode(video=0):
-                if frame.time is not None and frame.time * 1000 > turns * TURN_MS:
+                if frame.time is not None and frame.time * 1000 > turns * MICRO_TURN_MS:
                     break
                 size = size or fitted_size(frame.height, frame.width, max_patches)
                 times.append(float(frame.time or 0.0))
@@ -46,8 +46,8 @@ def read_frame_pairs(path: str | Path, turns: int, max_patches: int) -> list[np.
         raise InputError(f"{path}: {error}") from error
     if not frames:
         raise InputError(f"{path} holds no frame of video")
-    starts = np.arange(turns) * TURN_MS / 1000
-    starts = starts[starts <= times[-1] + TURN_MS / 1000]
+    starts = np.arange(turns) * MICRO_TURN_MS / 1000
+    starts = starts[starts <= times[-1] + MICRO_TURN_MS / 1000]
     now = np.maximum(np.searchsorted(times, starts, side="right") - 1, 0)
     ago = np.maximum(np.searchsorted(times, starts - 0.1, side="right") - 1, 0)
     return [np.stack([frames[a], frames[b]]) for a, b in zip(ago, now, strict=True)]

@@ -30,7 +30,7 @@ from jaxtml.model.spec import Params, count, init_params
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape, make_mesh
 from jaxtml.stream.text import TextCodec
 from jaxtml.train import storage
-from jaxtml.train.progress import Progress
+from jaxtml.train.progress import TrainProgress
 from jaxtml.train.samples import Sampler
 from jaxtml.train.step import TrainState, check_batch, make_train_step
 
@@ -101,7 +101,7 @@ def train(
         steps, every = config.train.steps, config.train
         share = _share(every.batch, mesh)
         feed = batches(rows, every.batch, start=first, workers=workers, share=share)
-        progress = Progress(workdir, config, first, mesh.devices) if jax.process_index() == 0 else None
+        progress = TrainProgress(workdir, config, first, mesh.devices) if jax.process_index() == 0 else None
         if mesh.devices > 1:
             logging.info("no samples are taken: that is done on one device")
         pending: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from jaxtml.stream.tokens import PositionKind
 TOLD = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "text_right")  # in the line; the log has all
 
 
-class Progress:
+class TrainProgress:
     """Means of what the steps since the last line gave, with speed, utilisation, balance of the experts and ETA.
 
     `MFU = tokens/s x FLOPs per token / (devices x peak FLOP/s)`, with the FLOPs of `model.flops` (6 N and attention,

@@ -19,7 +19,7 @@ from jaxtml.model.experts.moe import MODALITIES, MoEStats
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params
-from jaxtml.parallel.collectives import total
+from jaxtml.parallel.collectives import psum
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, names_of
 from jaxtml.stream.tokens import PositionKind, Term
 
@@ -65,7 +65,7 @@ def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTrans
     )
 
 
-class Counts(NamedTuple):
+class TokenCounts(NamedTuple):
     """What the terms of a whole batch are divided by: positions of each kind over all devices, at least 1."""
 
     turns: jax.Array
@@ -76,10 +76,10 @@ class Counts(NamedTuple):
     tokens: jax.Array
 
 
-def count_batch(batch: Batch, mesh: MeshShape) -> Counts:
+def count_batch(batch: Batch, mesh: MeshShape) -> TokenCounts:
     """Counts of the batch of which `batch` is this device's part."""
     kind, term = jnp.asarray(batch["kind"]), jnp.asarray(batch["term"])
-    found = Counts(
+    found = TokenCounts(
         turns=kind == PositionKind.TURN,
         gate=term == Term.GATE,
         heard=term == Term.HEARD,
@@ -87,11 +87,11 @@ def count_batch(batch: Batch, mesh: MeshShape) -> Counts:
         spoken=jnp.asarray(batch["speech_valid"]),
         tokens=kind != PositionKind.PAD,
     )
-    return jax.tree.map(lambda mask: jnp.maximum(total(mask.sum(), mesh, BATCH_AXES), 1), found)
+    return jax.tree.map(lambda mask: jnp.maximum(psum(mask.sum(), mesh, BATCH_AXES), 1), found)
 
 
 def loss_fn(
-    model: InteractionModel, params: Params, batch: Batch, rows: jax.Array, counts: Counts
+    model: InteractionModel, params: Params, batch: Batch, rows: jax.Array, counts: TokenCounts
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[MoEStats]]]:
     """The share that some rows have in the loss, its terms and the MoE layers' stats: the sum of all is the whole.
 
@@ -142,7 +142,7 @@ def loss_fn(
 
 
 def _further(
-    model: InteractionModel, params: Params, hidden: jax.Array, embedded: jax.Array, batch: Batch, counts: Counts
+    model: InteractionModel, params: Params, hidden: jax.Array, embedded: jax.Array, batch: Batch, counts: TokenCounts
 ) -> dict[str, jax.Array]:
     """The prediction heads' term: what gate, heard and text weigh for the model itself, for words further ahead, as a
     mean over heads; and the share of all words that a head has right."""
@@ -263,7 +263,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
             sums, _ = jax.lax.scan(lambda sums, c: (jax.tree.map(jnp.add, sums, part(*c)), None), zeros, cut)
             (loss, (terms, stats)), grads = jax.tree.map(lambda a, s: a.astype(s.dtype), sums, shapes)
-        terms, stats = jax.tree.map(lambda x: total(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
+        terms, stats = jax.tree.map(lambda x: psum(x, mesh, BATCH_AXES), ({"loss": loss, **terms}, stats))
         grads = jax.tree.map(lambda g, spec: _summed(g, spec, mesh), grads, held)
         return {**terms, "grad_norm": _norm(grads, held, mesh)}, stats, grads
 
@@ -280,7 +280,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
 
 def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
     """A gradient summed over the batch axes on which its parameter is whole; scattered it is summed already."""
-    return total(grad, mesh, [axis for axis in BATCH_AXES if axis not in _split(held)])
+    return psum(grad, mesh, [axis for axis in BATCH_AXES if axis not in _split(held)])
 
 
 def _split(held: PartitionSpec) -> tuple[str, ...]:
@@ -294,7 +294,7 @@ def _norm(grads: Params, held: Any, mesh: MeshShape) -> jax.Array:
     for grad, spec in zip(jax.tree.leaves(grads), jax.tree.leaves(held), strict=True):
         axes = _split(spec)
         squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
-    return jnp.sqrt(sum(total(squares[axes], mesh, axes) for axes in sorted(squares)))
+    return jnp.sqrt(sum(psum(squares[axes], mesh, axes) for axes in sorted(squares)))
 
 
 def make_train_step(model: InteractionModel) -> tuple[Callable[[Params], TrainState], Callable[..., Any]]:

@@ -18,9 +18,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from orbax.checkpoint import v1 as ocp
 
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax_source import CONFIG, RUN, TOKENIZER
-from jaxtml.checkpoint.source import placed, table
+from jaxtml.checkpoint.source import place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, TrainConfig, from_json, to_json
 from jaxtml.errors import InputError
@@ -69,14 +69,14 @@ def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: Inte
     init, _ = make_train_step(model)
     one = SingleDeviceSharding(jax.devices()[0])
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """With a mesh of devices: moments come with an abstract one, counters and single devices with none."""
         sharding = one
         if model.placement.mesh.devices > 1:
             sharding = NamedSharding(jax.sharding.get_mesh(), getattr(leaf.sharding, "spec", PartitionSpec()))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    target = jax.tree.map(placed, jax.eval_shape(init, shapes(model)))
+    target = jax.tree.map(with_sharding, jax.eval_shape(init, shapes(model)))
     try:
         return saver.load(step, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -94,9 +94,11 @@ def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
     Raises:
       InputError: it is neither, or its tokenizer is not that of the data.
     """
-    source = opened(directory)
+    source = open_checkpoint(directory)
     if not isinstance(source, ReleasedCheckpoint):
-        held, wanted = ({path: spec.shape for path, spec in table(c).items()} for c in (source.config, model.config))
+        held, wanted = (
+            {path: spec.shape for path, spec in spec_table(c).items()} for c in (source.config, model.config)
+        )
         other = sorted(path for path in held.keys() | wanted.keys() if held.get(path) != wanted.get(path))
         other = [path for path in other if not path.startswith("mtp/")]  # heads may be new, or left out
         if other:
@@ -106,7 +108,7 @@ def start_from(directory: Path, model: InteractionModel, data: Path) -> Params:
         logging.warning("%s has no %s: nobody can say whether that of %s fits", directory, TOKENIZER, data)
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
-    return placed(source, shapes(model))
+    return place_parameters(source, shapes(model))
 
 
 def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:

@@ -15,9 +15,9 @@ from jaxtml import config as configs
 from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax_source import save_checkpoint
-from jaxtml.checkpoint.source import placed, table, whole
+from jaxtml.checkpoint.source import full_index, place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, DuplexConfig, FlowConfig
 from jaxtml.convert.conversion import convert, write
@@ -59,24 +59,24 @@ def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, t
     path.write_text(configs.to_json(larger))
     said = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
     assert "tensors equal, logits of 64 tokens too" in said
-    config, params = read(tmp_path / "ours")
+    config, params = read_checkpoint(tmp_path / "ours")
     assert config == larger
     ids = np.random.default_rng(0).integers(0, 100, (2, 96))
-    np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read(checkpoint), ids))
+    np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read_checkpoint(checkpoint), ids))
 
 
 def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, larger, tmp_path):
     """Scales of dense layers are bfloat16 in a release, those of routers float32; here both go into one stack."""
     write(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
     release = ReleasedCheckpoint(tmp_path / "release")
-    scales = {release.dtype(path) for path in table(release.config) if path.endswith("mlp/global_scale")}
+    scales = {release.dtype(path) for path in spec_table(release.config) if path.endswith("mlp/global_scale")}
     assert len(scales) == 2
     path = tmp_path / "larger.json"
     path.write_text(configs.to_json(larger))
     assert "logits of 64 tokens too" in convert(tmp_path / "release", tmp_path / "a", begin_as=str(path), verify=True)
     source = WarmStart(release, larger)
-    for path, spec in table(larger).items():
-        assert source.read(path, whole(spec)).dtype == source.dtype(path), path
+    for path, spec in spec_table(larger).items():
+        assert source.read(path, full_index(spec)).dtype == source.dtype(path), path
 
 
 def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
@@ -89,8 +89,8 @@ def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
         assert new and there == _where(InteractionModel(THEIRS), alike)[1], kind
         for name in ("attn/wq", "attn/wo", "mlp/w13", "mlp/w2", "mlp/shared_w2", "mlp/router"):
             spec = warm.table[f"{prefix}/{name}"]
-            ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *whole(spec)[2:]))[0, 0]
-            held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *whole(spec)[2:]))[0, 0]
+            ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *full_index(spec)[2:]))[0, 0]
+            held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *full_index(spec)[2:]))[0, 0]
             if name in ("attn/wo", "mlp/w2", "mlp/shared_w2"):
                 assert not ours.any() and held.any()
             else:
@@ -128,7 +128,7 @@ def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoin
     (tmp_path / "tokenizer.json").write_text("{}")
     model = InteractionModel(larger)
     params = start_from(checkpoint, model, tmp_path)
-    expected = placed(WarmStart(ReleasedCheckpoint(checkpoint), larger), shapes(model))
+    expected = place_parameters(WarmStart(ReleasedCheckpoint(checkpoint), larger), shapes(model))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     (checkpoint / "tokenizer.json").write_text("another")
     with pytest.raises(InputError, match="its tokenizer.json is not that of"):
@@ -167,8 +167,10 @@ def test_another_backbone_is_refused_by_what_differs(changes, said, checkpoint, 
 def test_every_tensor_that_the_model_shares_is_copied(checkpoint, larger):
     source = ReleasedCheckpoint(checkpoint)
     warm = WarmStart(source, larger)
-    for path, spec in table(larger).items():
+    for path, spec in spec_table(larger).items():
         if not path.startswith("layers/") and spec.released is not None and path != "embed/weight":
-            np.testing.assert_array_equal(warm.read(path, whole(spec)), source.read(path, whole(spec)), err_msg=path)
+            np.testing.assert_array_equal(
+                warm.read(path, full_index(spec)), source.read(path, full_index(spec)), err_msg=path
+            )
     assert {p for p, _ in flatten(InteractionModel(larger).specs())} == set(warm.table)
     assert json.loads((checkpoint / "config.json").read_text()) == DESCRIBED

@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from jaxtml.checkpoint.inkling import sink as export
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
-from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax_sink import OrbaxSink
-from jaxtml.checkpoint.source import Held, table
+from jaxtml.checkpoint.source import InMemorySource, spec_table
 from jaxtml.commands.main import run
 from jaxtml.convert import conversion as command
 from jaxtml.convert import streaming
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("many_chunks")
 def release(config, lively, tmp_path_factory) -> Path:
     """A release with all that lies beside the weights of one."""
     folder = tmp_path_factory.mktemp("release") / "hf"
-    write(Held(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    write(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
     said = json.loads((folder / "config.json").read_text())
     said["text_config"] |= {"eos_token_id": 7, "bos_token_id": None}
     (folder / "config.json").write_text(json.dumps(said | IDS))
@@ -71,7 +71,7 @@ def test_the_files_of_a_release_come_back_and_so_do_the_ids_of_its_config(releas
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert {name: config[name] for name in IDS} == IDS
     assert (config["text_config"]["eos_token_id"], config["text_config"]["bos_token_id"]) == (7, None)
-    assert opened(tmp_path / "hf").config.backbone == opened(release).config.backbone
+    assert open_checkpoint(tmp_path / "hf").config.backbone == open_checkpoint(release).config.backbone
 
 
 def test_the_checksums_of_a_release_are_those_of_its_tensors_bytes(ours, tmp_path):
@@ -221,7 +221,7 @@ def test_a_source_that_cannot_be_read_any_more_costs_no_work(release, tmp_path, 
 def test_numbers_that_give_no_logits_are_verified_all_the_same(value, config, lively, tmp_path):
     params = lively(config)
     params["norm"]["weight"] = np.full_like(params["norm"]["weight"], value)
-    write(Held(config, params), tmp_path / "source", "memory")
+    write(InMemorySource(config, params), tmp_path / "source", "memory")
     assert "logits of 64 tokens too" in convert(tmp_path / "source", tmp_path / "out", verify=True)
 
 
@@ -244,11 +244,11 @@ def test_shards_become_one_file_and_bring_no_index(ours, tmp_path, monkeypatch):
 def test_a_model_in_a_hubs_cache_is_not_named_by_its_commit(release, tmp_path):
     folder = tmp_path / "models--thinkingmachines--Inkling-Small" / "snapshots" / "0123abcd"
     shutil.copytree(release, folder)
-    assert opened(folder).config.name == "Inkling-Small"
+    assert open_checkpoint(folder).config.name == "Inkling-Small"
 
 
 def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch):
-    needed = 2 * streaming.nbytes(table(opened(release).config), lambda path: np.dtype(np.float32))
+    needed = 2 * streaming.nbytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
     free = psutil.virtual_memory()
     monkeypatch.setattr(command.psutil, "virtual_memory", lambda: free._replace(available=needed - 1))
     said = convert(release, tmp_path / "out", verify=True)
@@ -270,7 +270,7 @@ def test_info_counts_what_a_checkpoint_holds(release, ours, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "hf")
     assert described(tmp_path / "hf")[2]["uses"][-1] == "converse"
-    assert sum(said["dtypes"].values()) == count(held)[0] < count(all_of)[0] == count(table(config))[0]
+    assert sum(said["dtypes"].values()) == count(held)[0] < count(all_of)[0] == count(spec_table(config))[0]
     assert {path.split("/")[0] for path in all_of.keys() - held.keys()} == {"clock", "own", "flow", "vocoder"}
 
 
@@ -279,4 +279,4 @@ def test_an_unfinished_download_is_told_as_one(release, tmp_path):
     weight_map = {"model.llm.norm.weight": "model-00001-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match="no model-00001-of-00002.safetensors in .*: the checkpoint is incomplete"):
-        opened(tmp_path)
+        open_checkpoint(tmp_path)

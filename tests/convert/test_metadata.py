@@ -17,9 +17,9 @@ from jaxtml.checkpoint import manifest
 from jaxtml.checkpoint import orbax_sink as store
 from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
 from jaxtml.checkpoint.inkling.source import read_json
-from jaxtml.checkpoint.opening import opened
+from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax_source import STATE
-from jaxtml.checkpoint.source import Held
+from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.convert.conversion import convert, write
 from jaxtml.errors import InputError
 
@@ -75,7 +75,7 @@ def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> 
 @pytest.fixture(scope="module")
 def release(config, lively, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("metadata") / "hf"
-    write(Held(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    write(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
     return folder
 
 
@@ -117,7 +117,7 @@ def test_the_index_of_a_release(release, tmp_path):
         "weight_map": {"model.llm.norm.weight": "model.safetensors", "model.llm.embed.weight": "model.safetensors"},
     }
     file = tmp_path / "hf" / "model.safetensors.index.json"
-    assert _every(index, _rewritten(file, lambda: opened(tmp_path / "hf"))) > 50
+    assert _every(index, _rewritten(file, lambda: open_checkpoint(tmp_path / "hf"))) > 50
 
 
 def test_the_header_of_a_shard(release, tmp_path):
@@ -131,7 +131,7 @@ def test_the_header_of_a_shard(release, tmp_path):
     def read(few: Any) -> None:
         text = json.dumps(header | few if isinstance(few, dict) else few).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-        opened(tmp_path / "hf")
+        open_checkpoint(tmp_path / "hf")
 
     read(few)
     assert _every(few, read) > 50
@@ -147,10 +147,10 @@ def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
             tree = document["tree_metadata"]
             document["tree_metadata"] = dict(list(tree.items())[:1])
         good = (folder / name).read_text()
-        read = _rewritten(folder / name, lambda: opened(folder).read("norm/weight", (slice(None),)))
+        read = _rewritten(folder / name, lambda: open_checkpoint(folder).read("norm/weight", (slice(None),)))
         assert _every(document, read, 1 if name == "config.json" else 7) > 20  # a model is built for each
         (folder / name).write_text(good)
-    opened(folder)
+    open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a": ' * 100_000, b"1" * 10_000, b'"\xff"', b"NaN", b""])
@@ -160,7 +160,12 @@ def test_json_that_python_gives_up_on(text, release, tmp_path):
     for place in ("hf/config.json", "index/model.safetensors.index.json", "ours/config.json", "made/manifest.json"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_bytes(text)
-    for read, folder in ((opened, "hf"), (opened, "index"), (opened, "ours"), (manifest.read, "made")):
+    for read, folder in (
+        (open_checkpoint, "hf"),
+        (open_checkpoint, "index"),
+        (open_checkpoint, "ours"),
+        (manifest.read, "made"),
+    ):
         with pytest.raises(InputError) as refused:
             read(tmp_path / folder)
         assert "\n" not in str(refused.value)

@@ -24,10 +24,10 @@ from jaxtml import config as configs
 from jaxtml.checkpoint import orbax_sink as store
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.opening import opened, read
+from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.orbax_sink import OrbaxSink, chunk_shape, chunks
 from jaxtml.checkpoint.orbax_source import OrbaxCheckpoint, load_checkpoint, on_one_device
-from jaxtml.checkpoint.source import Held, placed, table
+from jaxtml.checkpoint.source import InMemorySource, place_parameters, spec_table
 from jaxtml.convert import streaming
 from jaxtml.convert.conversion import convert, write
 from jaxtml.errors import InputError
@@ -46,12 +46,12 @@ def params(config, lively) -> Params:
 @pytest.fixture(scope="module")
 def released(config, params, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("released") / "hf"
-    write(Held(config, params), folder, "memory", "hf", "bfloat16")
+    write(InMemorySource(config, params), folder, "memory", "hf", "bfloat16")
     return folder
 
 
 def test_chunks_cover_every_number_once(config):
-    for path, spec in table(config).items():
+    for path, spec in spec_table(config).items():
         seen = np.zeros(spec.shape, int)
         for index in chunks(spec, chunk_shape(spec, 2)):
             seen[index] += 1
@@ -60,7 +60,7 @@ def test_chunks_cover_every_number_once(config):
 
 
 def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(config):
-    for path, spec in table(config).items():
+    for path, spec in spec_table(config).items():
         if spec.released is not None:
             inner = spec.shape[spec.stacked :]
             ours = spec.released.load(np.arange(math.prod(inner)).reshape(spec.released.shape))
@@ -75,7 +75,7 @@ def test_sizes_that_nothing_divides_make_no_more_files_than_others(experts, smal
     """A prime number of rows, of which a file has room for some; 31 experts, of which it has room for 8."""
     width = 8 if experts > 1000 else 64
     backbone = dataclasses.replace(small.backbone, n_experts=experts, d_ff_expert=width)
-    specs = table(dataclasses.replace(small, backbone=backbone))
+    specs = spec_table(dataclasses.replace(small, backbone=backbone))
     for spec in (spec for path, spec in specs.items() if "expert" in spec.axes and path.startswith("layers")):
         shape = chunk_shape(spec, 2)
         layers, size = math.prod(spec.shape[:2]), 2 * math.prod(spec.shape[2:])
@@ -85,7 +85,7 @@ def test_sizes_that_nothing_divides_make_no_more_files_than_others(experts, smal
 def test_the_large_models_are_written_in_bounded_chunks(monkeypatch):
     monkeypatch.undo()
     for name in ("inkling_small", "tml_interaction_small"):
-        for path, spec in table(configs.load(name)).items():
+        for path, spec in spec_table(configs.load(name)).items():
             assert 2 * math.prod(chunk_shape(spec, 2)) <= 2**23, path
 
 
@@ -96,7 +96,10 @@ def test_there_and_back_the_files_have_the_same_bytes(released, tmp_path):
     assert "tensors equal, logits of 64 tokens too" in said
     for name in ("model.safetensors", "config.json"):
         assert (released / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
-    held = {path: opened(tmp_path / "ours").dtype(path).name for path in table(opened(released).config)}
+    held = {
+        path: open_checkpoint(tmp_path / "ours").dtype(path).name
+        for path in spec_table(open_checkpoint(released).config)
+    }
     assert held["layers/block0/run0/attn/wq"] == "bfloat16"
     assert {name for path, name in held.items() if path.endswith("router_bias")} == {"float32"}
 
@@ -105,7 +108,7 @@ def test_orbax_itself_restores_what_was_written(released, tmp_path):
     from orbax.checkpoint import v1 as ocp
 
     convert(released, tmp_path / "ours")
-    config, params = read(tmp_path / "ours")
+    config, params = read_checkpoint(tmp_path / "ours")
     loaded = ocp.load(str(tmp_path / "ours"), on_one_device(config, "float32"))
     for (path, a), (_, b) in zip(flatten(loaded), flatten(params), strict=True):
         np.testing.assert_array_equal(np.asarray(a).astype(np.float32), b, err_msg=path)
@@ -117,7 +120,7 @@ def test_devices_read_their_own_parts_and_nothing_else(kind, config, released, t
     if kind == "ours":
         directory = tmp_path / "ours"
         convert(released, directory)
-    source, mesh = opened(directory), make_mesh(MeshShape(data=4, expert=2))
+    source, mesh = open_checkpoint(directory), make_mesh(MeshShape(data=4, expert=2))
     asked: list[tuple[str, tuple[slice, ...]]] = []
 
     class Watched:
@@ -133,12 +136,14 @@ def test_devices_read_their_own_parts_and_nothing_else(kind, config, released, t
         return jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding)
 
     table_of = InteractionModel(source.config).specs()
-    ours = placed(Watched(), jax.tree.map(shape, table_of))
-    _, everything = read(directory)
+    ours = place_parameters(Watched(), jax.tree.map(shape, table_of))
+    _, everything = read_checkpoint(directory)
     for (path, a), (_, b) in zip(flatten(ours), flatten(everything), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
-    w13 = next(path for path, spec in table(source.config).items() if "gate_up" in spec.axes and "expert" in spec.axes)
-    spec = table(source.config)[w13]
+    w13 = next(
+        path for path, spec in spec_table(source.config).items() if "gate_up" in spec.axes and "expert" in spec.axes
+    )
+    spec = spec_table(source.config)[w13]
     sizes = {tuple(len(range(*cut.indices(n))) for cut, n in zip(index, spec.shape, strict=True))
              for path, index in asked if path == w13}  # fmt: skip
     assert sizes == {(*spec.shape[:2], spec.shape[2] // 2, 2, spec.shape[4] // 4, spec.shape[5])}
@@ -250,7 +255,7 @@ def test_two_conversions_to_one_place_do_not_mix(held_at, dtype, released, tmp_p
     refused = pytest.raises(InputError, match="is being written by another conversion")
     with _held_at(held_at, released, tmp_path / "out", monkeypatch), refused:
         convert(released, tmp_path / "out", dtype=dtype)
-    assert OrbaxCheckpoint(tmp_path / "out").config.backbone == opened(released).config.backbone
+    assert OrbaxCheckpoint(tmp_path / "out").config.backbone == open_checkpoint(released).config.backbone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     with pytest.raises(InputError, match="exists: name a new directory"):
         convert(released, tmp_path / "out")
@@ -269,7 +274,7 @@ def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch)
         after.append(path)
         return write_(self, path, index, values)
 
-    source, sink = ReleasedCheckpoint(released), OrbaxSink(opened(released).config, _dtypes(released), {})
+    source, sink = ReleasedCheckpoint(released), OrbaxSink(open_checkpoint(released).config, _dtypes(released), {})
     first = next(iter(sink.specs))
     monkeypatch.setattr(OrbaxSink, "write", failing)
     with pytest.raises(RuntimeError, match="broken"):
@@ -278,8 +283,8 @@ def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch)
 
 
 def _dtypes(folder: Path) -> dict[str, np.dtype]:
-    source = opened(folder)
-    return {path: source.dtype(path) for path in table(source.config)}
+    source = open_checkpoint(folder)
+    return {path: source.dtype(path) for path in spec_table(source.config)}
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(released, tmp_path, monkeypatch):
@@ -330,7 +335,7 @@ def test_a_kill_while_the_disk_catches_up_costs_no_work(released, tmp_path, monk
     written: list[str] = []
     monkeypatch.setattr(OrbaxSink, "write", lambda self, path, *_: written.append(path))
     convert(released, tmp_path / "out")
-    assert not written and opened(tmp_path / "out").config == opened(released).config
+    assert not written and open_checkpoint(tmp_path / "out").config == open_checkpoint(released).config
     assert not (tmp_path / "out" / streaming.JOURNAL).exists()
 
 
@@ -363,7 +368,7 @@ def test_a_chunk_that_is_not_there_is_missed(released, tmp_path):
     convert(released, tmp_path / "ours")
     (tmp_path / "ours" / "state" / "norm.weight" / "c" / "0").unlink()
     with pytest.raises(InputError, match="damaged or incomplete"):
-        read(tmp_path / "ours")
+        read_checkpoint(tmp_path / "ours")
     with pytest.raises(InputError, match="damaged or incomplete"):
         convert(tmp_path / "ours", tmp_path / "hf", to="hf")
 
@@ -378,7 +383,7 @@ def test_verification_names_what_differs(released, tmp_path, monkeypatch):
     changed = np.array(stored.mapped())
     changed[2, 3] += 1
     write_at(stored, 0, changed)
-    result, specs = OrbaxCheckpoint(tmp_path / "ours"), table(source.config)
+    result, specs = OrbaxCheckpoint(tmp_path / "ours"), spec_table(source.config)
     assert streaming.verify(source, result, specs) == len(
         json.loads((tmp_path / "ours" / "manifest.json").read_text())["tensors"]
     )
@@ -388,7 +393,7 @@ def test_verification_names_what_differs(released, tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_of_a_run_is_a_source_too_and_its_config_travels(config, params, tmp_path):
-    write(Held(config, params), tmp_path / "a", "memory", "orbax", "float32")
+    write(InMemorySource(config, params), tmp_path / "a", "memory", "orbax", "float32")
     loaded, values = load_checkpoint(tmp_path / "a")
     assert configs.to_json(loaded) == configs.to_json(config)
     jax.tree.map(np.testing.assert_array_equal, values, params)

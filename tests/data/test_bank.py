@@ -24,7 +24,7 @@ CASTS = (
 )
 
 
-def beep(item: bank.Item) -> Utterance:
+def beep(item: bank.PlannedUtterance) -> Utterance:
     """A stand-in for an engine: every word is 0.1 s of its own tone. Pure, and quick."""
     words = words_of(item.text)
     pitches = [200 + sum(map(ord, item.voice + word)) % 400 for word in words]
@@ -33,16 +33,16 @@ def beep(item: bank.Item) -> Utterance:
     return Utterance(wave.astype(np.float32), times, item.voice, item.text)
 
 
-def slow_beep(item: bank.Item) -> Utterance:
+def slow_beep(item: bank.PlannedUtterance) -> Utterance:
     time.sleep(0.01)
     return beep(item)
 
 
-def fails(item: bank.Item) -> Utterance:
+def fails(item: bank.PlannedUtterance) -> Utterance:
     raise InputError("the speech package flite is not installed: run tools/install_voices")
 
 
-def dies(item: bank.Item) -> Utterance:
+def dies(item: bank.PlannedUtterance) -> Utterance:
     os.kill(os.getpid(), signal.SIGKILL)
     return beep(item)
 
@@ -51,7 +51,7 @@ def say_something(rng: np.random.Generator) -> str:
     return f"say {['one', 'two', 'three'][int(rng.integers(3))]} {['red', 'green'][int(rng.integers(2))]}"
 
 
-def planned() -> tuple[tuple[bank.Item, ...], ...]:
+def planned() -> tuple[tuple[bank.PlannedUtterance, ...], ...]:
     return bank.plan(CASTS, ["hello", "yes it is"], say_something, seed=7)
 
 
@@ -182,7 +182,9 @@ def test_a_missing_empty_or_damaged_bank_is_refused_in_one_line(folder, tmp_path
 
 def test_real_voices_are_stored_as_synthesised(tmp_path):
     pytest.importorskip("espeakng_loader", reason="tools/install_voices installs eSpeak NG")
-    items = tuple(bank.Item("user", "train", voice, "alpha bravo") for voice in ("espeak:en-us+f3", "espeak:en+m1"))
+    items = tuple(
+        bank.PlannedUtterance("user", "train", voice, "alpha bravo") for voice in ("espeak:en-us+f3", "espeak:en+m1")
+    )
     bank.build(tmp_path / "a", (items,), 1)
     bank.build(tmp_path / "b", (items,), 1)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -8,7 +8,7 @@ from tones import ToneBank
 from jaxtml.data import show
 from jaxtml.data.talks import channel, mix
 from jaxtml.stream.conversation import Conversation, Speech, Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
 
 
 def test_the_text_says_who_spoke_paused_and_took_over_in_order():
-    n = 20 * TURN_SAMPLES
+    n = 20 * MICRO_TURN_SAMPLES
     user_words = (Word("say", 0.2, 0.5), Word("red", 1.3, 1.7))
     talk = Conversation(
         user=np.zeros(n, np.float32),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtml.data.bank import Item
+from jaxtml.data.bank import PlannedUtterance
 from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.stream.conversation import Word
@@ -46,7 +46,7 @@ def spoken(text: str, voice: str, word_s: float = 0.3, gap_s: float = 0.03) -> U
     return Utterance(np.concatenate(waves), tuple(words), voice, text)
 
 
-def speak(item: Item) -> Utterance:
+def speak(item: PlannedUtterance) -> Utterance:
     """A stand-in for the engines in `bank.build`."""
     return spoken(item.text, item.voice)
 

@@ -7,25 +7,25 @@ import pytest
 
 from jaxtml.data.tasks.scenarios import sample_user_text
 from jaxtml.evals import events
-from jaxtml.session.engine import Reply, TurnRecord
+from jaxtml.session.engine import MicroTurn, Reply
 from jaxtml.stream.conversation import Conversation, Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 def reply(gates: str, heard: dict[int, str] | None = None, text: dict[int, str] | None = None) -> Reply:
     """A reply whose voice is heard from 50 ms after each opening until 100 ms before the close. `gates`: one letter a
     micro-turn, S for speak."""
-    wave = np.zeros(len(gates) * TURN_SAMPLES, np.float32)
+    wave = np.zeros(len(gates) * MICRO_TURN_SAMPLES, np.float32)
     for stretch in events.stretches_of(Reply(wave, _records(gates, {}, {}))):
         first, last = round((stretch.open_s + 0.05) * SAMPLE_RATE), round((stretch.close_s - 0.1) * SAMPLE_RATE)
         wave[first:last] = 0.1
     return Reply(wave, _records(gates, heard or {}, text or {}))
 
 
-def _records(gates: str, heard: dict[int, str], text: dict[int, str]) -> tuple[TurnRecord, ...]:
+def _records(gates: str, heard: dict[int, str], text: dict[int, str]) -> tuple[MicroTurn, ...]:
     gate = {"S": "speak", ".": "listen"}
     return tuple(
-        TurnRecord(200 * m, gate[g], 0.5, heard.get(m, ""), text.get(m, ""), "", 3.0) for m, g in enumerate(gates)
+        MicroTurn(200 * m, gate[g], 0.5, heard.get(m, ""), text.get(m, ""), "", 3.0) for m, g in enumerate(gates)
     )
 
 
@@ -70,7 +70,7 @@ def test_a_heard_word_is_there_when_its_last_piece_is():
 def talk() -> Conversation:
     """Two turns; the first with a pause of 0.5 s after "three"."""
     words = [("three", 0.5, 0.9), ("nine", 1.4, 1.7), ("one", 1.8, 2.1), ("hello", 4.0, 4.4)]
-    n = 30 * TURN_SAMPLES
+    n = 30 * MICRO_TURN_SAMPLES
     return Conversation(
         np.zeros(n, np.float32),
         np.zeros(n, np.float32),
@@ -107,5 +107,5 @@ def test_the_sound_of_a_stretch_is_all_of_it():
     made = reply("..SSS...")
     (stretch,) = events.stretches_of(made)
     sound = events.sound_of(stretch, made.wave)
-    assert len(sound) == 3 * TURN_SAMPLES
+    assert len(sound) == 3 * MICRO_TURN_SAMPLES
     assert np.abs(sound).sum() == pytest.approx(np.abs(made.wave).sum())

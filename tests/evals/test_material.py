@@ -12,7 +12,7 @@ from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.evals.material import synthetic
 from jaxtml.stream.conversation import Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 def spoken(text: str, voice: str) -> Utterance:
@@ -59,7 +59,7 @@ def test_voices_take_turns_and_every_tenth_session_is_silent():
     assert len({item.id for item in items}) == 20
     for number in (0, 1, 9):
         talk = items[number].make()
-        assert len(talk.user) == 40 * TURN_SAMPLES
+        assert len(talk.user) == 40 * MICRO_TURN_SAMPLES
         assert bool(talk.user_words) == (number != 9)
         np.testing.assert_array_equal(talk.user, items[number].make().user)
 

@@ -9,7 +9,7 @@ import pytest
 from jaxtml.errors import InputError
 from jaxtml.evals import report, run
 from jaxtml.evals import thresholds as bars
-from jaxtml.evals.material import Item
+from jaxtml.evals.material import EvaluationTalk
 from jaxtml.stream.audio_file import read_audio
 
 SLOTS = 4  # as many as the step that all tests share is compiled for
@@ -39,7 +39,7 @@ def items(talk):
                        user_end_s=tuple(word.end_s for word in made.user_words[:1]))  # fmt: skip
 
     sets = ["synthetic"] * 9 + ["human"] * 2
-    return [Item(f"{name}-{n:04}", name, "v", lambda n=n: made(n)) for n, name in enumerate(sets)]
+    return [EvaluationTalk(f"{name}-{n:04}", name, "v", lambda n=n: made(n)) for n, name in enumerate(sets)]
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_records(engine, items, tmp_path):

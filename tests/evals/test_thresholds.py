@@ -4,14 +4,14 @@ import pytest
 
 from jaxtml.data.tasks.scenarios import reply_to
 from jaxtml.evals import thresholds as bars
-from jaxtml.evals.events import Heard, Session, Stretch, Turn, intent_of
+from jaxtml.evals.events import Heard, ObservedSession, ObservedUserTurn, Stretch, intent_of
 from jaxtml.evals.outcomes import outcomes, uninterrupted, word_results
 from jaxtml.stream.conversation import Word
 
 WORD_S = 0.4
 
 
-def turn(text: str, start_s: float, pause_s: float = 0.0, scene: str = "exchange") -> Turn:
+def turn(text: str, start_s: float, pause_s: float = 0.0, scene: str = "exchange") -> ObservedUserTurn:
     """Each word 0.4 s without a gap, but for `pause_s` behind the first."""
     words, at = [], start_s
     for k, word in enumerate(text.split()):
@@ -19,7 +19,7 @@ def turn(text: str, start_s: float, pause_s: float = 0.0, scene: str = "exchange
         at += WORD_S + (pause_s if k == 0 else 0.0)
     pauses = ((words[0].end_s, words[1].start_s),) if pause_s else ()
     expected = reply_to(text.split())
-    return Turn(start_s, words[-1].end_s, scene, intent_of(text.split()), expected, tuple(words), pauses)
+    return ObservedUserTurn(start_s, words[-1].end_s, scene, intent_of(text.split()), expected, tuple(words), pauses)
 
 
 def said(open_s: float, close_s: float, text: str, understood: str | None = None) -> Stretch:
@@ -27,7 +27,7 @@ def said(open_s: float, close_s: float, text: str, understood: str | None = None
     return Stretch(open_s, close_s, open_s + 0.05, close_s, text, understood)
 
 
-def session(turns=(), heard="", stretches=(), heard_late_s: float = 0.2, **fields) -> Session:
+def session(turns=(), heard="", stretches=(), heard_late_s: float = 0.2, **fields) -> ObservedSession:
     """`heard`: a word per true word, "-" for none, each there `heard_late_s` after its true end; "+word" is added."""
     true = [word for t in turns for word in t.words]
     written, at = [], 0
@@ -39,10 +39,10 @@ def session(turns=(), heard="", stretches=(), heard_late_s: float = 0.2, **field
             written.append(Heard(word, true[at].end_s + heard_late_s))
         at += 1
     fields = {"id": "x-0000", "set": "human", "voice": "human:a", "seconds": 30.0, "step_ms": 1.0, **fields}
-    return Session(turns=tuple(turns), heard=tuple(written), stretches=tuple(stretches), **fields)
+    return ObservedSession(turns=tuple(turns), heard=tuple(written), stretches=tuple(stretches), **fields)
 
 
-def rows(*sessions: Session) -> dict[str, bars.Row]:
+def rows(*sessions: ObservedSession) -> dict[str, bars.Row]:
     return {row.name: row for row in bars.rows_of(sessions, "human")}
 
 
@@ -187,7 +187,7 @@ def test_the_listeners_errors_are_counted_where_it_listened():
 
 def test_a_turn_that_is_no_sentence_is_asked_for_its_words_alone():
     bare = turn("forty two", 1.0)
-    bare = Turn(bare.start_s, bare.end_s, bare.scene, bare.intent, "", bare.words, ())
+    bare = ObservedUserTurn(bare.start_s, bare.end_s, bare.scene, bare.intent, "", bare.words, ())
     found = rows(session([bare], "forty two"))
     assert found["heard_words"].value == 1.0
     assert found["takes_over"].of == found["right_to_said"].of == 0

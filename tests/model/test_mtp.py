@@ -14,8 +14,8 @@ import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.source import places
-from jaxtml.checkpoint.opening import read
-from jaxtml.checkpoint.source import Held
+from jaxtml.checkpoint.opening import read_checkpoint
+from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config
 from jaxtml.convert.conversion import write
 from jaxtml.data.pipeline import pad
@@ -98,7 +98,7 @@ def test_logits_equal_the_released_ones(spelt_out, released, monkeypatch):
 def test_transformers_reads_the_heads_that_we_save(released, tmp_path):
     pytest.importorskip("transformers")
     config, params = released
-    write(Held(config, params), tmp_path, "memory", "hf", "float32")
+    write(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
     inputs = TOOL["case_inputs"]("text")
     reference = TOOL["reference_heads"](tmp_path, inputs)
     assert _relative_error(_head_logits(config, params, inputs["ids"][:1]), reference) <= BOUND
@@ -108,18 +108,18 @@ def test_heads_survive_the_way_out_and_back_and_may_stand_in_a_file_of_their_own
     from safetensors.numpy import load_file, save_file
 
     config, params = released
-    write(Held(config, params), tmp_path, "memory", "hf", "float32")
+    write(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
     weights = load_file(tmp_path / "model.safetensors")
     heads = {name: tensor for name, tensor in weights.items() if name.startswith("model.mtp.")}
     assert len(heads) == HEADS * 20, "as many tensors a head as the released ones have"
     save_file({name: t for name, t in weights.items() if name not in heads}, tmp_path / "model.safetensors")
     save_file(heads, tmp_path / "mtp.safetensors")
-    again, loaded = read(tmp_path)
+    again, loaded = read_checkpoint(tmp_path)
     assert again.backbone == config.backbone
     for (path, a), (_, b) in zip(flatten(params["mtp"]), flatten(loaded["mtp"]), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
     (tmp_path / "mtp.safetensors").unlink()
-    without, loaded = read(tmp_path)
+    without, loaded = read_checkpoint(tmp_path)
     assert without.backbone == dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=())
     assert "mtp" not in loaded
 

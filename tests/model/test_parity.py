@@ -14,7 +14,7 @@ import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.source import places
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.config import Config
 from jaxtml.convert.conversion import convert
 from jaxtml.model.interaction import Inputs, InteractionModel
@@ -92,7 +92,7 @@ def _write_random_checkpoint(transformers, described: dict, folder: Path) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_of_transformers_gives_its_logits(name, transformers, tmp_path):
     _write_random_checkpoint(transformers, CASES[name], tmp_path)
-    config, params = read(tmp_path)
+    config, params = read_checkpoint(tmp_path)
     inputs = TOOL["case_inputs"](name)
     reference = TOOL["reference_logits"](tmp_path, inputs)
     _assert_same(_our_logits(config, params, inputs), reference)
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_transformers_gives_its_logits(name, transformers, tmp_p
 def test_the_released_vision_tower_of_four_folds_gives_its_logits(transformers, tmp_path):
     described = CASES["image"] | {"vision_config": {"model_type": "inkling_vision", "n_layers": 4}}
     _write_random_checkpoint(transformers, described, tmp_path)
-    config, params = read(tmp_path)
+    config, params = read_checkpoint(tmp_path)
     assert config.vision.folds == ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
     inputs = TOOL["case_inputs"]("image")
     _assert_same(_our_logits(config, params, inputs), TOOL["reference_logits"](tmp_path, inputs))
@@ -131,4 +131,4 @@ def test_transformers_loads_what_went_to_ours_and_back_and_finds_the_same_tensor
     inputs = TOOL["case_inputs"](name)
     references = [TOOL["reference_logits"](tmp_path / folder, inputs) for folder in ("hf", "back")]
     np.testing.assert_array_equal(*references)
-    _assert_same(_our_logits(*read(tmp_path / "ours"), inputs), references[0])
+    _assert_same(_our_logits(*read_checkpoint(tmp_path / "ours"), inputs), references[0])

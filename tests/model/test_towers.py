@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtml.config import load
 from jaxtml.model.spec import bind, init_params, specs
-from jaxtml.model.towers import FEW_FRAMES, Clock, DmelTower
+from jaxtml.model.towers import FEW_FRAMES, ClockTower, DmelTower
 from jaxtml.stream.clock import CLOCK_FEATURES
 
 CONFIG = dataclasses.replace(load("tiny").backbone, d_model=16)
@@ -35,6 +35,6 @@ def test_every_channel_has_its_own_row_for_every_bin():
 
 
 def test_the_clock_starts_neutral():
-    clock = Clock(CONFIG)
+    clock = ClockTower(CONFIG)
     features = jnp.ones((2, 3, CLOCK_FEATURES))
     assert not bind(clock, init_params(specs(clock), 0))(features, jnp.float32).any()

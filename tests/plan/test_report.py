@@ -8,7 +8,7 @@ from jaxtml import config as configs
 from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
-from jaxtml.plan.report import WRITTEN, Memory, Served, roofline, serve_report, train_report
+from jaxtml.plan.report import WRITTEN, Memory, ServedLoad, roofline, serve_report, train_report
 from jaxtml.plan.topology import Topology
 
 V5P = Topology.parse("v5p:4x4x8")
@@ -74,7 +74,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
     """By hand: 32 sessions on 8 devices of two groups (`data`), 6 of 256 experts a token, everything else round."""
     config = configs.load("tml_interaction_small")
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
-    served = Served(
+    served = ServedLoad(
         sessions=32, parts=8, experts=10e9, weights=5e9, state=4e9, rare=1e9, flow=0.5e9,
         listening=work(459e9), widest=work(4590e9), turn=work(0.0, sent=60e9), given=(6, 191), longest=20,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_sessions_at_200_ms_are_what_memory_and_time_leave_in_whole_parts():
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
 
     def most(state: float) -> int:
-        served = Served(16, 4, **given, state=state, listening=free, widest=free, turn=free)
+        served = ServedLoad(16, 4, **given, state=state, listening=free, widest=free, turn=free)
         report = serve_report(config, served, memory, Topology.parse("v5p:2x2x1"), MeshShape(expert=4))
         return report["sessions_at_200_ms"]
 

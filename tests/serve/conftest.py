@@ -10,7 +10,7 @@ import pytest
 
 from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.session.slots import Slots
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 TURNS = 14
 
@@ -39,4 +39,4 @@ def served(compiled) -> Iterator[Slots]:
 
 @pytest.fixture(scope="session")
 def wave() -> np.ndarray:
-    return (0.1 * np.random.default_rng(4).standard_normal(TURNS * TURN_SAMPLES)).astype(np.float32)
+    return (0.1 * np.random.default_rng(4).standard_normal(TURNS * MICRO_TURN_SAMPLES)).astype(np.float32)

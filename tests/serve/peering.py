@@ -17,7 +17,7 @@ import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from jaxtml.serve.runtime.wire import Tick, Told
+from jaxtml.serve.runtime.wire import Tick, TickReply
 from jaxtml.session.slots import Slots
 from tests.serve.serving import WAIT_S
 from tests.serve.stepped import Here, Script, Stepped, scripted
@@ -135,7 +135,7 @@ def singing(hz: float, script: Script) -> Callable[[Slots, Stepped], Here]:
     """As `scripted`, and all its sound is a tone."""
 
     class Singing(scripted(script)):
-        async def tick(self, tick: Tick) -> Told:
+        async def tick(self, tick: Tick) -> TickReply:
             told = await super().tick(tick)
             start = 3200 * len(self.ticks)
             gave = {session: replace(one, wave=tone(hz, start, 3200, 16_000)) for session, one in told.gave.items()}

@@ -20,12 +20,12 @@ import numpy as np
 from aiohttp import web
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.runtime.pool import Pool
-from jaxtml.serve.runtime.scheduler import Hub, Session
+from jaxtml.serve.runtime.pool import WorkerPool
+from jaxtml.serve.runtime.scheduler import ScheduledSession, Scheduler
 from jaxtml.serve.sessions.access import Access
-from jaxtml.serve.sessions.manager import Call, Desk, Limits, Served
+from jaxtml.serve.sessions.manager import ClientSession, Limits, ServedModel, SessionManager
 from jaxtml.serve.web.server import Server
-from jaxtml.session.engine import Engine, Given
+from jaxtml.session.engine import Engine, SlotInput
 from jaxtml.session.slots import Slots
 from tests.serve.stepped import Here, Stepped
 
@@ -38,7 +38,7 @@ class Serving:
 
     url: str
     http: aiohttp.ClientSession
-    desk: Desk
+    desk: SessionManager
     clock: Stepped
     model: Here
     metrics: Metrics
@@ -64,12 +64,12 @@ class Serving:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def call(self) -> Call:
+    def call(self) -> ClientSession:
         """The only one."""
         (call,) = self.desk.calls.values()
         return call
 
-    def given(self) -> list[Given]:
+    def given(self) -> list[SlotInput]:
         """What the model was given, tick by tick."""
         return [one for tick in self.model.ticks for one in tick.given.values()]
 
@@ -123,7 +123,7 @@ class Client:
                 assert self.ws.close_code is not None
                 return self.ws.close_code
 
-    async def cut_off(self, call: Call) -> None:
+    async def cut_off(self, call: ClientSession) -> None:
         """Loses its connection, without a word, and the server knows."""
         connection = self.ws._response.connection
         assert connection is not None and connection.transport is not None
@@ -150,10 +150,10 @@ def serving(
         clock = Stepped()
         worker = model(slots, clock)
         metrics = Metrics()
-        pool = Pool([Hub(worker, slots.capacity, clock, metrics.ticked, week_ms=lambda: 0)])
+        pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.ticked, week_ms=lambda: 0)])
         chosen = access or Access()
-        served = Served(engine.config.name, engine.config, engine.codec)
-        desk = Desk(pool, chosen, served, limits or Limits(), metrics)
+        served = ServedModel(engine.config.name, engine.config, engine.codec)
+        desk = SessionManager(pool, chosen, served, limits or Limits(), metrics)
         runner = web.AppRunner(Server(desk, chosen, served, metrics, origins).app(), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -184,7 +184,7 @@ def jpeg(shade: int) -> bytes:
     return picture.getvalue()
 
 
-def unread(session: Session) -> list[int]:
+def unread(session: ScheduledSession) -> list[int]:
     """The tokens of the text that waits for its micro-turns."""
     return [token for piece in session.typed for token in piece.tokens]
 

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from jaxtml.serve.runtime.scheduler import TICK_S
-from jaxtml.serve.runtime.wire import Tick, Told, packed, unpacked
+from jaxtml.serve.runtime.wire import Tick, TickReply, packed, unpacked
 from jaxtml.serve.runtime.worker import answer
 from jaxtml.session.slots import Slots
 from jaxtml.stream.tokens import Control
@@ -52,11 +52,11 @@ class Here:
         self.slots, self.clock, self.takes_s = slots, clock, 0.0
         self.ticks: list[Tick] = []
 
-    async def tick(self, tick: Tick) -> Told:
+    async def tick(self, tick: Tick) -> TickReply:
         self.ticks.append(tick)
         self.clock.time += self.takes_s
         told = unpacked(packed(answer(self.slots, cast(Tick, unpacked(packed(tick)[4:]))))[4:])
-        assert isinstance(told, Told)
+        assert isinstance(told, TickReply)
         return told
 
 
@@ -68,7 +68,7 @@ def scripted(script: Script) -> Callable[[Slots, Stepped], Here]:
     all others. Its sound is the model's own."""
 
     class Scripted(Here):
-        async def tick(self, tick: Tick) -> Told:
+        async def tick(self, tick: Tick) -> TickReply:
             told = await super().tick(tick)
             config, codec = self.slots.engine.config.duplex, self.slots.engine.codec
             said = script.get(len(self.ticks), (Control.LISTEN,))

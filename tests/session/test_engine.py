@@ -8,13 +8,13 @@ import pytest
 
 from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.errors import InputError
-from jaxtml.session.engine import Engine, Reply, TurnRecord, converse, replies
+from jaxtml.session.engine import Engine, MicroTurn, Reply, converse, replies
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.dmel import log_mel, quantise
-from jaxtml.stream.timebase import FRAMES_PER_TURN, TURN_SAMPLES
+from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_SAMPLES
 
 SLOTS = 4
-LENGTHS = (20 * TURN_SAMPLES, 7 * TURN_SAMPLES + 123, 100, 0)
+LENGTHS = (20 * MICRO_TURN_SAMPLES, 7 * MICRO_TURN_SAMPLES + 123, 100, 0)
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,18 @@ def said(engine, waves) -> list[Reply]:
 def test_a_reply_has_the_length_and_the_clock_of_its_wave(said):
     for reply, length in zip(said, LENGTHS, strict=True):
         assert reply.wave.shape == (length,) and reply.wave.dtype == np.float32
-        assert len(reply.turns) == -(-length // TURN_SAMPLES)
+        assert len(reply.turns) == -(-length // MICRO_TURN_SAMPLES)
         assert [turn.t_ms for turn in reply.turns] == [200 * i for i in range(len(reply.turns))]
 
 
 def test_what_a_micro_turn_says_is_heard_in_the_next(engine, waves, said):
     reply = said[0]
-    assert not reply.wave[:TURN_SAMPLES].any(), "the first 200 ms were not heard yet"
+    assert not reply.wave[:MICRO_TURN_SAMPLES].any(), "the first 200 ms were not heard yet"
     gates = [turn.gate for turn in reply.turns]
     assert {"speak", "listen"} == set(gates)
     outputs = [outputs for outputs, _ in converse(engine, waves, seed=1)]
     for i, gate in enumerate(gates[:-1]):
-        heard = reply.wave[(i + 1) * TURN_SAMPLES : (i + 2) * TURN_SAMPLES]
+        heard = reply.wave[(i + 1) * MICRO_TURN_SAMPLES : (i + 2) * MICRO_TURN_SAMPLES]
         np.testing.assert_array_equal(heard, outputs[i].wave[0])
         assert gate == "listen" or heard.any()
 
@@ -50,18 +50,18 @@ def test_what_a_micro_turn_says_is_heard_in_the_next(engine, waves, said):
 def test_nothing_that_comes_later_changes_what_was_said(engine, waves, said):
     """The gate of micro-turn m is known once m was heard; the sound of what follows is not."""
     changed = [wave.copy() for wave in waves]
-    changed[0][10 * TURN_SAMPLES :] *= -3
+    changed[0][10 * MICRO_TURN_SAMPLES :] *= -3
     other = replies(engine, changed, seed=1)[0]
     for a, b in zip(said[0].turns[:10], other.turns[:10], strict=True):
         assert (a.gate, a.p_speak, a.heard, a.text) == (b.gate, b.p_speak, b.heard, b.text)
-    np.testing.assert_array_equal(said[0].wave[: 11 * TURN_SAMPLES], other.wave[: 11 * TURN_SAMPLES])
+    np.testing.assert_array_equal(said[0].wave[: 11 * MICRO_TURN_SAMPLES], other.wave[: 11 * MICRO_TURN_SAMPLES])
     assert [t.p_speak for t in said[0].turns[10:]] != [t.p_speak for t in other.turns[10:]]
 
 
 def test_a_conversation_hears_the_frames_that_training_hears(engine, step, waves, said):
     """The same session by hand, with the frames of the whole wave at once."""
     padded = [np.pad(wave, (0, LENGTHS[0] - len(wave))) for wave in waves]
-    bins = np.stack([quantise(log_mel(wave)) for wave in padded]).reshape(SLOTS, -1, FRAMES_PER_TURN, 80)
+    bins = np.stack([quantise(log_mel(wave)) for wave in padded]).reshape(SLOTS, -1, FRAMES_PER_MICRO_TURN, 80)
     state, inputs = engine.duplex.init_state(SLOTS, 1), engine.duplex.empty_inputs(SLOTS)
     reader = engine.reader()
     for turn, record in enumerate(said[0].turns):
@@ -92,7 +92,7 @@ def test_each_micro_turn_tells_how_long_it_took(said):
 
 def test_a_reply_joins_the_pieces_of_its_micro_turns():
     pieces = [(" for", ""), ("ty two", " it"), ("", " is"), (" ", "")]
-    turns = tuple(TurnRecord(0, "listen", 0.0, heard, text, "", 1.0) for heard, text in pieces)
+    turns = tuple(MicroTurn(0, "listen", 0.0, heard, text, "", 1.0) for heard, text in pieces)
     reply = Reply(np.zeros(0, np.float32), turns)
     assert reply.heard == "forty two" and reply.text == "it is"
 
@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_one_clear_line(small, params, tmp_path):
 
 
 def test_what_is_typed_reaches_its_session_in_its_micro_turn_and_goes_on_in_the_next(engine):
-    silence = [np.zeros(5 * TURN_SAMPLES, np.float32)] * SLOTS
+    silence = [np.zeros(5 * MICRO_TURN_SAMPLES, np.float32)] * SLOTS
     long = " ".join(["forty two"] * engine.config.duplex.max_typed)
     quiet, typed = (
         [outputs for outputs, _ in converse(engine, silence, typed=texts)]

@@ -3,14 +3,14 @@
 import matplotlib.image
 import numpy as np
 
-from jaxtml.session.engine import Reply, TurnRecord
+from jaxtml.session.engine import MicroTurn, Reply
 from jaxtml.session.recording import draw, summarise
 
 TURN = 3200
 
 
-def turn(index: int, gate: str, heard: str = "", text: str = "", step_ms: float = 10.0) -> TurnRecord:
-    return TurnRecord(200 * index, gate, 0.5, heard, text, "", step_ms)
+def turn(index: int, gate: str, heard: str = "", text: str = "", step_ms: float = 10.0) -> MicroTurn:
+    return MicroTurn(200 * index, gate, 0.5, heard, text, "", step_ms)
 
 
 def test_latency_runs_from_the_users_last_sound_to_the_first_sound_of_the_reply():

@@ -7,10 +7,10 @@ import pytest
 
 from jaxtml.errors import InputError
 from jaxtml.session import slots
-from jaxtml.session.engine import converse
-from jaxtml.session.slots import Gave, Given, Slots, grouped
+from jaxtml.session.engine import SlotInput, converse
+from jaxtml.session.slots import SlotOutput, Slots, slot_groups
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
 
@@ -27,24 +27,24 @@ def four(engine) -> Slots:
 
 def _bins(wave: np.ndarray) -> list[np.ndarray]:
     stream, found = DmelStream(), []
-    for turn in range(len(wave) // TURN_SAMPLES):
-        stream, frames = stream.step(wave[turn * TURN_SAMPLES : (turn + 1) * TURN_SAMPLES])
+    for turn in range(len(wave) // MICRO_TURN_SAMPLES):
+        stream, frames = stream.step(wave[turn * MICRO_TURN_SAMPLES : (turn + 1) * MICRO_TURN_SAMPLES])
         found.append(frames)
     return found
 
 
-def _noise(seed: int) -> Given:
-    return Given(np.random.default_rng(seed).integers(0, 16, (4, 80)).astype(np.uint8))
+def _noise(seed: int) -> SlotInput:
+    return SlotInput(np.random.default_rng(seed).integers(0, 16, (4, 80)).astype(np.uint8))
 
 
-def _alone(served: Slots, bins: list[np.ndarray], seed: int = 7) -> list[Gave]:
+def _alone(served: Slots, bins: list[np.ndarray], seed: int = 7) -> list[SlotOutput]:
     served.begin(0, seed, 0)
-    gave = [served.step({0: Given(frames)})[0] for frames in bins]
+    gave = [served.step({0: SlotInput(frames)})[0] for frames in bins]
     served.end(0)
     return gave
 
 
-def _same(one: list[Gave], other: list[Gave]) -> None:
+def _same(one: list[SlotOutput], other: list[SlotOutput]) -> None:
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.wave, b.wave)
@@ -73,7 +73,7 @@ def test_neighbours_and_slots_change_no_bit(four, bins):
         if turn == 8:
             four.end(1)
         others = {session: _noise(10 * turn + session) for session in four.live if session}
-        gave.append(four.step({**others, 0: Given(frames)})[0])
+        gave.append(four.step({**others, 0: SlotInput(frames)})[0])
     _same(expected, gave)
 
 
@@ -88,7 +88,7 @@ def test_moving_between_buckets_changes_no_token_and_hardly_the_sound(served, bi
             served.end(2 * (turn - 7))
         seen.add(served.bucket)
         others = {session: _noise(10 * turn + session) for session in served.live if session}
-        gave.append(served.step({**others, 0: Given(frames)})[0])
+        gave.append(served.step({**others, 0: SlotInput(frames)})[0])
     assert seen == {1, 2, 4} and served.bucket == 1
     served.end(0)
     for a, b in zip(expected, gave, strict=True):
@@ -106,7 +106,7 @@ def test_a_session_that_is_given_nothing_waits(served, bins):
     gave = []
     for frames in bins:
         served.step({})
-        gave.append(served.step({0: Given(frames)})[0])
+        gave.append(served.step({0: SlotInput(frames)})[0])
     served.end(0)
     _same(expected, gave)
 
@@ -124,16 +124,16 @@ def test_text_and_background_reach_the_session_they_are_for(served, bins, codec)
     words = tuple(codec.encode("forty two"))[: served.engine.config.duplex.max_typed - 1]
     quiet = _alone(served, bins)
 
-    def told(given: Given) -> float:
+    def told(given: SlotInput) -> float:
         served.begin(0, seed=7, week_ms=0)
         served.begin(1, seed=7, week_ms=0)
-        gave = served.step({0: given, 1: Given(bins[0])})
+        gave = served.step({0: given, 1: SlotInput(bins[0])})
         served.end(0)
         served.end(1)
         assert gave[1].p_speak == pytest.approx(quiet[0].p_speak, rel=1e-4)
         return gave[0].p_speak
 
-    typed, background = told(Given(bins[0], words)), told(Given(bins[0], words, Control.BACKGROUND))
+    typed, background = told(SlotInput(bins[0], words)), told(SlotInput(bins[0], words, Control.BACKGROUND))
     assert len({round(p, 6) for p in (quiet[0].p_speak, typed, background)}) == 3
 
 
@@ -141,16 +141,16 @@ def test_nothing_compiles_in_service(served, bins, compilations):
     before = len(compilations)
     for session in range(4):
         served.begin(session, session, 0)
-        served.step({session: Given(bins[0]) for session in served.live})
+        served.step({session: SlotInput(bins[0]) for session in served.live})
     for session in range(4):
         served.end(session)
-        served.step({session: Given(bins[1], (1, 2)) for session in served.live})
+        served.step({session: SlotInput(bins[1], (1, 2)) for session in served.live})
     assert len(compilations) == before and not served.live
 
 
 def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations, monkeypatch):
     monkeypatch.setattr(slots, "PART", 2)
-    groups = grouped(engine, 5)
+    groups = slot_groups(engine, 5)
     assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "who comes and goes moves nobody"
     expected = _alone(groups[0], bins)
     before, gave = len(compilations), []
@@ -162,7 +162,7 @@ def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations
                 group.begin(1, 9, 0)
             if 0 in group.live:
                 given = {session: _noise(turn + session) for session in group.live}
-                told = group.step(given if seed else given | {0: Given(frames)})
+                told = group.step(given if seed else given | {0: SlotInput(frames)})
                 gave += [told[0]] if not seed else []
     assert len(compilations) == before
     _same(expected, gave)

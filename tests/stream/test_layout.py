@@ -13,7 +13,7 @@ from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.dmel import SILENT_BINS, fine_log_mel, log_mel, quantise
 from jaxtml.stream.images import image_patches
 from jaxtml.stream.layout import Sequence, decode, encode, plan_text
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control, PositionKind, Term
 
 SEEDS = range(25)
@@ -32,7 +32,9 @@ def encoded(talk, codec, limits) -> list[tuple[Conversation, Sequence]]:
 
 
 def silence(turns: int, **parts) -> Conversation:
-    return Conversation(np.zeros(turns * TURN_SAMPLES, np.float32), np.zeros(turns * TURN_SAMPLES, np.float32), **parts)
+    return Conversation(
+        np.zeros(turns * MICRO_TURN_SAMPLES, np.float32), np.zeros(turns * MICRO_TURN_SAMPLES, np.float32), **parts
+    )
 
 
 def spelled(sequence: Sequence, base: int) -> list[str]:
@@ -64,7 +66,7 @@ def parts(sequence: Sequence, base: int, opens: Control) -> list[list[int]]:
 def test_every_micro_turn_keeps_the_order_of_its_parts(encoded, limits):
     for talk, sequence in encoded:
         turns = spelled(sequence, limits.control_base)
-        assert len(turns) == len(talk.user) // TURN_SAMPLES
+        assert len(turns) == len(talk.user) // MICRO_TURN_SAMPLES
         for turn in turns:
             assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(L|Ko{4})", turn), turn
 
@@ -96,15 +98,15 @@ def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothin
 def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
     for talk, sequence in encoded:
         assert (np.flatnonzero(sequence.kind == PositionKind.OWN) == sequence.speech_at).all()
-        coarse = np.concatenate([log_mel(talk.assistant), log_mel(np.zeros(TURN_SAMPLES, np.float32))])
-        fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(TURN_SAMPLES, np.float32))])
+        coarse = np.concatenate([log_mel(talk.assistant), log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
+        fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
             heard = 4 * (int(sequence.turn[at]) + 1) + order % 4
             # The last micro-turn is heard after the recording: its first frame still sees the recording's end.
-            if heard < 4 * len(talk.user) // TURN_SAMPLES:
+            if heard < 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(target[:80], coarse[heard])
                 np.testing.assert_array_equal(target[80:].reshape(4, 80), fine[4 * heard : 4 * heard + 4])
-            if heard <= 4 * len(talk.user) // TURN_SAMPLES:
+            if heard <= 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(sequence.bins[at], quantise(coarse[heard - 1]))
 
 
@@ -235,7 +237,7 @@ def test_typed_text_without_room_goes_on_in_the_next_micro_turn(codec, limits):
 
 def test_the_clock_counts_from_the_session_and_from_the_wall(encoded):
     for talk, sequence in encoded:
-        turns = len(talk.user) // TURN_SAMPLES
+        turns = len(talk.user) // MICRO_TURN_SAMPLES
         expected = clock_features(
             round(talk.clock_s * 5) + np.arange(turns), week_ms(talk.wall_clock_s) + 200 * np.arange(turns)
         )

@@ -21,7 +21,7 @@ import soundfile
 import tones
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax_source import load_checkpoint, save_checkpoint
 from jaxtml.commands import main as cli
 from jaxtml.config import Config
@@ -77,11 +77,11 @@ def data(tmp_path_factory, codec) -> Path:
     """What `jaxtml data` makes, spoken in tones."""
     folder = tmp_path_factory.mktemp("data")
     users = [
-        bank.Item("user", split, voice, text)
+        bank.PlannedUtterance("user", split, voice, text)
         for split, voice in (("train", "tone:low"), ("train", "tone:high"), ("test", "tone:unseen"))
         for text in tones.USER_TEXTS
     ]
-    replies = [bank.Item("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
+    replies = [bank.PlannedUtterance("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
     bank.build(folder / "bank", [users, replies], 1, tones.speak)
     codec.save(folder / "tokenizer.json")
     return folder
@@ -208,7 +208,7 @@ def test_the_samples_are_conversations_that_can_be_heard_and_read(config, straig
 
 def test_a_run_is_read_back_at_its_newest_step(config, codec, straight):
     workdir, state = straight
-    read_config, params = read(workdir)
+    read_config, params = read_checkpoint(workdir)
     assert read_config == config
     assert TextCodec.load(workdir / "tokenizer.json").encode("forty two") == codec.encode("forty two")
     assert_same(params, state.params)
@@ -216,11 +216,11 @@ def test_a_run_is_read_back_at_its_newest_step(config, codec, straight):
 
 def test_reading_a_run_without_a_checkpoint_is_one_clear_line(config, tmp_path):
     with pytest.raises(InputError, match="is not a jaxtml checkpoint"):
-        read(tmp_path)
+        read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(config))
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="has no checkpoint yet: let the training run on"):
-        read(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_run_is_told_apart_from_a_checkpoint_and_from_a_vocoder(straight):
@@ -316,6 +316,6 @@ def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data
         assert not ended.value.code, capsys.readouterr().err
     assert list((own / "examples").glob("*.wav")) and list((own / "examples").glob("*.png"))
     assert (tmp_path / "run" / "data.txt").read_text().endswith(" cache of 64")
-    assert int(read(tmp_path / "run")[0].train.steps) == STEPS
+    assert int(read_checkpoint(tmp_path / "run")[0].train.steps) == STEPS
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == STEPS and np.isfinite(log[-1]["loss"])

@@ -16,7 +16,7 @@ import pytest
 import tones
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.config import AttentionConfig, Config
 from jaxtml.data import bank
 from jaxtml.data.tasks import scenarios
@@ -78,8 +78,8 @@ def config(small) -> Config:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, codec) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    users = [bank.Item("user", "train", "tone:low", text) for text in tones.USER_TEXTS]
-    replies = [bank.Item("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
+    users = [bank.PlannedUtterance("user", "train", "tone:low", text) for text in tones.USER_TEXTS]
+    replies = [bank.PlannedUtterance("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
     bank.build(folder / "bank", [users, replies], 1, tones.speak)
     codec.save(folder / "tokenizer.json")
     return folder
@@ -104,7 +104,7 @@ def run(config: Path, workdir: Path, data: Path, count: int, devices: int, mesh:
 
 
 def same(a: Path, b: Path, tolerance: float = 0.0) -> None:
-    for (path, x), (_, y) in zip(flatten(read(a)[1]), flatten(read(b)[1]), strict=True):
+    for (path, x), (_, y) in zip(flatten(read_checkpoint(a)[1]), flatten(read_checkpoint(b)[1]), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=tolerance, atol=tolerance, err_msg=path)
 
 

@@ -19,7 +19,7 @@ from jaxtml.checkpoint.inkling.config import inkling_config
 from jaxtml.checkpoint.inkling.safetensors_file import Stored, create, write_at
 from jaxtml.checkpoint.inkling.source import INDEX, WEIGHTS, Place, places, read_json
 from jaxtml.checkpoint.manifest import Tensor
-from jaxtml.checkpoint.source import Index, contiguous, table
+from jaxtml.checkpoint.source import Index, contiguous, spec_table
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
 
@@ -41,7 +41,7 @@ class ReleasedSink:
     """
 
     def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
-        self.specs = {path: spec for path, spec in table(config).items() if spec.released is not None}
+        self.specs = {path: spec for path, spec in spec_table(config).items() if spec.released is not None}
         said = read_json(carried["config.json"]) if "config.json" in carried else {}
         b = config.backbone
         if b.global_.pinned:

@@ -45,7 +45,7 @@ from jaxtml.data.tasks.scenarios import (
 from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.conversation import Conversation, Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 FOLDER = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 VOICE = "human:asterisk-en"
@@ -219,7 +219,7 @@ def _spoken(rng: np.random.Generator, prompts: Prompts, text: str, hesitant: boo
 def _session(rng: np.random.Generator, turns: Sequence[tuple[int, Clip]]) -> tuple[np.ndarray, np.ndarray]:
     """The user's channel with `turns` `(first sample, clip)` and an assistant who is silent, `[N]` float32 each."""
     end = max(at + len(clip.wave) for at, clip in turns) + int(_REST_S * SAMPLE_RATE)
-    voice = np.zeros(-(-end // TURN_SAMPLES) * TURN_SAMPLES, np.float32)
+    voice = np.zeros(-(-end // MICRO_TURN_SAMPLES) * MICRO_TURN_SAMPLES, np.float32)
     for at, clip in turns:
         voice[at : at + len(clip.wave)] += edits.levelled(clip, 1.0).wave
     line = Channel(level_dbfs=float(rng.uniform(*_LEVEL_DBFS)), noise_db=_NOISE_DB, noise_tilt=_NOISE_TILT)

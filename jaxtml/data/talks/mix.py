@@ -30,13 +30,13 @@ from jaxtml.data.tasks.scenarios import bare_list, incomplete_after, is_complete
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Conversation, Speech, Word
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 _FADE_OUT = 160  # samples, 10 ms: how the assistant's voice stops when it is interrupted
 _OVERLAP_LEFT = 800  # samples of reply that a barge-in must at least cut off, or it interrupted nothing
 
 
-class Source(Protocol):
+class UtteranceSource(Protocol):
     """The part of `jaxtml.data.bank.Bank` that is used here. `digest`: equal digests, equal utterances."""
 
     @property
@@ -59,7 +59,7 @@ class Speakers:
       singles: voice -> word -> where it is named, a pause behind it, as (utterance, word index).
     """
 
-    bank: Source
+    bank: UtteranceSource
     users: np.ndarray
     by_voice: dict[str, np.ndarray]
     engines: dict[str, tuple[str, ...]]
@@ -67,7 +67,7 @@ class Speakers:
     singles: dict[str, dict[str, list[tuple[int, int]]]]
 
     @staticmethod
-    def of(bank: Source, split: str = "train") -> Speakers:
+    def of(bank: UtteranceSource, split: str = "train") -> Speakers:
         """Index the user's voices of `split` and the replies."""
         users = np.asarray(bank.select(split=split, role="user"), np.int64)
         if not len(users):
@@ -212,15 +212,15 @@ def _barge_in_start(rng: np.random.Generator, draft: _Draft) -> int | None:
     """A sample at which to interrupt the reply that is being spoken; None: it is too short to be interrupted."""
     start, end = draft.reply_span
     first = start + SAMPLE_RATE // 10
-    last_turn = (end - _OVERLAP_LEFT) // TURN_SAMPLES - 2
-    last = (last_turn + 1) * TURN_SAMPLES
+    last_turn = (end - _OVERLAP_LEFT) // MICRO_TURN_SAMPLES - 2
+    last = (last_turn + 1) * MICRO_TURN_SAMPLES
     return int(rng.integers(first, last)) if draft.speech and last > first else None
 
 
 def _interrupt(draft: _Draft, start: int) -> None:
     """Stop the assistant's last stretch because the user began to talk at sample `start`."""
-    turn = start // TURN_SAMPLES
-    cut = (turn + 2) * TURN_SAMPLES
+    turn = start // MICRO_TURN_SAMPLES
+    cut = (turn + 2) * MICRO_TURN_SAMPLES
     speech = draft.speech[-1]
     said = sum(word.end_s * SAMPLE_RATE <= cut for word in speech.words)
     draft.speech[-1] = replace(speech, end_turn=turn + 1, words=speech.words[:said], unsaid=speech.words[said:])
@@ -231,13 +231,15 @@ def _interrupt(draft: _Draft, start: int) -> None:
 def _place(draft: _Draft, speakers: Speakers, clip: Clip, start: int, scene: str, interrupts: bool) -> bool:
     """Put a turn of the user at `start` and its answer behind it; False, and nothing done, if they do not fit."""
     end = start + len(clip.wave)
-    end_turn = (end - 1) // TURN_SAMPLES
+    end_turn = (end - 1) // MICRO_TURN_SAMPLES
     gate = end_turn + 1
     reply = _reply(draft, speakers, clip.text, gate)
     if reply is None:
         return False
     if interrupts:
-        if gate <= start // TURN_SAMPLES + 1:  # too short a word: the assistant would go on without having stopped
+        if (
+            gate <= start // MICRO_TURN_SAMPLES + 1
+        ):  # too short a word: the assistant would go on without having stopped
             return False
         _interrupt(draft, start)
     _answer(draft, reply, gate)
@@ -251,13 +253,13 @@ def _place(draft: _Draft, speakers: Speakers, clip: Clip, start: int, scene: str
 def _reply(draft: _Draft, speakers: Speakers, text: str, gate: int) -> Clip | None:
     """The reply to `text`; None: it would not be over in time if the gate opened in micro-turn `gate`."""
     reply = speakers.clip(speakers.replies[reply_to(text.split())])
-    return reply if gate + -(-len(reply.wave) // TURN_SAMPLES) + 1 <= draft.n_turns else None
+    return reply if gate + -(-len(reply.wave) // MICRO_TURN_SAMPLES) + 1 <= draft.n_turns else None
 
 
 def _answer(draft: _Draft, reply: Clip, gate: int) -> None:
     """Put a reply behind a gate that opens in micro-turn `gate`."""
-    heard = (gate + 1) * TURN_SAMPLES
-    end_turn = gate + -(-len(reply.wave) // TURN_SAMPLES)
+    heard = (gate + 1) * MICRO_TURN_SAMPLES
+    end_turn = gate + -(-len(reply.wave) // MICRO_TURN_SAMPLES)
     draft.assistant[heard : heard + len(reply.wave)] = reply.wave
     draft.speech.append(Speech(gate, end_turn, tuple(_shifted(word, heard) for word in reply.words)))
     draft.replies.append(reply.text)
@@ -268,7 +270,7 @@ def _answer(draft: _Draft, reply: Clip, gate: int) -> None:
 def _type(rng: np.random.Generator, draft: _Draft, speakers: Speakers) -> None:
     """Typed turns, one soon after the other, until the session is full."""
     replies = list(speakers.replies)
-    turn = draft.free // TURN_SAMPLES
+    turn = draft.free // MICRO_TURN_SAMPLES
     while True:
         text = sample_user_text(rng)[1]
         if rng.random() < 0.5:  # every reply equally often: spoken questions ask for few of them
@@ -372,9 +374,9 @@ def make_conversation(
       A conversation of `3200 * n_turns` samples. `scenario` names its events in order, `expected` its replies in
       order, joined by " | " (an interrupted reply in full).
     """
-    n = n_turns * TURN_SAMPLES
+    n = n_turns * MICRO_TURN_SAMPLES
     draft = _Draft(n_turns, np.zeros(n, np.float32), np.zeros(n, np.float32))
-    draft.free = int(rng.exponential(0.5) * SAMPLE_RATE) + int(rng.integers(TURN_SAMPLES))
+    draft.free = int(rng.exponential(0.5) * SAMPLE_RATE) + int(rng.integers(MICRO_TURN_SAMPLES))
     if rng.random() < weights.silence:
         for _ in range(int(rng.integers(4))):
             draft.free = int(rng.integers(n))

@@ -22,7 +22,7 @@ from jaxtml.model.attention.attend import HIDDEN, attend_sequence
 from jaxtml.model.layers import RMSNorm, ShortConv, project, rms_normalise
 from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param
-from jaxtml.parallel.collectives import merge, spread
+from jaxtml.parallel.collectives import psum_backward, psum_forward
 
 LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
 
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
         batch, tokens, _ = x.shape
         ways = self.mesh.tensor
         h, g, k = self.config.n_heads // ways, self.config.n_kv_heads // ways, self.config.head_dim
-        x, rel_proj = (spread(a, self.mesh, TENSOR) for a in (x, self.rel[...]))
+        x, rel_proj = (psum_backward(a, self.mesh, TENSOR) for a in (x, self.rel[...]))
         dtype = x.dtype
         length = step.length if step is not None else None
         k_tail, v_tail = tails if tails is not None else (None, None)
@@ -153,12 +153,12 @@ class Attention(nnx.Module):
             cache = _write(cache, step, keys, values, at)
             out = _attend_cache(self.config, query, KVCache(cache.k[at], cache.v[at]), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
-        out = merge(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
+        out = psum_forward(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
         return out, cache, (k_tail, v_tail)
 
     def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
         """Per-head norm: one weight for all heads, of which this device may have a share."""
-        return rms_normalise(x, norm.eps) * spread(norm.weight[...], self.mesh, TENSOR).astype(x.dtype)
+        return rms_normalise(x, norm.eps) * psum_backward(norm.weight[...], self.mesh, TENSOR).astype(x.dtype)
 
     def _length_scale(self, position: jax.Array) -> jax.Array:
         """Logits grow with the logarithm of the length once it passes the floor (float32)."""

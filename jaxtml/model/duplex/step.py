@@ -28,18 +28,18 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.model.speech import vocoder
-from jaxtml.parallel.collectives import total
+from jaxtml.parallel.collectives import psum
 from jaxtml.parallel.mesh import SERVE
 from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, quantise_jax
 from jaxtml.stream.layout import SPEECH_DIM
 from jaxtml.stream.timebase import (
     FINE_PER_FRAME,
-    FINE_PER_TURN,
-    FRAMES_PER_TURN,
+    FINE_PER_MICRO_TURN,
+    FRAMES_PER_MICRO_TURN,
+    MICRO_TURN_MS,
+    MICRO_TURN_SAMPLES,
     N_MELS,
-    TURN_MS,
-    TURN_SAMPLES,
 )
 from jaxtml.stream.tokens import Control
 
@@ -64,7 +64,7 @@ class DuplexState(NamedTuple):
     key: jax.Array
 
 
-class TurnInputs(NamedTuple):
+class MicroTurnInputs(NamedTuple):
     """What one micro-turn is given, for B slots.
 
     `bins` `[B, 4, 80]` uint8 user dMel frames; `typed` `[B, N]` int32 with `typed_length` `[B]` (a TYPED or BACKGROUND
@@ -80,7 +80,7 @@ class TurnInputs(NamedTuple):
     active: jax.Array
 
 
-class TurnOutputs(NamedTuple):
+class MicroTurnOutputs(NamedTuple):
     """What one micro-turn gives.
 
     `wave` `[B, 3200]` float32, to be heard one micro-turn later; `tokens` `[B, G]` int32 and `count` `[B]`: the
@@ -122,7 +122,7 @@ class Duplex:
         c = self.config
         # HEARD and SAY open their parts, and the gate closes the micro-turn.
         self.generated = (c.max_heard + 1 if c.heard else 0) + c.max_text + 1 + 1
-        self.narrow = 2 + FRAMES_PER_TURN
+        self.narrow = 2 + FRAMES_PER_MICRO_TURN
         self.wide = self.narrow + c.max_typed + c.max_patches
         self.one_cpu = platform == "cpu" and model.placement.mesh.devices == 1
 
@@ -193,12 +193,12 @@ class Duplex:
         one, two = jax.eval_shape(lambda: (self.init_state(1), self.init_state(2)))
         return jax.tree.map(lambda a, b: [x == y for x, y in zip(a.shape, b.shape, strict=True)].index(False), one, two)
 
-    def empty_inputs(self, batch: int) -> TurnInputs:
+    def empty_inputs(self, batch: int) -> MicroTurnInputs:
         """Inputs of a micro-turn in which nothing is heard, typed or seen."""
         c = self.config
         zeros = jnp.zeros((batch,), jnp.int32)
-        return TurnInputs(
-            bins=jnp.zeros((batch, FRAMES_PER_TURN, N_MELS), jnp.uint8),
+        return MicroTurnInputs(
+            bins=jnp.zeros((batch, FRAMES_PER_MICRO_TURN, N_MELS), jnp.uint8),
             typed=jnp.zeros((batch, c.max_typed), jnp.int32),
             typed_length=zeros,
             patches=jnp.zeros((batch, c.max_patches, 2, 40, 40, 3), jnp.float32),
@@ -206,7 +206,7 @@ class Duplex:
             active=jnp.ones((batch,), bool),
         )
 
-    def shapes(self, batch: int, mesh: Mesh | None = None) -> tuple[DuplexState, TurnInputs]:
+    def shapes(self, batch: int, mesh: Mesh | None = None) -> tuple[DuplexState, MicroTurnInputs]:
         """State and inputs of `batch` slots as `jax.ShapeDtypeStruct`s, with their places on the mesh."""
         shapes = jax.eval_shape(lambda: (self.init_state(batch), self.empty_inputs(batch)))
         if mesh is None:
@@ -219,20 +219,22 @@ class Duplex:
 
     def compiled(
         self, params: Params, batch: int, mesh: Mesh | None = None
-    ) -> Callable[[Params, DuplexState, TurnInputs], Any]:
+    ) -> Callable[[Params, DuplexState, MicroTurnInputs], Any]:
         """The step compiled ahead of time for `batch` slots; state is donated. It can never recompile.
 
         On a mesh (which is set), what it gives is whole on every device: any process can read it.
         """
 
-        def everywhere(params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
+        def everywhere(
+            params: Params, state: DuplexState, inputs: MicroTurnInputs
+        ) -> tuple[DuplexState, MicroTurnOutputs]:
             state, outputs = self.step(params, state, inputs)
             return state, jax.tree.map(lambda a: jax.sharding.reshard(a, PartitionSpec()), outputs)
 
         step = self.step if mesh is None else everywhere
         return jax.jit(step, donate_argnums=1).lower(params, *self.shapes(batch, mesh)).compile()
 
-    def step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
+    def step(self, params: Params, state: DuplexState, inputs: MicroTurnInputs) -> tuple[DuplexState, MicroTurnOutputs]:
         """One micro-turn. `params` from `prepare`; `state` from `init_state` or the step before.
 
         On a mesh (under `jax.set_mesh`), one program per device, each with its share of the sessions.
@@ -244,7 +246,9 @@ class Duplex:
         local = jax.shard_map(self._step, in_specs=given, out_specs=outputs, check_vma=False)
         return local(params, state, inputs)
 
-    def _step(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, TurnOutputs]:
+    def _step(
+        self, params: Params, state: DuplexState, inputs: MicroTurnInputs
+    ) -> tuple[DuplexState, MicroTurnOutputs]:
         active = inputs.active
         ringing = state.spoke
         state, hidden = self._prefill(params, state, inputs)
@@ -253,16 +257,16 @@ class Duplex:
         state, wave = self._vocode(params, state, out.fine, speaking, active & (speaking | ringing))
         state = state._replace(
             turn=state.turn + active,
-            week_ms=(state.week_ms + TURN_MS * active) % WEEK_MS,
+            week_ms=(state.week_ms + MICRO_TURN_MS * active) % WEEK_MS,
         )
         logits = out.logits if self.trace else None
-        return state, TurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
+        return state, MicroTurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
 
     def _any(self, mask: jax.Array) -> jax.Array:
         """Whether it holds for any session of the slice: all its devices have to take part in what follows, also those
         of `tensor`, whose sessions are the same but for what rounding may do."""
         mesh = self.model.placement.mesh
-        return total(jnp.any(mask).astype(jnp.int32), mesh, ("data", "expert", "tensor")) > 0
+        return psum(jnp.any(mask).astype(jnp.int32), mesh, ("data", "expert", "tensor")) > 0
 
     def _forward(
         self, params: Params, state: DuplexState, x: jax.Array, length: jax.Array
@@ -273,7 +277,7 @@ class Duplex:
         hidden = self.model.bind(params).norm(last)
         return state._replace(layers=layers, position=state.position + length), hidden
 
-    def _prefill(self, params: Params, state: DuplexState, inputs: TurnInputs) -> tuple[DuplexState, jax.Array]:
+    def _prefill(self, params: Params, state: DuplexState, inputs: MicroTurnInputs) -> tuple[DuplexState, jax.Array]:
         trunk = self.model.bind(params)
         batch = inputs.bins.shape[0]
         base = self.config.control_base
@@ -332,10 +336,10 @@ class Duplex:
             count=jnp.zeros((batch,), jnp.int32),
             p_speak=jnp.zeros((batch,), jnp.float32),
             logits=jnp.zeros((batch, self.generated, vocab if self.trace else 0), jnp.float32),
-            fine=jnp.broadcast_to(SILENT_FINE, (batch, FRAMES_PER_TURN, FINE_PER_FRAME, N_MELS)).reshape(
-                batch, FRAMES_PER_TURN, -1
+            fine=jnp.broadcast_to(SILENT_FINE, (batch, FRAMES_PER_MICRO_TURN, FINE_PER_FRAME, N_MELS)).reshape(
+                batch, FRAMES_PER_MICRO_TURN, -1
             ),
-            frames=jnp.broadcast_to(SILENT_BINS, (batch, FRAMES_PER_TURN, N_MELS)),
+            frames=jnp.broadcast_to(SILENT_BINS, (batch, FRAMES_PER_MICRO_TURN, N_MELS)),
         )
         state = state._replace(own=jnp.where((state.spoke | ~active)[:, None], state.own, SILENT_BINS))
         progress = _Progress(jnp.where(active, _START, _DONE), jnp.zeros((batch,), jnp.int32))
@@ -441,14 +445,14 @@ class Duplex:
             mels = self.model.bind(params).flow.sample(hidden, flow.temperature * noise, flow.steps)
             mels = mels.astype(jnp.float32)
             bins = quantise_jax(mels[:, :N_MELS]).astype(jnp.uint8)
-            rows, column = jnp.arange(hidden.shape[0]), jnp.where(ready, used - 1, FRAMES_PER_TURN)
+            rows, column = jnp.arange(hidden.shape[0]), jnp.where(ready, used - 1, FRAMES_PER_MICRO_TURN)
             fine = fine.at[rows, column].set(mels[:, N_MELS:], mode="drop")
             frames = frames.at[rows, column].set(bins, mode="drop")
             return jnp.where(ready[:, None], bins, own), fine, frames
 
         own, fine, frames = jax.lax.cond(jnp.any(ready), run, lambda *same: same, state.own, out.fine, out.frames)
         state, out = state._replace(own=own), out._replace(fine=fine, frames=frames)
-        ended = speaking & (used == FRAMES_PER_TURN)
+        ended = speaking & (used == FRAMES_PER_MICRO_TURN)
         return _Progress(jnp.where(ended, _DONE, phase), used + speaking), state, out
 
     def _choose(
@@ -502,7 +506,7 @@ class Duplex:
         """
         config = self.model.config.vocoder
         batch = running.shape[0]
-        frames = fine.reshape(batch, FINE_PER_TURN, N_MELS)
+        frames = fine.reshape(batch, FINE_PER_MICRO_TURN, N_MELS)
 
         def some(part: tuple[Any, ...]) -> tuple[Any, ...]:
             voice, wave, frames, running, speaking = part
@@ -511,7 +515,7 @@ class Duplex:
             voice = _where(running, _where(speaking, new, fresh), voice)
             return voice, jnp.where(running[:, None], found, wave), frames, jnp.zeros_like(running), speaking
 
-        silence = jnp.zeros((batch, TURN_SAMPLES), jnp.float32)
+        silence = jnp.zeros((batch, MICRO_TURN_SAMPLES), jnp.float32)
         carry = (state.voice, silence, frames, running, speaking)
         axes = jax.tree.map(lambda _: 0, carry)
         carry = self._one_of(

@@ -31,7 +31,7 @@ from jaxtml.model.experts.grouped import Experts, expert_rows, quantised
 from jaxtml.model.layers import swiglu
 from jaxtml.model.placement import ALONE, TENSOR, Placement
 from jaxtml.model.spec import Params, Released, linear, normal, ones, param, zeros
-from jaxtml.parallel.collectives import gather, merge, scatter, spread, total
+from jaxtml.parallel.collectives import all_gather, psum, psum_backward, psum_forward, reduce_scatter
 from jaxtml.stream.tokens import PositionKind
 
 MODALITIES = len(PositionKind)
@@ -147,12 +147,12 @@ class MoE(nnx.Module):
         mesh = self.placement.mesh
         transport = TRANSPORTS[self.placement.transport]
         out, dropped = transport(flat, routing, self.experts(x.dtype, at), self.placement)
-        alike = spread(flat, mesh, TENSOR)
+        alike = psum_backward(flat, mesh, TENSOR)
         shared = jnp.zeros_like(flat)
         for i in range(self.config.n_shared_experts):
             part = swiglu(alike, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
-            shared = shared + spread(routing.shared[:, i : i + 1], mesh, TENSOR) * part
-        out = out + merge(shared, mesh, TENSOR)
+            shared = shared + psum_backward(routing.shared[:, i : i + 1], mesh, TENSOR) * part
+        out = out + psum_forward(shared, mesh, TENSOR)
         kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
         present = (kind != PositionKind.PAD).astype(jnp.float32)
         chosen = jax.nn.one_hot(routing.index, self.config.n_experts, dtype=jnp.float32).sum(axis=1)
@@ -191,9 +191,9 @@ def replicated(x: jax.Array, routing: Routing, experts: Experts, placement: Plac
     Returns `[N, D]`, the same on all of them, and the dropped choices of all.
     """
     axes = ("expert", "tensor")
-    x, weight = (spread(a, placement.mesh, axes) for a in (x, routing.weight))
+    x, weight = (psum_backward(a, placement.mesh, axes) for a in (x, routing.weight))
     out, dropped = _own_experts(x, routing.index, weight, experts, placement)
-    return merge(out, placement.mesh, axes), total(dropped, placement.mesh, ("expert",))
+    return psum_forward(out, placement.mesh, axes), psum(dropped, placement.mesh, ("expert",))
 
 
 def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
@@ -202,14 +202,14 @@ def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement)
     The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
     """
     mesh = placement.mesh
-    x, weight, index = (spread(x, mesh, TENSOR), spread(routing.weight, mesh, TENSOR), routing.index)
+    x, weight, index = (psum_backward(x, mesh, TENSOR), psum_backward(routing.weight, mesh, TENSOR), routing.index)
     if mesh.expert > 1:
-        x, weight = (gather(a, ("expert",), 0) for a in (x, weight))
+        x, weight = (all_gather(a, ("expert",), 0) for a in (x, weight))
         index = jax.lax.all_gather(index, "expert", axis=0, tiled=True)
     out, dropped = _own_experts(x, index, weight, experts, placement)
     if mesh.expert > 1:
-        out = scatter(out, ("expert",), 0)
-    return merge(out, mesh, TENSOR), dropped
+        out = reduce_scatter(out, ("expert",), 0)
+    return psum_forward(out, mesh, TENSOR), dropped
 
 
 def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
@@ -228,7 +228,7 @@ def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placemen
     me = jax.lax.axis_index("expert")
     order, counts = sorted_by_expert(routing.index, own * mesh.expert)
     trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
-    x = spread(x, mesh, TENSOR)
+    x = psum_backward(x, mesh, TENSOR)
     slot = jnp.argsort(order).reshape(n, k)
     sent = _dispatch(x, order, slot)
     arrived = jax.lax.ragged_all_to_all(
@@ -238,8 +238,8 @@ def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placemen
     back = jax.lax.ragged_all_to_all(
         done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
     )
-    out = _combine(back, spread(routing.weight, mesh, TENSOR), slot, order)
-    return merge(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
+    out = _combine(back, psum_backward(routing.weight, mesh, TENSOR), slot, order)
+    return psum_forward(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
 
 
 TRANSPORTS: dict[str, Transport] = {"replicated": replicated, "ring": ring, "ragged": ragged}

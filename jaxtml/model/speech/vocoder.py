@@ -79,7 +79,7 @@ def _tap_window() -> np.ndarray:
     return np.concatenate([rise, fall]).astype(np.float32)
 
 
-class Block(nnx.Module):
+class VocoderBlock(nnx.Module):
     """ConvNeXt block: depthwise causal convolution, layer norm, two dense layers, residual."""
 
     def __init__(self, cfg: VocoderConfig) -> None:
@@ -117,7 +117,7 @@ class Vocoder(nnx.Module):
         self.noise_embed = param((N_MELS, cfg.width), ("in", "out"), normal(0.3 * N_MELS**-0.5))
         self.noise_share = param((BINS,), ("out",), lambda rng, shape: np.full(shape, 0.5, np.float32))
         for i in range(cfg.depth):
-            setattr(self, f"block{i}", Block(cfg))
+            setattr(self, f"block{i}", VocoderBlock(cfg))
         self.pitch_norm = param((cfg.width,), ("out",), ones)
         self.pitch_head = param((cfg.width, PITCH_STEPS), ("in", "out"), normal(cfg.width**-0.5))
         self.pitch_bias = param((PITCH_STEPS,), ("out",), zeros)

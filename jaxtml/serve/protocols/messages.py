@@ -1,6 +1,6 @@
 """JSON messages of clients, as types: what does not fit them is refused with the name of what is wrong.
 
-A protocol's messages are `Event`s, told apart by `type`; a `Vocabulary` reads one of them. Base64 comes as bytes.
+A protocol's messages are `Event`s, told apart by `type`; a `MessageTypes` reads one of them. Base64 comes as bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Event(Strict, tag_field="type", kw_only=True):
     event_id: Name | None = None
 
 
-class Invalid(Exception):
+class InvalidMessage(Exception):
     """A message that cannot be taken, in the words of a protocol's error: a code, a text, and the parameter."""
 
     def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None):
@@ -41,7 +41,7 @@ class _Named(msgspec.Struct):
     event_id: Any = None
 
 
-class Vocabulary(Generic[_Message]):
+class MessageTypes(Generic[_Message]):
     """What a client may say at some point.
 
     Args:
@@ -57,46 +57,46 @@ class Vocabulary(Generic[_Message]):
         self.unsupported = unsupported
 
     def read(self, data: bytes) -> _Message:
-        """Raises `Invalid`, with the client's `event_id` where there is one."""
+        """Raises `InvalidMessage`, with the client's `event_id` where there is one."""
         try:
             return self.decoder.decode(data)
         except UNREADABLE as error:
             raise self._invalid(error, data) from error
 
     async def taken(self, data: bytes, take: Callable[[_Message], Awaitable[None]]) -> None:
-        """Reads a message and has it taken. Raises `Invalid`, with the client's `event_id`, where one of the two fails;
-        a `ValueError` of `take` is one of its values."""
+        """Reads a message and has it taken. Raises `InvalidMessage`, with the client's `event_id`, where one of the two
+        fails; a `ValueError` of `take` is one of its values."""
         message: Any = self.read(data)
         try:
             await take(message)
-        except Invalid as invalid:
+        except InvalidMessage as invalid:
             invalid.event_id = message.event_id
             raise
         except ValueError as error:
-            raise Invalid("invalid_value", str(error), None, message.event_id) from error
+            raise InvalidMessage("invalid_value", str(error), None, message.event_id) from error
 
-    def _invalid(self, error: Exception, data: bytes) -> Invalid:
+    def _invalid(self, error: Exception, data: bytes) -> InvalidMessage:
         try:
             named = msgspec.json.decode(data, type=_Named)
         except UNREADABLE:
-            return Invalid("invalid_json", f"a message is one JSON object, in UTF-8: {error}"[:300])
+            return InvalidMessage("invalid_json", f"a message is one JSON object, in UTF-8: {error}"[:300])
         event_id = named.event_id if isinstance(named.event_id, str) else None
         if named.type in self.unsupported:
-            return Invalid("unsupported_event", f"this server has no use for {named.type}", "type", event_id)
+            return InvalidMessage("unsupported_event", f"this server has no use for {named.type}", "type", event_id)
         text = str(error)
         where = re.search(r"`\$\.?([^`]*)`", text)
         param = where[1] if where else None
         if unknown := re.search(r"unknown field `([^`]*)`", text):
             param = f"{param}.{unknown[1]}" if param else unknown[1]
-            return Invalid("unknown_parameter", f"there is no parameter {param}"[:300], param[:100], event_id)
+            return InvalidMessage("unknown_parameter", f"there is no parameter {param}"[:300], param[:100], event_id)
         if missing := re.search(r"missing required field `([^`]*)`", text):
             param = f"{param}.{missing[1]}" if param else missing[1]
-            return Invalid("missing_required_parameter", f"{param} is missing", param, event_id)
+            return InvalidMessage("missing_required_parameter", f"{param} is missing", param, event_id)
         if param == "type" and named.type in self.elsewhere:
-            return Invalid("invalid_event_order", f"{named.type} has no place here", "type", event_id)
+            return InvalidMessage("invalid_event_order", f"{named.type} has no place here", "type", event_id)
         if param == "type":
-            return Invalid("invalid_event_type", f"type is one of {', '.join(self.known)}", param, event_id)
-        return Invalid("invalid_value", text[:300], param, event_id)
+            return InvalidMessage("invalid_event_type", f"type is one of {', '.join(self.known)}", param, event_id)
+        return InvalidMessage("invalid_value", text[:300], param, event_id)
 
 
 def _tags(kinds: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from collections import deque
 import numpy as np
 
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 MOST = 10 * SAMPLE_RATE  # samples that wait
 _UPLOAD = 2 * SAMPLE_RATE
@@ -26,7 +26,7 @@ _PATIENCE = 25  # micro-turns that a reserve must stay
 _SILENT = 10 ** (-50 / 20)  # root mean square, of full scale
 
 
-class Hearing:
+class JitterBuffer:
     """One session's sound on its way in; one thread calls.
 
     Attributes:
@@ -63,19 +63,19 @@ class Hearing:
     def take(self) -> np.ndarray:
         """One micro-turn: `[4, 80]` uint8 dMel frames."""
         self._take_back()
-        found = self._oldest(TURN_SAMPLES)
-        self.missed += TURN_SAMPLES - len(found)
-        self.stream, bins = self.stream.step(np.pad(found, (0, TURN_SAMPLES - len(found))))
+        found = self._oldest(MICRO_TURN_SAMPLES)
+        self.missed += MICRO_TURN_SAMPLES - len(found)
+        self.stream, bins = self.stream.step(np.pad(found, (0, MICRO_TURN_SAMPLES - len(found))))
         return bins
 
     def _take_back(self) -> None:
         """Cuts a micro-turn of silence where a reserve has stayed."""
-        self._least, self._turns = min(self._least, self.waiting - TURN_SAMPLES), self._turns + 1
+        self._least, self._turns = min(self._least, self.waiting - MICRO_TURN_SAMPLES), self._turns + 1
         if self._turns < _PATIENCE:
             return
         # As much as was missed before is no upload: the network had stalled.
-        if TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed - self.cut):
-            oldest = self._oldest(TURN_SAMPLES)
+        if MICRO_TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed - self.cut):
+            oldest = self._oldest(MICRO_TURN_SAMPLES)
             if np.sqrt(np.mean(np.square(oldest))) >= _SILENT:  # not yet: someone is speaking
                 self.parts.appendleft(oldest)
                 self.waiting += len(oldest)

@@ -16,17 +16,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from jaxtml.errors import InputError
-from jaxtml.serve.runtime.scheduler import TICK_S, Full, Hub, Session
-from jaxtml.serve.runtime.wire import Ready, Told
-from jaxtml.serve.runtime.worker_process import Link
+from jaxtml.serve.runtime.scheduler import TICK_S, ScheduledSession, Scheduler, ServerFull
+from jaxtml.serve.runtime.wire import TickReply, WorkerReady
+from jaxtml.serve.runtime.worker_process import WorkerProcess
 
-OnTick = Callable[[float, Told], None]
+OnTick = Callable[[float, TickReply], None]
 
 
-class Pool:
+class WorkerPool:
     """Sessions over `hubs`, whose workers are at the other ends of `links`."""
 
-    def __init__(self, hubs: Sequence[Hub], links: Sequence[Link] = ()):
+    def __init__(self, hubs: Sequence[Scheduler], links: Sequence[WorkerProcess] = ()):
         self.hubs, self.links = tuple(hubs), tuple(links)
 
     @property
@@ -34,18 +34,18 @@ class Pool:
         return sum(hub.capacity for hub in self.hubs)
 
     @property
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[ScheduledSession]:
         return list(itertools.chain.from_iterable(hub.sessions.values() for hub in self.hubs))
 
-    def admit(self, seed: int, grace_s: float = 30.0) -> Session:
+    def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """A session where there are fewest. Raises as `check`."""
         self.check()
-        return min(filter(Hub.free, self.hubs), key=lambda hub: len(hub.sessions)).admit(seed, grace_s)
+        return min(filter(Scheduler.free, self.hubs), key=lambda hub: len(hub.sessions)).admit(seed, grace_s)
 
     def check(self) -> None:
-        """Raises `Full` where there is no room, with the shortest time that any of them names."""
+        """Raises `ServerFull` where there is no room, with the shortest time that any of them names."""
         if not any(hub.free() for hub in self.hubs):
-            raise Full(min(hub.retry_after_s() for hub in self.hubs))
+            raise ServerFull(min(hub.retry_after_s() for hub in self.hubs))
 
     async def run(self) -> None:
         """Ticks of all until it is cancelled, or one worker is gone (`ConnectionError`), which ends them all."""
@@ -66,7 +66,7 @@ async def started(
     workers: int,
     on_tick: OnTick = lambda took_s, told: None,
     mesh: str = "",
-) -> AsyncIterator[tuple[Pool, Ready]]:
+) -> AsyncIterator[tuple[WorkerPool, WorkerReady]]:
     """A pool that has room for `capacity` sessions, and the first word of its workers, which end with it.
 
     Each of the `workers` has one device, or the only one a `mesh` (as `MeshShape.parse` reads it).
@@ -80,10 +80,10 @@ async def started(
     shares = _shares(capacity, workers)
     pinned = [cores[at % len(cores)] if workers > 1 else None for at in range(workers)]
     begun = await asyncio.gather(
-        *(Link.start(checkpoint, share, core, mesh) for share, core in zip(shares, pinned, strict=True)),
+        *(WorkerProcess.start(checkpoint, share, core, mesh) for share, core in zip(shares, pinned, strict=True)),
         return_exceptions=True,
     )
-    links = [link for link in begun if isinstance(link, Link)]
+    links = [link for link in begun if isinstance(link, WorkerProcess)]
     try:
         for link in begun:
             if isinstance(link, BaseException):
@@ -94,7 +94,10 @@ async def started(
             for at, room in enumerate(_shares(share, link.ready.groups))
         ]
         rooms.sort(key=lambda room: room[0])  # those of one worker are as far apart as they can be
-        yield Pool([Hub(link, room, on_tick=on_tick, group=at) for at, link, room in rooms], links), links[0].ready
+        yield (
+            WorkerPool([Scheduler(link, room, on_tick=on_tick, group=at) for at, link, room in rooms], links),
+            links[0].ready,
+        )
     finally:
         await asyncio.gather(*(link.close() for link in links))
 
@@ -104,6 +107,6 @@ def _shares(whole: int, parts: int) -> list[int]:
     return [whole // parts + (at < whole % parts) for at in range(parts)]
 
 
-async def _later(after_s: float, hub: Hub) -> None:
+async def _later(after_s: float, hub: Scheduler) -> None:
     await asyncio.sleep(after_s)
     await hub.run()

@@ -1,7 +1,7 @@
 """The sessions of a server and the clock that they share: a tick every 200 ms, whatever clients and network do.
 
 Runs in the process that has the network; the model is in another one (`serve.runtime.worker`). A session here knows of
-no protocol: sound, text and pictures go in at any time, and every tick that it takes part in adds a `Turn` to its
+no protocol: sound, text and pictures go in at any time, and every tick that it takes part in adds a `TickResult` to its
 journal, from which whoever speaks its protocol reads.
 
 The rules. All attached sessions take part in every tick, with what has arrived (`serve.runtime.jitter_buffer`). A tick
@@ -25,20 +25,20 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxtml.serve.runtime.jitter_buffer import Hearing
-from jaxtml.serve.runtime.wire import Beginning, Tick, Told
-from jaxtml.session.engine import Given
+from jaxtml.serve.runtime.jitter_buffer import JitterBuffer
+from jaxtml.serve.runtime.wire import SessionStart, Tick, TickReply
+from jaxtml.session.engine import SlotInput
 from jaxtml.stream.clock import WEEK_MS
-from jaxtml.stream.timebase import TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control
 
-TICK_S = TURN_MS / 1000
+TICK_S = MICRO_TURN_MS / 1000
 KEPT = 150  # turns of a journal
 _LOST_S = 1.0  # behind which the clock is set anew
 
 
 @dataclass(frozen=True)
-class Turn:
+class TickResult:
     """One micro-turn of a session: the input of `[t_ms, t_ms + 200)`; `wave` `[3200]` float32 at 16 kHz is to be heard
     in `[t_ms + 200, t_ms + 400)`; `tokens` `[n]` int32 as generated."""
 
@@ -50,7 +50,7 @@ class Turn:
     p_speak: float
 
 
-class End(StrEnum):
+class EndReason(StrEnum):
     """Why a session ended."""
 
     ASKED = "close_requested"
@@ -62,7 +62,7 @@ class End(StrEnum):
     FAILED = "internal_error"  # ours
 
 
-class Full(Exception):
+class ServerFull(Exception):
     """There is no slot; one may be free in `retry_after_s`."""
 
     def __init__(self, retry_after_s: float):
@@ -70,13 +70,13 @@ class Full(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Model(Protocol):
+class TickModel(Protocol):
     """The worker, seen from here."""
 
-    async def tick(self, tick: Tick) -> Told: ...
+    async def tick(self, tick: Tick) -> TickReply: ...
 
 
-class Clock(Protocol):
+class TickClock(Protocol):
     def now(self) -> float: ...
 
     async def until(self, due: float) -> None: ...
@@ -92,7 +92,7 @@ class WallClock:
         await asyncio.sleep(max(0.0, due - self.now()))
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Text of one micro-turn: token ids behind their TYPED or BACKGROUND mark. `placed` is told when that began."""
 
     mark: Control
@@ -101,20 +101,20 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Session:
+class ScheduledSession:
     """One conversation. Protocols put into `hearing`, `say_to` and `show`, wait with `turns_after`, and end it."""
 
     number: int
     seed: int
     grace_s: float
-    clock: Clock
-    hearing: Hearing = field(default_factory=Hearing)
+    clock: TickClock
+    hearing: JitterBuffer = field(default_factory=JitterBuffer)
     attached: bool = True
-    ended: End | None = None
-    typed: deque[Piece] = field(default_factory=deque)
+    ended: EndReason | None = None
+    typed: deque[TextPiece] = field(default_factory=deque)
     waiting: int = 0  # tokens in `typed`
     patches: np.ndarray | None = None
-    journal: deque[Turn] = field(default_factory=deque)
+    journal: deque[TickResult] = field(default_factory=deque)
     begun: bool = False
     turns: int = 0
     detached_at: float = 0.0
@@ -130,13 +130,13 @@ class Session:
         self.waiting += len(tokens)
         for at in range(0, len(tokens), most):
             last = at + most >= len(tokens)
-            self.typed.append(Piece(mark, tuple(tokens[at : at + most]), placed if last else None))
+            self.typed.append(TextPiece(mark, tuple(tokens[at : at + most]), placed if last else None))
 
     def show(self, patches: np.ndarray) -> None:
         """`[P, 2, 40, 40, 3]` float32 for the next micro-turn, instead of what waited for it."""
         self.patches = patches
 
-    async def turns_after(self, number: int) -> list[Turn]:
+    async def turns_after(self, number: int) -> list[TickResult]:
         """The turns behind `number`, at least one; none where the session has ended. Those up to it are forgotten.
 
         One reader at a time.
@@ -157,22 +157,22 @@ class Session:
         """Its client is back."""
         self.attached = True
 
-    def end(self, why: End) -> None:
+    def end(self, why: EndReason) -> None:
         """Its slot is free at the next tick."""
         self.ended = self.ended or why
         self.changed.set()
 
-    def given(self) -> Given:
-        text = self.typed.popleft() if self.typed else Piece(Control.TYPED, ())
+    def given(self) -> SlotInput:
+        text = self.typed.popleft() if self.typed else TextPiece(Control.TYPED, ())
         self.waiting -= len(text.tokens)
         if text.placed is not None:
-            text.placed(self.turns * TURN_MS)
+            text.placed(self.turns * MICRO_TURN_MS)
         patches, self.patches = self.patches, None
-        return Given(self.hearing.take(), text.tokens, text.mark, patches)
+        return SlotInput(self.hearing.take(), text.tokens, text.mark, patches)
 
 
 @dataclass
-class Counts:
+class TickCounts:
     """What happened since the start."""
 
     ticks: int = 0
@@ -181,7 +181,7 @@ class Counts:
     compilations: int = 0
 
 
-class Hub:
+class Scheduler:
     """All sessions of one worker, or of one group of them.
 
     Args:
@@ -195,25 +195,25 @@ class Hub:
 
     def __init__(
         self,
-        model: Model,
+        model: TickModel,
         capacity: int,
-        clock: Clock | None = None,
-        on_tick: Callable[[float, Told], None] = lambda took_s, told: None,
+        clock: TickClock | None = None,
+        on_tick: Callable[[float, TickReply], None] = lambda took_s, told: None,
         week_ms: Callable[[], int] = lambda: int(1000 * time.time()) % WEEK_MS,
         group: int = 0,
     ):
         self.model, self.capacity, self.clock, self.group = model, capacity, clock or WallClock(), group
         self.on_tick, self.week_ms = on_tick, week_ms
-        self.sessions: dict[int, Session] = {}
-        self.counts = Counts()
+        self.sessions: dict[int, ScheduledSession] = {}
+        self.counts = TickCounts()
         self.numbers = itertools.count(1)
         self.leaving: list[int] = []
 
-    def admit(self, seed: int, grace_s: float = 30.0) -> Session:
-        """A session that begins at the next tick. Raises `Full`."""
+    def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
+        """A session that begins at the next tick. Raises `ServerFull`."""
         if not self.free():
-            raise Full(self.retry_after_s())
-        session = Session(next(self.numbers), seed, grace_s, self.clock)
+            raise ServerFull(self.retry_after_s())
+        session = ScheduledSession(next(self.numbers), seed, grace_s, self.clock)
         self.sessions[session.number] = session
         return session
 
@@ -245,18 +245,18 @@ class Hub:
                 self.counts.lost += lost
                 due += lost * TICK_S
 
-    async def _tick(self) -> Told | None:
+    async def _tick(self) -> TickReply | None:
         """One micro-turn of all; None where there is nothing to do."""
         now = self.clock.now()
         for session in list(self.sessions.values()):
             if not session.attached and now > session.detached_at + session.grace_s:
-                session.end(End.GONE)
+                session.end(EndReason.GONE)
             if session.ended:
                 del self.sessions[session.number]
                 if session.begun:
                     self.leaving.append(session.number)
         there = [one for one in self.sessions.values() if one.attached]
-        begin = tuple(Beginning(one.number, one.seed, self.week_ms()) for one in there if not one.begun)
+        begin = tuple(SessionStart(one.number, one.seed, self.week_ms()) for one in there if not one.begun)
         end, self.leaving = tuple(self.leaving), []
         if not there and not end:
             return None
@@ -265,10 +265,10 @@ class Hub:
             one.begun = True
             gave = told.gave[one.number]
             one.journal.append(
-                Turn(one.turns, one.turns * TURN_MS, gave.wave, gave.tokens, gave.speaking, gave.p_speak)
+                TickResult(one.turns, one.turns * MICRO_TURN_MS, gave.wave, gave.tokens, gave.speaking, gave.p_speak)
             )
             one.turns += 1
             one.changed.set()
             if len(one.journal) > KEPT:
-                one.end(End.SLOW)
+                one.end(EndReason.SLOW)
         return told

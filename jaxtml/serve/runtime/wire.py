@@ -1,8 +1,8 @@
 """What the server's two processes tell each other: MessagePack, each message behind its length, over a Unix socket.
 
-The process that has the network sends a `Tick` and gets a `Told`, one at a time; before that, once, a `Ready` or a
-line that says why not. Called by `serve.runtime.worker`, `serve.runtime.worker_process` and `serve.runtime.hosts`.
-"""
+The process that has the network sends a `Tick` and gets a `TickReply`, one at a time; before that, once, a
+`WorkerReady` or a line that says why not. Called by `serve.runtime.worker`, `serve.runtime.worker_process` and
+`serve.runtime.hosts`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from jaxtml.session.engine import Given
-from jaxtml.session.slots import Gave
+from jaxtml.session.engine import SlotInput
+from jaxtml.session.slots import SlotOutput
 from jaxtml.stream.tokens import Control
 
 LENGTH = struct.Struct("<I")
@@ -23,7 +23,7 @@ END = LENGTH.pack(0)  # a message of nothing: the other end is to end, in good o
 
 
 @dataclass(frozen=True)
-class Beginning:
+class SessionStart:
     """A session that begins at this tick: its number, the seed of its sampling, its wall clock (of the week)."""
 
     session: int
@@ -36,23 +36,23 @@ class Tick:
     """One micro-turn of those sessions of a `group` that are in `given`; those in `end` leave before it, those in
     `begin` come."""
 
-    begin: tuple[Beginning, ...] = ()
+    begin: tuple[SessionStart, ...] = ()
     end: tuple[int, ...] = ()
-    given: dict[int, Given] = field(default_factory=dict)
+    given: dict[int, SlotInput] = field(default_factory=dict)
     group: int = 0
 
 
 @dataclass(frozen=True)
-class Told:
+class TickReply:
     """What came of a tick. `compilations` are those since the one before: none."""
 
-    gave: dict[int, Gave]
+    gave: dict[int, SlotOutput]
     step_ms: float
     compilations: int = 0
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """The worker's first word: the config of its model (JSON) and how many groups its sessions are in; or `error`."""
 
     config: str = ""
@@ -60,7 +60,7 @@ class Ready:
     error: str = ""
 
 
-Message = Tick | Told | Ready
+Message = Tick | TickReply | WorkerReady
 
 
 def packed(message: Message) -> bytes:
@@ -69,7 +69,7 @@ def packed(message: Message) -> bytes:
         begin = [(one.session, one.seed, one.week_ms) for one in message.begin]
         given = [(session, *_packed_given(one)) for session, one in message.given.items()]
         body: Any = ("tick", begin, message.end, given, message.group)
-    elif isinstance(message, Told):
+    elif isinstance(message, TickReply):
         gave = [
             (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
             for session, one in message.gave.items()
@@ -104,22 +104,22 @@ def unpacked(data: bytes) -> Message:
     if kind == "tick":
         begin, end, given, group = parts
         given = {one[0]: _given(*one[1:]) for one in given}
-        return Tick(tuple(Beginning(*one) for one in begin), end, given, group)
+        return Tick(tuple(SessionStart(*one) for one in begin), end, given, group)
     if kind == "told":
         gave, *rest = parts
-        return Told({one[0]: _gave(*one[1:]) for one in gave}, *rest)
-    return Ready(*parts)
+        return TickReply({one[0]: _gave(*one[1:]) for one in gave}, *rest)
+    return WorkerReady(*parts)
 
 
-def _packed_given(one: Given) -> tuple[Any, ...]:
+def _packed_given(one: SlotInput) -> tuple[Any, ...]:
     patches = None if one.patches is None else np.asarray(one.patches, np.float32).tobytes()
     return one.bins.tobytes(), one.text, int(one.mark), patches
 
 
-def _given(bins: bytes, text: tuple[int, ...], mark: int, patches: bytes | None) -> Given:
+def _given(bins: bytes, text: tuple[int, ...], mark: int, patches: bytes | None) -> SlotInput:
     seen = None if patches is None else np.frombuffer(patches, np.float32).reshape(-1, 2, 40, 40, 3)
-    return Given(np.frombuffer(bins, np.uint8).reshape(4, -1), text, Control(mark), seen)
+    return SlotInput(np.frombuffer(bins, np.uint8).reshape(4, -1), text, Control(mark), seen)
 
 
-def _gave(wave: bytes, tokens: bytes, speaking: bool, p_speak: float) -> Gave:
-    return Gave(np.frombuffer(wave, np.float32), np.frombuffer(tokens, np.int32), speaking, p_speak)
+def _gave(wave: bytes, tokens: bytes, speaking: bool, p_speak: float) -> SlotOutput:
+    return SlotOutput(np.frombuffer(wave, np.float32), np.frombuffer(tokens, np.int32), speaking, p_speak)

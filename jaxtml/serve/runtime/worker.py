@@ -26,9 +26,9 @@ from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import join
 from jaxtml.serve.runtime import hosts
-from jaxtml.serve.runtime.wire import Ready, Tick, Told, packed, received, unpacked
+from jaxtml.serve.runtime.wire import Tick, TickReply, WorkerReady, packed, received, unpacked
 from jaxtml.session.engine import Engine
-from jaxtml.session.slots import Slots, grouped
+from jaxtml.session.slots import Slots, slot_groups
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -43,7 +43,7 @@ def work(connection: socket.socket, groups: Sequence[Slots], tell: Callable[[byt
         compilations += event == _COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    connection.sendall(packed(Ready(to_json(groups[0].engine.config), len(groups))))
+    connection.sendall(packed(WorkerReady(to_json(groups[0].engine.config), len(groups))))
     while data := received(connection):
         tell(data)
         tick = unpacked(data)
@@ -54,7 +54,7 @@ def work(connection: socket.socket, groups: Sequence[Slots], tell: Callable[[byt
     return data is not None
 
 
-def answer(slots: Slots, tick: Tick) -> Told:
+def answer(slots: Slots, tick: Tick) -> TickReply:
     """One tick of a group: sessions leave, come, and all have their micro-turn."""
     began = time.perf_counter()
     for session in tick.end:
@@ -62,7 +62,7 @@ def answer(slots: Slots, tick: Tick) -> Told:
     for one in tick.begin:
         slots.begin(one.session, one.seed, one.week_ms)
     gave = slots.step(tick.given)
-    return Told(gave, 1000 * (time.perf_counter() - began))
+    return TickReply(gave, 1000 * (time.perf_counter() - began))
 
 
 def follow(checkpoint: str | Path) -> None:
@@ -91,7 +91,7 @@ def follow(checkpoint: str | Path) -> None:
 
 
 def _groups(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> list[Slots]:
-    groups = grouped(Engine.load(checkpoint, mesh), capacity)
+    groups = slot_groups(Engine.load(checkpoint, mesh), capacity)
     gc.collect()
     gc.freeze()  # what is there now stays: a collection in service need not look at it
     return groups
@@ -123,7 +123,7 @@ def main() -> None:
                 leader = hosts.lead({"capacity": args.capacity, "mesh": mesh.sizes})
             groups = _groups(args.checkpoint, args.capacity, mesh)
         except (InputError, OSError) as error:
-            connection.sendall(packed(Ready(error=str(error))))
+            connection.sendall(packed(WorkerReady(error=str(error))))
             return
         if leader is None:
             work(connection, groups)

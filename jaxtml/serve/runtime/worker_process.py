@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxtml.errors import InputError
-from jaxtml.serve.runtime.wire import END, LENGTH, Message, Ready, Tick, Told, packed, unpacked
+from jaxtml.serve.runtime.wire import END, LENGTH, Message, Tick, TickReply, WorkerReady, packed, unpacked
 
 _END_S = 5.0  # until a worker that was told to end is killed
 _STUCK_S = 20.0  # for the answer to a tick
 
 
-class Link:
+class WorkerProcess:
     """A running worker, a `serve.runtime.scheduler.Model`. Use `start`.
 
     Attributes:
@@ -30,11 +30,13 @@ class Link:
         writer: asyncio.StreamWriter,
     ):
         self.process, self.reader, self.writer = process, reader, writer
-        self.ready = Ready()
+        self.ready = WorkerReady()
         self._one = asyncio.Lock()
 
     @classmethod
-    async def start(cls, checkpoint: str | Path, capacity: int, core: int | None = None, mesh: str = "") -> Link:
+    async def start(
+        cls, checkpoint: str | Path, capacity: int, core: int | None = None, mesh: str = ""
+    ) -> WorkerProcess:
         """Returns when everything is compiled, some ten seconds for a small model. The worker stays on `core`; None:
         goes where it likes. `mesh`, as `MeshShape.parse` reads it, is that of all devices; empty: one.
 
@@ -60,7 +62,7 @@ class Link:
         link = cls(process, *await asyncio.open_connection(sock=ours))
         try:
             first = await link._received()
-            assert isinstance(first, Ready)
+            assert isinstance(first, WorkerReady)
         except asyncio.CancelledError:
             process.kill()
             await process.wait()
@@ -74,7 +76,7 @@ class Link:
         link.ready = first
         return link
 
-    async def tick(self, tick: Tick) -> Told:
+    async def tick(self, tick: Tick) -> TickReply:
         """Asks when what others have asked is answered. Raises `ConnectionError` where the worker is gone, or stuck."""
         try:
             async with asyncio.timeout(_STUCK_S), self._one:
@@ -85,7 +87,7 @@ class Link:
             raise ConnectionError("the model's process is gone") from error
         except TimeoutError as error:
             raise ConnectionError(f"the model's process has not answered for {_STUCK_S:.0f} s") from error
-        assert isinstance(told, Told)
+        assert isinstance(told, TickReply)
         return told
 
     async def gone(self) -> None:

@@ -10,8 +10,8 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from jaxtml.serve.protocols.messages import Invalid
-from jaxtml.serve.transport.token_bucket import Allowance
+from jaxtml.serve.protocols.messages import InvalidMessage
+from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.images import fitted_size, image_patches
 
 PIXELS = 2**22  # of the largest picture that is decoded
@@ -21,7 +21,7 @@ _PER_SECOND, _BURST = 10.0, 20  # of a session: a micro-turn sees two
 THREAD = ThreadPoolExecutor(1, "pictures")
 
 
-class Seeing:
+class ImageIntake:
     """One session's camera. A picture is seen beside the one before it, or twice where that is too long ago.
 
     Args:
@@ -31,12 +31,12 @@ class Seeing:
     def __init__(self, max_patches: int):
         self.max_patches = max_patches
         self._before: tuple[float, np.ndarray] | None = None
-        self._pictures = Allowance(_PER_SECOND, _BURST)
+        self._pictures = TokenBucket(_PER_SECOND, _BURST)
 
     def count(self) -> None:
-        """One more has come. Raises `Invalid` where that was too soon."""
+        """One more has come. Raises `InvalidMessage` where that was too soon."""
         if not self._pictures.take():
-            raise Invalid("rate_limit_exceeded", f"pictures come faster than {_PER_SECOND:.0f} a second")
+            raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_PER_SECOND:.0f} a second")
 
     def put(self, data: bytes) -> np.ndarray:
         """`[P, 2, 40, 40, 3]` float32. Raises `ValueError` on what is no picture, or one too large or too long."""

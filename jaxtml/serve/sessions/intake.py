@@ -9,11 +9,11 @@ from functools import lru_cache
 import av
 import numpy as np
 
-from jaxtml.serve.protocols.messages import Invalid
-from jaxtml.serve.sessions.images import THREAD, Seeing
-from jaxtml.serve.sessions.manager import Call, Served
+from jaxtml.serve.protocols.messages import InvalidMessage
+from jaxtml.serve.sessions.images import THREAD, ImageIntake
+from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import Format, Incoming
-from jaxtml.serve.transport.token_bucket import Allowance
+from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
@@ -34,11 +34,11 @@ class Intake:
       taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
     """
 
-    def __init__(self, call: Call, served: Served, format: Format):
+    def __init__(self, call: ClientSession, served: ServedModel, format: Format):
         self.call, self.served = call, served
-        self.incoming, self.seeing = Incoming(format), Seeing(served.config.duplex.max_patches)
+        self.incoming, self.seeing = Incoming(format), ImageIntake(served.config.duplex.max_patches)
         self.taken = 0
-        self._texts = Allowance(_TEXT_PER_SECOND, _TEXT_BURST)
+        self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
         self._unheard = np.zeros(0, np.float32)  # waits for room
 
     async def take(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
@@ -97,7 +97,8 @@ class Intake:
         self.call.session.show(await self.seen(image))
 
     async def seen(self, image: bytes) -> np.ndarray:
-        """The patches of a JPEG or PNG. Raises `ValueError` as `Seeing.put`, `Invalid` as `Seeing.count`."""
+        """The patches of a JPEG or PNG. Raises `ValueError` as `ImageIntake.put`, `InvalidMessage` as
+        `ImageIntake.count`."""
         self.seeing.count()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(THREAD, self.seeing.put, image)
@@ -128,26 +129,28 @@ class Intake:
     def read(self, text: str, param: str, most: int = _WAITING) -> list[int]:
         """The tokens of a text that may be said now.
 
-        Raises `Invalid` where there are none, they are too many, came too fast, or too much waits.
+        Raises `InvalidMessage` where there are none, they are too many, came too fast, or too much waits.
         """
         size = len(text.encode())
         if size <= most * _TOKEN_BYTES and not self._texts.take(size):
-            raise Invalid("rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param)
+            raise InvalidMessage(
+                "rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param
+            )
         check_length(self.served, text, most, param)
         tokens = _tokens(self.served.codec, text)
         if not tokens:
-            raise Invalid("invalid_value", "there is no text", param)
+            raise InvalidMessage("invalid_value", "there is no text", param)
         session = self.call.session
         if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
-            raise Invalid("rate_limit_exceeded", "too much text waits for its micro-turn", param)
+            raise InvalidMessage("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         return tokens
 
 
-def check_length(served: Served, text: str, most: int, param: str) -> None:
-    """Raises `Invalid` where a text has more than `most` tokens."""
+def check_length(served: ServedModel, text: str, most: int, param: str) -> None:
+    """Raises `InvalidMessage` where a text has more than `most` tokens."""
     size = len(text.encode())
     if size > most * _TOKEN_BYTES or size >= most and len(_tokens(served.codec, text)) > most:  # a token has a byte
-        raise Invalid("string_above_max_length", f"{param} has more than {most} tokens", param)
+        raise InvalidMessage("string_above_max_length", f"{param} has more than {most} tokens", param)
 
 
 @lru_cache(maxsize=1)  # what is counted is said next

@@ -1,9 +1,8 @@
 """Who is talking to a server: admission, clients that come back, the end of sessions and of the server.
 
-A `Call` is one session as its client has it: what it is sent, and by what name and secret it is found again. It lives
-in the hub's clock; connections come and go. Knows of no protocol's wire, see `serve.protocols.live.protocol` and its
-siblings.
-"""
+A `ClientSession` is one session as its client has it: what it is sent, and by what name and secret it is found again.
+It lives in the hub's clock; connections come and go. Knows of no protocol's wire, see `serve.protocols.live.protocol`
+and its siblings."""
 
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ from absl import logging
 from jaxtml.config import Config
 from jaxtml.serve.monitoring import log, tracing
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.runtime.pool import Pool
-from jaxtml.serve.runtime.scheduler import End, Full, Session, Turn
+from jaxtml.serve.runtime.pool import WorkerPool
+from jaxtml.serve.runtime.scheduler import EndReason, ScheduledSession, ServerFull, TickResult
 from jaxtml.serve.sessions.access import Access, Grant, Refused
-from jaxtml.serve.sessions.replay_buffer import Outbox
+from jaxtml.serve.sessions.replay_buffer import ReplayBuffer
 from jaxtml.stream.reading import Reader, Words
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import SAMPLE_RATE
@@ -50,7 +49,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What is served: the model's name, its config and its words."""
 
     name: str
@@ -58,7 +57,7 @@ class Served:
     codec: TextCodec
 
 
-class Speaks(Protocol):
+class SessionProtocol(Protocol):
     """One call's protocol: what happens, put into the call's outbox as its client reads it."""
 
     @property
@@ -66,7 +65,7 @@ class Speaks(Protocol):
         """The protocol's name."""
         ...
 
-    def turned(self, turn: Turn, words: Words) -> None:
+    def turned(self, turn: TickResult, words: Words) -> None:
         """A micro-turn was."""
         ...
 
@@ -74,12 +73,12 @@ class Speaks(Protocol):
         """The session will be ended in so many seconds."""
         ...
 
-    def ended(self, why: End) -> None:
+    def ended(self, why: EndReason) -> None:
         """The session was ended; nothing comes after this."""
         ...
 
 
-class Connected(Protocol):
+class Carrier(Protocol):
     """What carries a call at the moment."""
 
     def replace(self) -> None:
@@ -88,8 +87,8 @@ class Connected(Protocol):
 
 
 @dataclass
-class Call:
-    """One session as its client has it. Use `Desk.admit`.
+class ClientSession:
+    """One session as its client has it. Use `SessionManager.admit`.
 
     Attributes:
       id: its public name.
@@ -102,25 +101,25 @@ class Call:
     id: str
     secret: str
     grant: Grant
-    session: Session
+    session: ScheduledSession
     words: Reader
     expires_at: float
     span: tracing.Span
-    speaks: Speaks = field(init=False)
-    outbox: Outbox = field(default_factory=Outbox)
-    carried: Connected | None = None
+    speaks: SessionProtocol = field(init=False)
+    outbox: ReplayBuffer = field(default_factory=ReplayBuffer)
+    carried: Carrier | None = None
     closing: float | None = None
     warned: bool = False
     heard: asyncio.Event = field(default_factory=asyncio.Event)  # set at each micro-turn
 
-    def carry(self, connection: Connected) -> None:
+    def carry(self, connection: Carrier) -> None:
         """The call goes on over this connection."""
         if self.carried is not None:
             self.carried.replace()
         self.carried = connection
         self.session.attach()
 
-    def lost(self, connection: Connected) -> None:
+    def lost(self, connection: Carrier) -> None:
         """The connection is no more; the session stands still until there is another."""
         if self.carried is connection and not self.session.ended:
             self.carried = None
@@ -140,7 +139,7 @@ class Call:
         return not self.session.ended
 
 
-class Desk:
+class SessionManager:
     """All calls of a server; one thread calls.
 
     Args:
@@ -153,15 +152,21 @@ class Desk:
     """
 
     def __init__(
-        self, pool: Pool, access: Access, served: Served, limits: Limits, metrics: Metrics, prefix: str = "sess_"
+        self,
+        pool: WorkerPool,
+        access: Access,
+        served: ServedModel,
+        limits: Limits,
+        metrics: Metrics,
+        prefix: str = "sess_",
     ):
         self.pool, self.access, self.served, self.limits, self.metrics = pool, access, served, limits, metrics
         self.prefix = prefix
-        self.calls: dict[str, Call] = {}
+        self.calls: dict[str, ClientSession] = {}
         self.leaves_at: float | None = None  # when the server ends, on the monotonic clock; None: it does not
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def admit(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
+    def admit(self, grant: Grant, make: Callable[[ClientSession], SessionProtocol], scope: str) -> ClientSession:
         """A call that begins at the next tick. Raises `Refused`."""
         self.ask(grant, scope)
         return self.begin(grant, make, scope)
@@ -174,7 +179,7 @@ class Desk:
             self.access.check(grant, scope)
             self.pool.check()
 
-    def begin(self, grant: Grant, make: Callable[[Call], Speaks], scope: str) -> Call:
+    def begin(self, grant: Grant, make: Callable[[ClientSession], SessionProtocol], scope: str) -> ClientSession:
         """As `admit`, of a request that is counted already."""
         name = self.prefix + secrets.token_urlsafe(16)
         with self._refusing():
@@ -186,10 +191,10 @@ class Desk:
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
         span = tracing.session(name, scope, self.served.name, grant.key.name)
         try:
-            call = Call(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
+            call = ClientSession(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
             call.speaks = make(call)
         except BaseException:
-            session.end(End.FAILED)
+            session.end(EndReason.FAILED)
             span.end()
             self.access.end(grant.key.name, name)
             raise
@@ -206,7 +211,7 @@ class Desk:
         """A full pool refuses."""
         try:
             yield
-        except Full as full:
+        except ServerFull as full:
             raise Refused(503, "server_full", str(full), full.retry_after_s) from full
 
     def check_open(self) -> None:
@@ -215,14 +220,14 @@ class Desk:
             after_s = max(1.0, self.leaves_at - time.monotonic())
             raise Refused(503, "draining", "this server is about to end; another one may be there", after_s)
 
-    def find(self, name: str, grant: Grant) -> Call:
+    def find(self, name: str, grant: Grant) -> ClientSession:
         """A call of the same key. Raises `Refused`."""
         call = self.calls.get(name)
         if call is None or call.grant.key.name != grant.key.name:
             raise Refused(404, "session_not_found", f"there is no session {name[:64]}, or no longer")
         return call
 
-    def resume(self, name: str, secret: str, after: int, grant: Grant) -> Call:
+    def resume(self, name: str, secret: str, after: int, grant: Grant) -> ClientSession:
         """The call that a client comes back to, having had all up to `after`. Raises `Refused`."""
         try:
             call = self.find(name, grant)
@@ -247,18 +252,18 @@ class Desk:
             call.speaks.leaving(within_s)
         while self.calls and time.monotonic() < self.leaves_at:
             await asyncio.sleep(0.05)
-        await self.end(End.DRAINED)
+        await self.end(EndReason.DRAINED)
 
-    async def end(self, why: End) -> None:
+    async def end(self, why: EndReason) -> None:
         """Ends all calls and waits for their last words."""
         for call in list(self.calls.values()):
             call.session.end(why)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)
 
-    async def _run(self, call: Call) -> None:
+    async def _run(self, call: ClientSession) -> None:
         """From the call's first micro-turn to its end."""
-        why = End.FAILED
+        why = EndReason.FAILED
         try:
             why = await self._followed(call)
         except Exception:
@@ -276,7 +281,7 @@ class Desk:
             call.span.set_attribute("jaxtml.micro_turns", call.session.turns)
             call.span.end()
 
-    async def _followed(self, call: Call) -> End:
+    async def _followed(self, call: ClientSession) -> EndReason:
         number = -1
         while turns := await call.session.turns_after(number):
             number = turns[-1].number
@@ -286,13 +291,13 @@ class Desk:
             call.heard.set()
             self.metrics.input_lag.observe(call.session.hearing.waiting / SAMPLE_RATE)
             self._consider(call, turns[-1])
-        return call.session.ended or End.FAILED
+        return call.session.ended or EndReason.FAILED
 
-    def _consider(self, call: Call, turn: Turn) -> None:
+    def _consider(self, call: ClientSession, turn: TickResult) -> None:
         """Ends what has lasted long enough."""
         left_s = min(call.expires_at - time.time(), self.access.left_s(call.grant))  # others may use the same minutes
         if left_s <= 0:
-            call.session.end(End.EXPIRED if self.leaves_at is None else End.DRAINED)
+            call.session.end(EndReason.EXPIRED if self.leaves_at is None else EndReason.DRAINED)
         elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:
             call.warned = True
             call.expires_at = min(call.expires_at, time.time() + left_s)  # what is told holds, also if others leave
@@ -300,4 +305,4 @@ class Desk:
         if call.closing is not None:
             waits = turn.speaking or call.session.typed or call.session.hearing.waiting
             if not waits or time.monotonic() > call.closing + self.limits.closing_s:
-                call.session.end(End.ASKED)
+                call.session.end(EndReason.ASKED)

@@ -1,9 +1,8 @@
 """What a client is sent, numbered from 1 on, and kept for a while: who was cut off is sent the rest when it is back.
 
 The rule. An outbox keeps so many bytes, half a minute of sound and text, whether they have been sent or not. It never
-waits for a reader; one that has fallen behind what is kept has lost something, and is told so (`Behind`). Several may
-read. Called by the protocols.
-"""
+waits for a reader; one that has fallen behind what is kept has lost something, and is told so (`ReplayLost`). Several
+may read. Called by the protocols."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ from collections import deque
 _MOST = 3 * 2**20  # bytes: 30 s of 24 kHz PCM in base64 are 1.9 MB
 
 
-class Behind(Exception):
+class ReplayLost(Exception):
     """A reader asks for frames that are no longer kept."""
 
 
-class Outbox:
+class ReplayBuffer:
     """Frames of one client, as its protocol writes them.
 
     Attributes:
@@ -58,7 +57,7 @@ class Outbox:
             await self._changed.wait()
         count = max(0, self.last - number)
         if count > len(self.frames):
-            raise Behind(f"frame {number + 1} is no longer kept; the oldest is {self.last - len(self.frames) + 1}")
+            raise ReplayLost(f"frame {number + 1} is no longer kept; the oldest is {self.last - len(self.frames) + 1}")
         return [self.frames[at] for at in range(len(self.frames) - count, len(self.frames))]
 
     def _wake(self) -> None:

@@ -23,8 +23,8 @@ from absl import logging
 from aiohttp import WSMsgType, web
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.sessions.replay_buffer import Behind, Outbox
-from jaxtml.serve.transport.token_bucket import Allowance
+from jaxtml.serve.sessions.replay_buffer import ReplayBuffer, ReplayLost
+from jaxtml.serve.transport.token_bucket import TokenBucket
 
 MESSAGE_BYTES = 2**20  # the largest that is read
 _PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
@@ -36,7 +36,7 @@ GOODBYE_S = 3.0  # for a client to answer that it is closed
 Receive = Callable[[bytes], Awaitable[None]]
 
 
-class Outcome(Enum):
+class ConnectionEnd(Enum):
     """How a connection came to its end."""
 
     DONE = auto()  # all was sent, nothing more comes
@@ -46,7 +46,7 @@ class Outcome(Enum):
     REPLACED = auto()  # the client is back over another one
 
 
-class Line(Protocol):
+class Transport(Protocol):
     """What a connection runs over.
 
     Attributes:
@@ -91,13 +91,13 @@ def socket() -> web.WebSocketResponse:
 
 
 class Socket:
-    """A WebSocket, from `socket` and prepared; a `Line`. `kind` is that of the messages it sends."""
+    """A WebSocket, from `socket` and prepared; a `Transport`. `kind` is that of the messages it sends."""
 
     def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType):
         self.ws, self.kind = ws, kind
         self._transport = request.transport
         self.heard_at, self.left = time.monotonic(), False
-        self._pings = Allowance(_PINGS_PER_SECOND, _PINGS_BURST)
+        self._pings = TokenBucket(_PINGS_PER_SECOND, _PINGS_BURST)
 
     async def receive(self) -> bytes | None:
         while True:
@@ -137,10 +137,10 @@ class Connection:
       metrics: what is counted.
     """
 
-    def __init__(self, line: Line, metrics: Metrics):
+    def __init__(self, line: Transport, metrics: Metrics):
         self.line, self.metrics = line, metrics
         self._waits = False  # for room: then it is not read, and its silence says nothing
-        self._allowance = Allowance(_PER_SECOND, _BURST)
+        self._allowance = TokenBucket(_PER_SECOND, _BURST)
         self._replaced = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
         self._written = 0
@@ -162,7 +162,7 @@ class Connection:
         """Waits where the client does not take it."""
         await self.line.send(frame)
 
-    async def run(self, outbox: Outbox, after: int, receive: Receive) -> Outcome:
+    async def run(self, outbox: ReplayBuffer, after: int, receive: Receive) -> ConnectionEnd:
         """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
         self._written = after
         self._reading = asyncio.create_task(self._read(receive))
@@ -175,15 +175,15 @@ class Connection:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception) and not isinstance(result, (ConnectionError, Behind)):
+            if isinstance(result, Exception) and not isinstance(result, (ConnectionError, ReplayLost)):
                 logging.error("a connection failed", exc_info=result)
         if self._replaced.is_set():
-            return Outcome.REPLACED
+            return ConnectionEnd.REPLACED
         if self._behind(outbox):
-            return Outcome.SLOW
+            return ConnectionEnd.SLOW
         if outbox.closed:
-            return Outcome.DONE
-        return Outcome.LEFT if self.line.left else Outcome.GONE
+            return ConnectionEnd.DONE
+        return ConnectionEnd.LEFT if self.line.left else ConnectionEnd.GONE
 
     async def close(self, code: int, why: str = "") -> None:
         """Says goodbye; a client that does not listen is cut off."""
@@ -196,11 +196,11 @@ class Connection:
             self._waits = False
             self.line.heard_at = time.monotonic()
 
-    def _behind(self, outbox: Outbox) -> bool:
+    def _behind(self, outbox: ReplayBuffer) -> bool:
         """Something that was not written is no longer kept."""
         return outbox.last - self._written > len(outbox.frames)
 
-    async def _write(self, outbox: Outbox) -> None:
+    async def _write(self, outbox: ReplayBuffer) -> None:
         sent_at = None
         while frames := await outbox.after(self._written):
             for frame in frames:
@@ -211,12 +211,12 @@ class Connection:
                 self.metrics.output_gap.observe(now - sent_at)
             sent_at = now
 
-    async def _last_words(self, outbox: Outbox) -> None:
+    async def _last_words(self, outbox: ReplayBuffer) -> None:
         """Until the outbox was closed, and what was in it should have been taken."""
         await outbox.ended()
         await asyncio.sleep(GOODBYE_S)
 
-    async def _watch(self, outbox: Outbox) -> None:
+    async def _watch(self, outbox: ReplayBuffer) -> None:
         """Until nothing is heard any more, or nothing is taken."""
         pinged_at = time.monotonic()
         while self._waits or time.monotonic() < self.line.heard_at + _SILENT_S:

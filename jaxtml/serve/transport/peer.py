@@ -39,9 +39,9 @@ from aiortc.sdp import SessionDescription
 
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.connection import GOODBYE_S, MESSAGE_BYTES
-from jaxtml.serve.transport.token_bucket import Allowance
-from jaxtml.serve.transport.tracks import Arrivals, Ear, Pictures, Voice
-from jaxtml.stream.timebase import TURN_MS
+from jaxtml.serve.transport.token_bucket import TokenBucket
+from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketOrder, VideoJitterBuffer
+from jaxtml.stream.timebase import MICRO_TURN_MS
 
 _SDP_BYTES = 2**15  # of an offer; browsers' have 2 to 10 KB
 _KINDS = {"audio": "audio/opus", "video": "video/VP8", "application": None}
@@ -76,9 +76,9 @@ class Peer:
     """
 
     def __init__(self) -> None:
-        self.voice, self.heard_at, self.left = Voice(), time.monotonic(), False
+        self.voice, self.heard_at, self.left = OutgoingTrack(), time.monotonic(), False
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-        self._ear = Ear(Arrivals())
+        self._ear = IncomingTrack(PacketOrder())
         self._channel: RTCDataChannel | None = None
         self._camera: RTCRtpReceiver | None = None
         self._inbox: deque[bytes] = deque()
@@ -86,7 +86,7 @@ class Peer:
         self._over = False
         self._changed = asyncio.Event()
         self._datagrams, self._stun, self._time = (
-            Allowance(*rate) for rate in ((_PER_SECOND, _BURST), (_STUN_PER_SECOND, _STUN_BURST), (_BUSY, _BUSY_S))
+            TokenBucket(*rate) for rate in ((_PER_SECOND, _BURST), (_STUN_PER_SECOND, _STUN_BURST), (_BUSY, _BUSY_S))
         )
 
     @classmethod
@@ -212,7 +212,7 @@ class Peer:
         for transceiver in self._pc.getTransceivers():
             sound = transceiver.kind == "audio"
             # aiortc has no way to be given one.
-            buffer = self._ear.arrivals if sound else Pictures(partial(self._piled_up, transceiver.receiver))
+            buffer = self._ear.arrivals if sound else VideoJitterBuffer(partial(self._piled_up, transceiver.receiver))
             add = partial(self._added, buffer.add, set())
             setattr(transceiver.receiver, "_RTCRtpReceiver__jitter_buffer", SimpleNamespace(add=add))  # noqa: B010
             if not sound and sees:
@@ -328,6 +328,6 @@ class Peer:
                 while track._queue.qsize():
                     frame = await track.recv()
                 if (now := time.monotonic()) >= due:
-                    due = now + TURN_MS / 1000
+                    due = now + MICRO_TURN_MS / 1000
                     with contextlib.suppress(ValueError):  # of a shape that has no patches
                         await intake.look(frame)

@@ -15,30 +15,30 @@ from aiohttp import web
 
 from jaxtml.serve.protocols.live import protocol as live
 from jaxtml.serve.protocols.live.messages import Create
-from jaxtml.serve.protocols.messages import UNREADABLE, Invalid
-from jaxtml.serve.protocols.realtime.messages import SessionConfig
+from jaxtml.serve.protocols.messages import UNREADABLE, InvalidMessage
+from jaxtml.serve.protocols.realtime.messages import RealtimeSessionConfig
 from jaxtml.serve.sessions.access import Refused
-from jaxtml.serve.sessions.manager import Served
+from jaxtml.serve.sessions.manager import ServedModel
 
 if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer
 
 
-async def of_live(request: web.Request, served: Served) -> Create:
+async def of_live(request: web.Request, served: ServedModel) -> Create:
     """GPT-Live's, JSON. Raises `Refused`."""
     try:
         asked = msgspec.json.decode(await request.read(), type=Create)
         if asked.session.audio is not None and asked.session.audio.format is not None:
-            raise Invalid("invalid_value", "WebRTC has a format of its own", "session.audio.format")
+            raise InvalidMessage("invalid_value", "WebRTC has a format of its own", "session.audio.format")
         live.check(asked.session, served)
-    except Invalid as invalid:
+    except InvalidMessage as invalid:
         raise Refused(400, invalid.code, str(invalid)) from invalid
     except UNREADABLE as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error
     return asked
 
 
-async def of_realtime(request: web.Request) -> tuple[str, SessionConfig | None]:
+async def of_realtime(request: web.Request) -> tuple[str, RealtimeSessionConfig | None]:
     """The Realtime API's: the offer alone, or a form of it (`sdp`) and the session (`session`). Raises `Refused`."""
     form: dict[str, bytes] = {}
     try:
@@ -48,7 +48,7 @@ async def of_realtime(request: web.Request) -> tuple[str, SessionConfig | None]:
                 form[name] = read.encode() if isinstance(read, str) else bytes(read)
         else:
             form["sdp"] = await request.read()
-        session = msgspec.json.decode(form["session"], type=SessionConfig) if "session" in form else None
+        session = msgspec.json.decode(form["session"], type=RealtimeSessionConfig) if "session" in form else None
         return form.get("sdp", b"").decode(), session
     except (*UNREADABLE, ValueError) as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error

@@ -18,7 +18,7 @@ import av.filter
 import numpy as np
 import soundfile
 
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 
 _SPARE = 32  # samples by which a resampler's chunks may differ in length
 _G711 = {"pcmu": "ULAW", "pcma": "ALAW"}
@@ -80,7 +80,7 @@ class Outgoing:
 
     def __init__(self, format: Format):
         self.format = format
-        self.samples = format.rate * TURN_MS // 1000
+        self.samples = format.rate * MICRO_TURN_MS // 1000
         self.stream = _Resampler(SAMPLE_RATE, format.rate)
         self.waiting = np.zeros(0, np.float32)
         self.delay_ms = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Allowance:
+class TokenBucket:
     """So much a second, and a burst of so much at once (a token bucket)."""
 
     def __init__(self, per_second: float, burst: float):

@@ -45,7 +45,7 @@ _LOST = 10  # packets in a row that are silence: where more are missing, it is a
 _WAITING = 50  # packets that nobody has taken: the oldest go
 
 
-class Voice(MediaStreamTrack):
+class OutgoingTrack(MediaStreamTrack):
     """What the model says, a `sound.Track`."""
 
     kind = "audio"
@@ -97,7 +97,7 @@ class Voice(MediaStreamTrack):
         raise MediaStreamError
 
 
-class Arrivals:
+class PacketOrder:
     """Packets of Opus in the order in which they were sent; stands where aiortc has its jitter buffer, and decoder."""
 
     def __init__(self) -> None:
@@ -123,10 +123,10 @@ class Arrivals:
         return False, None
 
 
-class Ear:
+class IncomingTrack:
     """What a peer's microphone has, as the model hears it."""
 
-    def __init__(self, arrivals: Arrivals):
+    def __init__(self, arrivals: PacketOrder):
         self.arrivals = arrivals
         self._codec = av.AudioCodecContext.create("libopus", "r")
         self._codec.layout, self._codec.sample_rate = "mono", _CLOCK
@@ -153,7 +153,7 @@ class Ear:
         return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames]).astype(np.float32) / 2**15
 
 
-class Pictures(JitterBuffer):
+class VideoJitterBuffer(JitterBuffer):
     """Frames of VP8 of a size that is decoded at all.
 
     Args:

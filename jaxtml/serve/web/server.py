@@ -32,15 +32,15 @@ from aiohttp import WSMsgType, web
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.live import protocol as live
 from jaxtml.serve.protocols.live.messages import FIRST, Resume, Start
-from jaxtml.serve.protocols.messages import UNREADABLE, Invalid
+from jaxtml.serve.protocols.messages import UNREADABLE, InvalidMessage
 from jaxtml.serve.protocols.moshi import protocol as moshi
 from jaxtml.serve.protocols.realtime import protocol as realtime
-from jaxtml.serve.protocols.realtime.messages import SecretRequest, SessionConfig
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.protocols.realtime.messages import RealtimeSessionConfig, SecretRequest
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Grant, Refused
-from jaxtml.serve.sessions.manager import Call, Desk, Served
+from jaxtml.serve.sessions.manager import ClientSession, ServedModel, SessionManager
 from jaxtml.serve.transport import signalling as offers
-from jaxtml.serve.transport.connection import Connection, Outcome, Receive, Socket, socket
+from jaxtml.serve.transport.connection import Connection, ConnectionEnd, Receive, Socket, socket
 from jaxtml.serve.transport.sound import Track
 
 if TYPE_CHECKING:
@@ -52,25 +52,25 @@ _BODY_BYTES = 2**16  # of an HTTP request
 _CUT_OFF_S = 5.0
 _KEY_BYTES = 7000  # of a key that is made here: aiohttp takes headers of 8 KB
 _CODES = {
-    End.ASKED: 1000,
-    End.EXPIRED: 1000,
-    End.LEFT: 1000,
-    End.DRAINED: 1012,  # come again
-    End.GONE: 1001,
-    End.SLOW: 1008,
-    End.FAILED: 1011,
+    EndReason.ASKED: 1000,
+    EndReason.EXPIRED: 1000,
+    EndReason.LEFT: 1000,
+    EndReason.DRAINED: 1012,  # come again
+    EndReason.GONE: 1001,
+    EndReason.SLOW: 1008,
+    EndReason.FAILED: 1011,
 }
 _HERE = Path(__file__).parent / "page"
 _PAGE = {
     **{name: _HERE / name for name in ("index.html", "style.css", "page.js", "live.js", "sound.js", "timeline.js")},
     "demo.flac": Path(__file__).parents[2] / "assets" / "demo" / "human.flac",
 }
-_ENDS = {Outcome.SLOW: End.SLOW, Outcome.LEFT: End.LEFT}
+_ENDS = {ConnectionEnd.SLOW: EndReason.SLOW, ConnectionEnd.LEFT: EndReason.LEFT}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot set headers of a WebSocket
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Protocol = TypeVar("Protocol", live.Live, realtime.Realtime)
+Protocol = TypeVar("Protocol", live.LiveProtocol, realtime.RealtimeProtocol)
 
 
 class Server:
@@ -84,7 +84,9 @@ class Server:
       origins: of pages, besides its own, that may use it from a browser; "*": all.
     """
 
-    def __init__(self, desk: Desk, access: Access, served: Served, metrics: Metrics, origins: Collection[str] = ()):
+    def __init__(
+        self, desk: SessionManager, access: Access, served: ServedModel, metrics: Metrics, origins: Collection[str] = ()
+    ):
         self.desk, self.access, self.served, self.metrics = desk, access, served, metrics
         self.origins = frozenset(origins)
         self.began_at = int(time.time())
@@ -173,15 +175,15 @@ class Server:
             async with asyncio.timeout(self.desk.limits.first_message_s):
                 found = await self._first(connection, grant)
         except TimeoutError:
-            await self._unlucky(connection, Invalid("timeout", "the first message did not come in time"), 1008)
+            await self._unlucky(connection, InvalidMessage("timeout", "the first message did not come in time"), 1008)
             return ws
         if found is not None:
             call, after = found
-            assert isinstance(call.speaks, live.Live)
+            assert isinstance(call.speaks, live.LiveProtocol)
             await self._carried(connection, call, after, call.speaks.receive)
         return ws
 
-    async def _first(self, connection: Connection, grant: Grant) -> tuple[Call, int] | None:
+    async def _first(self, connection: Connection, grant: Grant) -> tuple[ClientSession, int] | None:
         """The call that a connection is to carry, and up to which event its client has had it; None: it gave up."""
         for _ in range(_FIRST_TRIES):
             data = await connection.receive()
@@ -196,29 +198,29 @@ class Server:
                 self.desk.ask(grant, live.SCOPE)  # before the work that texts are
                 live.check(message.session, self.served)
                 return self._started(grant, message), 0
-            except Invalid as invalid:
+            except InvalidMessage as invalid:
                 self.metrics.malformed.labels(live.SCOPE).inc()
                 invalid.event_id = invalid.event_id or event_id
                 await connection.send(_error(invalid))
             except Refused as refused:
                 self.metrics.rejected.labels(refused.code).inc()
-                invalid = Invalid(refused.code, str(refused), None, event_id)
+                invalid = InvalidMessage(refused.code, str(refused), None, event_id)
                 code = 1008 if refused.retry_after_s is None else 1013
                 await self._unlucky(connection, invalid, code, refused.retry_after_s)
                 return None
         await connection.close(1008, "no message that could be understood")
         return None
 
-    def _started(self, grant: Grant, message: Start) -> Call:
-        def make(call: Call) -> live.Live:
+    def _started(self, grant: Grant, message: Start) -> ClientSession:
+        def make(call: ClientSession) -> live.LiveProtocol:
             limits = self.desk.limits
-            return live.Live(call, self.served, message.session, self.metrics, limits.grace_s, message.event_id)
+            return live.LiveProtocol(call, self.served, message.session, self.metrics, limits.grace_s, message.event_id)
 
         return self.desk.begin(grant, make, live.SCOPE)
 
-    async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[Call, int]:
+    async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[ClientSession, int]:
         call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
-        speaks = _speaking(call, live.Live)
+        speaks = _speaking(call, live.LiveProtocol)
         speaks.untracked()
         if call.carried is not None:
             call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
@@ -238,7 +240,7 @@ class Server:
         """A connection beside the session's own."""
         grant = self._grant(request)
         call = self.desk.find(request.match_info["session"], grant)
-        speaks = _speaking(call, live.Live)
+        speaks = _speaking(call, live.LiveProtocol)
         if len(speaks.sidebands) >= _SIDEBANDS:
             raise Refused(429, "session_limit_exceeded", f"that session has its {_SIDEBANDS} sidebands", 5.0)
         self.access.ask(grant)
@@ -266,7 +268,7 @@ class Server:
             except ValueError as error:
                 raise Refused(400, "invalid_value", "after is the number of an event") from error
             call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
-            speaks = _speaking(call, realtime.Realtime)
+            speaks = _speaking(call, realtime.RealtimeProtocol)
             ws = socket()
             await ws.prepare(request)
             if call.carried is not None:
@@ -278,16 +280,16 @@ class Server:
         self._check_model(query.get("model"))
         begins_as = self._fixed(grant)
 
-        def make(call: Call) -> realtime.Realtime:
-            return realtime.Realtime(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
+        def make(call: ClientSession) -> realtime.RealtimeProtocol:
+            return realtime.RealtimeProtocol(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
 
         return await self._begun(request, grant, make, WSMsgType.TEXT, realtime.SCOPE)
 
-    def _fixed(self, grant: Grant) -> SessionConfig | None:
+    def _fixed(self, grant: Grant) -> RealtimeSessionConfig | None:
         """What a short-lived key says of the session. Raises `Refused` where that is another model's."""
         if grant.session is None:
             return None
-        config = msgspec.convert(grant.session, SessionConfig)
+        config = msgspec.convert(grant.session, RealtimeSessionConfig)
         self._check_model(config.model)
         return config
 
@@ -295,7 +297,7 @@ class Server:
         self,
         request: web.Request,
         grant: Grant,
-        make: Callable[[Call], realtime.Realtime | moshi.Moshi],
+        make: Callable[[ClientSession], realtime.RealtimeProtocol | moshi.MoshiProtocol],
         kind: WSMsgType,
         scope: str,
     ) -> web.StreamResponse:
@@ -307,9 +309,9 @@ class Server:
         try:
             await ws.prepare(request)
         except BaseException:
-            call.session.end(End.LEFT)
+            call.session.end(EndReason.LEFT)
             raise
-        assert isinstance(call.speaks, (realtime.Realtime, moshi.Moshi))
+        assert isinstance(call.speaks, (realtime.RealtimeProtocol, moshi.MoshiProtocol))
         await self._carried(Connection(Socket(request, ws, kind), self.metrics), call, 0, call.speaks.receive)
         return ws
 
@@ -322,7 +324,7 @@ class Server:
             asked = msgspec.json.decode(await request.read() or b"{}", type=SecretRequest)
         except UNREADABLE as error:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
-        config = asked.session or SessionConfig(type="realtime")
+        config = asked.session or RealtimeSessionConfig(type="realtime")
         self._check_model(config.model)
         self.access.ask(grant)
         expires_at = int(time.time()) + asked.expires_after.seconds
@@ -342,9 +344,9 @@ class Server:
         self.desk.ask(grant, live.SCOPE)  # before the work that offers are
         asked = await offers.of_live(request, self.served)
 
-        def make(call: Call, track: Track) -> live.Live:
+        def make(call: ClientSession, track: Track) -> live.LiveProtocol:
             grace_s = self.desk.limits.grace_s
-            return live.Live(call, self.served, asked.session, self.metrics, grace_s, track=track)
+            return live.LiveProtocol(call, self.served, asked.session, self.metrics, grace_s, track=track)
 
         call, answer = await self._offered(request, grant, asked.transport.sdp, make, live.SCOPE)
         body = {"session": {"id": call.id}, "transport": {"type": "webrtc", "sdp": answer}}
@@ -362,9 +364,9 @@ class Server:
             self._check_model(said.model)
         begins_as = self._fixed(grant) or said
 
-        def make(call: Call, track: Track) -> realtime.Realtime:
+        def make(call: ClientSession, track: Track) -> realtime.RealtimeProtocol:
             grace_s = self.desk.limits.grace_s
-            return realtime.Realtime(call, self.served, self.metrics, grace_s, begins_as, track)
+            return realtime.RealtimeProtocol(call, self.served, self.metrics, grace_s, begins_as, track)
 
         call, answer = await self._offered(request, grant, sdp, make, realtime.SCOPE)
         headers = {"Location": f"/v1/realtime/calls/{call.id}", "Access-Control-Expose-Headers": "Location"}
@@ -372,7 +374,7 @@ class Server:
 
     async def hung_up(self, request: web.Request) -> web.Response:
         """Ends a session."""
-        self.desk.find(request.match_info["session"], self._grant(request)).session.end(End.ASKED)
+        self.desk.find(request.match_info["session"], self._grant(request)).session.end(EndReason.ASKED)
         return web.Response()
 
     async def _offered(
@@ -380,9 +382,9 @@ class Server:
         request: web.Request,
         grant: Grant,
         sdp: str,
-        make: Callable[[Call, Track], live.Live | realtime.Realtime],
+        make: Callable[[ClientSession, Track], live.LiveProtocol | realtime.RealtimeProtocol],
         scope: str,
-    ) -> tuple[Call, str]:
+    ) -> tuple[ClientSession, str]:
         """A call for who made this offer, and the answer; it stands still until that has come to something."""
         peer = await offers.peer_of(request, sdp, self.served.config.duplex.max_patches > 0)
         call = None
@@ -393,9 +395,9 @@ class Server:
             answer = await peer.answer()
         except BaseException as error:
             if call is not None:
-                call.session.end(End.LEFT)
+                call.session.end(EndReason.LEFT)
             await peer.close(1011, "")
-            if isinstance(error, Invalid):  # what the session is to begin as
+            if isinstance(error, InvalidMessage):  # what the session is to begin as
                 raise Refused(400, error.code, str(error)) from error
             raise
         task = asyncio.create_task(self._peered(peer, call))
@@ -403,20 +405,20 @@ class Server:
         task.add_done_callback(self._peers.discard)
         return call, answer
 
-    async def _peered(self, peer: Peer, call: Call) -> None:
+    async def _peered(self, peer: Peer, call: ClientSession) -> None:
         """Waits for a peer, and carries its call."""
         speaks = call.speaks
-        assert isinstance(speaks, (live.Live, realtime.Realtime))
+        assert isinstance(speaks, (live.LiveProtocol, realtime.RealtimeProtocol))
         try:
             async with asyncio.timeout(self.desk.limits.first_message_s):
                 await peer.opened()
             async with peer.feeding(speaks):
                 await self._carried(Connection(peer, self.metrics), call, 0, speaks.receive)
         except (TimeoutError, ConnectionError):
-            call.session.end(End.GONE)
+            call.session.end(EndReason.GONE)
         except Exception:
             logging.exception("the peer of session %s failed", call.id)
-            call.session.end(End.FAILED)
+            call.session.end(EndReason.FAILED)
         finally:
             await peer.close(1001, "")
 
@@ -433,26 +435,26 @@ class Server:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A session's connection; the session ends with it."""
 
-        def make(call: Call) -> moshi.Moshi:
-            return moshi.Moshi(call, self.served, self.metrics)
+        def make(call: ClientSession) -> moshi.MoshiProtocol:
+            return moshi.MoshiProtocol(call, self.served, self.metrics)
 
         return await self._begun(request, self._grant(request), make, WSMsgType.BINARY, moshi.SCOPE)
 
     # --- connections
 
-    async def _carried(self, connection: Connection, call: Call, after: int, receive: Receive) -> None:
+    async def _carried(self, connection: Connection, call: ClientSession, after: int, receive: Receive) -> None:
         """Carries a call until the connection or the session ends."""
         call.carry(connection)
         try:
             outcome = await connection.run(call.outbox, after, receive)
             if outcome in _ENDS or call.speaks.scope == moshi.SCOPE:  # there is no way back to a session of that
-                call.session.end(_ENDS.get(outcome, End.GONE))
+                call.session.end(_ENDS.get(outcome, EndReason.GONE))
         finally:
             call.lost(connection)
         await connection.close(*_goodbye(outcome, call))
 
     async def _unlucky(
-        self, connection: Connection, invalid: Invalid, code: int, retry_after_s: float | None = None
+        self, connection: Connection, invalid: InvalidMessage, code: int, retry_after_s: float | None = None
     ) -> None:
         """An error, and the end of a connection that never carried anything."""
         kind = "invalid_request_error" if retry_after_s is None else "rate_limit_error"
@@ -526,23 +528,23 @@ class Server:
         return response
 
 
-def _speaking(call: Call, protocol: type[Protocol]) -> Protocol:
+def _speaking(call: ClientSession, protocol: type[Protocol]) -> Protocol:
     """What speaks for a call. Raises `Refused` where that is another protocol."""
     if not isinstance(call.speaks, protocol):
         raise Refused(404, "session_not_found", "that session speaks another protocol")
     return call.speaks
 
 
-def _goodbye(outcome: Outcome, call: Call) -> tuple[int, str]:
+def _goodbye(outcome: ConnectionEnd, call: ClientSession) -> tuple[int, str]:
     """Code and reason of a WebSocket's close."""
-    if outcome is Outcome.REPLACED:
+    if outcome is ConnectionEnd.REPLACED:
         return 1008, "another connection has taken over"
     if call.session.ended is not None:
         return _CODES[call.session.ended], call.session.ended.value
     return 1001, ""
 
 
-def _error(invalid: Invalid, kind: str = "invalid_request_error", retry_after_s: float | None = None) -> bytes:
+def _error(invalid: InvalidMessage, kind: str = "invalid_request_error", retry_after_s: float | None = None) -> bytes:
     error = live.error_of(invalid, kind)
     if retry_after_s is not None:
         error["retry_after_s"] = math.ceil(retry_after_s)

@@ -30,7 +30,7 @@ _SPEEDS = (0.88, 1.13)
 _NEURAL = ("kokoro:", "piper:")
 
 
-class Voice(NamedTuple):
+class VoiceRecordings(NamedTuple):
     """Recordings end to end, on the frame grid: `wave` [200 F], `frames` [F, 80], `octaves` [F] pitch, `voiced` [F]."""
 
     wave: np.ndarray
@@ -39,7 +39,7 @@ class Voice(NamedTuple):
     voiced: np.ndarray
 
 
-class Batch(NamedTuple):
+class VocoderBatch(NamedTuple):
     """Segments to learn from.
 
     `frames` [B, F, 80]; `wave` [B, 200 F]; `octaves` [B, F], log2 of Hz over 60; `voiced` [B, F], 0 or 1; `start` [B]
@@ -73,7 +73,7 @@ def recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
     return waves
 
 
-def prepare(waves: Sequence[np.ndarray]) -> Voice:
+def prepare(waves: Sequence[np.ndarray]) -> VoiceRecordings:
     """Joins recordings (`[N]` float32, 16 kHz) with silence between them and computes frames and pitch."""
     pieces = [np.zeros(_SILENCE, np.float32)]
     for wave in waves:
@@ -81,10 +81,10 @@ def prepare(waves: Sequence[np.ndarray]) -> Voice:
     wave = np.concatenate(pieces)
     hz, voiced = pitch_track(wave)
     octaves = np.log2(np.maximum(hz, LOW_HZ) / LOW_HZ).astype(np.float32)
-    return Voice(wave, fine_log_mel(wave), octaves, voiced)
+    return VoiceRecordings(wave, fine_log_mel(wave), octaves, voiced)
 
 
-def batch_at(voice: Voice, seed: int, step: int, rows: int, length: int) -> Batch:
+def batch_at(voice: VoiceRecordings, seed: int, step: int, rows: int, length: int) -> VocoderBatch:
     """Batch number `step`: `rows` segments of `length` frames at random places, gains and disturbances."""
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(0, len(voice.frames) - length, rows)
@@ -95,7 +95,7 @@ def batch_at(voice: Voice, seed: int, step: int, rows: int, length: int) -> Batc
     frames = voice.frames[index] + np.log10(gain)[..., None]
     disturbed = disturb(frames, rng)
     frames = np.where(rng.random((rows, 1, 1)) < _NOISY, disturbed, frames)
-    return Batch(
+    return VocoderBatch(
         frames=jnp.asarray(np.clip(frames, LOG_MEL_MIN, LOG_MEL_MAX), jnp.float32),
         wave=jnp.asarray(wave * gain, jnp.float32),
         octaves=jnp.asarray(voice.octaves[index]),

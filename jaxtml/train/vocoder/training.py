@@ -29,7 +29,7 @@ from jaxtml.errors import InputError
 from jaxtml.model.spec import Params, count, init_params
 from jaxtml.model.speech.vocoder import PITCH_MIN, control, init_state, param_specs, render
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
-from jaxtml.train.vocoder.data import Batch, batch_at, prepare, recordings
+from jaxtml.train.vocoder.data import VocoderBatch, batch_at, prepare, recordings
 from jaxtml.train.vocoder.loss import mel_loss, pitch_loss, stft_loss
 
 
@@ -49,7 +49,9 @@ class VocoderTraining:
     checkpoint_every: int = 500
 
 
-def losses(cfg: VocoderConfig, how: VocoderTraining, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+def losses(
+    cfg: VocoderConfig, how: VocoderTraining, params: Params, batch: VocoderBatch
+) -> tuple[jax.Array, dict[str, Any]]:
     """The loss to minimise and its terms, for one batch."""
     state = init_state(cfg, len(batch.frames))
     state["frame"] = batch.start  # every row its own noise
@@ -78,7 +80,7 @@ def optimizer(how: VocoderTraining, steps: int) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def train_step(
-    cfg: VocoderConfig, how: VocoderTraining, steps: int, state: dict[str, Any], batch: Batch
+    cfg: VocoderConfig, how: VocoderTraining, steps: int, state: dict[str, Any], batch: VocoderBatch
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """One update of `state` (`params`, `opt`)."""
     (total, terms), grads = jax.value_and_grad(partial(losses, cfg, how), has_aux=True)(state["params"], batch)

@@ -12,8 +12,8 @@ from jaxtml.checkpoint.inkling import sink as export
 from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config, planned_folds
 from jaxtml.checkpoint.inkling.safetensors_file import headers
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint, places
-from jaxtml.checkpoint.opening import read
-from jaxtml.checkpoint.source import Held
+from jaxtml.checkpoint.opening import read_checkpoint
+from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import load
 from jaxtml.convert.conversion import write
 from jaxtml.errors import InputError
@@ -108,8 +108,8 @@ def test_gate_and_up_rows_alternate_in_released_weights():
 
 
 def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
-    config, params = read(checkpoint)
-    write(Held(config, params), tmp_path / "again", "memory", "hf", "float32")
+    config, params = read_checkpoint(checkpoint)
+    write(InMemorySource(config, params), tmp_path / "again", "memory", "hf", "float32")
     first, again = (load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "again"))
     assert first.keys() == again.keys()
     for name in first:
@@ -117,20 +117,20 @@ def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
 
 
 def test_a_sharded_bfloat16_checkpoint_loads(checkpoint, tmp_path, monkeypatch):
-    config, params = read(checkpoint)
+    config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
-    write(Held(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
+    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    same, rounded = read(tmp_path / "shards")
+    same, rounded = read_checkpoint(tmp_path / "shards")
     assert same.backbone == config.backbone
     for (path, a), (_, b) in zip(flatten(params), flatten(rounded), strict=True):
         np.testing.assert_allclose(a, b, rtol=2**-8, err_msg=path)
 
 
 def test_the_router_bias_stays_float32_in_a_bfloat16_checkpoint(checkpoint, tmp_path):
-    config, params = read(checkpoint)
-    write(Held(config, params), tmp_path / "bf16", "memory", "hf", "bfloat16")
-    _, again = read(tmp_path / "bf16")
+    config, params = read_checkpoint(checkpoint)
+    write(InMemorySource(config, params), tmp_path / "bf16", "memory", "hf", "bfloat16")
+    _, again = read_checkpoint(tmp_path / "bf16")
     for path in ("router_bias", "global_scale"):
         a, b = (p["layers"]["block0"]["run1"]["mlp"][path] for p in (params, again))
         np.testing.assert_array_equal(a, b)
@@ -162,7 +162,7 @@ def test_what_inkling_lacks_starts_neutral_and_the_same_for_a_seed(checkpoint):
 
 def _refusal(checkpoint) -> str:
     with pytest.raises(InputError) as caught:
-        read(checkpoint)
+        read_checkpoint(checkpoint)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -199,17 +199,17 @@ def test_prediction_heads_that_the_config_does_not_know_are_named(checkpoint):
 
 
 def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
-    config, params = read(checkpoint)
+    config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
-    write(Held(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
+    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     next((tmp_path / "shards").glob("model-00002-*.safetensors")).unlink()
     assert "no model-00002-of-" in _refusal(tmp_path / "shards")
 
 
 def test_a_tensor_in_two_shards_or_another_than_the_index_says_is_refused(checkpoint, tmp_path, monkeypatch):
-    config, params = read(checkpoint)
+    config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
-    write(Held(config, params), tmp_path / "shards", "memory", "hf", "float32")
+    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "float32")
     second, *_, first = sorted((tmp_path / "shards").glob("*.safetensors"), key=lambda file: len(headers(file)))
     names = sorted(headers(first))
     index = tmp_path / "shards" / "model.safetensors.index.json"

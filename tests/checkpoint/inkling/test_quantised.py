@@ -14,8 +14,8 @@ import pytest
 from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.opening import opened, read
-from jaxtml.checkpoint.source import whole
+from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
+from jaxtml.checkpoint.source import full_index
 from jaxtml.convert.conversion import convert
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
@@ -85,7 +85,7 @@ def test_experts_are_what_the_format_says_in_bfloat16_and_in_our_layout(kind, tm
     for (path, at), place in source.places.items():
         if place.name in meant:
             spec = source.table[path]
-            index = (*(slice(i, i + 1) for i in at), *whole(spec)[2:])
+            index = (*(slice(i, i + 1) for i in at), *full_index(spec)[2:])
             ours = source.read(path, index)[0, 0]
             assert ours.dtype == ml_dtypes.bfloat16
             expected = place.spec.released.load(meant[place.name]).astype(ml_dtypes.bfloat16)
@@ -101,9 +101,9 @@ def test_a_quantised_release_is_converted_and_verified(kind, tmp_path):
     checkpoint(tmp_path / "hf", kind)
     said = convert(tmp_path / "hf", tmp_path / "ours", verify=True)
     assert "verified" in said and "logits of 64 tokens too" in said
-    (_, theirs), (_, ours) = read(tmp_path / "hf"), read(tmp_path / "ours")
+    (_, theirs), (_, ours) = read_checkpoint(tmp_path / "hf"), read_checkpoint(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, theirs, ours)
-    assert {opened(tmp_path / "ours").dtype(path).name for path, _ in flatten(ours)} == {"bfloat16", "float32"}
+    assert {open_checkpoint(tmp_path / "ours").dtype(path).name for path, _ in flatten(ours)} == {"bfloat16", "float32"}
 
 
 def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None:

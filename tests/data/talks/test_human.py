@@ -8,7 +8,7 @@ from jaxtml.data.talks import human
 from jaxtml.data.talks.human import KINDS, Prompts, make_item
 from jaxtml.data.tasks.scenarios import VOCABULARY, incomplete_after, is_complete, reply_to
 from jaxtml.errors import InputError
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 SOUND_S, AROUND_S = 0.4, 0.15
 
@@ -63,7 +63,7 @@ def test_a_sentence_is_covered_by_prompts_or_refused(prompts):
 @pytest.mark.parametrize("scene", ["exchange", "hesitation", "barge_in"])
 def test_a_turn_ends_where_its_sound_ends_and_a_reply_has_room(prompts, scene):
     for talk in items(prompts, scene):
-        assert len(talk.user) % TURN_SAMPLES == 0 and not talk.assistant.any()
+        assert len(talk.user) % MICRO_TURN_SAMPLES == 0 and not talk.assistant.any()
         heard = sounding(talk.user)
         assert talk.user_end_s[-1] - 0.03 < heard[-1] <= talk.user_end_s[-1]
         assert heard[0] >= talk.user_words[0].start_s

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig
+from jaxtml.model.attention import attend
 from jaxtml.model.attention.attend import attend_sequence
-from jaxtml.model.attention.attention import _ring_bias, attend, make_step, ring_slots
+from jaxtml.model.attention.attention import _ring_bias, make_step, ring_slots
 
 BATCH, GROUPS, PER_GROUP, DIM, RANK = 2, 2, 3, 8, 4
 

@@ -13,29 +13,29 @@ import pytest
 
 from jaxtml.config import Config
 from jaxtml.model.duplex import step as duplex_module
-from jaxtml.model.duplex.step import Duplex, DuplexState, TurnInputs, TurnOutputs
+from jaxtml.model.duplex.step import Duplex, DuplexState, MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import init_params
 from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS
-from jaxtml.stream.timebase import TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control, PositionKind
 
 SLOTS = 4
 STARTS = (0, 3, 7, 1)  # the micro-turn in which each slot's session begins
 TURNS = 45  # about 500 positions a session: twelve windows of the global layers, forty of the sliding ones
-SOON = WEEK_MS - 5 * TURN_MS  # wall clock at the start: the week ends during the session
+SOON = WEEK_MS - 5 * MICRO_TURN_MS  # wall clock at the start: the week ends during the session
 
 
 class Run(NamedTuple):
     """Sessions that ran side by side: what went in and came out, on the host, and the state at the end."""
 
-    inputs: list[TurnInputs]
-    outputs: list[TurnOutputs]
+    inputs: list[MicroTurnInputs]
+    outputs: list[MicroTurnOutputs]
     state: DuplexState
 
 
-def mixed_inputs(duplex: Duplex, batch: int, turns: int, starts: tuple[int, ...] = STARTS) -> list[TurnInputs]:
+def mixed_inputs(duplex: Duplex, batch: int, turns: int, starts: tuple[int, ...] = STARTS) -> list[MicroTurnInputs]:
     """Random frames; typed text and patches now and then; slots that begin late and pause."""
     rng = np.random.default_rng(5)
     c = duplex.config
@@ -44,7 +44,7 @@ def mixed_inputs(duplex: Duplex, batch: int, turns: int, starts: tuple[int, ...]
         typed = rng.integers(0, c.control_base, (batch, c.max_typed), dtype=np.int32)
         typed[:, 0] = c.control_base + Control.TYPED
         some = rng.random((2, batch)) < 0.2
-        inputs = TurnInputs(
+        inputs = MicroTurnInputs(
             bins=rng.integers(0, 16, (batch, 4, 80), dtype=np.uint8),
             typed=typed,
             typed_length=(some[0] * rng.integers(2, c.max_typed + 1, batch)).astype(np.int32),
@@ -56,7 +56,7 @@ def mixed_inputs(duplex: Duplex, batch: int, turns: int, starts: tuple[int, ...]
     return made
 
 
-def ran(step: Any, params: Any, state: DuplexState, inputs: list[TurnInputs]) -> Run:
+def ran(step: Any, params: Any, state: DuplexState, inputs: list[MicroTurnInputs]) -> Run:
     outputs = []
     for given in inputs:
         state, out = step(params, state, given)
@@ -71,13 +71,15 @@ def mixed(engine, step) -> Run:
     return ran(step, engine.params, engine.duplex.init_state(SLOTS, 3, SOON), inputs)
 
 
-def turns_of(run: Run, slot: int) -> list[tuple[TurnInputs, TurnOutputs]]:
+def turns_of(run: Run, slot: int) -> list[tuple[MicroTurnInputs, MicroTurnOutputs]]:
     """The micro-turns in which this slot was active, its own row of everything."""
     pairs = [jax.tree.map(lambda a: a[slot], (given, out)) for given, out in zip(run.inputs, run.outputs, strict=True)]
     return [(given, out) for given, out in pairs if given.active]
 
 
-def sequence_of(turns: list[tuple[TurnInputs, TurnOutputs]], base: int) -> tuple[dict[str, list], list[int], list]:
+def sequence_of(
+    turns: list[tuple[MicroTurnInputs, MicroTurnOutputs]], base: int
+) -> tuple[dict[str, list], list[int], list]:
     """A session as the training forward reads it, rebuilt from inputs and outputs alone.
 
     With the positions that predict the generated tokens, and the logits that the session had there.
@@ -91,7 +93,7 @@ def sequence_of(turns: list[tuple[TurnInputs, TurnOutputs]], base: int) -> tuple
         rows["kind"].append(kind)
         rows["ids"].append(token)
         rows["bins"].append(bins)
-        rows["clock"].append(clock_features(np.array(turn), np.array((SOON + TURN_MS * turn) % WEEK_MS)))
+        rows["clock"].append(clock_features(np.array(turn), np.array((SOON + MICRO_TURN_MS * turn) % WEEK_MS)))
 
     before = SILENT_BINS
     for turn, (given, out) in enumerate(turns):
@@ -173,7 +175,7 @@ def test_the_step_as_a_jitted_function_is_traced_once(engine, params):
     assert len(traces) == 1
 
 
-def assert_same(a: list[TurnOutputs], b: list[TurnOutputs], exact: bool) -> None:
+def assert_same(a: list[MicroTurnOutputs], b: list[MicroTurnOutputs], exact: bool) -> None:
     """Equal choices; equal numbers too, up to the rounding of products of other shapes unless `exact`."""
     for turn, (x, y) in enumerate(zip(a, b, strict=True)):
         for name in ("tokens", "count", "speaking", "frames"):

@@ -11,7 +11,7 @@ from jaxtml.config import VocoderConfig
 from jaxtml.model.spec import Params, count, init_params
 from jaxtml.model.speech.vocoder import init_state, param_specs, vocode
 from jaxtml.stream.dmel import fine_log_mel
-from jaxtml.stream.timebase import FINE_HOP, FINE_PER_TURN, SAMPLE_RATE
+from jaxtml.stream.timebase import FINE_HOP, FINE_PER_MICRO_TURN, SAMPLE_RATE
 
 CFG = VocoderConfig()
 
@@ -39,8 +39,8 @@ speak = jax.jit(vocode, static_argnums=0)
 def test_a_stream_of_micro_turns_equals_the_whole_utterance(params, frames):
     _, whole = speak(CFG, params, init_state(CFG, 2), frames)
     state, parts = init_state(CFG, 2), []
-    for start in range(0, frames.shape[1], FINE_PER_TURN):
-        state, wave = speak(CFG, params, state, frames[:, start : start + FINE_PER_TURN])
+    for start in range(0, frames.shape[1], FINE_PER_MICRO_TURN):
+        state, wave = speak(CFG, params, state, frames[:, start : start + FINE_PER_MICRO_TURN])
         parts.append(wave)
     assert whole.shape == (2, frames.shape[1] * FINE_HOP)
     assert float(jnp.std(whole)) > 1e-3

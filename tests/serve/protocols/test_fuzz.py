@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtml.serve.protocols.live.messages import FIRST, LATER
-from jaxtml.serve.protocols.messages import Invalid
+from jaxtml.serve.protocols.messages import InvalidMessage
 from jaxtml.serve.protocols.realtime.messages import CLIENT
 from jaxtml.serve.transport import connection
 from tests.serve.serving import Serving, eventually, serving
@@ -184,5 +184,5 @@ def test_any_bytes_are_a_message_or_an_error_that_says_what_is_wrong(data):
     for vocabulary in (FIRST, LATER, CLIENT):
         try:
             vocabulary.read(data)
-        except Invalid as invalid:
+        except InvalidMessage as invalid:
             assert invalid.code and 0 < len(str(invalid)) < 1000

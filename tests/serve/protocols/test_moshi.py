@@ -20,12 +20,12 @@ import soxr
 import sphn
 
 from jaxtml.serve.protocols.moshi.protocol import ERROR, READY, SOUND, TEXT
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.transport.sound import Format, Incoming, Outgoing
 from jaxtml.session.engine import converse
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
@@ -67,12 +67,12 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
             await ws.send_bytes(SOUND + page)
         call = serving.call()
         await eventually(lambda: call.session.hearing.waiting == len(heard))
-        turns = len(heard) // TURN_SAMPLES
+        turns = len(heard) // MICRO_TURN_SAMPLES
         await serving.go(turns)
         found = await frames(ws, 0.12 + 0.2 * turns - 0.04)
         out, text = Outgoing(PCM), ""
         sound = [np.zeros(2880, np.float32)]
-        for outputs, (record,) in converse(engine, [heard[: turns * TURN_SAMPLES]], seed=call.session.seed):
+        for outputs, (record,) in converse(engine, [heard[: turns * MICRO_TURN_SAMPLES]], seed=call.session.seed):
             sound.append(PCM.decoded(out.put(outputs.wave[0])))
             text += record.text
         assert b"".join(frame[1:] for frame in found if frame[:1] == TEXT).decode() == text != ""
@@ -84,7 +84,7 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
         assert np.abs(got[:2700]).max() < 1e-3, "120 ms of silence"
         await ws.close()
         await eventually(lambda: call.session.ended)
-        assert call.session.ended is End.LEFT
+        assert call.session.ended is EndReason.LEFT
 
     serving(served, engine, test)
 
@@ -177,7 +177,7 @@ def test_the_stock_client_talks(served, engine, wave, monkeypatch):
         async with serving.ticking(0.2):
             await eventually(lambda: printer.stream.getvalue() == " it is forty")
             await eventually(lambda: any(block.any() for block in played))
-        silence = DmelStream().step(np.zeros(TURN_SAMPLES, np.float32))[1]
+        silence = DmelStream().step(np.zeros(MICRO_TURN_SAMPLES, np.float32))[1]
         assert any((one.bins != silence).any() for one in serving.given()), "the microphone was heard"
         talking.cancel()
         await eventually(lambda: call.session.ended)
@@ -199,12 +199,12 @@ def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_
         async with serving.http.get(url) as refused:
             assert refused.status == 426
         ws._response.connection.transport.abort()
-        await eventually(lambda: call.session.ended is End.GONE)
+        await eventually(lambda: call.session.ended is EndReason.GONE)
         await eventually(lambda: not serving.desk.calls)
         await serving.go()
         ws = await serving.http.ws_connect(url)
         assert (await ws.receive()).data == READY
-        serving.call().session.end(End.EXPIRED)
+        serving.call().session.end(EndReason.EXPIRED)
         while (message := await ws.receive()).data[:1] != ERROR:
             pass
         assert b"expired" in message.data

@@ -19,23 +19,23 @@ import aiohttp
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.opening import read
+from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax_source import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.session.engine import Engine, Given
-from jaxtml.session.slots import Gave, Slots
+from jaxtml.session.engine import Engine, SlotInput
+from jaxtml.session.slots import SlotOutput, Slots
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from tests.serve.serving import Client
 
 MESH = MeshShape(data=2, expert=4)
 
 
-def gave(served: Slots, waves: list[np.ndarray]) -> list[dict[int, Gave]]:
+def gave(served: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
     """What each micro-turn gives to sessions of which the second begins later and the first ends sooner."""
     streams, found = [DmelStream() for _ in waves], []
-    for turn in range(len(waves[0]) // TURN_SAMPLES):
+    for turn in range(len(waves[0]) // MICRO_TURN_SAMPLES):
         if turn == 0:
             served.begin(0, 7, 0)
         if turn == 3:
@@ -45,9 +45,9 @@ def gave(served: Slots, waves: list[np.ndarray]) -> list[dict[int, Gave]]:
             served.end(0)
         given = {}
         for session in served.live:
-            rows = slice(turn * TURN_SAMPLES, (turn + 1) * TURN_SAMPLES)
+            rows = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
             streams[session], bins = streams[session].step(waves[session][rows])
-            given[session] = Given(bins)
+            given[session] = SlotInput(bins)
         found.append(served.step(given))
     return found
 
@@ -55,7 +55,7 @@ def gave(served: Slots, waves: list[np.ndarray]) -> list[dict[int, Gave]]:
 @pytest.fixture(scope="module")
 def shared(checkpoint, tmp_path_factory) -> Path:
     """The small model with sessions that devices of one group have in common."""
-    config, params = read(checkpoint)
+    config, params = read_checkpoint(checkpoint)
     config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, transport="replicated"))
     folder = tmp_path_factory.mktemp("shared") / "ck"
     save_checkpoint(folder, config, params, tokenizer_path=checkpoint / "tokenizer.json")

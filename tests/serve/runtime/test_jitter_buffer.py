@@ -5,32 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxtml.serve.runtime.jitter_buffer import MOST, Hearing
+from jaxtml.serve.runtime.jitter_buffer import MOST, JitterBuffer
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 def sound(turns: float, seed: int = 0, loudness: float = 0.1) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return (loudness * rng.standard_normal(round(turns * TURN_SAMPLES))).astype(np.float32)
+    return (loudness * rng.standard_normal(round(turns * MICRO_TURN_SAMPLES))).astype(np.float32)
 
 
 def heard(*waves: np.ndarray) -> list[np.ndarray]:
     """The bins of a wave, micro-turn by micro-turn."""
     wave, stream, found = np.concatenate(waves), DmelStream(), []
-    for turn in range(len(wave) // TURN_SAMPLES):
-        stream, bins = stream.step(wave[turn * TURN_SAMPLES : (turn + 1) * TURN_SAMPLES])
+    for turn in range(len(wave) // MICRO_TURN_SAMPLES):
+        stream, bins = stream.step(wave[turn * MICRO_TURN_SAMPLES : (turn + 1) * MICRO_TURN_SAMPLES])
         found.append(bins)
     return found
 
 
 def silence(turns: float) -> np.ndarray:
-    return np.zeros(round(turns * TURN_SAMPLES), np.float32)
+    return np.zeros(round(turns * MICRO_TURN_SAMPLES), np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 320, 333, TURN_SAMPLES, 7777])
+@pytest.mark.parametrize("size", [1, 320, 333, MICRO_TURN_SAMPLES, 7777])
 def test_packets_of_any_size_are_heard_as_one_wave(size):
-    hearing, wave = Hearing(), sound(6)
+    hearing, wave = JitterBuffer(), sound(6)
     for start in range(0, len(wave), size):
         hearing.put(wave[start : start + size])
     np.testing.assert_array_equal([hearing.take() for _ in range(6)], heard(wave))
@@ -38,66 +38,71 @@ def test_packets_of_any_size_are_heard_as_one_wave(size):
 
 
 def test_where_nothing_came_there_is_silence_and_what_comes_late_is_heard_late():
-    hearing, wave = Hearing(), sound(3)
-    cut = round(1.7 * TURN_SAMPLES)
+    hearing, wave = JitterBuffer(), sound(3)
+    cut = round(1.7 * MICRO_TURN_SAMPLES)
     hearing.put(wave[:cut])
     found = [hearing.take(), hearing.take(), hearing.take()]
     hearing.put(wave[cut:])
     found += [hearing.take(), hearing.take()]
-    gap = 3 * TURN_SAMPLES - cut
+    gap = 3 * MICRO_TURN_SAMPLES - cut
     np.testing.assert_array_equal(found, heard(wave[:cut], np.zeros(gap, np.float32), wave[cut:], silence(0.7)))
-    assert hearing.missed == gap + round(0.7 * TURN_SAMPLES)
+    assert hearing.missed == gap + round(0.7 * MICRO_TURN_SAMPLES)
 
 
 def test_a_reserve_that_stays_is_taken_back_from_silence_alone():
-    hearing = Hearing()
+    hearing = JitterBuffer()
     hearing.put(sound(4))
     for turn in range(60):  # a client in real time, half a second late: it speaks for eight seconds, then is silent
         hearing.put(sound(1, turn) if turn < 40 else silence(1))
         hearing.take()
         if turn == 42:
-            assert hearing.cut == 0 and hearing.waiting == 4 * TURN_SAMPLES
-    assert hearing.cut == TURN_SAMPLES
+            assert hearing.cut == 0 and hearing.waiting == 4 * MICRO_TURN_SAMPLES
+    assert hearing.cut == MICRO_TURN_SAMPLES
     for _ in range(60):
         hearing.put(silence(1))
         hearing.take()
-    assert hearing.cut == 3 * TURN_SAMPLES and hearing.waiting == TURN_SAMPLES, "as much as one micro-turn may stay"
+    assert hearing.cut == 3 * MICRO_TURN_SAMPLES and hearing.waiting == MICRO_TURN_SAMPLES, (
+        "as much as one micro-turn may stay"
+    )
 
 
 def test_a_client_whose_clock_is_fast_does_not_pile_up_latency():
     """It sends 1 % more than real time; every other second is silent."""
-    hearing, piled = Hearing(), []
+    hearing, piled = JitterBuffer(), []
     for turn in range(3000):
         loud = 0.1 if turn % 10 < 5 else 0.0
         hearing.put(sound(1.01, turn, loud))
         hearing.take()
         piled.append(hearing.waiting)
-    assert max(piled) < 3.5 * TURN_SAMPLES
-    assert hearing.cut == pytest.approx(0.01 * 3000 * TURN_SAMPLES, abs=3 * TURN_SAMPLES) and hearing.missed == 0
+    assert max(piled) < 3.5 * MICRO_TURN_SAMPLES
+    assert (
+        hearing.cut == pytest.approx(0.01 * 3000 * MICRO_TURN_SAMPLES, abs=3 * MICRO_TURN_SAMPLES)
+        and hearing.missed == 0
+    )
 
 
 def test_a_client_whose_clock_is_slow_is_filled_up_with_silence():
-    hearing = Hearing()
+    hearing = JitterBuffer()
     for turn in range(1000):
         hearing.put(sound(0.99, turn))
         hearing.take()
-    assert hearing.missed == pytest.approx(0.01 * 1000 * TURN_SAMPLES, abs=TURN_SAMPLES)
-    assert hearing.waiting < TURN_SAMPLES
+    assert hearing.missed == pytest.approx(0.01 * 1000 * MICRO_TURN_SAMPLES, abs=MICRO_TURN_SAMPLES)
+    assert hearing.waiting < MICRO_TURN_SAMPLES
 
 
 def test_an_upload_is_heard_whole_and_more_than_ten_seconds_find_no_room():
-    hearing, wave = Hearing(), np.concatenate([sound(20), silence(15), sound(15)])
+    hearing, wave = JitterBuffer(), np.concatenate([sound(20), silence(15), sound(15)])
     hearing.put(wave)
     assert hearing.room() == 0 and hearing.waiting == MOST == 10 * SAMPLE_RATE
     with pytest.raises(ValueError, match="room for 0"):
         hearing.put(sound(1))
     found = [hearing.take() for _ in range(30)]
     np.testing.assert_array_equal(found, heard(wave)[:30])
-    assert hearing.room() == 30 * TURN_SAMPLES
+    assert hearing.room() == 30 * MICRO_TURN_SAMPLES
 
 
 def test_what_is_muted_is_not_heard_and_what_is_cleared_neither():
-    hearing, wave = Hearing(), sound(1)
+    hearing, wave = JitterBuffer(), sound(1)
     hearing.muted = True
     hearing.put(sound(1, 1))
     hearing.muted = False
@@ -108,12 +113,12 @@ def test_what_is_muted_is_not_heard_and_what_is_cleared_neither():
 
 
 def test_what_a_stall_held_back_does_not_make_a_conversation_late_for_ever():
-    hearing = Hearing()
+    hearing = JitterBuffer()
     for _ in range(15):
         hearing.take()  # three seconds in which nothing comes
     for _ in range(16):
-        hearing.put(np.zeros(TURN_SAMPLES, np.float32))  # and then all of it, while nobody speaks
+        hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))  # and then all of it, while nobody speaks
     for _ in range(500):
-        hearing.put(np.zeros(TURN_SAMPLES, np.float32))
+        hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))
         hearing.take()
-    assert hearing.waiting <= 2 * TURN_SAMPLES
+    assert hearing.waiting <= 2 * MICRO_TURN_SAMPLES

@@ -11,7 +11,7 @@ import pytest
 
 from jaxtml.errors import InputError
 from jaxtml.serve.runtime.pool import started
-from jaxtml.serve.runtime.scheduler import End, Full
+from jaxtml.serve.runtime.scheduler import EndReason, ServerFull
 
 
 def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkpoint):
@@ -23,11 +23,11 @@ def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkp
             sessions = [pool.admit(seed) for seed in range(3)]
             assert [len(hub.sessions) for hub in pool.hubs] == [2, 1]
             assert sorted(map(id, pool.sessions)) == sorted(map(id, sessions))
-            with pytest.raises(Full):
+            with pytest.raises(ServerFull):
                 pool.admit(3)
             for session in sessions:
                 assert (await session.turns_after(-1))[0].number == 0
-            sessions[2].end(End.ASKED)
+            sessions[2].end(EndReason.ASKED)
             await asyncio.sleep(0.5)
             pool.admit(4)
             os.kill(pool.hubs[1].model.process.pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]

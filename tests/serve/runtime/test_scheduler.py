@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtml.serve.runtime.scheduler import KEPT, End, Full, Hub, Session, Turn
+from jaxtml.serve.runtime.scheduler import KEPT, EndReason, ScheduledSession, Scheduler, ServerFull, TickResult
 from jaxtml.session.engine import converse
 from jaxtml.session.slots import Slots
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.stepped import Here, Stepped
 
-PACKET = TURN_SAMPLES // 10
+PACKET = MICRO_TURN_SAMPLES // 10
 
 
-def hubbed(served: Slots, test: Callable[[Hub, Stepped, Here], Awaitable[None]], **options: Any) -> None:
+def hubbed(served: Slots, test: Callable[[Scheduler, Stepped, Here], Awaitable[None]], **options: Any) -> None:
     """Runs `test` beside a hub."""
 
     async def main() -> None:
         clock = Stepped()
         model = Here(served, clock)
-        hub = Hub(model, served.capacity, clock, week_ms=lambda: 0, **options)
+        hub = Scheduler(model, served.capacity, clock, week_ms=lambda: 0, **options)
         running = asyncio.create_task(hub.run())
         clock.running.append(running)
         try:
@@ -38,15 +38,15 @@ def hubbed(served: Slots, test: Callable[[Hub, Stepped, Here], Awaitable[None]],
     asyncio.run(main())
 
 
-async def _speak(clock: Stepped, session: Session, wave: np.ndarray) -> None:
+async def _speak(clock: Stepped, session: ScheduledSession, wave: np.ndarray) -> None:
     """In real time, in packets of 20 ms."""
-    for start in range(0, len(wave), TURN_SAMPLES):
-        for packet in range(start, start + TURN_SAMPLES, PACKET):
+    for start in range(0, len(wave), MICRO_TURN_SAMPLES):
+        for packet in range(start, start + MICRO_TURN_SAMPLES, PACKET):
             session.hearing.put(wave[packet : packet + PACKET])
         await clock.go(1)
 
 
-def _is_converse(engine, wave: np.ndarray, turns: list[Turn]) -> None:
+def _is_converse(engine, wave: np.ndarray, turns: list[TickResult]) -> None:
     for turn, (outputs, _) in zip(turns, converse(engine, [wave], seed=7), strict=True):
         np.testing.assert_array_equal(turn.wave, outputs.wave[0])
         np.testing.assert_array_equal(turn.tokens, outputs.tokens[0, : outputs.count[0]])
@@ -54,7 +54,7 @@ def _is_converse(engine, wave: np.ndarray, turns: list[Turn]) -> None:
 
 
 def test_a_session_hears_and_says_what_converse_does(served, engine, wave):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         session = hub.admit(seed=7)
         await _speak(clock, session, wave)
         turns = await session.turns_after(-1)
@@ -64,7 +64,7 @@ def test_a_session_hears_and_says_what_converse_does(served, engine, wave):
         reading = asyncio.create_task(session.turns_after(13))
         await clock.go(1)
         assert [turn.number for turn in await reading] == [14]
-        session.end(End.ASKED)
+        session.end(EndReason.ASKED)
         assert await session.turns_after(14) == []
         await clock.go(1)
         assert not hub.sessions and not served.live
@@ -74,9 +74,9 @@ def test_a_session_hears_and_says_what_converse_does(served, engine, wave):
 
 
 def test_a_session_whose_client_is_gone_stands_still_and_goes_on_as_if_nothing_had_been(served, engine, wave):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         session = hub.admit(seed=7)
-        half = 5 * TURN_SAMPLES
+        half = 5 * MICRO_TURN_SAMPLES
         await _speak(clock, session, wave[:half])
         session.detach()
         before = len(model.ticks)
@@ -90,22 +90,22 @@ def test_a_session_whose_client_is_gone_stands_still_and_goes_on_as_if_nothing_h
 
 
 def test_a_client_that_does_not_come_back_frees_its_slot(served):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         sessions = [hub.admit(seed) for seed in range(4)]
         await clock.go(2)
-        with pytest.raises(Full, match="all sessions are taken") as refused:
+        with pytest.raises(ServerFull, match="all sessions are taken") as refused:
             hub.admit(9)
         assert refused.value.retry_after_s == pytest.approx(5)
         sessions[1].detach()
         await clock.go(50)  # ten seconds
-        with pytest.raises(Full) as refused:
+        with pytest.raises(ServerFull) as refused:
             hub.admit(9)
         assert refused.value.retry_after_s == pytest.approx(20)
         for _ in range(102):
             for session in sessions:
                 session.journal.clear()  # as one does who reads it
             await clock.go(1)
-        assert sessions[1].ended == End.GONE and len(served.live) == 3
+        assert sessions[1].ended == EndReason.GONE and len(served.live) == 3
         assert hub.admit(9).number == 5
         await clock.go(1)
         assert len(served.live) == 4
@@ -114,8 +114,8 @@ def test_a_client_that_does_not_come_back_frees_its_slot(served):
 
 
 def test_one_that_leaves_before_its_first_tick_was_never_there(served):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
-        hub.admit(1).end(End.GONE)
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
+        hub.admit(1).end(EndReason.GONE)
         hub.admit(2).detach()
         await clock.go(200)
         assert not model.ticks and not hub.sessions
@@ -124,15 +124,15 @@ def test_one_that_leaves_before_its_first_tick_was_never_there(served):
 
 
 def test_a_late_tick_is_counted_and_the_next_ones_catch_up(served, engine, wave):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         session = hub.admit(seed=7)
-        await _speak(clock, session, wave[: 4 * TURN_SAMPLES])
+        await _speak(clock, session, wave[: 4 * MICRO_TURN_SAMPLES])
         model.takes_s = 0.5
-        session.hearing.put(wave[4 * TURN_SAMPLES : 5 * TURN_SAMPLES])
+        session.hearing.put(wave[4 * MICRO_TURN_SAMPLES : 5 * MICRO_TURN_SAMPLES])
         await clock.go(1)
         assert hub.counts.misses == 1
         model.takes_s = 0.01
-        session.hearing.put(wave[5 * TURN_SAMPLES :])  # what came meanwhile
+        session.hearing.put(wave[5 * MICRO_TURN_SAMPLES :])  # what came meanwhile
         await clock.go(9)
         assert hub.counts.misses == 2, "the one that began late, and from then on all were in time"
         assert hub.counts.lost == 0
@@ -142,7 +142,7 @@ def test_a_late_tick_is_counted_and_the_next_ones_catch_up(served, engine, wave)
 
 
 def test_more_than_a_second_behind_the_clock_is_set_anew(served):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         session = hub.admit(seed=7)
         await clock.go(1)
         model.takes_s = 3.1
@@ -156,12 +156,12 @@ def test_more_than_a_second_behind_the_clock_is_set_anew(served):
 
 
 def test_a_client_that_takes_nothing_is_ended_before_it_takes_memory(served):
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         deaf, other = hub.admit(1), hub.admit(2)
         for _ in range(KEPT + 2):
             await clock.go(1)
             other.journal.clear()
-        assert deaf.ended == End.SLOW and len(deaf.journal) == KEPT + 1
+        assert deaf.ended == EndReason.SLOW and len(deaf.journal) == KEPT + 1
         assert not other.ended and list(hub.sessions) == [other.number]
 
     hubbed(served, test)
@@ -170,7 +170,7 @@ def test_a_client_that_takes_nothing_is_ended_before_it_takes_memory(served):
 def test_text_and_pictures_come_in_their_order_in_the_pieces_that_a_micro_turn_takes(served, engine):
     most = engine.config.duplex.max_typed - 1
 
-    async def test(hub: Hub, clock: Stepped, model: Here) -> None:
+    async def test(hub: Scheduler, clock: Stepped, model: Here) -> None:
         session = hub.admit(1)
         placed: list[int] = []
         session.say_to(Control.TYPED, list(range(most + 1)), most, placed.append)

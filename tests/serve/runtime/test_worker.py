@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.serve.runtime.pool import Pool
-from jaxtml.serve.runtime.scheduler import Hub
-from jaxtml.serve.runtime.wire import Beginning, Tick
-from jaxtml.serve.runtime.worker_process import Link
-from jaxtml.session.engine import Given, converse
+from jaxtml.serve.runtime.pool import WorkerPool
+from jaxtml.serve.runtime.scheduler import Scheduler
+from jaxtml.serve.runtime.wire import SessionStart, Tick
+from jaxtml.serve.runtime.worker_process import WorkerProcess
+from jaxtml.session.engine import SlotInput, converse
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 
 def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint, engine, wave):
     async def main() -> None:
-        link = await Link.start(checkpoint, 1)
+        link = await WorkerProcess.start(checkpoint, 1)
         assert link.ready.groups == 1 and '"name": "small_test"' in link.ready.config
-        stream, begin = DmelStream(), (Beginning(3, 7, 0),)
+        stream, begin = DmelStream(), (SessionStart(3, 7, 0),)
         for turn, (outputs, _) in enumerate(converse(engine, [wave], seed=7)):
-            stream, bins = stream.step(wave[turn * TURN_SAMPLES : (turn + 1) * TURN_SAMPLES])
-            told = await link.tick(Tick(begin, (), {3: Given(bins)}))
+            stream, bins = stream.step(wave[turn * MICRO_TURN_SAMPLES : (turn + 1) * MICRO_TURN_SAMPLES])
+            told = await link.tick(Tick(begin, (), {3: SlotInput(bins)}))
             begin = ()
             np.testing.assert_array_equal(told.gave[3].tokens, outputs.tokens[0, : outputs.count[0]])
             np.testing.assert_allclose(told.gave[3].wave, outputs.wave[0], atol=1e-4)
@@ -46,8 +46,8 @@ def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint,
 
 def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkpoint):
     async def main() -> None:
-        link = await Link.start(checkpoint, 1)
-        hub = Hub(link, 1)
+        link = await WorkerProcess.start(checkpoint, 1)
+        hub = Scheduler(link, 1)
         session = hub.admit(0)
         running = asyncio.create_task(hub.run())
         await session.turns_after(-1)
@@ -55,13 +55,13 @@ def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkp
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await running
         await link.close()
-        idle = await Link.start(checkpoint, 1)
-        running = asyncio.create_task(Pool([Hub(idle, 1)], [idle]).run())
+        idle = await WorkerProcess.start(checkpoint, 1)
+        running = asyncio.create_task(WorkerPool([Scheduler(idle, 1)], [idle]).run())
         os.kill(idle.process.pid, signal.SIGKILL)
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await asyncio.wait_for(running, 20)
         await idle.close()
-        orphan = await Link.start(checkpoint, 1)
+        orphan = await WorkerProcess.start(checkpoint, 1)
         orphan.writer.transport.abort()
         assert await asyncio.wait_for(orphan.process.wait(), 20) == 0
 
@@ -71,7 +71,7 @@ def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkp
 def test_what_is_wrong_with_a_checkpoint_is_said_here(checkpoint, tmp_path):
     for folder, capacity, said in ((tmp_path, 1, "has no config.json"), (checkpoint, 0, "room for one at least")):
         with pytest.raises(InputError, match=said):
-            asyncio.run(Link.start(folder, capacity))
+            asyncio.run(WorkerProcess.start(folder, capacity))
     assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "serve.worker"], capture_output=True).stdout
 
 
@@ -79,9 +79,9 @@ def test_a_worker_that_hangs_is_noticed(checkpoint, monkeypatch):
     monkeypatch.setattr("jaxtml.serve.runtime.worker_process._STUCK_S", 1.0)
 
     async def main() -> None:
-        one = await Link.start(checkpoint, 1)
+        one = await WorkerProcess.start(checkpoint, 1)
         os.kill(one.process.pid, signal.SIGSTOP)
-        hub = Hub(one, 1)
+        hub = Scheduler(one, 1)
         hub.admit(0)
         with pytest.raises(ConnectionError, match="has not answered for 1 s"):
             await hub.run()

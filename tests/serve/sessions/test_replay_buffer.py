@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from jaxtml.serve.sessions.replay_buffer import Behind, Outbox
+from jaxtml.serve.sessions.replay_buffer import ReplayBuffer, ReplayLost
 
 
 def test_readers_get_what_is_behind_them_and_wait_for_more():
     async def main() -> None:
-        outbox = Outbox()
+        outbox = ReplayBuffer()
         for frame in (b"a", b"b", b"c"):
             outbox.put(frame)
         assert await outbox.after(0) == [b"a", b"b", b"c"] and await outbox.after(2) == [b"c"]
@@ -31,12 +31,12 @@ def test_readers_get_what_is_behind_them_and_wait_for_more():
 
 def test_the_oldest_go_and_whoever_wants_them_is_told():
     async def main() -> None:
-        outbox = Outbox(most=100)
+        outbox = ReplayBuffer(most=100)
         for n in range(50):
             outbox.put(bytes([n]) * 10)
         assert len(outbox.frames) == 10 and outbox.kept == 100 and outbox.last == 50
         assert (await outbox.after(40))[0] == bytes([40]) * 10
-        with pytest.raises(Behind, match="frame 40 is no longer kept; the oldest is 41"):
+        with pytest.raises(ReplayLost, match="frame 40 is no longer kept; the oldest is 41"):
             await outbox.after(39)
         outbox.put(bytes(1000))
         assert await outbox.after(50) == [bytes(1000)], "the newest is kept, whatever its size"

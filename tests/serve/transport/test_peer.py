@@ -17,12 +17,12 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 
 import jaxtml.serve.transport
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
 from jaxtml.serve.transport import signalling as offers
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving
 from tests.serve.stepped import scripted
@@ -33,7 +33,7 @@ from aiortc import VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
 from jaxtml.serve.transport import peer
-from jaxtml.serve.transport.tracks import Arrivals, Ear, Voice, _size
+from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketOrder, _size
 from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
 
 SPEAKS = {n: (Control.SAY, "yes", Control.SPEAK) for n in range(1, 100)}
@@ -69,8 +69,8 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
             started = await live(serving, caller, instructions="be kind")
             call = serving.call()
             assert started["id"] == call.id and started["instructions"] == "be kind"
-            await eventually(lambda: call.session.hearing.waiting > 2 * TURN_SAMPLES)
-            heard = np.concatenate(call.session.hearing.parts)[-TURN_SAMPLES:]
+            await eventually(lambda: call.session.hearing.waiting > 2 * MICRO_TURN_SAMPLES)
+            heard = np.concatenate(call.session.hearing.parts)[-MICRO_TURN_SAMPLES:]
             assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
             async with serving.ticking(0.2):
@@ -134,7 +134,7 @@ def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(served
             call = serving.call()
             await openai.realtime.calls.hangup(call.id)
             await caller.closed()
-            assert call.session.ended is End.ASKED
+            assert call.session.ended is EndReason.ASKED
             await eventually(lambda: not serving.desk.calls)
 
     serving(served, engine, test, model=singing(300, script))
@@ -164,7 +164,7 @@ def test_a_short_lived_key_is_enough_and_says_what_the_session_is(served, engine
             async with serving.http.post(f"{url}/{call.id}/hangup") as refused:
                 assert refused.status == 401
             await caller.close()  # who closes is done
-            await eventually(lambda: call.session.ended is End.LEFT)
+            await eventually(lambda: call.session.ended is EndReason.LEFT)
 
     serving(served, engine, test, access=access, model=scripted({}))
 
@@ -209,7 +209,7 @@ def test_a_peer_that_does_not_come_back_is_ended(served, engine, monkeypatch):
             await eventually(lambda: not call.session.attached)
             await serving.go(160)
             await eventually(lambda: not serving.desk.calls)
-            assert call.session.ended is End.GONE and served.live == {}
+            assert call.session.ended is EndReason.GONE and served.live == {}
 
     serving(served, engine, test, model=scripted({}))
 
@@ -385,17 +385,17 @@ def test_where_the_extra_is_not_installed_it_is_said(served, engine, monkeypatch
 # --- the rules of the tracks
 
 
-def pieces(voice: Voice, count: int) -> list[bool]:
+def pieces(voice: OutgoingTrack, count: int) -> list[bool]:
     """Which of the next 20 ms have sound."""
     return [bool(voice.piece().any()) for _ in range(count)]
 
 
 def turn(loud: bool = True) -> np.ndarray:
-    return tone(300, 1, TURN_SAMPLES, 16_000) * loud
+    return tone(300, 1, MICRO_TURN_SAMPLES, 16_000) * loud
 
 
 def test_what_is_said_waits_for_a_lead_and_goes_on_after_silence_where_it_was_late():
-    voice = Voice()
+    voice = OutgoingTrack()
     assert pieces(voice, 3) == [False] * 3
     voice.put(turn())
     assert pieces(voice, 10) == [False] * 2 + [True] * 8
@@ -406,14 +406,14 @@ def test_what_is_said_waits_for_a_lead_and_goes_on_after_silence_where_it_was_la
 
 
 def test_no_more_than_a_micro_turn_of_speech_and_the_lead_of_silence_waits_for_the_next():
-    voice = Voice()
+    voice = OutgoingTrack()
     for _ in range(5):
         voice.put(turn())
-    assert len(voice.waiting) == 2 * TURN_SAMPLES
+    assert len(voice.waiting) == 2 * MICRO_TURN_SAMPLES
     voice.clear()
     for _ in range(5):
         voice.put(turn(loud=False))
-    assert len(voice.waiting) == TURN_SAMPLES + 640
+    assert len(voice.waiting) == MICRO_TURN_SAMPLES + 640
 
 
 def packet(number: int, data: bytes | None = None) -> RtpPacket:
@@ -424,7 +424,7 @@ def packet(number: int, data: bytes | None = None) -> RtpPacket:
 
 @pytest.mark.parametrize("first", [10, 65_533])
 def test_packets_are_put_in_order_and_those_that_are_lost_are_not_waited_for_long(first):
-    arrivals = Arrivals()
+    arrivals = PacketOrder()
 
     def got(*ahead: int) -> list[int | None]:
         for one in ahead:
@@ -442,8 +442,8 @@ def test_packets_are_put_in_order_and_those_that_are_lost_are_not_waited_for_lon
 
 def test_what_is_no_opus_is_silence_and_what_follows_is_heard():
     async def main() -> None:
-        arrivals = Arrivals()
-        ear = Ear(arrivals)
+        arrivals = PacketOrder()
+        ear = IncomingTrack(arrivals)
         for number, data in enumerate([b"\xff\xff nonsense", b"", b"\xf8\xff\xfe"]):
             arrivals.add(packet(number, data))
         found = np.concatenate([await ear.heard() for _ in range(3)])
@@ -508,11 +508,11 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
                 "the peaks of the tone, with few holes even if it is busy here"
             )
             assert after[2] < 500, f"the browser's own buffer has {after[2]:.0f} ms"
-            assert call.session.hearing.missed < call.session.turns * TURN_SAMPLES / 2, "its microphone is heard"
+            assert call.session.hearing.missed < call.session.turns * MICRO_TURN_SAMPLES / 2, "its microphone is heard"
             seen = [one.patches is not None for one in serving.given()]
             assert np.mean(seen) > 0.5, "and its camera"
             await tab.run("pc.close()")
             await eventually(lambda: call.session.ended)
-            assert call.session.ended is End.LEFT and not tab.errors
+            assert call.session.ended is EndReason.LEFT and not tab.errors
 
     serving(served, engine, test, model=singing(300, SPEAKS))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtml.serve.transport.sound import Format, Incoming, Outgoing
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 FORMATS = [Format("pcm", 16000), Format("pcm", 24000), Format("pcmu", 8000), Format("pcma", 8000)]
 TURNS = 10
@@ -15,14 +15,14 @@ TURNS = 10
 @pytest.fixture(scope="module")
 def tone() -> np.ndarray:
     """Two seconds of a voice's pitch and one of its formants."""
-    t = np.arange(TURNS * TURN_SAMPLES) / SAMPLE_RATE
+    t = np.arange(TURNS * MICRO_TURN_SAMPLES) / SAMPLE_RATE
     return (0.3 * np.sin(2 * np.pi * 180 * t) + 0.1 * np.sin(2 * np.pi * 1900 * t)).astype(np.float32)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_there_and_back_is_the_same_sound_a_little_later(format, tone):
     out, back = Outgoing(format), Incoming(format)
-    pieces = [out.put(tone[at : at + TURN_SAMPLES]) for at in range(0, len(tone), TURN_SAMPLES)]
+    pieces = [out.put(tone[at : at + MICRO_TURN_SAMPLES]) for at in range(0, len(tone), MICRO_TURN_SAMPLES)]
     assert {len(piece) for piece in pieces} == {format.rate // 5 * format.width}, "200 ms each"
     assert 0 <= out.delay_ms < 7
     heard = np.concatenate([back.put(piece) for piece in pieces])
@@ -34,7 +34,7 @@ def test_there_and_back_is_the_same_sound_a_little_later(format, tone):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_pieces_of_any_size_are_heard_as_the_whole(format, tone):
-    data = Outgoing(format).put(tone[:TURN_SAMPLES])
+    data = Outgoing(format).put(tone[:MICRO_TURN_SAMPLES])
     whole, parts = Incoming(format).put(data), Incoming(format)
     rng, at, heard = np.random.default_rng(0), 0, []
     while at < len(data):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jaxtml.serve.protocols.messages import Event, Strict, Vocabulary
+from jaxtml.serve.protocols.messages import Event, MessageTypes, Strict
 from jaxtml.serve.transport.sound import Format
 
 
@@ -24,13 +24,13 @@ class Pcma(Strict, tag_field="type", tag="audio/pcma"):
     rate: Literal[8000] = 8000
 
 
-class Voice(Strict):
+class LiveVoice(Strict):
     voice: str | dict[str, str] | None = None
 
 
-class Audio(Strict):
+class LiveAudio(Strict):
     format: Pcm | Pcmu | Pcma | None = None
-    output: Voice | None = None
+    output: LiveVoice | None = None
 
 
 class Delegation(Strict, kw_only=True):
@@ -45,7 +45,7 @@ class Part(Strict, kw_only=True):
     type: Literal["input_text", "text", "output_text"] | None = None
 
 
-class Item(Strict, kw_only=True):
+class HistoryItem(Strict, kw_only=True):
     role: Literal["developer", "user", "assistant"]
     content: tuple[Part]
     id: str | None = None
@@ -53,12 +53,12 @@ class Item(Strict, kw_only=True):
     type: Literal["message"] | None = None
 
 
-class SessionConfig(Strict, kw_only=True):
+class LiveSessionConfig(Strict, kw_only=True):
     model: str
-    audio: Audio | None = None
+    audio: LiveAudio | None = None
     client: dict[str, Any] | None = None
     delegation: Delegation | None = None
-    input: list[Item] | None = None
+    input: list[HistoryItem] | None = None
     instructions: str | None = None
     safety_identifier: str | None = None
     store: bool | None = None
@@ -71,7 +71,7 @@ class UpdateConfig(Strict):
 
 
 class Start(Event, tag="session.start", kw_only=True):
-    session: SessionConfig
+    session: LiveSessionConfig
 
 
 class Resume(Event, tag="session.resume", kw_only=True):
@@ -92,11 +92,11 @@ class Offer(Strict, kw_only=True):
 class Create(Strict, kw_only=True):
     """The body of a request for a session with a peer."""
 
-    session: SessionConfig
+    session: LiveSessionConfig
     transport: Offer
 
 
-class Update(Event, tag="session.update", kw_only=True):
+class LiveUpdate(Event, tag="session.update", kw_only=True):
     session: UpdateConfig
 
 
@@ -147,7 +147,7 @@ class Close(Event, tag="session.close"):
 
 Context = AppendInstructions | AppendThinking | AppendCommentary
 First = Start | Resume
-Beside = Update | Mute | Unmute | Context | AppendText | AppendImage | Close
+Beside = LiveUpdate | Mute | Unmute | Context | AppendText | AppendImage | Close
 Later = AppendAudio | Beside
 # Of OpenAI's vocabulary, what needs a background model, a recording or decisions of the server's own.
 _UNSUPPORTED = (
@@ -160,12 +160,12 @@ _UNSUPPORTED = (
     "transport.dtmf.send",
     "session.fork",
 )
-FIRST = Vocabulary[First](First, Later, _UNSUPPORTED)
-LATER = Vocabulary[Later](Later, First, _UNSUPPORTED)
-BESIDE = Vocabulary[Beside](Beside, First | AppendAudio, _UNSUPPORTED)  # of a sideband
+FIRST = MessageTypes[First](First, Later, _UNSUPPORTED)
+LATER = MessageTypes[Later](Later, First, _UNSUPPORTED)
+BESIDE = MessageTypes[Beside](Beside, First | AppendAudio, _UNSUPPORTED)  # of a sideband
 
 
-def format_of(audio: Audio | None) -> Format:
+def format_of(audio: LiveAudio | None) -> Format:
     """24 kHz PCM where nothing is said."""
     given = audio.format if audio and audio.format else Pcm(rate=24000)
     return Format(str(given.__struct_config__.tag).removeprefix("audio/"), given.rate)

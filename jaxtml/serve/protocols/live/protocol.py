@@ -33,20 +33,20 @@ from jaxtml.serve.protocols.live.messages import (
     Close,
     Context,
     Delegation,
+    LiveSessionConfig,
+    LiveUpdate,
     Mute,
-    SessionConfig,
     Unmute,
-    Update,
     format_of,
 )
-from jaxtml.serve.protocols.messages import Invalid, Vocabulary
-from jaxtml.serve.runtime.scheduler import End, Turn
+from jaxtml.serve.protocols.messages import InvalidMessage, MessageTypes
+from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.intake import Intake, check_length
-from jaxtml.serve.sessions.manager import Call, Served
-from jaxtml.serve.sessions.replay_buffer import Outbox
+from jaxtml.serve.sessions.manager import ClientSession, ServedModel
+from jaxtml.serve.sessions.replay_buffer import ReplayBuffer
 from jaxtml.serve.transport.sound import Format, Outgoing, Track
 from jaxtml.stream.reading import Words
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
 
 SCOPE = "live"
@@ -56,28 +56,28 @@ _USAGE_TURNS = 75  # between two accounts of what was used
 _REFLECTED = Format("pcm", 24_000)
 _CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
 # The protocol's own words for the end of a session.
-_REASONS = {End.SLOW: "connection_lost", End.FAILED: "connection_lost", End.DRAINED: "expired"}
+_REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
 
 
-def check(config: SessionConfig, served: Served) -> None:
-    """Raises `Invalid` where this server cannot give such a session."""
+def check(config: LiveSessionConfig, served: ServedModel) -> None:
+    """Raises `InvalidMessage` where this server cannot give such a session."""
     wants = config.delegation
     if config.model != served.name:
-        raise Invalid("model_not_found", f"this server has the model {served.name}", "session.model")
+        raise InvalidMessage("model_not_found", f"this server has the model {served.name}", "session.model")
     if wants is not None and wants.type != "client":
-        raise Invalid("unsupported_value", "delegations go to the client here", "session.delegation.type")
+        raise InvalidMessage("unsupported_value", "delegations go to the client here", "session.delegation.type")
     for name, given in (("store", config.store), ("triggers", config.triggers), ("client", config.client)):
         if given:
-            raise Invalid("unsupported_parameter", f"this server does not take {name}", f"session.{name}")
+            raise InvalidMessage("unsupported_parameter", f"this server does not take {name}", f"session.{name}")
     if len(config.input or ()) > _MESSAGES:
-        raise Invalid("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
+        raise InvalidMessage("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
     if not all(one.content[0].text for one in config.input or ()):
-        raise Invalid("invalid_value", "there is no text", "session.input")
+        raise InvalidMessage("invalid_value", "there is no text", "session.input")
     check_length(served, config.instructions or "", _INSTRUCTIONS, "session.instructions")
     check_length(served, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
 
 
-class Live:
+class LiveProtocol:
     """One call's GPT-Live; a `desk.Speaks`. Begins with `session.started`.
 
     Args:
@@ -94,9 +94,9 @@ class Live:
 
     def __init__(
         self,
-        call: Call,
-        served: Served,
-        config: SessionConfig,
+        call: ClientSession,
+        served: ServedModel,
+        config: LiveSessionConfig,
         metrics: Metrics,
         grace_s: float,
         event_id: str | None = None,
@@ -110,7 +110,7 @@ class Live:
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
         self.last_event_id = event_id  # of the client's messages
-        session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": TURN_MS}
+        session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": MICRO_TURN_MS}
         session["sees"] = served.config.duplex.max_patches > 0
         self._emit("session.started", event_id, session=session)
         for item in config.input or ():
@@ -121,18 +121,18 @@ class Live:
 
     # --- what happens
 
-    def turned(self, turn: Turn, words: Words) -> None:
+    def turned(self, turn: TickResult, words: Words) -> None:
         """Transcripts lie on the micro-turns: the user's on the one that was heard, ours on the one to be heard."""
-        start, end = turn.t_ms, turn.t_ms + TURN_MS
+        start, end = turn.t_ms, turn.t_ms + MICRO_TURN_MS
         if words.heard:
             self._emit("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
         if words.said:
-            self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + TURN_MS)
+            self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + MICRO_TURN_MS)
         if self.track is not None:
             self.track.put(turn.wave)
         else:
             delta = {"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)}
-            self._put(delta | {"start_ms": end, "end_ms": end + TURN_MS, "speaking": turn.speaking})
+            self._put(delta | {"start_ms": end, "end_ms": end + MICRO_TURN_MS, "speaking": turn.speaking})
         for one in self.sidebands:
             one.said(turn.wave, end)
         self.task += words.delegated
@@ -155,10 +155,10 @@ class Live:
             "info", code="going_away", message=f"this session ends in {in_s:.0f} s", time_left_ms=round(1000 * in_s)
         )
 
-    def ended(self, why: End) -> None:
+    def ended(self, why: EndReason) -> None:
         reason = _REASONS.get(why, why.value)
-        if why is End.FAILED:
-            failed = Invalid("internal_error", "the server failed; the session cannot go on")
+        if why is EndReason.FAILED:
+            failed = InvalidMessage("internal_error", "the server failed; the session cannot go on")
             self._emit("error", error=error_of(failed, "server_error"))
         self._emit("session.closed", reason=reason, session=self._resource(), usage=self._usage())
         for one in self.sidebands:
@@ -185,7 +185,7 @@ class Live:
 
     async def _read(
         self,
-        vocabulary: Vocabulary[Any],
+        vocabulary: MessageTypes[Any],
         data: bytes,
         put: Callable[[dict[str, Any]], None],
         take: Callable[[Any], Awaitable[None]],
@@ -193,7 +193,7 @@ class Live:
         """What is wrong with a message becomes an `error` for who sent it."""
         try:
             await vocabulary.taken(data, take)
-        except Invalid as invalid:
+        except InvalidMessage as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
             put(_event("error", invalid.event_id, error=error_of(invalid)))
 
@@ -214,7 +214,7 @@ class Live:
                 # Who has asked to close has nothing more to say.
                 self.call.session.hearing.muted = muted = isinstance(message, Mute) or self.call.closing is not None
                 self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
-            case Update():
+            case LiveUpdate():
                 self._update(message)
             case Close():
                 self.call.close()
@@ -229,7 +229,7 @@ class Live:
         if message.delegation_id is not None:
             asked_at = self.delegated.get(message.delegation_id)
             if asked_at is None:
-                raise Invalid("delegation_not_found", "this session has no such delegation", "delegation_id")
+                raise InvalidMessage("delegation_not_found", "this session has no such delegation", "delegation_id")
             if asked_at >= 0:
                 self.metrics.delegations.observe(time.monotonic() - asked_at)
                 self.delegated[message.delegation_id] = float("-inf")
@@ -241,14 +241,14 @@ class Live:
         self.intake.say(mark, message.content, "content", _CONTENT, lambda at: self._placed(name, at, event_id))
 
     def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
-        self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + TURN_MS)
+        self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + MICRO_TURN_MS)
 
-    def _update(self, message: Update) -> None:
+    def _update(self, message: LiveUpdate) -> None:
         wants = message.session.delegation
         if message.session.triggers:
-            raise Invalid("unsupported_parameter", "this server does not take triggers", "session.triggers")
+            raise InvalidMessage("unsupported_parameter", "this server does not take triggers", "session.triggers")
         if wants is not None and wants.type != "client":
-            raise Invalid("invalid_value", "the type of delegation cannot change", "session.delegation.type")
+            raise InvalidMessage("invalid_value", "the type of delegation cannot change", "session.delegation.type")
         self._emit("session.updated", message.event_id, session=self._resource())
 
     # --- events
@@ -284,21 +284,21 @@ class Live:
         return resource
 
     def _usage(self) -> dict[str, Any]:
-        return {"seconds": self.call.session.turns * TURN_MS // 1000}
+        return {"seconds": self.call.session.turns * MICRO_TURN_MS // 1000}
 
 
 class Sideband:
     """Someone who watches and directs a session from beside: its events, and both voices as 24 kHz PCM with times."""
 
-    def __init__(self, live: Live):
-        self.live, self.outbox = live, Outbox()
+    def __init__(self, live: LiveProtocol):
+        self.live, self.outbox = live, ReplayBuffer()
         self.ears, self.mouth = Outgoing(_REFLECTED), Outgoing(_REFLECTED)
         self.unheard = np.zeros(0, np.float32)
 
     def heard(self, samples: np.ndarray) -> None:
         """What the client sent, before it is muted; in chunks of a micro-turn."""
         self.unheard = np.concatenate([self.unheard, samples])
-        size = SAMPLE_RATE * TURN_MS // 1000
+        size = SAMPLE_RATE * MICRO_TURN_MS // 1000
         while len(self.unheard) >= size:
             chunk, self.unheard = self.unheard[:size], self.unheard[size:]
             self.put({"type": "session.input_audio.append", "audio": self.ears.put(chunk)})
@@ -306,7 +306,7 @@ class Sideband:
     def said(self, wave: np.ndarray, t_ms: int) -> None:
         """What is to be heard from `t_ms` on."""
         event = {"type": "session.output_audio.delta", "delta": self.mouth.put(wave)}
-        self.put(event | {"start_ms": t_ms, "end_ms": t_ms + TURN_MS})
+        self.put(event | {"start_ms": t_ms, "end_ms": t_ms + MICRO_TURN_MS})
 
     def put(self, event: dict[str, Any]) -> None:
         self.outbox.put(msgspec.json.encode(event | {"sequence_number": self.outbox.last + 1}))
@@ -321,7 +321,7 @@ def _event(kind: str, client_event_id: str | None = None, **fields: Any) -> dict
     return event if client_event_id is None else event | {"client_event_id": client_event_id}
 
 
-def error_of(invalid: Invalid, kind: str = "invalid_request_error") -> dict[str, Any]:
+def error_of(invalid: InvalidMessage, kind: str = "invalid_request_error") -> dict[str, Any]:
     """The inside of an `error` event."""
     error: dict[str, Any] = {"type": kind, "code": invalid.code, "message": str(invalid)}
     if invalid.param is not None:

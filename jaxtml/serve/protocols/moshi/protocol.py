@@ -21,13 +21,13 @@ import numpy as np
 import sphn
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.messages import Invalid
-from jaxtml.serve.runtime.scheduler import End, Turn
+from jaxtml.serve.protocols.messages import InvalidMessage
+from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.intake import Intake
-from jaxtml.serve.sessions.manager import Call, Served
+from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import Format, Outgoing
 from jaxtml.stream.reading import Words
-from jaxtml.stream.timebase import TURN_MS
+from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control
 
 SCOPE = "moshi"
@@ -39,7 +39,7 @@ _PIECE = 512  # bytes that are decoded at a time: a page of 255 packets is 30 s 
 _TEXT_TOKENS = 500
 
 
-class Moshi:
+class MoshiProtocol:
     """One call's wire; a `desk.Speaks`. Begins with the handshake and the silence.
 
     Args:
@@ -50,16 +50,16 @@ class Moshi:
 
     scope = SCOPE
 
-    def __init__(self, call: Call, served: Served, metrics: Metrics):
+    def __init__(self, call: ClientSession, served: ServedModel, metrics: Metrics):
         self.call, self.served, self.metrics = call, served, metrics
         self.intake = Intake(call, served, Format("pcm", _RATE))
         self.outgoing = Outgoing(Format("pcm", _RATE))
         self.reader, self.writer = sphn.OpusStreamReader(_RATE), sphn.OpusStreamWriter(_RATE)
-        self.unwritten = np.zeros((TURN_MS - _PAD_MS) * _RATE // 1000, np.float32)
+        self.unwritten = np.zeros((MICRO_TURN_MS - _PAD_MS) * _RATE // 1000, np.float32)
         call.outbox.put(READY)
         self._sound(np.zeros(0, np.float32))
 
-    def turned(self, turn: Turn, words: Words) -> None:
+    def turned(self, turn: TickResult, words: Words) -> None:
         if words.said:
             self.call.outbox.put(TEXT + words.said.encode())
         self._sound(self.outgoing.format.decoded(self.outgoing.put(turn.wave)))
@@ -69,8 +69,8 @@ class Moshi:
         """The wire has no word for it."""
         del in_s
 
-    def ended(self, why: End) -> None:
-        if why is not End.ASKED:
+    def ended(self, why: EndReason) -> None:
+        if why is not EndReason.ASKED:
             self._fail(f"the session has ended: {why.value}")
 
     async def receive(self, data: bytes) -> None:
@@ -85,7 +85,7 @@ class Moshi:
                 await self.intake.show(rest)
             elif kind not in (CONTROL, METADATA, PING):
                 raise ValueError(f"a frame begins with one of 1 to 6 and 8, not with {kind[0] if kind else 'nothing'}")
-        except (Invalid, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        except (InvalidMessage, ValueError) as error:  # a UnicodeDecodeError is a ValueError
             self.metrics.malformed.labels(SCOPE).inc()
             self._fail(str(error))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from jaxtml.serve.protocols.messages import Event, Name, Strict, Vocabulary
+from jaxtml.serve.protocols.messages import Event, MessageTypes, Name, Strict
 from jaxtml.serve.transport.sound import Format
 
 _Ignored = Any
@@ -56,7 +56,7 @@ class AudioOutput(Strict):
     speed: _Ignored = None
 
 
-class Audio(Strict):
+class RealtimeAudio(Strict):
     input: AudioInput | None = None
     output: AudioOutput | None = None
 
@@ -72,10 +72,10 @@ class Tool(Strict, kw_only=True):
 Modality = Literal["audio", "text"]
 
 
-class SessionConfig(Strict, kw_only=True):
+class RealtimeSessionConfig(Strict, kw_only=True):
     type: Literal["realtime"]
     model: str | None = None
-    audio: Audio | None = None
+    audio: RealtimeAudio | None = None
     instructions: str | None = None
     output_modalities: list[Modality] | None = None
     tools: list[Tool] | None = None
@@ -100,7 +100,7 @@ class SecretRequest(Strict):
     """The body of a request for one."""
 
     expires_after: Expiry = msgspec.field(default_factory=Expiry)
-    session: SessionConfig | None = None
+    session: RealtimeSessionConfig | None = None
 
 
 class ResponseConfig(Strict):
@@ -153,11 +153,11 @@ class CallItem(Strict, tag_field="type", tag="function_call", kw_only=True):
     status: Name | None = None
 
 
-Item = MessageItem | OutputItem | CallItem
+ConversationItem = MessageItem | OutputItem | CallItem
 
 
-class Update(Event, tag="session.update", kw_only=True):
-    session: SessionConfig
+class RealtimeUpdate(Event, tag="session.update", kw_only=True):
+    session: RealtimeSessionConfig
 
 
 class Append(Event, tag="input_audio_buffer.append", kw_only=True):
@@ -173,7 +173,7 @@ class Clear(Event, tag="input_audio_buffer.clear"):
 
 
 class ItemCreate(Event, tag="conversation.item.create", kw_only=True):
-    item: Item
+    item: ConversationItem
     previous_item_id: str | None = None
 
 
@@ -204,12 +204,20 @@ class ResponseCancel(Event, tag="response.cancel", kw_only=True):
 
 
 _Shared = (
-    Update | Commit | Clear | ItemCreate | ItemRetrieve | ItemDelete | ItemTruncate | ResponseCreate | ResponseCancel
+    RealtimeUpdate
+    | Commit
+    | Clear
+    | ItemCreate
+    | ItemRetrieve
+    | ItemDelete
+    | ItemTruncate
+    | ResponseCreate
+    | ResponseCancel
 )
 Message = Append | _Shared
 PeerMessage = ClearOutput | _Shared
-CLIENT = Vocabulary[Message](Message, unsupported=("output_audio_buffer.clear",))
-PEER = Vocabulary[PeerMessage](PeerMessage, Append)  # of one who has a track
+CLIENT = MessageTypes[Message](Message, unsupported=("output_audio_buffer.clear",))
+PEER = MessageTypes[PeerMessage](PeerMessage, Append)  # of one who has a track
 
 
 def format_of(given: AudioFormat) -> Format:

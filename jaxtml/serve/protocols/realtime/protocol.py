@@ -35,7 +35,7 @@ import msgspec
 import numpy as np
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.messages import Invalid
+from jaxtml.serve.protocols.messages import InvalidMessage
 from jaxtml.serve.protocols.realtime.messages import (
     CLIENT,
     PEER,
@@ -47,7 +47,7 @@ from jaxtml.serve.protocols.realtime.messages import (
     Clear,
     ClearOutput,
     Commit,
-    Item,
+    ConversationItem,
     ItemCreate,
     ItemDelete,
     ItemRetrieve,
@@ -55,21 +55,21 @@ from jaxtml.serve.protocols.realtime.messages import (
     MessageItem,
     OutputItem,
     Pcm,
+    RealtimeSessionConfig,
+    RealtimeUpdate,
     ResponseCancel,
     ResponseCreate,
-    SessionConfig,
     Tool,
     TurnDetection,
-    Update,
     format_of,
 )
 from jaxtml.serve.protocols.realtime.response import Response, call_of
-from jaxtml.serve.runtime.scheduler import End, Turn
+from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.intake import Intake
-from jaxtml.serve.sessions.manager import Call, Served
+from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import Format, Incoming, Outgoing, Track
 from jaxtml.stream.reading import Words
-from jaxtml.stream.timebase import SAMPLE_RATE, TURN_MS, TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
 
 SCOPE = "realtime"
@@ -81,7 +81,7 @@ _TEXT, _INSTRUCTIONS = 8_192, 16_384  # tokens
 _RECORDING = Format("pcm", 24_000)  # in a message, whatever the session's format
 
 
-class Realtime:
+class RealtimeProtocol:
     """One call's Realtime API; a `desk.Speaks`. Begins with `session.created`.
 
     Args:
@@ -97,11 +97,11 @@ class Realtime:
 
     def __init__(
         self,
-        call: Call,
-        served: Served,
+        call: ClientSession,
+        served: ServedModel,
         metrics: Metrics,
         grace_s: float,
-        begins_as: SessionConfig | None = None,
+        begins_as: RealtimeSessionConfig | None = None,
         track: Track | None = None,
     ):
         self.call, self.served, self.metrics = call, served, metrics
@@ -133,7 +133,7 @@ class Realtime:
 
     # --- what happens
 
-    def turned(self, turn: Turn, words: Words) -> None:
+    def turned(self, turn: TickResult, words: Words) -> None:
         self._heard(turn, words.heard)
         sound = self.outgoing.put(turn.wave) if self.track is None else None
         said = self._said(turn, words.said, sound)
@@ -151,23 +151,23 @@ class Realtime:
         del in_s
         self._emit("session.updated", session=self.resource())
 
-    def ended(self, why: End) -> None:
+    def ended(self, why: EndReason) -> None:
         if self.response is not None:
-            self._end("cancelled" if why is not End.FAILED else "failed")
+            self._end("cancelled" if why is not EndReason.FAILED else "failed")
         if why in _LAST_WORDS:
-            kind = "server_error" if why is End.FAILED else "invalid_request_error"
-            self.fail(Invalid(*_LAST_WORDS[why]), kind)
+            kind = "server_error" if why is EndReason.FAILED else "invalid_request_error"
+            self.fail(InvalidMessage(*_LAST_WORDS[why]), kind)
 
-    def _heard(self, turn: Turn, text: str) -> None:
+    def _heard(self, turn: TickResult, text: str) -> None:
         if text:
             if self.closed >= _HANG:
                 self.held.clear()  # it was an answer to something else
             if self.user is None:
                 self.user = _UserTurn(turn.t_ms)
             self.user.text += text
-            self.user.end_ms = turn.t_ms + TURN_MS
+            self.user.end_ms = turn.t_ms + MICRO_TURN_MS
 
-    def _settle(self, turn: Turn) -> None:
+    def _settle(self, turn: TickResult) -> None:
         """Tells of the user's turn where it is over, or, to those who stop what they play, that it is there."""
         user = self.user
         if user is None:
@@ -176,7 +176,7 @@ class Realtime:
             user.told = True
             self._detected("speech_started", audio_start_ms=user.start_ms, item_id=user.id)
         over = user.committed or self.detection is not None
-        if over and user.quiet_ms(turn) >= _QUIET * TURN_MS:
+        if over and user.quiet_ms(turn) >= _QUIET * MICRO_TURN_MS:
             self._finish(user)
 
     def _finish(self, user: _UserTurn) -> None:
@@ -208,7 +208,7 @@ class Realtime:
         if self.detection is not None:
             self._emit(f"input_audio_buffer.{name}", **fields)
 
-    def _said(self, turn: Turn, text: str, sound: bytes | None) -> bool:
+    def _said(self, turn: TickResult, text: str, sound: bytes | None) -> bool:
         """Whether a response has what is said, and its client wants to hear it."""
         speaks = turn.speaking or bool(text)
         self.dropped = self.dropped and speaks
@@ -233,7 +233,7 @@ class Realtime:
         over = self.closed >= _HANG if begun else turn.number + 1 >= self.due
         if over:
             user = self.user if self.detection is not None else None
-            interrupted = user is not None and user.text and user.quiet_ms(turn) < _QUIET * TURN_MS
+            interrupted = user is not None and user.text and user.quiet_ms(turn) < _QUIET * MICRO_TURN_MS
             self._end(*(("cancelled", "turn_detected") if interrupted else ("completed",)))
         return audible
 
@@ -263,7 +263,7 @@ class Realtime:
     def _patience(self) -> int:
         """The micro-turn until which what has come by now may be answered: it is heard, and read, first."""
         session = self.call.session
-        return session.turns + max(-(-self.intake.waiting // TURN_SAMPLES), len(session.typed)) + _PATIENCE
+        return session.turns + max(-(-self.intake.waiting // MICRO_TURN_SAMPLES), len(session.typed)) + _PATIENCE
 
     def _end(self, status: str = "completed", reason: str | None = None) -> None:
         assert self.response is not None
@@ -302,7 +302,7 @@ class Realtime:
         """A message of the client's. What is wrong with it becomes an `error`."""
         try:
             await (CLIENT if self.track is None else PEER).taken(data, self._take)
-        except Invalid as invalid:
+        except InvalidMessage as invalid:
             self.metrics.malformed.labels(SCOPE).inc()
             self.fail(invalid)
 
@@ -326,7 +326,7 @@ class Realtime:
             case Clear():
                 self.intake.clear()
                 self._emit("input_audio_buffer.cleared")
-            case Update():
+            case RealtimeUpdate():
                 self._configure(message.session)
                 self._emit("session.updated", session=self.resource())
             case ItemCreate():
@@ -346,7 +346,7 @@ class Realtime:
             case ResponseCancel():
                 if self.response is None or message.response_id not in (None, self.response.id):
                     # OpenAI's own words, by which LiveKit's client knows that nothing is wrong.
-                    raise Invalid("response_cancel_not_active", "Cancellation failed: no active response found")
+                    raise InvalidMessage("response_cancel_not_active", "Cancellation failed: no active response found")
                 self._cancel()
             case ClearOutput():
                 if self.sounding is not None:
@@ -360,10 +360,10 @@ class Realtime:
 
     def _committed(self) -> None:
         if not self.intake.taken:
-            raise Invalid("input_audio_buffer_commit_empty", "there is no sound to commit")
+            raise InvalidMessage("input_audio_buffer_commit_empty", "there is no sound to commit")
         if self.user is not None and self.user.committed:
             self._finish(self.user)
-        now = self.call.session.turns * TURN_MS
+        now = self.call.session.turns * MICRO_TURN_MS
         self.user = self.user or _UserTurn(now)
         self.user.told = True
         self.user.end_ms = max(self.user.end_ms, now + 1000 * self.intake.waiting // SAMPLE_RATE)
@@ -373,10 +373,10 @@ class Realtime:
     def _create_response(self, message: ResponseCreate) -> None:
         if self.response is not None and self.response.output:
             text = f"response {self.response.id} is not done yet"
-            raise Invalid("conversation_already_has_active_response", text)
+            raise InvalidMessage("conversation_already_has_active_response", text)
         config = message.response
         if config is not None and config.input:
-            raise Invalid("unsupported_parameter", "a response is of the conversation here", "response.input")
+            raise InvalidMessage("unsupported_parameter", "a response is of the conversation here", "response.input")
         if config is not None and config.instructions:
             self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions", _INSTRUCTIONS)
         if self.response is not None:
@@ -391,15 +391,15 @@ class Realtime:
             if over:
                 self._end()
 
-    async def _create(self, item: Item) -> None:
+    async def _create(self, item: ConversationItem) -> None:
         if item.id in self.items:
-            raise Invalid("item_create_duplicate_item_id", "there is an item of this id", "item.id")
+            raise InvalidMessage("item_create_duplicate_item_id", "there is an item of this id", "item.id")
         match item:
             case MessageItem():
                 await self._say(item)
             case OutputItem():
                 if item.call_id not in self.called:
-                    raise Invalid("item_call_id_not_found", "no function was called by this id", "item.call_id")
+                    raise InvalidMessage("item_call_id_not_found", "no function was called by this id", "item.call_id")
                 if item.output:
                     self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
                 if (asked := self.called.pop(item.call_id)) is not None:
@@ -426,7 +426,7 @@ class Realtime:
     async def _say(self, item: MessageItem) -> None:
         """Gives the model all parts of a message, of pictures the last: those before it are not even decoded.
 
-        All or, where one is refused (`Invalid`) or the connection is lost meanwhile, none.
+        All or, where one is refused (`InvalidMessage`) or the connection is lost meanwhile, none.
         """
         texts: list[str] = []
         sounds: list[np.ndarray] = []
@@ -440,7 +440,7 @@ class Realtime:
             elif text := part.text or part.transcript:
                 texts.append(text)
             else:
-                raise Invalid("invalid_value", f"{where} has nothing in it", where)
+                raise InvalidMessage("invalid_value", f"{where} has nothing in it", where)
         tokens = self.intake.read("\n".join(texts), "item.content", _TEXT) if texts else []
         patches = None if picture is None else await self.intake.seen(picture)
         await self.intake.settled()
@@ -454,15 +454,17 @@ class Realtime:
 
     # --- the session
 
-    def _configure(self, config: SessionConfig) -> None:
-        """Takes what is given, all of it or, where something is wrong (`Invalid`), nothing."""
+    def _configure(self, config: RealtimeSessionConfig) -> None:
+        """Takes what is given, all of it or, where something is wrong (`InvalidMessage`), nothing."""
         if config.model is not None and config.model != self.served.name:
-            raise Invalid("model_not_found", f"this server has the model {self.served.name}", "session.model")
+            raise InvalidMessage("model_not_found", f"this server has the model {self.served.name}", "session.model")
         heard = config.audio.input if config.audio and config.audio.input else AudioInput()
         said = config.audio.output if config.audio and config.audio.output else AudioOutput()
         formats = (heard.format or self.input_format, said.format or self.output_format)
         if self.spoken and tuple(map(format_of, formats)) != self._formats():
-            raise Invalid("invalid_value", "there has been sound already: its format cannot change", "session.audio")
+            raise InvalidMessage(
+                "invalid_value", "there has been sound already: its format cannot change", "session.audio"
+            )
         instructions = config.instructions if config.instructions is not None else self.instructions
         tools = self.tools if config.tools is None else config.tools
         told = "" if instructions == self.instructions else instructions
@@ -515,10 +517,10 @@ class Realtime:
     # --- items and events
 
     def _item(self, name: str, to: str) -> dict[str, Any]:
-        """Raises `Invalid` where there is none to `retrieve`, `delete` or `truncate`."""
+        """Raises `InvalidMessage` where there is none to `retrieve`, `delete` or `truncate`."""
         item = self.items.get(name)
         if item is None:
-            raise Invalid(f"item_{to}_invalid_item_id", "there is no such item, or no longer", "item_id")
+            raise InvalidMessage(f"item_{to}_invalid_item_id", "there is no such item, or no longer", "item_id")
         return item
 
     def _last(self) -> str | None:
@@ -533,7 +535,7 @@ class Realtime:
         kind = "conversation.item.done" if done else "conversation.item.added"
         self._emit(kind, item=dict(item), previous_item_id=before)
 
-    def fail(self, invalid: Invalid, kind: str = "invalid_request_error") -> None:
+    def fail(self, invalid: InvalidMessage, kind: str = "invalid_request_error") -> None:
         """An `error`."""
         error = {"type": kind, "code": invalid.code, "message": str(invalid), "param": invalid.param}
         self._emit("error", error=error | {"event_id": invalid.event_id})
@@ -545,10 +547,10 @@ class Realtime:
 
 
 _LAST_WORDS = {
-    End.EXPIRED: ("session_expired", "the session has lasted as long as it may"),
-    End.DRAINED: ("session_expired", "this server ends; another one may be there"),
-    End.SLOW: ("slow_client", "the client did not take what it was sent"),
-    End.FAILED: ("internal_error", "the server failed; the session cannot go on"),
+    EndReason.EXPIRED: ("session_expired", "the session has lasted as long as it may"),
+    EndReason.DRAINED: ("session_expired", "this server ends; another one may be there"),
+    EndReason.SLOW: ("slow_client", "the client did not take what it was sent"),
+    EndReason.FAILED: ("internal_error", "the server failed; the session cannot go on"),
 }
 
 
@@ -560,20 +562,20 @@ class _UserTurn:
         self.start_ms, self.end_ms, self.text = start_ms, start_ms, ""
         self.told = self.committed = False
 
-    def quiet_ms(self, turn: Turn) -> int:
+    def quiet_ms(self, turn: TickResult) -> int:
         """Since the last word, at the end of a micro-turn."""
-        return turn.t_ms + TURN_MS - self.end_ms
+        return turn.t_ms + MICRO_TURN_MS - self.end_ms
 
 
 def _picture(url: str, param: str) -> bytes:
-    """What a `data:` URL holds. Raises `Invalid`."""
+    """What a `data:` URL holds. Raises `InvalidMessage`."""
     head, _, data = url.partition(";base64,")
     if not head.startswith("data:image/"):
-        raise Invalid("invalid_value", "a picture comes as a data: URL", param)
+        raise InvalidMessage("invalid_value", "a picture comes as a data: URL", param)
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:
-        raise Invalid("invalid_value", "a picture is base64", param) from error
+        raise InvalidMessage("invalid_value", "a picture is base64", param) from error
 
 
 def _described(given: AudioFormat) -> dict[str, Any]:

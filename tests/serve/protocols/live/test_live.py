@@ -12,11 +12,11 @@ from openai import AsyncOpenAI
 from openai.types.live import ServerEvent
 from pydantic import TypeAdapter
 
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport.sound import Format
 from jaxtml.session.engine import converse
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, jpeg, serving
 from tests.serve.stepped import scripted
@@ -32,12 +32,12 @@ def text_of(sound: bytes) -> str:
 
 async def speak(serving: Serving, client: Client, sound: bytes) -> None:
     """All of it, in packets of 20 ms, each micro-turn before its tick."""
-    size = 2 * TURN_SAMPLES
+    size = 2 * MICRO_TURN_SAMPLES
     for start in range(0, len(sound), size):
         before = serving.call().session.hearing.waiting
         for at in range(start, start + size, size // 10):
             await client.say("session.input_audio.append", audio=text_of(sound[at : at + size // 10]))
-        await eventually(lambda before=before: serving.call().session.hearing.waiting == before + TURN_SAMPLES)
+        await eventually(lambda before=before: serving.call().session.hearing.waiting == before + MICRO_TURN_SAMPLES)
         await serving.go()
 
 
@@ -130,7 +130,7 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, 
 def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engine, sound, cut):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, half = serving.call(), 6 * 2 * TURN_SAMPLES
+        call, half = serving.call(), 6 * 2 * MICRO_TURN_SAMPLES
         for event_id in ("first", "last", None):
             await client.say("session.input_audio.unmute", event_id=event_id)
         await speak(serving, client, sound[:half])
@@ -187,7 +187,7 @@ def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(serve
         await client.cut_off(call)
         await serving.go(160)
         await eventually(lambda: not serving.desk.calls)
-        assert call.session.ended is End.GONE and served.live == {}
+        assert call.session.ended is EndReason.GONE and served.live == {}
         other = await serving.open()
         await other.say("session.resume", session_id=call.id, resume_token=client.started["resume"]["token"], after=0)
         assert (await other.event())["error"]["code"] == "session_not_found"
@@ -219,7 +219,7 @@ def test_a_client_that_closes_its_connection_is_done(served, engine):
         client = await serving.start()
         call = serving.call()
         await client.ws.close(code=1000)
-        await eventually(lambda: call.session.ended is End.LEFT)
+        await eventually(lambda: call.session.ended is EndReason.LEFT)
         await serving.go()
         await eventually(lambda: not serving.desk.calls)
         assert json.loads(call.outbox.frames[-1])["reason"] == "remote_hangup"
@@ -272,9 +272,9 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
         (first,) = serving.desk.calls.values()
         good = await serving.start()
         call = next(call for call in serving.desk.calls.values() if call is not first)
-        for at in range(0, len(sound), 2 * TURN_SAMPLES):
+        for at in range(0, len(sound), 2 * MICRO_TURN_SAMPLES):
             await bad.ws.send_bytes(b"noise")
-            await good.say("session.input_audio.append", audio=text_of(sound[at : at + 2 * TURN_SAMPLES]))
+            await good.say("session.input_audio.append", audio=text_of(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
             await eventually(lambda: call.session.hearing.waiting)
             await serving.go()
         while len(given(good.events)[0]) < TURNS:
@@ -430,7 +430,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
             await beside.session.input_audio.mute()
             assert (await beside.recv()).type == "session.input_audio.muted"
             assert (await client.until("session.input_audio.muted"))["sequence_number"] == 2
-            await client.say("session.input_audio.append", audio=text_of(sound[: 2 * TURN_SAMPLES]))
+            await client.say("session.input_audio.append", audio=text_of(sound[: 2 * MICRO_TURN_SAMPLES]))
             reflected = await beside.recv()
             assert reflected.type == "session.input_audio.append", "reflected, though it is not heard"
             assert len(base64.b64decode(reflected.audio)) == 9_600
@@ -438,7 +438,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
             while (event := await beside.recv()).type != "session.output_audio.delta":
                 pass
             assert (event.start_ms, event.end_ms, len(base64.b64decode(event.delta))) == (200, 400, 9_600)
-            assert call.session.hearing.missed == TURN_SAMPLES, "it was muted"
+            assert call.session.hearing.missed == MICRO_TURN_SAMPLES, "it was muted"
             await beside.send({"type": "session.input_audio.append", "audio": ""})
             while (event := await beside.recv()).type != "error":
                 pass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from tests.serve.protocols.live.test_live import text_of
 from tests.serve.serving import Client, Serving, eventually, serving
 
@@ -42,13 +42,13 @@ def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(ser
 def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, chunk = serving.call(), text_of(bytes(2 * TURN_SAMPLES))
+        call, chunk = serving.call(), text_of(bytes(2 * MICRO_TURN_SAMPLES))
         sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds
         await eventually(lambda: not call.session.hearing.room())
         await asyncio.sleep(0.3)
-        assert call.session.hearing.waiting == 160_000 and len(call.speaks.intake._unheard) <= TURN_SAMPLES
+        assert call.session.hearing.waiting == 160_000 and len(call.speaks.intake._unheard) <= MICRO_TURN_SAMPLES
         async with serving.ticking():
-            await eventually(lambda: sending.done() and call.speaks.intake.taken == 120 * 2 * TURN_SAMPLES)
+            await eventually(lambda: sending.done() and call.speaks.intake.taken == 120 * 2 * MICRO_TURN_SAMPLES)
         assert call.session.hearing.missed == 0, "and all of it is heard, one after the other"
 
     serving(served, engine, test)
@@ -121,7 +121,7 @@ def test_a_client_that_takes_nothing_loses_its_session(served, engine, monkeypat
             call.outbox.put(bytes(90_000))
             await asyncio.sleep(0)
         await eventually(lambda: call.session.ended)
-        assert call.session.ended is End.SLOW
+        assert call.session.ended is EndReason.SLOW
         other = await serving.start()
         await serving.go()
         await other.until("session.output_audio.delta")

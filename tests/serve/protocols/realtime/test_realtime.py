@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from jaxtml.serve.protocols.realtime.messages import Tool
 from jaxtml.serve.protocols.realtime.response import call_of
-from jaxtml.serve.runtime.scheduler import End
+from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, serving, unread
@@ -452,7 +452,7 @@ def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(served, en
             assert (await client.until("error"))["error"]["code"] == "session_expired"
             assert await client.closed() == 1000
         other = await opened(serving)
-        serving.call().session.end(End.FAILED)
+        serving.call().session.end(EndReason.FAILED)
         assert (await other.until("error"))["error"]["type"] == "server_error"
         assert await other.closed() == 1011
 

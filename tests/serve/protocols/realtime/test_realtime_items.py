@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtml.stream.timebase import TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.protocols.realtime.test_realtime import LISTEN, SAY, SPEAK, WEATHER, check, opened
 from tests.serve.serving import Client, Serving, eventually, jpeg, serving, unread
@@ -160,7 +160,7 @@ def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(ser
         await client.until("response.created")
         call = serving.call()
         for _ in range(94):
-            call.session.hearing.put(np.zeros(TURN_SAMPLES, np.float32))  # its client stays nine seconds ahead
+            call.session.hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))  # its client stays nine seconds ahead
             await serving.go(1)
         assert call.speaks.response is not None
         await serving.go(1)
