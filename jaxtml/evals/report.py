@@ -1,4 +1,4 @@
-"""An evaluation for people: the table of figures and one picture. Called by `tools/eval_bars`."""
+"""An evaluation for people: the table of figures and one picture. Called by `tools/evaluate.py`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 In the folder it writes: `run.json` (which model on which material), `items.jsonl` (a record per session with raw event
 times, see `events`), `wavs/` (some sessions, user left, model right), `results.json`, `summary.png`. A run that was
-killed goes on where it was. Called by `tools/eval_bars`.
+killed goes on where it was. Called by `tools/evaluate.py`.
 
 Axis: N samples.
 """

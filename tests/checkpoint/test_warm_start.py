@@ -29,7 +29,7 @@ from jaxtml.stream.tokens import CONTROLS
 from jaxtml.train.storage import shapes, start_from
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
 DESCRIBED = TOOL["released_config"]()
 THEIRS = config_from_inkling(DESCRIBED, "inkling")
 

@@ -33,7 +33,7 @@ from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.step import count_batch, loss_fn, spoilt_history
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
 HEADS = TOOL["HEADS"]
 BOUND = 3e-5  # relative error of float32 logits
 

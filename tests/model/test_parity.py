@@ -23,7 +23,7 @@ from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.tokens import PositionKind
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
 CASES = TOOL["CASES"]
 BOUND = 3e-5  # relative error of float32 logits
 

@@ -1,4 +1,4 @@
-"""Where the compilers for hardware that is not here are: in the environment, or apart from it (tools/environment)."""
+"""Where the compilers for hardware that is not here are: in the environment, or apart from it (tools/setup.sh)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from jaxtml.stream import dmel
 from jaxtml.stream.audio_file import read_audio
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_frontend_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_frontend_golden.py"), run_name="golden")
 # The shipped prompts and, where installed, Debian's pocketsphinx-testdata (read books, single words) and
 # asterisk-core-sounds-en-wav (prompts).
 HUMAN_SPEECH = (

@@ -11,7 +11,7 @@ import pytest
 from jaxtml.stream.images import image_patches, patch_grid
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_frontend_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_frontend_golden.py"), run_name="golden")
 
 PADDING = (-1 / 255 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array([0.26862954, 0.26130258, 0.27577711])
 

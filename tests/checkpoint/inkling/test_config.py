@@ -21,7 +21,7 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import count, flatten
 
 ROOT = Path(__file__).parents[3]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
 DESCRIBED = TOOL["CASES"]["text"]
 CONFIG = config_from_inkling(DESCRIBED)
 

@@ -21,7 +21,7 @@ from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
 
 ROOT = Path(__file__).parents[3]
-TOOL = runpy.run_path(str(ROOT / "tools" / "make_backbone_golden.py"), run_name="golden")
+TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
 # Widths that groups of 16 and 32 divide.
 DESCRIBED = TOOL["released_config"](hidden_size=64, intermediate_size=32, dense_intermediate_size=48)
 PREFIX = "model.llm.layers.{}.mlp.experts.{}_weight"

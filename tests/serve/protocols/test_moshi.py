@@ -32,7 +32,7 @@ from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
 PCM = Format("pcm", 24_000)
-PEERS = Path(sys.prefix) / "peers"  # tools/environment
+PEERS = Path(sys.prefix) / "peers"  # tools/setup.sh
 
 
 async def frames(ws: aiohttp.ClientWebSocketResponse, until: float) -> list[bytes]:

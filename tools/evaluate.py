@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Holds a model to the bars of the first task: what it hears, when it speaks, what it answers, how it sounds.
 
-    tools/eval_bars --checkpoint DIR --bank DIR --out DIR [--synthetic 100] [--human 100]
-    tools/eval_bars --workdir RUN ...        the newest checkpoint of a training run
+    tools/evaluate.py --checkpoint DIR --bank DIR --out DIR [--synthetic 100] [--human 100]
+    tools/evaluate.py --workdir RUN ...        the newest checkpoint of a training run
 
 Sessions with voices that training never hears: the bank's split "test", and a person's recorded prompts
 (apt-get install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav). Whisper tiny.en judges the model's voice
@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
         heard = [s.stretches[n] for s in sessions for n in uninterrupted(s)]
         said = [stretch.text for stretch in heard if stretch.understood is not None]
         score["rows"].append(bars.as_json(run.listener_on_the_recordings(listener, bank, said, args.out)))
-    head = {"command": shlex.join(["tools/eval_bars", *sys.argv[1:]]), "model": setting.model, "material": material,
+    head = {"command": shlex.join(["tools/evaluate.py", *sys.argv[1:]]), "model": setting.model, "material": material,
             "listener": setting.listener, "left_out": skipped}  # fmt: skip
     (args.out / run.RESULTS).write_text(json.dumps(head | score, indent=1) + "\n")
     console.print(report.table_of(score["rows"]))

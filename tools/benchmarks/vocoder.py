@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How well the vocoder speaks: PESQ, STOI and an independent ASR's word errors, against Griffin-Lim on the same frames.
 
-    python tools/bench_vocoder.py [--checkpoint DIR | --workdir RUN] [--out wavs/] [--json]
+    python tools/benchmarks/vocoder.py [--checkpoint DIR | --workdir RUN] [--out wavs/] [--json]
 
 Two sets: the model's own voice saying sentences that are in no bank (needs Kokoro, see `tools/install_voices`), and
 human readers it never heard (Debian's pocketsphinx-testdata). Frames come from the recording; the rows say what became

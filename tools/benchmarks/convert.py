@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of `jaxtml convert` against `cp` of the same bytes, in pairs, the files out of the page cache before.
 
-    tools/bench_convert [--folder DIR] [--pairs 5] [--gigabytes 8]
+    tools/benchmarks/convert.py [--folder DIR] [--pairs 5] [--gigabytes 8]
 
 Makes a random mixture-of-experts checkpoint in the released format, converts it to ours and back with the command.
 A conversion ends when its result is on the disk, so `cp` is followed by `sync`; both are told apart. Times are those of
@@ -28,10 +28,10 @@ import numpy as np
 from rich.console import Console
 
 from jaxtml import config as configs
-from jaxtml.config import Config
-from jaxtml.convert.conversion import write
 from jaxtml.checkpoint.inkling.sink import released_dtypes
 from jaxtml.checkpoint.source import Index, extent, spec_table
+from jaxtml.config import Config
+from jaxtml.convert.conversion import write
 
 
 class Drawn:

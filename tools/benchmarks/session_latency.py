@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a session costs on this machine: from process start to the first micro-turn, and each step of a conversation.
 
-    tools/bench_session [--checkpoint DIR] [--json]
+    tools/benchmarks/session_latency.py [--checkpoint DIR] [--json]
 
 Start: whole processes of `jaxtml converse` over 200 ms of sound, with an empty compilation cache and then with the one
 that it left. Steps: one session over the demo's recording, as fast as it goes; the first is left out, it waits for the
@@ -26,7 +26,7 @@ from rich.console import Console
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
-RECORDING = Path(__file__).parents[1] / "jaxtml" / "assets" / "demo" / "human.flac"
+RECORDING = Path(__file__).parents[2] / "jaxtml" / "assets" / "demo" / "human.flac"
 WARM_RUNS = 3
 
 

@@ -1,6 +1,6 @@
 """Makes tests/golden/frontend.npz: what the released Inkling front end gives for inputs that anyone can make again.
 
-    python tools/make_frontend_golden.py
+    python tools/goldens/make_frontend_golden.py
 
 Needs the `oracle` extra (torch, torchvision, transformers). The tests then compare to the released bins and patches on
 machines that have none of these; they make the inputs with `golden_wave` and `golden_image` of this file.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 SEED = 20261123
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "frontend.npz"
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "frontend.npz"
 IMAGE_SIZES = ((70, 95), (80, 120), (39, 200))  # height, width: ragged, whole tiles, under one tile high
 PIXEL_STEP = 7  # of the pixels a side that are stored beside the checksum, to show how far off a change is
 

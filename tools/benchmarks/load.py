@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Many people talk to one server at once: what they get, and when.
 
-    tools/loadtest [--sessions 24] [--seconds 60] [--ramp 5] [--chaos] [--url http://127.0.0.1:8080] [--out DIR]
+    tools/benchmarks/load.py [--sessions 24] [--seconds 60] [--ramp 5] [--chaos] [--url URL] [--out DIR]
 
 Every session sends a recording over and over, from a place of its own, in packets of 200 ms at the pace at which it was
 spoken, and plays what comes. Without --url the server is started here, with the shipped `tiny`. With --chaos, sessions
-are cut off and come back, stop taking what they are sent, and send nonsense. Printed, and written as JSON and a picture:
+are cut off and come back, stop taking what they are sent, and send nonsense. Printed, and written as JSON and picture:
 
 - gaps between two pieces of sound that a session gets (200 ms each; longer ones are silence in somebody's ear),
 - latency, from the end of the user's words as they are spoken to the first audible sample, as it arrives,
@@ -38,7 +38,7 @@ from rich.table import Table
 
 from jaxtml.checkpoint.opening import SHIPPED
 from jaxtml.stream.audio_file import read_audio
-from jaxtml.stream.timebase import SAMPLE_RATE, MICRO_TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 TURN_S = MICRO_TURN_SAMPLES / SAMPLE_RATE
 AUDIBLE = 10 ** (-45 / 20)

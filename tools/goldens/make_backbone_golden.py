@@ -1,7 +1,7 @@
 """Makes tests/golden/backbone.npz: the released forward's logits for weights and inputs that anyone can make again, and
 those of prediction heads.
 
-    python tools/make_backbone_golden.py
+    python tools/goldens/make_backbone_golden.py
 
 Needs the `oracle` extra (torch, transformers). The tests then compare to the released logits on machines that have
 neither; weights and inputs come from `released_weights` and `case_inputs` of this file, by NumPy from a seed, and are
@@ -26,7 +26,7 @@ from jaxtml.checkpoint.inkling.source import places
 from jaxtml.config import Config
 
 SEED = 20261123
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "backbone.npz"
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "backbone.npz"
 AUDIO, IMAGE = 11, 10  # placeholder ids
 FIRST_TEXT = 14
 TOKENS = 72  # past the windows (16), both relative extents (16, 24) and the floor of the logarithm (8)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether a server stays as it was: an hour of one session, and a thousand clients that are cut off and come back.
 
-    tools/soak [--checkpoint DIR] [--minutes 60] [--cycles 1000]
+    tools/benchmarks/soak.py [--checkpoint DIR] [--minutes 60] [--cycles 1000]
 
 The hour runs as fast as the model does: a session of a worker hears a recording over and over. For its last tenth
 another worker is there, whose session has just begun, and the two have their micro-turns in turn: what is told are the
@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 
 from jaxtml.checkpoint.opening import SHIPPED
-from jaxtml.session.engine import SlotInput
-from jaxtml.serve.runtime.worker_process import WorkerProcess
 from jaxtml.serve.runtime.wire import SessionStart, Tick
+from jaxtml.serve.runtime.worker_process import WorkerProcess
+from jaxtml.session.engine import SlotInput
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES

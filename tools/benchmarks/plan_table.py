@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The README's table of plans: `jaxtml plan` of the 276B model for pods that are not here, one after the other.
 
-    tools/plan_table [ROW ...] [--json]
+    tools/benchmarks/plan_table.py [ROW ...] [--json]
 
 Needs the compilers: `pip install -e .[plan]`, for H100 also `.[plan-cuda]`; half an hour on two cores for all rows.
 """
@@ -57,7 +57,8 @@ def row(name: str, report: dict) -> str:
     parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in report["memory"].items() if size > 5e7)
     return (
         f"| {name} | {report['topology']} | {report['mesh']} | {report['bytes_per_chip'] / 1e9:.1f} of "
-        f"{report['chip_memory_bytes'] / 1e9:.0f} ({parts}) | {speed} | {report['plan_s']:.0f} s, {report['plan_bytes'] / 1e9:.1f} GB |"
+        f"{report['chip_memory_bytes'] / 1e9:.0f} ({parts}) | {speed} | "
+        f"{report['plan_s']:.0f} s, {report['plan_bytes'] / 1e9:.1f} GB |"
     )
 
 

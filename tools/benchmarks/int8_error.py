@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What int8 experts cost: the shipped model's logits over the demo's recording, against those of its own weights.
 
-    tools/int8_error [--checkpoint DIR]
+tools/benchmarks/int8_error.py [--checkpoint DIR]
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxtml.checkpoint.orbax_source import TOKENIZER, load_checkpoint
 from jaxtml.data.pipeline import pad
-from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.experts.moe import with_int8_experts
+from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.conversation import Conversation
@@ -25,7 +25,7 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control, PositionKind
 
-ASSETS = Path(__file__).parents[1] / "jaxtml" / "assets"
+ASSETS = Path(__file__).parents[2] / "jaxtml" / "assets"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ours against torch `transformers` on this machine's CPU: the same weights, in turn, in one run.
 
-    tools/bench_cpu [--config tiny] [--rounds 7] [--json]
+    tools/benchmarks/cpu_speed.py [--config tiny] [--rounds 7] [--json]
 
 Two rows. Training: tokens/s of forward, backward and AdamW on 4 x 512 text tokens. Micro-turn: ms for one session that
 reads 6 positions and then generates 6 tokens, one at a time, over its cache. Each round runs ours and theirs one after
@@ -20,7 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtml import config as configs
-from jaxtml.config import Config, VisionConfig
-from jaxtml.convert.conversion import write
 from jaxtml.checkpoint.inkling.config import planned_folds
 from jaxtml.checkpoint.source import InMemorySource
+from jaxtml.config import Config, VisionConfig
+from jaxtml.convert.conversion import write
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
 
@@ -72,7 +73,7 @@ class Ours:
         def step(params: Params, moments: Any, ids: jax.Array) -> tuple[Params, Any, jax.Array]:
             value, grads = jax.value_and_grad(loss)(params, ids)
             updates, moments = optimizer.update(grads, moments, params)
-            return optax.apply_updates(params, updates), moments, value
+            return cast(Params, optax.apply_updates(params, updates)), moments, value
 
         params = jax.tree.map(jnp.copy, self.params)
         state = [params, optimizer.init(params)]
@@ -93,9 +94,7 @@ class Ours:
         def forward(params: Params, state: Any, position: jax.Array, ids: jax.Array) -> tuple[Any, jax.Array]:
             trunk = self.model.bind(params | self.rest)
             length = jnp.full((1,), ids.shape[1], jnp.int32)
-            hidden, state = backbone.continue_(
-                params["layers"], trunk.embed(ids, jnp.float32), state, position, length
-            )
+            hidden, state = backbone.continue_(params["layers"], trunk.embed(ids, jnp.float32), state, position, length)
             return state, jnp.argmax(self.model.logits(params, trunk.norm(hidden[:, -1])), axis=-1)
 
         @partial(jax.jit, donate_argnums=1)
@@ -179,7 +178,8 @@ def seconds(run: Run) -> float:
 
 def compare(ours: Run, theirs: Run, rounds: int, amount: float) -> dict[str, float]:
     """Medians of `amount` per second on either side, and of the ratio of neighbouring runs."""
-    ours(), theirs()
+    ours()
+    theirs()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
     return {
         "ours": amount / statistics.median(a for a, _ in pairs),
