@@ -192,10 +192,11 @@ def data(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from jaxtml.plan import planning as command
+    from jaxtml.plan.report_text import told
 
     make = command.searched if args.search else command.plan
     report = make(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
-    print(json.dumps(report) if args.json else command.told(report))
+    print(json.dumps(report) if args.json else told(report))
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -16,8 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxtml.config import AttentionConfig, BackboneConfig
-from jaxtml.model.attention.attention import Attention, KVCache, Step, make_step, ring_slots
-from jaxtml.model.experts.moe import MoE, MoEStats
+from jaxtml.model.attention.attention import Attention
+from jaxtml.model.attention.cache import KVCache, Step, make_step, ring_slots
+from jaxtml.model.experts.moe import MoE
+from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
 from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, bind

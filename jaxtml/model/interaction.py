@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxtml.config import Config
 from jaxtml.model.backbone import Backbone
-from jaxtml.model.experts.moe import MoEStats
+from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.mtp import MTP
 from jaxtml.model.placement import ALONE, TENSOR, Placement, all_gather_parameters

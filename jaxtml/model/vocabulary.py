@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtml.model.attention.attend import HIDDEN
+from jaxtml.model.numerics import HIDDEN
 from jaxtml.model.placement import TENSOR
 from jaxtml.parallel.collectives import pmax, psum_backward, psum_forward
 from jaxtml.parallel.mesh import MeshShape

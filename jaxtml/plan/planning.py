@@ -6,10 +6,8 @@ what the compiler allots. Called by the command line.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import math
-import re
 from typing import Any
 
 import jax
@@ -23,14 +21,14 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import counted
+from jaxtml.plan.compilation import _HELPS, DoesNotFit, _compiled_memory, _return_memory
 from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
-from jaxtml.plan.report import Memory, ServedLoad, serve_report, train_report
+from jaxtml.plan.report import ServedLoad, serve_report, train_report
 from jaxtml.plan.search import search
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN
 from jaxtml.train.step import check_batch
 
-GIB = 2**30
 REMATS: tuple[str, ...] = ("none", "outputs", "full")  # what `train.remat` may be, the cheapest first
 
 
@@ -85,14 +83,6 @@ def _planned(config: Config, where: Topology, shape: MeshShape, program: str) ->
     return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
 
 
-def _return_memory() -> None:
-    """Keeps glibc from raising, with every large array that is freed, the size up to which it holds memory back: a
-    fifth of what the compiler of a large program has at its peak."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; its initial value
-
-
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
     if program == "train":
         return MeshShape(data=devices)
@@ -134,48 +124,6 @@ def _routed(params: Any) -> list[Any]:
     return [array for part in parts for array in _routed(part)]
 
 
-class DoesNotFit(InputError):
-    """A program needs more memory than a chip has."""
-
-
-_HELPS = {
-    "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
-    "train.moment_dtype=bfloat16",
-    "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
-}
-_NEEDS = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
-_OVER = re.compile(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)")
-
-
-def _compiled_memory(traced: Any, config: Config, where: Topology, program: str) -> Memory:
-    """What the compiler allots. Some refuse a program that is too large, others compile it all the same."""
-
-    def refused(how_much: str) -> DoesNotFit:
-        return DoesNotFit(f"{config.name} does not fit {where}, {how_much}: try {_HELPS[program]}, or more chips")
-
-    try:
-        found = traced.lower().compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())
-        over, needs = _OVER.search(said), _NEEDS.search(said)
-        if "RESOURCE_EXHAUSTED" not in said or not (over or needs or "HBM" in said.upper()):
-            raise
-        if needs is not None:
-            raise refused(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
-        raise refused(f"by {over.group(1)} per device" if over else f"({said[:160]})") from error
-    memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
-    )
-    room = where.chip.memory / where.chip.devices
-    if memory.total > room:
-        raise refused(f"a device has {room / GIB:.1f} GiB and would need {memory.total / GIB:.1f}")
-    return memory
-
-
 def searched(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
     """The plan with the largest batch and the remat that give most tokens a second, or the most sessions, that fit.
 
@@ -210,34 +158,3 @@ def searched(config: Config, topology: str, mesh: str | None, program: str) -> d
     kept = ("bytes_per_chip", "roofline_step_ms", "tokens_per_s_per_chip", "mfu")
     table = [{"set": settings(kind, n)} | {key: report[key] for key in kept} for kind, n, report in found]
     return found[0][2] | {"set": table[0]["set"], "searched": table}
-
-
-def told(report: dict[str, Any]) -> str:
-    """A report as lines for people."""
-    memory, limit = report["memory"], report["chip_memory_bytes"]
-    if report["program"] == "serve":
-        turns, floors = report["turn_ms"], report["weight_floor_ms"]
-        lines = [
-            f"a micro-turn at best {name} {turns[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
-            for name in turns
-        ]
-        lines.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
-    else:
-        lines = [
-            f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
-            f"tokens/s per chip  {report['tokens_per_s_per_chip']:8.0f} at best, MFU {report['mfu']:.1%}",
-        ]
-    lines = [
-        f"{report['config']}, {report['program']} on {report['topology']} ({report['chips']} chips), "
-        f"mesh {report['mesh']}",
-        f"memory per chip    {report['bytes_per_chip'] / GIB:8.2f} GiB of {limit / GIB:.0f}: "
-        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
-        f"FLOPs per chip     {report['flops_per_chip']:8.3e}, {report['flops_ratio']:.3f} x what the tokens need",
-        *(f"sent per device    {size / GIB:8.2f} GiB {kind}" for kind, size in report["collective_bytes"].items()),
-        *lines,
-        *(
-            f"{' '.join(one['set']):40} {one['bytes_per_chip'] / GIB:8.2f} GiB, MFU {one['mfu']:.1%} at best"
-            for one in report.get("searched", ())
-        ),
-    ]
-    return "\n".join(lines)

@@ -9,7 +9,6 @@ by `plan`; pure arithmetic.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,65 +16,11 @@ from typing import Any, NamedTuple
 
 from jaxtml.config import Config
 from jaxtml.model.flops import forward_flops_per_token
-from jaxtml.parallel.mesh import AXES, MeshShape
+from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
+from jaxtml.plan.roofline import Memory, roofline
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device, as the compiler allots them; `aliased` outputs lie where donated arguments lay."""
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a step by what bounds it: products, links inside a slice, network between slices, memory."""
-
-    compute: float
-    links: float
-    network: float
-    memory: float
-
-    @property
-    def step(self) -> float:
-        return max(self.compute, self.links, self.network, self.memory)
-
-    @property
-    def bound(self) -> str:
-        return max(("compute", "links", "network", "memory"), key=lambda name: getattr(self, name))
-
-
-def roofline(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Times:
-    """The roofline of one device's program that moves `read` bytes of its memory.
-
-    A topology is one slice of TPUs, in which all have fast links to each other; on GPUs what reaches beyond those that
-    have goes over the network. The last axes of a mesh are neighbours.
-    """
-    chip = topology.chip
-
-    def crosses(axes: tuple[str, ...]) -> bool:
-        reach = math.prod(mesh.sizes[axis] for axis in AXES[min(map(AXES.index, axes)) :])
-        return topology.domain is not None and reach > topology.domain
-
-    crossing = sum(size for (_, axes), size in work.sent.items() if crosses(axes))
-    inside = sum(work.sent.values()) - crossing
-    return Times(
-        compute=work.flops * chip.devices / chip.flops,
-        links=inside * chip.devices / chip.link_rate,
-        network=crossing * chip.devices / chip.network_rate,
-        memory=read * chip.devices / chip.memory_rate,
-    )
 
 
 def train_report(

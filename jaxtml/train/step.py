@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.config import Config, FlowConfig, TrainConfig
 from jaxtml.errors import InputError
-from jaxtml.model.experts.moe import MODALITIES, MoEStats
+from jaxtml.model.experts.routing import MODALITIES, MoEStats
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params

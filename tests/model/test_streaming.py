@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig, load
-from jaxtml.model.attention.attention import ring_slots
+from jaxtml.model.attention.cache import ring_slots
 from jaxtml.model.backbone import Backbone, LayerState
 from jaxtml.model.spec import init_params
 

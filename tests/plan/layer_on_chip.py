@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
-from jaxtml.model.attention.attend import attend_sequence
-from jaxtml.model.experts.grouped import Experts, expert_rows
+from jaxtml.model.attention.sequence import attend_sequence
+from jaxtml.model.experts.grouped import expert_rows
 from jaxtml.model.experts.moe import MoE
+from jaxtml.model.experts.weights import Experts
 from jaxtml.model.spec import bind, specs
 from jaxtml.parallel.work import counted
 from jaxtml.plan.topology import Topology

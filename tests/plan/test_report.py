@@ -8,7 +8,8 @@ from jaxtml import config as configs
 from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
-from jaxtml.plan.report import WRITTEN, Memory, ServedLoad, roofline, serve_report, train_report
+from jaxtml.plan.report import WRITTEN, ServedLoad, serve_report, train_report
+from jaxtml.plan.roofline import Memory, roofline
 from jaxtml.plan.topology import Topology
 
 V5P = Topology.parse("v5p:4x4x8")

@@ -24,9 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxtml.model.attention.attend import HIDDEN
-
-LANES = 128  # columns of a register: per-row values are kept this wide
+from jaxtml.model.numerics import HIDDEN
+from jaxtml.parallel.chips import LANES
 
 
 class Plan(NamedTuple):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.errors import InputError
-from jaxtml.model.experts.moe import with_int8_experts
+from jaxtml.model.experts.weights import with_int8_experts
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import layout
 from jaxtml.model.spec import Params, ParamSpec

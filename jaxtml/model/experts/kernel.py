@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from jaxtml.model.experts.grouped import LANES
+from jaxtml.parallel.chips import LANES
 
 TILE_BYTES = 2**22  # of weights on their way into a TPU's fast memory, twice, at most
 GPU_TILE = 64  # edge of a tile of weights on a GPU

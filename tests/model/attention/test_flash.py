@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxtml.model.attention.attend import HIDDEN
 from jaxtml.model.attention.flash import flash_attention, turned, turned_back
+from jaxtml.model.numerics import HIDDEN
 
 H, G, K, R = 4, 2, 16, 8
 

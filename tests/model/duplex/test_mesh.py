@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtml.config import AttentionConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model import backbone
-from jaxtml.model.attention import attention
+from jaxtml.model.attention import cache
 from jaxtml.model.duplex.step import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
@@ -79,7 +79,7 @@ def sessions_on_mesh(placement: Placement, config: Config, params, inputs) -> Ru
 
 def test_a_stack_that_is_scanned_gives_what_its_layers_give_one_by_one(config, params, alone, monkeypatch):
     monkeypatch.setattr(backbone, "SPELT_OUT", 2)
-    monkeypatch.setattr(attention, "LOGITS", 1000)  # a few queries at a time
+    monkeypatch.setattr(cache, "LOGITS", 1000)  # a few queries at a time
     duplex = Duplex(InteractionModel(config), trace=True)
     assert not duplex.model.backbone.spelt_out
     assert_same(sessions_alone(duplex, params).outputs, alone.outputs, exact=False)

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from jaxtml.config import load
-from jaxtml.model.experts.grouped import Experts, _blocks, _in_place, _megablox, _ragged_dot, quantised
-from jaxtml.model.experts.moe import MoE, Routing, _few, _own_experts, block_rows, dense
+from jaxtml.model.experts.dense import dense
+from jaxtml.model.experts.dispatch import block_rows
+from jaxtml.model.experts.grouped import _blocks, _in_place, _megablox, _ragged_dot
+from jaxtml.model.experts.local import _few, _own_experts
+from jaxtml.model.experts.moe import MoE
+from jaxtml.model.experts.routing import Routing
+from jaxtml.model.experts.weights import Experts, quantised
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.stream.tokens import PositionKind

@@ -12,18 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtml.config import load
-from jaxtml.model.experts.grouped import Experts
-from jaxtml.model.experts.moe import (
-    MoE,
-    Routing,
-    block_rows,
-    buffer_rows,
-    dense,
-    plan_trip,
-    replicated,
-    ring,
-    sorted_by_expert,
-)
+from jaxtml.model.experts.dense import dense
+from jaxtml.model.experts.dispatch import block_rows, buffer_rows
+from jaxtml.model.experts.moe import MoE
+from jaxtml.model.experts.routing import Routing
+from jaxtml.model.experts.transports import plan_trip, replicated, ring, sorted_by_expert
+from jaxtml.model.experts.weights import Experts
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.parallel.mesh import MeshShape, make_mesh

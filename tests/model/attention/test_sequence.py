@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attention import attend
-from jaxtml.model.attention.attend import attend_sequence
-from jaxtml.model.attention.attention import _ring_bias, make_step, ring_slots
+from jaxtml.model.attention import sequence
+from jaxtml.model.attention.sequence import attend_sequence
 
 BATCH, GROUPS, PER_GROUP, DIM, RANK = 2, 2, 3, 8, 4
 
@@ -47,9 +46,9 @@ CASES = {
 @pytest.mark.parametrize("bodies", [8, 0], ids=["chunks", "block by block"])
 @pytest.mark.parametrize("case", CASES)
 def test_parts_equal_one_masked_softmax_forwards_and_backwards(case, bodies, monkeypatch):
-    monkeypatch.setattr(attend, "CHUNK", 16)
-    monkeypatch.setattr(attend, "BODIES", bodies)
-    monkeypatch.setattr(attend, "BLOCK", 32)
+    monkeypatch.setattr(sequence, "CHUNK", 16)
+    monkeypatch.setattr(sequence, "BODIES", bodies)
+    monkeypatch.setattr(sequence, "BLOCK", 32)
     tokens, config = CASES[case]
     rng = np.random.default_rng(0)
 
@@ -76,36 +75,6 @@ def test_parts_equal_one_masked_softmax_forwards_and_backwards(case, bodies, mon
     for name, ours, definition in zip(names, run(attend_sequence), run(_everything), strict=True):
         scale = max(float(jnp.linalg.norm(definition)), 1.0)  # a gradient may be zero
         assert float(jnp.linalg.norm(ours - definition)) / scale < 5e-6, name
-
-
-@pytest.mark.parametrize("extent", [3, 7, 40])
-def test_a_step_sees_exactly_the_window_and_the_pinned_tokens(extent):
-    """The ring's plan against a list of what each slot holds, over a session that wraps round; and its bias, which is
-    that of each key's distance."""
-    config = AttentionConfig(4, 2, 8, window=7, rel_extent=extent, pinned=3)
-    profile = jnp.arange(1.0, 5 * extent + 1).reshape(1, 5, 1, 1, extent)
-    slots = ring_slots(config, max_tokens=5)
-    held = np.full(slots, -1)
-    position = 0
-    for length in (5, 1, 0, 4, 5, 5, 3, 5, 5, 5, 5):
-        step = make_step(config, slots, jnp.array([position]), jnp.array([length]), 5)
-        for i in range(length):
-            held[int(step.slots[0, i])] = position + i
-        bias = np.asarray(_ring_bias(profile, step.query, config.pinned, slots))[0, :, 0, 0]
-        assert (np.asarray(step.slots[0, length:]) == slots).all()  # padding is dropped
-        for i in range(length):
-            distance = position + i - held
-            visible = (held >= 0) & (distance >= 0) & ((distance < 7) | (held < 3))
-            np.testing.assert_array_equal(step.visible[0, i], visible)
-            known = np.append(profile[0, i, 0, 0], np.zeros(100))[distance[visible]]
-            np.testing.assert_array_equal(bias[i][visible], known)
-            assert visible.sum() == len({p for p in range(position + i + 1) if position + i - p < 7 or p < 3})
-        position += length
-
-
-def test_a_ring_has_room_for_the_window_and_one_call():
-    config = AttentionConfig(4, 2, 8, window=64, rel_extent=64, pinned=8)
-    assert ring_slots(config, max_tokens=10) - config.pinned >= 64 + 9
 
 
 @pytest.mark.parametrize(("window", "pinned"), [(512, 0), (16_384, 8), (32_768, 0)])

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
-
-HIDDEN = -1e30  # logit of a key that must not be seen
+from jaxtml.model.numerics import HIDDEN, einsum
 
 
 class Blocks(NamedTuple):
@@ -195,8 +194,3 @@ def _add(sums: jax.Array, part: jax.Array, blocks: Blocks, key: jax.Array) -> ja
     """Adds to one block of `[B, G, T, K]`, in place."""
     old = _cut(sums, blocks, key, 2)
     return jax.lax.dynamic_update_slice_in_dim(sums, old + part, key * blocks.size, axis=2)
-
-
-def einsum(equation: str, *operands: jax.Array) -> jax.Array:
-    """Products summed in float32."""
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

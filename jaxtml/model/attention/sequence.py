@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attention.blocks import HIDDEN, attend_blocks, einsum, plan
+from jaxtml.model.attention.blockwise import attend_blocks, plan
+from jaxtml.model.numerics import HIDDEN, einsum
 
 FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
 CHUNK = 128  # queries per chunk
