@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtml.checkpoint.orbax_source import TOKENIZER, load_checkpoint
 from jaxtml.data.pipeline import pad
-from jaxtml.model.experts.moe import with_int8_experts
+from jaxtml.model.experts.weights import with_int8_experts
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.stream.audio_file import read_audio
