@@ -127,6 +127,7 @@ class VocoderConfig:
 class DataConfig:
     """What training sees: a speech bank mixed into sessions of `turns` micro-turns, cut at `tokens` tokens a row.
 
+    `dataset` names the rows that training reads; `jaxtml.data.dataset` opens them and lists the names.
     `misheard` is the share of rows in which some heard words are others than were said (see `data.pipeline`).
     `text_lead_ms`: text is written so long before its sound, at the earliest in the micro-turn that opens the gate.
     """
@@ -137,6 +138,7 @@ class DataConfig:
     heard_delay_ms: int = 120
     text_lead_ms: int = 2000
     misheard: float = 0.3
+    dataset: str = "conversations"
 
 
 @dataclass(frozen=True)

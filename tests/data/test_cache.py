@@ -70,6 +70,11 @@ def test_a_cache_of_other_rows_is_refused(rows, folder):
         cache.build(other, folder, COUNT, workers=1)
 
 
+def test_the_digest_of_rows_is_that_of_caches_made_before(rows):
+    """Caches and training runs of earlier versions hold this digest: another one would refuse them all."""
+    assert cache.digest(rows) == "aeee12d0036a897b1ce192063af41afd30ff81add62cd5c0ace0b861f1a6111b"
+
+
 def test_a_folder_without_a_cache_is_refused(rows, tmp_path):
     with pytest.raises(InputError, match="holds no cache"):
         cache.CachedRows.open(rows.config, tmp_path)
