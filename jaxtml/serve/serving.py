@@ -160,7 +160,7 @@ async def _serve(
     metrics, orders = Metrics(), _Orders()
     began = time.monotonic()
     log.event("loading and compiling, which takes longer the first time", workers=workers)
-    places = (options.max_sessions, workers, metrics.ticked, options.mesh)
+    places = (options.max_sessions, workers, metrics.observe_tick, options.mesh)
     async with contextlib.AsyncExitStack() as stack:
         starting = asyncio.create_task(stack.enter_async_context(started(options.checkpoint, *places)))
         told = asyncio.create_task(orders.drain.wait())

@@ -150,7 +150,7 @@ def serving(
         clock = Stepped()
         worker = model(slots, clock)
         metrics = Metrics()
-        pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.ticked, week_ms=lambda: 0)])
+        pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
         chosen = access or Access()
         served = ServedModel(engine.config.name, engine.config, engine.codec)
         desk = SessionManager(pool, chosen, served, limits or Limits(), metrics)

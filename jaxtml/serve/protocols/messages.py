@@ -11,6 +11,8 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 
+from jaxtml.serve.sessions.errors import InvalidMessage
+
 _Message = TypeVar("_Message")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what JSON that is not as its type raises
 
@@ -26,14 +28,6 @@ class Event(Strict, tag_field="type", kw_only=True):
     """A message. `event_id` is the client's name for it."""
 
     event_id: Name | None = None
-
-
-class InvalidMessage(Exception):
-    """A message that cannot be taken, in the words of a protocol's error: a code, a text, and the parameter."""
-
-    def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None):
-        super().__init__(message)
-        self.code, self.param, self.event_id = code, param, event_id
 
 
 class _Named(msgspec.Struct):

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from jaxtml.errors import InputError
 from jaxtml.serve.runtime.scheduler import TICK_S, ScheduledSession, Scheduler, ServerFull
-from jaxtml.serve.runtime.wire import TickReply, WorkerReady
+from jaxtml.serve.runtime.wire import WorkerReady
 from jaxtml.serve.runtime.worker_process import WorkerProcess
 
-OnTick = Callable[[float, TickReply], None]
+OnTick = Callable[[float, float], None]
 
 
 class WorkerPool:
@@ -64,7 +64,7 @@ async def started(
     checkpoint: str | Path,
     capacity: int,
     workers: int,
-    on_tick: OnTick = lambda took_s, told: None,
+    on_tick: OnTick = lambda tick_s, step_s: None,
     mesh: str = "",
 ) -> AsyncIterator[tuple[WorkerPool, WorkerReady]]:
     """A pool that has room for `capacity` sessions, and the first word of its workers, which end with it.

@@ -188,7 +188,7 @@ class Scheduler:
       model: the worker.
       capacity: sessions that it has room for; detached ones keep their slot.
       clock: of the ticks.
-      on_tick: is told of each: seconds it took, and what the worker said.
+      on_tick: called after each tick with the seconds it took and the seconds of the compiled step inside it.
       week_ms: the wall clock of the week.
       group: of the worker's sessions.
     """
@@ -198,7 +198,7 @@ class Scheduler:
         model: TickModel,
         capacity: int,
         clock: TickClock | None = None,
-        on_tick: Callable[[float, TickReply], None] = lambda took_s, told: None,
+        on_tick: Callable[[float, float], None] = lambda tick_s, step_s: None,
         week_ms: Callable[[], int] = lambda: int(1000 * time.time()) % WEEK_MS,
         group: int = 0,
     ):
@@ -238,7 +238,7 @@ class Scheduler:
                 self.counts.ticks += 1
                 self.counts.compilations += told.compilations
                 self.counts.misses += now > due + TICK_S
-                self.on_tick(now - began, told)
+                self.on_tick(now - began, told.step_ms / 1000)
             due += TICK_S
             if now > due + _LOST_S:
                 lost = int((now - due) / TICK_S)

@@ -21,25 +21,12 @@ import jwt
 import msgspec
 
 from jaxtml.errors import InputError
+from jaxtml.serve.sessions.errors import Refused
 
 PREFIX = "ek_"  # of short-lived keys, as OpenAI's have it
 SCOPES = frozenset({"live", "realtime", "moshi"})
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
-
-
-class Refused(Exception):
-    """Someone may not do something, or not now.
-
-    Attributes:
-      status: of HTTP.
-      code: for machines.
-      retry_after_s: when to try again; None: never.
-    """
-
-    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None):
-        super().__init__(message)
-        self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
 
 class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -9,9 +9,9 @@ from functools import lru_cache
 import av
 import numpy as np
 
-from jaxtml.serve.protocols.messages import InvalidMessage
-from jaxtml.serve.sessions.images import THREAD, ImageIntake
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
+from jaxtml.serve.transport.images import THREAD, ImageIntake
 from jaxtml.serve.transport.sound import Format, Incoming
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
@@ -19,6 +19,7 @@ from jaxtml.stream.tokens import Control
 
 _WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
 _TOKEN_BYTES = 8  # of a token, in the mean of any text that is one
+_IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # a micro-turn sees two
 _TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a megabyte takes half a second
 
 
@@ -38,6 +39,7 @@ class Intake:
         self.call, self.served = call, served
         self.incoming, self.seeing = Incoming(format), ImageIntake(served.config.duplex.max_patches)
         self.taken = 0
+        self._pictures = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
         self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
         self._unheard = np.zeros(0, np.float32)  # waits for room
 
@@ -97,9 +99,12 @@ class Intake:
         self.call.session.show(await self.seen(image))
 
     async def seen(self, image: bytes) -> np.ndarray:
-        """The patches of a JPEG or PNG. Raises `ValueError` as `ImageIntake.put`, `InvalidMessage` as
-        `ImageIntake.count`."""
-        self.seeing.count()
+        """The patches of a JPEG or PNG.
+
+        Raises `ValueError` as `ImageIntake.put`, `InvalidMessage` where pictures come too fast.
+        """
+        if not self._pictures.take():
+            raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_IMAGES_PER_SECOND:.0f} a second")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(THREAD, self.seeing.put, image)
 

@@ -22,8 +22,9 @@ from jaxtml.serve.monitoring import log, tracing
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime.pool import WorkerPool
 from jaxtml.serve.runtime.scheduler import EndReason, ScheduledSession, ServerFull, TickResult
-from jaxtml.serve.sessions.access import Access, Grant, Refused
-from jaxtml.serve.sessions.replay_buffer import ReplayBuffer
+from jaxtml.serve.sessions.access import Access, Grant
+from jaxtml.serve.sessions.errors import Refused
+from jaxtml.serve.transport.replay_buffer import ReplayBuffer
 from jaxtml.stream.reading import Reader, Words
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import SAMPLE_RATE

@@ -23,7 +23,7 @@ from absl import logging
 from aiohttp import WSMsgType, web
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.sessions.replay_buffer import ReplayBuffer, ReplayLost
+from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 from jaxtml.serve.transport.token_bucket import TokenBucket
 
 MESSAGE_BYTES = 2**20  # the largest that is read

@@ -22,6 +22,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import av
 import numpy as np
 from absl import logging
 from aiortc import (
@@ -37,7 +38,6 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
-from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.connection import GOODBYE_S, MESSAGE_BYTES
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketOrder, VideoJitterBuffer
@@ -58,13 +58,24 @@ _LOOK_S = 0.02
 _CHUNK = 1200  # bytes of SCTP's, at most
 
 
-class Hears(Protocol):
-    """A protocol whose client has tracks."""
+class FrameSink(Protocol):
+    """Takes the pictures of a peer's camera."""
 
-    intake: Intake
+    async def look(self, frame: av.VideoFrame) -> None:
+        """Gives the model one frame. Raises `ValueError` on a shape that cannot be cut into patches."""
+        ...
+
+
+class MediaSink(Protocol):
+    """Takes the sound and the pictures of a peer's tracks: a protocol whose client has tracks."""
+
+    @property
+    def intake(self) -> FrameSink:
+        """Takes the pictures."""
+        ...
 
     async def hear(self, samples: np.ndarray) -> None:
-        """`[N]` float32 at 16 kHz."""
+        """Takes `samples` `[N]`, float32 at 16 kHz."""
         ...
 
 
@@ -125,7 +136,7 @@ class Peer:
         self.heard_at = time.monotonic()
 
     @contextlib.asynccontextmanager
-    async def feeding(self, to: Hears) -> AsyncIterator[None]:
+    async def feeding(self, to: MediaSink) -> AsyncIterator[None]:
         """Meanwhile what the peer's tracks have goes to its protocol."""
         self._ear.arrivals.ready.clear()
         tasks = [asyncio.create_task(self._hear(to))]
@@ -314,11 +325,11 @@ class Peer:
             self._changed.clear()
             await self._changed.wait()
 
-    async def _hear(self, to: Hears) -> None:
+    async def _hear(self, to: MediaSink) -> None:
         while True:
             await to.hear(await self._ear.heard())
 
-    async def _see(self, camera: RTCRtpReceiver, intake: Intake) -> None:
+    async def _see(self, camera: RTCRtpReceiver, intake: FrameSink) -> None:
         """A picture a micro-turn. All are decoded, as each is told by those before it, but few are looked at."""
         due = 0.0
         with contextlib.suppress(MediaStreamError):

@@ -27,7 +27,7 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from av.error import FFmpegError
 
-from jaxtml.serve.sessions.images import PIXELS
+from jaxtml.serve.transport.images import PIXELS
 from jaxtml.serve.transport.sound import Format, Incoming
 from jaxtml.stream.timebase import SAMPLE_RATE
 

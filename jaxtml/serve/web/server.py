@@ -32,16 +32,17 @@ from aiohttp import WSMsgType, web
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.live import protocol as live
 from jaxtml.serve.protocols.live.messages import FIRST, Resume, Start
-from jaxtml.serve.protocols.messages import UNREADABLE, InvalidMessage
+from jaxtml.serve.protocols.messages import UNREADABLE
 from jaxtml.serve.protocols.moshi import protocol as moshi
 from jaxtml.serve.protocols.realtime import protocol as realtime
 from jaxtml.serve.protocols.realtime.messages import RealtimeSessionConfig, SecretRequest
 from jaxtml.serve.runtime.scheduler import EndReason
-from jaxtml.serve.sessions.access import Access, Grant, Refused
+from jaxtml.serve.sessions.access import Access, Grant
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel, SessionManager
-from jaxtml.serve.transport import signalling as offers
 from jaxtml.serve.transport.connection import Connection, ConnectionEnd, Receive, Socket, socket
 from jaxtml.serve.transport.sound import Track
+from jaxtml.serve.web import signalling as offers
 
 if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtml.serve.protocols.live.messages import FIRST, LATER
-from jaxtml.serve.protocols.messages import InvalidMessage
 from jaxtml.serve.protocols.realtime.messages import CLIENT
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.transport import connection
 from tests.serve.serving import Serving, eventually, serving
 from tests.serve.stepped import scripted

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.serve.sessions.access import EVERYONE, Access, Key, Refused
+from jaxtml.serve.sessions.access import EVERYONE, Access, Key
+from jaxtml.serve.sessions.errors import Refused
 
 
 class Clock:

@@ -21,7 +21,7 @@ from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
-from jaxtml.serve.transport import signalling as offers
+from jaxtml.serve.web import signalling as offers
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving

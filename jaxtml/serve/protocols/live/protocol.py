@@ -39,11 +39,12 @@ from jaxtml.serve.protocols.live.messages import (
     Unmute,
     format_of,
 )
-from jaxtml.serve.protocols.messages import InvalidMessage, MessageTypes
+from jaxtml.serve.protocols.messages import MessageTypes
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake, check_length
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
-from jaxtml.serve.sessions.replay_buffer import ReplayBuffer
+from jaxtml.serve.transport.replay_buffer import ReplayBuffer
 from jaxtml.serve.transport.sound import Format, Outgoing, Track
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE

@@ -21,8 +21,8 @@ import numpy as np
 import sphn
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.messages import InvalidMessage
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import Format, Outgoing

@@ -35,7 +35,6 @@ import msgspec
 import numpy as np
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.messages import InvalidMessage
 from jaxtml.serve.protocols.realtime.messages import (
     CLIENT,
     PEER,
@@ -65,6 +64,7 @@ from jaxtml.serve.protocols.realtime.messages import (
 )
 from jaxtml.serve.protocols.realtime.response import Response, call_of
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import Format, Incoming, Outgoing, Track

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from jaxtml.serve.sessions.replay_buffer import ReplayBuffer, ReplayLost
+from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 
 
 def test_readers_get_what_is_behind_them_and_wait_for_more():

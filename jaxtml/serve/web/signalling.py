@@ -15,9 +15,9 @@ from aiohttp import web
 
 from jaxtml.serve.protocols.live import protocol as live
 from jaxtml.serve.protocols.live.messages import Create
-from jaxtml.serve.protocols.messages import UNREADABLE, InvalidMessage
+from jaxtml.serve.protocols.messages import UNREADABLE
 from jaxtml.serve.protocols.realtime.messages import RealtimeSessionConfig
-from jaxtml.serve.sessions.access import Refused
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
 from jaxtml.serve.sessions.manager import ServedModel
 
 if TYPE_CHECKING:

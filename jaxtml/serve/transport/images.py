@@ -10,13 +10,10 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from jaxtml.serve.protocols.messages import InvalidMessage
-from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.images import fitted_size, image_patches
 
 PIXELS = 2**22  # of the largest picture that is decoded
 _PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
-_PER_SECOND, _BURST = 10.0, 20  # of a session: a micro-turn sees two
 # Of all sessions, one picture of each at a time, in the order in which they come: more would make ticks late.
 THREAD = ThreadPoolExecutor(1, "pictures")
 
@@ -31,12 +28,6 @@ class ImageIntake:
     def __init__(self, max_patches: int):
         self.max_patches = max_patches
         self._before: tuple[float, np.ndarray] | None = None
-        self._pictures = TokenBucket(_PER_SECOND, _BURST)
-
-    def count(self) -> None:
-        """One more has come. Raises `InvalidMessage` where that was too soon."""
-        if not self._pictures.take():
-            raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_PER_SECOND:.0f} a second")
 
     def put(self, data: bytes) -> np.ndarray:
         """`[P, 2, 40, 40, 3]` float32. Raises `ValueError` on what is no picture, or one too large or too long."""

@@ -1,0 +1,35 @@
+"""The errors that a client is told: a request that is refused, and a message that cannot be used.
+
+Raised by `serve.sessions` and `serve.protocols`. A protocol writes an `InvalidMessage` as its own error event; the
+routes in `serve.web` answer a `Refused` as an HTTP error.
+"""
+
+from __future__ import annotations
+
+
+class Refused(Exception):
+    """The server refuses a request, for good or for now.
+
+    Attributes:
+      status: HTTP status code.
+      code: short machine-readable name of the error.
+      retry_after_s: seconds after which the client may try again; None: trying again does not help.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
+class InvalidMessage(Exception):
+    """The server cannot use a client's message.
+
+    Attributes:
+      code: short machine-readable name of the error.
+      param: path of the field that is wrong; None: no single field is.
+      event_id: the client's own id of the message, if it gave one.
+    """
+
+    def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None):
+        super().__init__(message)
+        self.code, self.param, self.event_id = code, param, event_id
