@@ -2,10 +2,15 @@
 
     jaxtml info inkling_small --json
 
-42 layers of width 4096, 256 routed and 2 shared experts of which 6 + 2 work on a token: 263.7B parameters without the
-checkpoint's multi-token-prediction layers, 11.2B of them active; with them (`--set backbone.mtp_heads=8 --set
-backbone.mtp_global=[1,3]`) 266.0B. It hears and sees as released; it cannot speak, so the parts that speech needs are
-as small as they can be. 532 GB in bfloat16: no single machine runs it.
+42 layers of width 4096. Each layer with experts has 256 routed and 2 shared ones; 6 + 2 of them work on a token.
+
+Size: 263.7B parameters without the checkpoint's multi-token-prediction heads, 11.2B of them active. With the heads
+(`--set backbone.mtp_heads=8 --set backbone.mtp_global=[1,3]`) 266.0B.
+
+Cost: 532 GB in bfloat16. No single machine runs it; `jaxtml plan inkling_small --topology ...` says which pods can.
+
+What to expect: it hears and sees as released. It cannot speak, so the parts that speech needs are as small as they can
+be. `tml_interaction_small` has the same layers and speaks.
 """
 
 from jaxtml.config import (
@@ -19,35 +24,32 @@ from jaxtml.config import (
     TrainConfig,
 )
 
-LONGEST = 1_048_576  # tokens; the released model's
-
-
-def backbone(n_layers: int) -> BackboneConfig:
-    """Inkling-Small's decoder with `n_layers` layers: every sixth is global, the first two are dense."""
-    return BackboneConfig(
-        vocab_size=201_024,
-        unpadded_vocab_size=200_058,
-        d_model=4096,
-        n_layers=n_layers,
-        n_dense=2,
-        global_layers=tuple(range(5, n_layers, 6)),
-        sliding=AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, window=512, rel_extent=512),
-        global_=AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, window=LONGEST, rel_extent=1024),
-        d_ff_dense=16_384,
-        d_ff_expert=2048,
-        n_experts=256,
-        experts_per_token=6,
-        n_shared_experts=2,
-        logits_divisor=16.0,
-        log_scaling_floor=128_000,
-        log_scaling_alpha=0.1,
-    )
+LAYERS = 42
+LONGEST = 1_048_576  # tokens: the longest session of the released model
 
 
 def get_config() -> Config:
+    """Returns the config."""
     return Config(
         name="inkling_small",
-        backbone=backbone(42),
+        backbone=BackboneConfig(
+            vocab_size=201_024,
+            unpadded_vocab_size=200_058,
+            d_model=4096,
+            n_layers=LAYERS,
+            n_dense=2,
+            global_layers=tuple(range(5, LAYERS, 6)),  # every sixth
+            sliding=AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, window=512, rel_extent=512),
+            global_=AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, window=LONGEST, rel_extent=1024),
+            d_ff_dense=16_384,
+            d_ff_expert=2048,
+            n_experts=256,
+            experts_per_token=6,
+            n_shared_experts=2,
+            logits_divisor=16.0,
+            log_scaling_floor=128_000,
+            log_scaling_alpha=0.1,
+        ),
         duplex=DuplexConfig(control_base=200_058),
         flow=FlowConfig(width=64, depth=1),
         data=DataConfig(tokens=4096),

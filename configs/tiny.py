@@ -3,8 +3,13 @@
     jaxtml data tiny --out data && jaxtml train vocoder --workdir vocoder --data data
     jaxtml train tiny --workdir run --data data --vocoder vocoder
 
-Six layers of width 192. On two cores the bank takes about 40 minutes, the vocoder 15, and 2,450 steps 75; what the
-shipped weights took and can do is in the README, what was tried in EXPERIMENTS.md.
+Six layers of width 192; 9.5M parameters, of which 1.6M are the vocoder.
+
+Cost on two CPU cores: 40 minutes for the speech bank, 15 for the vocoder, 75 for 2,450 training steps.
+
+What to expect on voices that training never heard: 71 % of a person's words and 60 % of synthetic voices' words are
+heard right. Whisper finds 12 to 16 % word errors in the model's own voice. The shipped weights had 1.7 times the steps;
+their figures are in the README. EXPERIMENTS.md has what was tried.
 """
 
 from jaxtml.config import (
@@ -20,6 +25,7 @@ from jaxtml.config import (
 
 
 def get_config() -> Config:
+    """Returns the config."""
     return Config(
         name="tiny",
         backbone=BackboneConfig(

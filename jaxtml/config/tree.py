@@ -1,410 +1,439 @@
-"""The config tree: frozen, typed dataclasses, one per part; the only place where sizes and rates are named.
+"""The tree of config dataclasses: every size, rate and limit of a model, its training and its serving.
 
-A named config is a Python file in `configs/` with `get_config() -> Config`. `load` resolves a name or a path,
-`override` applies `--set a.b=c`, `to_json` and `from_json` carry the resolved config beside a checkpoint.
+A field's type carries the rule for its value (`jaxtml.config.rules`); the text below the field says what the field
+means, in which unit, and why the default is what it is. A class with a `check` method has rules between its fields.
+"As released" means: as in the open checkpoint Inkling-Small.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import json
-import math
-import operator
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from jaxtml.config.rules import (
+    Dtype,
+    Fraction,
+    LayerCount,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    check_fields,
+)
 from jaxtml.errors import InputError
+
+CONTROL_IDS = 16  # token ids that are reserved for control tokens, see `jaxtml.stream.tokens.CONTROLS`
+PATCH_FRAMES, PATCH_SIDE = 2, 40  # a patch covers two frames of 40 x 40 pixels
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One kind of attention layer.
+    """One kind of attention layer: sliding or global."""
 
-    `window` counts the query itself: a key is visible at distances `[0, window)`. The first `pinned` tokens of the
-    session stay visible at any distance. `rel_extent` is the distance beyond which the relative bias is zero.
-    """
+    n_heads: PositiveInt
+    """Query heads; a multiple of `n_kv_heads`."""
 
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    window: int
-    rel_extent: int
-    pinned: int = 0
+    n_kv_heads: PositiveInt
+    """Heads of keys and values. Each serves `n_heads / n_kv_heads` query heads."""
+
+    head_dim: PositiveInt
+    """Width of one head."""
+
+    window: PositiveInt
+    """Tokens. A key is visible at distances `[0, window)`, so the query itself counts."""
+
+    rel_extent: PositiveInt
+    """Tokens. Beyond this distance the relative bias is zero."""
+
+    pinned: Annotated[int, Range(0, 512)] = 0
+    """First tokens of a session that stay visible at any distance. 512 is one block of `jaxtml.model.attention.blocks`,
+    which has to hold them all. None by default, as released."""
+
+    def check(self, path: str) -> None:
+        """Raises `InputError` where query heads cannot share the key heads. `path` leads here, with a dot behind it."""
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"{path}n_heads {self.n_heads}: give a multiple of {path}n_kv_heads, {self.n_kv_heads}")
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The Inkling decoder (see `jaxtml.model.backbone`). The `n_dense` first layers have a dense feed-forward part.
+    """The Inkling decoder, see `jaxtml.model.backbone`."""
 
-    `mtp_heads` predict further ahead in training (`jaxtml.model.mtp`), with global attention those in `mtp_global`.
-    """
+    vocab_size: PositiveInt
+    """Rows of the embedding and columns of the unembedding: text tokens, control tokens and unused ids."""
 
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_dense: int
+    d_model: PositiveInt
+    """Width of the hidden state."""
+
+    n_layers: LayerCount
+    """Layers, without prediction heads."""
+
+    n_dense: NonNegativeInt
+    """First layers, at most `n_layers`, that have a dense feed-forward part. The others have experts."""
+
     global_layers: tuple[int, ...]
+    """Indices in `[0, n_layers)` of the layers with global attention. The others have sliding attention."""
+
     sliding: AttentionConfig
+    """Attention of the sliding layers."""
+
     global_: AttentionConfig
-    d_ff_dense: int
-    d_ff_expert: int
-    n_experts: int
-    experts_per_token: int
-    n_shared_experts: int
-    logits_divisor: float
-    unpadded_vocab_size: int | None = None
-    d_rel: int = 16
-    route_scale: float = 8.0
-    conv_kernel: int = 4
-    norm_eps: float = 1e-6
-    log_scaling_floor: int | None = None
-    log_scaling_alpha: float = 0.1
-    init_std: float = 0.02
-    mtp_heads: int = 0
+    """Attention of the global layers."""
+
+    d_ff_dense: PositiveInt
+    """Hidden width of a dense feed-forward part."""
+
+    d_ff_expert: PositiveInt
+    """Hidden width of each expert, routed or shared."""
+
+    n_experts: PositiveInt
+    """Routed experts of a layer."""
+
+    experts_per_token: PositiveInt
+    """Routed experts that work on a token, at most `n_experts`."""
+
+    n_shared_experts: PositiveInt
+    """Experts that work on every token, besides the routed ones."""
+
+    logits_divisor: PositiveFloat
+    """Hidden states are divided by this number before the unembedding. Released models call the number
+    `logits_mup_width_multiplier`."""
+
+    unpadded_vocab_size: PositiveInt | None = None
+    """Ids of a released model's vocabulary without the padding of its tables. Conversions put the control tokens behind
+    them. None: the model is not a released one, or has no padding."""
+
+    d_rel: PositiveInt = 16
+    """Width of the state, per head, from which the relative bias of a query is computed. As released."""
+
+    route_scale: PositiveFloat = 8.0
+    """Factor on the weights of a token's experts. As released."""
+
+    conv_kernel: PositiveInt = 4
+    """Tokens that a short convolution sees, its own included. As released."""
+
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in an RMS norm. As released."""
+
+    log_scaling_floor: PositiveInt | None = None
+    """Tokens. Past this position the logits of global attention grow with the logarithm of the position. None: they do
+    not grow, which is right for sessions that are shorter."""
+
+    log_scaling_alpha: NonNegativeFloat = 0.1
+    """Logits grow by `1 + alpha * ln(position / log_scaling_floor)`. As released."""
+
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of initial weights. As released. `tiny`, which is narrow, takes 0.05."""
+
+    mtp_heads: Annotated[int, Range(0, 4096)] = 0
+    """Heads of multi-token prediction, each for one position further ahead (`jaxtml.model.mtp`). Training alone uses
+    them. None by default, as they cost training time."""
+
     mtp_global: tuple[int, ...] = ()
+    """Indices in `[0, mtp_heads)` of the heads with global attention. The others have sliding attention."""
+
+    def check(self, path: str) -> None:
+        """Raises `InputError` where fields contradict each other. `path` leads here, with a dot behind it."""
+        self.sliding.check(f"{path}sliding.")
+        self.global_.check(f"{path}global_.")
+        if self.n_dense > self.n_layers:
+            raise InputError(f"{path}n_dense {self.n_dense}: there are {self.n_layers} layers")
+        if any(not 0 <= layer < self.n_layers for layer in self.global_layers):
+            raise InputError(f"{path}global_layers {self.global_layers}: layers are 0..{self.n_layers - 1}")
+        if any(not 0 <= head < self.mtp_heads for head in self.mtp_global):
+            raise InputError(f"{path}mtp_global {self.mtp_global}: there are {self.mtp_heads} heads ({path}mtp_heads)")
+        if self.experts_per_token > self.n_experts:
+            raise InputError(f"{path}experts_per_token {self.experts_per_token}: there are {self.n_experts} experts")
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """hMLP tower: `folds` is `(time, side, width)` per layer; the last width is the model's."""
+    """The hMLP tower: one token from each patch of 2 frames of 40 x 40 pixels."""
 
     folds: tuple[tuple[int, int, int], ...] = ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
+    """`(time, side, width)` of each layer: a layer folds `time` frames of `side x side` cells into one cell of `width`
+    channels. The products over all layers are 2 frames and a side of 40. The last width is the model's: write 0. Empty:
+    no tower. As released."""
+
+    def check(self, path: str) -> None:
+        """Raises `InputError` where the layers do not fold a patch into one token. `path` leads here, with a dot behind
+        it."""
+        side = time = 1
+        for fold_time, fold_side, _ in self.folds:
+            time, side = time * fold_time, side * fold_side
+        if self.folds and (time, side) != (PATCH_FRAMES, PATCH_SIDE):
+            raise InputError(
+                f"{path}folds cover {time} frames of {side} x {side}, not {PATCH_FRAMES} of {PATCH_SIDE} x {PATCH_SIDE}"
+            )
 
 
 @dataclass(frozen=True)
 class DuplexConfig:
-    """What one micro-turn can hold, and how it is sampled.
+    """What fits into one micro-turn, and how its tokens are chosen. Limits are tokens per micro-turn."""
 
-    `control_base` is the first of the control-token ids (`jaxtml.stream.tokens.Control`), in the vocabulary's unused
-    tail. Limits are tokens per micro-turn. `temperature` 0 is greedy; the gate opens where P(speak) exceeds
-    `gate_threshold`.
-    """
+    control_base: NonNegativeInt
+    """The first of the 16 ids of control tokens (`jaxtml.stream.tokens.Control`), in the unused tail of the
+    vocabulary."""
 
-    control_base: int
-    max_typed: int = 8
-    max_patches: int = 0
-    max_heard: int = 6
-    max_text: int = 8
+    max_typed: NonNegativeInt = 8
+    """Typed text or text of the background model, with the control token before it. Longer text goes on in the next
+    micro-turn. Eight read 35 tokens a second, faster than a person types."""
+
+    max_patches: NonNegativeInt = 0
+    """Patches of the frame pair. None by default: no video."""
+
+    max_heard: NonNegativeInt = 6
+    """Words of the user, without the control token before them. Six are 30 tokens a second, more than a person says."""
+
+    max_text: NonNegativeInt = 8
+    """Text of the assistant, without the control token before it."""
+
     heard: bool = True
-    temperature: float = 0.0
-    top_p: float = 1.0
-    gate_threshold: float = 0.5
+    """Whether the model writes down what the user says. The transcript gives a small model words to reason over."""
+
+    temperature: NonNegativeFloat = 0.0
+    """Of sampling text tokens. 0 takes the likeliest token, so that a session can be repeated."""
+
+    top_p: Annotated[float, Range(0, 1, open_below=True)] = 1.0
+    """Sampling chooses among the likeliest tokens that have this probability together. 1 leaves out none."""
+
+    gate_threshold: Fraction = 0.5
+    """The gate opens where P(speak) is larger. 0.5 takes the likelier side."""
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Flow head: hidden state -> 50 ms of speech (80 coarse and 4 x 80 fine log-mels).
+    """The flow head: a hidden state gives the next 50 ms of speech, 80 coarse and 4 x 80 fine log-mels
+    (`jaxtml.model.speech.flow`)."""
 
-    `history_noise` (bins) and `history_dropout` (share of frames, 1 and more is all): what training does to the speech
-    that is fed back, at most (see `train.step.spoilt_history`).
-    """
+    width: PositiveInt
+    """Hidden width of the head."""
 
-    width: int
-    depth: int
-    draws: int = 4
-    steps: int = 4
-    temperature: float = 0.6
-    history_noise: float = 0.15
-    history_dropout: float = 0.0
+    depth: LayerCount
+    """Layers of the head."""
+
+    draws: PositiveInt = 4
+    """Noise draws per position over which the training loss is averaged."""
+
+    steps: PositiveInt = 4
+    """Euler steps per 50 ms when the model speaks. More steps cost time and follow the flow more closely."""
+
+    temperature: NonNegativeFloat = 0.6
+    """Factor on the noise that speech starts from. Word errors of `tiny` hardly change between 0.1 and 0.6
+    (EXPERIMENTS.md, 2026-11-24)."""
+
+    history_noise: NonNegativeFloat = 0.15
+    """dMel bins. The most noise that training adds to the speech that is fed back (`spoilt_history` in
+    `jaxtml.train.loss`): in service this speech is never quite right."""
+
+    history_dropout: NonNegativeFloat = 0.0
+    """The largest share of fed-back frames that training leaves out of a row; 1 and more is all of them. Without
+    dropout a small model continues recordings it has learnt by heart and ignores the text (`tiny`: 1.5)."""
 
 
 @dataclass(frozen=True)
 class VocoderConfig:
-    """Causal ConvNeXt vocoder (see `jaxtml.model.speech.vocoder`)."""
+    """The causal ConvNeXt vocoder, see `jaxtml.model.speech.vocoder`.
 
-    width: int = 192
-    depth: int = 6
-    expansion: int = 3
-    kernel: int = 7
+    The defaults have 1.6M parameters and take 0.75 ms of a micro-turn on a CPU.
+    """
+
+    width: PositiveInt = 192
+    """Channels."""
+
+    depth: LayerCount = 6
+    """ConvNeXt blocks. The first half reads the pitch, the second half is given it."""
+
+    expansion: PositiveInt = 3
+    """Hidden width of a block as a multiple of `width`."""
+
+    kernel: PositiveInt = 7
+    """Frames (of 12.5 ms) that a block's convolution sees, its own included. 7 as in ConvNeXt."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What training sees: a speech bank mixed into sessions of `turns` micro-turns, cut at `tokens` tokens a row.
+    """What training sees: sessions mixed from a speech bank and encoded as rows (`jaxtml.data.pipeline`)."""
 
-    `dataset` names the rows that training reads; `jaxtml.data.dataset` opens them and lists the names.
-    `misheard` is the share of rows in which some heard words are others than were said (see `data.pipeline`).
-    `text_lead_ms`: text is written so long before its sound, at the earliest in the micro-turn that opens the gate.
-    """
+    seed: NonNegativeInt = 1
+    """Row `i` depends on this seed and on `i` alone."""
 
-    seed: int = 1
-    turns: int = 100
-    tokens: int = 768
-    heard_delay_ms: int = 120
-    text_lead_ms: int = 2000
-    misheard: float = 0.3
+    turns: PositiveInt = 100
+    """Micro-turns of a session. 100 are 20 seconds: a few user turns."""
+
+    tokens: PositiveInt = 768
+    """Positions of a row. Longer sessions are cut, shorter ones padded. 768 hold 20 seconds with words and speech."""
+
+    heard_delay_ms: NonNegativeInt = 120
+    """Milliseconds between a word's end and the time from which its transcript may be written."""
+
+    text_lead_ms: NonNegativeInt = 2000
+    """Milliseconds by which the assistant's text precedes its sound. The micro-turn that opens the gate is the earliest
+    place. 2,000 put a whole reply there: text spread over micro-turns was cut short (EXPERIMENTS.md, 2026-11-23)."""
+
+    misheard: Fraction = 0.3
+    """Share of the rows whose transcript has some other words than were said, so that the model trusts the sound more
+    than its own transcript (`jaxtml.data.pipeline`)."""
+
     dataset: str = "conversations"
+    """Name of the rows that training reads. `jaxtml.data.dataset` opens datasets and lists their names."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training run. `weights` of the loss terms; learning rate warms up, stays, and falls to zero over `decay`.
+    """The training run (`jaxtml.train`). The defaults suit `tiny` on two CPU cores."""
 
-    Gradients are clipped at `clip_norm`; a step whose norm is above `norm_limit` is skipped. `param_dtype` is that of
-    the master copy, `moment_dtype` of the first moment (the second has the master's). `remat` says what the backward
-    pass computes again: "none" of it, a layer but for its "outputs" of attention and feed-forward, or the layer in
-    "full". A batch is cut into `accumulate` parts that follow each other. `transport` and `capacity` are those of the
-    experts (`jaxtml.model.experts.moe`). On a mesh of `data` or `expert`, "none" keeps every layer's gathered weights,
-    and gradients are summed over both in `compute_dtype`.
-    """
+    steps: PositiveInt = 1000
+    """Updates of the whole run, on which the learning rate's course depends."""
 
-    steps: int = 1000
-    batch: int = 8
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    decay: float = 0.3
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    norm_limit: float = 1000.0
-    beta2: float = 0.98
-    compute_dtype: str = "float32"
-    param_dtype: str = "float32"
-    moment_dtype: str = "float32"
-    remat: str = "none"
-    accumulate: int = 1
-    transport: str = "ring"
-    capacity: float | None = None
-    seed: int = 0
-    bias_rate: float = 0.001
-    z_loss: float = 1e-4
-    flow_weight: float = 1.0
-    gate_weight: float = 1.0
-    heard_weight: float = 1.0
-    text_weight: float = 1.0
-    mtp_weight: float = 0.1
-    checkpoint_every: int = 500
-    sample_every: int = 1000
+    batch: Annotated[int, Range(1, 10**6)] = 8
+    """Rows of one update, over all devices. Eight of `tiny` take two CPU cores 1.6 seconds."""
+
+    learning_rate: NonNegativeFloat = 2e-3
+    """The highest learning rate of AdamW. Large models want less (`inkling_small`: 2e-4)."""
+
+    warmup: NonNegativeInt = 200
+    """Steps over which the learning rate rises from 0."""
+
+    decay: Fraction = 0.3
+    """Share of all steps, at the end, over which the learning rate falls linearly to 0. Before, it is constant."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """Of matrices in AdamW. Norms, biases and scales do not decay."""
+
+    clip_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to this norm."""
+
+    norm_limit: PositiveFloat = 1000.0
+    """A step whose gradient norm is not below this limit changes no parameter. 1,000 is far above a healthy norm, so
+    only a broken batch is skipped."""
+
+    beta2: Fraction = 0.98
+    """Decay of AdamW's second moment. 0.98 averages over about 50 steps, which suits runs of a few thousand."""
+
+    compute_dtype: Dtype = "float32"
+    """Of activations and of the weights they are multiplied with. bfloat16 is slower on a CPU; accelerators want it."""
+
+    param_dtype: Dtype = "float32"
+    """Of the master copy of the parameters."""
+
+    moment_dtype: Dtype = "float32"
+    """Of AdamW's first moment. The second moment has the dtype of the parameters."""
+
+    remat: Annotated[str, OneOf("none", "outputs", "full")] = "none"
+    """What the backward pass computes again, to save memory. "none": nothing. "outputs": a layer, except the outputs of
+    its attention and feed-forward part. "full": a whole layer. On a mesh with `data` or `expert`, "none" keeps every
+    layer's gathered weights, and gradients are summed over both axes in `compute_dtype`."""
+
+    accumulate: PositiveInt = 1
+    """Parts into which each device cuts its rows; they are computed one after the other to save memory."""
+
+    transport: Annotated[str, OneOf("ring", "ragged")] = "ring"
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.moe`). "ring" runs everywhere. "ragged" sends a
+    token only to the devices of its experts; CPUs cannot run it."""
+
+    capacity: PositiveFloat | None = None
+    """Rows that a device's experts have room for, padding included, as a multiple of their share in perfect balance.
+    Rows that do not fit are dropped and counted. None: room for the worst case, nothing is dropped."""
+
+    seed: NonNegativeInt = 0
+    """Of initial parameters and of the noise in every step."""
+
+    bias_rate: NonNegativeFloat = 0.001
+    """Step by which the router's bias moves towards balanced experts. As in auxiliary-loss-free balancing (Wang et al.,
+    2024); `tiny` takes 0.003, as some experts were unused for its first 200 steps."""
+
+    z_loss: NonNegativeFloat = 1e-4
+    """Weight of the router's z-loss. Small: the loss only keeps the router's logits from drifting."""
+
+    flow_weight: NonNegativeFloat = 1.0
+    """Weight of the flow head's loss. `tiny` takes 6, as this loss is small beside the others."""
+
+    gate_weight: NonNegativeFloat = 1.0
+    """Weight of the gate's cross-entropy. Equal weights keep probabilities honest where terms compete."""
+
+    heard_weight: NonNegativeFloat = 1.0
+    """Weight of the transcript's cross-entropy."""
+
+    text_weight: NonNegativeFloat = 1.0
+    """Weight of the assistant's text's cross-entropy."""
+
+    mtp_weight: NonNegativeFloat = 0.1
+    """Weight of the prediction heads' cross-entropy, a mean over heads. As at the end of DeepSeek-V3's training."""
+
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints. 500 are a quarter of an hour of `tiny` on two cores."""
+
+    sample_every: PositiveInt = 1000
+    """Steps between sample conversations. On a mesh none are taken."""
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How sessions are served. With `int8_experts` the routed experts are held as int8 and a scale per column. On a
-    mesh tokens reach their experts by `transport` (`model.experts.moe`). `sessions` side by side are what is planned
-    with; a server is told how many.
-    """
+    """How sessions are served."""
 
-    sessions: int = 8
-    compute_dtype: str = "float32"
+    sessions: Annotated[int, Range(1, 10**6)] = 8
+    """Sessions side by side that `jaxtml plan` plans with. A server is given its number with `--max-sessions`."""
+
+    compute_dtype: Dtype = "float32"
+    """Of activations and weights. float32 is faster on a CPU; accelerators want bfloat16."""
+
     int8_experts: bool = False
-    transport: str = "ring"
+    """Whether the routed experts are held as int8 with one scale per column: half the memory of bfloat16, and logits
+    that differ by 0.2 % (`tiny`)."""
+
+    transport: Annotated[str, OneOf("replicated", "ring")] = "ring"
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.moe`)."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model with its training."""
+    """A whole model with its data, its training and its serving."""
 
     name: str
+    """The config's name, in logs and reports."""
+
     backbone: BackboneConfig
+    """The decoder."""
+
     duplex: DuplexConfig
+    """The micro-turn."""
+
     flow: FlowConfig
+    """The head that speaks."""
+
     vision: VisionConfig = field(default_factory=VisionConfig)
+    """The tower of image patches."""
+
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
+    """Log-mels to sound."""
+
     data: DataConfig = field(default_factory=DataConfig)
+    """Training data."""
+
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The training run."""
+
     serve: ServeConfig = field(default_factory=ServeConfig)
+    """Serving."""
 
-
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-
-
-def names() -> list[str]:
-    """The named configs."""
-    return sorted(path.stem for path in CONFIG_DIR.glob("[!_]*.py"))
-
-
-def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Resolves `name` (a file in `configs/`, a path to a .py, or a checkpoint's config.json) and applies overrides.
-
-    Raises:
-      InputError: no such config, it does not evaluate to a `Config`, or an override does not fit.
-    """
-    path = Path(name)
-    if path.suffix not in {".py", ".json"}:
-        path = CONFIG_DIR / f"{name}.py"
-    if not path.is_file():
-        raise InputError(f"no config {name!r}: give one of {', '.join(names())}, or a path to a .py or .json file")
-    config = from_json(path.read_text(errors="replace")) if path.suffix == ".json" else _evaluate(path)
-    for text in overrides:
-        config = override(config, text)
-    validate(config)
-    return config
-
-
-def _evaluate(path: Path) -> Config:
-    spec = importlib.util.spec_from_file_location(f"jaxtml_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # a user's file may fail in any way
-        said = " ".join(str(error).split())
-        raise InputError(f"config {path} does not evaluate: {type(error).__name__}: {said}") from error
-    if not isinstance(config, Config):
-        raise InputError(f"config {path}: get_config() returned {type(config).__name__}, not a jaxtml.config.Config")
-    return config
-
-
-def override(config: Config, text: str) -> Config:
-    """`config` with the field named in `text` (`"train.steps=10"`) replaced; values are JSON or bare strings."""
-    key, separator, raw = text.partition("=")
-    if not separator:
-        raise InputError(f"--set {text!r}: write it as path.to.field=value")
-    try:
-        value = json.loads(raw)
-    except json.JSONDecodeError:
-        value = raw
-    return _replace(config, key.split("."), value, key)
-
-
-def _replace(node: Any, path: list[str], value: Any, key: str) -> Any:
-    names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-    if path[0] not in names:
-        raise InputError(f"--set {key}: no field {path[0]!r}" + (f"; there are {', '.join(names)}" if names else ""))
-    child = getattr(node, path[0])
-    if len(path) > 1:
-        new = _replace(child, path[1:], value, key)
-    else:
-        new = _typed(typing.get_type_hints(type(node))[path[0]], value, key)
-    return dataclasses.replace(node, **{path[0]: new})  # pyright: ignore[reportArgumentType]
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """Converts a JSON value to the field's type, or raises `InputError` naming the field."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _typed(next(o for o in options if o is not type(None)), value, key)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise InputError(f"config field {key}.{unknown[0]} is unknown; there are {', '.join(hints)}")
-        try:
-            return hint(**{name: _typed(hints[name], item, f"{key}.{name}") for name, item in value.items()})  # type: ignore[operator]
-        except TypeError as error:
-            raise InputError(f"config field {key}: {error}") from error
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = typing.get_args(hint)
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(kinds) == len(value):
-            return tuple(_typed(kind, item, key) for kind, item in zip(kinds, value, strict=True))
-    if hint is float and (type(value) is float or (type(value) is int and abs(value) <= _LARGEST)):
-        return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    raise InputError(f"config field {key}: {value!r:.60} is not {getattr(hint, '__name__', hint)}")
-
-
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises `InputError` on malformed JSON, unknown or missing fields and wrong types."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"config is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError("config is not a JSON object")
-    train = value.get("train")
-    if isinstance(train, dict) and isinstance(train.get("remat"), bool):  # until 2026-11-24
-        train["remat"] = "full" if train["remat"] else "none"
-    return _typed(Config, value, "config")
-
-
-_MAY_BE_ZERO = (
-    *(
-        "n_dense",
-        "mtp_heads",
-        "pinned",
-        "control_base",
-        "max_typed",
-        "max_patches",
-        "max_heard",
-        "max_text",
-    ),
-    *("seed", "heard_delay_ms", "text_lead_ms", "warmup"),
-)
-_POSITIVE = ("route_scale", "logits_divisor", "norm_eps", "top_p", "clip_norm", "norm_limit", "capacity")
-_AT_MOST = {
-    **{"batch": 10**6, "sessions": 10**6, "pinned": 512},  # pinned: a block of `model.attention.blocks`
-    **{"n_layers": 4096, "mtp_heads": 4096, "depth": 4096},
-}
-_LARGEST = 2**31 - 1  # of all other whole numbers
-_AT_MOST_1 = ("top_p", "gate_threshold", "decay", "beta2", "misheard")
-
-
-_DTYPES = ("float32", "bfloat16")
-_CHOICES = {
-    "train.compute_dtype": _DTYPES,
-    "train.param_dtype": _DTYPES,
-    "train.moment_dtype": _DTYPES,
-    "train.remat": ("none", "outputs", "full"),
-    "train.transport": ("ring", "ragged"),
-    "serve.compute_dtype": _DTYPES,
-    "serve.transport": ("replicated", "ring"),
-}
-
-
-def _check_ranges(node: Any, prefix: str = "") -> None:
-    """Numbers are finite and not negative, and integers count something unless they may be zero."""
-    for f in dataclasses.fields(node):
-        value, path = getattr(node, f.name), f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(value):
-            _check_ranges(value, f"{path}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            least = 0 if f.name in _MAY_BE_ZERO else 1
-            if value < least:
-                raise InputError(f"{path} {value}: give at least {least}")
-            most = _AT_MOST.get(f.name, _LARGEST)
-            if value > most:
-                raise InputError(f"{path} is too large: give at most {most}")
-        elif isinstance(value, float):
-            if not 0 <= value < math.inf or (value == 0 and f.name in _POSITIVE):
-                raise InputError(f"{path} {value}: give {'more than' if f.name in _POSITIVE else 'at least'} 0")
-            if value > 1 and f.name in _AT_MOST_1:
-                raise InputError(f"{path} {value}: give at most 1")
+    def check(self) -> None:
+        """Raises `InputError` where fields of the tree contradict each other."""
+        self.backbone.check("backbone.")
+        self.vision.check("vision.")
+        if self.duplex.max_patches and not self.vision.folds:
+            raise InputError(f"duplex.max_patches {self.duplex.max_patches}: vision.folds has no tower for them")
+        if self.duplex.control_base + CONTROL_IDS > self.backbone.vocab_size:
+            raise InputError(
+                f"duplex.control_base {self.duplex.control_base}: {CONTROL_IDS} control ids do not fit the vocabulary"
+            )
+        if self.vision.folds and self.vision.folds[-1][2] not in (0, self.backbone.d_model):
+            raise InputError("vision.folds: the last width is the model's, write 0")
 
 
 def validate(config: Config) -> None:
-    """Raises `InputError` where a field is out of range or fields contradict each other; the message names it."""
-    _check_ranges(config)
-    b = config.backbone
-    for name, attention in (("sliding", b.sliding), ("global_", b.global_)):
-        if attention.n_heads % attention.n_kv_heads:
-            raise InputError(
-                f"backbone.{name}: {attention.n_heads} heads do not divide by {attention.n_kv_heads} kv heads"
-            )
-    if b.n_dense > b.n_layers:
-        raise InputError(f"backbone.n_dense {b.n_dense}: there are {b.n_layers} layers")
-    if config.duplex.max_patches and not config.vision.folds:
-        raise InputError(f"duplex.max_patches {config.duplex.max_patches}: vision.folds has no tower for them")
-    if any(not 0 <= layer < b.n_layers for layer in b.global_layers):
-        raise InputError(f"backbone.global_layers {b.global_layers}: layers are 0..{b.n_layers - 1}")
-    if any(not 0 <= head < b.mtp_heads for head in b.mtp_global):
-        raise InputError(f"backbone.mtp_global {b.mtp_global}: there are {b.mtp_heads} heads (backbone.mtp_heads)")
-    if b.experts_per_token > b.n_experts:
-        raise InputError(f"backbone.experts_per_token {b.experts_per_token}: there are {b.n_experts} experts")
-    if config.duplex.control_base + 16 > b.vocab_size:
-        raise InputError(f"duplex.control_base {config.duplex.control_base}: 16 control ids do not fit the vocabulary")
-    if config.vision.folds and config.vision.folds[-1][2] not in (0, b.d_model):
-        raise InputError("vision.folds: the last width is the model's, write 0")
-    for name, choices in _CHOICES.items():
-        value = operator.attrgetter(name)(config)
-        if value not in choices:
-            raise InputError(f"{name} {value!r}: {' or '.join(choices)}")
-    side = time = 1
-    for t, s, _ in config.vision.folds:
-        time, side = time * t, side * s
-    if config.vision.folds and (time, side) != (2, 40):
-        raise InputError(f"vision.folds cover {time} frames of {side} x {side}, not 2 of 40 x 40")
+    """Raises `InputError`, which names the field, where a value is out of range or fields contradict each other."""
+    check_fields(config)
+    config.check()

@@ -1,0 +1,89 @@
+"""Which values a config field takes: rules that are written into the field's type, and one function that checks them.
+
+    steps: Annotated[int, Range(1, LARGEST_INT)] = 1000
+    remat: Annotated[str, OneOf("none", "outputs", "full")] = "none"
+
+`jaxtml.config.tree` declares its fields with these rules. A field that may be None is not checked where it is None. A
+rule between several fields is not written here: the class that owns the fields has a `check` method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from jaxtml.errors import InputError
+
+LARGEST_INT = 2**31 - 1  # sizes and counts become int32 in compiled programs
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `least` to `most`, both included; `least` itself is left out if `open_below`."""
+
+    least: float = 0
+    most: float = math.inf
+    open_below: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """Returns what to give instead of `value`, or None where `value` is allowed."""
+        if (
+            not isinstance(value, int | float) or value in (math.inf, -math.inf) or value != value
+        ):  # NaN differs from itself
+            return "give a finite number"
+        if value < self.least or (self.open_below and value == self.least):
+            return f"give {'more than' if self.open_below else 'at least'} {self.least}"
+        if value > self.most:
+            return f"give at most {self.most}"
+        return None
+
+
+class OneOf:
+    """One of a few texts."""
+
+    def __init__(self, *choices: str):
+        self.choices = choices
+
+    def problem(self, value: Any) -> str | None:
+        """Returns what to give instead of `value`, or None where `value` is allowed."""
+        return None if value in self.choices else f"give {' or '.join(self.choices)}"
+
+
+PositiveInt = Annotated[int, Range(1, LARGEST_INT)]
+NonNegativeInt = Annotated[int, Range(0, LARGEST_INT)]
+LayerCount = Annotated[int, Range(1, 4096)]  # a stack of more layers than any model has is a typing error
+PositiveFloat = Annotated[float, Range(0, open_below=True)]
+NonNegativeFloat = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Dtype = Annotated[str, OneOf("float32", "bfloat16")]
+
+
+def check_fields(node: Any, prefix: str = "") -> None:
+    """Checks every field of a dataclass, and of the dataclasses in it, against the rule in the field's type.
+
+    Args:
+      node: the dataclass.
+      prefix: the path of `node` in the config, with a dot behind it; "" for the whole config.
+
+    Raises:
+      InputError: a field has a value that its rule does not allow. The message names the path, the value and what is
+        allowed.
+    """
+    for name, hint in get_type_hints(type(node), include_extras=True).items():
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{prefix}{name}.")
+            continue
+        for rule in rules_of(hint):
+            problem = None if value is None else rule.problem(value)
+            if problem is not None:
+                raise InputError(f"{prefix}{name} {value!r:.60}: {problem}")
+
+
+def rules_of(hint: Any) -> list[Range | OneOf]:
+    """Returns the rules in a field's type, also where the type is a union of a ruled type with None."""
+    if get_origin(hint) is Annotated:
+        return [rule for rule in hint.__metadata__ if isinstance(rule, Range | OneOf)]
+    return [rule for part in get_args(hint) for rule in rules_of(part)]
