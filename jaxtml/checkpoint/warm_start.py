@@ -17,7 +17,7 @@ from jaxtml.checkpoint.source import Index, ParameterSource, contiguous, extent,
 from jaxtml.config import BackboneConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import initial
+from jaxtml.model.spec import initial_values
 from jaxtml.stream.tokens import CONTROLS
 
 # What a warm start may change; all else is the shape of the weights.
@@ -73,7 +73,7 @@ class WarmStart:
     def read(self, path: str, index: Index) -> np.ndarray:
         if not path.startswith("layers/"):
             if not self._copied(path):
-                return initial(path, self.table[path], self.seed, index)
+                return initial_values(path, self.table[path], self.seed, index)
             found = self.source.read(path, index)
             return self._with_controls(found, index) if path == "embed/weight" else found
         _, block, run, name = path.split("/", 3)

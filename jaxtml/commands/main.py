@@ -32,7 +32,7 @@ def info(args: argparse.Namespace) -> None:
     from jaxtml.checkpoint.source import spec_table
     from jaxtml.convert import inspection as inspect
     from jaxtml.model.interaction import group_of
-    from jaxtml.model.spec import count
+    from jaxtml.model.spec import count_parameters
 
     checkpoint = None
     if Path(args.config).is_dir():
@@ -49,7 +49,10 @@ def info(args: argparse.Namespace) -> None:
     parts: dict[str, dict[str, object]] = {}
     for path, spec in specs.items():
         parts.setdefault(group_of(path, spec), {})[path] = spec
-    groups = {name: count(table) for name, table in sorted(parts.items(), key=lambda part: -count(part[1])[0])}
+    groups = {
+        name: count_parameters(table)
+        for name, table in sorted(parts.items(), key=lambda part: -count_parameters(part[1])[0])
+    }
     total, active = (sum(group[i] for group in groups.values()) for i in (0, 1))
     result = {
         "config": dataclasses.asdict(config),
@@ -132,11 +135,11 @@ def train(args: argparse.Namespace) -> None:
     import jax
 
     from jaxtml.parallel.mesh import MeshShape
-    from jaxtml.parallel.processes import join
+    from jaxtml.parallel.processes import join_processes
     from jaxtml.train.loop import train
     from jaxtml.train.vocoder.training import train_vocoder, trained
 
-    join()
+    join_processes()
 
     workdir = Path(args.workdir)
     data = Path(args.data) if args.data else workdir / "data"
@@ -192,11 +195,11 @@ def data(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from jaxtml.plan import planning as command
-    from jaxtml.plan.report_text import told
+    from jaxtml.plan.report_text import format_report
 
-    make = command.searched if args.search else command.plan
+    make = command.search_largest_plan if args.search else command.make_plan
     report = make(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
-    print(json.dumps(report) if args.json else told(report))
+    print(json.dumps(report) if args.json else format_report(report))
 
 
 def convert(args: argparse.Namespace) -> None:

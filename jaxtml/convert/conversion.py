@@ -30,7 +30,7 @@ from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
 from jaxtml.convert import streaming
 from jaxtml.errors import InputError
-from jaxtml.model.spec import count
+from jaxtml.model.spec import count_parameters
 
 PROMPT = 64  # tokens of which logits are compared
 ROUNDING = 1e-4  # by which those of equal numbers may differ, of their norm
@@ -135,7 +135,7 @@ def _counted(source: ParameterSource, to: str) -> str:
     unwanted = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
 
     def of(paths: set[str]) -> int:
-        return count({path: specs[path] for path in paths})[0]
+        return count_parameters({path: specs[path] for path in paths})[0]
 
     def told(paths: set[str]) -> str:
         return f"{of(paths):,} ({', '.join(sorted({path.split('/')[0] for path in paths}))})"

@@ -27,7 +27,7 @@ from jaxtml.model.stack import Block, Kind, Run, Stack
 
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
 # and reads it back, which costs a small model 6 % of a step.
-SPELT_OUT = 8
+MAX_UNROLLED_LAYERS = 8
 
 
 # What a layer's forward pass keeps for the backward one, see `TrainConfig.remat`.
@@ -119,7 +119,7 @@ class Backbone(Stack):
         kinds = [Kind(i in config.global_layers, i >= config.n_dense) for i in range(config.n_layers)]
         super().__init__(kinds, lambda kind: Layer(config, kind, placement))
 
-    def sequence(
+    def forward(
         self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
         """All layers over whole sequences `x` `[B, T, D]`, scanned; `remat` says what is computed again backwards.
@@ -129,7 +129,7 @@ class Backbone(Stack):
         Returns the hidden states before the final norm and, per MoE run, stats stacked `[repeats, layers, ...]`.
         """
         stats: list[MoEStats] = []
-        unroll = self.config.n_layers <= SPELT_OUT
+        unroll = self.config.n_layers <= MAX_UNROLLED_LAYERS
         for b, block in enumerate(self.blocks):
 
             def body(x: jax.Array, weights: Params, block: Block = block) -> tuple[jax.Array, list[Any]]:
@@ -151,14 +151,14 @@ class Backbone(Stack):
         return x, stats
 
     @property
-    def spelt_out(self) -> bool:
+    def unrolled(self) -> bool:
         """Whether serving has every layer by itself: a loop cuts each layer's weights out of the stack, which costs a
         small model time, and a large one the time to compile if it does not."""
-        return self.config.n_layers <= SPELT_OUT and self.placement.mesh.devices == 1
+        return self.config.n_layers <= MAX_UNROLLED_LAYERS and self.placement.mesh.devices == 1
 
-    def for_serving(self, params: Params) -> Any:
-        """The layers' parameters as `continue_` takes them: in the order of execution where they are spelt out."""
-        if not self.spelt_out:
+    def prepare_for_serving(self, params: Params) -> Any:
+        """The layers' parameters as `forward_cached` takes them: in the order of execution where they are spelt out."""
+        if not self.unrolled:
             return params
         layers: list[Params] = [{}] * self.config.n_layers
         for b, block in enumerate(self.blocks):
@@ -187,11 +187,11 @@ class Backbone(Stack):
                 *(jnp.zeros((*stack, batch, past, n), jnp.float32) for n in (channels, channels, c.d_model, c.d_model)),
             )
 
-        if self.spelt_out:
+        if self.unrolled:
             return [one(kind) for kind in self.kinds()]
         return [[one(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
 
-    def state_layout(self, sessions: tuple[str, ...]) -> Any:
+    def state_partition_specs(self, sessions: tuple[str, ...]) -> Any:
         """A `PartitionSpec` for each array of `init_state` on a mesh whose axes `sessions` split the batch."""
         heads, channels, alike = (
             PartitionSpec(None, None, sessions, *rest) for rest in (("tensor",), (None, "tensor"), ())
@@ -200,13 +200,13 @@ class Backbone(Stack):
         structure = jax.tree.structure(jax.eval_shape(lambda: self.init_state(1, 1, jnp.float32)))
         return jax.tree.unflatten(structure, one * (structure.num_leaves // len(one)))
 
-    def continue_(
+    def forward_cached(
         self, layers: Any, x: jax.Array, state: Any, position: jax.Array, length: jax.Array
     ) -> tuple[jax.Array, Any]:
         """All layers over T tokens that continue sessions.
 
         Args:
-          layers: from `for_serving`.
+          layers: from `prepare_for_serving`.
           x: `[B, T, D]`, real tokens left-aligned.
           state: from `init_state` or the previous call.
           position: `[B]` int32, tokens of each session so far.
@@ -218,7 +218,7 @@ class Backbone(Stack):
             is_global: make_step(self._attention(is_global), slots, position, length, tokens)
             for is_global, slots in self._slots(state).items()
         }
-        if self.spelt_out:
+        if self.unrolled:
             new_state = []
             for kind, params, old in zip(self.kinds(), layers, state, strict=True):
                 x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
@@ -254,7 +254,7 @@ class Backbone(Stack):
 
     def _slots(self, state: Any) -> dict[bool, int]:
         """Slots of a ring, of global layers (True) and of sliding ones."""
-        if self.spelt_out:
+        if self.unrolled:
             pairs = list(zip(self.kinds(), state, strict=True))
         else:
             pairs = [(run.kind, one) for b, row in zip(self.blocks, state, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxtml.config import AttentionConfig, BackboneConfig, Config
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import count
+from jaxtml.model.spec import count_parameters
 
 _BESIDE = ("vocoder", "visual")  # work on frames and patches, not on tokens
 
@@ -23,8 +23,8 @@ def visible_keys(attention: AttentionConfig, tokens: int) -> float:
 def forward_flops_per_token(config: Config, tokens: int) -> float:
     """Of one token in a sequence of `tokens`, forward: 2 per active parameter and 4 per head width and visible key."""
     b = config.backbone
-    table = {name: part for name, part in InteractionModel(config).served().items() if name not in _BESIDE}
-    _, active = count(table)
+    table = {name: part for name, part in InteractionModel(config).serving_specs().items() if name not in _BESIDE}
+    _, active = count_parameters(table)
     return 2 * active + _attention(b, b.n_layers, b.global_layers, tokens)
 
 
@@ -32,7 +32,7 @@ def train_flops_per_token(config: Config) -> float:
     """Of one token of training, forward and backward: three times the forward pass, the prediction heads' included."""
     forward, b, mtp = forward_flops_per_token(config, config.data.tokens), config.backbone, InteractionModel(config).mtp
     if mtp is not None:
-        heads, _ = count(mtp.specs())
+        heads, _ = count_parameters(mtp.specs())
         forward += 2 * (heads + b.mtp_heads * b.d_model * b.vocab_size)
         forward += _attention(b, b.mtp_heads, b.mtp_global, config.data.tokens)
     return 3 * forward

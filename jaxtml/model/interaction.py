@@ -93,9 +93,9 @@ class InteractionModel:
 
     def specs(self) -> dict[str, Any]:
         """Spec table of all parameters, in the shape of the parameter tree."""
-        return {**self.served(), **({} if self.mtp is None else {"mtp": self.mtp.specs()})}
+        return {**self.serving_specs(), **({} if self.mtp is None else {"mtp": self.mtp.specs()})}
 
-    def served(self) -> dict[str, Any]:
+    def serving_specs(self) -> dict[str, Any]:
         """The part of `specs` that a micro-turn reads."""
         return {
             **specs(self.trunk),
@@ -103,7 +103,7 @@ class InteractionModel:
             "vocoder": vocoder.param_specs(self.config.vocoder),
         }
 
-    def gathered(self, params: Params, dtype: jnp.dtype) -> Params:
+    def all_gather_trunk(self, params: Params, dtype: jnp.dtype) -> Params:
         """A device's parts of the parameters, those fetched that are not fetched piece by piece where they are used."""
         apart = {name: params[name] for name in (*_APART, "unembed") if name in params}
         table = {name: part for name, part in specs(self.trunk).items() if name not in apart}
@@ -137,13 +137,13 @@ class InteractionModel:
         self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
         """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
-        return self.read(params, self.embed(params, inputs, dtype), inputs.kind, remat)
+        return self.hidden_from_embedded(params, self.embed(params, inputs, dtype), inputs.kind, remat)
 
-    def read(
+    def hidden_from_embedded(
         self, params: Params, embedded: jax.Array, kind: jax.Array, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
         """`hidden` of what is `embedded` `[B, T, D]`, of `kind` `[B, T]`."""
-        x, stats = self.backbone.sequence(params["layers"], embedded, kind, remat)
+        x, stats = self.backbone.forward(params["layers"], embedded, kind, remat)
         return self.bind(params).norm(x), stats
 
     def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
@@ -158,7 +158,7 @@ class InteractionModel:
         found = scores(flat, params["unembed"], target.reshape(-1), mesh, fetched)
         return Scores(*(part.reshape(target.shape) for part in found))
 
-    def foreseen(
+    def mtp_scores(
         self, params: Params, hidden: jax.Array, embedded: jax.Array, target: jax.Array, remat: str = "none"
     ) -> Scores:
         """How well each of the H prediction heads foresees what its position does: `[H, B, T]` each (see `mtp`)."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import BackboneConfig
-from jaxtml.model.backbone import REMAT, SPELT_OUT, Layer
+from jaxtml.model.backbone import MAX_UNROLLED_LAYERS, REMAT, Layer
 from jaxtml.model.layers import RMSNorm, project
 from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, Released, bind, normal, param
@@ -87,7 +87,7 @@ class MTP(Stack):
         heads, tokens = len(self.kinds()), hidden.shape[1]
         beyond = ((0, 0), (0, heads))
         embedded, target = jnp.pad(embedded, (*beyond, (0, 0))), jnp.pad(target, beyond)
-        unroll = heads <= SPELT_OUT
+        unroll = heads <= MAX_UNROLLED_LAYERS
         found: list[Any] = []
         for b, block in enumerate(self.blocks):
 

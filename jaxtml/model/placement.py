@@ -45,7 +45,7 @@ class Placement:
         return BATCH_AXES if self.transport != "replicated" else ("replica", "data")
 
     @property
-    def session_parts(self) -> int:
+    def session_shards(self) -> int:
         """Into how many parts they are split."""
         return math.prod(self.mesh.sizes[axis] for axis in self.session_axes)
 
@@ -53,7 +53,7 @@ class Placement:
 ALONE = Placement()
 
 
-def layout(table: dict[str, Any], mesh: MeshShape, rules: Rules) -> dict[str, Any]:
+def partition_specs(table: dict[str, Any], mesh: MeshShape, rules: Rules) -> dict[str, Any]:
     """A `PartitionSpec` for each `ParamSpec` of a table, which names parameters in messages by their path."""
 
     def one(path: tuple[Any, ...], spec: ParamSpec) -> PartitionSpec:
@@ -69,7 +69,7 @@ def all_gather_parameters(params: Params, table: dict[str, Any], mesh: MeshShape
     """
     if mesh.devices == 1:
         return params
-    held, needed = (layout(table, mesh, rules) for rules in (TRAIN, SERVE))
+    held, needed = (partition_specs(table, mesh, rules) for rules in (TRAIN, SERVE))
 
     def one(spec: ParamSpec, array: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
         if held == needed:

@@ -147,7 +147,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield path, tree[key]
 
 
-def initial(path: str, spec: ParamSpec, seed: int, index: tuple[slice, ...]) -> np.ndarray:
+def initial_values(path: str, spec: ParamSpec, seed: int, index: tuple[slice, ...]) -> np.ndarray:
     """A part of the initial values of one parameter, float32 (see `init_params`)."""
     name = zlib.crc32(path.encode())
     streams = spec.stacked + ("expert" in spec.axes)  # the expert axis comes first in its layer
@@ -180,7 +180,7 @@ def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | No
     """
 
     def one(path: tuple[Any, ...], spec: ParamSpec, sharding: Any = None) -> jax.Array:
-        part: Any = partial(initial, "/".join(str(k.key) for k in path), spec, seed)
+        part: Any = partial(initial_values, "/".join(str(k.key) for k in path), spec, seed)
         if sharding is None:
             return jnp.asarray(part((slice(None),) * len(spec.shape)))
         return jax.make_array_from_callback(spec.shape, sharding, part)
@@ -188,7 +188,7 @@ def init_params(table: dict[str, Any], seed: int, shardings: dict[str, Any] | No
     return jax.tree_util.tree_map_with_path(one, table, *(() if shardings is None else (shardings,)))
 
 
-def count(table: dict[str, Any]) -> tuple[int, int]:
+def count_parameters(table: dict[str, Any]) -> tuple[int, int]:
     """(total, active per token) number of parameters."""
     total = active = 0
     for _, spec in flatten(table):

@@ -18,7 +18,7 @@ from jaxtml.model.placement import TENSOR
 from jaxtml.parallel.collectives import pmax, psum_backward, psum_forward
 from jaxtml.parallel.mesh import MeshShape
 
-LOGITS = 2**27  # of a chunk, at most: half a gigabyte in float32
+MAX_LOGITS = 2**27  # of a chunk, at most: half a gigabyte in float32
 
 
 class Scores(NamedTuple):
@@ -81,8 +81,10 @@ def scores(
 
 
 def _chunks(positions: int, words: int) -> int:
-    """The fewest chunks of equal width that keep within `LOGITS`."""
-    return next(n for n in range(1, words + 1) if words % n == 0 and (positions * words // n <= LOGITS or n == words))
+    """The fewest chunks of equal width that keep within `MAX_LOGITS`."""
+    return next(
+        n for n in range(1, words + 1) if words % n == 0 and (positions * words // n <= MAX_LOGITS or n == words)
+    )
 
 
 @jax.custom_vjp

@@ -73,6 +73,6 @@ CHIPS = (
 )
 
 
-def chip_of(device_kind: str) -> Chip | None:
+def find_chip(device_kind: str) -> Chip | None:
     """The chip that JAX's `device_kind` belongs to; None: not in the table, as a CPU."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtml.parallel.mesh import MeshShape, names_of
+from jaxtml.parallel.mesh import MeshShape, axis_names
 
 
 def used(mesh: MeshShape, axes: Sequence[str]) -> tuple[str, ...]:
@@ -146,8 +146,8 @@ def all_gather_parameter(x: jax.Array, held: PartitionSpec, needed: PartitionSpe
     Only the axes that `needed` lacks are gathered (the last ones of a dimension, as in ("expert", "data")).
     """
     for dim, names in enumerate(held):
-        keep = names_of(needed[dim] if dim < len(needed) else None)
-        more = tuple(name for name in names_of(names) if name not in keep)
+        keep = axis_names(needed[dim] if dim < len(needed) else None)
+        more = tuple(name for name in axis_names(names) if name not in keep)
         if more:
             x = all_gather(x, more, dim)
     return x

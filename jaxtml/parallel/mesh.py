@@ -122,7 +122,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(grid, AXES, axis_types=kinds)
 
 
-def names_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axis_names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in one part of a `PartitionSpec`."""
     return (part,) if isinstance(part, str) else part or ()
 

@@ -14,7 +14,7 @@ FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDI
 _SLICES = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 
 
-def rank() -> int | None:
+def process_rank() -> int | None:
     """Which process of its job this one is, before it joins it; None where it is alone.
 
     Raises:
@@ -32,7 +32,7 @@ def first_host() -> str:
     return told.strip("[]") or os.environ.get("SLURMD_NODENAME") or names[0] or socket.gethostname()
 
 
-def join() -> None:
+def join_processes() -> None:
     """Joins the processes of this job; does nothing where there is but one.
 
     With JAX_COORDINATOR_ADDRESS set, NNODES and NODE_RANK say how many processes there are and which one this is (JAX
@@ -41,7 +41,7 @@ def join() -> None:
     Raises:
       InputError: the variables are incomplete or wrong.
     """
-    if rank() is None:
+    if process_rank() is None:
         return
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize(address, *_told())

@@ -32,7 +32,7 @@ from jaxtml.train.step import check_batch
 REMATS: tuple[str, ...] = ("none", "outputs", "full")  # what `train.remat` may be, the cheapest first
 
 
-def plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+def make_plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
     """The report of `report.train_report` or `report.serve_report` for a config on a topology.
 
     Args:
@@ -102,7 +102,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
     duplex = Duplex(InteractionModel(config))
     return ServedLoad(
         sessions=config.serve.sessions,
-        parts=Placement(shape, config.serve.transport).session_parts,
+        parts=Placement(shape, config.serve.transport).session_shards,
         experts=routed,
         weights=device_bytes(params) - routed,
         state=device_bytes(state),
@@ -124,7 +124,7 @@ def _routed(params: Any) -> list[Any]:
     return [array for part in parts for array in _routed(part)]
 
 
-def searched(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
+def search_largest_plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
     """The plan with the largest batch and the remat that give most tokens a second, or the most sessions, that fit.
 
     The report says in `set` how to have it and in `searched` what each remat came to.
@@ -136,7 +136,7 @@ def searched(config: Config, topology: str, mesh: str | None, program: str) -> d
     if program == "train":
         kinds, unit, name = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
     else:
-        kinds, unit, name = [""], Placement(shape, config.serve.transport).session_parts, "serve.sessions"
+        kinds, unit, name = [""], Placement(shape, config.serve.transport).session_shards, "serve.sessions"
 
     def settings(kind: str, n: int) -> list[str]:
         return [f"{name}={n * unit}", *([f"train.remat={kind}"] if kind else [])]

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtml.plan.roofline import GIB
 
 
-def told(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """A report as lines for people."""
     memory, limit = report["memory"], report["chip_memory_bytes"]
     if report["program"] == "serve":

@@ -28,7 +28,7 @@ from jaxtml.checkpoint.orbax_source import TOKENIZER
 from jaxtml.config import from_json
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.parallel.processes import rank
+from jaxtml.parallel.processes import process_rank
 from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime import hosts, worker
@@ -74,8 +74,8 @@ def serve(options: Options) -> None:
         log.as_json()
     prefix(options.replica)
     on_mesh = _on_mesh(options)
-    if rank():
-        log.event("runs the model with the first host", process=rank())
+    if process_rank():
+        log.event("runs the model with the first host", process=process_rank())
         worker.follow(options.checkpoint)
         return
     access, tls = _access(options), _tls(options)
@@ -127,7 +127,7 @@ def _is_loopback(host: str) -> bool:
 def _on_mesh(options: Options) -> bool:
     """Whether one worker has several devices. Raises `InputError` where the options do not go together."""
     mesh = MeshShape.parse(options.mesh)
-    if mesh.devices == 1 and rank() is not None:
+    if mesh.devices == 1 and process_rank() is not None:
         raise InputError("there are several processes: say with --mesh how their devices share the model")
     if mesh.devices > 1 and options.workers > 1:
         raise InputError(f"--mesh {options.mesh} is one worker's: leave --workers out")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtml.config import Config
 from jaxtml.model.duplex.step import Duplex, DuplexState, MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.placement import Placement, layout
+from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.parallel.mesh import SERVE, MeshShape, make_mesh
 from jaxtml.stream.dmel import DmelStream
@@ -121,13 +121,13 @@ class Engine:
         config, mesh = source.config, make_mesh(shape)
         placement = Placement(shape, config.serve.transport, int8=config.serve.int8_experts)
         duplex = Duplex(InteractionModel(config, placement))
-        table = InteractionModel(config).served()
+        table = InteractionModel(config).serving_specs()
 
         def one(spec: ParamSpec, at: PartitionSpec) -> jax.ShapeDtypeStruct:
             dtype = np.float32 if "router" in spec.axes else duplex.dtype
             return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(mesh, at))
 
-        shapes = jax.tree.map(one, table, layout(table, shape, SERVE))
+        shapes = jax.tree.map(one, table, partition_specs(table, shape, SERVE))
         with jax.set_mesh(mesh):
             held = jax.tree.map(partial(NamedSharding, mesh), duplex.layouts()[0])
             donated = () if placement.int8 else 0  # int8 has no use for the place of larger numbers

@@ -57,7 +57,7 @@ class Slots:
             raise InputError(f"{capacity} sessions: a server has room for one at least")
         self.engine, self.capacity = engine, capacity
         engine.duplex.check_sessions(capacity)
-        parts = engine.duplex.model.placement.session_parts
+        parts = engine.duplex.model.placement.session_shards
         self.buckets = (*(parts * size for size in buckets if parts * size < capacity), capacity)
         self._empty = {size: engine.empty(size) for size in self.buckets}
         self._begins, self._moves = self._compiled()

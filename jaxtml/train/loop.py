@@ -26,7 +26,7 @@ from jaxtml.data.pipeline import Batch, Rows, Share, batches
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
-from jaxtml.model.spec import Params, count, init_params
+from jaxtml.model.spec import Params, count_parameters, init_params
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape, make_mesh
 from jaxtml.stream.text import TextCodec
 from jaxtml.train import storage
@@ -83,7 +83,7 @@ def train(
         rows = CachedRows.open(config, data / CACHE, rows)
         made_from += f" cache of {rows.count}"
     model = InteractionModel(config, Placement(mesh, config.train.transport, config.train.capacity))
-    total, active = count(model.specs())
+    total, active = count_parameters(model.specs())
     logging.info("%s: %.2fM parameters, %.2fM active, on %s", config.name, total / 1e6, active / 1e6, mesh)
     with jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext():
         storage.claim(workdir, config, data, made_from)

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 from jaxtml.config import Config
 from jaxtml.model.flops import train_flops_per_token
-from jaxtml.parallel.chips import chip_of
+from jaxtml.parallel.chips import find_chip
 from jaxtml.stream.tokens import PositionKind
 
 TOLD = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "text_right")  # in the line; the log has all
@@ -32,7 +32,7 @@ class TrainProgress:
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self.began = self.reported = time.monotonic()
         self.flops = train_flops_per_token(config)
-        chip = chip_of(jax.devices()[0].device_kind)
+        chip = find_chip(jax.devices()[0].device_kind)
         self.peak = chip.flops / chip.devices * devices if chip else None
         if chip and self.peak:
             logging.info(

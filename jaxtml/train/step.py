@@ -17,10 +17,10 @@ from jaxtml.config import Config, FlowConfig, TrainConfig
 from jaxtml.errors import InputError
 from jaxtml.model.experts.routing import MODALITIES, MoEStats
 from jaxtml.model.interaction import Inputs, InteractionModel
-from jaxtml.model.placement import layout
+from jaxtml.model.placement import partition_specs
 from jaxtml.model.spec import Params
 from jaxtml.parallel.collectives import psum
-from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, names_of
+from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, axis_names
 from jaxtml.stream.tokens import PositionKind, Term
 
 Batch = dict[str, jax.Array]
@@ -107,11 +107,11 @@ def loss_fn(
     """
     t = model.config.train
     dtype = jnp.dtype(t.compute_dtype)
-    params = model.gathered(params, dtype)
+    params = model.all_gather_trunk(params, dtype)
     bins = spoilt_history(batch["bins"], batch["kind"], model.config.flow, rows)
     inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
     embedded = model.embed(params, inputs, dtype)
-    hidden, stats = model.read(params, embedded, inputs.kind, t.remat)
+    hidden, stats = model.hidden_from_embedded(params, embedded, inputs.kind, t.remat)
 
     nll, right = model.scores(params, hidden, batch["target"])
     terms: dict[str, jax.Array] = {}
@@ -147,7 +147,7 @@ def _further(
     """The prediction heads' term: what gate, heard and text weigh for the model itself, for words further ahead, as a
     mean over heads; and the share of all words that a head has right."""
     t, heads = model.config.train, model.config.backbone.mtp_heads
-    nll, right = model.foreseen(params, hidden, embedded, batch["target"], t.remat)
+    nll, right = model.mtp_scores(params, hidden, embedded, batch["target"], t.remat)
     tokens = nll.shape[2]
     beyond = jnp.pad(batch["term"], ((0, 0), (0, heads)))
     term = jnp.stack([beyond[:, later : later + tokens] for later in range(1, heads + 1)])
@@ -245,7 +245,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
     by `TRAIN`, the batch split over `BATCH_AXES`.
     """
     mesh = model.placement.mesh
-    held = layout(model.specs(), mesh, TRAIN)
+    held = partition_specs(model.specs(), mesh, TRAIN)
 
     parts = model.config.train.accumulate
 
@@ -285,7 +285,7 @@ def _summed(grad: jax.Array, held: PartitionSpec, mesh: MeshShape) -> jax.Array:
 
 def _split(held: PartitionSpec) -> tuple[str, ...]:
     """The axes over which a parameter is split."""
-    return tuple(name for part in held for name in names_of(part))
+    return tuple(name for part in held for name in axis_names(part))
 
 
 def _norm(grads: Params, held: Any, mesh: MeshShape) -> jax.Array:

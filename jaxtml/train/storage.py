@@ -25,7 +25,7 @@ from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, TrainConfig, from_json, to_json
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.placement import layout
+from jaxtml.model.placement import partition_specs
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.parallel.mesh import TRAIN
 from jaxtml.train.step import TrainState, make_train_step
@@ -57,7 +57,7 @@ def shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None = None) -> 
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, place)
         return jax.ShapeDtypeStruct(spec.shape, dtype if spec.trained else "float32", sharding=sharding)
 
-    return jax.tree.map(shape, model.specs(), layout(model.specs(), where, TRAIN))
+    return jax.tree.map(shape, model.specs(), partition_specs(model.specs(), where, TRAIN))
 
 
 def load(saver: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel) -> TrainState:

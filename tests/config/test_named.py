@@ -14,7 +14,7 @@ import pytest
 from jaxtml import config as configs
 from jaxtml.config import Config
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import count
+from jaxtml.model.spec import count_parameters
 
 NAMES = configs.names()
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_there_are_at_most_a_hundred_fields(leaves):
 
 
 def test_tiny_has_at_most_twelve_million_parameters():
-    total, active = count(InteractionModel(configs.load("tiny")).specs())
+    total, active = count_parameters(InteractionModel(configs.load("tiny")).specs())
     assert active < total <= 12_000_000
 
 

@@ -23,7 +23,7 @@ from jaxtml.convert import streaming
 from jaxtml.convert.conversion import convert, write
 from jaxtml.convert.inspection import checked, described
 from jaxtml.errors import InputError
-from jaxtml.model.spec import count
+from jaxtml.model.spec import count_parameters
 
 BESIDE = {
     "generation_config.json": '{"temperature": 0.7}\n',
@@ -270,7 +270,12 @@ def test_info_counts_what_a_checkpoint_holds(release, ours, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "hf")
     assert described(tmp_path / "hf")[2]["uses"][-1] == "converse"
-    assert sum(said["dtypes"].values()) == count(held)[0] < count(all_of)[0] == count(spec_table(config))[0]
+    assert (
+        sum(said["dtypes"].values())
+        == count_parameters(held)[0]
+        < count_parameters(all_of)[0]
+        == count_parameters(spec_table(config))[0]
+    )
     assert {path.split("/")[0] for path in all_of.keys() - held.keys()} == {"clock", "own", "flow", "vocoder"}
 
 

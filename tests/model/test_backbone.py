@@ -9,7 +9,7 @@ import pytest
 
 from jaxtml.config import load
 from jaxtml.model.backbone import Backbone
-from jaxtml.model.spec import count, flatten, init_params
+from jaxtml.model.spec import count_parameters, flatten, init_params
 from jaxtml.model.stack import Kind
 
 TINY = load("tiny").backbone
@@ -53,7 +53,7 @@ def test_inkling_small_compiles_as_five_bodies():
 def test_layers_run_in_the_order_in_which_they_are_unstacked():
     backbone = _with_layers(8, 2, (2, 5))
     params = init_params(backbone.specs(), 0)
-    layers = backbone.for_serving(params)
+    layers = backbone.prepare_for_serving(params)
     for b, block in enumerate(backbone.blocks):
         for r, run in enumerate(block.runs):
             for i in range(block.repeats):
@@ -70,7 +70,7 @@ def test_computing_layers_again_backwards_changes_no_gradient(remat):
     x = jax.random.normal(jax.random.key(0), (2, 40, SMALL.d_model))
 
     def gradient(remat: str):
-        return jax.jit(jax.grad(lambda p: (backbone.sequence(p, x, remat=remat)[0] ** 2).mean()))(params)
+        return jax.jit(jax.grad(lambda p: (backbone.forward(p, x, remat=remat)[0] ** 2).mean()))(params)
 
     for (path, kept), (_, again) in zip(flatten(gradient("none")), flatten(gradient(remat)), strict=True):
         np.testing.assert_allclose(kept, again, rtol=1e-4, atol=1e-7, err_msg=path)
@@ -82,8 +82,8 @@ def test_padding_at_the_end_changes_nothing_before_it():
     x = jax.random.normal(jax.random.key(0), (1, 40, SMALL.d_model))
     padded = jnp.pad(x, ((0, 0), (0, 25), (0, 0)), constant_values=3.0)
     kind = (jnp.arange(65) < 40).astype(jnp.int32)[None]
-    plain, stats = backbone.sequence(params, x)
-    longer, padded_stats = backbone.sequence(params, padded, kind)
+    plain, stats = backbone.forward(params, x)
+    longer, padded_stats = backbone.forward(params, padded, kind)
     np.testing.assert_allclose(plain, longer[:, :40], rtol=2e-5, atol=1e-6)
     for a, b in zip(stats, padded_stats, strict=True):
         np.testing.assert_array_equal(a.load, b.load)
@@ -94,8 +94,8 @@ def test_bfloat16_stays_near_float32():
     backbone = _with_layers(3, 1, (1,))
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (2, 40, SMALL.d_model))
-    exact, _ = backbone.sequence(params, x)
-    rounded, _ = backbone.sequence(params, x.astype(jnp.bfloat16))
+    exact, _ = backbone.forward(params, x)
+    rounded, _ = backbone.forward(params, x.astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
     error = jnp.linalg.norm(rounded.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
     assert float(error) < 0.03
@@ -104,5 +104,5 @@ def test_bfloat16_stays_near_float32():
 def test_the_router_bias_is_the_only_parameter_that_is_not_trained():
     table = Backbone(TINY).specs()
     assert {path.split("/")[-1] for path, spec in flatten(table) if not spec.trained} == {"router_bias"}
-    total, active = count(table)
+    total, active = count_parameters(table)
     assert active < total

@@ -24,7 +24,7 @@ from jaxtml.model import mtp
 from jaxtml.model.duplex.step import Duplex
 from jaxtml.model.flops import forward_flops_per_token, train_flops_per_token
 from jaxtml.model.interaction import Inputs, InteractionModel
-from jaxtml.model.spec import Params, count, flatten, init_params
+from jaxtml.model.spec import Params, count_parameters, flatten, init_params
 from jaxtml.model.vocabulary import Scores
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.clock import CLOCK_FEATURES
@@ -60,7 +60,7 @@ def _head_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
     @jax.jit
     def forward(params: Params, inputs: Inputs) -> Scores:
         embedded = model.embed(params, inputs, jnp.float32)
-        hidden, _ = model.read(params, embedded, inputs.kind)
+        hidden, _ = model.hidden_from_embedded(params, embedded, inputs.kind)
         return model.mtp.foresee(params["mtp"], hidden, embedded, inputs.ids, score)
 
     logits, target = forward(params, _text(ids))
@@ -84,9 +84,9 @@ def released() -> tuple[Config, Params]:
     return config, params
 
 
-@pytest.mark.parametrize("spelt_out", [8, 0], ids=["spelt out", "scanned"])
-def test_logits_equal_the_released_ones(spelt_out, released, monkeypatch):
-    monkeypatch.setattr(mtp, "SPELT_OUT", spelt_out)
+@pytest.mark.parametrize("unrolled", [8, 0], ids=["unrolled", "scanned"])
+def test_logits_equal_the_released_ones(unrolled, released, monkeypatch):
+    monkeypatch.setattr(mtp, "MAX_UNROLLED_LAYERS", unrolled)
     config, params = released
     assert (config.backbone.mtp_heads, config.backbone.mtp_global) == (HEADS, (1,))
     ours = _head_logits(config, params, TOOL["case_inputs"]("text")["ids"][:1])
@@ -163,9 +163,9 @@ def _loss(config: Config, params: Params, batch: dict[str, np.ndarray]) -> tuple
     return loss, terms
 
 
-@pytest.mark.parametrize("spelt_out", [8, 0], ids=["spelt out", "scanned"])
-def test_every_parameter_of_every_head_learns_and_so_does_what_is_below(spelt_out, config, params, batch, monkeypatch):
-    monkeypatch.setattr(mtp, "SPELT_OUT", spelt_out)
+@pytest.mark.parametrize("unrolled", [8, 0], ids=["unrolled", "scanned"])
+def test_every_parameter_of_every_head_learns_and_so_does_what_is_below(unrolled, config, params, batch, monkeypatch):
+    monkeypatch.setattr(mtp, "MAX_UNROLLED_LAYERS", unrolled)
     grads = jax.jit(jax.grad(lambda p: _loss(config, p, batch)[1]["mtp"]))(params)
     found = {path: np.asarray(grad) for path, grad in flatten(grads)}
     table = dict(flatten(InteractionModel(config).specs()))
@@ -199,8 +199,8 @@ def test_the_term_is_the_mean_over_heads_of_what_words_further_ahead_weigh(confi
         bins = spoilt_history(batch["bins"], batch["kind"], config.flow, rows)
         inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
         embedded = model.embed(params, inputs, jnp.float32)
-        hidden, _ = model.read(params, embedded, inputs.kind)
-        return _loss(config, params, batch), model.foreseen(params, hidden, embedded, batch["target"])
+        hidden, _ = model.hidden_from_embedded(params, embedded, inputs.kind)
+        return _loss(config, params, batch), model.mtp_scores(params, hidden, embedded, batch["target"])
 
     (loss, terms), scores = jax.device_get(foreseen(params))
     nll, right = scores
@@ -224,8 +224,8 @@ def test_serving_reads_no_head(config, params):
 
 def test_heads_count_as_parameters_and_as_work_of_training_alone(config):
     bare = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=()))
-    (total, active), (fewer, same) = (count(InteractionModel(c).specs()) for c in (config, bare))
-    b, (heads, _) = config.backbone, count(InteractionModel(config).specs()["mtp"])
+    (total, active), (fewer, same) = (count_parameters(InteractionModel(c).specs()) for c in (config, bare))
+    b, (heads, _) = config.backbone, count_parameters(InteractionModel(config).specs()["mtp"])
     assert total - fewer == heads and active == same
     assert forward_flops_per_token(config, 99) == forward_flops_per_token(bare, 99)
     more = train_flops_per_token(config) - train_flops_per_token(bare)

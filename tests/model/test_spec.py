@@ -14,7 +14,7 @@ from jaxtml.model.spec import (
     ParamSpec,
     Released,
     bind,
-    count,
+    count_parameters,
     flatten,
     init_params,
     linear,
@@ -79,8 +79,8 @@ def test_stacking_puts_the_layers_in_front_of_every_shape():
 
 
 def test_counts_are_total_and_active():
-    assert count(specs(Affine())) == (15 + 5 + 5, 15 + 5 + 1)
-    assert count({"x": stack(specs(Affine()), (3,), ("layer",))}) == (75, 63)
+    assert count_parameters(specs(Affine())) == (15 + 5 + 5, 15 + 5 + 1)
+    assert count_parameters({"x": stack(specs(Affine()), (3,), ("layer",))}) == (75, 63)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +123,5 @@ def test_the_optimizer_may_touch_everything_but_the_routers_bias(small):
 
 def test_a_config_of_any_size_is_declared_without_making_arrays(small):
     huge = dataclasses.replace(small.backbone, d_model=8192, d_ff_expert=8192, n_experts=512, n_layers=65, n_dense=1)
-    total, active = count(InteractionModel(dataclasses.replace(small, backbone=huge)).specs())
+    total, active = count_parameters(InteractionModel(dataclasses.replace(small, backbone=huge)).specs())
     assert total > 5e12 and active < 0.02 * total

@@ -49,17 +49,17 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def whole(backbone, params, inputs):
-    return np.asarray(jax.jit(lambda p, x: backbone.sequence(p, x)[0])(params, inputs))
+    return np.asarray(jax.jit(lambda p, x: backbone.forward(p, x)[0])(params, inputs))
 
 
 @pytest.fixture(scope="module")
 def step(backbone):
-    return jax.jit(backbone.continue_)
+    return jax.jit(backbone.forward_cached)
 
 
 def _stream(backbone, params, step, inputs, lengths: np.ndarray, width: int) -> np.ndarray:
     """Runs sessions in calls of `width` positions; `lengths` `[calls, B]` are the real ones. Returns `[B, T, D]`."""
-    layers = backbone.for_serving(params)
+    layers = backbone.prepare_for_serving(params)
     batch = inputs.shape[0]
     state = backbone.init_state(batch, width, jnp.float32)
     position = np.zeros(batch, np.int32)
@@ -111,7 +111,7 @@ def test_rings_are_shorter_than_the_session_and_wrap_round():
 
 
 def test_a_session_that_does_not_advance_keeps_its_state_to_the_bit(backbone, params, step, inputs):
-    layers = backbone.for_serving(params)
+    layers = backbone.prepare_for_serving(params)
     state = backbone.init_state(3, TURN, jnp.float32)
     position, full = jnp.zeros(3, jnp.int32), jnp.full(3, TURN, jnp.int32)
     _, state = step(layers, inputs[:, :TURN], state, position, full)
@@ -123,7 +123,7 @@ def test_a_session_that_does_not_advance_keeps_its_state_to_the_bit(backbone, pa
 
 def test_a_new_session_in_a_used_slot_sees_nothing_of_the_old_one(backbone, params, step, inputs):
     """Position 0 is all that marks a fresh slot besides its convolution tails: stale keys are never seen."""
-    layers = backbone.for_serving(params)
+    layers = backbone.prepare_for_serving(params)
     fresh = backbone.init_state(3, TURN, jnp.float32)
     position, full = jnp.zeros(3, jnp.int32), jnp.full(3, TURN, jnp.int32)
     used = fresh
@@ -137,9 +137,11 @@ def test_a_new_session_in_a_used_slot_sees_nothing_of_the_old_one(backbone, para
 
 
 def test_memory_is_flat_however_long_the_session(backbone, params, step, inputs):
-    layers = backbone.for_serving(params)
+    layers = backbone.prepare_for_serving(params)
     state = jax.eval_shape(partial(backbone.init_state, 3, TURN, jnp.float32))
     shapes = jax.tree.map(lambda a: a.shape, state)
     late = jnp.full(3, 10**6, jnp.int32)
-    _, after = jax.eval_shape(backbone.continue_, layers, inputs[:, :TURN], state, late, jnp.full(3, TURN, jnp.int32))
+    _, after = jax.eval_shape(
+        backbone.forward_cached, layers, inputs[:, :TURN], state, late, jnp.full(3, TURN, jnp.int32)
+    )
     assert shapes == jax.tree.map(lambda a: a.shape, after)

@@ -28,7 +28,7 @@ def plain(hidden, unembed, target):
 
 @pytest.mark.parametrize("limit", [10**6, N * V // 2, N * V // 7, N])
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits(given, limit, monkeypatch):
-    monkeypatch.setattr(vocabulary, "LOGITS", limit)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", limit)
     hidden, unembed, target = given
     share = np.random.default_rng(2).random(N)
 
@@ -44,7 +44,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(given, limit, monk
 
 @pytest.mark.parametrize("limit", [10**6, N * V // 4])
 def test_a_target_is_right_where_no_word_is_likelier(given, limit, monkeypatch):
-    monkeypatch.setattr(vocabulary, "LOGITS", limit)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", limit)
     hidden, unembed, target = given
     best = (hidden @ unembed).argmax(axis=1)
     target = np.where(np.arange(N) % 2, best, target)
@@ -52,7 +52,7 @@ def test_a_target_is_right_where_no_word_is_likelier(given, limit, monkeypatch):
 
 
 def test_no_chunk_holds_more_than_its_share_of_the_logits(given, monkeypatch):
-    monkeypatch.setattr(vocabulary, "LOGITS", N * V // 4)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", N * V // 4)
     hidden, unembed, target = given
     jaxpr = jax.make_jaxpr(jax.grad(lambda h: vocabulary.scores(h, unembed, target, MeshShape()).nll.sum()))(hidden)
     assert f"{N},{V}]" not in str(jaxpr)

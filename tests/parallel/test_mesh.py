@@ -15,7 +15,7 @@ from jaxtml import config as configs
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import flatten
-from jaxtml.parallel.mesh import SERVE, TRAIN, MeshShape, make_mesh, names_of, partition_spec
+from jaxtml.parallel.mesh import SERVE, TRAIN, MeshShape, axis_names, make_mesh, partition_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sharding"
 # Devices: v5p-512 and v6e-256 have 256 chips of one device each, tpu7x-512 256 chips of two.
@@ -52,7 +52,7 @@ def test_training_splits_nearly_all_of_the_model_over_all_devices(pod, most, tab
     mesh, rules = PODS[pod]
     held = total = 0
     for shape, spec in layout(table, mesh, rules).values():
-        ways = math.prod(mesh.sizes[a] for part in spec for a in names_of(part))
+        ways = math.prod(mesh.sizes[a] for part in spec for a in axis_names(part))
         total += math.prod(shape)
         held += math.prod(shape) // ways
     assert 1.0 <= held * mesh.devices / total < most

@@ -44,7 +44,7 @@ def test_the_large_models_step_needs_little_more_than_its_tokens_do():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_a_plan_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"no compiler for it here \(pip install libtpu\)") as refused:
-        command.plan(configs.load("tiny"), "v5e:2x2", None, "train")
+        command.make_plan(configs.load("tiny"), "v5e:2x2", None, "train")
     assert "\n" not in str(refused.value)
 
 

@@ -34,7 +34,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[5]))
 from jaxtml import config
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.parallel.processes import join
+from jaxtml.parallel.processes import join_processes
 from jaxtml.train import loop
 
 whole, stop = loop.batches, int(sys.argv[6])
@@ -51,7 +51,7 @@ class Few:
         self.feed.close()
 
 loop.batches = lambda *args, **options: Few(whole(*args, **options))
-join()
+join_processes()
 mesh = MeshShape.parse(sys.argv[4])
 try:
     loop.train(config.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), workers=0, mesh=mesh)
@@ -142,7 +142,7 @@ def test_a_job_that_is_told_half_is_one_clear_line(variables, message, monkeypat
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
-        processes.join()
+        processes.join_processes()
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ def test_a_process_knows_its_place_before_it_joins(variables, rank, host, monkey
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.rank() == rank
+    assert processes.process_rank() == rank
     if host is not None:
         assert processes.first_host() == host
     else:
-        processes.join()
+        processes.join_processes()
         assert jax.process_count() == 1
 
 
 def test_alone_a_process_joins_nobody(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", *processes.FOUND_BY_JAX):
         monkeypatch.delenv(name, raising=False)
-    processes.join()
+    processes.join_processes()
     assert jax.process_count() == 1

@@ -14,7 +14,7 @@ from jaxtml.data.pipeline import pad
 from jaxtml.errors import InputError
 from jaxtml.model import vocabulary
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.placement import Placement, layout
+from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
 from jaxtml.stream.layout import encode
@@ -62,10 +62,10 @@ def alone(config, params, batch):
 
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
 def test_terms_stats_and_gradients_are_those_of_one_device(mesh_shape, config, params, batch, alone, monkeypatch):
-    monkeypatch.setattr(vocabulary, "LOGITS", 10_000)  # several chunks of the vocabulary, where one device has one
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 10_000)  # several chunks of the vocabulary, where one device has one
     model = InteractionModel(config, Placement(mesh_shape))
     mesh = make_mesh(mesh_shape)
-    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), mesh_shape, TRAIN))
+    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))
     with jax.set_mesh(mesh):
         ours = jax.jit(make_gradients(model))(
             jax.device_put(params, held),
@@ -88,7 +88,7 @@ def test_a_step_keeps_the_layout_of_its_state(config, params, batch):
     shape = MeshShape(data=4, expert=2)
     model = InteractionModel(config, Placement(shape))
     mesh = make_mesh(shape)
-    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), shape, TRAIN))
+    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), shape, TRAIN))
     init, step = make_train_step(model)
     with jax.set_mesh(mesh):
         state = jax.jit(init)(jax.device_put(params, held))
@@ -113,7 +113,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(mesh_shape, config, par
     model = InteractionModel(parts, Placement(mesh_shape))
     if mesh_shape.devices > 1:
         mesh = make_mesh(mesh_shape, jax.devices()[: mesh_shape.devices])
-        held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(model.specs(), mesh_shape, TRAIN))
+        held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))
         given = (
             jax.device_put(params, held),
             jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),

@@ -72,7 +72,7 @@ def stepped(functions, params, batch) -> tuple[TrainState, TrainState, dict[str,
     return state, after, metrics
 
 
-@pytest.fixture(scope="module", params=[backbone.SPELT_OUT, 0], ids=["spelt out", "scanned"])
+@pytest.fixture(scope="module", params=[backbone.MAX_UNROLLED_LAYERS, 0], ids=["spelt out", "scanned"])
 def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np.ndarray]]]:
     """Gradient of each term alone, `{term: {path: array}}`, with layers one by one and in loops."""
     model = InteractionModel(config)
@@ -85,7 +85,7 @@ def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np
     grad = jax.jit(jax.grad(weighted))
     alone = np.eye(len(TERMS), dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "SPELT_OUT", request.param)
+        patch.setattr(backbone, "MAX_UNROLLED_LAYERS", request.param)
         yield {name: dict(flatten(jax.device_get(grad(params, w)))) for w, name in zip(alone, TERMS, strict=True)}
 
 

@@ -59,7 +59,7 @@ class Ours:
 
     def logits(self, params: Params, ids: jax.Array) -> jax.Array:
         trunk = self.model.bind(params | self.rest)
-        hidden, _ = self.model.backbone.sequence(params["layers"], trunk.embed(ids, jnp.float32))
+        hidden, _ = self.model.backbone.forward(params["layers"], trunk.embed(ids, jnp.float32))
         return self.model.logits(params, trunk.norm(hidden))
 
     def training(self, ids: np.ndarray) -> Run:
@@ -89,12 +89,14 @@ class Ours:
     def micro_turns(self, ids: np.ndarray) -> Run:
         """One compiled program per micro-turn, state donated, as `duplex_step` does it."""
         backbone = self.model.backbone
-        serving = {**self.params, "layers": backbone.for_serving(self.params["layers"])}
+        serving = {**self.params, "layers": backbone.prepare_for_serving(self.params["layers"])}
 
         def forward(params: Params, state: Any, position: jax.Array, ids: jax.Array) -> tuple[Any, jax.Array]:
             trunk = self.model.bind(params | self.rest)
             length = jnp.full((1,), ids.shape[1], jnp.int32)
-            hidden, state = backbone.continue_(params["layers"], trunk.embed(ids, jnp.float32), state, position, length)
+            hidden, state = backbone.forward_cached(
+                params["layers"], trunk.embed(ids, jnp.float32), state, position, length
+            )
             return state, jnp.argmax(self.model.logits(params, trunk.norm(hidden[:, -1])), axis=-1)
 
         @partial(jax.jit, donate_argnums=1)

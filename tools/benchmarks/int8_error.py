@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtml.checkpoint.orbax_source import TOKENIZER, load_checkpoint
 from jaxtml.data.pipeline import pad
-from jaxtml.model.experts.weights import with_int8_experts
+from jaxtml.model.experts.weights import quantise_experts
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.stream.audio_file import read_audio
@@ -49,7 +49,7 @@ def main() -> None:
         return np.asarray(jax.jit(forward)(params))[0, present]
 
     exact = logits(Placement(), params)
-    rounded = logits(Placement(int8=True), with_int8_experts(params))
+    rounded = logits(Placement(int8=True), quantise_experts(params))
     listen, speak = (config.duplex.control_base + token for token in (Control.LISTEN, Control.SPEAK))
     gates = [1 / (1 + np.exp(a[:, listen] - a[:, speak])) for a in (exact, rounded)]
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)

@@ -23,7 +23,7 @@ from jaxtml.checkpoint.source import Index, contiguous, extent
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import ParamSpec, flatten, initial
+from jaxtml.model.spec import ParamSpec, flatten, initial_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MTP_WEIGHTS = "mtp.safetensors"  # the released prediction heads' own file
@@ -93,7 +93,7 @@ class ReleasedCheckpoint:
     def read(self, path: str, index: Index) -> np.ndarray:
         spec = self.table[path]
         if not self.holds(path):
-            return initial(path, spec, self.seed, index)
+            return initial_values(path, spec, self.seed, index)
         if not spec.stacked:
             return contiguous(self.part(self.places[path, ()], index))
         out = np.empty(extent(index, spec.shape), self.dtype(path))

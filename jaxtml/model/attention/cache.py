@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtml.config import AttentionConfig
 from jaxtml.model.numerics import HIDDEN
 
-LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
+MAX_LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
 
 
 class KVCache(NamedTuple):
@@ -78,7 +78,7 @@ def _attend_cache(
 ) -> jax.Array:
     """Attention of T new tokens over the ring of one layer: `query` `[B, T, G, Q, K]`, `rel` `[B, T, G, Q, R]`.
 
-    A part of the queries after the other where all would have more than `LOGITS` logits.
+    A part of the queries after the other where all would have more than `MAX_LOGITS` logits.
     """
     batch, tokens, groups, per_group, width = query.shape
     slots = cache.k.shape[-1]
@@ -96,7 +96,7 @@ def _attend_cache(
         return out.transpose(0, 3, 1, 2, 4)
 
     given = (query, rel, step.query, step.visible)
-    part = max(1, LOGITS // (batch * groups * per_group * slots))
+    part = max(1, MAX_LOGITS // (batch * groups * per_group * slots))
     if tokens <= part:
         return some(*given)
     count = -(-tokens // part)

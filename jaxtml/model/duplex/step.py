@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.errors import InputError
-from jaxtml.model.experts.weights import with_int8_experts
+from jaxtml.model.experts.weights import quantise_experts
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.placement import layout
+from jaxtml.model.placement import partition_specs
 from jaxtml.model.spec import Params, ParamSpec
 from jaxtml.model.speech import vocoder
 from jaxtml.parallel.collectives import psum
@@ -128,7 +128,7 @@ class Duplex:
 
     def check_sessions(self, batch: int) -> None:
         """Raises `InputError` where the mesh cannot share `batch` sessions."""
-        mesh, parts = self.model.placement.mesh, self.model.placement.session_parts
+        mesh, parts = self.model.placement.mesh, self.model.placement.session_shards
         if batch % parts:
             raise InputError(f"{batch} sessions do not divide into {parts} parts, of mesh {mesh}: serve more, or fewer")
 
@@ -143,17 +143,17 @@ class Duplex:
                 return array
             return array.astype(jnp.float32 if "router" in spec.axes else self.dtype)
 
-        table = self.model.served()
+        table = self.model.serving_specs()
         params = {name: params[name] for name in table}
-        ready = jax.tree.map(one, table, with_int8_experts(params) if int8 else params)
-        return {**ready, "layers": self.model.backbone.for_serving(ready["layers"])}
+        ready = jax.tree.map(one, table, quantise_experts(params) if int8 else params)
+        return {**ready, "layers": self.model.backbone.prepare_for_serving(ready["layers"])}
 
     def layouts(self) -> tuple[Any, Any, Any]:
         """Where on a mesh parameters (as prepared), state and inputs lie: trees of `PartitionSpec`."""
         split, mesh = PartitionSpec(self.sessions), self.model.placement.mesh
-        params = layout(self.model.served(), mesh, SERVE)
+        params = partition_specs(self.model.serving_specs(), mesh, SERVE)
         state = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.init_state(1)))
-        state = state._replace(layers=self.model.backbone.state_layout(self.sessions))
+        state = state._replace(layers=self.model.backbone.state_partition_specs(self.sessions))
         inputs = jax.tree.map(lambda _: split, jax.eval_shape(lambda: self.empty_inputs(1)))
         return params, state, inputs
 
@@ -272,7 +272,7 @@ class Duplex:
         self, params: Params, state: DuplexState, x: jax.Array, length: jax.Array
     ) -> tuple[DuplexState, jax.Array]:
         """Runs `x` `[B, T, D]` of which `length` are real; returns the normed hidden state of the last real one."""
-        y, layers = self.model.backbone.continue_(params["layers"], x, state.layers, state.position, length)
+        y, layers = self.model.backbone.forward_cached(params["layers"], x, state.layers, state.position, length)
         last = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
         hidden = self.model.bind(params).norm(last)
         return state._replace(layers=layers, position=state.position + length), hidden

@@ -55,9 +55,9 @@ def quantised(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(weights / scale[..., None, :]).astype(jnp.int8), scale
 
 
-def with_int8_experts(params: Params) -> Params:
+def quantise_experts(params: Params) -> Params:
     """The same tree with every layer's routed experts in int8, and the scales of their columns beside them."""
     if "w13" in params and "router" in params:
         (w13, scale13), (w2, scale2) = quantised(params["w13"]), quantised(params["w2"])
         return {**params, "w13": w13, "w2": w2, "w13_scale": scale13, "w2_scale": scale2}
-    return {name: with_int8_experts(part) if isinstance(part, dict) else part for name, part in params.items()}
+    return {name: quantise_experts(part) if isinstance(part, dict) else part for name, part in params.items()}

@@ -206,7 +206,7 @@ def init_state(cfg: VocoderConfig, batch: int) -> State:
     }
 
 
-def control(
+def predict_controls(
     cfg: VocoderConfig, params: Params, state: State, frames: jax.Array, known_hz: jax.Array | None = None
 ) -> tuple[dict[str, jax.Array], Controls]:
     """The network alone: `[B, F, 80]` -> (next tails, `Controls`).
@@ -320,6 +320,6 @@ def vocode(cfg: VocoderConfig, params: Params, state: State, frames: jax.Array) 
     Returns:
       The next state and the waveform `[B, 200 F]`, 16 kHz float32.
     """
-    tails, controls = control(cfg, params, state, frames)
+    tails, controls = predict_controls(cfg, params, state, frames)
     after, wave = render(state, controls.hz, controls.taps)
     return {"tails": tails, **after}, wave

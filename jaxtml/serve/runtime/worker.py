@@ -24,7 +24,7 @@ from absl import logging
 from jaxtml.config import to_json
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.parallel.processes import join
+from jaxtml.parallel.processes import join_processes
 from jaxtml.serve.runtime import hosts
 from jaxtml.serve.runtime.wire import Tick, TickReply, WorkerReady, packed, received, unpacked
 from jaxtml.session.engine import Engine
@@ -74,7 +74,7 @@ def follow(checkpoint: str | Path) -> None:
       InputError: there is no way to the others.
     """
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries write there what is not for who reads our stdout
-    join()
+    join_processes()
     word, ticks = hosts.follow()
     try:
         groups = _groups(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
@@ -117,7 +117,7 @@ def main() -> None:
     leader = None
     with socket.socket(fileno=args.descriptor) as connection:
         try:
-            join()
+            join_processes()
             mesh = MeshShape.parse(args.mesh)
             if jax.process_count() > 1:
                 leader = hosts.lead({"capacity": args.capacity, "mesh": mesh.sizes})

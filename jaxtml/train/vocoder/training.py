@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxtml.checkpoint.orbax_source import CONFIG, load_checkpoint
 from jaxtml.config import Config, VocoderConfig, from_json, to_json
 from jaxtml.errors import InputError
-from jaxtml.model.spec import Params, count, init_params
-from jaxtml.model.speech.vocoder import PITCH_MIN, control, init_state, param_specs, render
+from jaxtml.model.spec import Params, count_parameters, init_params
+from jaxtml.model.speech.vocoder import PITCH_MIN, init_state, param_specs, predict_controls, render
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
 from jaxtml.train.vocoder.data import VocoderBatch, batch_at, prepare, recordings
 from jaxtml.train.vocoder.loss import mel_loss, pitch_loss, stft_loss
@@ -59,7 +59,7 @@ def losses(
     # rest with the network's, so that they learn to live with its errors.
     told = jnp.arange(len(batch.frames))[:, None] % 2 == 0
     known_hz = jnp.where(told & (batch.voiced > 0), PITCH_MIN * jnp.exp2(batch.octaves), 0.0)
-    _, controls = control(cfg, params, state, batch.frames, known_hz)
+    _, controls = predict_controls(cfg, params, state, batch.frames, known_hz)
     _, wave = render(state, controls.hz, controls.taps)
     wave, target = wave[:, how.warm * FINE_HOP :], batch.wave[:, how.warm * FINE_HOP :]
     log_stft, convergence = stft_loss(wave, target)
@@ -107,7 +107,7 @@ def train_vocoder(
     voice = prepare(recordings(banks))
     cfg = config.vocoder
     minutes = len(voice.wave) / SAMPLE_RATE / 60
-    logging.info("vocoder: %d parameters, %.1f minutes of voice", count(param_specs(cfg))[0], minutes)
+    logging.info("vocoder: %d parameters, %.1f minutes of voice", count_parameters(param_specs(cfg))[0], minutes)
 
     params = init_params(param_specs(cfg), how.seed)
     state = {"params": params, "opt": optimizer(how, steps).init(params)}

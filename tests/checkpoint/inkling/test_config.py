@@ -18,7 +18,7 @@ from jaxtml.config import load
 from jaxtml.convert.conversion import write
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import count, flatten
+from jaxtml.model.spec import count_parameters, flatten
 
 ROOT = Path(__file__).parents[3]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
@@ -72,10 +72,10 @@ def checkpoint(tmp_path):
 def test_inkling_small_has_the_published_number_of_parameters():
     config = config_from_inkling(INKLING_SMALL)
     table = InteractionModel(config).specs()
-    heads, _ = count(table.pop("mtp"))
+    heads, _ = count_parameters(table.pop("mtp"))
     assert heads == pytest.approx(2.23e9, rel=0.005)
     released = {path: spec for path, spec in flatten(table) if spec.released is not None}
-    total, _ = count(released)
+    total, _ = count_parameters(released)
     assert 263.7e9 <= total <= 264.0e9
     assert (config.backbone.mtp_heads, config.backbone.mtp_global) == (8, (1, 3))
     assert config.backbone.global_layers == (5, 11, 17, 23, 29, 35, 41)

@@ -78,10 +78,10 @@ def sessions_on_mesh(placement: Placement, config: Config, params, inputs) -> Ru
 
 
 def test_a_stack_that_is_scanned_gives_what_its_layers_give_one_by_one(config, params, alone, monkeypatch):
-    monkeypatch.setattr(backbone, "SPELT_OUT", 2)
-    monkeypatch.setattr(cache, "LOGITS", 1000)  # a few queries at a time
+    monkeypatch.setattr(backbone, "MAX_UNROLLED_LAYERS", 2)
+    monkeypatch.setattr(cache, "MAX_LOGITS", 1000)  # a few queries at a time
     duplex = Duplex(InteractionModel(config), trace=True)
-    assert not duplex.model.backbone.spelt_out
+    assert not duplex.model.backbone.unrolled
     assert_same(sessions_alone(duplex, params).outputs, alone.outputs, exact=False)
 
 
@@ -96,7 +96,7 @@ def test_int8_experts_change_logits_little_and_equally_on_a_mesh_and_in_a_scanne
     # A column's scale is that of all its rows, which `tensor` shares.
     mesh = Placement(MeshShape(data=2, expert=2, tensor=2), int8=True)
     assert_same(sessions_on_mesh(mesh, config, params, ours.inputs).outputs, ours.outputs, exact=False)
-    monkeypatch.setattr(backbone, "SPELT_OUT", 2)
+    monkeypatch.setattr(backbone, "MAX_UNROLLED_LAYERS", 2)
     scanned = sessions_alone(Duplex(InteractionModel(config, Placement(int8=True)), trace=True), params)
     assert_same(scanned.outputs, ours.outputs, exact=False)
 

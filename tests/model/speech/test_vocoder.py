@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import VocoderConfig
-from jaxtml.model.spec import Params, count, init_params
+from jaxtml.model.spec import Params, count_parameters, init_params
 from jaxtml.model.speech.vocoder import init_state, param_specs, vocode
 from jaxtml.stream.dmel import fine_log_mel
 from jaxtml.stream.timebase import FINE_HOP, FINE_PER_MICRO_TURN, SAMPLE_RATE
@@ -88,5 +88,5 @@ def test_an_hour_of_session_keeps_its_phase_finite_and_its_noise_fresh(params, f
 
 
 def test_it_is_small_enough_to_ship():
-    total, _ = count(param_specs(CFG))
+    total, _ = count_parameters(param_specs(CFG))
     assert 1.0e6 < total < 2.0e6
