@@ -1,3 +1,3 @@
 """jaxtml: train, convert, evaluate and serve full-duplex interaction models in JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
