@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxtml.data.bank import Bank
-from jaxtml.data.talks.human import Prompts
+from jaxtml.data.talks.recorded_prompts import Prompts
 from jaxtml.errors import InputError
 from jaxtml.evals import report, run
 from jaxtml.evals import thresholds as bars

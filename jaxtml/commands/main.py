@@ -168,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    from jaxtml.data import bank, cache, show
+    from jaxtml.data import bank, cache, examples
     from jaxtml.data.pipeline import Rows
     from jaxtml.data.tasks import scenarios
     from jaxtml.stream.text import TextCodec
@@ -189,7 +189,7 @@ def data(args: argparse.Namespace) -> None:
         cache.build(rows, out / "cache", args.rows, args.workers)
     if args.show:
         talks = map(rows.conversation, itertools.count())
-        for text in show.write_examples(talks, out / "examples", args.show):
+        for text in examples.write_examples(talks, out / "examples", args.show):
             print(text)
 
 

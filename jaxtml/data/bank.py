@@ -28,7 +28,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxtml.data.tasks import scenarios
-from jaxtml.data.voices import registry as voices
+from jaxtml.data.voices import registry
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
@@ -75,23 +75,23 @@ def full_casts() -> tuple[Cast, ...]:
     shift = (0.92, 1.1)  # beyond this a scaled spectrum sounds like nobody
     slow = (0.55, 1.0)  # who names single words takes twice the time of who says a sentence
     named = (
-        ("train", voices.ESPEAK_TRAIN, (0.8, 1.35)),
-        ("test", voices.ESPEAK_TEST, (0.85, 1.2)),
-        ("train", voices.FLITE_TRAIN, shift),
-        ("test", voices.FLITE_TEST, (1.0, 1.0)),
-        ("train", voices.PIPER_TRAIN, shift),
-        ("test", voices.KOKORO_TEST, (1.0, 1.0)),
-        ("train", voices.KOKORO_TRAIN, shift),
+        ("train", registry.ESPEAK_TRAIN, (0.8, 1.35)),
+        ("test", registry.ESPEAK_TEST, (0.85, 1.2)),
+        ("train", registry.FLITE_TRAIN, shift),
+        ("test", registry.FLITE_TEST, (1.0, 1.0)),
+        ("train", registry.PIPER_TRAIN, shift),
+        ("test", registry.KOKORO_TEST, (1.0, 1.0)),
+        ("train", registry.KOKORO_TRAIN, shift),
     )
     return (
-        Cast("train", voices.ESPEAK_TRAIN, 9000, rate=(0.8, 1.1), pitch=(0.8, 1.35)),
-        Cast("test", voices.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
-        Cast("train", voices.FLITE_TRAIN, 1200, pitch=shift),
-        Cast("test", voices.FLITE_TEST, 200),
-        Cast("train", voices.PIPER_TRAIN, 500, pitch=shift),
-        Cast("test", voices.KOKORO_TEST, 120),
-        Cast("train", voices.KOKORO_TRAIN, 920, pitch=shift),
-        Cast("train", voices.KOKORO_MIXED, 453, pitch=shift),
+        Cast("train", registry.ESPEAK_TRAIN, 9000, rate=(0.8, 1.1), pitch=(0.8, 1.35)),
+        Cast("test", registry.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
+        Cast("train", registry.FLITE_TRAIN, 1200, pitch=shift),
+        Cast("test", registry.FLITE_TEST, 200),
+        Cast("train", registry.PIPER_TRAIN, 500, pitch=shift),
+        Cast("test", registry.KOKORO_TEST, 120),
+        Cast("train", registry.KOKORO_TRAIN, 920, pitch=shift),
+        Cast("train", registry.KOKORO_MIXED, 453, pitch=shift),
         *(Cast(split, names, _ROUNDS.get(names[0].split(":")[0], 1), words=True, rate=slow, pitch=pitch)
           for split, names, pitch in named),
     )  # fmt: skip
@@ -117,7 +117,7 @@ def plan(
       seed: of everything that is drawn.
       vocabulary: what casts with `words` name.
     """
-    spoken = [PlannedUtterance("assistant", "train", voices.OWN_VOICE, reply) for reply in replies]
+    spoken = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]
     quick, slow = [], []
     for number, cast in enumerate(casts):
         rng = np.random.default_rng([seed, number])
@@ -167,7 +167,7 @@ def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
 
 
 def _speak(item: PlannedUtterance) -> Utterance:
-    return voices.synthesise(item.voice, item.text, rate=item.rate, pitch=item.pitch)
+    return registry.synthesise(item.voice, item.text, rate=item.rate, pitch=item.pitch)
 
 
 def _digest(shards: Sequence[Sequence[PlannedUtterance]]) -> str:

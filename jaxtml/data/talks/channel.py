@@ -1,10 +1,11 @@
-"""What a room, a microphone and a line do to the user's voice: drawn once per session, applied in one pass. Pure numpy.
+"""The channel from the user's mouth to our samples: the room, the microphone and the telephone line. Pure numpy.
 
-`Channel` says in figures what was done (a picture or a test can show it), `draw` picks one at random, `apply` turns the
-clean voice into what the microphone hears. Reverberation, equalisation and band limits are one multiplication in the
-frequency domain: four transforms per session. Called by `jaxtml.data.talks.mix`.
+`Channel` says in figures what is done, so that a picture or a test can show it. `draw_channel` draws one at random,
+once per session. `apply_channel` turns the clean voice into what the microphone hears. Reverberation, equalisation and
+band limits are one multiplication in the frequency domain: four transforms per session. Called by
+`jaxtml.data.talks.mix` and `jaxtml.data.talks.recorded_prompts`.
 
-Axes: N samples of the session, F bins of its one-sided spectrum.
+Axis glossary: N samples of the session, F bins of its one-sided spectrum, R samples of a room's impulse response.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Channel:
 CLEAN = Channel()
 
 
-def draw(rng: np.random.Generator) -> Channel:
+def draw_channel(rng: np.random.Generator) -> Channel:
     """A random channel: from clean studio to a noisy telephone."""
 
     def maybe(chance: float, low: float, high: float) -> float | None:
@@ -135,7 +136,7 @@ def _swell(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.repeat(gain.astype(np.float32), 16)[:n]
 
 
-def apply(
+def apply_channel(
     rng: np.random.Generator,
     channel: Channel,
     voice: np.ndarray,

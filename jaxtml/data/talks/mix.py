@@ -22,9 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxtml.data.talks import channel as channels
 from jaxtml.data.talks import edits
-from jaxtml.data.talks.channel import Channel
+from jaxtml.data.talks.channel import Channel, apply_channel, draw_channel
 from jaxtml.data.talks.edits import Clip
 from jaxtml.data.tasks.scenarios import bare_list, incomplete_after, is_complete, nonsense, reply_to, sample_user_text
 from jaxtml.data.voices.utterance import Utterance
@@ -387,11 +386,11 @@ def make_conversation(
     else:
         _fill(rng, draft, speakers, _user(rng, speakers, weights.engines), weights)
     if channel is None:
-        channel = channels.draw(rng)
+        channel = draw_channel(rng)
     babble = _babble(rng, speakers, n) if channel.babble_db is not None else None
     fresh = rng.random() < 0.3
     return Conversation(
-        user=channels.apply(rng, channel, draft.voice, draft.assistant, babble),
+        user=apply_channel(rng, channel, draft.voice, draft.assistant, babble),
         assistant=draft.assistant,
         user_words=tuple(draft.words),
         speech=tuple(draft.speech),

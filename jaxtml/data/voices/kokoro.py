@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from jaxtml.data.packages import cached_file, package_file, read_pinned
-from jaxtml.data.voices.neural import open_session, phoneme_line, starts_from_durations
+from jaxtml.data.voices.onnx_session import open_session
+from jaxtml.data.voices.phoneme_line import phoneme_line, starts_from_durations
 from jaxtml.data.voices.utterance import Rendering
 
 MODEL_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"

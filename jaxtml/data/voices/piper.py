@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxtml.data.packages import package_file, read_pinned
-from jaxtml.data.voices.neural import noise_from_inputs, open_session, phoneme_line, starts_from_durations
+from jaxtml.data.voices.onnx_session import noise_from_inputs, open_session
+from jaxtml.data.voices.phoneme_line import phoneme_line, starts_from_durations
 from jaxtml.data.voices.utterance import Rendering
 
 MODEL_SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"

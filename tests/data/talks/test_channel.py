@@ -22,7 +22,7 @@ def level_db(wave: np.ndarray) -> float:
 
 
 def through(**figures) -> np.ndarray:
-    return channel.apply(np.random.default_rng(1), Channel(**figures), talking())
+    return channel.apply_channel(np.random.default_rng(1), Channel(**figures), talking())
 
 
 def test_the_clean_channel_only_sets_the_level():
@@ -49,7 +49,7 @@ def test_a_room_rings_after_the_voice_and_no_longer_than_its_decay():
     end = N // 2
     assert level_db(heard[end : end + 800]) > -45
     assert level_db(heard[end + 4800 : end + 8000]) < -75
-    quiet_before = channel.apply(np.random.default_rng(1), Channel(rt60_s=0.4), talking()[::-1].copy())
+    quiet_before = channel.apply_channel(np.random.default_rng(1), Channel(rt60_s=0.4), talking()[::-1].copy())
     assert level_db(quiet_before[: N // 2 - 10]) < -80, "the tail wrapped round to the start"
 
 
@@ -57,16 +57,16 @@ def test_the_loudspeaker_is_heard_in_the_microphone_after_its_delay():
     assistant = np.zeros(N, np.float32)
     assistant[120_000:140_000] = 0.06 * np.random.default_rng(3).standard_normal(20_000)
     given = Channel(level_dbfs=-26.0, echo_db=20.0, echo_delay=800)
-    heard = channel.apply(np.random.default_rng(1), given, np.zeros(N, np.float32), assistant)
+    heard = channel.apply_channel(np.random.default_rng(1), given, np.zeros(N, np.float32), assistant)
     assert np.abs(heard[:120_800]).max() < 1e-6
     assert -60 < level_db(heard[120_800:140_800]) < -40
 
 
 def test_a_drawn_channel_never_leaves_the_range_of_samples_and_repeats_with_its_seed():
     for seed in range(40):
-        drawn = channel.draw(np.random.default_rng(seed))
-        assert drawn == channel.draw(np.random.default_rng(seed))
-        heard = channel.apply(np.random.default_rng(seed), drawn, talking(), talking(5) * 0.1, talking(6))
+        drawn = channel.draw_channel(np.random.default_rng(seed))
+        assert drawn == channel.draw_channel(np.random.default_rng(seed))
+        heard = channel.apply_channel(np.random.default_rng(seed), drawn, talking(), talking(5) * 0.1, talking(6))
         assert heard.dtype == np.float32
         assert heard.shape == (N,)
         assert np.isfinite(heard).all()

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxtml.data import packages as parts
-from jaxtml.data.voices import espeak, flite, kokoro, neural, piper
-from jaxtml.data.voices import registry as voices
+from jaxtml.data import packages
+from jaxtml.data.voices import espeak, flite, kokoro, phoneme_line, piper, registry
 from jaxtml.data.voices.utterance import FRAME, Rendering, Utterance, finish, tokens_of, words_of
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import SAMPLE_RATE
@@ -16,7 +15,7 @@ ENGINES = ("espeak:en-us+f3", "flite:slt", "kokoro:af_heart", "kokoro:af_bella+a
 def speak(voice: str, text: str, **how: float) -> Utterance:
     """`synthesise`, or a skip where the engine is not installed."""
     try:
-        return voices.synthesise(voice, text, **how)
+        return registry.synthesise(voice, text, **how)
     except InputError as error:
         pytest.skip(str(error))
 
@@ -81,10 +80,10 @@ def test_no_test_voice_is_heard_in_training_not_even_in_a_mixture():
         engine, _, rest = name.partition(":")
         return [rest.split("+")[1]] if engine == "espeak" else rest.split("+")
 
-    assert not people(voices.TRAIN_VOICES) & people(voices.TEST_VOICES)
-    own = people([voices.OWN_VOICE])
-    assert not own & (people(voices.TRAIN_VOICES) | people(voices.TEST_VOICES))
-    per_engine = [name.split(":")[0] for name in voices.TEST_VOICES]
+    assert not people(registry.TRAIN_VOICES) & people(registry.TEST_VOICES)
+    own = people([registry.OWN_VOICE])
+    assert not own & (people(registry.TRAIN_VOICES) | people(registry.TEST_VOICES))
+    per_engine = [name.split(":")[0] for name in registry.TEST_VOICES]
     assert per_engine.count("kokoro") >= 4 and per_engine.count("flite") >= 1 and per_engine.count("espeak") >= 12
 
 
@@ -161,38 +160,38 @@ def test_kokoro_reads_its_own_letters():
     speak("kokoro:af_heart", "one")
     assert kokoro.spell("t͡ʃˈɑː͡ɹli", british=False) == "ʧˈɑɹli"
     assert kokoro.spell("ɡˈo͡ʊ", british=True) == "ɡˈQ"
-    line, begins = neural.phoneme_line("yes, i am", "en-us", lambda ipa: kokoro.spell(ipa, british=False))
+    line, begins = phoneme_line.phoneme_line("yes, i am", "en-us", lambda ipa: kokoro.spell(ipa, british=False))
     assert line.endswith(".") and [line[begin - 1] for begin in begins[1:]] == [" ", " "]
 
 
 def test_every_voice_of_the_lists_exists():
     speak("espeak:en-us+f3", "one")
-    for name in (*voices.ESPEAK_TRAIN, *voices.ESPEAK_TEST):
+    for name in (*registry.ESPEAK_TRAIN, *registry.ESPEAK_TEST):
         espeak.render("one", name.partition(":")[2], 1.0, 1.0)
-    assert {name.partition(":")[2] for name in (*voices.FLITE_TRAIN, *voices.FLITE_TEST)} == set(flite.NAMES)
+    assert {name.partition(":")[2] for name in (*registry.FLITE_TRAIN, *registry.FLITE_TEST)} == set(flite.NAMES)
     try:
         styles = kokoro._styles()
     except InputError as error:
         pytest.skip(str(error))
-    used = (voices.OWN_VOICE, *voices.KOKORO_TRAIN, *voices.KOKORO_TEST, *voices.KOKORO_MIXED)
+    used = (registry.OWN_VOICE, *registry.KOKORO_TRAIN, *registry.KOKORO_TEST, *registry.KOKORO_MIXED)
     assert all(part in styles for name in used for part in name.partition(":")[2].split("+"))
 
 
 def test_an_unknown_voice_or_engine_is_refused():
     with pytest.raises(InputError, match="no speech engine 'siri'"):
-        voices.synthesise("siri:anna", "hello")
+        registry.synthesise("siri:anna", "hello")
     with pytest.raises(ValueError, match="no voice"):
         piper.render("hello", "anna", 1.0)
 
 
 def test_a_missing_or_altered_package_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="tools/install_voices"):
-        parts.package_file("no_such_speech_package", "model.onnx")
+        packages.package_file("no_such_speech_package", "model.onnx")
     with pytest.raises(InputError, match="tools/install_voices"):
-        parts.package_file("numpy", "no_such_file.onnx")
+        packages.package_file("numpy", "no_such_file.onnx")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match="tools/install_voices"):
-        parts.cached_file("voices.tgz")
+        packages.cached_file("voices.tgz")
     (tmp_path / "model").write_bytes(b"not the model")
     with pytest.raises(InputError, match="pinned"):
-        parts.read_pinned([tmp_path / "model"], "0" * 64)
+        packages.read_pinned([tmp_path / "model"], "0" * 64)

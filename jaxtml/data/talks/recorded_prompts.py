@@ -28,9 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtml.data.talks import channel as channels
 from jaxtml.data.talks import edits
-from jaxtml.data.talks.channel import Channel
+from jaxtml.data.talks.channel import Channel, apply_channel
 from jaxtml.data.talks.edits import Clip
 from jaxtml.data.tasks.scenarios import (
     DAYS,
@@ -160,7 +159,7 @@ def _sound(wave: np.ndarray) -> np.ndarray:
 # --- items
 
 
-def make_item(rng: np.random.Generator, prompts: Prompts, kind: tuple[str, str]) -> Conversation:
+def make_prompted_conversation(rng: np.random.Generator, prompts: Prompts, kind: tuple[str, str]) -> Conversation:
     """A session of `kind` (one of `KINDS`) as the module's docstring says.
 
     Returns:
@@ -223,7 +222,7 @@ def _session(rng: np.random.Generator, turns: Sequence[tuple[int, Clip]]) -> tup
     for at, clip in turns:
         voice[at : at + len(clip.wave)] += edits.levelled(clip, 1.0).wave
     line = Channel(level_dbfs=float(rng.uniform(*_LEVEL_DBFS)), noise_db=_NOISE_DB, noise_tilt=_NOISE_TILT)
-    return channels.apply(rng, line, voice), np.zeros(len(voice), np.float32)
+    return apply_channel(rng, line, voice), np.zeros(len(voice), np.float32)
 
 
 def _silent(rng: np.random.Generator, prompts: Prompts, about: str) -> Conversation:

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 from tones import ToneBank
 
-from jaxtml.data import show
+from jaxtml.data import examples
 from jaxtml.data.talks import channel, mix
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
@@ -20,7 +20,7 @@ def talks() -> list[Conversation]:
 
 
 def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
-    texts = list(show.write_examples(iter(talks), tmp_path / "new", 2))
+    texts = list(examples.write_examples(iter(talks), tmp_path / "new", 2))
     assert len(texts) == 2
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         f"example_{n}.{kind}" for n in range(2) for kind in ("png", "txt", "wav")
@@ -44,9 +44,9 @@ def test_the_text_says_who_spoke_paused_and_took_over_in_order():
         expected="red",
         user_end_s=(1.7,),
     )
-    assert show.pauses(talk) == [(0.5, 1.3)]
-    assert show.takeovers(talk) == [(1.7, 2.0)]
-    assert [line.split(maxsplit=1)[1] for line in show.summary(talk).splitlines()[2:]] == [
+    assert examples.pauses(talk) == [(0.5, 1.3)]
+    assert examples.takeovers(talk) == [(1.7, 2.0)]
+    assert [line.split(maxsplit=1)[1] for line in examples.summary(talk).splitlines()[2:]] == [
         "user       say red",
         "(pauses for 0.80 s)",
         "(taken over after 300 ms)",
@@ -56,6 +56,6 @@ def test_the_text_says_who_spoke_paused_and_took_over_in_order():
 
 def test_every_word_of_the_user_belongs_to_one_turn(talks):
     for talk in talks:
-        turns = show.user_turns(talk)
+        turns = examples.user_turns(talk)
         assert [word for turn in turns for word in turn] == list(talk.user_words)
         assert len(turns) == len(talk.user_end_s)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxtml.data.talks import human
-from jaxtml.data.talks.human import KINDS, Prompts, make_item
+from jaxtml.data.talks import recorded_prompts
+from jaxtml.data.talks.recorded_prompts import KINDS, Prompts, make_prompted_conversation
 from jaxtml.data.tasks.scenarios import VOCABULARY, incomplete_after, is_complete, reply_to
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     """Every prompt as 0.4 s of a tone at 8 kHz with 0.15 s of silence on both sides."""
     folder = tmp_path_factory.mktemp("prompts")
     t = np.arange(int(SOUND_S * 8000)) / 8000
-    for number, file in enumerate([*human._files().values(), *human.SOUNDS]):
+    for number, file in enumerate([*recorded_prompts._files().values(), *recorded_prompts.SOUNDS]):
         tone = np.pad(0.3 * np.sin(2 * np.pi * (300 + 20 * number) * t), int(AROUND_S * 8000))
         path = folder / f"{file}.wav"
         path.parent.mkdir(exist_ok=True)
@@ -33,7 +33,9 @@ def prompts(folder):
 
 def items(prompts, scene, count=12):
     of_scene = [kind for kind in KINDS if kind[0] == scene]
-    return [make_item(np.random.default_rng(i), prompts, of_scene[i % len(of_scene)]) for i in range(count)]
+    return [
+        make_prompted_conversation(np.random.default_rng(i), prompts, of_scene[i % len(of_scene)]) for i in range(count)
+    ]
 
 
 def sounding(wave: np.ndarray) -> np.ndarray:
@@ -52,7 +54,7 @@ def test_prompts_are_cut_to_their_sound(prompts):
 
 
 def test_every_prompt_is_of_the_tasks_vocabulary():
-    assert {word for text in human._files() for word in text.split()} <= set(VOCABULARY)
+    assert {word for text in recorded_prompts._files() for word in text.split()} <= set(VOCABULARY)
 
 
 def test_a_sentence_is_covered_by_prompts_or_refused(prompts):
@@ -119,7 +121,7 @@ def test_nobody_speaks_in_a_silent_item_but_it_is_not_digital_silence(prompts):
 
 def test_an_item_is_a_function_of_its_seed(prompts):
     for kind in KINDS:
-        one, two = (make_item(np.random.default_rng(5), prompts, kind) for _ in range(2))
+        one, two = (make_prompted_conversation(np.random.default_rng(5), prompts, kind) for _ in range(2))
         np.testing.assert_array_equal(one.user, two.user)
         assert one.user_words == two.user_words
 
@@ -130,12 +132,14 @@ def test_missing_packages_are_named(tmp_path):
 
 
 def test_the_installed_prompts_say_all_that_items_need():
-    if not (human.FOLDER / "digits" / "1.wav").is_file():
-        pytest.skip(human.INSTALL)
+    if not (recorded_prompts.FOLDER / "digits" / "1.wav").is_file():
+        pytest.skip(recorded_prompts.INSTALL)
     prompts = Prompts.read()
-    assert set(human._files()) == prompts.clips.keys() and len(prompts.sounds) == len(human.SOUNDS)
+    assert set(recorded_prompts._files()) == prompts.clips.keys() and len(prompts.sounds) == len(
+        recorded_prompts.SOUNDS
+    )
     for text, clip in prompts.clips.items():
         assert 0.15 < len(clip.wave) / SAMPLE_RATE < 1.3, text
         assert np.abs(clip.wave[-160:]).max() < 0.5 * np.abs(clip.wave).max()
     for number, kind in enumerate(KINDS):
-        assert len(make_item(np.random.default_rng(number), prompts, kind).user) > 3 * SAMPLE_RATE
+        assert len(make_prompted_conversation(np.random.default_rng(number), prompts, kind).user) > 3 * SAMPLE_RATE
