@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.checkpoint.opening import read_checkpoint
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
 from jaxtml.train.vocoder.training import trained

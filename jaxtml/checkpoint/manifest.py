@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
+from jaxtml.checkpoint.files import CARRIED, MANIFEST
 from jaxtml.errors import InputError
 
-MANIFEST = "manifest.json"
-CARRIED = "released"  # folder of a checkpoint of ours with the files of the release that it was made of
 _VERSION = 1
 _TENSORS = (".safetensors", ".jsonl")
 
@@ -72,11 +71,6 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Those of the files that are there."""
     found = {name: folder / name for name in names}
     return {name: f"{isal_zlib.crc32(file.read_bytes()):08x}" for name, file in found.items() if file.is_file()}
-
-
-def layer_name(path: str, at: tuple[int, ...]) -> str:
-    """Ours, of one layer's part of a parameter: "layers/block0/run1/attn/wq/3/0"."""
-    return "/".join([path, *map(str, at)])
 
 
 def crc32(values: np.ndarray, before: int = 0) -> int:

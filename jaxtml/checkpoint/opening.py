@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtml.checkpoint.inkling.source import INDEX, ReleasedCheckpoint
-from jaxtml.checkpoint.orbax_source import OrbaxCheckpoint, on_one_device
-from jaxtml.checkpoint.source import ParameterSource, place_parameters
+from jaxtml.checkpoint.inkling.directory import INDEX
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
+from jaxtml.checkpoint.source import ParameterSource, on_one_device, place_parameters
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
-
-SHIPPED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:

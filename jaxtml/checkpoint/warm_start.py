@@ -13,7 +13,8 @@ from functools import reduce
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtml.checkpoint.source import Index, ParameterSource, contiguous, extent, full_index, spec_table
+from jaxtml.checkpoint.source import Index, ParameterSource, extent, full_index, spec_table
+from jaxtml.checkpoint.transposed_copy import contiguous
 from jaxtml.config import BackboneConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel

@@ -21,7 +21,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.opening import SHIPPED
+from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.errors import InputError
 
 VOCODER_STEPS = 5000

@@ -12,31 +12,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import jax
 import numpy as np
-import psutil
-from absl import logging
 
 from jaxtml import config as configs
 from jaxtml.checkpoint import manifest
+from jaxtml.checkpoint.files import MANIFEST, RUN
 from jaxtml.checkpoint.inkling.sink import ReleasedSink, released_dtypes
-from jaxtml.checkpoint.inkling.source import INDEX
-from jaxtml.checkpoint.manifest import CARRIED, MANIFEST
-from jaxtml.checkpoint.opening import in_memory, open_checkpoint
-from jaxtml.checkpoint.orbax_sink import OrbaxSink
-from jaxtml.checkpoint.orbax_source import RUN, TOKENIZER, OrbaxCheckpoint
+from jaxtml.checkpoint.opening import open_checkpoint
+from jaxtml.checkpoint.orbax.sink import OrbaxSink
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
 from jaxtml.convert import streaming
+from jaxtml.convert.extra_files import companions
+from jaxtml.convert.verification import verified
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
-
-PROMPT = 64  # tokens of which logits are compared
-ROUNDING = 1e-4  # by which those of equal numbers may differ, of their norm
-CGROUP = Path("/sys/fs/cgroup")
-LARGEST = 2**26  # bytes of a file that comes along
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def write(
@@ -94,7 +86,7 @@ def convert(
 
     def check(folder: Path) -> None:
         if verify:
-            said.append(_verified(held, given, open_checkpoint(folder), to))
+            said.append(verified(held, given, open_checkpoint(folder), to))
 
     if verify and (destination / MANIFEST).is_file():
         if manifest.read(destination).source != made_from:
@@ -103,29 +95,6 @@ def convert(
     else:
         write(given, destination, made_from, to, dtype, companions(source), check)
     return "; ".join(said)
-
-
-def companions(directory: Path) -> dict[str, Path]:
-    """The files of a checkpoint that are neither its weights nor made of them, by their names in a release: what
-    tokenizes and prepares, model cards, licenses; of a release its `config.json` too. What is left out is logged."""
-    released = any(directory.glob("*.safetensors"))
-    folder = directory if released else directory / CARRIED
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    kept = [file for file in found if file.is_file() and not _is_of_weights(file)]
-    left = [file.name for file in found if file not in kept and not file.name.startswith(".")]
-    left = [name for name in left if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST)]
-    if left:
-        logging.info("left out, as no part of the new checkpoint: %s", ", ".join(left))
-    if not released and (directory / TOKENIZER).is_file():
-        kept.append(directory / TOKENIZER)
-    return {file.name: file for file in kept}
-
-
-def _is_of_weights(file: Path) -> bool:
-    """Whether a file beside a release's shards has weights, or says how those are numbered or quantised."""
-    about = file.suffix == ".json" and "quant" in file.name
-    large = file.stat().st_size > LARGEST
-    return about or large or file.suffix in _WEIGHTS or file.name in (INDEX, MANIFEST) or file.name.startswith(".")
 
 
 def _counted(source: ParameterSource, to: str) -> str:
@@ -154,38 +123,3 @@ def fingerprint(directory: Path, step: int | None = None) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     seen = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
-
-
-def _verified(held: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
-    """Holds a result to the source that it was made of, and its logits to those of the checkpoint as it was held."""
-    specs = {
-        path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
-    }
-    said = f"verified, {streaming.verify(source, result, specs)} tensors equal"
-    needed, free = 2 * streaming.nbytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
-    if needed > free:
-        return f"{said}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-    from jaxtml.convert.logits import text_logits
-
-    ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
-    theirs, ours = (text_logits(*in_memory(checkpoint), ids) for checkpoint in (held, result))
-    if np.array_equal(theirs, ours, equal_nan=True):
-        return f"{said}, logits of {PROMPT} tokens too"
-    apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
-    before = spec_table(held.config)
-    alike = held.config.backbone.global_ == result.config.backbone.global_ and all(
-        path in before and held.dtype(path) == result.dtype(path) for path in specs
-    )
-    if not np.isfinite(apart) or (alike and apart > ROUNDING):
-        raise streaming.VerificationFailed(f"all tensors are equal, and the logits differ by {apart:.2e} of their norm")
-    return f"{said}, logits of {PROMPT} tokens differ by {apart:.2e} of their norm"
-
-
-def _free_memory() -> int:
-    """Bytes that the first device has left, the host, and the control group that this process is in."""
-    held = jax.devices()[0].memory_stats() or {}
-    found = [held["bytes_limit"] - held["bytes_in_use"]] if "bytes_limit" in held else []
-    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min([*found, psutil.virtual_memory().available])

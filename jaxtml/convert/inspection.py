@@ -14,14 +14,17 @@ import numpy as np
 from absl import logging
 
 from jaxtml.checkpoint import manifest
-from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint, some
+from jaxtml.checkpoint.chunks import layers, nbytes
+from jaxtml.checkpoint.files import RUN, TOKENIZER
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.manifest import Tensor
 from jaxtml.checkpoint.opening import open_checkpoint
-from jaxtml.checkpoint.orbax_source import RUN, TOKENIZER, OrbaxCheckpoint
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.config import Config
-from jaxtml.convert import streaming
-from jaxtml.errors import InputError
+from jaxtml.convert.progress import CopyProgress
+from jaxtml.convert.threads import side_by_side
+from jaxtml.errors import InputError, some
 from jaxtml.model.spec import ParamSpec
 
 _BLOCK = 2**23  # bytes that are summed at once
@@ -65,7 +68,7 @@ def checked(directory: str | Path) -> int:
     directory = Path(directory)
     wanted, source = manifest.read(directory), open_checkpoint(directory)
     parts = dict(_parts(source))
-    progress = streaming.CopyProgress(streaming.nbytes(_held(source), source.dtype), 0, "verified ")
+    progress = CopyProgress(nbytes(_held(source), source.dtype), 0, "verified ")
 
     def one(name: str, stop: threading.Event) -> tuple[str, Tensor | None]:
         dtype, shape, blocks = parts[name]
@@ -82,7 +85,7 @@ def checked(directory: str | Path) -> int:
 
     files = manifest.checksums(directory, wanted.files)
     changed = [name for name, checksum in wanted.files.items() if files.get(name) != checksum]
-    found = dict(streaming.side_by_side(one, list(parts), None))
+    found = dict(side_by_side(one, list(parts), None))
     changed += [name for name in sorted({*found, *wanted.tensors}) if found.get(name) != wanted.tensors.get(name)]
     if changed:
         logging.info("all that differ:\n%s", "\n".join(changed))
@@ -98,7 +101,7 @@ def _parts(
         for name, stored in source.tensors.items():
             yield name, (stored.dtype, stored.shape, lambda stored=stored: stored.blocks(_BLOCK))
     else:
-        for layer in streaming.layers(source.specs, source.chunk_shape):
+        for layer in layers(source.specs, source.chunk_shape):
             spec = source.specs[layer.path]
             blocks = lambda layer=layer: (source.read(layer.path, index) for index in layer.indices)  # noqa: E731
             yield layer.name, (source.dtype(layer.path).name, spec.shape[spec.stacked :], blocks)

@@ -24,7 +24,7 @@ import jax
 from absl import logging
 from aiohttp import web
 
-from jaxtml.checkpoint.orbax_source import TOKENIZER
+from jaxtml.checkpoint.files import TOKENIZER
 from jaxtml.config import from_json
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape

@@ -106,8 +106,8 @@ class Engine:
           a
             parameter.
         """
+        from jaxtml.checkpoint.files import TOKENIZER
         from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
-        from jaxtml.checkpoint.orbax_source import TOKENIZER
 
         tokenizer = Path(directory) / TOKENIZER
         if shape.devices == 1:

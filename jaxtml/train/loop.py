@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtml.checkpoint.orbax_source import TOKENIZER
+from jaxtml.checkpoint.files import TOKENIZER
 from jaxtml.config import Config
 from jaxtml.data.cache import CachedRows, digest
 from jaxtml.data.pipeline import Batch, Rows, Share, batches

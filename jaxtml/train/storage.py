@@ -17,9 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxtml.checkpoint.files import CONFIG, RUN, TOKENIZER
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint
-from jaxtml.checkpoint.orbax_source import CONFIG, RUN, TOKENIZER
 from jaxtml.checkpoint.source import place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, TrainConfig, from_json, to_json

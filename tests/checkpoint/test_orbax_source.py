@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.orbax_source import load_checkpoint, save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.config import load, to_json
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel

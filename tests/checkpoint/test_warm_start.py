@@ -16,7 +16,7 @@ from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import read_checkpoint
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.source import full_index, place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, DuplexConfig, FlowConfig

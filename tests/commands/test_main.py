@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxtml.checkpoint.orbax_source import load_checkpoint, save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.commands.main import main, parser
 from jaxtml.model.spec import flatten
 

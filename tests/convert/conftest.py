@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from jaxtml.checkpoint import orbax_sink as store
+from jaxtml.checkpoint import chunks
+from jaxtml.checkpoint.orbax import sink
 from jaxtml.config import Config
 
 
@@ -20,5 +21,5 @@ def config(small) -> Config:
 
 @pytest.fixture
 def many_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(store, "CHUNK", 8192)
-    monkeypatch.setattr(store, "PIECE", 512)
+    monkeypatch.setattr(chunks, "CHUNK", 8192)
+    monkeypatch.setattr(sink, "PIECE", 512)

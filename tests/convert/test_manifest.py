@@ -12,14 +12,14 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from jaxtml.checkpoint.inkling import sink as export
+from jaxtml.checkpoint.chunks import nbytes
+from jaxtml.checkpoint.inkling import sink
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
 from jaxtml.checkpoint.opening import open_checkpoint
-from jaxtml.checkpoint.orbax_sink import OrbaxSink
+from jaxtml.checkpoint.orbax.sink import OrbaxSink
 from jaxtml.checkpoint.source import InMemorySource, spec_table
 from jaxtml.commands.main import run
-from jaxtml.convert import conversion as command
-from jaxtml.convert import streaming
+from jaxtml.convert import conversion, verification
 from jaxtml.convert.conversion import convert, write
 from jaxtml.convert.inspection import checked, described
 from jaxtml.errors import InputError
@@ -208,7 +208,7 @@ def test_a_source_that_cannot_be_read_any_more_costs_no_work(release, tmp_path, 
         def gone(*_: object) -> None:
             raise InputError("the source is gone")
 
-        patched.setattr(streaming, "verify", gone)
+        patched.setattr(conversion, "verified", gone)
         with pytest.raises(InputError, match="the source is gone"):
             convert(release, tmp_path / "out", verify=True)
     written: list[str] = []
@@ -234,7 +234,7 @@ def test_logits_that_are_others_than_the_same_numbers_give_fail(release, tmp_pat
 
 def test_shards_become_one_file_and_bring_no_index(ours, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(export, "SHARD_BYTES", 200_000)
+        patched.setattr(sink, "SHARD_BYTES", 200_000)
         convert(ours, tmp_path / "shards", to="hf")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file() and checked(tmp_path / "shards")
     convert(tmp_path / "shards", tmp_path / "one", to="hf", verify=True)
@@ -248,13 +248,13 @@ def test_a_model_in_a_hubs_cache_is_not_named_by_its_commit(release, tmp_path):
 
 
 def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch):
-    needed = 2 * streaming.nbytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
+    needed = 2 * nbytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
     free = psutil.virtual_memory()
-    monkeypatch.setattr(command.psutil, "virtual_memory", lambda: free._replace(available=needed - 1))
+    monkeypatch.setattr(verification.psutil, "virtual_memory", lambda: free._replace(available=needed - 1))
     said = convert(release, tmp_path / "out", verify=True)
     assert "tensors equal, logits not compared: that takes" in said
-    monkeypatch.setattr(command.psutil, "virtual_memory", lambda: free._replace(available=needed))
-    monkeypatch.setattr(command, "CGROUP", tmp_path / "group")
+    monkeypatch.setattr(verification.psutil, "virtual_memory", lambda: free._replace(available=needed))
+    monkeypatch.setattr(verification, "CGROUP", tmp_path / "group")
     (tmp_path / "group").mkdir()
     (tmp_path / "group" / "memory.current").write_text("1000\n")
     (tmp_path / "group" / "memory.max").write_text(f"{needed + 999}\n")

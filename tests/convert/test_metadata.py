@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from jaxtml.checkpoint import manifest
-from jaxtml.checkpoint import orbax_sink as store
+from jaxtml.checkpoint.files import STATE
 from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
-from jaxtml.checkpoint.inkling.source import read_json
+from jaxtml.checkpoint.inkling.directory import read_json
 from jaxtml.checkpoint.opening import open_checkpoint
-from jaxtml.checkpoint.orbax_source import STATE
+from jaxtml.checkpoint.orbax import sink
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.convert.conversion import convert, write
 from jaxtml.errors import InputError
@@ -138,7 +138,7 @@ def test_the_header_of_a_shard(release, tmp_path):
 
 
 def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PIECE", 512)
+    monkeypatch.setattr(sink, "PIECE", 512)
     folder = tmp_path / "ours"
     convert(release, folder)
     for name in ("config.json", f"{STATE}/_METADATA", f"{STATE}/norm.weight/zarr.json"):

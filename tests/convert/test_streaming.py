@@ -21,15 +21,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
-from jaxtml.checkpoint import orbax_sink as store
+from jaxtml.checkpoint import chunks
+from jaxtml.checkpoint.chunks import chunk_indices, chunk_shape, written
 from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
-from jaxtml.checkpoint.orbax_sink import OrbaxSink, chunk_shape, chunks
-from jaxtml.checkpoint.orbax_source import OrbaxCheckpoint, load_checkpoint, on_one_device
-from jaxtml.checkpoint.source import InMemorySource, place_parameters, spec_table
-from jaxtml.convert import streaming
+from jaxtml.checkpoint.orbax.sink import OrbaxSink
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint, load_checkpoint
+from jaxtml.checkpoint.source import InMemorySource, on_one_device, place_parameters, spec_table
+from jaxtml.convert import journal, streaming
 from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.journal import Journal
+from jaxtml.convert.verification import verify
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
@@ -53,10 +56,10 @@ def released(config, params, tmp_path_factory) -> Path:
 def test_chunks_cover_every_number_once(config):
     for path, spec in spec_table(config).items():
         seen = np.zeros(spec.shape, int)
-        for index in chunks(spec, chunk_shape(spec, 2)):
+        for index in chunk_indices(spec, chunk_shape(spec, 2)):
             seen[index] += 1
         assert (seen == 1).all(), path
-        assert 2 * np.prod(chunk_shape(spec, 2)) <= store.CHUNK
+        assert 2 * np.prod(chunk_shape(spec, 2)) <= chunks.CHUNK
 
 
 def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(config):
@@ -64,7 +67,7 @@ def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(config):
         if spec.released is not None:
             inner = spec.shape[spec.stacked :]
             ours = spec.released.load(np.arange(math.prod(inner)).reshape(spec.released.shape))
-            parts = [ours[index[spec.stacked :]] for index in chunks(spec, chunk_shape(spec, 2))]
+            parts = [ours[index[spec.stacked :]] for index in chunk_indices(spec, chunk_shape(spec, 2))]
             parts = parts[: len(parts) // math.prod(spec.shape[: spec.stacked])]
             lie = np.concatenate([part.transpose(spec.released.order).ravel() for part in parts])
             np.testing.assert_array_equal(lie, np.arange(ours.size), err_msg=path)
@@ -79,7 +82,7 @@ def test_sizes_that_nothing_divides_make_no_more_files_than_others(experts, smal
     for spec in (spec for path, spec in specs.items() if "expert" in spec.axes and path.startswith("layers")):
         shape = chunk_shape(spec, 2)
         layers, size = math.prod(spec.shape[:2]), 2 * math.prod(spec.shape[2:])
-        assert len(list(chunks(spec, shape))) <= layers * (2 * size // store.CHUNK + 2), shape
+        assert len(list(chunk_indices(spec, shape))) <= layers * (2 * size // chunks.CHUNK + 2), shape
 
 
 def test_the_large_models_are_written_in_bounded_chunks(monkeypatch):
@@ -152,16 +155,17 @@ def test_devices_read_their_own_parts_and_nothing_else(kind, config, released, t
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from jaxtml.convert import store, streaming
+from jaxtml.checkpoint import chunks
+from jaxtml.convert.journal import Journal
 from jaxtml.convert.conversion import convert
-store.CHUNK = 8192
-note, seen = streaming.Journal.note, []
+chunks.CHUNK = 8192
+note, seen = Journal.note, []
 def killed(self, *args):
     note(self, *args)
     seen.append(args)
     if len(seen) == 100:
         os.kill(os.getpid(), signal.SIGKILL)
-streaming.Journal.note = killed
+Journal.note = killed
 convert(sys.argv[1], sys.argv[2], to=sys.argv[3])
 """
 
@@ -184,9 +188,9 @@ def test_a_conversion_that_was_killed_goes_on_without_doing_anything_twice(to, r
     done = {(line["layer"], line["chunks"]) for line in lines[1:]}
     assert len(done) >= 100
     again: list[tuple[str, int]] = []
-    note = streaming.Journal.note
+    note = Journal.note
     monkeypatch.setattr(
-        streaming.Journal,
+        Journal,
         "note",
         lambda self, layer, count, *rest: (again.append((layer, count)), note(self, layer, count, *rest)),
     )
@@ -220,7 +224,7 @@ def test_another_source_or_another_boot_begins_anew(released, tmp_path, monkeypa
     assert interrupted() > first, "the second went on"
     boot = tmp_path / "boot"
     boot.write_text("another")
-    monkeypatch.setattr(streaming, "_BOOT", boot)
+    monkeypatch.setattr(journal, "_BOOT", boot)
     assert interrupted() <= first
     boot.write_text("")
     os.utime(released / "model.safetensors")
@@ -279,7 +283,7 @@ def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch)
     monkeypatch.setattr(OrbaxSink, "write", failing)
     with pytest.raises(RuntimeError, match="broken"):
         streaming.convert(source, sink, tmp_path / "out", "released", workers=4)
-    assert len(after) < 40 < len(streaming.written(sink.specs, sink.dtype))
+    assert len(after) < 40 < len(written(sink.specs, sink.dtype))
 
 
 def _dtypes(folder: Path) -> dict[str, np.dtype]:
@@ -336,7 +340,7 @@ def test_a_kill_while_the_disk_catches_up_costs_no_work(released, tmp_path, monk
     monkeypatch.setattr(OrbaxSink, "write", lambda self, path, *_: written.append(path))
     convert(released, tmp_path / "out")
     assert not written and open_checkpoint(tmp_path / "out").config == open_checkpoint(released).config
-    assert not (tmp_path / "out" / streaming.JOURNAL).exists()
+    assert not (tmp_path / "out" / journal.JOURNAL).exists()
 
 
 def test_a_result_inside_its_source_is_refused(released):
@@ -384,12 +388,12 @@ def test_verification_names_what_differs(released, tmp_path, monkeypatch):
     changed[2, 3] += 1
     write_at(stored, 0, changed)
     result, specs = OrbaxCheckpoint(tmp_path / "ours"), spec_table(source.config)
-    assert streaming.verify(source, result, specs) == len(
+    assert verify(source, result, specs) == len(
         json.loads((tmp_path / "ours" / "manifest.json").read_text())["tensors"]
     )
     (path, at), _ = next((key, place) for key, place in source.places.items() if place.name == name)
     with pytest.raises(InputError, match=f"differs from its source in 1 of .* layers, first in {path}/{at[0]}/{at[1]}"):
-        streaming.verify(ReleasedCheckpoint(copied), result, specs)
+        verify(ReleasedCheckpoint(copied), result, specs)
 
 
 def test_the_checkpoint_of_a_run_is_a_source_too_and_its_config_travels(config, params, tmp_path):

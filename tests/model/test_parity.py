@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.source import places
+from jaxtml.checkpoint.inkling.mapping import places
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.config import Config
 from jaxtml.convert.conversion import convert

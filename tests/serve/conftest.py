@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.session.slots import Slots
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.session.engine import Engine, MicroTurn, Reply, converse, replies
 from jaxtml.stream.clock import WEEK_MS

@@ -22,7 +22,8 @@ import tones
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.opening import read_checkpoint
-from jaxtml.checkpoint.orbax_source import load_checkpoint, save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.commands import main as cli
 from jaxtml.config import Config
 from jaxtml.data import bank, pipeline

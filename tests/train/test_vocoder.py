@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VocoderConfig
 from jaxtml.errors import InputError
 from jaxtml.model.spec import init_params

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.inkling.config import planned_folds
+from jaxtml.checkpoint.inkling.vision_folds import planned_folds
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config, VisionConfig
 from jaxtml.convert.conversion import write

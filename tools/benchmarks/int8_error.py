@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtml.checkpoint.orbax_source import TOKENIZER, load_checkpoint
+from jaxtml.checkpoint.files import TOKENIZER
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.data.pipeline import pad
 from jaxtml.model.experts.weights import quantise_experts
 from jaxtml.model.interaction import Inputs, InteractionModel

@@ -36,7 +36,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxtml.checkpoint.opening import SHIPPED
+from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 

@@ -23,7 +23,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from jaxtml.checkpoint.opening import SHIPPED
+from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
 from jaxtml.session.engine import SlotInput

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from jaxtml.checkpoint.opening import SHIPPED
-from jaxtml.checkpoint.orbax_source import load_checkpoint
+from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.config import VocoderConfig
 from jaxtml.data.voices.registry import OWN_VOICE, synthesise
 from jaxtml.errors import InputError

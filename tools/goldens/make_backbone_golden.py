@@ -22,7 +22,7 @@ from absl import logging
 from safetensors.numpy import save_file
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.source import places
+from jaxtml.checkpoint.inkling.mapping import places
 from jaxtml.config import Config
 
 SEED = 20261123

@@ -6,13 +6,14 @@ Two spellings are read: the released one (`dense_mlp_idx`, `local_layer_ids`, `d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from absl import logging
 
+from jaxtml.checkpoint.inkling.config_section import Section, short
+from jaxtml.checkpoint.inkling.vision_folds import planned_folds
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VisionConfig, validate
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import N_BINS, N_MELS
@@ -114,7 +115,7 @@ def config_from_inkling(released: dict[str, Any], name: str = "inkling") -> Conf
     )
     validate(config)
     for section in (text, audio, vision):
-        section.tell_unread()
+        section.tell_unread(_IDLE)
     return config
 
 
@@ -191,75 +192,6 @@ def inkling_config(config: Config, said: Mapping[str, Any] = MappingProxyType({}
     return ours | {key: value for key, value in said.items() if key not in {*ours, *_DERIVED}}
 
 
-class Section:
-    """One object of `config.json`, its fields read by type: a field that is null counts as one that is not there."""
-
-    def __init__(self, released: dict[str, Any], key: str):
-        fields = released.get(key)
-        if not isinstance(fields, dict):
-            raise InputError(f"config.json has no {key}: this is no multimodal Inkling checkpoint")
-        self.key, self.fields = key, fields
-        self.read: set[str] = set()
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """The value of the first field that is there: one field, several spellings."""
-        self.read.update(names)
-        return next((self.fields[name] for name in names if self.fields.get(name) is not None), default)
-
-    def whole(self, *names: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A number that counts something."""
-        value = self.get(*names, default=default)
-        if value is None:
-            raise InputError(f"config.json has no {names[0]}")
-        if type(value) is not int or not 0 <= value <= most:
-            raise InputError(f"config.json: {names[0]} is {_short(value)}, not a number from 0 to {most}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default=default)
-        if value is None:
-            raise InputError(f"config.json has no {name}")
-        if type(value) not in (int, float) or not abs(value) < 2**63:
-            raise InputError(f"config.json: {name} is {_short(value)}, not a number")
-        return float(value)
-
-    def indices(self, name: str, among: int) -> list[int] | None:
-        """Some of the numbers below `among`."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < among for i in value):
-            raise InputError(f"config.json: {name} is {_short(value)}, not a list of numbers below {among}")
-        return value
-
-    def kinds(self, name: str, known: tuple[str, str], layers: int) -> list[str] | None:
-        """One of two words for each layer."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != layers or any(kind not in known for kind in value):
-            raise InputError(f"config.json: {name} is {_short(value)}, not {' or '.join(known)} for {layers} layers")
-        return value
-
-    def fixed(self, values: dict[str, Any]) -> None:
-        """Raises where a field that is there has another value."""
-        for name, value in values.items():
-            if self.get(name, default=value) != value:
-                found = _short(self.fields[name])
-                raise InputError(f"config.json: {name} is {found}; this backbone has {value!r} alone")
-
-    def tell_unread(self) -> None:
-        unread = {name for name, value in self.fields.items() if value not in (None, False, 0, "", [], {})}
-        names = ", ".join(sorted(unread - self.read - set(_IDLE)))
-        if names:
-            logging.warning("config.json: %s has fields that change nothing here: %s", self.key, names)
-
-
-def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 60 else f"{said[:57]}..."
-
-
 def _mtp(released: dict[str, Any], text: Section) -> tuple[int, list[int]]:
     """How many prediction heads there are, none where the config has none, and which are local. `transformers` moves
     them into the text section."""
@@ -271,7 +203,7 @@ def _mtp(released: dict[str, Any], text: Section) -> tuple[int, list[int]]:
         given.fixed(_FIXED_MTP)
         heads = given.whole("num_nextn_predict_layers", default=heads, most=_MOST_LAYERS)
         local = given.indices("local_layer_ids", heads) or local
-        given.tell_unread()
+        given.tell_unread(_IDLE)
     return heads, local or []
 
 
@@ -311,30 +243,5 @@ def _vision_folds(vision: Section) -> tuple[tuple[int, int, int], ...]:
     if not isinstance(given, list) or any(
         not isinstance(fold, list) or len(fold) != 3 or any(type(n) is not int for n in fold) for fold in given
     ):
-        raise InputError(f"config.json: folds is {_short(given)}, not a list of [time, side, width]")
+        raise InputError(f"config.json: folds is {short(given)}, not a list of [time, side, width]")
     return tuple((time, side, width) for time, side, width in given)
-
-
-def planned_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
-    """Inkling's own plan of `depth` folds of 2 x 40 x 40 x 3 pixels: `(time, side, width)` each, the last width 0.
-
-    The sides grow by prime factors, then time; widths are the pixels seen, rounded up to 64. `depth` of these six
-    stages are kept: the ones whose logarithms lie nearest to even steps, the first and the last always.
-    """
-    stages = [(1, 1, 3), (1, 5, 128), (1, 10, 320), (1, 20, 1216), (1, 40, 4800), (2, 40, 9600)]
-    if not 1 <= depth < len(stages):
-        raise InputError(f"config.json: a vision tower of {depth} layers is not supported; Inkling's has 4")
-    total = math.log(2 * 40 * 40 * 3)
-    cost = [[abs(total * i / depth - math.log(t * side * side)) for t, side, _ in stages] for i in range(depth + 1)]
-    # Both rows and columns rise, so a cheapest assignment never crosses: best[j] = cheapest with row i on stage <= j.
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(stages) + 1)
-    for i in range(depth + 1):
-        row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for j in range(len(stages)):
-            before, chosen = best[j]
-            row.append(min(row[-1], (before + cost[i][j], (*chosen, j))))
-        best = row
-    chosen = (0, *best[-1][1][1:-1], len(stages) - 1)
-    kept = [stages[j] for j in chosen]
-    folds = [(b[0] // a[0], b[1] // a[1], b[2]) for a, b in zip(kept[:-1], kept[1:], strict=True)]
-    return (*folds[:-1], (*folds[-1][:2], 0))

@@ -16,10 +16,12 @@ import numpy as np
 from absl import logging
 
 from jaxtml.checkpoint.inkling.config import inkling_config
+from jaxtml.checkpoint.inkling.directory import INDEX, WEIGHTS, read_json
+from jaxtml.checkpoint.inkling.mapping import Place, places
 from jaxtml.checkpoint.inkling.safetensors_file import Stored, create, write_at
-from jaxtml.checkpoint.inkling.source import INDEX, WEIGHTS, Place, places, read_json
 from jaxtml.checkpoint.manifest import Tensor
-from jaxtml.checkpoint.source import Index, contiguous, spec_table
+from jaxtml.checkpoint.source import Index, spec_table
+from jaxtml.checkpoint.transposed_copy import contiguous
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
 

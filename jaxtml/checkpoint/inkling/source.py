@@ -7,10 +7,8 @@ layers. What the released model lacks (clock, own voice, flow head, vocoder) is 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,45 +16,16 @@ from absl import logging
 
 from jaxtml.checkpoint.inkling import quantised
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, Stored, headers
-from jaxtml.checkpoint.source import Index, contiguous, extent
-from jaxtml.config import Config
-from jaxtml.errors import InputError
+from jaxtml.checkpoint.inkling.directory import _MTP, named, read_json, tensors_of
+from jaxtml.checkpoint.inkling.mapping import Place, places
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, Stored
+from jaxtml.checkpoint.source import Index, extent
+from jaxtml.checkpoint.transposed_copy import contiguous
+from jaxtml.errors import _SHOWN, InputError, some
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import ParamSpec, flatten, initial_values
+from jaxtml.model.spec import flatten, initial_values
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MTP_WEIGHTS = "mtp.safetensors"  # the released prediction heads' own file
-_MTP = "model.mtp."
 _NUMBERS = ("BF16", "F32", "F16")
-_SHOWN = 5  # names listed in an error before "and N more"
-
-
-class Place(NamedTuple):
-    """One released tensor: our path, the index in the stacked dimensions, the released name."""
-
-    path: str
-    spec: ParamSpec
-    index: tuple[int, ...]
-    name: str
-
-
-def places(config: Config) -> Iterator[Place]:
-    """Every tensor of the released layout, in the order of our table."""
-    model = InteractionModel(config)
-    for path, spec in flatten(model.specs()):
-        if spec.released is None:
-            continue
-        if not spec.stacked:
-            yield Place(path, spec, (), spec.released.name)
-            continue
-        stack = model.mtp if path.startswith("mtp/") else model.backbone
-        assert stack is not None
-        block, run = (int(part.removeprefix("block").removeprefix("run")) for part in path.split("/")[1:3])
-        for repeat in range(spec.shape[0]):
-            for layer in range(spec.shape[1]):
-                index = stack.layer_index(block, run, repeat, layer)
-                yield Place(path, spec, (repeat, layer), spec.released.name.format(layer=index))
 
 
 class ReleasedCheckpoint:
@@ -70,8 +39,8 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: str | Path, seed: int = 0):
         self.directory, self.seed = Path(directory), seed
-        config = config_from_inkling(read_json(self.directory / "config.json"), _named(self.directory.resolve()))
-        self.tensors = _tensors(self.directory)
+        config = config_from_inkling(read_json(self.directory / "config.json"), named(self.directory.resolve()))
+        self.tensors = tensors_of(self.directory)
         if config.backbone.mtp_heads and not any(name.startswith(_MTP) for name in self.tensors):
             logging.info("%s has no %s* tensors: its prediction heads are left out", directory, _MTP)
             bare = dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=())
@@ -162,55 +131,3 @@ def _misfit(place: Place, stored: Stored, parts: Mapping[str, Stored] | None) ->
     elif stored.dtype not in _NUMBERS:
         return f"{stored.dtype}, not one of {', '.join(_NUMBERS)}"
     return None if shape == released.shape else f"{shape}, not {released.shape}"
-
-
-def _named(directory: Path) -> str:
-    """A model's name; in a hub's cache (`models--ORG--NAME/snapshots/COMMIT`), not the commit."""
-    return directory.parent.parent.name.split("--")[-1] if directory.parent.name == "snapshots" else directory.name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises `InputError` where it is no file of one JSON object."""
-    if not path.is_file():
-        raise InputError(f"no {path.name} in {path.parent}: give the directory of an Inkling checkpoint")
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value
-
-
-def _tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the directory by name; an index is held to what the files have."""
-    index = directory / INDEX
-    listed = read_json(index).get("weight_map") if index.is_file() else None
-    if index.is_file() and not (
-        isinstance(listed, dict) and all(isinstance(name, str) and Path(name).name == name for name in listed.values())
-    ):
-        raise InputError(f"{index} has no weight_map of tensors to files beside it")
-    files = sorted(set(listed.values())) if listed is not None else [WEIGHTS]
-    if (directory / MTP_WEIGHTS).is_file() and MTP_WEIGHTS not in files:
-        files.append(MTP_WEIGHTS)
-    found: dict[str, Stored] = {}
-    for name in files:
-        if not (directory / name).is_file():
-            raise InputError(f"no {name} in {directory}: the checkpoint is incomplete")
-        held = headers(directory / name)
-        for tensor in held:
-            named = (listed or {}).get(tensor, name)
-            if tensor in found or named != name:
-                other = found[tensor].file.name if tensor in found else f"where the index names {named}"
-                raise InputError(f"{directory} has {tensor} in {name} and {other}: which one is meant?")
-        found |= held
-    absent = sorted((listed or {}).keys() - found.keys())
-    if absent:
-        raise InputError(f"{directory}: the index names {len(absent)} tensors that no shard holds: {some(absent)}")
-    return found
-
-
-def some(names: list[str]) -> str:
-    """The first of them, and how many there are more."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -23,7 +23,8 @@ import optax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from jaxtml.checkpoint.orbax_source import CONFIG, load_checkpoint
+from jaxtml.checkpoint.files import CONFIG
+from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.config import Config, VocoderConfig, from_json, to_json
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params, count_parameters, init_params

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxtml.checkpoint.inkling import sink as export
-from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config, planned_folds
+from jaxtml.checkpoint.inkling import sink
+from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
+from jaxtml.checkpoint.inkling.mapping import places
 from jaxtml.checkpoint.inkling.safetensors_file import headers
-from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint, places
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.inkling.vision_folds import planned_folds
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import load
@@ -118,7 +120,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
 
 def test_a_sharded_bfloat16_checkpoint_loads(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
     write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     same, rounded = read_checkpoint(tmp_path / "shards")
@@ -200,7 +202,7 @@ def test_prediction_heads_that_the_config_does_not_know_are_named(checkpoint):
 
 def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
     write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     next((tmp_path / "shards").glob("model-00002-*.safetensors")).unlink()
     assert "no model-00002-of-" in _refusal(tmp_path / "shards")
@@ -208,7 +210,7 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
 
 def test_a_tensor_in_two_shards_or_another_than_the_index_says_is_refused(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
     write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "float32")
     second, *_, first = sorted((tmp_path / "shards").glob("*.safetensors"), key=lambda file: len(headers(file)))
     names = sorted(headers(first))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.opening import read_checkpoint
-from jaxtml.checkpoint.orbax_source import save_checkpoint
+from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.session.engine import Engine, SlotInput

@@ -8,54 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from jaxtml.checkpoint.source import Index, place_parameters, spec_table
-from jaxtml.config import Config, from_json, to_json, validate
+from jaxtml.checkpoint.files import CONFIG, RUN, STATE
+from jaxtml.checkpoint.orbax.arrays import open_array, uncached
+from jaxtml.checkpoint.source import Index, on_one_device, place_parameters, spec_table
+from jaxtml.config import Config, from_json, validate
 from jaxtml.errors import InputError
-from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params
-
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-STATE = "state"  # what Orbax calls a checkpoint's only tree
-RUN = "checkpoints"  # where a training run has its steps
-
-
-def save_checkpoint(
-    directory: str | Path,
-    config: Config,
-    params: Params,
-    dtype: str | None = None,
-    tokenizer_path: str | Path | None = None,
-) -> None:
-    """Writes a checkpoint, replacing one of the same name; `dtype` ("bfloat16", "float32") casts, None keeps."""
-    from orbax.checkpoint import v1 as ocp  # half a second, which only saving and loading pay
-
-    directory = Path(os.path.abspath(directory))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        ocp.save(str(fresh), jax.tree.map(lambda a: jnp.asarray(a, dtype or a.dtype), params))
-        (fresh / CONFIG).write_text(to_json(config))
-        if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, fresh / TOKENIZER)
-        if directory.exists():
-            old = directory.with_name(f"{fresh.name}.old")
-            directory.rename(old)
-            fresh.rename(directory)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def load_config(directory: str | Path) -> Config:
@@ -142,25 +106,6 @@ class OrbaxCheckpoint:
         return InputError(f"checkpoint {self.directory} is damaged or incomplete, {advice}: {said}")
 
 
-def open_array(state: Path, path: str, context: ts.Context) -> Any:
-    """The array of a parameter, to be read or written in part. Raises `ValueError` where it is not there."""
-    name = path.replace("/", ".")
-    store: dict[str, Any] = {"driver": "file", "path": f"{state / name}/"}
-    if (state / "manifest.ocdbt").is_file():
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"}
-    # A chunk that is not there is a damaged one, to Orbax too, though all zeros need no file.
-    whole = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
-    how = {"driver": "zarr3", "kvstore": store, **whole}
-    return ts.open(how, context=context).result()
-
-
-def uncached() -> ts.Context:
-    """For arrays whose every chunk is read or written once: files are mapped to be read, which saves a copy, and synced
-    by who wants them to be."""
-    mapped = {"file_io_mode": {"mode": "memmap"}, "file_io_sync": False}
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **mapped})
-
-
 def load_checkpoint(
     directory: str | Path, dtype: str = "float32", shapes: dict[str, Any] | None = None
 ) -> tuple[Config, Params]:
@@ -176,10 +121,3 @@ def load_checkpoint(
         )
     source = OrbaxCheckpoint(directory)
     return source.config, place_parameters(source, shapes or on_one_device(source.config, dtype))
-
-
-def on_one_device(config: Config, dtype: str) -> dict[str, Any]:
-    """Shapes of all parameters as `dtype` on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    specs = InteractionModel(config).specs()
-    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=device), specs)

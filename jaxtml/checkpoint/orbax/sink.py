@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,15 @@ import numpy as np
 import tensorstore as ts
 from absl import logging
 
-from jaxtml.checkpoint.manifest import CARRIED, Tensor, layer_name
-from jaxtml.checkpoint.orbax_source import CONFIG, STATE, TOKENIZER, open_array, uncached
+from jaxtml.checkpoint.chunks import chunk_shape, layer_name
+from jaxtml.checkpoint.files import CARRIED, CONFIG, STATE, TOKENIZER
+from jaxtml.checkpoint.manifest import Tensor
+from jaxtml.checkpoint.orbax.arrays import open_array, uncached
 from jaxtml.checkpoint.source import Index, spec_table
 from jaxtml.config import Config, to_json
 from jaxtml.model.spec import Params, ParamSpec
 
-CHUNK = 2**23  # bytes of a file, at most
 PIECE = 2**22  # bytes that can be read by themselves
-
-
-def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
-    """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
-    them) as `CHUNK` has room for; where one row is larger, a part of it that lies together there too. Of what is not
-    released, of the longest axis."""
-    inner = list(spec.shape[spec.stacked :])
-    for axis in _order(spec):
-        row = itemsize * math.prod(inner) // inner[axis]
-        inner[axis] = _share(inner[axis], max(1, CHUNK // row))
-        if inner[axis] > 1:
-            break
-    return (1,) * spec.stacked + tuple(inner)
-
-
-def chunks(spec: ParamSpec, size: Sequence[int]) -> Iterator[Index]:
-    """Every chunk of this size of a parameter, layer by layer; within one as they follow each other in the released
-    tensor, whose bytes they are, one after the other."""
-    order = [*range(spec.stacked), *(spec.stacked + axis for axis in _order(spec))]
-    counts = [-(-whole // part) for whole, part in zip(spec.shape, size, strict=True)]
-    for turned in np.ndindex(*(counts[axis] for axis in order)):
-        at = [turned[order.index(axis)] for axis in range(len(order))]
-        yield tuple(
-            slice(i * part, min((i + 1) * part, whole)) for i, part, whole in zip(at, size, spec.shape, strict=True)
-        )
-
-
-def _order(spec: ParamSpec) -> Sequence[int]:
-    """The axes of one layer, the first to be cut first."""
-    if spec.released is not None:
-        return spec.released.order
-    return [int(axis) for axis in np.argsort(spec.shape[spec.stacked :])[::-1]]
 
 
 def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> None:
@@ -162,12 +131,3 @@ def _made(state: Path, path: str, spec: ParamSpec, dtype: np.dtype) -> None:
     }
     store = {"driver": "file", "path": f"{_folder(state, path)}/"}
     ts.open({"driver": "zarr3", "kvstore": store, "metadata": metadata, "create": True}).result()
-
-
-def _share(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is at most `at_most`; where that is less than half of it, a power of two, and the
-    last share is smaller."""
-    if n <= at_most:
-        return n
-    even = next(size for size in range(at_most, 0, -1) if n % size == 0)
-    return even if 2 * even >= at_most else 1 << at_most.bit_length() - 1
