@@ -174,9 +174,9 @@ async def _serve(
         pool, ready = starting.result()
         config = from_json(ready.config)
         served = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        desk = SessionManager(pool, access, served, options.limits, metrics, prefix(options.replica))
-        _watched(metrics, pool, desk)
-        app = Server(desk, access, served, metrics, options.origins).app()
+        manager = SessionManager(pool, access, served, options.limits, metrics, prefix(options.replica))
+        _watched(metrics, pool, manager)
+        app = Server(manager, access, served, metrics, options.origins).app()
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.
         unheard = standard.getLogger("jaxtml.http")
         unheard.disabled = True
@@ -193,7 +193,7 @@ async def _serve(
             log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)
             said = {"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}
             print(json.dumps(said) if options.json else f"talk to {served.name}: {url} (Ctrl-C ends it)", flush=True)
-            await _until_told(orders, pool, desk, options.drain_s)
+            await _until_told(orders, pool, manager, options.drain_s)
         finally:
             await runner.cleanup()
 
@@ -216,18 +216,18 @@ class _Orders:
         self._told = True
 
 
-async def _until_told(orders: _Orders, pool: WorkerPool, desk: SessionManager, drain_s: float) -> None:
+async def _until_told(orders: _Orders, pool: WorkerPool, manager: SessionManager, drain_s: float) -> None:
     """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
     running = asyncio.create_task(pool.run())
     waiting, hurrying = asyncio.create_task(orders.drain.wait()), asyncio.create_task(orders.now.wait())
     try:
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
-            log.event("draining", sessions=len(desk.calls), at_most_s=drain_s)
-            draining = asyncio.create_task(desk.drain(drain_s))
+            log.event("draining", sessions=len(manager.sessions), at_most_s=drain_s)
+            draining = asyncio.create_task(manager.drain(drain_s))
             await asyncio.wait([running, draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
-        await desk.end(EndReason.FAILED if running.done() else EndReason.DRAINED)
+        await manager.end(EndReason.FAILED if running.done() else EndReason.DRAINED)
         if running.done():
             running.result()
     finally:
@@ -237,7 +237,7 @@ async def _until_told(orders: _Orders, pool: WorkerPool, desk: SessionManager, d
             await running
 
 
-def _watched(metrics: Metrics, pool: WorkerPool, desk: SessionManager) -> None:
+def _watched(metrics: Metrics, pool: WorkerPool, manager: SessionManager) -> None:
     """Gauges, read when they are asked for."""
     counts = [hub.counts for hub in pool.hubs]
     watch, count = metrics.watch, metrics.count
@@ -247,4 +247,4 @@ def _watched(metrics: Metrics, pool: WorkerPool, desk: SessionManager) -> None:
     count("duplex_deadline_miss", "ticks that ended late", lambda: sum(one.misses for one in counts))
     count("duplex_ticks_lost", "ticks that were left out", lambda: sum(one.lost for one in counts))
     count("duplex_compilations", "since ready: a bug", lambda: sum(one.compilations for one in counts))
-    watch("duplex_draining", "about to end", lambda: desk.leaves_at is not None)
+    watch("duplex_draining", "about to end", lambda: manager.leaves_at is not None)

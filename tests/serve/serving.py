@@ -38,7 +38,7 @@ class Serving:
 
     url: str
     http: aiohttp.ClientSession
-    desk: SessionManager
+    manager: SessionManager
     clock: Stepped
     model: Here
     metrics: Metrics
@@ -64,10 +64,10 @@ class Serving:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def call(self) -> ClientSession:
+    def session(self) -> ClientSession:
         """The only one."""
-        (call,) = self.desk.calls.values()
-        return call
+        (session,) = self.manager.sessions.values()
+        return session
 
     def given(self) -> list[SlotInput]:
         """What the model was given, tick by tick."""
@@ -123,12 +123,12 @@ class Client:
                 assert self.ws.close_code is not None
                 return self.ws.close_code
 
-    async def cut_off(self, call: ClientSession) -> None:
+    async def cut_off(self, session: ClientSession) -> None:
         """Loses its connection, without a word, and the server knows."""
         connection = self.ws._response.connection
         assert connection is not None and connection.transport is not None
         connection.transport.abort()
-        await eventually(lambda: not call.session.attached)
+        await eventually(lambda: not session.scheduled.attached)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
@@ -153,8 +153,8 @@ def serving(
         pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
         chosen = access or Access()
         served = ServedModel(engine.config.name, engine.config, engine.codec)
-        desk = SessionManager(pool, chosen, served, limits or Limits(), metrics)
-        runner = web.AppRunner(Server(desk, chosen, served, metrics, origins).app(), access_log=None)
+        manager = SessionManager(pool, chosen, served, limits or Limits(), metrics)
+        runner = web.AppRunner(Server(manager, chosen, served, metrics, origins).app(), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         running = asyncio.create_task(pool.run())
@@ -163,7 +163,7 @@ def serving(
             await clock.go(0)
             async with aiohttp.ClientSession() as http:
                 url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-                await test(Serving(url, http, desk, clock, worker, metrics))
+                await test(Serving(url, http, manager, clock, worker, metrics))
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

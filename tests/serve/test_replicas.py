@@ -20,7 +20,7 @@ def test_what_names_a_session_in_an_address_leads_to_its_server(served, engine):
     assert set(replica.values()) == {"a", "b"}
 
     async def test(server):
-        server.desk.prefix = command.prefix("b")
+        server.manager.prefix = command.prefix("b")
         client = await server.start()
         name = client.started["id"]
         for address in (f"/v1/live/sessions/{name}/attach", f"/v1/live/sessions{name}", f"/v1/realtime{name}"):

@@ -24,20 +24,20 @@ _TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a m
 
 
 class Intake:
-    """One call's.
+    """One session's.
 
     Args:
-      call: whose session it is.
-      served: the model.
+      session: whose it is.
+      model: the model that is served.
       format: of the sound.
 
     Attributes:
       taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
     """
 
-    def __init__(self, call: ClientSession, served: ServedModel, format: Format):
-        self.call, self.served = call, served
-        self.incoming, self.seeing = Incoming(format), ImageIntake(served.config.duplex.max_patches)
+    def __init__(self, session: ClientSession, model: ServedModel, format: Format):
+        self.session, self.model = session, model
+        self.incoming, self.seeing = Incoming(format), ImageIntake(model.config.duplex.max_patches)
         self.taken = 0
         self._pictures = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
         self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
@@ -75,28 +75,28 @@ class Intake:
     @property
     def waiting(self) -> int:
         """Samples that came and were not heard yet."""
-        return len(self._unheard) + self.call.session.hearing.waiting
+        return len(self._unheard) + self.session.scheduled.hearing.waiting
 
     async def settled(self) -> None:
         """When all that has come, over a connection that was lost too, had room."""
-        while len(self._unheard) and await self.call.room():
+        while len(self._unheard) and await self.session.wait_for_room():
             self.flush()
 
     def flush(self) -> None:
         """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
-        room = self.call.session.hearing.room()
+        room = self.session.scheduled.hearing.room()
         if len(self._unheard) and room:
-            self.call.session.hearing.put(self._unheard[:room])
+            self.session.scheduled.hearing.put(self._unheard[:room])
             self._unheard = self._unheard[room:]
 
     def clear(self) -> None:
         """What came and was not heard yet is never heard."""
         self._unheard = self._unheard[:0]
-        self.call.session.hearing.clear()
+        self.session.scheduled.hearing.clear()
 
     async def show(self, image: bytes) -> None:
         """JPEG or PNG. Raises as `seen`."""
-        self.call.session.show(await self.seen(image))
+        self.session.scheduled.show(await self.seen(image))
 
     async def seen(self, image: bytes) -> np.ndarray:
         """The patches of a JPEG or PNG.
@@ -111,7 +111,7 @@ class Intake:
     async def look(self, frame: av.VideoFrame) -> None:
         """A frame of a video."""
         loop = asyncio.get_running_loop()
-        self.call.session.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
+        self.session.scheduled.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
 
     def say(
         self,
@@ -129,7 +129,7 @@ class Intake:
 
     def tell(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
         """As `say`, of a text that was read."""
-        self.call.session.say_to(mark, tokens, self.served.config.duplex.max_typed - 1, placed)
+        self.session.scheduled.say_to(mark, tokens, self.model.config.duplex.max_typed - 1, placed)
 
     def read(self, text: str, param: str, most: int = _WAITING) -> list[int]:
         """The tokens of a text that may be said now.
@@ -141,20 +141,20 @@ class Intake:
             raise InvalidMessage(
                 "rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param
             )
-        check_length(self.served, text, most, param)
-        tokens = _tokens(self.served.codec, text)
+        check_length(self.model, text, most, param)
+        tokens = _tokens(self.model.codec, text)
         if not tokens:
             raise InvalidMessage("invalid_value", "there is no text", param)
-        session = self.call.session
+        session = self.session.scheduled
         if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
             raise InvalidMessage("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         return tokens
 
 
-def check_length(served: ServedModel, text: str, most: int, param: str) -> None:
+def check_length(model: ServedModel, text: str, most: int, param: str) -> None:
     """Raises `InvalidMessage` where a text has more than `most` tokens."""
     size = len(text.encode())
-    if size > most * _TOKEN_BYTES or size >= most and len(_tokens(served.codec, text)) > most:  # a token has a byte
+    if size > most * _TOKEN_BYTES or size >= most and len(_tokens(model.codec, text)) > most:  # a token has a byte
         raise InvalidMessage("string_above_max_length", f"{param} has more than {most} tokens", param)
 
 

@@ -59,28 +59,28 @@ class ServedModel:
 
 
 class SessionProtocol(Protocol):
-    """One call's protocol: what happens, put into the call's outbox as its client reads it."""
+    """One session's protocol: what happens, put into the session's outbox as its client reads it."""
 
     @property
     def scope(self) -> str:
         """The protocol's name."""
         ...
 
-    def turned(self, turn: TickResult, words: Words) -> None:
+    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         """A micro-turn was."""
         ...
 
-    def leaving(self, in_s: float) -> None:
+    def on_expiring(self, in_s: float) -> None:
         """The session will be ended in so many seconds."""
         ...
 
-    def ended(self, why: EndReason) -> None:
+    def on_end(self, why: EndReason) -> None:
         """The session was ended; nothing comes after this."""
         ...
 
 
 class Carrier(Protocol):
-    """What carries a call at the moment."""
+    """What carries a session at the moment."""
 
     def replace(self) -> None:
         """Another one carries it from now on."""
@@ -93,87 +93,87 @@ class ClientSession:
 
     Attributes:
       id: its public name.
-      secret: whoever knows it may come back.
+      resume_token: whoever knows it may come back.
       expires_at: Unix time at which it has lasted as long as it may.
       span: of its trace.
-      closing: when its client asked to close it, on the monotonic clock.
+      closing_at: when its client asked to close it, on the monotonic clock.
     """
 
     id: str
-    secret: str
+    resume_token: str
     grant: Grant
-    session: ScheduledSession
-    words: Reader
+    scheduled: ScheduledSession
+    reader: Reader
     expires_at: float
     span: tracing.Span
-    speaks: SessionProtocol = field(init=False)
-    outbox: ReplayBuffer = field(default_factory=ReplayBuffer)
-    carried: Carrier | None = None
-    closing: float | None = None
+    protocol: SessionProtocol = field(init=False)
+    replay_buffer: ReplayBuffer = field(default_factory=ReplayBuffer)
+    connection: Carrier | None = None
+    closing_at: float | None = None
     warned: bool = False
-    heard: asyncio.Event = field(default_factory=asyncio.Event)  # set at each micro-turn
+    micro_turn_done: asyncio.Event = field(default_factory=asyncio.Event)  # set at each micro-turn
 
-    def carry(self, connection: Carrier) -> None:
-        """The call goes on over this connection."""
-        if self.carried is not None:
-            self.carried.replace()
-        self.carried = connection
-        self.session.attach()
+    def attach(self, connection: Carrier) -> None:
+        """The session goes on over this connection."""
+        if self.connection is not None:
+            self.connection.replace()
+        self.connection = connection
+        self.scheduled.attach()
 
-    def lost(self, connection: Carrier) -> None:
+    def detach(self, connection: Carrier) -> None:
         """The connection is no more; the session stands still until there is another."""
-        if self.carried is connection and not self.session.ended:
-            self.carried = None
-            self.session.detach()
+        if self.connection is connection and not self.scheduled.ended:
+            self.connection = None
+            self.scheduled.detach()
             self.span.add_event("client gone")
 
     def close(self) -> None:
         """The client has nothing more to say: the session ends when what was begun is said."""
-        self.closing = self.closing or time.monotonic()
-        self.session.hearing.muted = True
+        self.closing_at = self.closing_at or time.monotonic()
+        self.scheduled.hearing.muted = True
 
-    async def room(self) -> bool:
+    async def wait_for_room(self) -> bool:
         """Waits until the session has room for sound; False where it has ended instead."""
-        while not self.session.ended and not self.session.hearing.room():
-            self.heard.clear()
-            await self.heard.wait()
-        return not self.session.ended
+        while not self.scheduled.ended and not self.scheduled.hearing.room():
+            self.micro_turn_done.clear()
+            await self.micro_turn_done.wait()
+        return not self.scheduled.ended
 
 
 class SessionManager:
-    """All calls of a server; one thread calls.
+    """All sessions of a server; one thread calls.
 
     Args:
       pool: where sessions live.
       access: who may have them.
-      served: the model.
+      model: the model that is served.
       limits: how long things may take.
       metrics: what is counted.
-      prefix: of the names of its calls.
+      prefix: of the names of its sessions.
     """
 
     def __init__(
         self,
         pool: WorkerPool,
         access: Access,
-        served: ServedModel,
+        model: ServedModel,
         limits: Limits,
         metrics: Metrics,
         prefix: str = "sess_",
     ):
-        self.pool, self.access, self.served, self.limits, self.metrics = pool, access, served, limits, metrics
+        self.pool, self.access, self.model, self.limits, self.metrics = pool, access, model, limits, metrics
         self.prefix = prefix
-        self.calls: dict[str, ClientSession] = {}
+        self.sessions: dict[str, ClientSession] = {}
         self.leaves_at: float | None = None  # when the server ends, on the monotonic clock; None: it does not
         self._tasks: set[asyncio.Task[None]] = set()
 
     def admit(self, grant: Grant, make: Callable[[ClientSession], SessionProtocol], scope: str) -> ClientSession:
-        """A call that begins at the next tick. Raises `Refused`."""
+        """A session that begins at the next tick. Raises `Refused`."""
         self.ask(grant, scope)
         return self.begin(grant, make, scope)
 
     def ask(self, grant: Grant, scope: str) -> None:
-        """Counts a request for a call, and looks whether one may begin. Raises as `admit`."""
+        """Counts a request for a session, and looks whether one may begin. Raises as `admit`."""
         with self._refusing():
             self.check_open()
             self.access.ask(grant)
@@ -187,25 +187,25 @@ class SessionManager:
             self.check_open()
             self.pool.check()
             self.access.begin(grant, name, scope)
-        session = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
-        reader = Reader(self.served.codec, self.served.config.duplex.control_base)
+        scheduled = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
+        reader = Reader(self.model.codec, self.model.config.duplex.control_base)
         expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
-        span = tracing.session(name, scope, self.served.name, grant.key.name)
+        span = tracing.session(name, scope, self.model.name, grant.key.name)
         try:
-            call = ClientSession(name, secrets.token_urlsafe(24), grant, session, reader, expires_at, span)
-            call.speaks = make(call)
+            session = ClientSession(name, secrets.token_urlsafe(24), grant, scheduled, reader, expires_at, span)
+            session.protocol = make(session)
         except BaseException:
-            session.end(EndReason.FAILED)
+            scheduled.end(EndReason.FAILED)
             span.end()
             self.access.end(grant.key.name, name)
             raise
-        self.calls[name] = call
-        task = asyncio.create_task(self._run(call))
+        self.sessions[name] = session
+        task = asyncio.create_task(self._run(session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.metrics.begun.labels(scope).inc()
         log.event("session began", session=name, key=grant.key.name, protocol=scope)
-        return call
+        return session
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -222,88 +222,96 @@ class SessionManager:
             raise Refused(503, "draining", "this server is about to end; another one may be there", after_s)
 
     def find(self, name: str, grant: Grant) -> ClientSession:
-        """A call of the same key. Raises `Refused`."""
-        call = self.calls.get(name)
-        if call is None or call.grant.key.name != grant.key.name:
+        """A session of the same key. Raises `Refused`."""
+        session = self.sessions.get(name)
+        if session is None or session.grant.key.name != grant.key.name:
             raise Refused(404, "session_not_found", f"there is no session {name[:64]}, or no longer")
-        return call
+        return session
 
     def resume(self, name: str, secret: str, after: int, grant: Grant) -> ClientSession:
-        """The call that a client comes back to, having had all up to `after`. Raises `Refused`."""
+        """The session that a client comes back to, having had all up to `after`. Raises `Refused`."""
         try:
-            call = self.find(name, grant)
-            if not hmac.compare_digest(call.secret.encode(), secret.encode()):
+            session = self.find(name, grant)
+            if not hmac.compare_digest(session.resume_token.encode(), secret.encode()):
                 raise Refused(403, "invalid_resume_token", "this token is not that session's")
-            if not call.outbox.last - len(call.outbox.frames) <= after <= call.outbox.last:
+            if (
+                not session.replay_buffer.last - len(session.replay_buffer.frames)
+                <= after
+                <= session.replay_buffer.last
+            ):
                 raise Refused(409, "resync_required", "what was missed is no longer there; begin a new session")
         except Refused as refused:
             self.metrics.resumed.labels(refused.code).inc()
             raise
         self.metrics.resumed.labels("resumed").inc()
-        call.span.add_event("client back", {"after": after})
+        session.span.add_event("client back", {"after": after})
         log.event("session resumed", session=name, after=after)
-        return call
+        return session
 
     async def drain(self, within_s: float) -> None:
         """Admits nobody more, tells all that are there, and returns when they are gone; those left then are ended."""
         self.leaves_at = time.monotonic() + within_s
-        for call in list(self.calls.values()):
-            call.expires_at = min(call.expires_at, time.time() + within_s)
-            call.warned = True
-            call.speaks.leaving(within_s)
-        while self.calls and time.monotonic() < self.leaves_at:
+        for session in list(self.sessions.values()):
+            session.expires_at = min(session.expires_at, time.time() + within_s)
+            session.warned = True
+            session.protocol.on_expiring(within_s)
+        while self.sessions and time.monotonic() < self.leaves_at:
             await asyncio.sleep(0.05)
         await self.end(EndReason.DRAINED)
 
     async def end(self, why: EndReason) -> None:
-        """Ends all calls and waits for their last words."""
-        for call in list(self.calls.values()):
-            call.session.end(why)
+        """Ends all sessions and waits for their last words."""
+        for session in list(self.sessions.values()):
+            session.scheduled.end(why)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)
 
-    async def _run(self, call: ClientSession) -> None:
-        """From the call's first micro-turn to its end."""
+    async def _run(self, session: ClientSession) -> None:
+        """From the session's first micro-turn to its end."""
         why = EndReason.FAILED
         try:
-            why = await self._followed(call)
+            why = await self._followed(session)
         except Exception:
-            logging.exception("session %s failed", call.id)
-            call.session.end(why)
+            logging.exception("session %s failed", session.id)
+            session.scheduled.end(why)
         finally:
-            del self.calls[call.id]
-            self.access.end(call.grant.key.name, call.id)
-            call.speaks.ended(why)
-            call.outbox.close()
-            call.heard.set()
+            del self.sessions[session.id]
+            self.access.end(session.grant.key.name, session.id)
+            session.protocol.on_end(why)
+            session.replay_buffer.close()
+            session.micro_turn_done.set()
             self.metrics.ended.labels(why.value).inc()
-            log.event("session ended", session=call.id, reason=why.value, micro_turns=call.session.turns)
-            call.span.set_attribute("jaxtml.end", why.value)
-            call.span.set_attribute("jaxtml.micro_turns", call.session.turns)
-            call.span.end()
+            log.event("session ended", session=session.id, reason=why.value, micro_turns=session.scheduled.turns)
+            session.span.set_attribute("jaxtml.end", why.value)
+            session.span.set_attribute("jaxtml.micro_turns", session.scheduled.turns)
+            session.span.end()
 
-    async def _followed(self, call: ClientSession) -> EndReason:
+    async def _followed(self, session: ClientSession) -> EndReason:
         number = -1
-        while turns := await call.session.turns_after(number):
+        while turns := await session.scheduled.turns_after(number):
             number = turns[-1].number
             for turn in turns:
-                words = call.words.read(turn.tokens.tolist())
-                call.speaks.turned(turn, words)
-            call.heard.set()
-            self.metrics.input_lag.observe(call.session.hearing.waiting / SAMPLE_RATE)
-            self._consider(call, turns[-1])
-        return call.session.ended or EndReason.FAILED
+                words = session.reader.read(turn.tokens.tolist())
+                session.protocol.on_micro_turn(turn, words)
+            session.micro_turn_done.set()
+            self.metrics.input_lag.observe(session.scheduled.hearing.waiting / SAMPLE_RATE)
+            self._consider(session, turns[-1])
+        return session.scheduled.ended or EndReason.FAILED
 
-    def _consider(self, call: ClientSession, turn: TickResult) -> None:
+    def _consider(self, session: ClientSession, turn: TickResult) -> None:
         """Ends what has lasted long enough."""
-        left_s = min(call.expires_at - time.time(), self.access.left_s(call.grant))  # others may use the same minutes
+        left_s = min(
+            session.expires_at - time.time(), self.access.left_s(session.grant)
+        )  # others may use the same minutes
         if left_s <= 0:
-            call.session.end(EndReason.EXPIRED if self.leaves_at is None else EndReason.DRAINED)
-        elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not call.warned:
-            call.warned = True
-            call.expires_at = min(call.expires_at, time.time() + left_s)  # what is told holds, also if others leave
-            call.speaks.leaving(left_s)
-        if call.closing is not None:
-            waits = turn.speaking or call.session.typed or call.session.hearing.waiting
-            if not waits or time.monotonic() > call.closing + self.limits.closing_s:
-                call.session.end(EndReason.ASKED)
+            session.scheduled.end(EndReason.EXPIRED if self.leaves_at is None else EndReason.DRAINED)
+        elif left_s < min(_WARNED_S, self.limits.session_s / 2) and not session.warned:
+            session.warned = True
+            session.expires_at = min(
+                session.expires_at, time.time() + left_s
+            )  # what is told holds, also if others leave
+            session.protocol.on_expiring(left_s)
+        if session.closing_at is not None:
+            waits = turn.speaking or session.scheduled.typed or session.scheduled.hearing.waiting
+            if not waits or time.monotonic() > session.closing_at + self.limits.closing_s:
+                session.scheduled.end(EndReason.ASKED)

@@ -1,4 +1,4 @@
-"""The server's addresses: who may ask, what answers, and how a WebSocket, or a peer, becomes a call.
+"""The server's addresses: who may ask, what answers, and how a WebSocket, or a peer, becomes a session.
 
 | address | |
 |---|---|
@@ -78,17 +78,22 @@ class Server:
     """The handlers of one server.
 
     Args:
-      desk: its calls.
+      manager: its sessions.
       access: who may have them.
-      served: the model.
+      model: the model that is served.
       metrics: what is counted.
       origins: of pages, besides its own, that may use it from a browser; "*": all.
     """
 
     def __init__(
-        self, desk: SessionManager, access: Access, served: ServedModel, metrics: Metrics, origins: Collection[str] = ()
+        self,
+        manager: SessionManager,
+        access: Access,
+        model: ServedModel,
+        metrics: Metrics,
+        origins: Collection[str] = (),
     ):
-        self.desk, self.access, self.served, self.metrics = desk, access, served, metrics
+        self.manager, self.access, self.model, self.metrics = manager, access, model, metrics
         self.origins = frozenset(origins)
         self.began_at = int(time.time())
         self._peers: set[asyncio.Task[None]] = set()
@@ -103,8 +108,8 @@ class Server:
                 web.get("/health", self.health),
                 web.get("/ready", self.ready),
                 web.get("/metrics", self.measured),
-                web.get("/v1/models", self.models),
-                web.get("/v1/models/{model}", self.model),
+                web.get("/v1/models", self.list_models),
+                web.get("/v1/models/{model}", self.describe_model),
                 web.get("/v1/live/sessions", self.live),
                 web.post("/v1/live/sessions", self.live_offered),
                 web.post("/v1/live/sessions/{session}/hangup", self.hung_up),
@@ -127,30 +132,30 @@ class Server:
 
     async def ready(self, request: web.Request) -> web.Response:
         """It takes sessions: loaded, compiled, not about to end. Full is ready: those who ask are told when to come."""
-        self.desk.check_open()
-        pool = self.desk.pool
+        self.manager.check_open()
+        pool = self.manager.pool
         return web.json_response({"status": "ready", "sessions": len(pool.sessions), "capacity": pool.capacity})
 
     async def measured(self, request: web.Request) -> web.Response:
         """Prometheus' text format."""
         return web.Response(body=self.metrics.text(), content_type="text/plain", charset="utf-8")
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def list_models(self, request: web.Request) -> web.Response:
         self._grant(request)
         return web.json_response({"object": "list", "data": [self._model()]})
 
-    async def model(self, request: web.Request) -> web.Response:
+    async def describe_model(self, request: web.Request) -> web.Response:
         self._grant(request)
         self._check_model(request.match_info["model"])
         return web.json_response(self._model())
 
     def _check_model(self, name: str | None) -> None:
         """Raises `Refused` where another model than the one that is served is asked for; None asks for none."""
-        if name not in (None, self.served.name):
-            raise Refused(404, "model_not_found", f"this server has the model {self.served.name}")
+        if name not in (None, self.model.name):
+            raise Refused(404, "model_not_found", f"this server has the model {self.model.name}")
 
     def _model(self) -> dict[str, str | int]:
-        return {"id": self.served.name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
+        return {"id": self.model.name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
 
     # --- the page
 
@@ -173,19 +178,19 @@ class Server:
         await ws.prepare(request)
         connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
         try:
-            async with asyncio.timeout(self.desk.limits.first_message_s):
+            async with asyncio.timeout(self.manager.limits.first_message_s):
                 found = await self._first(connection, grant)
         except TimeoutError:
             await self._unlucky(connection, InvalidMessage("timeout", "the first message did not come in time"), 1008)
             return ws
         if found is not None:
-            call, after = found
-            assert isinstance(call.speaks, live.LiveProtocol)
-            await self._carried(connection, call, after, call.speaks.receive)
+            session, after = found
+            assert isinstance(session.protocol, live.LiveProtocol)
+            await self._run(connection, session, after, session.protocol.receive)
         return ws
 
     async def _first(self, connection: Connection, grant: Grant) -> tuple[ClientSession, int] | None:
-        """The call that a connection is to carry, and up to which event its client has had it; None: it gave up."""
+        """The session that a connection is to carry, and up to which event its client has had it; None: it gave up."""
         for _ in range(_FIRST_TRIES):
             data = await connection.receive()
             if data is None:
@@ -196,8 +201,8 @@ class Server:
                 event_id = message.event_id
                 if isinstance(message, Resume):
                     return await self._resumed(connection, grant, message)
-                self.desk.ask(grant, live.SCOPE)  # before the work that texts are
-                live.check(message.session, self.served)
+                self.manager.ask(grant, live.SCOPE)  # before the work that texts are
+                live.check(message.session, self.model)
                 return self._started(grant, message), 0
             except InvalidMessage as invalid:
                 self.metrics.malformed.labels(live.SCOPE).inc()
@@ -213,48 +218,50 @@ class Server:
         return None
 
     def _started(self, grant: Grant, message: Start) -> ClientSession:
-        def make(call: ClientSession) -> live.LiveProtocol:
-            limits = self.desk.limits
-            return live.LiveProtocol(call, self.served, message.session, self.metrics, limits.grace_s, message.event_id)
+        def make(session: ClientSession) -> live.LiveProtocol:
+            limits = self.manager.limits
+            return live.LiveProtocol(
+                session, self.model, message.session, self.metrics, limits.grace_s, message.event_id
+            )
 
-        return self.desk.begin(grant, make, live.SCOPE)
+        return self.manager.begin(grant, make, live.SCOPE)
 
     async def _resumed(self, connection: Connection, grant: Grant, message: Resume) -> tuple[ClientSession, int]:
-        call = self.desk.resume(message.session_id, message.resume_token, message.after, grant)
-        speaks = _speaking(call, live.LiveProtocol)
-        speaks.untracked()
-        if call.carried is not None:
-            call.carried.replace()  # what it still has is not taken any more: the number of bytes is told now
+        session = self.manager.resume(message.session_id, message.resume_token, message.after, grant)
+        protocol = _speaking(session, live.LiveProtocol)
+        protocol.untracked()
+        if session.connection is not None:
+            session.connection.replace()  # what it still has is not taken any more: the number of bytes is told now
         event = {
             "type": "session.resumed",
             "event_id": f"evt_resumed_{message.after}",
-            "session_id": call.id,
-            "input_audio_bytes": speaks.intake.taken,
-            "last_client_event_id": speaks.last_event_id,
+            "session_id": session.id,
+            "input_audio_bytes": protocol.intake.taken,
+            "last_client_event_id": protocol.last_event_id,
         }
         if message.event_id is not None:
             event["client_event_id"] = message.event_id
         await connection.send(msgspec.json.encode(event))
-        return call, message.after
+        return session, message.after
 
     async def attached(self, request: web.Request) -> web.StreamResponse:
         """A connection beside the session's own."""
         grant = self._grant(request)
-        call = self.desk.find(request.match_info["session"], grant)
-        speaks = _speaking(call, live.LiveProtocol)
-        if len(speaks.sidebands) >= _SIDEBANDS:
+        session = self.manager.find(request.match_info["session"], grant)
+        protocol = _speaking(session, live.LiveProtocol)
+        if len(protocol.sidebands) >= _SIDEBANDS:
             raise Refused(429, "session_limit_exceeded", f"that session has its {_SIDEBANDS} sidebands", 5.0)
         self.access.ask(grant)
         ws = socket()
         await ws.prepare(request)
         connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
-        beside = live.Sideband(speaks)
-        speaks.sidebands.append(beside)
+        beside = live.Sideband(protocol)
+        protocol.sidebands.append(beside)
         try:
-            outcome = await connection.run(beside.outbox, 0, beside.receive)
+            outcome = await connection.run(beside.replay_buffer, 0, beside.receive)
         finally:
-            speaks.sidebands.remove(beside)
-        await connection.close(*_goodbye(outcome, call))
+            protocol.sidebands.remove(beside)
+        await connection.close(*_goodbye(outcome, session))
         return ws
 
     # --- the Realtime API
@@ -268,21 +275,21 @@ class Server:
                 after = int(query.get("after", "0"))
             except ValueError as error:
                 raise Refused(400, "invalid_value", "after is the number of an event") from error
-            call = self.desk.resume(query["session_id"], query.get("resume_token", ""), after, grant)
-            speaks = _speaking(call, realtime.RealtimeProtocol)
+            session = self.manager.resume(query["session_id"], query.get("resume_token", ""), after, grant)
+            protocol = _speaking(session, realtime.RealtimeProtocol)
             ws = socket()
             await ws.prepare(request)
-            if call.carried is not None:
-                call.carried.replace()  # as in `_resumed`
-            speaks.untracked()
+            if session.connection is not None:
+                session.connection.replace()  # as in `_resumed`
+            protocol.untracked()
             connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
-            await self._carried(connection, call, after, speaks.receive)
+            await self._run(connection, session, after, protocol.receive)
             return ws
         self._check_model(query.get("model"))
         begins_as = self._fixed(grant)
 
-        def make(call: ClientSession) -> realtime.RealtimeProtocol:
-            return realtime.RealtimeProtocol(call, self.served, self.metrics, self.desk.limits.grace_s, begins_as)
+        def make(session: ClientSession) -> realtime.RealtimeProtocol:
+            return realtime.RealtimeProtocol(session, self.model, self.metrics, self.manager.limits.grace_s, begins_as)
 
         return await self._begun(request, grant, make, WSMsgType.TEXT, realtime.SCOPE)
 
@@ -305,15 +312,15 @@ class Server:
         """A connection whose session begins with it: what is refused is refused before it is a WebSocket."""
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, "upgrade_required", "this address is a WebSocket's")
-        call = self.desk.admit(grant, make, scope)
+        session = self.manager.admit(grant, make, scope)
         ws = socket()
         try:
             await ws.prepare(request)
         except BaseException:
-            call.session.end(EndReason.LEFT)
+            session.scheduled.end(EndReason.LEFT)
             raise
-        assert isinstance(call.speaks, (realtime.RealtimeProtocol, moshi.MoshiProtocol))
-        await self._carried(Connection(Socket(request, ws, kind), self.metrics), call, 0, call.speaks.receive)
+        assert isinstance(session.protocol, (realtime.RealtimeProtocol, moshi.MoshiProtocol))
+        await self._run(Connection(Socket(request, ws, kind), self.metrics), session, 0, session.protocol.receive)
         return ws
 
     async def secret(self, request: web.Request) -> web.Response:
@@ -334,7 +341,7 @@ class Server:
         if len(value) > _KEY_BYTES:
             why = "a short-lived key carries its session, and this one would be longer than HTTP headers may be"
             raise Refused(400, "string_above_max_length", f"{why}: send a session.update instead")
-        body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.served.name}
+        body = {"id": "sess_of_secret", "object": "realtime.session"} | session | {"model": self.model.name}
         return web.json_response({"value": value, "expires_at": expires_at, "session": body})
 
     # --- peers
@@ -342,22 +349,22 @@ class Server:
     async def live_offered(self, request: web.Request) -> web.Response:
         """A GPT-Live session over WebRTC: its config and the offer, as JSON."""
         grant = self._grant(request)
-        self.desk.ask(grant, live.SCOPE)  # before the work that offers are
-        asked = await offers.of_live(request, self.served)
+        self.manager.ask(grant, live.SCOPE)  # before the work that offers are
+        asked = await offers.of_live(request, self.model)
 
-        def make(call: ClientSession, track: Track) -> live.LiveProtocol:
-            grace_s = self.desk.limits.grace_s
-            return live.LiveProtocol(call, self.served, asked.session, self.metrics, grace_s, track=track)
+        def make(session: ClientSession, track: Track) -> live.LiveProtocol:
+            grace_s = self.manager.limits.grace_s
+            return live.LiveProtocol(session, self.model, asked.session, self.metrics, grace_s, track=track)
 
-        call, answer = await self._offered(request, grant, asked.transport.sdp, make, live.SCOPE)
-        body = {"session": {"id": call.id}, "transport": {"type": "webrtc", "sdp": answer}}
+        session, answer = await self._offered(request, grant, asked.transport.sdp, make, live.SCOPE)
+        body = {"session": {"id": session.id}, "transport": {"type": "webrtc", "sdp": answer}}
         return web.json_response(body, status=201)
 
     async def realtime_offered(self, request: web.Request) -> web.Response:
         """A session of the Realtime API over WebRTC: the offer alone, or a form of it and the session."""
         grant = self._grant(request)
         self._check_model(request.query.get("model"))
-        self.desk.ask(grant, realtime.SCOPE)
+        self.manager.ask(grant, realtime.SCOPE)
         sdp, said = await offers.of_realtime(request)
         if said is not None:
             if grant.session is not None:
@@ -365,17 +372,17 @@ class Server:
             self._check_model(said.model)
         begins_as = self._fixed(grant) or said
 
-        def make(call: ClientSession, track: Track) -> realtime.RealtimeProtocol:
-            grace_s = self.desk.limits.grace_s
-            return realtime.RealtimeProtocol(call, self.served, self.metrics, grace_s, begins_as, track)
+        def make(session: ClientSession, track: Track) -> realtime.RealtimeProtocol:
+            grace_s = self.manager.limits.grace_s
+            return realtime.RealtimeProtocol(session, self.model, self.metrics, grace_s, begins_as, track)
 
-        call, answer = await self._offered(request, grant, sdp, make, realtime.SCOPE)
-        headers = {"Location": f"/v1/realtime/calls/{call.id}", "Access-Control-Expose-Headers": "Location"}
+        session, answer = await self._offered(request, grant, sdp, make, realtime.SCOPE)
+        headers = {"Location": f"/v1/realtime/calls/{session.id}", "Access-Control-Expose-Headers": "Location"}
         return web.Response(text=answer, status=201, content_type="application/sdp", headers=headers)
 
     async def hung_up(self, request: web.Request) -> web.Response:
         """Ends a session."""
-        self.desk.find(request.match_info["session"], self._grant(request)).session.end(EndReason.ASKED)
+        self.manager.find(request.match_info["session"], self._grant(request)).scheduled.end(EndReason.ASKED)
         return web.Response()
 
     async def _offered(
@@ -386,40 +393,40 @@ class Server:
         make: Callable[[ClientSession, Track], live.LiveProtocol | realtime.RealtimeProtocol],
         scope: str,
     ) -> tuple[ClientSession, str]:
-        """A call for who made this offer, and the answer; it stands still until that has come to something."""
-        peer = await offers.peer_of(request, sdp, self.served.config.duplex.max_patches > 0)
-        call = None
+        """A session for who made this offer, and the answer; it stands still until that has come to something."""
+        peer = await offers.peer_of(request, sdp, self.model.config.duplex.max_patches > 0)
+        session = None
         try:
-            call = self.desk.begin(grant, lambda call: make(call, peer.voice), scope)
-            call.session.detach()
-            call.session.detached_at += self.desk.limits.first_message_s  # its grace is for who was there
+            session = self.manager.begin(grant, lambda session: make(session, peer.voice), scope)
+            session.scheduled.detach()
+            session.scheduled.detached_at += self.manager.limits.first_message_s  # its grace is for who was there
             answer = await peer.answer()
         except BaseException as error:
-            if call is not None:
-                call.session.end(EndReason.LEFT)
+            if session is not None:
+                session.scheduled.end(EndReason.LEFT)
             await peer.close(1011, "")
             if isinstance(error, InvalidMessage):  # what the session is to begin as
                 raise Refused(400, error.code, str(error)) from error
             raise
-        task = asyncio.create_task(self._peered(peer, call))
+        task = asyncio.create_task(self._peered(peer, session))
         self._peers.add(task)
         task.add_done_callback(self._peers.discard)
-        return call, answer
+        return session, answer
 
-    async def _peered(self, peer: Peer, call: ClientSession) -> None:
-        """Waits for a peer, and carries its call."""
-        speaks = call.speaks
-        assert isinstance(speaks, (live.LiveProtocol, realtime.RealtimeProtocol))
+    async def _peered(self, peer: Peer, session: ClientSession) -> None:
+        """Waits for a peer, and carries its session."""
+        protocol = session.protocol
+        assert isinstance(protocol, (live.LiveProtocol, realtime.RealtimeProtocol))
         try:
-            async with asyncio.timeout(self.desk.limits.first_message_s):
+            async with asyncio.timeout(self.manager.limits.first_message_s):
                 await peer.opened()
-            async with peer.feeding(speaks):
-                await self._carried(Connection(peer, self.metrics), call, 0, speaks.receive)
+            async with peer.feeding(protocol):
+                await self._run(Connection(peer, self.metrics), session, 0, protocol.receive)
         except (TimeoutError, ConnectionError):
-            call.session.end(EndReason.GONE)
+            session.scheduled.end(EndReason.GONE)
         except Exception:
-            logging.exception("the peer of session %s failed", call.id)
-            call.session.end(EndReason.FAILED)
+            logging.exception("the peer of session %s failed", session.id)
+            session.scheduled.end(EndReason.FAILED)
         finally:
             await peer.close(1001, "")
 
@@ -436,23 +443,23 @@ class Server:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A session's connection; the session ends with it."""
 
-        def make(call: ClientSession) -> moshi.MoshiProtocol:
-            return moshi.MoshiProtocol(call, self.served, self.metrics)
+        def make(session: ClientSession) -> moshi.MoshiProtocol:
+            return moshi.MoshiProtocol(session, self.model, self.metrics)
 
         return await self._begun(request, self._grant(request), make, WSMsgType.BINARY, moshi.SCOPE)
 
     # --- connections
 
-    async def _carried(self, connection: Connection, call: ClientSession, after: int, receive: Receive) -> None:
-        """Carries a call until the connection or the session ends."""
-        call.carry(connection)
+    async def _run(self, connection: Connection, session: ClientSession, after: int, receive: Receive) -> None:
+        """Carries a session until the connection or the session ends."""
+        session.attach(connection)
         try:
-            outcome = await connection.run(call.outbox, after, receive)
-            if outcome in _ENDS or call.speaks.scope == moshi.SCOPE:  # there is no way back to a session of that
-                call.session.end(_ENDS.get(outcome, EndReason.GONE))
+            outcome = await connection.run(session.replay_buffer, after, receive)
+            if outcome in _ENDS or session.protocol.scope == moshi.SCOPE:  # there is no way back to a session of that
+                session.scheduled.end(_ENDS.get(outcome, EndReason.GONE))
         finally:
-            call.lost(connection)
-        await connection.close(*_goodbye(outcome, call))
+            session.detach(connection)
+        await connection.close(*_goodbye(outcome, session))
 
     async def _unlucky(
         self, connection: Connection, invalid: InvalidMessage, code: int, retry_after_s: float | None = None
@@ -478,7 +485,7 @@ class Server:
     async def _in_time(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Raises `Refused` where that takes too long."""
         try:
-            async with asyncio.timeout(self.desk.limits.first_message_s):
+            async with asyncio.timeout(self.manager.limits.first_message_s):
                 return await handler(request)
         except TimeoutError as error:
             raise Refused(408, "timeout", "the request did not come in time") from error
@@ -529,19 +536,19 @@ class Server:
         return response
 
 
-def _speaking(call: ClientSession, protocol: type[Protocol]) -> Protocol:
-    """What speaks for a call. Raises `Refused` where that is another protocol."""
-    if not isinstance(call.speaks, protocol):
+def _speaking(session: ClientSession, protocol: type[Protocol]) -> Protocol:
+    """What speaks for a session. Raises `Refused` where that is another protocol."""
+    if not isinstance(session.protocol, protocol):
         raise Refused(404, "session_not_found", "that session speaks another protocol")
-    return call.speaks
+    return session.protocol
 
 
-def _goodbye(outcome: ConnectionEnd, call: ClientSession) -> tuple[int, str]:
+def _goodbye(outcome: ConnectionEnd, session: ClientSession) -> tuple[int, str]:
     """Code and reason of a WebSocket's close."""
     if outcome is ConnectionEnd.REPLACED:
         return 1008, "another connection has taken over"
-    if call.session.ended is not None:
-        return _CODES[call.session.ended], call.session.ended.value
+    if session.scheduled.ended is not None:
+        return _CODES[session.scheduled.ended], session.scheduled.ended.value
     return 1001, ""
 
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer
 
 
-async def of_live(request: web.Request, served: ServedModel) -> Create:
+async def of_live(request: web.Request, model: ServedModel) -> Create:
     """GPT-Live's, JSON. Raises `Refused`."""
     try:
         asked = msgspec.json.decode(await request.read(), type=Create)
         if asked.session.audio is not None and asked.session.audio.format is not None:
             raise InvalidMessage("invalid_value", "WebRTC has a format of its own", "session.audio.format")
-        live.check(asked.session, served)
+        live.check(asked.session, model)
     except InvalidMessage as invalid:
         raise Refused(400, invalid.code, str(invalid)) from invalid
     except UNREADABLE as error:

@@ -24,7 +24,7 @@ def test_a_session_is_a_span_with_what_happened_in_it(served, engine, exported):
     async def test(server):
         client = await server.start()
         await server.go(2)
-        await client.cut_off(server.call())
+        await client.cut_off(server.session())
         again = await server.open()
         started = client.started
         resume = {"session_id": started["id"], "resume_token": started["resume"]["token"], "after": 1}

@@ -143,14 +143,14 @@ def test_nobody_notices_what_another_sends(served, engine, protocol, monkeypatch
 
     async def test(serving: Serving) -> None:
         victim = await serving.start()
-        call = serving.call()
+        session = serving.session()
         listening = asyncio.create_task(_listen(victim.ws))
         async with serving.ticking():
             connections = await noise(serving)
-            await eventually(lambda: len(serving.desk.calls) == 1)
-            turns = call.session.turns
-            await eventually(lambda: call.session.turns > turns + 3)
-        assert not call.session.ended and call.session.attached
+            await eventually(lambda: len(serving.manager.sessions) == 1)
+            turns = session.scheduled.turns
+            await eventually(lambda: session.scheduled.turns > turns + 3)
+        assert not session.scheduled.ended and session.scheduled.attached
         assert connections == 1, "no message ends its sender's session"
         assert serving.counted("duplex_sessions_ended_total", reason="internal_error") == 0
         assert serving.counted("duplex_malformed_messages_total", protocol=protocol) > MESSAGES / 3

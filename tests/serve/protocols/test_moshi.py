@@ -65,14 +65,14 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
         assert (await ws.receive()).data == READY
         for page in pages:
             await ws.send_bytes(SOUND + page)
-        call = serving.call()
-        await eventually(lambda: call.session.hearing.waiting == len(heard))
+        session = serving.session()
+        await eventually(lambda: session.scheduled.hearing.waiting == len(heard))
         turns = len(heard) // MICRO_TURN_SAMPLES
         await serving.go(turns)
         found = await frames(ws, 0.12 + 0.2 * turns - 0.04)
         out, text = Outgoing(PCM), ""
         sound = [np.zeros(2880, np.float32)]
-        for outputs, (record,) in converse(engine, [heard[: turns * MICRO_TURN_SAMPLES]], seed=call.session.seed):
+        for outputs, (record,) in converse(engine, [heard[: turns * MICRO_TURN_SAMPLES]], seed=session.scheduled.seed):
             sound.append(PCM.decoded(out.put(outputs.wave[0])))
             text += record.text
         assert b"".join(frame[1:] for frame in found if frame[:1] == TEXT).decode() == text != ""
@@ -83,8 +83,8 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
         np.testing.assert_allclose(got, same[: len(got)], atol=1e-4)
         assert np.abs(got[:2700]).max() < 1e-3, "120 ms of silence"
         await ws.close()
-        await eventually(lambda: call.session.ended)
-        assert call.session.ended is EndReason.LEFT
+        await eventually(lambda: session.scheduled.ended)
+        assert session.scheduled.ended is EndReason.LEFT
 
     serving(served, engine, test)
 
@@ -108,14 +108,14 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(served, 
         for frame in (b"\x03\x00", b"\x04{}", b"\x06"):
             await ws.send_bytes(frame)
         await ws.send_bytes(TEXT + b"the sky")
-        session = serving.call().session
-        await eventually(lambda: session.typed)
-        assert session.typed[0].mark is Control.TYPED
-        assert unread(session) == engine.codec.encode("the sky")
+        scheduled = serving.session().scheduled
+        await eventually(lambda: scheduled.typed)
+        assert scheduled.typed[0].mark is Control.TYPED
+        assert unread(scheduled) == engine.codec.encode("the sky")
         writer = sphn.OpusStreamWriter(24_000)
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
-        await eventually(lambda: session.hearing.waiting)
+        await eventually(lambda: scheduled.hearing.waiting)
         assert serving.counted("duplex_malformed_messages_total", protocol="moshi") == 7
 
     serving(served, engine, test, model=scripted({}))
@@ -172,15 +172,15 @@ def test_the_stock_client_talks(served, engine, wave, monkeypatch):
 
     async def test(serving: Serving) -> None:
         talking = asyncio.create_task(client.run(printer, argparse.Namespace(url=serving.url)))
-        await eventually(lambda: serving.desk.calls)
-        call = serving.call()
+        await eventually(lambda: serving.manager.sessions)
+        session = serving.session()
         async with serving.ticking(0.2):
             await eventually(lambda: printer.stream.getvalue() == " it is forty")
             await eventually(lambda: any(block.any() for block in played))
         silence = DmelStream().step(np.zeros(MICRO_TURN_SAMPLES, np.float32))[1]
         assert any((one.bins != silence).any() for one in serving.given()), "the microphone was heard"
         talking.cancel()
-        await eventually(lambda: call.session.ended)
+        await eventually(lambda: session.scheduled.ended)
         assert "Lost connection" not in printer.err_stream.getvalue()
 
     talk = {5: (Control.SAY, " it is", Control.SPEAK), 6: (Control.SAY, " forty", Control.SPEAK)}
@@ -193,18 +193,18 @@ def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_
     async def test(serving: Serving) -> None:
         url = f"{serving.url}/api/chat?auth_id=sk-first-key"
         ws = await serving.http.ws_connect(url)
-        call = serving.call()
+        session = serving.session()
         async with serving.http.get(url, headers={"Upgrade": "websocket", "Connection": "Upgrade"}) as refused:
             assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
         async with serving.http.get(url) as refused:
             assert refused.status == 426
         ws._response.connection.transport.abort()
-        await eventually(lambda: call.session.ended is EndReason.GONE)
-        await eventually(lambda: not serving.desk.calls)
+        await eventually(lambda: session.scheduled.ended is EndReason.GONE)
+        await eventually(lambda: not serving.manager.sessions)
         await serving.go()
         ws = await serving.http.ws_connect(url)
         assert (await ws.receive()).data == READY
-        serving.call().session.end(EndReason.EXPIRED)
+        serving.session().scheduled.end(EndReason.EXPIRED)
         while (message := await ws.receive()).data[:1] != ERROR:
             pass
         assert b"expired" in message.data

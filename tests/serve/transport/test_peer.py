@@ -52,7 +52,7 @@ async def live(serving: Serving, caller: Caller, **session) -> dict:
     openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
     transport = {"type": "webrtc", "sdp": await caller.offer()}
     created = await openai.live.create(session=MODEL | session, transport=transport)
-    assert created.transport.type == "webrtc" and created.session.id == serving.call().id
+    assert created.transport.type == "webrtc" and created.session.id == serving.session().id
     await caller.answered(created.transport.sdp)
     return (await caller.until("session.started"))["session"]
 
@@ -67,10 +67,10 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             started = await live(serving, caller, instructions="be kind")
-            call = serving.call()
-            assert started["id"] == call.id and started["instructions"] == "be kind"
-            await eventually(lambda: call.session.hearing.waiting > 2 * MICRO_TURN_SAMPLES)
-            heard = np.concatenate(call.session.hearing.parts)[-MICRO_TURN_SAMPLES:]
+            session = serving.session()
+            assert started["id"] == session.id and started["instructions"] == "be kind"
+            await eventually(lambda: session.scheduled.hearing.waiting > 2 * MICRO_TURN_SAMPLES)
+            heard = np.concatenate(session.scheduled.hearing.parts)[-MICRO_TURN_SAMPLES:]
             assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
             async with serving.ticking(0.2):
@@ -83,8 +83,8 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
                 caller.say("session.input_audio.append", audio="AAAA")
                 assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
                 caller.say("session.close")
-                await eventually(lambda: call.closing)
-                call.closing -= 10  # it speaks on and on
+                await eventually(lambda: session.closing_at)
+                session.closing_at -= 10  # it speaks on and on
                 closed = await caller.until("session.closed")
             assert closed["reason"] == "close_requested"
             assert "session.output_transcript.delta" in caller.kinds()
@@ -105,10 +105,10 @@ def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(served
             session = {"type": "realtime", "model": "small_test", "instructions": "be kind"}
             made = await openai.realtime.calls.create(sdp=await caller.offer(), session=session)
             where = made.response.headers["Location"]
-            assert made.response.status_code == 201 and where == f"/v1/realtime/calls/{serving.call().id}"
+            assert made.response.status_code == 201 and where == f"/v1/realtime/calls/{serving.session().id}"
             await caller.answered(made.text)
             assert (await caller.until("session.created"))["session"]["instructions"] == "be kind"
-            await eventually(lambda: serving.call().session.hearing.waiting)
+            await eventually(lambda: serving.session().scheduled.hearing.waiting)
             caller.say("input_audio_buffer.commit")
             await caller.until("input_audio_buffer.committed")
             await serving.go(8)
@@ -131,11 +131,11 @@ def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(served
             assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
             for event in caller.events:
                 REALTIME.validate_python(event)
-            call = serving.call()
-            await openai.realtime.calls.hangup(call.id)
+            session = serving.session()
+            await openai.realtime.calls.hangup(session.id)
             await caller.closed()
-            assert call.session.ended is EndReason.ASKED
-            await eventually(lambda: not serving.desk.calls)
+            assert session.scheduled.ended is EndReason.ASKED
+            await eventually(lambda: not serving.manager.sessions)
 
     serving(served, engine, test, model=singing(300, script))
 
@@ -160,11 +160,11 @@ def test_a_short_lived_key_is_enough_and_says_what_the_session_is(served, engine
             for data in (offer, "nonsense"):  # which nobody looks at
                 async with serving.http.post(url, data=data, headers=headers | sdp) as refused:
                     assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
-            call = serving.call()
-            async with serving.http.post(f"{url}/{call.id}/hangup") as refused:
+            session = serving.session()
+            async with serving.http.post(f"{url}/{session.id}/hangup") as refused:
                 assert refused.status == 401
             await caller.close()  # who closes is done
-            await eventually(lambda: call.session.ended is EndReason.LEFT)
+            await eventually(lambda: session.scheduled.ended is EndReason.LEFT)
 
     serving(served, engine, test, access=access, model=scripted({}))
 
@@ -175,17 +175,17 @@ def test_a_peer_that_vanishes_comes_back_over_a_websocket(served, engine, monkey
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             started = await live(serving, caller)
-            call = serving.call()
-            assert call.session.attached
+            session = serving.session()
+            assert session.scheduled.attached
             await serving.go(2)
             caller.vanish()
-            await eventually(lambda: not call.session.attached)
-            assert not call.session.ended
+            await eventually(lambda: not session.scheduled.attached)
+            assert not session.scheduled.ended
             back = await serving.open()
-            resume = {"session_id": call.id, "resume_token": started["resume"]["token"], "after": 0}
+            resume = {"session_id": session.id, "resume_token": started["resume"]["token"], "after": 0}
             await back.say("session.resume", **resume)
             await back.until("session.resumed")
-            before = call.session.turns
+            before = session.scheduled.turns
             await serving.go(2)
             sound = await back.until("session.output_audio.delta")
             assert sound["start_ms"] == 200 * (before + 1), "and from now on its sound is in the events"
@@ -204,12 +204,12 @@ def test_a_peer_that_does_not_come_back_is_ended(served, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             await live(serving, caller)
-            call = serving.call()
+            session = serving.session()
             caller.vanish()
-            await eventually(lambda: not call.session.attached)
+            await eventually(lambda: not session.scheduled.attached)
             await serving.go(160)
-            await eventually(lambda: not serving.desk.calls)
-            assert call.session.ended is EndReason.GONE and served.live == {}
+            await eventually(lambda: not serving.manager.sessions)
+            assert session.scheduled.ended is EndReason.GONE and served.live == {}
 
     serving(served, engine, test, model=scripted({}))
 
@@ -223,9 +223,9 @@ def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(served, engine,
         async with calling() as caller:  # a data channel, no track
             await live(serving, caller)
             await asyncio.sleep(1.5)
-            assert serving.call().session.attached
+            assert serving.session().scheduled.attached
             caller.vanish()
-            await eventually(lambda: not serving.call().session.attached)
+            await eventually(lambda: not serving.session().scheduled.attached)
 
     serving(served, engine, test)
 
@@ -239,21 +239,21 @@ def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, 
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             await live(serving, caller)
-            line = serving.call().carried.line
+            line = serving.session().connection.line
             if flood == "sources":
                 (sender,) = caller.pc.getSenders()
                 for source in range(8):  # after its own
-                    assert serving.call().session.attached, "eight are not too many"
+                    assert serving.session().scheduled.attached, "eight are not too many"
                     sender._ssrc = source + 1
                     await asyncio.sleep(0.1)
-                await eventually(lambda: not serving.call().session.attached)
+                await eventually(lambda: not serving.session().scheduled.attached)
                 return
             if flood == "parts":  # that take longer to put together than they may
                 line._time.burst = 1e-4
             for _ in range(1000):
                 caller.say("session.input_audio.mute")
             async with serving.ticking():
-                await eventually(lambda: not serving.call().session.attached)
+                await eventually(lambda: not serving.session().scheduled.attached)
             assert not line._inbox and not line.left
             async with serving.http.get(f"{serving.url}/health") as health:
                 assert health.status == 200
@@ -269,7 +269,7 @@ def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(serve
             async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as made:
                 await caller.answered((await made.json())["transport"]["sdp"])
             await caller.closed()
-            assert not serving.call().session.attached
+            assert not serving.session().scheduled.attached
 
     serving(served, engine, test)
     assert "a peer does not take an event of" in caplog.text
@@ -296,12 +296,12 @@ def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(served
         body = {"session": MODEL, "transport": {"type": "webrtc", "sdp": offer}}
         async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as made:
             assert made.status == 201
-        call = serving.call()
-        assert not call.session.attached, "it stands still until there is someone"
-        await eventually(lambda: call.session.ended)
+        session = serving.session()
+        assert not session.scheduled.attached, "it stands still until there is someone"
+        await eventually(lambda: session.scheduled.ended)
         await serving.go()
-        await eventually(lambda: not serving.desk.calls and asyncio.all_tasks() <= before)
-        assert call.session.turns == 0
+        await eventually(lambda: not serving.manager.sessions and asyncio.all_tasks() <= before)
+        assert session.scheduled.turns == 0
 
     serving(served, engine, test, limits=Limits(first_message_s=0.3), model=scripted({}))
 
@@ -344,7 +344,7 @@ def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(served, en
             async with serving.http.post(f"{serving.url}/v1/live/sessions", **kind) as refused:
                 assert refused.status == 400 and word in (await refused.json())["error"]["message"]
         await eventually(lambda: asyncio.all_tasks() <= before)
-        assert not serving.desk.calls and not serving.counted("duplex_sessions_total", protocol="live")
+        assert not serving.manager.sessions and not serving.counted("duplex_sessions_total", protocol="live")
 
     serving(served, engine, test, model=scripted({}))
 
@@ -353,11 +353,11 @@ def test_a_camera_is_seen_once_a_micro_turn(served, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500), VideoStreamTrack()) as caller:
             await live(serving, caller)
-            call = serving.call()
+            session = serving.session()
             seen = []
             for _ in range(4):
-                await eventually(lambda: call.session.patches is not None)
-                seen.append(call.session.patches)
+                await eventually(lambda: session.scheduled.patches is not None)
+                seen.append(session.scheduled.patches)
                 await serving.go()
             assert all(one.shape[1:] == (2, 40, 40, 3) for one in seen)
             given = [one.patches is not None for one in serving.given()]
@@ -495,8 +495,8 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
         async with browser(serving.url, tmp_path, flags) as tab:
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
             where = await tab.run(CALLS)
-            call = serving.call()
-            assert where == f"/v1/realtime/calls/{call.id}"
+            session = serving.session()
+            assert where == f"/v1/realtime/calls/{session.id}"
             await tab.until("events[0]?.type === 'session.created'")
             async with serving.ticking(0.2):
                 await tab.until("events.some((one) => one.type === 'output_audio_buffer.started')")
@@ -508,11 +508,13 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
                 "the peaks of the tone, with few holes even if it is busy here"
             )
             assert after[2] < 500, f"the browser's own buffer has {after[2]:.0f} ms"
-            assert call.session.hearing.missed < call.session.turns * MICRO_TURN_SAMPLES / 2, "its microphone is heard"
+            assert session.scheduled.hearing.missed < session.scheduled.turns * MICRO_TURN_SAMPLES / 2, (
+                "its microphone is heard"
+            )
             seen = [one.patches is not None for one in serving.given()]
             assert np.mean(seen) > 0.5, "and its camera"
             await tab.run("pc.close()")
-            await eventually(lambda: call.session.ended)
-            assert call.session.ended is EndReason.LEFT and not tab.errors
+            await eventually(lambda: session.scheduled.ended)
+            assert session.scheduled.ended is EndReason.LEFT and not tab.errors
 
     serving(served, engine, test, model=singing(300, SPEAKS))

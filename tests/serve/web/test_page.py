@@ -137,7 +137,7 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             assert await tab.run("document.querySelectorAll('#cards li').length") > 1
             await tab.run("document.getElementById('talk').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            call = serving.call()
+            session = serving.session()
             await tab.until("document.querySelectorAll('#words li').length > 1")
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
@@ -145,7 +145,7 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             await tab.until("document.getElementById('words').textContent.includes('the sky')")
             await tab.run("document.getElementById('camera').click()")
             await tab.until("document.getElementById('camera').getAttribute('aria-pressed') === 'true'")
-            assert call.session.hearing.muted and call.speaks.intake.taken > 0
+            assert session.scheduled.hearing.muted and session.protocol.intake.taken > 0
             given = serving.given()
             async with asyncio.timeout(20):
                 while not any(one.patches is not None for one in given):
@@ -166,39 +166,42 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served,
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
             await tab.run("document.getElementById('talk').click(); document.getElementById('talk').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            call = serving.call()
-            await eventually(lambda: call.speaks.intake.taken > 48_000)
-            began, before = time.monotonic(), call.speaks.intake.taken
-            call.carried.line._transport.abort()
-            await eventually(lambda: not call.session.attached)
+            session = serving.session()
+            await eventually(lambda: session.protocol.intake.taken > 48_000)
+            began, before = time.monotonic(), session.protocol.intake.taken
+            session.connection.line._transport.abort()
+            await eventually(lambda: not session.scheduled.attached)
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: call.speaks.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
-            call.carried.line._transport.abort()
+            await eventually(lambda: session.protocol.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
+            session.connection.line._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: call.session.hearing.muted)
-            taken = call.speaks.intake.taken
+            await eventually(lambda: session.scheduled.hearing.muted)
+            taken = session.protocol.intake.taken
             await asyncio.sleep(0.5)
-            assert call.speaks.intake.taken == taken, "who is muted is not even sent"
+            assert session.protocol.intake.taken == taken, "who is muted is not even sent"
             await tab.run("text.value = 'the sky'; typing.requestSubmit()")
             await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
-            call.carried.line._transport.pause_reading()
+            session.connection.line._transport.pause_reading()
             await tab.run("text.value = 'a number'; typing.requestSubmit()")
             await asyncio.sleep(0.2)  # on its way, and never read
-            call.carried.line._transport.abort()
+            session.connection.line._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
-            put, heard = call.session.hearing.put, []
-            call.session.hearing.put = lambda samples: (heard.append(not call.session.hearing.muted), put(samples))
+            put, heard = session.scheduled.hearing.put, []
+            session.scheduled.hearing.put = lambda samples: (
+                heard.append(not session.scheduled.hearing.muted),
+                put(samples),
+            )
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: call.speaks.intake.taken > taken + 24_000)
+            await eventually(lambda: session.protocol.intake.taken > taken + 24_000)
             both = engine.codec.encode("the sky") + engine.codec.encode("a number")
             await eventually(lambda: len(typed(serving)) >= len(both))
             assert typed(serving) == both, "nothing twice"
             assert all(heard), "what was said while the server did not know that it was not muted any more"
-            assert serving.call() is call and call.session.turns and tab.errors == []
+            assert serving.session() is session and session.scheduled.turns and tab.errors == []
 
     serving(served, engine, test)
 
@@ -250,7 +253,7 @@ def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
             assert await tab.run(focus) == "talk"
             await tab.press("Enter")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            call = serving.call()
+            session = serving.session()
             assert await tab.run(focus) == "stop", "not nowhere"
             order = []
             for _ in range(2):
@@ -276,7 +279,7 @@ def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
             assert ("log", "What was heard and said") in named
             await tab.press("s", alt=True)
             await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
-            assert call.session.ended and tab.errors == []
+            assert session.scheduled.ended and tab.errors == []
 
     serving(served, engine, test)
 

@@ -37,7 +37,7 @@ def test_keys_and_origins_decide_who_may_begin(served, engine):
         await again.say("session.start", session={"model": "small_test"})
         assert (await again.event())["error"]["code"] == "session_limit_exceeded"
         assert await again.closed() == 1013
-        (name,) = serving.desk.calls
+        (name,) = serving.manager.sessions
         other = {"Authorization": "Bearer sk-second-key"}
         async with serving.http.get(f"{live}/{name}/attach", headers=other) as refused:
             assert refused.status == 404, "another key's sessions are not even there"
@@ -70,7 +70,7 @@ def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
         clock[0] = 4 * 60.0
         await serving.go(2)
         await asyncio.sleep(0.1)
-        assert len(serving.desk.calls) == 2, "eight of ten"
+        assert len(serving.manager.sessions) == 2, "eight of ten"
         clock[0] = 4.75 * 60.0
         await serving.go(2)
         for client in clients:

@@ -1,4 +1,4 @@
-"""GPT-Live, the native protocol: what happens in a call as its events, and what its client says.
+"""GPT-Live, the native protocol: what happens in a session as its events, and what its client says.
 
 Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
 a client that was cut off names the last one that it had (`session.resume`), and `session.resumed` what came of its own:
@@ -60,11 +60,11 @@ _CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", App
 _REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
 
 
-def check(config: LiveSessionConfig, served: ServedModel) -> None:
+def check(config: LiveSessionConfig, model: ServedModel) -> None:
     """Raises `InvalidMessage` where this server cannot give such a session."""
     wants = config.delegation
-    if config.model != served.name:
-        raise InvalidMessage("model_not_found", f"this server has the model {served.name}", "session.model")
+    if config.model != model.name:
+        raise InvalidMessage("model_not_found", f"this server has the model {model.name}", "session.model")
     if wants is not None and wants.type != "client":
         raise InvalidMessage("unsupported_value", "delegations go to the client here", "session.delegation.type")
     for name, given in (("store", config.store), ("triggers", config.triggers), ("client", config.client)):
@@ -74,16 +74,16 @@ def check(config: LiveSessionConfig, served: ServedModel) -> None:
         raise InvalidMessage("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
     if not all(one.content[0].text for one in config.input or ()):
         raise InvalidMessage("invalid_value", "there is no text", "session.input")
-    check_length(served, config.instructions or "", _INSTRUCTIONS, "session.instructions")
-    check_length(served, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
+    check_length(model, config.instructions or "", _INSTRUCTIONS, "session.instructions")
+    check_length(model, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
 
 
 class LiveProtocol:
-    """One call's GPT-Live; a `desk.Speaks`. Begins with `session.started`.
+    """One session's GPT-Live; a `SessionProtocol`. Begins with `session.started`.
 
     Args:
-      call: whose outbox it fills.
-      served: the model.
+      session: the session whose replay buffer it fills.
+      model: the model that is served.
       config: checked.
       metrics: what is counted.
       grace_s: for how long a client may be gone.
@@ -95,25 +95,28 @@ class LiveProtocol:
 
     def __init__(
         self,
-        call: ClientSession,
-        served: ServedModel,
+        session: ClientSession,
+        model: ServedModel,
         config: LiveSessionConfig,
         metrics: Metrics,
         grace_s: float,
         event_id: str | None = None,
         track: Track | None = None,
     ):
-        self.call, self.served, self.config, self.metrics = call, served, config, metrics
+        self.session, self.model, self.config, self.metrics = session, model, config, metrics
         self.track = track
         self.format = format_of(config.audio)
-        self.intake, self.outgoing = Intake(call, served, self.format), Outgoing(self.format)
+        self.intake, self.outgoing = Intake(session, model, self.format), Outgoing(self.format)
         self.sidebands: list[Sideband] = []
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
         self.last_event_id = event_id  # of the client's messages
-        session = self._resource() | {"resume": {"token": call.secret, "grace_s": grace_s}, "turn_ms": MICRO_TURN_MS}
-        session["sees"] = served.config.duplex.max_patches > 0
-        self._emit("session.started", event_id, session=session)
+        resource = self._resource() | {
+            "resume": {"token": session.resume_token, "grace_s": grace_s},
+            "turn_ms": MICRO_TURN_MS,
+        }
+        resource["sees"] = model.config.duplex.max_patches > 0
+        self._emit("session.started", event_id, session=resource)
         for item in config.input or ():
             mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
             self.intake.say(mark, item.content[0].text, "input")
@@ -122,7 +125,7 @@ class LiveProtocol:
 
     # --- what happens
 
-    def turned(self, turn: TickResult, words: Words) -> None:
+    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         """Transcripts lie on the micro-turns: the user's on the one that was heard, ours on the one to be heard."""
         start, end = turn.t_ms, turn.t_ms + MICRO_TURN_MS
         if words.heard:
@@ -145,25 +148,25 @@ class LiveProtocol:
             delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
             self.task = ""
             self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
-            self.call.span.add_event("delegation", {"id": name})
+            self.session.span.add_event("delegation", {"id": name})
         self.intake.flush()
         if turn.number % _USAGE_TURNS == _USAGE_TURNS - 1:
             self._emit("session.usage.updated", usage=self._usage())
 
-    def leaving(self, in_s: float) -> None:
+    def on_expiring(self, in_s: float) -> None:
         """An `info` long before, and the time in the session's `expires_at`."""
         self._emit(
             "info", code="going_away", message=f"this session ends in {in_s:.0f} s", time_left_ms=round(1000 * in_s)
         )
 
-    def ended(self, why: EndReason) -> None:
+    def on_end(self, why: EndReason) -> None:
         reason = _REASONS.get(why, why.value)
         if why is EndReason.FAILED:
             failed = InvalidMessage("internal_error", "the server failed; the session cannot go on")
             self._emit("error", error=error_of(failed, "server_error"))
         self._emit("session.closed", reason=reason, session=self._resource(), usage=self._usage())
         for one in self.sidebands:
-            one.outbox.close()
+            one.replay_buffer.close()
 
     # --- what the client says
 
@@ -213,12 +216,14 @@ class LiveProtocol:
                 self._append(message, Control.TYPED, "input_text")
             case Mute() | Unmute():
                 # Who has asked to close has nothing more to say.
-                self.call.session.hearing.muted = muted = isinstance(message, Mute) or self.call.closing is not None
+                self.session.scheduled.hearing.muted = muted = (
+                    isinstance(message, Mute) or self.session.closing_at is not None
+                )
                 self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
             case LiveUpdate():
                 self._update(message)
             case Close():
-                self.call.close()
+                self.session.close()
             case _:
                 self._appended(message)
 
@@ -234,7 +239,7 @@ class LiveProtocol:
             if asked_at >= 0:
                 self.metrics.delegations.observe(time.monotonic() - asked_at)
                 self.delegated[message.delegation_id] = float("-inf")
-                self.call.span.add_event("delegation answered", {"id": message.delegation_id})
+                self.session.span.add_event("delegation answered", {"id": message.delegation_id})
         self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
@@ -262,15 +267,17 @@ class LiveProtocol:
             one.put(event)
 
     def _put(self, event: dict[str, Any]) -> None:
-        self.call.outbox.put(msgspec.json.encode(event | {"sequence_number": self.call.outbox.last + 1}))
+        self.session.replay_buffer.put(
+            msgspec.json.encode(event | {"sequence_number": self.session.replay_buffer.last + 1})
+        )
 
     def _resource(self) -> dict[str, Any]:
         """The session as it is: what was asked for and does not hold is not in it."""
         delegation = Delegation(type="client")
         resource: dict[str, Any] = {
-            "id": self.call.id,
-            "expires_at": int(self.call.expires_at),
-            "model": self.served.name,
+            "id": self.session.id,
+            "expires_at": int(self.session.expires_at),
+            "model": self.model.name,
             "status": "active",
             "audio": {
                 "format": {"type": f"audio/{self.format.kind}", "rate": self.format.rate},
@@ -285,14 +292,14 @@ class LiveProtocol:
         return resource
 
     def _usage(self) -> dict[str, Any]:
-        return {"seconds": self.call.session.turns * MICRO_TURN_MS // 1000}
+        return {"seconds": self.session.scheduled.turns * MICRO_TURN_MS // 1000}
 
 
 class Sideband:
     """Someone who watches and directs a session from beside: its events, and both voices as 24 kHz PCM with times."""
 
     def __init__(self, live: LiveProtocol):
-        self.live, self.outbox = live, ReplayBuffer()
+        self.live, self.replay_buffer = live, ReplayBuffer()
         self.ears, self.mouth = Outgoing(_REFLECTED), Outgoing(_REFLECTED)
         self.unheard = np.zeros(0, np.float32)
 
@@ -310,7 +317,7 @@ class Sideband:
         self.put(event | {"start_ms": t_ms, "end_ms": t_ms + MICRO_TURN_MS})
 
     def put(self, event: dict[str, Any]) -> None:
-        self.outbox.put(msgspec.json.encode(event | {"sequence_number": self.outbox.last + 1}))
+        self.replay_buffer.put(msgspec.json.encode(event | {"sequence_number": self.replay_buffer.last + 1}))
 
     async def receive(self, data: bytes) -> None:
         """What the client may say too, but for sound."""

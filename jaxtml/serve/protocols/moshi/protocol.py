@@ -40,36 +40,36 @@ _TEXT_TOKENS = 500
 
 
 class MoshiProtocol:
-    """One call's wire; a `desk.Speaks`. Begins with the handshake and the silence.
+    """One session's wire; a `SessionProtocol`. Begins with the handshake and the silence.
 
     Args:
-      call: whose outbox it fills.
-      served: the model.
+      session: the session whose replay buffer it fills.
+      model: the model that is served.
       metrics: what is counted.
     """
 
     scope = SCOPE
 
-    def __init__(self, call: ClientSession, served: ServedModel, metrics: Metrics):
-        self.call, self.served, self.metrics = call, served, metrics
-        self.intake = Intake(call, served, Format("pcm", _RATE))
+    def __init__(self, session: ClientSession, model: ServedModel, metrics: Metrics):
+        self.session, self.model, self.metrics = session, model, metrics
+        self.intake = Intake(session, model, Format("pcm", _RATE))
         self.outgoing = Outgoing(Format("pcm", _RATE))
         self.reader, self.writer = sphn.OpusStreamReader(_RATE), sphn.OpusStreamWriter(_RATE)
         self.unwritten = np.zeros((MICRO_TURN_MS - _PAD_MS) * _RATE // 1000, np.float32)
-        call.outbox.put(READY)
+        session.replay_buffer.put(READY)
         self._sound(np.zeros(0, np.float32))
 
-    def turned(self, turn: TickResult, words: Words) -> None:
+    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         if words.said:
-            self.call.outbox.put(TEXT + words.said.encode())
+            self.session.replay_buffer.put(TEXT + words.said.encode())
         self._sound(self.outgoing.format.decoded(self.outgoing.put(turn.wave)))
         self.intake.flush()
 
-    def leaving(self, in_s: float) -> None:
+    def on_expiring(self, in_s: float) -> None:
         """The wire has no word for it."""
         del in_s
 
-    def ended(self, why: EndReason) -> None:
+    def on_end(self, why: EndReason) -> None:
         if why is not EndReason.ASKED:
             self._fail(f"the session has ended: {why.value}")
 
@@ -106,7 +106,7 @@ class MoshiProtocol:
             pages += self.writer.append_pcm(self.unwritten[:_FRAME])
             self.unwritten = self.unwritten[_FRAME:]
         if pages:
-            self.call.outbox.put(SOUND + pages)
+            self.session.replay_buffer.put(SOUND + pages)
 
     def _fail(self, why: str) -> None:
-        self.call.outbox.put(ERROR + why.encode())
+        self.session.replay_buffer.put(ERROR + why.encode())

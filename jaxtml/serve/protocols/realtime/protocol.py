@@ -82,11 +82,11 @@ _RECORDING = Format("pcm", 24_000)  # in a message, whatever the session's forma
 
 
 class RealtimeProtocol:
-    """One call's Realtime API; a `desk.Speaks`. Begins with `session.created`.
+    """One session's Realtime API; a `SessionProtocol`. Begins with `session.created`.
 
     Args:
-      call: whose outbox it fills.
-      served: the model.
+      session: the session whose replay buffer it fills.
+      model: the model that is served.
       metrics: what is counted.
       grace_s: for how long a client may be gone.
       begins_as: what a short-lived key, or the request, says of the session.
@@ -97,14 +97,14 @@ class RealtimeProtocol:
 
     def __init__(
         self,
-        call: ClientSession,
-        served: ServedModel,
+        session: ClientSession,
+        model: ServedModel,
         metrics: Metrics,
         grace_s: float,
         begins_as: RealtimeSessionConfig | None = None,
         track: Track | None = None,
     ):
-        self.call, self.served, self.metrics = call, served, metrics
+        self.session, self.model, self.metrics = session, model, metrics
         self.track = track
         self.sounding: str | None = None  # the response that the track has sound of
         self.conversation = f"conv_{secrets.token_urlsafe(12)}"
@@ -113,7 +113,7 @@ class RealtimeProtocol:
         self.output_format: AudioFormat = Pcm(rate=24_000)
         self.modality, self.instructions = "audio", ""
         self.tools: list[Tool] = []
-        self.intake = Intake(call, served, format_of(self.input_format))
+        self.intake = Intake(session, model, format_of(self.input_format))
         self.outgoing = Outgoing(format_of(self.output_format))
         self.items: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.response: Response | None = None
@@ -128,12 +128,12 @@ class RealtimeProtocol:
         self.spoken = False  # the sound of this session has a format that cannot change any more
         if begins_as is not None:
             self._configure(begins_as)
-        self._resume = {"token": call.secret, "grace_s": grace_s}
+        self._resume = {"token": session.resume_token, "grace_s": grace_s}
         self._emit("session.created", session=self.resource() | {"resume": self._resume})
 
     # --- what happens
 
-    def turned(self, turn: TickResult, words: Words) -> None:
+    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         self._heard(turn, words.heard)
         sound = self.outgoing.put(turn.wave) if self.track is None else None
         said = self._said(turn, words.said, sound)
@@ -146,12 +146,12 @@ class RealtimeProtocol:
             self._settle(turn)
         self.intake.flush()
 
-    def leaving(self, in_s: float) -> None:
+    def on_expiring(self, in_s: float) -> None:
         """The API has no other word for it than the time in `expires_at`."""
         del in_s
         self._emit("session.updated", session=self.resource())
 
-    def ended(self, why: EndReason) -> None:
+    def on_end(self, why: EndReason) -> None:
         if self.response is not None:
             self._end("cancelled" if why is not EndReason.FAILED else "failed")
         if why in _LAST_WORDS:
@@ -262,7 +262,7 @@ class RealtimeProtocol:
 
     def _patience(self) -> int:
         """The micro-turn until which what has come by now may be answered: it is heard, and read, first."""
-        session = self.call.session
+        session = self.session.scheduled
         return session.turns + max(-(-self.intake.waiting // MICRO_TURN_SAMPLES), len(session.typed)) + _PATIENCE
 
     def _end(self, status: str = "completed", reason: str | None = None) -> None:
@@ -286,7 +286,7 @@ class RealtimeProtocol:
             self.response = self._begun(None)
         item = self.response.call(*call_of(task, self.tools))
         self._call(item["call_id"], time.monotonic())
-        self.call.span.add_event("delegation", {"id": item["call_id"]})
+        self.session.span.add_event("delegation", {"id": item["call_id"]})
         if alone:
             self._end()
 
@@ -363,7 +363,7 @@ class RealtimeProtocol:
             raise InvalidMessage("input_audio_buffer_commit_empty", "there is no sound to commit")
         if self.user is not None and self.user.committed:
             self._finish(self.user)
-        now = self.call.session.turns * MICRO_TURN_MS
+        now = self.session.scheduled.turns * MICRO_TURN_MS
         self.user = self.user or _UserTurn(now)
         self.user.told = True
         self.user.end_ms = max(self.user.end_ms, now + 1000 * self.intake.waiting // SAMPLE_RATE)
@@ -404,7 +404,7 @@ class RealtimeProtocol:
                     self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
                 if (asked := self.called.pop(item.call_id)) is not None:
                     self.metrics.delegations.observe(time.monotonic() - asked)
-                    self.call.span.add_event("delegation answered", {"id": item.call_id})
+                    self.session.span.add_event("delegation answered", {"id": item.call_id})
             case CallItem():
                 self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments", _TEXT)
                 if item.call_id is not None:  # of a conversation before this one
@@ -448,7 +448,7 @@ class RealtimeProtocol:
         if tokens:
             self.intake.tell(Control.TYPED if item.role == "user" else Control.BACKGROUND, tokens)
         if patches is not None:
-            self.call.session.show(patches)
+            self.session.scheduled.show(patches)
         for samples in sounds:
             self.intake.put(self._recordings.resampled(samples))
 
@@ -456,8 +456,8 @@ class RealtimeProtocol:
 
     def _configure(self, config: RealtimeSessionConfig) -> None:
         """Takes what is given, all of it or, where something is wrong (`InvalidMessage`), nothing."""
-        if config.model is not None and config.model != self.served.name:
-            raise InvalidMessage("model_not_found", f"this server has the model {self.served.name}", "session.model")
+        if config.model is not None and config.model != self.model.name:
+            raise InvalidMessage("model_not_found", f"this server has the model {self.model.name}", "session.model")
         heard = config.audio.input if config.audio and config.audio.input else AudioInput()
         said = config.audio.output if config.audio and config.audio.output else AudioOutput()
         formats = (heard.format or self.input_format, said.format or self.output_format)
@@ -497,9 +497,9 @@ class RealtimeProtocol:
         return {
             "type": "realtime",
             "object": "realtime.session",
-            "id": self.call.id,
-            "model": self.served.name,
-            "expires_at": int(self.call.expires_at),
+            "id": self.session.id,
+            "model": self.model.name,
+            "expires_at": int(self.session.expires_at),
             "output_modalities": [self.modality],
             "instructions": self.instructions,
             "tools": [msgspec.to_builtins(tool) for tool in self.tools],
@@ -542,8 +542,8 @@ class RealtimeProtocol:
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, "event_id": f"event_{secrets.token_urlsafe(12)}", **fields}
-        event["sequence_number"] = self.call.outbox.last + 1
-        self.call.outbox.put(msgspec.json.encode(event))
+        event["sequence_number"] = self.session.replay_buffer.last + 1
+        self.session.replay_buffer.put(msgspec.json.encode(event))
 
 
 _LAST_WORDS = {

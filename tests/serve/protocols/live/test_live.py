@@ -34,10 +34,12 @@ async def speak(serving: Serving, client: Client, sound: bytes) -> None:
     """All of it, in packets of 20 ms, each micro-turn before its tick."""
     size = 2 * MICRO_TURN_SAMPLES
     for start in range(0, len(sound), size):
-        before = serving.call().session.hearing.waiting
+        before = serving.session().scheduled.hearing.waiting
         for at in range(start, start + size, size // 10):
             await client.say("session.input_audio.append", audio=text_of(sound[at : at + size // 10]))
-        await eventually(lambda before=before: serving.call().session.hearing.waiting == before + MICRO_TURN_SAMPLES)
+        await eventually(
+            lambda before=before: serving.session().scheduled.hearing.waiting == before + MICRO_TURN_SAMPLES
+        )
         await serving.go()
 
 
@@ -68,7 +70,7 @@ def sound(wave) -> bytes:
 def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(served, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        seed = serving.call().session.seed
+        seed = serving.session().scheduled.seed
         await speak(serving, client, sound)
         await client.say("session.close", event_id="bye")
         async with serving.ticking():
@@ -130,19 +132,19 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, 
 def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engine, sound, cut):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, half = serving.call(), 6 * 2 * MICRO_TURN_SAMPLES
+        session, half = serving.session(), 6 * 2 * MICRO_TURN_SAMPLES
         for event_id in ("first", "last", None):
             await client.say("session.input_audio.unmute", event_id=event_id)
         await speak(serving, client, sound[:half])
         await client.until("session.output_audio.delta")  # and not what came after it
         last = client.events[-1]["sequence_number"]
         if cut == "aborted":
-            await client.cut_off(call)
+            await client.cut_off(session)
             ticks = len(serving.model.ticks)
             await serving.go(20)
             assert len(serving.model.ticks) == ticks, "it stands still"
         back = await serving.open()
-        resume = {"session_id": call.id, "resume_token": client.started["resume"]["token"], "after": last}
+        resume = {"session_id": session.id, "resume_token": client.started["resume"]["token"], "after": last}
         await back.say("session.resume", event_id="again", **resume)
         resumed = await back.event()
         assert resumed["type"] == "session.resumed" and resumed["client_event_id"] == "again"
@@ -152,7 +154,7 @@ def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engin
             await back.event()
         events = client.events + back.events[1:]
         assert [event["sequence_number"] for event in events] == list(range(1, len(events) + 1))
-        assert given(events) == said(engine, sound, call.session.seed)
+        assert given(events) == said(engine, sound, session.scheduled.seed)
         if cut == "silently":
             assert await client.closed() == 1008, "the connection that was there is told"
         assert serving.counted("duplex_resume_total", result="resumed") == 1
@@ -163,18 +165,18 @@ def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engin
 def test_who_may_not_come_back_is_told_why(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, token = serving.call(), client.started["resume"]["token"]
-        for session, secret, after, code in (
+        session, token = serving.session(), client.started["resume"]["token"]
+        for name, secret, after, code in (
             ("sess_other", token, 0, "session_not_found"),
-            (call.id, "guess", 0, "invalid_resume_token"),
-            (call.id, token, 99, "resync_required"),
-            (call.id, token, -1, "resync_required"),
+            (session.id, "guess", 0, "invalid_resume_token"),
+            (session.id, token, 99, "resync_required"),
+            (session.id, token, -1, "resync_required"),
         ):
             other = await serving.open()
-            await other.say("session.resume", session_id=session, resume_token=secret, after=after)
+            await other.say("session.resume", session_id=name, resume_token=secret, after=after)
             assert (await other.event())["error"]["code"] == code
             assert await other.closed() in (1008,)
-        assert call.session.attached and not call.session.ended
+        assert session.scheduled.attached and not session.scheduled.ended
         assert token not in str(serving.metrics.text()), "secrets are nobody's"
 
     serving(served, engine, test)
@@ -183,13 +185,15 @@ def test_who_may_not_come_back_is_told_why(served, engine):
 def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
-        await client.cut_off(call)
+        session = serving.session()
+        await client.cut_off(session)
         await serving.go(160)
-        await eventually(lambda: not serving.desk.calls)
-        assert call.session.ended is EndReason.GONE and served.live == {}
+        await eventually(lambda: not serving.manager.sessions)
+        assert session.scheduled.ended is EndReason.GONE and served.live == {}
         other = await serving.open()
-        await other.say("session.resume", session_id=call.id, resume_token=client.started["resume"]["token"], after=0)
+        await other.say(
+            "session.resume", session_id=session.id, resume_token=client.started["resume"]["token"], after=0
+        )
         assert (await other.event())["error"]["code"] == "session_not_found"
 
     serving(served, engine, test)
@@ -198,15 +202,15 @@ def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(serve
 def test_who_has_asked_to_close_is_not_heard_again(served, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
+        session = serving.session()
         await speak(serving, client, sound[:6_400])
         await client.say("session.close")
         await client.say("session.input_audio.unmute")
         await client.until("session.input_audio.muted")
-        waiting, taken = call.session.hearing.waiting, call.speaks.intake.taken
+        waiting, taken = session.scheduled.hearing.waiting, session.protocol.intake.taken
         await client.say("session.input_audio.append", audio=text_of(sound[:6_400]))
-        await eventually(lambda: call.speaks.intake.taken > taken)
-        assert call.session.hearing.waiting == waiting
+        await eventually(lambda: session.protocol.intake.taken > taken)
+        assert session.scheduled.hearing.waiting == waiting
         async with serving.ticking():
             await client.until("session.closed")
         assert "session.input_audio.unmuted" not in [event["type"] for event in client.events]
@@ -217,12 +221,12 @@ def test_who_has_asked_to_close_is_not_heard_again(served, engine, sound):
 def test_a_client_that_closes_its_connection_is_done(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
+        session = serving.session()
         await client.ws.close(code=1000)
-        await eventually(lambda: call.session.ended is EndReason.LEFT)
+        await eventually(lambda: session.scheduled.ended is EndReason.LEFT)
         await serving.go()
-        await eventually(lambda: not serving.desk.calls)
-        assert json.loads(call.outbox.frames[-1])["reason"] == "remote_hangup"
+        await eventually(lambda: not serving.manager.sessions)
+        assert json.loads(session.replay_buffer.frames[-1])["reason"] == "remote_hangup"
 
     serving(served, engine, test)
 
@@ -269,18 +273,18 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
         assert serving.counted("duplex_malformed_messages_total", protocol="live") == len(WRONG)
         for event in bad.events:
             FIRST_PARTY.validate_python(event, strict=True)
-        (first,) = serving.desk.calls.values()
+        (first,) = serving.manager.sessions.values()
         good = await serving.start()
-        call = next(call for call in serving.desk.calls.values() if call is not first)
+        session = next(one for one in serving.manager.sessions.values() if one is not first)
         for at in range(0, len(sound), 2 * MICRO_TURN_SAMPLES):
             await bad.ws.send_bytes(b"noise")
             await good.say("session.input_audio.append", audio=text_of(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
-            await eventually(lambda: call.session.hearing.waiting)
+            await eventually(lambda: session.scheduled.hearing.waiting)
             await serving.go()
         while len(given(good.events)[0]) < TURNS:
             await good.event()
         waves, heard, text = given(good.events)
-        expected = said(engine, sound, call.session.seed)
+        expected = said(engine, sound, session.scheduled.seed)
         assert (heard, text) == expected[1:]
         # Two sessions run in another bucket than the one of `converse`: other sums of the same numbers, by which, with
         # one seed in sixty, another bin is sampled somewhere.
@@ -315,7 +319,7 @@ def test_a_session_that_cannot_be_is_refused_and_the_client_may_ask_again(served
         await client.say("session.start", event_id="first", session=session)
         error = (await client.event())["error"]
         assert (error["code"], error["param"], error["client_event_id"]) == (code, param, "first")
-        assert not serving.desk.calls
+        assert not serving.manager.sessions
         await client.say("session.start", session={"model": "small_test"})
         assert (await client.event())["type"] == "session.started"
 
@@ -330,7 +334,7 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
         error = (await late.event())["error"]
         assert error["code"] == "server_full" and error["retry_after_s"] >= 1 and error["type"] == "rate_limit_error"
         assert await late.closed() == 1013
-        draining = asyncio.create_task(serving.desk.drain(3))  # enough for one who closes, on a busy machine too
+        draining = asyncio.create_task(serving.manager.drain(3))  # enough for one who closes, on a busy machine too
         for client in clients:
             info = await client.until("info")
             assert info["code"] == "going_away" and 0 < info["time_left_ms"] <= 3000
@@ -345,7 +349,7 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
         for client in clients[1:]:
             assert (await client.until("session.closed"))["reason"] == "expired"
             assert await client.closed() == 1012
-        assert not serving.desk.calls
+        assert not serving.manager.sessions
 
     serving(served, engine, test)
 
@@ -354,7 +358,7 @@ def test_a_session_lasts_as_long_as_it_may_and_says_so_before(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         async with serving.ticking():
-            await eventually(lambda: not serving.desk.calls)
+            await eventually(lambda: not serving.manager.sessions)
         assert (await client.until("info"))["code"] == "going_away"
         assert (await client.until("session.closed"))["reason"] == "expired"
 
@@ -380,8 +384,8 @@ def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background
         answer = {"content": "the sky", "delegation_id": created["delegation"]["id"]}
         for n in range(2):  # a second part of the answer
             await client.say("session.commentary.append", event_id=f"answer{n}", **answer)
-        call = serving.call()
-        await eventually(lambda: len(call.session.typed) >= 2)
+        session = serving.session()
+        await eventually(lambda: len(session.scheduled.typed) >= 2)
         async with serving.ticking():
             await client.until("session.commentary.appended")
         given = [one for one in serving.given() if one.text]
@@ -405,7 +409,7 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served,
         client = await serving.start(input=history)
         await client.say("session.input_image.append", image=picture)
         await client.say("session.input_text.append", content="café", event_id="typed")
-        await eventually(lambda: serving.call().session.patches is not None)
+        await eventually(lambda: serving.session().scheduled.patches is not None)
         async with serving.ticking():
             await client.until("session.input_text.appended")
         given = serving.given()
@@ -423,10 +427,10 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served,
 def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
+        session = serving.session()
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
-        async with openai.live.sideband.connect(session_id=call.id) as beside:
-            await eventually(lambda: call.speaks.sidebands)
+        async with openai.live.sideband.connect(session_id=session.id) as beside:
+            await eventually(lambda: session.protocol.sidebands)
             await beside.session.input_audio.mute()
             assert (await beside.recv()).type == "session.input_audio.muted"
             assert (await client.until("session.input_audio.muted"))["sequence_number"] == 2
@@ -438,7 +442,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
             while (event := await beside.recv()).type != "session.output_audio.delta":
                 pass
             assert (event.start_ms, event.end_ms, len(base64.b64decode(event.delta))) == (200, 400, 9_600)
-            assert call.session.hearing.missed == MICRO_TURN_SAMPLES, "it was muted"
+            assert session.scheduled.hearing.missed == MICRO_TURN_SAMPLES, "it was muted"
             await beside.send({"type": "session.input_audio.append", "audio": ""})
             while (event := await beside.recv()).type != "error":
                 pass
@@ -448,7 +452,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
                 while (event := await beside.recv()).type != "session.closed":
                     pass
         assert (await client.until("session.closed"))["reason"] == "close_requested"
-        async with serving.http.get(f"{serving.url}/v1/live/sessions/{call.id}/attach") as gone:
+        async with serving.http.get(f"{serving.url}/v1/live/sessions/{session.id}/attach") as gone:
             assert gone.status == 404
 
     serving(served, engine, test)
@@ -457,13 +461,13 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
 def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
-        draining = asyncio.create_task(serving.desk.drain(15))
+        session = serving.session()
+        draining = asyncio.create_task(serving.manager.drain(15))
         await client.until("info")
-        await client.cut_off(call)
+        await client.cut_off(session)
         back = await serving.open()
         token = client.started["resume"]["token"]
-        await back.say("session.resume", session_id=call.id, resume_token=token, after=0)
+        await back.say("session.resume", session_id=session.id, resume_token=token, after=0)
         assert (await back.until("info"))["code"] == "going_away"
         late = await serving.open()
         await late.say("session.start", session={"model": "small_test"})

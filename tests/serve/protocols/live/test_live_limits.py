@@ -22,7 +22,7 @@ def test_a_connection_that_says_nothing_or_only_nonsense_is_closed(served, engin
             await noisy.ws.send_str("nonsense")
             assert (await noisy.event())["error"]["code"] == "invalid_json"
         assert await noisy.closed() == 1008
-        assert not serving.desk.calls
+        assert not serving.manager.sessions
 
     serving(served, engine, test, limits=Limits(first_message_s=0.5))
 
@@ -30,11 +30,11 @@ def test_a_connection_that_says_nothing_or_only_nonsense_is_closed(served, engin
 def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
+        session = serving.session()
         await client.ws.send_bytes(b"x" * (connection.MESSAGE_BYTES + 1))
         assert await client.closed() == 1009
-        await eventually(lambda: not call.session.attached)
-        assert not call.session.ended
+        await eventually(lambda: not session.scheduled.attached)
+        assert not session.scheduled.ended
 
     serving(served, engine, test)
 
@@ -42,14 +42,16 @@ def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(ser
 def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, chunk = serving.call(), text_of(bytes(2 * MICRO_TURN_SAMPLES))
+        session, chunk = serving.session(), text_of(bytes(2 * MICRO_TURN_SAMPLES))
         sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds
-        await eventually(lambda: not call.session.hearing.room())
+        await eventually(lambda: not session.scheduled.hearing.room())
         await asyncio.sleep(0.3)
-        assert call.session.hearing.waiting == 160_000 and len(call.speaks.intake._unheard) <= MICRO_TURN_SAMPLES
+        assert (
+            session.scheduled.hearing.waiting == 160_000 and len(session.protocol.intake._unheard) <= MICRO_TURN_SAMPLES
+        )
         async with serving.ticking():
-            await eventually(lambda: sending.done() and call.speaks.intake.taken == 120 * 2 * MICRO_TURN_SAMPLES)
-        assert call.session.hearing.missed == 0, "and all of it is heard, one after the other"
+            await eventually(lambda: sending.done() and session.protocol.intake.taken == 120 * 2 * MICRO_TURN_SAMPLES)
+        assert session.scheduled.hearing.missed == 0, "and all of it is heard, one after the other"
 
     serving(served, engine, test)
 
@@ -57,18 +59,18 @@ def test_more_sound_than_there_is_room_for_waits_in_the_network(served, engine):
 def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call, chunk = serving.call(), text_of(bytes(4 * 16_000))
-        intake = call.speaks.intake
+        session, chunk = serving.session(), text_of(bytes(4 * 16_000))
+        intake = session.protocol.intake
         for _ in range(6):  # of two seconds each; there is room for five
             await client.say("session.input_audio.append", audio=chunk)
         await eventually(lambda: intake.taken == 6 * 64_000)
         client = await _back(serving, client)
         await client.say("session.input_audio.append", audio=chunk)  # waits, and is not counted
         await asyncio.sleep(0.2)
-        call.carried.replace()  # which another connection does when it tells its client how much was taken
+        session.connection.replace()  # which another connection does when it tells its client how much was taken
         intake.clear()
-        call.heard.set()  # in the same moment there is room
-        await eventually(lambda: call.carried is None)
+        session.micro_turn_done.set()  # in the same moment there is room
+        await eventually(lambda: session.connection is None)
         assert intake.taken == 6 * 64_000 and await client.closed() == 1008
 
     serving(served, engine, test)
@@ -76,10 +78,12 @@ def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(served, eng
 
 async def _back(serving: Serving, client: Client) -> Client:
     """A client that was cut off, over another connection."""
-    call = serving.call()
-    await client.cut_off(call)
+    session = serving.session()
+    await client.cut_off(session)
     again = await serving.open()
-    await again.say("session.resume", session_id=call.id, resume_token=call.secret, after=call.outbox.last)
+    await again.say(
+        "session.resume", session_id=session.id, resume_token=session.resume_token, after=session.replay_buffer.last
+    )
     await again.until("session.resumed")
     return again
 
@@ -114,14 +118,14 @@ def test_messages_that_come_too_fast_are_slowed_down(served, engine, monkeypatch
 def test_a_client_that_takes_nothing_loses_its_session(served, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
-        call.outbox.most = 100_000
+        session = serving.session()
+        session.replay_buffer.most = 100_000
         client.ws._response.connection.transport.pause_reading()
         for _ in range(100):  # more than all buffers between the two hold
-            call.outbox.put(bytes(90_000))
+            session.replay_buffer.put(bytes(90_000))
             await asyncio.sleep(0)
-        await eventually(lambda: call.session.ended)
-        assert call.session.ended is EndReason.SLOW
+        await eventually(lambda: session.scheduled.ended)
+        assert session.scheduled.ended is EndReason.SLOW
         other = await serving.start()
         await serving.go()
         await other.until("session.output_audio.delta")
@@ -132,14 +136,14 @@ def test_a_client_that_takes_nothing_loses_its_session(served, engine, monkeypat
 def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        call = serving.call()
+        session = serving.session()
         await client.say("session.input_text.append", content="a", event_id="e" * 600)
         assert (await client.until("error"))["error"]["param"] == "event_id"
         for n in range(4200):
             await client.say("session.input_text.append", content="a", event_id=str(n))
         error = (await client.until("error"))["error"]
-        assert error["code"] == "rate_limit_exceeded" and len(call.session.typed) == 4096
-        assert call.session.waiting == sum(len(piece.tokens) for piece in call.session.typed)
+        assert error["code"] == "rate_limit_exceeded" and len(session.scheduled.typed) == 4096
+        assert session.scheduled.waiting == sum(len(piece.tokens) for piece in session.scheduled.typed)
         began = time.monotonic()
         await client.say("session.commentary.append", content="x" * 900_000, delegation_id=None)
         while (await client.until("error"))["error"]["code"] != "string_above_max_length":
@@ -151,13 +155,13 @@ def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(served
                 await client.say("session.input_audio.append", audio=chunk)
             await asyncio.sleep(0.2)
             client = await _back(serving, client)
-        intake = call.speaks.intake
+        intake = session.protocol.intake
         assert len(intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
-        assert intake.taken == 2 * (call.session.hearing.waiting + len(intake._unheard)), (
+        assert intake.taken == 2 * (session.scheduled.hearing.waiting + len(intake._unheard)), (
             "what is told as taken is there"
         )
-        beside = [await serving.open(f"/v1/live/sessions/{call.id}/attach") for _ in range(4)]
-        async with serving.http.get(f"{serving.url}/v1/live/sessions/{call.id}/attach") as refused:
+        beside = [await serving.open(f"/v1/live/sessions/{session.id}/attach") for _ in range(4)]
+        async with serving.http.get(f"{serving.url}/v1/live/sessions/{session.id}/attach") as refused:
             assert refused.status == 429
         for one in beside:
             await one.ws.close()

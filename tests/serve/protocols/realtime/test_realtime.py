@@ -141,7 +141,7 @@ def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_l
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
         await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
-        await eventually(lambda: serving.call().session.hearing.waiting)
+        await eventually(lambda: serving.session().scheduled.hearing.waiting)
         await serving.go(9)
         assert kinds(client)[-1] == "session.updated", "nobody asked for anything"
         await client.say("input_audio_buffer.commit")
@@ -208,7 +208,7 @@ def test_each_commit_is_an_item(served, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
         await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
-        await eventually(lambda: serving.call().session.hearing.waiting)
+        await eventually(lambda: serving.session().scheduled.hearing.waiting)
         await serving.go(2)
         found = []
         for _ in range(2):
@@ -321,7 +321,7 @@ def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(served, e
 def test_a_delegation_calls_the_clients_function_and_its_result_is_background_text(served, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, tools=[WEATHER], instructions="be kind")
-        told = [piece for piece in serving.call().session.typed]
+        told = [piece for piece in serving.session().scheduled.typed]
         assert {piece.mark for piece in told} == {Control.BACKGROUND}
         await serving.go(3)
         done = (await client.until("response.done"))["response"]
@@ -331,11 +331,11 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
             "weather",
             {"city": "sky"},
         )
-        serving.call().session.typed.clear()
+        serving.session().scheduled.typed.clear()
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "the sky is a number"}
         await client.say("conversation.item.create", item=output)
         await client.until("conversation.item.done")
-        text = unread(serving.call().session)
+        text = unread(serving.session().scheduled)
         assert text == engine.codec.encode("the sky is a number")
         await client.say("conversation.item.create", event_id="again", item=output)
         assert (await client.until("error"))["error"]["code"] == "item_call_id_not_found"
@@ -401,7 +401,7 @@ def test_a_format_is_the_clients_until_there_has_been_sound(served, engine):
         client = await opened(serving, audio={"input": g711, "output": g711})
         assert client.events[-1]["session"]["audio"]["output"]["format"] == {"type": "audio/pcmu"}
         await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(1_600)).decode())
-        await eventually(lambda: serving.call().session.hearing.waiting)
+        await eventually(lambda: serving.session().scheduled.hearing.waiting)
         pcm = {"format": {"type": "audio/pcm", "rate": 24_000}}
         await client.say("session.update", session={"type": "realtime", "audio": {"input": pcm}})
         assert (await client.until("error"))["error"]["param"] == "session.audio"
@@ -417,12 +417,12 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
         client = await opened(serving)
         await serving.go(5)
         await client.until("response.output_audio.delta")
-        call = serving.call()
+        session = serving.session()
         await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode())
-        await eventually(lambda: call.speaks.intake.taken)
-        await client.cut_off(call)
+        await eventually(lambda: session.protocol.intake.taken)
+        await client.cut_off(session)
         last, token = client.events[-1]["sequence_number"], client.started["resume"]["token"]
-        back = await serving.open(f"/v1/realtime?session_id={call.id}&resume_token={token}&after={last}")
+        back = await serving.open(f"/v1/realtime?session_id={session.id}&resume_token={token}&after={last}")
         async with serving.ticking():
             await back.until("response.done")
         assert back.of("session.updated")[0]["session"]["resume"]["input_audio_bytes"] == 960
@@ -430,15 +430,15 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
         check(client)
         assert kinds(client).count("response.created") == kinds(client).count("response.done") == 1
         for query, status in (
-            (f"session_id={call.id}&resume_token=x&after=0", 403),
-            (f"session_id={call.id}&resume_token={token}&after=x", 400),
+            (f"session_id={session.id}&resume_token=x&after=0", 403),
+            (f"session_id={session.id}&resume_token={token}&after=x", 400),
             ("session_id=other&resume_token=x", 404),
             ("model=gpt-realtime", 404),
             ("model=small_test", 426),
         ):
             async with serving.http.get(f"{serving.url}/v1/realtime?{query}") as refused:
                 assert refused.status == status
-        assert len(serving.desk.calls) == 1
+        assert len(serving.manager.sessions) == 1
 
     serving(served, engine, test, model=TALK)
 
@@ -452,7 +452,7 @@ def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(served, en
             assert (await client.until("error"))["error"]["code"] == "session_expired"
             assert await client.closed() == 1000
         other = await opened(serving)
-        serving.call().session.end(EndReason.FAILED)
+        serving.session().scheduled.end(EndReason.FAILED)
         assert (await other.until("error"))["error"]["type"] == "server_error"
         assert await other.closed() == 1011
 

@@ -42,7 +42,7 @@ def test_a_conversation_with_calls_can_be_told_anew(served, engine):
             await client.say("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
         for _ in range(300):
             await client.until("conversation.item.done")
-        assert len(serving.call().speaks.called) == len(serving.call().speaks.items) == 256
+        assert len(serving.session().protocol.called) == len(serving.session().protocol.items) == 256
         check(client)
 
     serving(served, engine, test, model=scripted({}))
@@ -51,7 +51,7 @@ def test_a_conversation_with_calls_can_be_told_anew(served, engine):
 def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        session = serving.call().session
+        scheduled = serving.session().scheduled
         for role, kind, mark in (
             ("user", "input_text", Control.TYPED),
             ("system", "input_text", Control.BACKGROUND),
@@ -59,7 +59,7 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine)
         ):
             await create(client, {"type": kind, "text": "the sky"}, role=role, id=role)
             await client.until("conversation.item.done")
-            assert session.typed[-1].mark is mark
+            assert scheduled.typed[-1].mark is mark
         await client.say("conversation.item.retrieve", item_id="user")
         assert (await client.until("conversation.item.retrieved"))["item"]["content"][0]["text"] == "the sky"
         await client.say("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
@@ -70,14 +70,14 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine)
         assert (await client.until("error"))["error"]["code"] == "item_retrieve_invalid_item_id"
         await create(client, SECOND)
         await client.until("conversation.item.done")
-        assert 15_900 <= session.hearing.waiting <= 16_000
+        assert 15_900 <= scheduled.hearing.waiting <= 16_000
         await client.say("input_audio_buffer.clear")
         await client.until("input_audio_buffer.cleared")
-        assert session.hearing.waiting == 0
-        session.typed.clear()
+        assert scheduled.hearing.waiting == 0
+        scheduled.typed.clear()
         await create(client, TEXT, TEXT)
         await client.until("conversation.item.done")
-        tokens = unread(session)
+        tokens = unread(scheduled)
         assert tokens == engine.codec.encode("the sky\nthe sky")
         check(client)
 
@@ -87,18 +87,18 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine)
 def test_a_message_is_given_whole_or_not_at_all(served, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        session = serving.call().session
+        scheduled = serving.session().scheduled
         await create(client, TEXT, SECOND, picture(b"no picture"))
         assert "JPEG or PNG" in (await client.until("error"))["error"]["message"]
         await create(client, picture(jpeg(20)), {"type": "input_text", "text": "the sky " * 9_000})
         assert (await client.until("error"))["error"]["code"] == "string_above_max_length"
         await create(client, picture(jpeg(20)), {"type": "input_text"})
         await client.until("error")
-        assert not session.typed and not session.hearing.waiting and session.patches is None
+        assert not scheduled.typed and not scheduled.hearing.waiting and scheduled.patches is None
         assert not client.of("conversation.item.added")
         await create(client, picture(jpeg(20)), picture(jpeg(200)))
         await client.until("conversation.item.done")
-        (before, now) = session.patches[0]
+        (before, now) = scheduled.patches[0]
         assert np.array_equal(before, now), "what was refused, and what was not the last, is not seen beside it"
         check(client)
 
@@ -110,13 +110,13 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
 
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        call, events = serving.call(), []
-        intake = call.speaks.intake
+        session, events = serving.session(), []
+        intake = session.protocol.intake
 
         async def cut(client: Client) -> Client:
-            await client.cut_off(call)
+            await client.cut_off(session)
             events.extend(client.events)
-            query = f"session_id={call.id}&resume_token={call.secret}&after={events[-1]['sequence_number']}"
+            query = f"session_id={session.id}&resume_token={session.resume_token}&after={events[-1]['sequence_number']}"
             return await serving.open(f"/v1/realtime?{query}")
 
         await create(client, *8 * [SECOND], TEXT, *7 * [SECOND], id="long")
@@ -127,8 +127,8 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
         await create(client, *later, id="later")
         await eventually(lambda: intake.seeing._before is not None)
         client = await cut(client)
-        assert intake.waiting == given and call.session.patches is None
-        assert unread(call.session) == engine.codec.encode("the sky")
+        assert intake.waiting == given and session.scheduled.patches is None
+        assert unread(session.scheduled) == engine.codec.encode("the sky")
         await create(client, *later, id="later")
         async with serving.ticking():
             assert (await client.until("conversation.item.done"))["item"]["id"] == "later"
@@ -158,20 +158,22 @@ def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(ser
         await create(client, *9 * [SECOND])
         await client.say("response.create")
         await client.until("response.created")
-        call = serving.call()
+        session = serving.session()
         for _ in range(94):
-            call.session.hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))  # its client stays nine seconds ahead
+            session.scheduled.hearing.put(
+                np.zeros(MICRO_TURN_SAMPLES, np.float32)
+            )  # its client stays nine seconds ahead
             await serving.go(1)
-        assert call.speaks.response is not None
+        assert session.protocol.response is not None
         await serving.go(1)
         done = (await client.until("response.done"))["response"]
-        assert done["output"] == [] and call.session.turns == 95, "45 of sound, and 50"
+        assert done["output"] == [] and session.scheduled.turns == 95, "45 of sound, and 50"
         await create(client, {"type": "input_text", "text": "the sky " * 60})
         await client.say("response.create")
         await client.until("response.created")
-        pieces = len(call.session.typed)
+        pieces = len(session.scheduled.typed)
         await serving.go(pieces + 49)
-        assert pieces > 50 and call.speaks.response is not None, "it is read first"
+        assert pieces > 50 and session.protocol.response is not None, "it is read first"
         await serving.go(1)
         await client.until("response.done")
 
