@@ -104,7 +104,7 @@ def serve(args: argparse.Namespace) -> None:
     from jaxtml.serve.sessions.manager import Limits
 
     command.serve(
-        command.Options(
+        command.ServerOptions(
             checkpoint=Path(args.checkpoint),
             host=args.host,
             port=args.port,

@@ -32,7 +32,7 @@ from jaxtml.parallel.processes import process_rank
 from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime import hosts, worker
-from jaxtml.serve.runtime.pool import WorkerPool, started
+from jaxtml.serve.runtime.pool import WorkerPool, start_pool
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.manager import Limits, ServedModel, SessionManager
@@ -41,7 +41,7 @@ from jaxtml.stream.text import TextCodec
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """What `jaxtml serve` is told; see its `--help`."""
 
     checkpoint: Path
@@ -61,7 +61,7 @@ class Options:
     log_json: bool = False
 
 
-def serve(options: Options) -> None:
+def serve(options: ServerOptions) -> None:
     """Serves until SIGTERM or SIGINT, then until the sessions are over, `drain_s` at most; a second one ends it now.
 
     Where JAX finds several processes, the first of them takes the traffic, and the others run the model with it.
@@ -71,8 +71,8 @@ def serve(options: Options) -> None:
       SystemExit: with status 1, a worker is gone, or another host.
     """
     if options.log_json:
-        log.as_json()
-    prefix(options.replica)
+        log.use_json()
+    session_prefix(options.replica)
     on_mesh = _on_mesh(options)
     if process_rank():
         log.event("runs the model with the first host", process=process_rank())
@@ -89,14 +89,14 @@ def serve(options: Options) -> None:
         raise SystemExit(1) from error
 
 
-def prefix(replica: str) -> str:
+def session_prefix(replica: str) -> str:
     """Of the names of sessions: a router finds the server of a session by it. Raises `InputError`."""
     if not re.fullmatch("[a-z0-9]{0,16}", replica):
         raise InputError(f"--replica {replica!r}: 16 small letters and digits at most")
     return f"sess_{replica}." if replica else "sess_"
 
 
-def _access(options: Options) -> Access:
+def _access(options: ServerOptions) -> Access:
     if options.keys is not None:
         return Access.load(options.keys)
     if not _is_loopback(options.host):
@@ -104,7 +104,7 @@ def _access(options: Options) -> Access:
     return Access()
 
 
-def _tls(options: Options) -> ssl.SSLContext | None:
+def _tls(options: ServerOptions) -> ssl.SSLContext | None:
     if options.certificate is None:
         if options.private_key is not None:
             raise InputError("--tls-key without --tls-cert")
@@ -124,7 +124,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _on_mesh(options: Options) -> bool:
+def _on_mesh(options: ServerOptions) -> bool:
     """Whether one worker has several devices. Raises `InputError` where the options do not go together."""
     mesh = MeshShape.parse(options.mesh)
     if mesh.devices == 1 and process_rank() is not None:
@@ -141,7 +141,7 @@ def _usual_workers() -> int:
     return len(os.sched_getaffinity(0)) if platform == "cpu" else 1
 
 
-def _bound(options: Options) -> socket.socket:
+def _bound(options: ServerOptions) -> socket.socket:
     """The server's place, before the long work; nobody can connect to it yet."""
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
@@ -155,14 +155,14 @@ def _bound(options: Options) -> socket.socket:
 
 
 async def _serve(
-    options: Options, access: Access, tls: ssl.SSLContext | None, workers: int, place: socket.socket
+    options: ServerOptions, access: Access, tls: ssl.SSLContext | None, workers: int, place: socket.socket
 ) -> None:
     metrics, orders = Metrics(), _Orders()
     began = time.monotonic()
     log.event("loading and compiling, which takes longer the first time", workers=workers)
     places = (options.max_sessions, workers, metrics.observe_tick, options.mesh)
     async with contextlib.AsyncExitStack() as stack:
-        starting = asyncio.create_task(stack.enter_async_context(started(options.checkpoint, *places)))
+        starting = asyncio.create_task(stack.enter_async_context(start_pool(options.checkpoint, *places)))
         told = asyncio.create_task(orders.drain.wait())
         await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
@@ -174,7 +174,7 @@ async def _serve(
         pool, ready = starting.result()
         config = from_json(ready.config)
         served = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        manager = SessionManager(pool, access, served, options.limits, metrics, prefix(options.replica))
+        manager = SessionManager(pool, access, served, options.limits, metrics, session_prefix(options.replica))
         _watched(metrics, pool, manager)
         app = Server(manager, access, served, metrics, options.origins).app()
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.
@@ -239,8 +239,8 @@ async def _until_told(orders: _Orders, pool: WorkerPool, manager: SessionManager
 
 def _watched(metrics: Metrics, pool: WorkerPool, manager: SessionManager) -> None:
     """Gauges, read when they are asked for."""
-    counts = [hub.counts for hub in pool.hubs]
-    watch, count = metrics.watch, metrics.count
+    counts = [hub.counts for hub in pool.schedulers]
+    watch, count = metrics.add_gauge, metrics.add_counter
     watch("duplex_sessions_active", "with a slot, clients that are gone included", lambda: len(pool.sessions))
     watch("duplex_sessions_detached", "whose client is gone", lambda: sum(not one.attached for one in pool.sessions))
     watch("duplex_sessions_capacity", "there is room for", lambda: pool.capacity)

@@ -31,7 +31,7 @@ def checkpoint(small, params, codec, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def served(compiled) -> Iterator[Slots]:
+def slots(compiled) -> Iterator[Slots]:
     yield compiled
     for session in list(compiled.live):
         compiled.end(session)

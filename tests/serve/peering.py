@@ -20,7 +20,7 @@ from aiortc.mediastreams import MediaStreamError
 from jaxtml.serve.runtime.wire import Tick, TickReply
 from jaxtml.session.slots import Slots
 from tests.serve.serving import WAIT_S
-from tests.serve.stepped import Here, Script, Stepped, scripted
+from tests.serve.stepped import InProcessWorker, Script, SteppedClock, scripted
 
 RATE = 48_000
 
@@ -81,7 +81,7 @@ class Caller:
         """`[N]` float32 at 48 kHz."""
         return np.concatenate([np.zeros(0, np.float32), *self._pieces])
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         self.channel.send(json.dumps({"type": kind, **fields}))
 
     async def until(self, kind: str) -> dict[str, Any]:
@@ -131,14 +131,16 @@ async def calling(*tracks: MediaStreamTrack) -> AsyncIterator[Caller]:
         await caller.close()
 
 
-def singing(hz: float, script: Script) -> Callable[[Slots, Stepped], Here]:
+def singing(hz: float, script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
     """As `scripted`, and all its sound is a tone."""
 
     class Singing(scripted(script)):
         async def tick(self, tick: Tick) -> TickReply:
             told = await super().tick(tick)
             start = 3200 * len(self.ticks)
-            gave = {session: replace(one, wave=tone(hz, start, 3200, 16_000)) for session, one in told.gave.items()}
-            return replace(told, gave=gave)
+            outputs = {
+                session: replace(one, wave=tone(hz, start, 3200, 16_000)) for session, one in told.outputs.items()
+            }
+            return replace(told, outputs=outputs)
 
     return Singing

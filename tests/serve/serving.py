@@ -27,7 +27,7 @@ from jaxtml.serve.sessions.manager import ClientSession, Limits, ServedModel, Se
 from jaxtml.serve.web.server import Server
 from jaxtml.session.engine import Engine, SlotInput
 from jaxtml.session.slots import Slots
-from tests.serve.stepped import Here, Stepped
+from tests.serve.stepped import InProcessWorker, SteppedClock
 
 WAIT_S = 20.0
 
@@ -39,12 +39,12 @@ class Serving:
     url: str
     http: aiohttp.ClientSession
     manager: SessionManager
-    clock: Stepped
-    model: Here
+    clock: SteppedClock
+    model: InProcessWorker
     metrics: Metrics
 
-    async def go(self, ticks: int = 1) -> None:
-        await self.clock.go(ticks)
+    async def advance(self, ticks: int = 1) -> None:
+        await self.clock.advance(ticks)
 
     @asynccontextmanager
     async def ticking(self, every_s: float = 0.0) -> AsyncIterator[None]:
@@ -53,7 +53,7 @@ class Serving:
         async def forever() -> None:
             due = time.monotonic()
             while True:
-                await self.go()
+                await self.advance()
                 due += every_s
                 await asyncio.sleep(max(0.005, due - time.monotonic()))
 
@@ -69,9 +69,9 @@ class Serving:
         (session,) = self.manager.sessions.values()
         return session
 
-    def given(self) -> list[SlotInput]:
+    def model_inputs(self) -> list[SlotInput]:
         """What the model was given, tick by tick."""
-        return [one for tick in self.model.ticks for one in tick.given.values()]
+        return [one for tick in self.model.ticks for one in tick.inputs.values()]
 
     def counted(self, sample: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(sample, labels) or 0.0
@@ -84,7 +84,9 @@ class Serving:
         """A client whose session has started."""
         client = await self.open()
         pcm = {"type": "audio/pcm", "rate": 16000}
-        await client.say("session.start", session={"model": "small_test", "audio": {"format": audio or pcm}, **session})
+        await client.send(
+            "session.start", session={"model": "small_test", "audio": {"format": audio or pcm}, **session}
+        )
         client.started = (await client.until("session.started"))["session"]
         return client
 
@@ -97,7 +99,7 @@ class Client:
         self.events: list[dict[str, Any]] = []
         self.started: dict[str, Any] = {}
 
-    async def say(self, kind: str, **fields: Any) -> None:
+    async def send(self, kind: str, **fields: Any) -> None:
         await self.ws.send_str(json.dumps({"type": kind, **fields}))
 
     async def event(self) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class Client:
         connection.transport.abort()
         await eventually(lambda: not session.scheduled.attached)
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def events_of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
 
 
@@ -141,13 +143,13 @@ def serving(
     access: Access | None = None,
     limits: Limits | None = None,
     origins: tuple[str, ...] = (),
-    model: Callable[[Slots, Stepped], Here] = Here,
+    model: Callable[[Slots, SteppedClock], InProcessWorker] = InProcessWorker,
 ) -> None:
     """Runs `test` beside a server of the small model, whose sessions have the same seeds in each run."""
     seeds = itertools.count(7)  # a model of that hears and speaks
 
     async def main() -> None:
-        clock = Stepped()
+        clock = SteppedClock()
         worker = model(slots, clock)
         metrics = Metrics()
         pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
@@ -160,7 +162,7 @@ def serving(
         running = asyncio.create_task(pool.run())
         clock.running.append(running)
         try:
-            await clock.go(0)
+            await clock.advance(0)
             async with aiohttp.ClientSession() as http:
                 url = f"http://127.0.0.1:{runner.addresses[0][1]}"
                 await test(Serving(url, http, manager, clock, worker, metrics))
@@ -186,7 +188,7 @@ def jpeg(shade: int) -> bytes:
 
 def unread(session: ScheduledSession) -> list[int]:
     """The tokens of the text that waits for its micro-turns."""
-    return [token for piece in session.typed for token in piece.tokens]
+    return [token for piece in session.text_queue for token in piece.tokens]
 
 
 async def eventually(what: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from jaxtml.session.slots import Slots
 from jaxtml.stream.tokens import Control
 
 
-class Stepped:
+class SteppedClock:
     """A clock that stands still until it is told to `go`."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Stepped:
             await self.more.wait()
         self.time = max(self.time, due)
 
-    async def go(self, ticks: float) -> None:
+    async def advance(self, ticks: float) -> None:
         self.end += ticks * TICK_S
         self.idle.clear()
         self.more.set()
@@ -45,10 +45,10 @@ class Stepped:
                 task.result()
 
 
-class Here:
+class InProcessWorker:
     """The worker without its process. A tick takes `takes_s` of the clock."""
 
-    def __init__(self, slots: Slots, clock: Stepped):
+    def __init__(self, slots: Slots, clock: SteppedClock):
         self.slots, self.clock, self.takes_s = slots, clock, 0.0
         self.ticks: list[Tick] = []
 
@@ -63,11 +63,11 @@ class Here:
 Script = Mapping[int, tuple[Control | str, ...]]
 
 
-def scripted(script: Script) -> Callable[[Slots, Stepped], Here]:
+def scripted(script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
     """A worker whose model says what is written: controls and texts by the number of the tick, from 1 on; silence in
     all others. Its sound is the model's own."""
 
-    class Scripted(Here):
+    class Scripted(InProcessWorker):
         async def tick(self, tick: Tick) -> TickReply:
             told = await super().tick(tick)
             config, codec = self.slots.engine.config.duplex, self.slots.engine.codec
@@ -78,10 +78,10 @@ def scripted(script: Script) -> Callable[[Slots, Stepped], Here]:
                 for token in (codec.encode(one) if isinstance(one, str) else [config.control_base + one])
             ]
             speaking = said[-1] is Control.SPEAK
-            gave = {
+            outputs = {
                 session: dataclasses.replace(one, tokens=np.array(tokens, np.int32), speaking=speaking)
-                for session, one in told.gave.items()
+                for session, one in told.outputs.items()
             }
-            return dataclasses.replace(told, gave=gave)
+            return dataclasses.replace(told, outputs=outputs)
 
     return Scripted

@@ -9,18 +9,18 @@ import pytest
 
 from jaxtml.errors import InputError
 from jaxtml.serve import serving as command
-from jaxtml.serve.serving import Options
+from jaxtml.serve.serving import ServerOptions
 from tests.serve.serving import serving
 
 NGINX = Path(__file__).parents[2] / "launch" / "nginx.conf"
 
 
-def test_what_names_a_session_in_an_address_leads_to_its_server(served, engine):
+def test_what_names_a_session_in_an_address_leads_to_its_server(slots, engine):
     replica = dict(re.findall(r'"~(sess_\w\\\.)"\s+(\w);', NGINX.read_text()))
     assert set(replica.values()) == {"a", "b"}
 
     async def test(server):
-        server.manager.prefix = command.prefix("b")
+        server.manager.prefix = command.session_prefix("b")
         client = await server.start()
         name = client.started["id"]
         for address in (f"/v1/live/sessions/{name}/attach", f"/v1/live/sessions{name}", f"/v1/realtime{name}"):
@@ -28,13 +28,13 @@ def test_what_names_a_session_in_an_address_leads_to_its_server(served, engine):
         client.ws._response.connection.transport.abort()
         again = await server.open(f"/v1/live/sessions?session_id={name}")
         token = client.started["resume"]["token"]
-        await again.say("session.resume", session_id=name, resume_token=token, after=1)
+        await again.send("session.resume", session_id=name, resume_token=token, after=1)
         await again.until("session.resumed")
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.parametrize("name", ["A", "a.b", "a" * 17, "a b"])
 def test_a_name_that_an_address_could_not_carry_is_refused(name, checkpoint):
     with pytest.raises(InputError, match="16 small letters and digits at most"):
-        command.serve(Options(checkpoint, replica=name))
+        command.serve(ServerOptions(checkpoint, replica=name))

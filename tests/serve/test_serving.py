@@ -54,7 +54,7 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
         async with http.get(f"{url}/ready") as ready:
             assert (await ready.json())["capacity"] == 1
         client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
-        await client.say("session.start", session={"model": "small_test"})
+        await client.send("session.start", session={"model": "small_test"})
         token = (await client.until("session.started"))["session"]["resume"]["token"]
         began = time.monotonic()
         for _ in range(6):
@@ -68,7 +68,7 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
         assert (await client.until("info"))["code"] == "going_away"
         async with http.get(f"{url}/ready") as ready:
             assert ready.status == 503
-        await client.say("session.close")
+        await client.send("session.close")
         assert (await client.until("session.closed"))["reason"] == "close_requested"
 
 
@@ -109,7 +109,7 @@ def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
         async def main() -> None:
             async with aiohttp.ClientSession() as http:
                 client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
-                await client.say("session.start", session={"model": "small_test"})
+                await client.send("session.start", session={"model": "small_test"})
                 await client.until("session.output_audio.delta")
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 for child in children:

@@ -17,7 +17,7 @@ def event(what: str, **fields: object) -> None:
     absl.info("%s%s", what, f": {text}" if text else "", extra={_FIELDS: {"event": what, **fields}})
 
 
-def as_json() -> None:
+def use_json() -> None:
     """From now on the log is one JSON object a line, on stderr."""
     absl.get_absl_handler().setFormatter(_Json())
 

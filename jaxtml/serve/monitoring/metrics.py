@@ -46,13 +46,13 @@ class Metrics:
             buckets=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0),
             registry=to,
         )
-        self.begun = Counter("duplex_sessions", "begun", ["protocol"], registry=to)
-        self.ended = Counter("duplex_sessions_ended", "by reason", ["reason"], registry=to)
-        self.rejected = Counter("duplex_admission_rejected", "by reason", ["reason"], registry=to)
-        self.resumed = Counter(
+        self.sessions_begun = Counter("duplex_sessions", "begun", ["protocol"], registry=to)
+        self.sessions_ended = Counter("duplex_sessions_ended", "by reason", ["reason"], registry=to)
+        self.rejections = Counter("duplex_admission_rejected", "by reason", ["reason"], registry=to)
+        self.resumptions = Counter(
             "duplex_resume", "of sessions by clients that were cut off, by result", ["result"], registry=to
         )
-        self.malformed = Counter("duplex_malformed_messages", "by protocol", ["protocol"], registry=to)
+        self.malformed_messages = Counter("duplex_malformed_messages", "by protocol", ["protocol"], registry=to)
         self.delegations = Histogram(
             "duplex_delegation_duration_seconds",
             "from a delegation to its first answer",
@@ -60,11 +60,11 @@ class Metrics:
             registry=to,
         )
 
-    def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
+    def add_gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
         """A gauge whose value is asked for when it is read."""
         Gauge(name, about, registry=self.registry).set_function(value)
 
-    def count(self, name: str, about: str, value: Callable[[], float]) -> None:
+    def add_counter(self, name: str, about: str, value: Callable[[], float]) -> None:
         """A counter that somebody else counts, read when it is asked for."""
         self.registry.register(_Counted(name, about, value))
 

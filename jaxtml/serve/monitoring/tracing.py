@@ -41,7 +41,7 @@ class _Nothing:
         pass
 
 
-def session(name: str, protocol: str, model: str, key: str) -> Span:
+def start_session_span(name: str, protocol: str, model: str, key: str) -> Span:
     """The span of a session that begins now; whoever has it ends it."""
     if trace is None:
         return _Nothing()

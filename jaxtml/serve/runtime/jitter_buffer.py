@@ -20,7 +20,7 @@ import numpy as np
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-MOST = 10 * SAMPLE_RATE  # samples that wait
+CAPACITY = 10 * SAMPLE_RATE  # samples that wait
 _UPLOAD = 2 * SAMPLE_RATE
 _PATIENCE = 25  # micro-turns that a reserve must stay
 _SILENT = 10 ** (-50 / 20)  # root mean square, of full scale
@@ -39,55 +39,55 @@ class JitterBuffer:
     def __init__(self) -> None:
         self.stream = DmelStream()
         self.parts: deque[np.ndarray] = deque()
-        self.waiting = self.missed = self.cut = 0
+        self.waiting_samples = self.missed_samples = self.cut_samples = 0
         self.muted = False
-        self._least, self._turns = MOST, 0  # the smallest reserve of the last micro-turns, and how many those are
+        self._least, self._turns = CAPACITY, 0  # the smallest reserve of the last micro-turns, and how many those are
 
-    def room(self) -> int:
+    def free_samples(self) -> int:
         """Samples that may still be put."""
-        return max(0, MOST - self.waiting)
+        return max(0, CAPACITY - self.waiting_samples)
 
-    def put(self, samples: np.ndarray) -> None:
+    def push(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, finite. Raises `ValueError` where there is no room for all of them."""
-        if len(samples) > self.room():
-            raise ValueError(f"{len(samples)} samples, and room for {self.room()}")
+        if len(samples) > self.free_samples():
+            raise ValueError(f"{len(samples)} samples, and room for {self.free_samples()}")
         if not self.muted and len(samples):
             self.parts.append(samples)
-            self.waiting += len(samples)
+            self.waiting_samples += len(samples)
 
     def clear(self) -> None:
         """What waits is never heard."""
         self.parts.clear()
-        self.waiting = 0
+        self.waiting_samples = 0
 
-    def take(self) -> np.ndarray:
+    def pop_frames(self) -> np.ndarray:
         """One micro-turn: `[4, 80]` uint8 dMel frames."""
         self._take_back()
         found = self._oldest(MICRO_TURN_SAMPLES)
-        self.missed += MICRO_TURN_SAMPLES - len(found)
+        self.missed_samples += MICRO_TURN_SAMPLES - len(found)
         self.stream, bins = self.stream.step(np.pad(found, (0, MICRO_TURN_SAMPLES - len(found))))
         return bins
 
     def _take_back(self) -> None:
         """Cuts a micro-turn of silence where a reserve has stayed."""
-        self._least, self._turns = min(self._least, self.waiting - MICRO_TURN_SAMPLES), self._turns + 1
+        self._least, self._turns = min(self._least, self.waiting_samples - MICRO_TURN_SAMPLES), self._turns + 1
         if self._turns < _PATIENCE:
             return
         # As much as was missed before is no upload: the network had stalled.
-        if MICRO_TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed - self.cut):
+        if MICRO_TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed_samples - self.cut_samples):
             oldest = self._oldest(MICRO_TURN_SAMPLES)
             if np.sqrt(np.mean(np.square(oldest))) >= _SILENT:  # not yet: someone is speaking
                 self.parts.appendleft(oldest)
-                self.waiting += len(oldest)
+                self.waiting_samples += len(oldest)
                 return
-            self.cut += len(oldest)
-        self._least, self._turns = MOST, 0
+            self.cut_samples += len(oldest)
+        self._least, self._turns = CAPACITY, 0
 
     def _oldest(self, count: int) -> np.ndarray:
         """At most so many samples, taken out."""
         found: list[np.ndarray] = []
-        left = min(count, self.waiting)
-        self.waiting -= left
+        left = min(count, self.waiting_samples)
+        self.waiting_samples -= left
         while left:
             part = self.parts.popleft()
             if len(part) > left:

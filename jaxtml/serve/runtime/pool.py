@@ -27,30 +27,35 @@ class WorkerPool:
     """Sessions over `hubs`, whose workers are at the other ends of `links`."""
 
     def __init__(self, hubs: Sequence[Scheduler], links: Sequence[WorkerProcess] = ()):
-        self.hubs, self.links = tuple(hubs), tuple(links)
+        self.schedulers, self.workers = tuple(hubs), tuple(links)
 
     @property
     def capacity(self) -> int:
-        return sum(hub.capacity for hub in self.hubs)
+        return sum(hub.capacity for hub in self.schedulers)
 
     @property
     def sessions(self) -> list[ScheduledSession]:
-        return list(itertools.chain.from_iterable(hub.sessions.values() for hub in self.hubs))
+        return list(itertools.chain.from_iterable(hub.sessions.values() for hub in self.schedulers))
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """A session where there are fewest. Raises as `check`."""
-        self.check()
-        return min(filter(Scheduler.free, self.hubs), key=lambda hub: len(hub.sessions)).admit(seed, grace_s)
+        self.check_capacity()
+        return min(filter(Scheduler.free_slots, self.schedulers), key=lambda hub: len(hub.sessions)).admit(
+            seed, grace_s
+        )
 
-    def check(self) -> None:
+    def check_capacity(self) -> None:
         """Raises `ServerFull` where there is no room, with the shortest time that any of them names."""
-        if not any(hub.free() for hub in self.hubs):
-            raise ServerFull(min(hub.retry_after_s() for hub in self.hubs))
+        if not any(hub.free_slots() for hub in self.schedulers):
+            raise ServerFull(min(hub.retry_after_s() for hub in self.schedulers))
 
     async def run(self) -> None:
         """Ticks of all until it is cancelled, or one worker is gone (`ConnectionError`), which ends them all."""
-        tasks = [asyncio.create_task(_later(TICK_S * at / len(self.hubs), hub)) for at, hub in enumerate(self.hubs)]
-        tasks += [asyncio.create_task(link.gone()) for link in self.links]
+        tasks = [
+            asyncio.create_task(_later(TICK_S * at / len(self.schedulers), hub))
+            for at, hub in enumerate(self.schedulers)
+        ]
+        tasks += [asyncio.create_task(link.gone()) for link in self.workers]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -60,7 +65,7 @@ class WorkerPool:
 
 
 @asynccontextmanager
-async def started(
+async def start_pool(
     checkpoint: str | Path,
     capacity: int,
     workers: int,

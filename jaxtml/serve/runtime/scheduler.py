@@ -102,41 +102,41 @@ class TextPiece(NamedTuple):
 
 @dataclass
 class ScheduledSession:
-    """One conversation. Protocols put into `hearing`, `say_to` and `show`, wait with `turns_after`, and end it."""
+    """One session. Its protocol gives it input, waits for results with `results_after`, and ends it."""
 
     number: int
     seed: int
     grace_s: float
     clock: TickClock
-    hearing: JitterBuffer = field(default_factory=JitterBuffer)
+    jitter_buffer: JitterBuffer = field(default_factory=JitterBuffer)
     attached: bool = True
-    ended: EndReason | None = None
-    typed: deque[TextPiece] = field(default_factory=deque)
-    waiting: int = 0  # tokens in `typed`
+    end_reason: EndReason | None = None
+    text_queue: deque[TextPiece] = field(default_factory=deque)
+    waiting_tokens: int = 0  # tokens in `typed`
     patches: np.ndarray | None = None
     journal: deque[TickResult] = field(default_factory=deque)
     begun: bool = False
-    turns: int = 0
+    micro_turns: int = 0
     detached_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def say_to(
+    def queue_text(
         self, mark: Control, tokens: Sequence[int], most: int, placed: Callable[[int], None] | None = None
     ) -> None:
         """Text for the next micro-turns, in pieces of at most `most` tokens behind their TYPED or BACKGROUND mark.
 
         `placed` gets the time, in ms from the session's beginning, of the micro-turn that has the last piece.
         """
-        self.waiting += len(tokens)
+        self.waiting_tokens += len(tokens)
         for at in range(0, len(tokens), most):
             last = at + most >= len(tokens)
-            self.typed.append(TextPiece(mark, tuple(tokens[at : at + most]), placed if last else None))
+            self.text_queue.append(TextPiece(mark, tuple(tokens[at : at + most]), placed if last else None))
 
-    def show(self, patches: np.ndarray) -> None:
+    def set_patches(self, patches: np.ndarray) -> None:
         """`[P, 2, 40, 40, 3]` float32 for the next micro-turn, instead of what waited for it."""
         self.patches = patches
 
-    async def turns_after(self, number: int) -> list[TickResult]:
+    async def results_after(self, number: int) -> list[TickResult]:
         """The turns behind `number`, at least one; none where the session has ended. Those up to it are forgotten.
 
         One reader at a time.
@@ -144,7 +144,7 @@ class ScheduledSession:
         while True:
             while self.journal and self.journal[0].number <= number:
                 self.journal.popleft()
-            if self.journal or self.ended:
+            if self.journal or self.end_reason:
                 return list(self.journal)
             self.changed.clear()
             await self.changed.wait()
@@ -159,16 +159,16 @@ class ScheduledSession:
 
     def end(self, why: EndReason) -> None:
         """Its slot is free at the next tick."""
-        self.ended = self.ended or why
+        self.end_reason = self.end_reason or why
         self.changed.set()
 
-    def given(self) -> SlotInput:
-        text = self.typed.popleft() if self.typed else TextPiece(Control.TYPED, ())
-        self.waiting -= len(text.tokens)
+    def next_input(self) -> SlotInput:
+        text = self.text_queue.popleft() if self.text_queue else TextPiece(Control.TYPED, ())
+        self.waiting_tokens -= len(text.tokens)
         if text.placed is not None:
-            text.placed(self.turns * MICRO_TURN_MS)
+            text.placed(self.micro_turns * MICRO_TURN_MS)
         patches, self.patches = self.patches, None
-        return SlotInput(self.hearing.take(), text.tokens, text.mark, patches)
+        return SlotInput(self.jitter_buffer.pop_frames(), text.tokens, text.mark, patches)
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Scheduler:
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """A session that begins at the next tick. Raises `ServerFull`."""
-        if not self.free():
+        if not self.free_slots():
             raise ServerFull(self.retry_after_s())
         session = ScheduledSession(next(self.numbers), seed, grace_s, self.clock)
         self.sessions[session.number] = session
@@ -222,7 +222,7 @@ class Scheduler:
         detached = [one.detached_at + one.grace_s for one in self.sessions.values() if not one.attached]
         return max(1.0, min(detached, default=self.clock.now() + 5) - self.clock.now())
 
-    def free(self) -> int:
+    def free_slots(self) -> int:
         """Slots that nobody has."""
         return self.capacity - len(self.sessions)
 
@@ -251,7 +251,7 @@ class Scheduler:
         for session in list(self.sessions.values()):
             if not session.attached and now > session.detached_at + session.grace_s:
                 session.end(EndReason.GONE)
-            if session.ended:
+            if session.end_reason:
                 del self.sessions[session.number]
                 if session.begun:
                     self.leaving.append(session.number)
@@ -260,14 +260,21 @@ class Scheduler:
         end, self.leaving = tuple(self.leaving), []
         if not there and not end:
             return None
-        told = await self.model.tick(Tick(begin, end, {one.number: one.given() for one in there}, self.group))
+        told = await self.model.tick(Tick(begin, end, {one.number: one.next_input() for one in there}, self.group))
         for one in there:
             one.begun = True
-            gave = told.gave[one.number]
+            gave = told.outputs[one.number]
             one.journal.append(
-                TickResult(one.turns, one.turns * MICRO_TURN_MS, gave.wave, gave.tokens, gave.speaking, gave.p_speak)
+                TickResult(
+                    one.micro_turns,
+                    one.micro_turns * MICRO_TURN_MS,
+                    gave.wave,
+                    gave.tokens,
+                    gave.speaking,
+                    gave.p_speak,
+                )
             )
-            one.turns += 1
+            one.micro_turns += 1
             one.changed.set()
             if len(one.journal) > KEPT:
                 one.end(EndReason.SLOW)

@@ -38,7 +38,7 @@ class Tick:
 
     begin: tuple[SessionStart, ...] = ()
     end: tuple[int, ...] = ()
-    given: dict[int, SlotInput] = field(default_factory=dict)
+    inputs: dict[int, SlotInput] = field(default_factory=dict)
     group: int = 0
 
 
@@ -46,7 +46,7 @@ class Tick:
 class TickReply:
     """What came of a tick. `compilations` are those since the one before: none."""
 
-    gave: dict[int, SlotOutput]
+    outputs: dict[int, SlotOutput]
     step_ms: float
     compilations: int = 0
 
@@ -67,12 +67,12 @@ def packed(message: Message) -> bytes:
     """The message with its length in front."""
     if isinstance(message, Tick):
         begin = [(one.session, one.seed, one.week_ms) for one in message.begin]
-        given = [(session, *_packed_given(one)) for session, one in message.given.items()]
+        given = [(session, *_packed_given(one)) for session, one in message.inputs.items()]
         body: Any = ("tick", begin, message.end, given, message.group)
     elif isinstance(message, TickReply):
         gave = [
             (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
-            for session, one in message.gave.items()
+            for session, one in message.outputs.items()
         ]
         body = ("told", gave, message.step_ms, message.compilations)
     else:

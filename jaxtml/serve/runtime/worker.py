@@ -61,7 +61,7 @@ def answer(slots: Slots, tick: Tick) -> TickReply:
         slots.end(session)
     for one in tick.begin:
         slots.begin(one.session, one.seed, one.week_ms)
-    gave = slots.step(tick.given)
+    gave = slots.step(tick.inputs)
     return TickReply(gave, 1000 * (time.perf_counter() - began))
 
 

@@ -107,7 +107,7 @@ class Access:
             raise InputError(f"{path}: the secret needs 32 characters")
         return access
 
-    def who(self, token: str | None) -> Grant:
+    def authenticate(self, token: str | None) -> Grant:
         """Raises `Refused` where the token is none of ours."""
         if token is not None and token.startswith(PREFIX):
             claims = self._claims(token)
@@ -125,7 +125,9 @@ class Access:
             raise Refused(401, "invalid_api_key", "this key is not known")
         return Grant(key, frozenset(key.scopes))
 
-    def ephemeral(self, grant: Grant, expires_at: int, scopes: Iterable[str], session: dict[str, Any] | None) -> str:
+    def create_short_lived_key(
+        self, grant: Grant, expires_at: int, scopes: Iterable[str], session: dict[str, Any] | None
+    ) -> str:
         """A key of at most the same scopes, good until `expires_at` (Unix time) for beginning sessions."""
         claims = {
             "sub": grant.key.name,
@@ -146,7 +148,7 @@ class Access:
         except jwt.InvalidTokenError as error:
             raise Refused(401, "invalid_api_key", "this short-lived key is not one of this server's") from error
 
-    def ask(self, grant: Grant) -> None:
+    def count_request(self, grant: Grant) -> None:
         """Counts a request. Raises `Refused` where there were too many in the last minute, or the key has expired."""
         if grant.expired:
             raise Refused(401, "expired_api_key", "this short-lived key has expired")
@@ -158,7 +160,7 @@ class Access:
             raise Refused(429, "rate_limit_exceeded", "too many requests with this key in a minute", after_s)
         asked.append(now)
 
-    def check(self, grant: Grant, scope: str) -> None:
+    def check_session(self, grant: Grant, scope: str) -> None:
         """Raises `Refused` where the key is not for this protocol, or is used up."""
         name = grant.key.name
         if scope not in grant.scopes:
@@ -166,16 +168,16 @@ class Access:
         begun = self._begun[name]
         if len(begun) >= grant.key.sessions:
             raise Refused(429, "session_limit_exceeded", f"this key has its {len(begun)} sessions", 5.0)
-        if self.minutes(name) >= grant.key.minutes_per_day:
+        if self.minutes_used(name) >= grant.key.minutes_per_day:
             after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S
             raise Refused(429, "quota_exceeded", "this key has had its minutes of the last 24 hours", after_s)
 
-    def begin(self, grant: Grant, session: str, scope: str) -> None:
+    def begin_session(self, grant: Grant, session: str, scope: str) -> None:
         """Counts a session from now on. Raises as `check`."""
-        self.check(grant, scope)
+        self.check_session(grant, scope)
         self._begun[grant.key.name][session] = self.now()
 
-    def end(self, name: str, session: str) -> None:
+    def end_session(self, name: str, session: str) -> None:
         """The session of that key is over."""
         began = self._begun[name].pop(session, None)
         if began is None:
@@ -186,12 +188,12 @@ class Access:
         else:
             used.append((now, now - began))
 
-    def left_s(self, grant: Grant) -> float:
+    def remaining_s(self, grant: Grant) -> float:
         """Seconds that each session of the key has left today, if there are as many as now."""
         name = grant.key.name
-        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes(name))) / max(1, len(self._begun[name]))
+        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes_used(name))) / max(1, len(self._begun[name]))
 
-    def minutes(self, name: str) -> float:
+    def minutes_used(self, name: str) -> float:
         """Minutes of sessions that ended in the last 24 hours or go on."""
         used, now = self._used[name], self.now()
         while used and used[0][0] <= now - _DAY_S:

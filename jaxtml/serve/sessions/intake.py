@@ -12,7 +12,7 @@ import numpy as np
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.images import THREAD, ImageIntake
-from jaxtml.serve.transport.sound import Format, Incoming
+from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
@@ -35,70 +35,70 @@ class Intake:
       taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
     """
 
-    def __init__(self, session: ClientSession, model: ServedModel, format: Format):
+    def __init__(self, session: ClientSession, model: ServedModel, format: SoundFormat):
         self.session, self.model = session, model
-        self.incoming, self.seeing = Incoming(format), ImageIntake(model.config.duplex.max_patches)
-        self.taken = 0
+        self.decoder, self.images = SoundDecoder(format), ImageIntake(model.config.duplex.max_patches)
+        self.received_bytes = 0
         self._pictures = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
         self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
         self._unheard = np.zeros(0, np.float32)  # waits for room
 
-    async def take(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
+    async def receive_audio(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
         """Sound in the client's format, as `hear`; `look` gets it as the model does, `[N]` float32 at 16 kHz.
 
         What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
         not whole samples.
         """
-        await self.settled()
-        samples = self.incoming.put(data)
+        await self.wait_for_room()
+        samples = self.decoder.decode(data)
         look(samples)
-        self.taken += len(data)
-        await self.hear(samples)
+        self.received_bytes += len(data)
+        await self.push(samples)
 
-    async def follow(self, samples: np.ndarray) -> None:
+    async def receive_track(self, samples: np.ndarray) -> None:
         """As `hear`, of a track."""
-        await self.settled()
-        self.taken += 2 * len(samples)
-        await self.hear(samples)
+        await self.wait_for_room()
+        self.received_bytes += 2 * len(samples)
+        await self.push(samples)
 
-    async def hear(self, samples: np.ndarray) -> None:
+    async def push(self, samples: np.ndarray) -> None:
         """Returns when there was room for all of them, which is what holds a client back that sends too much."""
-        await self.settled()
-        self.put(samples)
-        await self.settled()
+        await self.wait_for_room()
+        self.push_nowait(samples)
+        await self.wait_for_room()
 
-    def put(self, samples: np.ndarray) -> None:
+    def push_nowait(self, samples: np.ndarray) -> None:
         """As `hear`, and waits for nothing: what there is no room for waits here, so wait for `settled` before."""
         self._unheard = np.concatenate([self._unheard, samples])
         self.flush()
 
     @property
-    def waiting(self) -> int:
+    def waiting_samples(self) -> int:
         """Samples that came and were not heard yet."""
-        return len(self._unheard) + self.session.scheduled.hearing.waiting
+        return len(self._unheard) + self.session.scheduled.jitter_buffer.waiting_samples
 
-    async def settled(self) -> None:
+    async def wait_for_room(self) -> None:
         """When all that has come, over a connection that was lost too, had room."""
         while len(self._unheard) and await self.session.wait_for_room():
             self.flush()
 
     def flush(self) -> None:
         """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
-        room = self.session.scheduled.hearing.room()
+        room = self.session.scheduled.jitter_buffer.free_samples()
         if len(self._unheard) and room:
-            self.session.scheduled.hearing.put(self._unheard[:room])
+            self.session.scheduled.jitter_buffer.push(self._unheard[:room])
             self._unheard = self._unheard[room:]
 
     def clear(self) -> None:
         """What came and was not heard yet is never heard."""
         self._unheard = self._unheard[:0]
-        self.session.scheduled.hearing.clear()
+        self.session.scheduled.jitter_buffer.clear()
 
-    async def show(self, image: bytes) -> None:
+    async def show_image(self, image: bytes) -> None:
         """JPEG or PNG. Raises as `seen`."""
-        self.session.scheduled.show(await self.seen(image))
+        self.session.scheduled.set_patches(await self.read_image(image))
 
-    async def seen(self, image: bytes) -> np.ndarray:
+    async def read_image(self, image: bytes) -> np.ndarray:
         """The patches of a JPEG or PNG.
 
         Raises `ValueError` as `ImageIntake.put`, `InvalidMessage` where pictures come too fast.
@@ -106,14 +106,14 @@ class Intake:
         if not self._pictures.take():
             raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_IMAGES_PER_SECOND:.0f} a second")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(THREAD, self.seeing.put, image)
+        return await loop.run_in_executor(THREAD, self.images.put, image)
 
-    async def look(self, frame: av.VideoFrame) -> None:
+    async def show_frame(self, frame: av.VideoFrame) -> None:
         """A frame of a video."""
         loop = asyncio.get_running_loop()
-        self.session.scheduled.show(await loop.run_in_executor(THREAD, self.seeing.look, frame))
+        self.session.scheduled.set_patches(await loop.run_in_executor(THREAD, self.images.look, frame))
 
-    def say(
+    def queue_text(
         self,
         mark: Control,
         text: str,
@@ -123,15 +123,15 @@ class Intake:
     ) -> None:
         """Text of at most so many tokens for the next micro-turns, behind its mark. Raises as `read`.
 
-        `placed` as `hub.Session.say_to` has it.
+        `placed` as `hub.Session.queue_text` has it.
         """
-        self.tell(mark, self.read(text, param, most), placed)
+        self.queue_tokens(mark, self.read_text(text, param, most), placed)
 
-    def tell(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
+    def queue_tokens(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
         """As `say`, of a text that was read."""
-        self.session.scheduled.say_to(mark, tokens, self.model.config.duplex.max_typed - 1, placed)
+        self.session.scheduled.queue_text(mark, tokens, self.model.config.duplex.max_typed - 1, placed)
 
-    def read(self, text: str, param: str, most: int = _WAITING) -> list[int]:
+    def read_text(self, text: str, param: str, most: int = _WAITING) -> list[int]:
         """The tokens of a text that may be said now.
 
         Raises `InvalidMessage` where there are none, they are too many, came too fast, or too much waits.
@@ -146,7 +146,7 @@ class Intake:
         if not tokens:
             raise InvalidMessage("invalid_value", "there is no text", param)
         session = self.session.scheduled
-        if session.waiting + len(tokens) > _WAITING or len(session.typed) >= _PIECES:
+        if session.waiting_tokens + len(tokens) > _WAITING or len(session.text_queue) >= _PIECES:
             raise InvalidMessage("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         return tokens
 

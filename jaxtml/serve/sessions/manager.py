@@ -122,7 +122,7 @@ class ClientSession:
 
     def detach(self, connection: Carrier) -> None:
         """The connection is no more; the session stands still until there is another."""
-        if self.connection is connection and not self.scheduled.ended:
+        if self.connection is connection and not self.scheduled.end_reason:
             self.connection = None
             self.scheduled.detach()
             self.span.add_event("client gone")
@@ -130,14 +130,14 @@ class ClientSession:
     def close(self) -> None:
         """The client has nothing more to say: the session ends when what was begun is said."""
         self.closing_at = self.closing_at or time.monotonic()
-        self.scheduled.hearing.muted = True
+        self.scheduled.jitter_buffer.muted = True
 
     async def wait_for_room(self) -> bool:
         """Waits until the session has room for sound; False where it has ended instead."""
-        while not self.scheduled.ended and not self.scheduled.hearing.room():
+        while not self.scheduled.end_reason and not self.scheduled.jitter_buffer.free_samples():
             self.micro_turn_done.clear()
             await self.micro_turn_done.wait()
-        return not self.scheduled.ended
+        return not self.scheduled.end_reason
 
 
 class SessionManager:
@@ -176,34 +176,34 @@ class SessionManager:
         """Counts a request for a session, and looks whether one may begin. Raises as `admit`."""
         with self._refusing():
             self.check_open()
-            self.access.ask(grant)
-            self.access.check(grant, scope)
-            self.pool.check()
+            self.access.count_request(grant)
+            self.access.check_session(grant, scope)
+            self.pool.check_capacity()
 
     def begin(self, grant: Grant, make: Callable[[ClientSession], SessionProtocol], scope: str) -> ClientSession:
         """As `admit`, of a request that is counted already."""
         name = self.prefix + secrets.token_urlsafe(16)
         with self._refusing():
             self.check_open()
-            self.pool.check()
-            self.access.begin(grant, name, scope)
+            self.pool.check_capacity()
+            self.access.begin_session(grant, name, scope)
         scheduled = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
         reader = Reader(self.model.codec, self.model.config.duplex.control_base)
-        expires_at = time.time() + min(self.limits.session_s, self.access.left_s(grant))
-        span = tracing.session(name, scope, self.model.name, grant.key.name)
+        expires_at = time.time() + min(self.limits.session_s, self.access.remaining_s(grant))
+        span = tracing.start_session_span(name, scope, self.model.name, grant.key.name)
         try:
             session = ClientSession(name, secrets.token_urlsafe(24), grant, scheduled, reader, expires_at, span)
             session.protocol = make(session)
         except BaseException:
             scheduled.end(EndReason.FAILED)
             span.end()
-            self.access.end(grant.key.name, name)
+            self.access.end_session(grant.key.name, name)
             raise
         self.sessions[name] = session
         task = asyncio.create_task(self._run(session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        self.metrics.begun.labels(scope).inc()
+        self.metrics.sessions_begun.labels(scope).inc()
         log.event("session began", session=name, key=grant.key.name, protocol=scope)
         return session
 
@@ -235,15 +235,15 @@ class SessionManager:
             if not hmac.compare_digest(session.resume_token.encode(), secret.encode()):
                 raise Refused(403, "invalid_resume_token", "this token is not that session's")
             if (
-                not session.replay_buffer.last - len(session.replay_buffer.frames)
+                not session.replay_buffer.last_number - len(session.replay_buffer.frames)
                 <= after
-                <= session.replay_buffer.last
+                <= session.replay_buffer.last_number
             ):
                 raise Refused(409, "resync_required", "what was missed is no longer there; begin a new session")
         except Refused as refused:
-            self.metrics.resumed.labels(refused.code).inc()
+            self.metrics.resumptions.labels(refused.code).inc()
             raise
-        self.metrics.resumed.labels("resumed").inc()
+        self.metrics.resumptions.labels("resumed").inc()
         session.span.add_event("client back", {"after": after})
         log.event("session resumed", session=name, after=after)
         return session
@@ -276,32 +276,32 @@ class SessionManager:
             session.scheduled.end(why)
         finally:
             del self.sessions[session.id]
-            self.access.end(session.grant.key.name, session.id)
+            self.access.end_session(session.grant.key.name, session.id)
             session.protocol.on_end(why)
             session.replay_buffer.close()
             session.micro_turn_done.set()
-            self.metrics.ended.labels(why.value).inc()
-            log.event("session ended", session=session.id, reason=why.value, micro_turns=session.scheduled.turns)
+            self.metrics.sessions_ended.labels(why.value).inc()
+            log.event("session ended", session=session.id, reason=why.value, micro_turns=session.scheduled.micro_turns)
             session.span.set_attribute("jaxtml.end", why.value)
-            session.span.set_attribute("jaxtml.micro_turns", session.scheduled.turns)
+            session.span.set_attribute("jaxtml.micro_turns", session.scheduled.micro_turns)
             session.span.end()
 
     async def _followed(self, session: ClientSession) -> EndReason:
         number = -1
-        while turns := await session.scheduled.turns_after(number):
+        while turns := await session.scheduled.results_after(number):
             number = turns[-1].number
             for turn in turns:
                 words = session.reader.read(turn.tokens.tolist())
                 session.protocol.on_micro_turn(turn, words)
             session.micro_turn_done.set()
-            self.metrics.input_lag.observe(session.scheduled.hearing.waiting / SAMPLE_RATE)
+            self.metrics.input_lag.observe(session.scheduled.jitter_buffer.waiting_samples / SAMPLE_RATE)
             self._consider(session, turns[-1])
-        return session.scheduled.ended or EndReason.FAILED
+        return session.scheduled.end_reason or EndReason.FAILED
 
     def _consider(self, session: ClientSession, turn: TickResult) -> None:
         """Ends what has lasted long enough."""
         left_s = min(
-            session.expires_at - time.time(), self.access.left_s(session.grant)
+            session.expires_at - time.time(), self.access.remaining_s(session.grant)
         )  # others may use the same minutes
         if left_s <= 0:
             session.scheduled.end(EndReason.EXPIRED if self.leaves_at is None else EndReason.DRAINED)
@@ -312,6 +312,6 @@ class SessionManager:
             )  # what is told holds, also if others leave
             session.protocol.on_expiring(left_s)
         if session.closing_at is not None:
-            waits = turn.speaking or session.scheduled.typed or session.scheduled.hearing.waiting
+            waits = turn.speaking or session.scheduled.text_queue or session.scheduled.jitter_buffer.waiting_samples
             if not waits or time.monotonic() > session.closing_at + self.limits.closing_s:
                 session.scheduled.end(EndReason.ASKED)

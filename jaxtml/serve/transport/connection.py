@@ -1,6 +1,6 @@
 """One connection: reads what its protocol takes, writes what an outbox has, and is watched.
 
-It runs over a line, which is a WebSocket (`Socket`) or the data channel of a peer (`serve.transport.peer`).
+It runs over a line, which is a WebSocket (`WebSocketTransport`) or the data channel of a peer (`serve.transport.peer`).
 
 The rules. A client that sends more than the session has room for is not read until there is room: TCP holds it back. So
 is one that sends messages faster than `_PER_SECOND`, or pings and pongs faster than `_PINGS_PER_SECOND`; between two
@@ -33,7 +33,7 @@ _UNIT = 2048  # bytes: half a megabyte a second, and two at once, are ten times 
 _LOOK_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0
 GOODBYE_S = 3.0  # for a client to answer that it is closed
 
-Receive = Callable[[bytes], Awaitable[None]]
+MessageHandler = Callable[[bytes], Awaitable[None]]
 
 
 class ConnectionEnd(Enum):
@@ -78,8 +78,8 @@ class Transport(Protocol):
         ...
 
 
-def socket() -> web.WebSocketResponse:
-    """A WebSocket as `Socket` wants it: pings and pongs are its own, text comes as bytes."""
+def new_websocket() -> web.WebSocketResponse:
+    """A WebSocket as `WebSocketTransport` wants it: pings and pongs are its own, text comes as bytes."""
     return web.WebSocketResponse(
         autoping=False,
         compress=False,
@@ -90,8 +90,8 @@ def socket() -> web.WebSocketResponse:
     )
 
 
-class Socket:
-    """A WebSocket, from `socket` and prepared; a `Transport`. `kind` is that of the messages it sends."""
+class WebSocketTransport:
+    """A WebSocket, from `new_websocket` and prepared; a `Transport`. `kind` is that of the messages it sends."""
 
     def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType):
         self.ws, self.kind = ws, kind
@@ -138,7 +138,7 @@ class Connection:
     """
 
     def __init__(self, line: Transport, metrics: Metrics):
-        self.line, self.metrics = line, metrics
+        self.transport, self.metrics = line, metrics
         self._waits = False  # for room: then it is not read, and its silence says nothing
         self._allowance = TokenBucket(_PER_SECOND, _BURST)
         self._replaced = asyncio.Event()
@@ -153,16 +153,16 @@ class Connection:
 
     async def receive(self) -> bytes | None:
         """The next message; None where the client is gone. Those that come too fast wait."""
-        message = await self.line.receive()
+        message = await self.transport.receive()
         if message is not None:
             await self._pace(len(message))
         return message
 
     async def send(self, frame: bytes) -> None:
         """Waits where the client does not take it."""
-        await self.line.send(frame)
+        await self.transport.send(frame)
 
-    async def run(self, outbox: ReplayBuffer, after: int, receive: Receive) -> ConnectionEnd:
+    async def run(self, outbox: ReplayBuffer, after: int, receive: MessageHandler) -> ConnectionEnd:
         """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
         self._written = after
         self._reading = asyncio.create_task(self._read(receive))
@@ -183,26 +183,26 @@ class Connection:
             return ConnectionEnd.SLOW
         if outbox.closed:
             return ConnectionEnd.DONE
-        return ConnectionEnd.LEFT if self.line.left else ConnectionEnd.GONE
+        return ConnectionEnd.LEFT if self.transport.left else ConnectionEnd.GONE
 
     async def close(self, code: int, why: str = "") -> None:
         """Says goodbye; a client that does not listen is cut off."""
-        await self.line.close(code, why)
+        await self.transport.close(code, why)
 
-    async def _read(self, receive: Receive) -> None:
+    async def _read(self, receive: MessageHandler) -> None:
         while (message := await self.receive()) is not None and not self._replaced.is_set():
             self._waits = True
             await receive(message)
             self._waits = False
-            self.line.heard_at = time.monotonic()
+            self.transport.heard_at = time.monotonic()
 
     def _behind(self, outbox: ReplayBuffer) -> bool:
         """Something that was not written is no longer kept."""
-        return outbox.last - self._written > len(outbox.frames)
+        return outbox.last_number - self._written > len(outbox.frames)
 
     async def _write(self, outbox: ReplayBuffer) -> None:
         sent_at = None
-        while frames := await outbox.after(self._written):
+        while frames := await outbox.frames_after(self._written):
             for frame in frames:
                 await self.send(frame)
                 self._written += 1
@@ -213,18 +213,18 @@ class Connection:
 
     async def _last_words(self, outbox: ReplayBuffer) -> None:
         """Until the outbox was closed, and what was in it should have been taken."""
-        await outbox.ended()
+        await outbox.wait_closed()
         await asyncio.sleep(GOODBYE_S)
 
     async def _watch(self, outbox: ReplayBuffer) -> None:
         """Until nothing is heard any more, or nothing is taken."""
         pinged_at = time.monotonic()
-        while self._waits or time.monotonic() < self.line.heard_at + _SILENT_S:
+        while self._waits or time.monotonic() < self.transport.heard_at + _SILENT_S:
             await asyncio.sleep(_LOOK_S)
             if self._behind(outbox):  # the writer itself waits in the midst of a frame
                 return
-            if time.monotonic() > pinged_at + _PING_S and not self.line.unsent():
-                await self.line.ping()
+            if time.monotonic() > pinged_at + _PING_S and not self.transport.unsent():
+                await self.transport.ping()
                 pinged_at = time.monotonic()
 
     async def _pace(self, size: int) -> None:

@@ -40,7 +40,7 @@ from aiortc.sdp import SessionDescription
 
 from jaxtml.serve.transport.connection import GOODBYE_S, MESSAGE_BYTES
 from jaxtml.serve.transport.token_bucket import TokenBucket
-from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketOrder, VideoJitterBuffer
+from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, VideoJitterBuffer
 from jaxtml.stream.timebase import MICRO_TURN_MS
 
 _SDP_BYTES = 2**15  # of an offer; browsers' have 2 to 10 KB
@@ -61,7 +61,7 @@ _CHUNK = 1200  # bytes of SCTP's, at most
 class FrameSink(Protocol):
     """Takes the pictures of a peer's camera."""
 
-    async def look(self, frame: av.VideoFrame) -> None:
+    async def show_frame(self, frame: av.VideoFrame) -> None:
         """Gives the model one frame. Raises `ValueError` on a shape that cannot be cut into patches."""
         ...
 
@@ -89,7 +89,7 @@ class Peer:
     def __init__(self) -> None:
         self.voice, self.heard_at, self.left = OutgoingTrack(), time.monotonic(), False
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-        self._ear = IncomingTrack(PacketOrder())
+        self._ear = IncomingTrack(PacketReorderer())
         self._channel: RTCDataChannel | None = None
         self._camera: RTCRtpReceiver | None = None
         self._inbox: deque[bytes] = deque()
@@ -101,7 +101,7 @@ class Peer:
         )
 
     @classmethod
-    async def offered(cls, sdp: str, address: str, sees: bool) -> Peer:
+    async def from_offer(cls, sdp: str, address: str, sees: bool) -> Peer:
         """One that has made an offer. No port is open yet.
 
         Args:
@@ -123,20 +123,20 @@ class Peer:
             raise ValueError("this offer cannot be read, or has nothing in it that this server speaks") from error
         return peer
 
-    async def answer(self) -> str:
+    async def create_answer(self) -> str:
         """The answer to the offer; from now on the peer can connect."""
         await self._pc.setLocalDescription(await self._pc.createAnswer())
         for port in self._ice()._protocols:
             port.datagram_received = partial(self._arrived, port.datagram_received)
         return self._pc.localDescription.sdp
 
-    async def opened(self) -> None:
+    async def wait_open(self) -> None:
         """Returns when the peer is connected and its data channel open. Raises `ConnectionError` where that fails."""
         await self._until(lambda: self._channel is not None)
         self.heard_at = time.monotonic()
 
     @contextlib.asynccontextmanager
-    async def feeding(self, to: MediaSink) -> AsyncIterator[None]:
+    async def feed_tracks(self, to: MediaSink) -> AsyncIterator[None]:
         """Meanwhile what the peer's tracks have goes to its protocol."""
         self._ear.arrivals.ready.clear()
         tasks = [asyncio.create_task(self._hear(to))]
@@ -327,7 +327,7 @@ class Peer:
 
     async def _hear(self, to: MediaSink) -> None:
         while True:
-            await to.hear(await self._ear.heard())
+            await to.hear(await self._ear.next_samples())
 
     async def _see(self, camera: RTCRtpReceiver, intake: FrameSink) -> None:
         """A picture a micro-turn. All are decoded, as each is told by those before it, but few are looked at."""
@@ -341,4 +341,4 @@ class Peer:
                 if (now := time.monotonic()) >= due:
                     due = now + MICRO_TURN_MS / 1000
                     with contextlib.suppress(ValueError):  # of a shape that has no patches
-                        await intake.look(frame)
+                        await intake.show_frame(frame)

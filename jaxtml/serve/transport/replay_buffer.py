@@ -24,40 +24,42 @@ class ReplayBuffer:
       closed: nothing more will come.
     """
 
-    def __init__(self, most: int = _MOST):
+    def __init__(self, max_bytes: int = _MOST):
         self.frames: deque[bytes] = deque()
-        self.most, self.kept, self.last, self.closed = most, 0, 0, False
+        self.max_bytes, self.kept_bytes, self.last_number, self.closed = max_bytes, 0, 0, False
         self._changed = asyncio.Event()
 
-    def put(self, frame: bytes) -> None:
+    def append(self, frame: bytes) -> None:
         """Adds a frame; the oldest go where there are too many bytes. The newest is always kept."""
         self.frames.append(frame)
-        self.last += 1
-        self.kept += len(frame)
-        while self.kept > self.most and len(self.frames) > 1:
-            self.kept -= len(self.frames.popleft())
+        self.last_number += 1
+        self.kept_bytes += len(frame)
+        while self.kept_bytes > self.max_bytes and len(self.frames) > 1:
+            self.kept_bytes -= len(self.frames.popleft())
         self._wake()
 
     def close(self) -> None:
         self.closed = True
         self._wake()
 
-    async def ended(self) -> None:
+    async def wait_closed(self) -> None:
         """Returns when the outbox was closed."""
         while not self.closed:
             await self._changed.wait()
 
-    async def after(self, number: int) -> list[bytes]:
+    async def frames_after(self, number: int) -> list[bytes]:
         """The frames behind `number`, as soon as there are any; none where the outbox was closed and has no more.
 
         Raises:
           Behind: some of them are no longer kept.
         """
-        while number >= self.last and not self.closed:
+        while number >= self.last_number and not self.closed:
             await self._changed.wait()
-        count = max(0, self.last - number)
+        count = max(0, self.last_number - number)
         if count > len(self.frames):
-            raise ReplayLost(f"frame {number + 1} is no longer kept; the oldest is {self.last - len(self.frames) + 1}")
+            raise ReplayLost(
+                f"frame {number + 1} is no longer kept; the oldest is {self.last_number - len(self.frames) + 1}"
+            )
         return [self.frames[at] for at in range(len(self.frames) - count, len(self.frames))]
 
     def _wake(self) -> None:

@@ -25,7 +25,7 @@ _G711 = {"pcmu": "ULAW", "pcma": "ALAW"}
 
 
 @dataclass(frozen=True)
-class Format:
+class SoundFormat:
     """`kind` is "pcm" (signed, 16 bits, little-endian), "pcmu" or "pcma" (G.711, 8 bits); mono, `rate` in Hz."""
 
     kind: str
@@ -36,7 +36,7 @@ class Format:
         """Bytes of a sample."""
         return 2 if self.kind == "pcm" else 1
 
-    def decoded(self, data: bytes) -> np.ndarray:
+    def decode(self, data: bytes) -> np.ndarray:
         """`[N]` float32 of what `data` holds. Raises `ValueError` where that is not whole samples."""
         if len(data) % self.width:
             raise ValueError(f"{len(data)} bytes are no samples of {8 * self.width} bits")
@@ -47,7 +47,7 @@ class Format:
         how = {"format": "RAW", "subtype": _G711[self.kind], "channels": 1, "samplerate": self.rate}
         return soundfile.read(io.BytesIO(data), dtype="float32", **how)[0]
 
-    def encoded(self, samples: np.ndarray) -> bytes:
+    def encode(self, samples: np.ndarray) -> bytes:
         """`samples` `[N]` float32; what is louder than full scale is cut off."""
         if self.kind == "pcm":
             return np.clip(np.round(samples * 2**15), -(2**15), 2**15 - 1).astype("<i2").tobytes()
@@ -56,36 +56,36 @@ class Format:
         return file.getvalue()
 
 
-class Incoming:
+class SoundDecoder:
     """What a client sends, as the model hears it."""
 
-    def __init__(self, format: Format):
+    def __init__(self, format: SoundFormat):
         self.format = format
         self.stream = _Resampler(format.rate, SAMPLE_RATE)
 
-    def put(self, data: bytes) -> np.ndarray:
-        """`[N]` float32 at 16 kHz. Raises `ValueError` as `Format.decoded`."""
-        return self.resampled(self.format.decoded(data))
+    def decode(self, data: bytes) -> np.ndarray:
+        """`[N]` float32 at 16 kHz. Raises `ValueError` as `SoundFormat.decoded`."""
+        return self.resample(self.format.decode(data))
 
-    def resampled(self, samples: np.ndarray) -> np.ndarray:
+    def resample(self, samples: np.ndarray) -> np.ndarray:
         """`[N]` float32 at 16 kHz, of samples at the format's rate."""
         return self.stream.put(samples)
 
 
-class Outgoing:
+class SoundEncoder:
     """What the model says, as a client gets it: for each micro-turn just as many samples as it lasts.
 
     A resampler gives what it was given a little later; the first micro-turn begins with as much silence (`delay_ms`).
     """
 
-    def __init__(self, format: Format):
+    def __init__(self, format: SoundFormat):
         self.format = format
         self.samples = format.rate * MICRO_TURN_MS // 1000
         self.stream = _Resampler(SAMPLE_RATE, format.rate)
         self.waiting = np.zeros(0, np.float32)
         self.delay_ms = 0.0
 
-    def put(self, wave: np.ndarray) -> bytes:
+    def encode(self, wave: np.ndarray) -> bytes:
         """`wave` `[3200]` float32 at 16 kHz."""
         ready = self.stream.put(wave)
         if not self.delay_ms and len(ready) < self.samples:
@@ -94,10 +94,10 @@ class Outgoing:
             self.delay_ms = 1000 * short / self.format.rate
         self.waiting = np.concatenate([self.waiting, ready])
         given, self.waiting = self.waiting[: self.samples], self.waiting[self.samples :]
-        return self.format.encoded(given)
+        return self.format.encode(given)
 
 
-class Track(Protocol):
+class VoiceTrack(Protocol):
     """Where a protocol puts what is said when its client does not have it as events."""
 
     def put(self, wave: np.ndarray) -> None:

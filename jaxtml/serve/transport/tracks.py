@@ -28,7 +28,7 @@ from aiortc.rtp import RtpPacket
 from av.error import FFmpegError
 
 from jaxtml.serve.transport.images import PIXELS
-from jaxtml.serve.transport.sound import Format, Incoming
+from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 _CLOCK = 48_000  # of Opus in RTP, whatever is in it
@@ -46,7 +46,7 @@ _WAITING = 50  # packets that nobody has taken: the oldest go
 
 
 class OutgoingTrack(MediaStreamTrack):
-    """What the model says, a `sound.Track`."""
+    """What the model says, a `sound.VoiceTrack`."""
 
     kind = "audio"
 
@@ -97,7 +97,7 @@ class OutgoingTrack(MediaStreamTrack):
         raise MediaStreamError
 
 
-class PacketOrder:
+class PacketReorderer:
     """Packets of Opus in the order in which they were sent; stands where aiortc has its jitter buffer, and decoder."""
 
     def __init__(self) -> None:
@@ -126,21 +126,21 @@ class PacketOrder:
 class IncomingTrack:
     """What a peer's microphone has, as the model hears it."""
 
-    def __init__(self, arrivals: PacketOrder):
+    def __init__(self, arrivals: PacketReorderer):
         self.arrivals = arrivals
         self._codec = av.AudioCodecContext.create("libopus", "r")
         self._codec.layout, self._codec.sample_rate = "mono", _CLOCK
-        self._incoming = Incoming(Format("pcm", _CLOCK))
+        self._incoming = SoundDecoder(SoundFormat("pcm", _CLOCK))
         self._length = _CLOCK * _PACKET_MS // 1000  # samples of the packet before
 
-    async def heard(self) -> np.ndarray:
+    async def next_samples(self) -> np.ndarray:
         """`[N]` float32 at 16 kHz, as soon as there is any."""
         while not self.arrivals.ready:
             self.arrivals.changed.clear()
             await self.arrivals.changed.wait()
         found = self._decoded(self.arrivals.ready.popleft())
         self._length = len(found)
-        return self._incoming.resampled(found)
+        return self._incoming.resample(found)
 
     def _decoded(self, data: bytes | None) -> np.ndarray:
         """`[N]` float32 at 48 kHz; of what is lost, or no Opus, silence."""

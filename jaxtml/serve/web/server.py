@@ -40,9 +40,15 @@ from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Grant
 from jaxtml.serve.sessions.errors import InvalidMessage, Refused
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel, SessionManager
-from jaxtml.serve.transport.connection import Connection, ConnectionEnd, Receive, Socket, socket
-from jaxtml.serve.transport.sound import Track
-from jaxtml.serve.web import signalling as offers
+from jaxtml.serve.transport.connection import (
+    Connection,
+    ConnectionEnd,
+    MessageHandler,
+    WebSocketTransport,
+    new_websocket,
+)
+from jaxtml.serve.transport.sound import VoiceTrack
+from jaxtml.serve.web import signalling
 
 if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer
@@ -174,9 +180,9 @@ class Server:
     async def live(self, request: web.Request) -> web.StreamResponse:
         """A session's own connection."""
         grant = self._grant(request)
-        ws = socket()
+        ws = new_websocket()
         await ws.prepare(request)
-        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
+        connection = Connection(WebSocketTransport(request, ws, WSMsgType.TEXT), self.metrics)
         try:
             async with asyncio.timeout(self.manager.limits.first_message_s):
                 found = await self._first(connection, grant)
@@ -205,11 +211,11 @@ class Server:
                 live.check(message.session, self.model)
                 return self._started(grant, message), 0
             except InvalidMessage as invalid:
-                self.metrics.malformed.labels(live.SCOPE).inc()
+                self.metrics.malformed_messages.labels(live.SCOPE).inc()
                 invalid.event_id = invalid.event_id or event_id
                 await connection.send(_error(invalid))
             except Refused as refused:
-                self.metrics.rejected.labels(refused.code).inc()
+                self.metrics.rejections.labels(refused.code).inc()
                 invalid = InvalidMessage(refused.code, str(refused), None, event_id)
                 code = 1008 if refused.retry_after_s is None else 1013
                 await self._unlucky(connection, invalid, code, refused.retry_after_s)
@@ -236,7 +242,7 @@ class Server:
             "type": "session.resumed",
             "event_id": f"evt_resumed_{message.after}",
             "session_id": session.id,
-            "input_audio_bytes": protocol.intake.taken,
+            "input_audio_bytes": protocol.intake.received_bytes,
             "last_client_event_id": protocol.last_event_id,
         }
         if message.event_id is not None:
@@ -251,10 +257,10 @@ class Server:
         protocol = _speaking(session, live.LiveProtocol)
         if len(protocol.sidebands) >= _SIDEBANDS:
             raise Refused(429, "session_limit_exceeded", f"that session has its {_SIDEBANDS} sidebands", 5.0)
-        self.access.ask(grant)
-        ws = socket()
+        self.access.count_request(grant)
+        ws = new_websocket()
         await ws.prepare(request)
-        connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
+        connection = Connection(WebSocketTransport(request, ws, WSMsgType.TEXT), self.metrics)
         beside = live.Sideband(protocol)
         protocol.sidebands.append(beside)
         try:
@@ -277,12 +283,12 @@ class Server:
                 raise Refused(400, "invalid_value", "after is the number of an event") from error
             session = self.manager.resume(query["session_id"], query.get("resume_token", ""), after, grant)
             protocol = _speaking(session, realtime.RealtimeProtocol)
-            ws = socket()
+            ws = new_websocket()
             await ws.prepare(request)
             if session.connection is not None:
                 session.connection.replace()  # as in `_resumed`
             protocol.untracked()
-            connection = Connection(Socket(request, ws, WSMsgType.TEXT), self.metrics)
+            connection = Connection(WebSocketTransport(request, ws, WSMsgType.TEXT), self.metrics)
             await self._run(connection, session, after, protocol.receive)
             return ws
         self._check_model(query.get("model"))
@@ -313,14 +319,16 @@ class Server:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, "upgrade_required", "this address is a WebSocket's")
         session = self.manager.admit(grant, make, scope)
-        ws = socket()
+        ws = new_websocket()
         try:
             await ws.prepare(request)
         except BaseException:
             session.scheduled.end(EndReason.LEFT)
             raise
         assert isinstance(session.protocol, (realtime.RealtimeProtocol, moshi.MoshiProtocol))
-        await self._run(Connection(Socket(request, ws, kind), self.metrics), session, 0, session.protocol.receive)
+        await self._run(
+            Connection(WebSocketTransport(request, ws, kind), self.metrics), session, 0, session.protocol.receive
+        )
         return ws
 
     async def secret(self, request: web.Request) -> web.Response:
@@ -334,10 +342,10 @@ class Server:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
         config = asked.session or RealtimeSessionConfig(type="realtime")
         self._check_model(config.model)
-        self.access.ask(grant)
+        self.access.count_request(grant)
         expires_at = int(time.time()) + asked.expires_after.seconds
         session = msgspec.to_builtins(config)
-        value = self.access.ephemeral(grant, expires_at, (realtime.SCOPE, live.SCOPE), session)
+        value = self.access.create_short_lived_key(grant, expires_at, (realtime.SCOPE, live.SCOPE), session)
         if len(value) > _KEY_BYTES:
             why = "a short-lived key carries its session, and this one would be longer than HTTP headers may be"
             raise Refused(400, "string_above_max_length", f"{why}: send a session.update instead")
@@ -350,9 +358,9 @@ class Server:
         """A GPT-Live session over WebRTC: its config and the offer, as JSON."""
         grant = self._grant(request)
         self.manager.ask(grant, live.SCOPE)  # before the work that offers are
-        asked = await offers.of_live(request, self.model)
+        asked = await signalling.read_live_offer(request, self.model)
 
-        def make(session: ClientSession, track: Track) -> live.LiveProtocol:
+        def make(session: ClientSession, track: VoiceTrack) -> live.LiveProtocol:
             grace_s = self.manager.limits.grace_s
             return live.LiveProtocol(session, self.model, asked.session, self.metrics, grace_s, track=track)
 
@@ -365,14 +373,14 @@ class Server:
         grant = self._grant(request)
         self._check_model(request.query.get("model"))
         self.manager.ask(grant, realtime.SCOPE)
-        sdp, said = await offers.of_realtime(request)
+        sdp, said = await signalling.read_realtime_offer(request)
         if said is not None:
             if grant.session is not None:
                 raise Refused(400, "invalid_value", "what a session is, a short-lived key says")
             self._check_model(said.model)
         begins_as = self._fixed(grant) or said
 
-        def make(session: ClientSession, track: Track) -> realtime.RealtimeProtocol:
+        def make(session: ClientSession, track: VoiceTrack) -> realtime.RealtimeProtocol:
             grace_s = self.manager.limits.grace_s
             return realtime.RealtimeProtocol(session, self.model, self.metrics, grace_s, begins_as, track)
 
@@ -390,17 +398,17 @@ class Server:
         request: web.Request,
         grant: Grant,
         sdp: str,
-        make: Callable[[ClientSession, Track], live.LiveProtocol | realtime.RealtimeProtocol],
+        make: Callable[[ClientSession, VoiceTrack], live.LiveProtocol | realtime.RealtimeProtocol],
         scope: str,
     ) -> tuple[ClientSession, str]:
         """A session for who made this offer, and the answer; it stands still until that has come to something."""
-        peer = await offers.peer_of(request, sdp, self.model.config.duplex.max_patches > 0)
+        peer = await signalling.open_peer(request, sdp, self.model.config.duplex.max_patches > 0)
         session = None
         try:
             session = self.manager.begin(grant, lambda session: make(session, peer.voice), scope)
             session.scheduled.detach()
             session.scheduled.detached_at += self.manager.limits.first_message_s  # its grace is for who was there
-            answer = await peer.answer()
+            answer = await peer.create_answer()
         except BaseException as error:
             if session is not None:
                 session.scheduled.end(EndReason.LEFT)
@@ -419,8 +427,8 @@ class Server:
         assert isinstance(protocol, (live.LiveProtocol, realtime.RealtimeProtocol))
         try:
             async with asyncio.timeout(self.manager.limits.first_message_s):
-                await peer.opened()
-            async with peer.feeding(protocol):
+                await peer.wait_open()
+            async with peer.feed_tracks(protocol):
                 await self._run(Connection(peer, self.metrics), session, 0, protocol.receive)
         except (TimeoutError, ConnectionError):
             session.scheduled.end(EndReason.GONE)
@@ -450,7 +458,7 @@ class Server:
 
     # --- connections
 
-    async def _run(self, connection: Connection, session: ClientSession, after: int, receive: Receive) -> None:
+    async def _run(self, connection: Connection, session: ClientSession, after: int, receive: MessageHandler) -> None:
         """Carries a session until the connection or the session ends."""
         session.attach(connection)
         try:
@@ -480,7 +488,7 @@ class Server:
         for protocol in (one.strip() for one in offered.split(",")):
             if protocol.startswith(_KEY_PROTOCOL):
                 token = protocol.removeprefix(_KEY_PROTOCOL)
-        return self.access.who(token)
+        return self.access.authenticate(token)
 
     async def _in_time(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Raises `Refused` where that takes too long."""
@@ -517,7 +525,7 @@ class Server:
             else:
                 response = await handler(request)
         except Refused as refused:
-            self.metrics.rejected.labels(refused.code).inc()
+            self.metrics.rejections.labels(refused.code).inc()
             response = _refused(refused)
         except web.HTTPException as error:
             if error.status < 400:
@@ -547,8 +555,8 @@ def _goodbye(outcome: ConnectionEnd, session: ClientSession) -> tuple[int, str]:
     """Code and reason of a WebSocket's close."""
     if outcome is ConnectionEnd.REPLACED:
         return 1008, "another connection has taken over"
-    if session.scheduled.ended is not None:
-        return _CODES[session.scheduled.ended], session.scheduled.ended.value
+    if session.scheduled.end_reason is not None:
+        return _CODES[session.scheduled.end_reason], session.scheduled.end_reason.value
     return 1001, ""
 
 

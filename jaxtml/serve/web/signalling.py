@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer
 
 
-async def of_live(request: web.Request, model: ServedModel) -> Create:
+async def read_live_offer(request: web.Request, model: ServedModel) -> Create:
     """GPT-Live's, JSON. Raises `Refused`."""
     try:
         asked = msgspec.json.decode(await request.read(), type=Create)
@@ -38,7 +38,7 @@ async def of_live(request: web.Request, model: ServedModel) -> Create:
     return asked
 
 
-async def of_realtime(request: web.Request) -> tuple[str, RealtimeSessionConfig | None]:
+async def read_realtime_offer(request: web.Request) -> tuple[str, RealtimeSessionConfig | None]:
     """The Realtime API's: the offer alone, or a form of it (`sdp`) and the session (`session`). Raises `Refused`."""
     form: dict[str, bytes] = {}
     try:
@@ -54,7 +54,7 @@ async def of_realtime(request: web.Request) -> tuple[str, RealtimeSessionConfig 
         raise Refused(400, "invalid_value", str(error)[:300]) from error
 
 
-async def peer_of(request: web.Request, sdp: str, sees: bool) -> Peer:
+async def open_peer(request: web.Request, sdp: str, sees: bool) -> Peer:
     """Who made this offer; it will be answered at the address that the request came to. Raises `Refused`."""
     try:
         peers = await asyncio.to_thread(_peers)  # a second of imports
@@ -66,7 +66,7 @@ async def peer_of(request: web.Request, sdp: str, sees: bool) -> Peer:
     if isinstance(ours, ipaddress.IPv6Address):
         ours = ours.ipv4_mapped or ours  # a server of both families has IPv4's in this form
     try:
-        return await peers.Peer.offered(sdp, str(ours), sees)
+        return await peers.Peer.from_offer(sdp, str(ours), sees)
     except ValueError as error:
         raise Refused(400, "invalid_sdp", str(error)) from error
 

@@ -20,17 +20,17 @@ def exported() -> InMemorySpanExporter:
     return exporter
 
 
-def test_a_session_is_a_span_with_what_happened_in_it(served, engine, exported):
+def test_a_session_is_a_span_with_what_happened_in_it(slots, engine, exported):
     async def test(server):
         client = await server.start()
-        await server.go(2)
+        await server.advance(2)
         await client.cut_off(server.session())
         again = await server.open()
         started = client.started
         resume = {"session_id": started["id"], "resume_token": started["resume"]["token"], "after": 1}
-        await again.say("session.resume", **resume)
+        await again.send("session.resume", **resume)
         await again.until("session.resumed")
-        await again.say("session.close")
+        await again.send("session.close")
         async with server.ticking():
             await again.until("session.closed")
         (span,) = exported.get_finished_spans()
@@ -40,12 +40,12 @@ def test_a_session_is_a_span_with_what_happened_in_it(served, engine, exported):
         assert [event.name for event in span.events] == ["client gone", "client back"]
         assert started["resume"]["token"] not in span.to_json()
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 def test_without_opentelemetry_a_span_is_nothing(monkeypatch):
     monkeypatch.setattr(tracing, "trace", None)
-    span = tracing.session("sess_1", "live", "small_test", "everyone")
+    span = tracing.start_session_span("sess_1", "live", "small_test", "everyone")
     span.add_event("client gone")
     span.set_attribute("jaxtml.end", "expired")
     span.end()

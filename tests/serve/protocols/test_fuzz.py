@@ -115,7 +115,7 @@ PROTOCOLS = {
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_nobody_notices_what_another_sends(served, engine, protocol, monkeypatch, caplog):
+def test_nobody_notices_what_another_sends(slots, engine, protocol, monkeypatch, caplog):
     monkeypatch.setattr(connection, "_PER_SECOND", 1_000_000)
     caplog.set_level(logging.ERROR)
     path, frame = PROTOCOLS[protocol]
@@ -148,15 +148,15 @@ def test_nobody_notices_what_another_sends(served, engine, protocol, monkeypatch
         async with serving.ticking():
             connections = await noise(serving)
             await eventually(lambda: len(serving.manager.sessions) == 1)
-            turns = session.scheduled.turns
-            await eventually(lambda: session.scheduled.turns > turns + 3)
-        assert not session.scheduled.ended and session.scheduled.attached
+            turns = session.scheduled.micro_turns
+            await eventually(lambda: session.scheduled.micro_turns > turns + 3)
+        assert not session.scheduled.end_reason and session.scheduled.attached
         assert connections == 1, "no message ends its sender's session"
         assert serving.counted("duplex_sessions_ended_total", reason="internal_error") == 0
         assert serving.counted("duplex_malformed_messages_total", protocol=protocol) > MESSAGES / 3
         listening.cancel()
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 

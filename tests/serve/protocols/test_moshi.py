@@ -22,7 +22,7 @@ import sphn
 from jaxtml.serve.protocols.moshi.protocol import ERROR, READY, SOUND, TEXT
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
-from jaxtml.serve.transport.sound import Format, Incoming, Outgoing
+from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder, SoundFormat
 from jaxtml.session.engine import converse
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
@@ -31,7 +31,7 @@ from tests.serve.serving import Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
-PCM = Format("pcm", 24_000)
+PCM = SoundFormat("pcm", 24_000)
 PEERS = Path(sys.prefix) / "peers"  # tools/setup.sh
 
 
@@ -53,12 +53,12 @@ def decoded(found: list[bytes]) -> np.ndarray:
     return np.concatenate([reader.append_bytes(frame[1:]) for frame in found if frame[:1] == SOUND])
 
 
-def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(served, engine, wave):
+def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(slots, engine, wave):
     writer, reader = sphn.OpusStreamWriter(24_000), sphn.OpusStreamReader(24_000)
     loud = soxr.resample(wave, 16_000, 24_000).astype(np.float32)
     pages = [writer.append_pcm(loud[at : at + FRAME]) for at in range(0, len(loud) - FRAME, FRAME)]
-    incoming = Incoming(PCM)
-    heard = np.concatenate([incoming.resampled(reader.append_bytes(page)) for page in pages])
+    incoming = SoundDecoder(PCM)
+    heard = np.concatenate([incoming.resample(reader.append_bytes(page)) for page in pages])
 
     async def test(serving: Serving) -> None:
         ws = await serving.http.ws_connect(f"{serving.url}/api/chat?text_temperature=0.7")
@@ -66,14 +66,14 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
         for page in pages:
             await ws.send_bytes(SOUND + page)
         session = serving.session()
-        await eventually(lambda: session.scheduled.hearing.waiting == len(heard))
+        await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples == len(heard))
         turns = len(heard) // MICRO_TURN_SAMPLES
-        await serving.go(turns)
+        await serving.advance(turns)
         found = await frames(ws, 0.12 + 0.2 * turns - 0.04)
-        out, text = Outgoing(PCM), ""
+        out, text = SoundEncoder(PCM), ""
         sound = [np.zeros(2880, np.float32)]
         for outputs, (record,) in converse(engine, [heard[: turns * MICRO_TURN_SAMPLES]], seed=session.scheduled.seed):
-            sound.append(PCM.decoded(out.put(outputs.wave[0])))
+            sound.append(PCM.decode(out.encode(outputs.wave[0])))
             text += record.text
         assert b"".join(frame[1:] for frame in found if frame[:1] == TEXT).decode() == text != ""
         writer, expected = sphn.OpusStreamWriter(24_000), np.concatenate(sound)
@@ -83,13 +83,13 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(serve
         np.testing.assert_allclose(got, same[: len(got)], atol=1e-4)
         assert np.abs(got[:2700]).max() < 1e-3, "120 ms of silence"
         await ws.close()
-        await eventually(lambda: session.scheduled.ended)
-        assert session.scheduled.ended is EndReason.LEFT
+        await eventually(lambda: session.scheduled.end_reason)
+        assert session.scheduled.end_reason is EndReason.LEFT
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(served, engine):
+def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(slots, engine):
     async def test(serving: Serving) -> None:
         ws = await serving.http.ws_connect(f"{serving.url}/api/chat")
         for frame, word in (
@@ -109,16 +109,16 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(served, 
             await ws.send_bytes(frame)
         await ws.send_bytes(TEXT + b"the sky")
         scheduled = serving.session().scheduled
-        await eventually(lambda: scheduled.typed)
-        assert scheduled.typed[0].mark is Control.TYPED
+        await eventually(lambda: scheduled.text_queue)
+        assert scheduled.text_queue[0].mark is Control.TYPED
         assert unread(scheduled) == engine.codec.encode("the sky")
         writer = sphn.OpusStreamWriter(24_000)
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
-        await eventually(lambda: scheduled.hearing.waiting)
+        await eventually(lambda: scheduled.jitter_buffer.waiting_samples)
         assert serving.counted("duplex_malformed_messages_total", protocol="moshi") == 7
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
 class Card:
@@ -160,7 +160,7 @@ class Card:
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="needs Kyutai's client, which tools/test installs")
-def test_the_stock_client_talks(served, engine, wave, monkeypatch):
+def test_the_stock_client_talks(slots, engine, wave, monkeypatch):
     package, card = ModuleType("moshi"), ModuleType("sounddevice")
     package.__path__ = [str(PEERS / "moshi")]  # without the models beside it, which want torch
     loud, played = soxr.resample(wave, 16_000, 24_000).astype(np.float32), []
@@ -178,16 +178,16 @@ def test_the_stock_client_talks(served, engine, wave, monkeypatch):
             await eventually(lambda: printer.stream.getvalue() == " it is forty")
             await eventually(lambda: any(block.any() for block in played))
         silence = DmelStream().step(np.zeros(MICRO_TURN_SAMPLES, np.float32))[1]
-        assert any((one.bins != silence).any() for one in serving.given()), "the microphone was heard"
+        assert any((one.bins != silence).any() for one in serving.model_inputs()), "the microphone was heard"
         talking.cancel()
-        await eventually(lambda: session.scheduled.ended)
+        await eventually(lambda: session.scheduled.end_reason)
         assert "Lost connection" not in printer.err_stream.getvalue()
 
     talk = {5: (Control.SAY, " it is", Control.SPEAK), 6: (Control.SAY, " forty", Control.SPEAK)}
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_once(served, engine):
+def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_once(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1)])
 
     async def test(serving: Serving) -> None:
@@ -199,9 +199,9 @@ def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_
         async with serving.http.get(url) as refused:
             assert refused.status == 426
         ws._response.connection.transport.abort()
-        await eventually(lambda: session.scheduled.ended is EndReason.GONE)
+        await eventually(lambda: session.scheduled.end_reason is EndReason.GONE)
         await eventually(lambda: not serving.manager.sessions)
-        await serving.go()
+        await serving.advance()
         ws = await serving.http.ws_connect(url)
         assert (await ws.receive()).data == READY
         serving.session().scheduled.end(EndReason.EXPIRED)
@@ -209,4 +209,4 @@ def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_
             pass
         assert b"expired" in message.data
 
-    serving(served, engine, test, access=access, model=scripted({}))
+    serving(slots, engine, test, access=access, model=scripted({}))

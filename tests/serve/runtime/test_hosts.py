@@ -32,23 +32,23 @@ from tests.serve.serving import Client
 MESH = MeshShape(data=2, expert=4)
 
 
-def gave(served: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
+def gave(slots: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
     """What each micro-turn gives to sessions of which the second begins later and the first ends sooner."""
     streams, found = [DmelStream() for _ in waves], []
     for turn in range(len(waves[0]) // MICRO_TURN_SAMPLES):
         if turn == 0:
-            served.begin(0, 7, 0)
+            slots.begin(0, 7, 0)
         if turn == 3:
             for session in range(1, len(waves)):
-                served.begin(session, session, 0)
+                slots.begin(session, session, 0)
         if turn == 10:
-            served.end(0)
+            slots.end(0)
         given = {}
-        for session in served.live:
+        for session in slots.live:
             rows = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
             streams[session], bins = streams[session].step(waves[session][rows])
             given[session] = SlotInput(bins)
-        found.append(served.step(given))
+        found.append(slots.step(given))
     return found
 
 
@@ -62,11 +62,11 @@ def shared(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-def test_sessions_on_a_mesh_are_those_of_one_device(shared, served, wave):
+def test_sessions_on_a_mesh_are_those_of_one_device(shared, slots, wave):
     waves = [np.roll(wave, 999 * n) for n in range(3)]
     spread = Slots(Engine.load(shared, MESH), 4, (1,))
     assert spread.buckets == (2, 4), "each part of the mesh has as many sessions"
-    ours, theirs = gave(spread, waves), gave(served, waves)
+    ours, theirs = gave(spread, waves), gave(slots, waves)
     assert spread.bucket == 4
     assert any(one.speaking for turn in theirs for one in turn.values()), "nothing of interest is compared"
     for turn, expected in zip(ours, theirs, strict=True):
@@ -129,16 +129,16 @@ async def talked(
     async with aiohttp.ClientSession() as http:
         client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
         pcm = {"format": {"type": "audio/pcm", "rate": 16000}}
-        await client.say("session.start", session={"model": "small_test", "audio": pcm})
+        await client.send("session.start", session={"model": "small_test", "audio": pcm})
         await client.until("session.started")
         sound = base64.b64encode((wave * 32767).astype("<i2").tobytes()).decode()
-        await client.say("session.input_audio.append", audio=sound)
+        await client.send("session.input_audio.append", audio=sound)
         heard = [await client.until("session.output_audio.delta") for _ in range(turns)]
         second.send_signal(signal.SIGTERM)
         assert (await client.until("info"))["code"] == "going_away", "a host that is to go ends no session at once"
         first.send_signal(signal.SIGTERM)
         heard += [await client.until("session.output_audio.delta") for _ in range(2)]
-        await client.say("session.close")
+        await client.send("session.close")
         await client.until("session.closed")
         return np.concatenate([np.frombuffer(base64.b64decode(one["delta"]), "<i2") for one in heard])
 

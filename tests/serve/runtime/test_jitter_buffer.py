@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxtml.serve.runtime.jitter_buffer import MOST, JitterBuffer
+from jaxtml.serve.runtime.jitter_buffer import CAPACITY, JitterBuffer
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
@@ -30,95 +30,95 @@ def silence(turns: float) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 320, 333, MICRO_TURN_SAMPLES, 7777])
 def test_packets_of_any_size_are_heard_as_one_wave(size):
-    hearing, wave = JitterBuffer(), sound(6)
+    buffer, wave = JitterBuffer(), sound(6)
     for start in range(0, len(wave), size):
-        hearing.put(wave[start : start + size])
-    np.testing.assert_array_equal([hearing.take() for _ in range(6)], heard(wave))
-    assert (hearing.waiting, hearing.missed, hearing.cut) == (0, 0, 0)
+        buffer.push(wave[start : start + size])
+    np.testing.assert_array_equal([buffer.pop_frames() for _ in range(6)], heard(wave))
+    assert (buffer.waiting_samples, buffer.missed_samples, buffer.cut_samples) == (0, 0, 0)
 
 
 def test_where_nothing_came_there_is_silence_and_what_comes_late_is_heard_late():
-    hearing, wave = JitterBuffer(), sound(3)
+    buffer, wave = JitterBuffer(), sound(3)
     cut = round(1.7 * MICRO_TURN_SAMPLES)
-    hearing.put(wave[:cut])
-    found = [hearing.take(), hearing.take(), hearing.take()]
-    hearing.put(wave[cut:])
-    found += [hearing.take(), hearing.take()]
+    buffer.push(wave[:cut])
+    found = [buffer.pop_frames(), buffer.pop_frames(), buffer.pop_frames()]
+    buffer.push(wave[cut:])
+    found += [buffer.pop_frames(), buffer.pop_frames()]
     gap = 3 * MICRO_TURN_SAMPLES - cut
     np.testing.assert_array_equal(found, heard(wave[:cut], np.zeros(gap, np.float32), wave[cut:], silence(0.7)))
-    assert hearing.missed == gap + round(0.7 * MICRO_TURN_SAMPLES)
+    assert buffer.missed_samples == gap + round(0.7 * MICRO_TURN_SAMPLES)
 
 
 def test_a_reserve_that_stays_is_taken_back_from_silence_alone():
-    hearing = JitterBuffer()
-    hearing.put(sound(4))
+    buffer = JitterBuffer()
+    buffer.push(sound(4))
     for turn in range(60):  # a client in real time, half a second late: it speaks for eight seconds, then is silent
-        hearing.put(sound(1, turn) if turn < 40 else silence(1))
-        hearing.take()
+        buffer.push(sound(1, turn) if turn < 40 else silence(1))
+        buffer.pop_frames()
         if turn == 42:
-            assert hearing.cut == 0 and hearing.waiting == 4 * MICRO_TURN_SAMPLES
-    assert hearing.cut == MICRO_TURN_SAMPLES
+            assert buffer.cut_samples == 0 and buffer.waiting_samples == 4 * MICRO_TURN_SAMPLES
+    assert buffer.cut_samples == MICRO_TURN_SAMPLES
     for _ in range(60):
-        hearing.put(silence(1))
-        hearing.take()
-    assert hearing.cut == 3 * MICRO_TURN_SAMPLES and hearing.waiting == MICRO_TURN_SAMPLES, (
+        buffer.push(silence(1))
+        buffer.pop_frames()
+    assert buffer.cut_samples == 3 * MICRO_TURN_SAMPLES and buffer.waiting_samples == MICRO_TURN_SAMPLES, (
         "as much as one micro-turn may stay"
     )
 
 
 def test_a_client_whose_clock_is_fast_does_not_pile_up_latency():
     """It sends 1 % more than real time; every other second is silent."""
-    hearing, piled = JitterBuffer(), []
+    buffer, piled = JitterBuffer(), []
     for turn in range(3000):
         loud = 0.1 if turn % 10 < 5 else 0.0
-        hearing.put(sound(1.01, turn, loud))
-        hearing.take()
-        piled.append(hearing.waiting)
+        buffer.push(sound(1.01, turn, loud))
+        buffer.pop_frames()
+        piled.append(buffer.waiting_samples)
     assert max(piled) < 3.5 * MICRO_TURN_SAMPLES
     assert (
-        hearing.cut == pytest.approx(0.01 * 3000 * MICRO_TURN_SAMPLES, abs=3 * MICRO_TURN_SAMPLES)
-        and hearing.missed == 0
+        buffer.cut_samples == pytest.approx(0.01 * 3000 * MICRO_TURN_SAMPLES, abs=3 * MICRO_TURN_SAMPLES)
+        and buffer.missed_samples == 0
     )
 
 
 def test_a_client_whose_clock_is_slow_is_filled_up_with_silence():
-    hearing = JitterBuffer()
+    buffer = JitterBuffer()
     for turn in range(1000):
-        hearing.put(sound(0.99, turn))
-        hearing.take()
-    assert hearing.missed == pytest.approx(0.01 * 1000 * MICRO_TURN_SAMPLES, abs=MICRO_TURN_SAMPLES)
-    assert hearing.waiting < MICRO_TURN_SAMPLES
+        buffer.push(sound(0.99, turn))
+        buffer.pop_frames()
+    assert buffer.missed_samples == pytest.approx(0.01 * 1000 * MICRO_TURN_SAMPLES, abs=MICRO_TURN_SAMPLES)
+    assert buffer.waiting_samples < MICRO_TURN_SAMPLES
 
 
 def test_an_upload_is_heard_whole_and_more_than_ten_seconds_find_no_room():
-    hearing, wave = JitterBuffer(), np.concatenate([sound(20), silence(15), sound(15)])
-    hearing.put(wave)
-    assert hearing.room() == 0 and hearing.waiting == MOST == 10 * SAMPLE_RATE
+    buffer, wave = JitterBuffer(), np.concatenate([sound(20), silence(15), sound(15)])
+    buffer.push(wave)
+    assert buffer.free_samples() == 0 and buffer.waiting_samples == CAPACITY == 10 * SAMPLE_RATE
     with pytest.raises(ValueError, match="room for 0"):
-        hearing.put(sound(1))
-    found = [hearing.take() for _ in range(30)]
+        buffer.push(sound(1))
+    found = [buffer.pop_frames() for _ in range(30)]
     np.testing.assert_array_equal(found, heard(wave)[:30])
-    assert hearing.room() == 30 * MICRO_TURN_SAMPLES
+    assert buffer.free_samples() == 30 * MICRO_TURN_SAMPLES
 
 
 def test_what_is_muted_is_not_heard_and_what_is_cleared_neither():
-    hearing, wave = JitterBuffer(), sound(1)
-    hearing.muted = True
-    hearing.put(sound(1, 1))
-    hearing.muted = False
-    hearing.put(sound(2, 2))
-    hearing.clear()
-    hearing.put(wave)
-    np.testing.assert_array_equal(hearing.take(), heard(wave)[0])
+    buffer, wave = JitterBuffer(), sound(1)
+    buffer.muted = True
+    buffer.push(sound(1, 1))
+    buffer.muted = False
+    buffer.push(sound(2, 2))
+    buffer.clear()
+    buffer.push(wave)
+    np.testing.assert_array_equal(buffer.pop_frames(), heard(wave)[0])
 
 
 def test_what_a_stall_held_back_does_not_make_a_conversation_late_for_ever():
-    hearing = JitterBuffer()
+    buffer = JitterBuffer()
     for _ in range(15):
-        hearing.take()  # three seconds in which nothing comes
+        buffer.pop_frames()  # three seconds in which nothing comes
     for _ in range(16):
-        hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))  # and then all of it, while nobody speaks
+        buffer.push(np.zeros(MICRO_TURN_SAMPLES, np.float32))  # and then all of it, while nobody speaks
     for _ in range(500):
-        hearing.put(np.zeros(MICRO_TURN_SAMPLES, np.float32))
-        hearing.take()
-    assert hearing.waiting <= 2 * MICRO_TURN_SAMPLES
+        buffer.push(np.zeros(MICRO_TURN_SAMPLES, np.float32))
+        buffer.pop_frames()
+    assert buffer.waiting_samples <= 2 * MICRO_TURN_SAMPLES

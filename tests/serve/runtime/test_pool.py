@@ -10,27 +10,27 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.serve.runtime.pool import started
+from jaxtml.serve.runtime.pool import start_pool
 from jaxtml.serve.runtime.scheduler import EndReason, ServerFull
 
 
 def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkpoint):
     async def main() -> None:
-        async with started(checkpoint, 3, 2) as (pool, ready):
-            assert [hub.capacity for hub in pool.hubs] == [2, 1] and pool.capacity == 3
+        async with start_pool(checkpoint, 3, 2) as (pool, ready):
+            assert [hub.capacity for hub in pool.schedulers] == [2, 1] and pool.capacity == 3
             assert '"name": "small_test"' in ready.config
             running = asyncio.create_task(pool.run())
             sessions = [pool.admit(seed) for seed in range(3)]
-            assert [len(hub.sessions) for hub in pool.hubs] == [2, 1]
+            assert [len(hub.sessions) for hub in pool.schedulers] == [2, 1]
             assert sorted(map(id, pool.sessions)) == sorted(map(id, sessions))
             with pytest.raises(ServerFull):
                 pool.admit(3)
             for session in sessions:
-                assert (await session.turns_after(-1))[0].number == 0
+                assert (await session.results_after(-1))[0].number == 0
             sessions[2].end(EndReason.ASKED)
             await asyncio.sleep(0.5)
             pool.admit(4)
-            os.kill(pool.hubs[1].model.process.pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
+            os.kill(pool.schedulers[1].model.process.pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
             with pytest.raises(ConnectionError, match="the model's process is gone"):
                 await running
 
@@ -42,13 +42,13 @@ def test_groups_of_one_worker_have_clocks_of_their_own(checkpoint):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        async with started(checkpoint, 7, 1, lambda *_: ended.append(loop.time())) as (pool, ready):
-            assert ready.groups == 2 and [hub.capacity for hub in pool.hubs] == [4, 3] and len(pool.links) == 1
+        async with start_pool(checkpoint, 7, 1, lambda *_: ended.append(loop.time())) as (pool, ready):
+            assert ready.groups == 2 and [hub.capacity for hub in pool.schedulers] == [4, 3] and len(pool.workers) == 1
             running = asyncio.create_task(pool.run())
             first, second = pool.admit(0), pool.admit(0)
-            assert [len(hub.sessions) for hub in pool.hubs] == [1, 1]
+            assert [len(hub.sessions) for hub in pool.schedulers] == [1, 1]
             for session in (first, second):
-                assert (await session.turns_after(4))[0].number == 5
+                assert (await session.results_after(4))[0].number == 5
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
@@ -60,7 +60,7 @@ def test_groups_of_one_worker_have_clocks_of_their_own(checkpoint):
 @pytest.mark.parametrize("workers", [0, 2, 10_000])
 def test_a_number_of_workers_that_does_not_fit_is_refused(checkpoint, workers):
     async def main() -> None:
-        async with started(checkpoint, 1, workers):
+        async with start_pool(checkpoint, 1, workers):
             pass
 
     with pytest.raises(InputError, match=f"{workers} workers for 1 sessions"):
@@ -69,7 +69,7 @@ def test_a_number_of_workers_that_does_not_fit_is_refused(checkpoint, workers):
 
 def test_what_is_wrong_with_a_checkpoint_is_said_and_no_worker_is_left(tmp_path):
     async def main() -> None:
-        async with started(tmp_path, 2, min(2, len(os.sched_getaffinity(0)))):
+        async with start_pool(tmp_path, 2, min(2, len(os.sched_getaffinity(0)))):
             pass
 
     with pytest.raises(InputError, match="not a jaxtml checkpoint"):

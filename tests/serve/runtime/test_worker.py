@@ -29,11 +29,11 @@ def test_it_gives_what_the_model_gives_here_and_ends_with_its_server(checkpoint,
             stream, bins = stream.step(wave[turn * MICRO_TURN_SAMPLES : (turn + 1) * MICRO_TURN_SAMPLES])
             told = await link.tick(Tick(begin, (), {3: SlotInput(bins)}))
             begin = ()
-            np.testing.assert_array_equal(told.gave[3].tokens, outputs.tokens[0, : outputs.count[0]])
-            np.testing.assert_allclose(told.gave[3].wave, outputs.wave[0], atol=1e-4)
+            np.testing.assert_array_equal(told.outputs[3].tokens, outputs.tokens[0, : outputs.count[0]])
+            np.testing.assert_allclose(told.outputs[3].wave, outputs.wave[0], atol=1e-4)
             assert told.compilations == 0 and told.step_ms > 0
         told = await link.tick(Tick((), (3,), {}))
-        assert told.gave == {}
+        assert told.outputs == {}
         unheard = asyncio.create_task(link.tick(Tick()))
         await asyncio.sleep(0)
         unheard.cancel()
@@ -50,7 +50,7 @@ def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkp
         hub = Scheduler(link, 1)
         session = hub.admit(0)
         running = asyncio.create_task(hub.run())
-        await session.turns_after(-1)
+        await session.results_after(-1)
         os.kill(link.process.pid, signal.SIGKILL)
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await running

@@ -29,83 +29,85 @@ def refused(*arguments, of) -> str:
 def test_a_key_is_known_by_itself_or_by_its_digest_and_the_digest_is_no_key():
     digest = "sha256:" + hashlib.sha256(b"sk-hidden-key").hexdigest()
     access = Access([Key(name="plain", key="sk-plain-key"), Key(name="hidden", key=digest)])
-    assert access.who("sk-plain-key").key.name == "plain"
-    assert access.who("sk-hidden-key").key.name == "hidden"
-    assert refused(digest, of=access.who) == "invalid_api_key"
-    assert refused("", of=access.who) == refused(None, of=access.who) == "missing_api_key"
+    assert access.authenticate("sk-plain-key").key.name == "plain"
+    assert access.authenticate("sk-hidden-key").key.name == "hidden"
+    assert refused(digest, of=access.authenticate) == "invalid_api_key"
+    assert refused("", of=access.authenticate) == refused(None, of=access.authenticate) == "missing_api_key"
 
 
 def test_without_keys_everyone_may():
     access = Access()
-    assert access.who(None).key is EVERYONE and access.who("anything").key is EVERYONE
+    assert access.authenticate(None).key is EVERYONE and access.authenticate("anything").key is EVERYONE
     for n in range(1000):
-        access.ask(access.who(None))
-        access.begin(access.who(None), f"s{n}", "live")
+        access.count_request(access.authenticate(None))
+        access.begin_session(access.authenticate(None), f"s{n}", "live")
 
 
 def test_a_short_lived_key_has_the_scopes_of_its_maker_and_an_end():
     clock = Clock()
     maker = Key(name="maker", key="sk-maker-key", scopes=("live", "realtime"))
     access = Access([maker], "s" * 32, clock)
-    value = access.ephemeral(access.who("sk-maker-key"), int(clock.time) + 60, ("realtime", "moshi"), {"a": 1})
-    grant = access.who(value)
+    value = access.create_short_lived_key(
+        access.authenticate("sk-maker-key"), int(clock.time) + 60, ("realtime", "moshi"), {"a": 1}
+    )
+    grant = access.authenticate(value)
     assert (grant.key, grant.scopes, grant.session) == (maker, {"realtime"}, {"a": 1})
-    assert refused(grant, "s1", "live", of=access.begin) == "insufficient_scope"
-    access.begin(grant, "s1", "realtime")
+    assert refused(grant, "s1", "live", of=access.begin_session) == "insufficient_scope"
+    access.begin_session(grant, "s1", "realtime")
     replica = Access([maker], "s" * 32, clock)
-    assert replica.who(value).key == maker, "replicas with the file know it"
+    assert replica.authenticate(value).key == maker, "replicas with the file know it"
     for other in (Access([maker], "t" * 32, clock), Access([maker], "", clock)):
-        assert refused(value, of=other.who) == "invalid_api_key"
-    assert refused(value[:-3] + "abc", of=access.who) == "invalid_api_key"
-    assert refused("ek_nonsense", of=access.who) == "invalid_api_key"
+        assert refused(value, of=other.authenticate) == "invalid_api_key"
+    assert refused(value[:-3] + "abc", of=access.authenticate) == "invalid_api_key"
+    assert refused("ek_nonsense", of=access.authenticate) == "invalid_api_key"
     without = Access([Key(name="other", key="sk-other-key")], "s" * 32, clock)
-    assert refused(value, of=without.who) == "invalid_api_key", "its maker was taken away"
+    assert refused(value, of=without.authenticate) == "invalid_api_key", "its maker was taken away"
     clock.time += 61
-    assert refused(access.who(value), of=access.ask) == "expired_api_key"
+    assert refused(access.authenticate(value), of=access.count_request) == "expired_api_key"
 
 
 def test_requests_sessions_and_minutes_are_counted_by_key():
     clock = Clock()
     key = Key(name="one", key="sk-first-key", sessions=2, minutes_per_day=10, requests_per_minute=3)
     access = Access([key, Key(name="two", key="sk-second-key")], now=clock)
-    grant = access.who("sk-first-key")
+    grant = access.authenticate("sk-first-key")
     for _ in range(3):
-        access.ask(grant)
+        access.count_request(grant)
         clock.time += 10
     with pytest.raises(Refused) as error:
-        access.ask(grant)
+        access.count_request(grant)
     assert error.value.code == "rate_limit_exceeded" and error.value.retry_after_s == pytest.approx(30)
     clock.time += 31
-    access.ask(grant)
-    access.begin(grant, "a", "live")
-    access.begin(grant, "b", "live")
-    assert refused(grant, "c", "live", of=access.begin) == "session_limit_exceeded"
-    access.begin(access.who("sk-second-key"), "d", "live")
+    access.count_request(grant)
+    access.begin_session(grant, "a", "live")
+    access.begin_session(grant, "b", "live")
+    assert refused(grant, "c", "live", of=access.begin_session) == "session_limit_exceeded"
+    access.begin_session(access.authenticate("sk-second-key"), "d", "live")
     clock.time += 240
-    assert access.minutes("one") == pytest.approx(8)
-    access.end("one", "a")
-    access.end("one", "a")  # once
-    access.end("one", "b")
-    access.begin(grant, "e", "live")
+    assert access.minutes_used("one") == pytest.approx(8)
+    access.end_session("one", "a")
+    access.end_session("one", "a")  # once
+    access.end_session("one", "b")
+    access.begin_session(grant, "e", "live")
     clock.time += 180
-    access.end("one", "e")
+    access.end_session("one", "e")
     with pytest.raises(Refused) as error:
-        access.begin(grant, "f", "live")
+        access.begin_session(grant, "f", "live")
     assert error.value.code == "quota_exceeded" and 0 < error.value.retry_after_s <= 86_400
     clock.time += 86_400
-    access.begin(grant, "f", "live")
-    assert access.minutes("one") == 0 and access.left_s(grant) == pytest.approx(600)
+    access.begin_session(grant, "f", "live")
+    assert access.minutes_used("one") == 0 and access.remaining_s(grant) == pytest.approx(600)
 
 
 def test_a_million_short_sessions_take_no_memory():
     clock = Clock()
     access = Access([Key(name="one", key="sk-first-key")], now=clock)
-    grant = access.who("sk-first-key")
+    grant = access.authenticate("sk-first-key")
     for n in range(5000):
-        access.begin(grant, str(n), "live")
+        access.begin_session(grant, str(n), "live")
         clock.time += 0.1
-        access.end("one", str(n))
-    assert len(access._used["one"]) < 12 and access.minutes("one") == pytest.approx(500 / 60)
+        access.end_session("one", str(n))
+    assert len(access._used["one"]) < 12 and access.minutes_used("one") == pytest.approx(500 / 60)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +137,4 @@ def test_a_file_is_read(tmp_path):
         Access.load(tmp_path / "missing.json")
     keys = [{"name": "a", "key": "sk-long-enough", "sessions": 3}]
     (tmp_path / "keys.json").write_text(json.dumps({"keys": keys, "secret": "s" * 32}))
-    assert Access.load(tmp_path / "keys.json").who("sk-long-enough").key.sessions == 3
+    assert Access.load(tmp_path / "keys.json").authenticate("sk-long-enough").key.sessions == 3

@@ -21,7 +21,7 @@ from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
-from jaxtml.serve.web import signalling as offers
+from jaxtml.serve.web import signalling
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving
@@ -33,7 +33,7 @@ from aiortc import VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
 from jaxtml.serve.transport import peer
-from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketOrder, _size
+from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, _size
 from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
 
 SPEAKS = {n: (Control.SAY, "yes", Control.SPEAK) for n in range(1, 100)}
@@ -63,26 +63,26 @@ async def at_rest(serving: Serving) -> set[asyncio.Task]:
         return asyncio.all_tasks()
 
 
-def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
+def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(slots, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             started = await live(serving, caller, instructions="be kind")
             session = serving.session()
             assert started["id"] == session.id and started["instructions"] == "be kind"
-            await eventually(lambda: session.scheduled.hearing.waiting > 2 * MICRO_TURN_SAMPLES)
-            heard = np.concatenate(session.scheduled.hearing.parts)[-MICRO_TURN_SAMPLES:]
+            await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples > 2 * MICRO_TURN_SAMPLES)
+            heard = np.concatenate(session.scheduled.jitter_buffer.parts)[-MICRO_TURN_SAMPLES:]
             assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
             async with serving.ticking(0.2):
                 await eventually(lambda: len(caller.heard()) > 48_000)
-                caller.say("session.commentary.append", content="abc", delegation_id=None, event_id="a")
+                caller.send("session.commentary.append", content="abc", delegation_id=None, event_id="a")
                 assert (await caller.until("session.commentary.appended"))["client_event_id"] == "a"
                 said = caller.heard()[-24_000:]
                 assert loudest(said, 48_000) == pytest.approx(300, abs=10), "the model's tone"
                 assert np.sqrt(np.mean(said**2)) > 0.1, "with few holes, even on a busy machine"
-                caller.say("session.input_audio.append", audio="AAAA")
+                caller.send("session.input_audio.append", audio="AAAA")
                 assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
-                caller.say("session.close")
+                caller.send("session.close")
                 await eventually(lambda: session.closing_at)
                 session.closing_at -= 10  # it speaks on and on
                 closed = await caller.until("session.closed")
@@ -93,10 +93,10 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(served, engine):
                 LIVE.validate_python(event, strict=True)
             await caller.closed()
 
-    serving(served, engine, test, model=singing(300, SPEAKS))
+    serving(slots, engine, test, model=singing(300, SPEAKS))
 
 
-def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(served, engine):
+def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(slots, engine):
     script = {n: (Control.SAY, "yes", Control.SPEAK) for n in (2, 3, 4, 20, 21, 22, 23, 24, 25, 26, 27)}
 
     async def test(serving: Serving) -> None:
@@ -108,39 +108,39 @@ def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(served
             assert made.response.status_code == 201 and where == f"/v1/realtime/calls/{serving.session().id}"
             await caller.answered(made.text)
             assert (await caller.until("session.created"))["session"]["instructions"] == "be kind"
-            await eventually(lambda: serving.session().scheduled.hearing.waiting)
-            caller.say("input_audio_buffer.commit")
+            await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
+            caller.send("input_audio_buffer.commit")
             await caller.until("input_audio_buffer.committed")
-            await serving.go(8)
+            await serving.advance(8)
             await caller.until("output_audio_buffer.stopped")
             kinds = caller.kinds()
             order = ("response.content_part.added", "output_audio_buffer.started", "response.done")
             assert [kinds.index(kind) for kind in order] == sorted(kinds.index(kind) for kind in order)
             assert kinds[-1] == "output_audio_buffer.stopped" and "response.output_audio.delta" not in kinds
-            await serving.go(14)
+            await serving.advance(14)
             started = await caller.until("output_audio_buffer.started")
-            caller.say("output_audio_buffer.clear")
+            caller.send("output_audio_buffer.clear")
             cleared = await caller.until("output_audio_buffer.cleared")
             assert cleared["response_id"] == started["response_id"]
             assert [one["response"]["status"] for one in caller.events if one["type"] == "response.done"] == [
                 "completed",
                 "cancelled",
             ]
-            caller.say("output_audio_buffer.clear")  # there is nothing to clear, and nothing wrong
-            caller.say("input_audio_buffer.append", audio="AAAA")
+            caller.send("output_audio_buffer.clear")  # there is nothing to clear, and nothing wrong
+            caller.send("input_audio_buffer.append", audio="AAAA")
             assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
             for event in caller.events:
                 REALTIME.validate_python(event)
             session = serving.session()
             await openai.realtime.calls.hangup(session.id)
             await caller.closed()
-            assert session.scheduled.ended is EndReason.ASKED
+            assert session.scheduled.end_reason is EndReason.ASKED
             await eventually(lambda: not serving.manager.sessions)
 
-    serving(served, engine, test, model=singing(300, script))
+    serving(slots, engine, test, model=singing(300, script))
 
 
-def test_a_short_lived_key_is_enough_and_says_what_the_session_is(served, engine):
+def test_a_short_lived_key_is_enough_and_says_what_the_session_is(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1)])
 
     async def test(serving: Serving) -> None:
@@ -164,12 +164,12 @@ def test_a_short_lived_key_is_enough_and_says_what_the_session_is(served, engine
             async with serving.http.post(f"{url}/{session.id}/hangup") as refused:
                 assert refused.status == 401
             await caller.close()  # who closes is done
-            await eventually(lambda: session.scheduled.ended is EndReason.LEFT)
+            await eventually(lambda: session.scheduled.end_reason is EndReason.LEFT)
 
-    serving(served, engine, test, access=access, model=scripted({}))
+    serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_a_peer_that_vanishes_comes_back_over_a_websocket(served, engine, monkeypatch):
+def test_a_peer_that_vanishes_comes_back_over_a_websocket(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
 
     async def test(serving: Serving) -> None:
@@ -177,28 +177,28 @@ def test_a_peer_that_vanishes_comes_back_over_a_websocket(served, engine, monkey
             started = await live(serving, caller)
             session = serving.session()
             assert session.scheduled.attached
-            await serving.go(2)
+            await serving.advance(2)
             caller.vanish()
             await eventually(lambda: not session.scheduled.attached)
-            assert not session.scheduled.ended
+            assert not session.scheduled.end_reason
             back = await serving.open()
             resume = {"session_id": session.id, "resume_token": started["resume"]["token"], "after": 0}
-            await back.say("session.resume", **resume)
+            await back.send("session.resume", **resume)
             await back.until("session.resumed")
-            before = session.scheduled.turns
-            await serving.go(2)
+            before = session.scheduled.micro_turns
+            await serving.advance(2)
             sound = await back.until("session.output_audio.delta")
             assert sound["start_ms"] == 200 * (before + 1), "and from now on its sound is in the events"
-            await back.say("session.input_audio.append", audio="AAAAAAAA")
-            await back.say("session.close")
+            await back.send("session.input_audio.append", audio="AAAAAAAA")
+            await back.send("session.close")
             async with serving.ticking():
                 assert await back.closed() == 1000
-            assert not back.of("error")
+            assert not back.events_of("error")
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_peer_that_does_not_come_back_is_ended(served, engine, monkeypatch):
+def test_a_peer_that_does_not_come_back_is_ended(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
 
     async def test(serving: Serving) -> None:
@@ -207,14 +207,14 @@ def test_a_peer_that_does_not_come_back_is_ended(served, engine, monkeypatch):
             session = serving.session()
             caller.vanish()
             await eventually(lambda: not session.scheduled.attached)
-            await serving.go(160)
+            await serving.advance(160)
             await eventually(lambda: not serving.manager.sessions)
-            assert session.scheduled.ended is EndReason.GONE and served.live == {}
+            assert session.scheduled.end_reason is EndReason.GONE and slots.live == {}
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(served, engine, monkeypatch):
+def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_LOOK_S", 0.05)
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
     monkeypatch.setattr("aioice.ice.CONSENT_INTERVAL", 0.1)
@@ -227,11 +227,11 @@ def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(served, engine,
             caller.vanish()
             await eventually(lambda: not serving.session().scheduled.attached)
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.parametrize("flood", ["messages", "parts", "sources"])
-def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, monkeypatch, flood):
+def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(slots, engine, monkeypatch, flood):
     if flood == "messages":  # more than are taken
         monkeypatch.setattr(connection, "_PER_SECOND", 1)
         monkeypatch.setattr(connection, "_BURST", 10)
@@ -239,7 +239,7 @@ def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, 
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             await live(serving, caller)
-            line = serving.session().connection.line
+            line = serving.session().connection.transport
             if flood == "sources":
                 (sender,) = caller.pc.getSenders()
                 for source in range(8):  # after its own
@@ -251,17 +251,17 @@ def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(served, engine, 
             if flood == "parts":  # that take longer to put together than they may
                 line._time.burst = 1e-4
             for _ in range(1000):
-                caller.say("session.input_audio.mute")
+                caller.send("session.input_audio.mute")
             async with serving.ticking():
                 await eventually(lambda: not serving.session().scheduled.attached)
             assert not line._inbox and not line.left
             async with serving.http.get(f"{serving.url}/health") as health:
                 assert health.status == 200
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(served, engine, caplog):
+def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(slots, engine, caplog):
     async def test(serving: Serving) -> None:
         async with calling() as caller:
             offer = re.sub("max-message-size:.*", "max-message-size:300", await caller.offer())
@@ -271,7 +271,7 @@ def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(serve
             await caller.closed()
             assert not serving.session().scheduled.attached
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
     assert "a peer does not take an event of" in caplog.text
 
 
@@ -281,14 +281,14 @@ def test_who_comes_over_ipv4_to_a_server_of_both_families_is_answered_there(monk
     async def offered(sdp: str, address: str, sees: bool) -> None:
         answered.append(address)
 
-    monkeypatch.setattr(peer.Peer, "offered", offered)
+    monkeypatch.setattr(peer.Peer, "from_offer", offered)
     for ours in ("::ffff:10.0.0.7", "10.0.0.7", "2001:db8::7"):
         transport = SimpleNamespace(get_extra_info=lambda name, ours=ours: (ours, 8080))
-        asyncio.run(offers.peer_of(cast(Any, SimpleNamespace(transport=transport)), "", False))
+        asyncio.run(signalling.open_peer(cast(Any, SimpleNamespace(transport=transport)), "", False))
     assert answered == ["10.0.0.7", "10.0.0.7", "2001:db8::7"]
 
 
-def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(served, engine):
+def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(slots, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             offer = await caller.offer()
@@ -298,15 +298,15 @@ def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(served
             assert made.status == 201
         session = serving.session()
         assert not session.scheduled.attached, "it stands still until there is someone"
-        await eventually(lambda: session.scheduled.ended)
-        await serving.go()
+        await eventually(lambda: session.scheduled.end_reason)
+        await serving.advance()
         await eventually(lambda: not serving.manager.sessions and asyncio.all_tasks() <= before)
-        assert session.scheduled.turns == 0
+        assert session.scheduled.micro_turns == 0
 
-    serving(served, engine, test, limits=Limits(first_message_s=0.3), model=scripted({}))
+    serving(slots, engine, test, limits=Limits(first_message_s=0.3), model=scripted({}))
 
 
-def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(served, engine):
+def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(slots, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
             offer = await caller.offer()
@@ -346,10 +346,10 @@ def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(served, en
         await eventually(lambda: asyncio.all_tasks() <= before)
         assert not serving.manager.sessions and not serving.counted("duplex_sessions_total", protocol="live")
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_camera_is_seen_once_a_micro_turn(served, engine):
+def test_a_camera_is_seen_once_a_micro_turn(slots, engine):
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500), VideoStreamTrack()) as caller:
             await live(serving, caller)
@@ -358,15 +358,15 @@ def test_a_camera_is_seen_once_a_micro_turn(served, engine):
             for _ in range(4):
                 await eventually(lambda: session.scheduled.patches is not None)
                 seen.append(session.scheduled.patches)
-                await serving.go()
+                await serving.advance()
             assert all(one.shape[1:] == (2, 40, 40, 3) for one in seen)
-            given = [one.patches is not None for one in serving.given()]
+            given = [one.patches is not None for one in serving.model_inputs()]
             assert given == [True] * 4
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_where_the_extra_is_not_installed_it_is_said(served, engine, monkeypatch):
+def test_where_the_extra_is_not_installed_it_is_said(slots, engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiortc", None)
     for name in ("peer", "tracks"):
         monkeypatch.delitem(sys.modules, f"jaxtml.serve.transport.{name}", raising=False)
@@ -379,7 +379,7 @@ def test_where_the_extra_is_not_installed_it_is_said(served, engine, monkeypatch
             error = (await refused.json())["error"]
             assert error["code"] == "webrtc_not_installed" and "jaxtml[webrtc]" in error["message"]
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
 # --- the rules of the tracks
@@ -424,7 +424,7 @@ def packet(number: int, data: bytes | None = None) -> RtpPacket:
 
 @pytest.mark.parametrize("first", [10, 65_533])
 def test_packets_are_put_in_order_and_those_that_are_lost_are_not_waited_for_long(first):
-    arrivals = PacketOrder()
+    arrivals = PacketReorderer()
 
     def got(*ahead: int) -> list[int | None]:
         for one in ahead:
@@ -442,11 +442,11 @@ def test_packets_are_put_in_order_and_those_that_are_lost_are_not_waited_for_lon
 
 def test_what_is_no_opus_is_silence_and_what_follows_is_heard():
     async def main() -> None:
-        arrivals = PacketOrder()
+        arrivals = PacketReorderer()
         ear = IncomingTrack(arrivals)
         for number, data in enumerate([b"\xff\xff nonsense", b"", b"\xf8\xff\xfe"]):
             arrivals.add(packet(number, data))
-        found = np.concatenate([await ear.heard() for _ in range(3)])
+        found = np.concatenate([await ear.next_samples() for _ in range(3)])
         assert 700 < len(found) <= 960 and np.abs(found).max() < 1e-3
 
     asyncio.run(main())
@@ -489,7 +489,7 @@ HEARD = """(async () => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
+def test_a_browser_talks_is_seen_hears_and_hangs_up(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         flags = "--allow-loopback-in-peer-connection"  # where there is no other network
         async with browser(serving.url, tmp_path, flags) as tab:
@@ -508,13 +508,13 @@ def test_a_browser_talks_is_seen_hears_and_hangs_up(served, engine, tmp_path):
                 "the peaks of the tone, with few holes even if it is busy here"
             )
             assert after[2] < 500, f"the browser's own buffer has {after[2]:.0f} ms"
-            assert session.scheduled.hearing.missed < session.scheduled.turns * MICRO_TURN_SAMPLES / 2, (
-                "its microphone is heard"
-            )
-            seen = [one.patches is not None for one in serving.given()]
+            assert (
+                session.scheduled.jitter_buffer.missed_samples < session.scheduled.micro_turns * MICRO_TURN_SAMPLES / 2
+            ), "its microphone is heard"
+            seen = [one.patches is not None for one in serving.model_inputs()]
             assert np.mean(seen) > 0.5, "and its camera"
             await tab.run("pc.close()")
-            await eventually(lambda: session.scheduled.ended)
-            assert session.scheduled.ended is EndReason.LEFT and not tab.errors
+            await eventually(lambda: session.scheduled.end_reason)
+            assert session.scheduled.end_reason is EndReason.LEFT and not tab.errors
 
-    serving(served, engine, test, model=singing(300, SPEAKS))
+    serving(slots, engine, test, model=singing(300, SPEAKS))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxtml.serve.transport.sound import Format, Incoming, Outgoing
+from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder, SoundFormat
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-FORMATS = [Format("pcm", 16000), Format("pcm", 24000), Format("pcmu", 8000), Format("pcma", 8000)]
+FORMATS = [SoundFormat("pcm", 16000), SoundFormat("pcm", 24000), SoundFormat("pcmu", 8000), SoundFormat("pcma", 8000)]
 TURNS = 10
 
 
@@ -21,11 +21,11 @@ def tone() -> np.ndarray:
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_there_and_back_is_the_same_sound_a_little_later(format, tone):
-    out, back = Outgoing(format), Incoming(format)
-    pieces = [out.put(tone[at : at + MICRO_TURN_SAMPLES]) for at in range(0, len(tone), MICRO_TURN_SAMPLES)]
+    out, back = SoundEncoder(format), SoundDecoder(format)
+    pieces = [out.encode(tone[at : at + MICRO_TURN_SAMPLES]) for at in range(0, len(tone), MICRO_TURN_SAMPLES)]
     assert {len(piece) for piece in pieces} == {format.rate // 5 * format.width}, "200 ms each"
     assert 0 <= out.delay_ms < 7
-    heard = np.concatenate([back.put(piece) for piece in pieces])
+    heard = np.concatenate([back.decode(piece) for piece in pieces])
     most = SAMPLE_RATE // 10
     middle = slice(SAMPLE_RATE // 2, SAMPLE_RATE)
     apart = [np.abs(heard[middle] - np.roll(tone, late)[middle]).max() for late in range(most)]
@@ -34,12 +34,12 @@ def test_there_and_back_is_the_same_sound_a_little_later(format, tone):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_pieces_of_any_size_are_heard_as_the_whole(format, tone):
-    data = Outgoing(format).put(tone[:MICRO_TURN_SAMPLES])
-    whole, parts = Incoming(format).put(data), Incoming(format)
+    data = SoundEncoder(format).encode(tone[:MICRO_TURN_SAMPLES])
+    whole, parts = SoundDecoder(format).decode(data), SoundDecoder(format)
     rng, at, heard = np.random.default_rng(0), 0, []
     while at < len(data):
         step = format.width * int(rng.integers(1, 400))
-        heard.append(parts.put(data[at : at + step]))
+        heard.append(parts.decode(data[at : at + step]))
         at += step
     joined = np.concatenate(heard)
     assert abs(len(joined) - len(whole)) < 64, "a resampler keeps some to itself"
@@ -48,13 +48,13 @@ def test_pieces_of_any_size_are_heard_as_the_whole(format, tone):
 
 
 def test_bytes_that_are_no_samples_are_refused_and_cost_nothing():
-    incoming = Incoming(FORMATS[0])
+    incoming = SoundDecoder(FORMATS[0])
     with pytest.raises(ValueError, match="3 bytes are no samples of 16 bits"):
-        incoming.put(b"abc")
-    assert len(incoming.put(b"")) == 0
-    assert all(len(Incoming(format).put(b"")) == 0 for format in FORMATS)
+        incoming.decode(b"abc")
+    assert len(incoming.decode(b"")) == 0
+    assert all(len(SoundDecoder(format).decode(b"")) == 0 for format in FORMATS)
 
 
 def test_what_is_too_loud_is_cut_off():
-    loud = Format("pcm", 16000).encoded(np.array([2.0, -2.0, 0.5], np.float32))
+    loud = SoundFormat("pcm", 16000).encode(np.array([2.0, -2.0, 0.5], np.float32))
     assert np.frombuffer(loud, "<i2").tolist() == [32767, -32768, 16384]

@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PAGE = Path(routes.__file__).parent / "page"
 
 
-def test_the_page_is_served_whole_and_asks_nobody_else(served, engine):
+def test_the_page_is_served_whole_and_asks_nobody_else(slots, engine):
     async def test(serving: Serving) -> None:
         async with serving.http.get(serving.url) as response:
             html = await response.text()
@@ -44,7 +44,7 @@ def test_the_page_is_served_whole_and_asks_nobody_else(served, engine):
         async with serving.http.get(f"{serving.url}/../access.py") as response:
             assert response.status == 404
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 class Browser:
@@ -124,11 +124,11 @@ async def browser(url: str, folder: Path, *flags: str) -> AsyncIterator[Browser]
 
 
 def typed(serving: Serving) -> list[int]:
-    return [token for one in serving.given() for token in one.text]
+    return [token for one in serving.model_inputs() for token in one.text]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
+def test_a_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking():
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
@@ -145,69 +145,71 @@ def test_a_person_talks_types_mutes_and_ends(served, engine, tmp_path):
             await tab.until("document.getElementById('words').textContent.includes('the sky')")
             await tab.run("document.getElementById('camera').click()")
             await tab.until("document.getElementById('camera').getAttribute('aria-pressed') === 'true'")
-            assert session.scheduled.hearing.muted and session.protocol.intake.taken > 0
-            given = serving.given()
+            assert session.scheduled.jitter_buffer.muted and session.protocol.intake.received_bytes > 0
+            given = serving.model_inputs()
             async with asyncio.timeout(20):
                 while not any(one.patches is not None for one in given):
                     await asyncio.sleep(0.1)
-                    given = [one for tick in serving.model.ticks[-50:] for one in tick.given.values()]
+                    given = [one for tick in serving.model.ticks[-50:] for one in tick.inputs.values()]
             await tab.run("document.getElementById('stop').click()")
             await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
             assert not await tab.run("document.getElementById('talk').disabled")
             assert tab.errors == []
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(served, engine, tmp_path):
+def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking(0.2):
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
             await tab.run("document.getElementById('talk').click(); document.getElementById('talk').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
             session = serving.session()
-            await eventually(lambda: session.protocol.intake.taken > 48_000)
-            began, before = time.monotonic(), session.protocol.intake.taken
-            session.connection.line._transport.abort()
+            await eventually(lambda: session.protocol.intake.received_bytes > 48_000)
+            began, before = time.monotonic(), session.protocol.intake.received_bytes
+            session.connection.transport._transport.abort()
             await eventually(lambda: not session.scheduled.attached)
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: session.protocol.intake.taken - before > 0.9 * 48_000 * (time.monotonic() - began))
-            session.connection.line._transport.abort()
+            await eventually(
+                lambda: session.protocol.intake.received_bytes - before > 0.9 * 48_000 * (time.monotonic() - began)
+            )
+            session.connection.transport._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: session.scheduled.hearing.muted)
-            taken = session.protocol.intake.taken
+            await eventually(lambda: session.scheduled.jitter_buffer.muted)
+            taken = session.protocol.intake.received_bytes
             await asyncio.sleep(0.5)
-            assert session.protocol.intake.taken == taken, "who is muted is not even sent"
+            assert session.protocol.intake.received_bytes == taken, "who is muted is not even sent"
             await tab.run("text.value = 'the sky'; typing.requestSubmit()")
             await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
-            session.connection.line._transport.pause_reading()
+            session.connection.transport._transport.pause_reading()
             await tab.run("text.value = 'a number'; typing.requestSubmit()")
             await asyncio.sleep(0.2)  # on its way, and never read
-            session.connection.line._transport.abort()
+            session.connection.transport._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
-            put, heard = session.scheduled.hearing.put, []
-            session.scheduled.hearing.put = lambda samples: (
-                heard.append(not session.scheduled.hearing.muted),
+            put, heard = session.scheduled.jitter_buffer.push, []
+            session.scheduled.jitter_buffer.push = lambda samples: (
+                heard.append(not session.scheduled.jitter_buffer.muted),
                 put(samples),
             )
             await tab.run("document.getElementById('mute').click()")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
-            await eventually(lambda: session.protocol.intake.taken > taken + 24_000)
+            await eventually(lambda: session.protocol.intake.received_bytes > taken + 24_000)
             both = engine.codec.encode("the sky") + engine.codec.encode("a number")
             await eventually(lambda: len(typed(serving)) >= len(both))
             assert typed(serving) == both, "nothing twice"
             assert all(heard), "what was said while the server did not know that it was not muted any more"
-            assert serving.session() is session and session.scheduled.turns and tab.errors == []
+            assert serving.session() is session and session.scheduled.micro_turns and tab.errors == []
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(served, engine, tmp_path):
+def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(slots, engine, tmp_path):
     slow = """
         const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
         window.allow = [];
@@ -239,11 +241,11 @@ def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(s
             assert await tab.run("document.getElementById('view').checkVisibility()") and await tab.run(pressed)
             assert tab.errors == []
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
+def test_keys_are_enough_and_everything_has_a_name(slots, engine, tmp_path):
     focus = "document.activeElement.id"
 
     async def test(serving: Serving) -> None:
@@ -279,13 +281,13 @@ def test_keys_are_enough_and_everything_has_a_name(served, engine, tmp_path):
             assert ("log", "What was heard and said") in named
             await tab.press("s", alt=True)
             await tab.until("document.getElementById('state').textContent === 'The conversation is over'")
-            assert session.scheduled.ended and tab.errors == []
+            assert session.scheduled.end_reason and tab.errors == []
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_camera_is_seen_as_it_is(served, engine, tmp_path):
+def test_a_camera_is_seen_as_it_is(slots, engine, tmp_path):
     """Its picture is a file: the left half dark, the right half bright."""
     luma = np.full((240, 320), 16, np.uint8)
     luma[:, 160:] = 235
@@ -304,9 +306,9 @@ def test_a_camera_is_seen_as_it_is(served, engine, tmp_path):
             async with asyncio.timeout(20):
                 while len(seen) < 3:
                     await asyncio.sleep(0.1)
-                    given = serving.given()
+                    given = serving.model_inputs()
                     seen = [one.patches for one in given if one.patches is not None]
         (left, right) = seen[-1][:, -1]  # two patches are what this model takes: a picture of 51 x 38 pixels
         assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "in CLIP's units"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)

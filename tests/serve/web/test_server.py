@@ -14,7 +14,7 @@ from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
 
-def test_keys_and_origins_decide_who_may_begin(served, engine):
+def test_keys_and_origins_decide_who_may_begin(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1), Key(name="two", key="sk-second-key")])
 
     async def test(serving: Serving) -> None:
@@ -31,10 +31,10 @@ def test_keys_and_origins_decide_who_may_begin(served, engine):
             assert refused.status == 401
         browser = await serving.open(protocols=("realtime", "openai-insecure-api-key.sk-first-key"))
         assert browser.ws.protocol == "realtime"
-        await browser.say("session.start", session={"model": "small_test"})
+        await browser.send("session.start", session={"model": "small_test"})
         assert (await browser.event())["type"] == "session.started"
         again = await serving.open(headers={"Authorization": "Bearer sk-first-key", "Origin": "https://page.example"})
-        await again.say("session.start", session={"model": "small_test"})
+        await again.send("session.start", session={"model": "small_test"})
         assert (await again.event())["error"]["code"] == "session_limit_exceeded"
         assert await again.closed() == 1013
         (name,) = serving.manager.sessions
@@ -45,10 +45,10 @@ def test_keys_and_origins_decide_who_may_begin(served, engine):
             assert asked.headers["Access-Control-Allow-Origin"] == "https://page.example"
         assert serving.counted("duplex_admission_rejected_total", reason="session_limit_exceeded") == 1
 
-    serving(served, engine, test, access=access, origins=("https://page.example",))
+    serving(slots, engine, test, access=access, origins=("https://page.example",))
 
 
-def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_keys(served, engine):
+def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_keys(slots, engine):
     async def test(serving: Serving) -> None:
         headers = {"Host": "rebound.example", "Origin": "http://rebound.example"}
         async with serving.http.get(f"{serving.url}/v1/live/sessions", headers=headers) as refused:
@@ -57,10 +57,10 @@ def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_
         async with serving.http.get(f"{serving.url}/v1/models", headers=own) as allowed:
             assert allowed.status == 200
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
+def test_all_sessions_of_a_key_use_the_same_minutes(slots, engine):
     clock = [0.0]
     access = Access([Key(name="one", key="sk-first-key", minutes_per_day=10)], now=lambda: clock[0])
 
@@ -68,23 +68,23 @@ def test_all_sessions_of_a_key_use_the_same_minutes(served, engine):
         headers = {"Authorization": "Bearer sk-first-key"}
         clients = [await serving.open("/v1/realtime", headers=headers) for _ in range(2)]
         clock[0] = 4 * 60.0
-        await serving.go(2)
+        await serving.advance(2)
         await asyncio.sleep(0.1)
         assert len(serving.manager.sessions) == 2, "eight of ten"
         clock[0] = 4.75 * 60.0
-        await serving.go(2)
+        await serving.advance(2)
         for client in clients:
             told = (await client.until("session.updated"))["session"]["expires_at"]
             assert 0 <= told - time.time() + 1 <= 16, "a quarter of a minute, in which a key's minutes are used up"
         clock[0] = 5 * 60.0
-        await serving.go(2)
+        await serving.advance(2)
         for client in clients:
-            assert await client.closed() == 1000 and client.of("error")[0]["error"]["code"] == "session_expired"
+            assert await client.closed() == 1000 and client.events_of("error")[0]["error"]["code"] == "session_expired"
 
-    serving(served, engine, test, access=access, model=scripted({}))
+    serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(served, engine):
+def test_a_body_that_does_not_come_is_not_waited_for(slots, engine):
     async def test(serving: Serving) -> None:
         async def slow() -> AsyncIterator[bytes]:
             yield b"{"
@@ -94,17 +94,17 @@ def test_a_body_that_does_not_come_is_not_waited_for(served, engine):
             async with serving.http.post(serving.url + path, data=slow()) as refused:
                 assert refused.status == 408 and (await refused.json())["error"]["code"] == "timeout"
 
-    serving(served, engine, test, limits=Limits(first_message_s=0.2))
+    serving(slots, engine, test, limits=Limits(first_message_s=0.2))
 
 
-def test_pings_are_answered_no_faster_than_anyone_needs(served, engine):
+def test_pings_are_answered_no_faster_than_anyone_needs(slots, engine):
     async def test(serving: Serving) -> None:
         flood = await serving.http.ws_connect(f"{serving.url}/v1/live/sessions", autoping=False)
         began = time.monotonic()
         for _ in range(2000):
             await flood.ping()
         client = await serving.start()
-        await client.say("session.close")
+        await client.send("session.close")
         async with serving.ticking():
             await client.until("session.closed")
         answered = 0
@@ -113,4 +113,4 @@ def test_pings_are_answered_no_faster_than_anyone_needs(served, engine):
             answered += 1
         assert 40 <= answered <= 41 + 20 * took_s
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))

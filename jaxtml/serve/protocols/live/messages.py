@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from jaxtml.serve.protocols.messages import Event, MessageTypes, Strict
-from jaxtml.serve.transport.sound import Format
+from jaxtml.serve.transport.sound import SoundFormat
 
 
 class Pcm(Strict, kw_only=True, tag_field="type", tag="audio/pcm"):
@@ -165,7 +165,7 @@ LATER = MessageTypes[Later](Later, First, _UNSUPPORTED)
 BESIDE = MessageTypes[Beside](Beside, First | AppendAudio, _UNSUPPORTED)  # of a sideband
 
 
-def format_of(audio: LiveAudio | None) -> Format:
+def format_of(audio: LiveAudio | None) -> SoundFormat:
     """24 kHz PCM where nothing is said."""
     given = audio.format if audio and audio.format else Pcm(rate=24000)
-    return Format(str(given.__struct_config__.tag).removeprefix("audio/"), given.rate)
+    return SoundFormat(str(given.__struct_config__.tag).removeprefix("audio/"), given.rate)

@@ -45,7 +45,7 @@ from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake, check_length
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.replay_buffer import ReplayBuffer
-from jaxtml.serve.transport.sound import Format, Outgoing, Track
+from jaxtml.serve.transport.sound import SoundEncoder, SoundFormat, VoiceTrack
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
@@ -54,7 +54,7 @@ SCOPE = "live"
 _CONTENT, _INSTRUCTIONS, _HISTORY, _MESSAGES = 500, 16_384, 8_192, 128  # tokens, and messages of the history
 _DELEGATIONS = 256  # that may be answered, and spoken of again
 _USAGE_TURNS = 75  # between two accounts of what was used
-_REFLECTED = Format("pcm", 24_000)
+_REFLECTED = SoundFormat("pcm", 24_000)
 _CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
 # The protocol's own words for the end of a session.
 _REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
@@ -101,12 +101,12 @@ class LiveProtocol:
         metrics: Metrics,
         grace_s: float,
         event_id: str | None = None,
-        track: Track | None = None,
+        track: VoiceTrack | None = None,
     ):
         self.session, self.model, self.config, self.metrics = session, model, config, metrics
         self.track = track
         self.format = format_of(config.audio)
-        self.intake, self.outgoing = Intake(session, model, self.format), Outgoing(self.format)
+        self.intake, self.outgoing = Intake(session, model, self.format), SoundEncoder(self.format)
         self.sidebands: list[Sideband] = []
         self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
         self.task = ""  # of a delegation that is being written
@@ -119,9 +119,9 @@ class LiveProtocol:
         self._emit("session.started", event_id, session=resource)
         for item in config.input or ():
             mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
-            self.intake.say(mark, item.content[0].text, "input")
+            self.intake.queue_text(mark, item.content[0].text, "input")
         if config.instructions:
-            self.intake.say(Control.BACKGROUND, config.instructions, "instructions")
+            self.intake.queue_text(Control.BACKGROUND, config.instructions, "instructions")
 
     # --- what happens
 
@@ -135,7 +135,7 @@ class LiveProtocol:
         if self.track is not None:
             self.track.put(turn.wave)
         else:
-            delta = {"type": "session.output_audio.delta", "delta": self.outgoing.put(turn.wave)}
+            delta = {"type": "session.output_audio.delta", "delta": self.outgoing.encode(turn.wave)}
             self._put(delta | {"start_ms": end, "end_ms": end + MICRO_TURN_MS, "speaking": turn.speaking})
         for one in self.sidebands:
             one.said(turn.wave, end)
@@ -181,7 +181,7 @@ class LiveProtocol:
     async def hear(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, from a track."""
         self._reflected(samples)
-        await self.intake.follow(samples)
+        await self.intake.receive_track(samples)
 
     async def direct(self, data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
         """A message of someone beside the session."""
@@ -198,7 +198,7 @@ class LiveProtocol:
         try:
             await vocabulary.taken(data, take)
         except InvalidMessage as invalid:
-            self.metrics.malformed.labels(SCOPE).inc()
+            self.metrics.malformed_messages.labels(SCOPE).inc()
             put(_event("error", invalid.event_id, error=error_of(invalid)))
 
     async def _noted(self, message: Any) -> None:
@@ -209,14 +209,14 @@ class LiveProtocol:
     async def _take(self, message: Any) -> None:
         match message:
             case AppendAudio():
-                await self.intake.take(message.audio, self._reflected)
+                await self.intake.receive_audio(message.audio, self._reflected)
             case AppendImage():
-                await self.intake.show(message.image)
+                await self.intake.show_image(message.image)
             case AppendText():
                 self._append(message, Control.TYPED, "input_text")
             case Mute() | Unmute():
                 # Who has asked to close has nothing more to say.
-                self.session.scheduled.hearing.muted = muted = (
+                self.session.scheduled.jitter_buffer.muted = muted = (
                     isinstance(message, Mute) or self.session.closing_at is not None
                 )
                 self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
@@ -244,7 +244,7 @@ class LiveProtocol:
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
         event_id = message.event_id
-        self.intake.say(mark, message.content, "content", _CONTENT, lambda at: self._placed(name, at, event_id))
+        self.intake.queue_text(mark, message.content, "content", _CONTENT, lambda at: self._placed(name, at, event_id))
 
     def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
         self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + MICRO_TURN_MS)
@@ -267,8 +267,8 @@ class LiveProtocol:
             one.put(event)
 
     def _put(self, event: dict[str, Any]) -> None:
-        self.session.replay_buffer.put(
-            msgspec.json.encode(event | {"sequence_number": self.session.replay_buffer.last + 1})
+        self.session.replay_buffer.append(
+            msgspec.json.encode(event | {"sequence_number": self.session.replay_buffer.last_number + 1})
         )
 
     def _resource(self) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class LiveProtocol:
         return resource
 
     def _usage(self) -> dict[str, Any]:
-        return {"seconds": self.session.scheduled.turns * MICRO_TURN_MS // 1000}
+        return {"seconds": self.session.scheduled.micro_turns * MICRO_TURN_MS // 1000}
 
 
 class Sideband:
@@ -300,7 +300,7 @@ class Sideband:
 
     def __init__(self, live: LiveProtocol):
         self.live, self.replay_buffer = live, ReplayBuffer()
-        self.ears, self.mouth = Outgoing(_REFLECTED), Outgoing(_REFLECTED)
+        self.ears, self.mouth = SoundEncoder(_REFLECTED), SoundEncoder(_REFLECTED)
         self.unheard = np.zeros(0, np.float32)
 
     def heard(self, samples: np.ndarray) -> None:
@@ -309,15 +309,15 @@ class Sideband:
         size = SAMPLE_RATE * MICRO_TURN_MS // 1000
         while len(self.unheard) >= size:
             chunk, self.unheard = self.unheard[:size], self.unheard[size:]
-            self.put({"type": "session.input_audio.append", "audio": self.ears.put(chunk)})
+            self.put({"type": "session.input_audio.append", "audio": self.ears.encode(chunk)})
 
     def said(self, wave: np.ndarray, t_ms: int) -> None:
         """What is to be heard from `t_ms` on."""
-        event = {"type": "session.output_audio.delta", "delta": self.mouth.put(wave)}
+        event = {"type": "session.output_audio.delta", "delta": self.mouth.encode(wave)}
         self.put(event | {"start_ms": t_ms, "end_ms": t_ms + MICRO_TURN_MS})
 
     def put(self, event: dict[str, Any]) -> None:
-        self.replay_buffer.put(msgspec.json.encode(event | {"sequence_number": self.replay_buffer.last + 1}))
+        self.replay_buffer.append(msgspec.json.encode(event | {"sequence_number": self.replay_buffer.last_number + 1}))
 
     async def receive(self, data: bytes) -> None:
         """What the client may say too, but for sound."""

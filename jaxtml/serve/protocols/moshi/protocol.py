@@ -25,7 +25,7 @@ from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
-from jaxtml.serve.transport.sound import Format, Outgoing
+from jaxtml.serve.transport.sound import SoundEncoder, SoundFormat
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control
@@ -52,17 +52,17 @@ class MoshiProtocol:
 
     def __init__(self, session: ClientSession, model: ServedModel, metrics: Metrics):
         self.session, self.model, self.metrics = session, model, metrics
-        self.intake = Intake(session, model, Format("pcm", _RATE))
-        self.outgoing = Outgoing(Format("pcm", _RATE))
+        self.intake = Intake(session, model, SoundFormat("pcm", _RATE))
+        self.outgoing = SoundEncoder(SoundFormat("pcm", _RATE))
         self.reader, self.writer = sphn.OpusStreamReader(_RATE), sphn.OpusStreamWriter(_RATE)
         self.unwritten = np.zeros((MICRO_TURN_MS - _PAD_MS) * _RATE // 1000, np.float32)
-        session.replay_buffer.put(READY)
+        session.replay_buffer.append(READY)
         self._sound(np.zeros(0, np.float32))
 
     def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         if words.said:
-            self.session.replay_buffer.put(TEXT + words.said.encode())
-        self._sound(self.outgoing.format.decoded(self.outgoing.put(turn.wave)))
+            self.session.replay_buffer.append(TEXT + words.said.encode())
+        self._sound(self.outgoing.format.decode(self.outgoing.encode(turn.wave)))
         self.intake.flush()
 
     def on_expiring(self, in_s: float) -> None:
@@ -80,13 +80,13 @@ class MoshiProtocol:
             if kind == SOUND:
                 await self._hear(rest)
             elif kind == TEXT:
-                self.intake.say(Control.TYPED, rest.decode(), "text", _TEXT_TOKENS)
+                self.intake.queue_text(Control.TYPED, rest.decode(), "text", _TEXT_TOKENS)
             elif kind == IMAGE:
-                await self.intake.show(rest)
+                await self.intake.show_image(rest)
             elif kind not in (CONTROL, METADATA, PING):
                 raise ValueError(f"a frame begins with one of 1 to 6 and 8, not with {kind[0] if kind else 'nothing'}")
         except (InvalidMessage, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-            self.metrics.malformed.labels(SCOPE).inc()
+            self.metrics.malformed_messages.labels(SCOPE).inc()
             self._fail(str(error))
 
     async def _hear(self, pages: bytes) -> None:
@@ -97,7 +97,7 @@ class MoshiProtocol:
                 self.reader = sphn.OpusStreamReader(_RATE)
                 raise ValueError(f"no Ogg pages of Opus ({error}); begin a new stream") from error
             if len(samples):
-                await self.intake.hear(self.intake.incoming.resampled(samples))
+                await self.intake.push(self.intake.decoder.resample(samples))
 
     def _sound(self, samples: np.ndarray) -> None:
         self.unwritten = np.concatenate([self.unwritten, samples])
@@ -106,7 +106,7 @@ class MoshiProtocol:
             pages += self.writer.append_pcm(self.unwritten[:_FRAME])
             self.unwritten = self.unwritten[_FRAME:]
         if pages:
-            self.session.replay_buffer.put(SOUND + pages)
+            self.session.replay_buffer.append(SOUND + pages)
 
     def _fail(self, why: str) -> None:
-        self.session.replay_buffer.put(ERROR + why.encode())
+        self.session.replay_buffer.append(ERROR + why.encode())

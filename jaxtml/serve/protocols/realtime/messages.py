@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from jaxtml.serve.protocols.messages import Event, MessageTypes, Name, Strict
-from jaxtml.serve.transport.sound import Format
+from jaxtml.serve.transport.sound import SoundFormat
 
 _Ignored = Any
 
@@ -220,6 +220,6 @@ CLIENT = MessageTypes[Message](Message, unsupported=("output_audio_buffer.clear"
 PEER = MessageTypes[PeerMessage](PeerMessage, Append)  # of one who has a track
 
 
-def format_of(given: AudioFormat) -> Format:
+def format_of(given: AudioFormat) -> SoundFormat:
     kind = str(given.__struct_config__.tag).removeprefix("audio/")
-    return Format(kind, 24_000 if kind == "pcm" else 8_000)
+    return SoundFormat(kind, 24_000 if kind == "pcm" else 8_000)

@@ -67,7 +67,7 @@ from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.sessions.manager import ClientSession, ServedModel
-from jaxtml.serve.transport.sound import Format, Incoming, Outgoing, Track
+from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder, SoundFormat, VoiceTrack
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
@@ -78,7 +78,7 @@ _HANG = 2  # with the gate closed that end a response
 _PATIENCE = 50  # until a response that was asked for is given up
 _ITEMS = 256  # of the conversation that are kept
 _TEXT, _INSTRUCTIONS = 8_192, 16_384  # tokens
-_RECORDING = Format("pcm", 24_000)  # in a message, whatever the session's format
+_RECORDING = SoundFormat("pcm", 24_000)  # in a message, whatever the session's format
 
 
 class RealtimeProtocol:
@@ -102,7 +102,7 @@ class RealtimeProtocol:
         metrics: Metrics,
         grace_s: float,
         begins_as: RealtimeSessionConfig | None = None,
-        track: Track | None = None,
+        track: VoiceTrack | None = None,
     ):
         self.session, self.model, self.metrics = session, model, metrics
         self.track = track
@@ -114,7 +114,7 @@ class RealtimeProtocol:
         self.modality, self.instructions = "audio", ""
         self.tools: list[Tool] = []
         self.intake = Intake(session, model, format_of(self.input_format))
-        self.outgoing = Outgoing(format_of(self.output_format))
+        self.outgoing = SoundEncoder(format_of(self.output_format))
         self.items: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.response: Response | None = None
         self.closed = 0  # micro-turns that the gate is closed
@@ -135,7 +135,7 @@ class RealtimeProtocol:
 
     def on_micro_turn(self, turn: TickResult, words: Words) -> None:
         self._heard(turn, words.heard)
-        sound = self.outgoing.put(turn.wave) if self.track is None else None
+        sound = self.outgoing.encode(turn.wave) if self.track is None else None
         said = self._said(turn, words.said, sound)
         if self.track is not None:
             self.track.put(turn.wave if said else np.zeros_like(turn.wave))
@@ -263,7 +263,11 @@ class RealtimeProtocol:
     def _patience(self) -> int:
         """The micro-turn until which what has come by now may be answered: it is heard, and read, first."""
         session = self.session.scheduled
-        return session.turns + max(-(-self.intake.waiting // MICRO_TURN_SAMPLES), len(session.typed)) + _PATIENCE
+        return (
+            session.micro_turns
+            + max(-(-self.intake.waiting_samples // MICRO_TURN_SAMPLES), len(session.text_queue))
+            + _PATIENCE
+        )
 
     def _end(self, status: str = "completed", reason: str | None = None) -> None:
         assert self.response is not None
@@ -303,24 +307,24 @@ class RealtimeProtocol:
         try:
             await (CLIENT if self.track is None else PEER).taken(data, self._take)
         except InvalidMessage as invalid:
-            self.metrics.malformed.labels(SCOPE).inc()
+            self.metrics.malformed_messages.labels(SCOPE).inc()
             self.fail(invalid)
 
     def untracked(self) -> None:
         """Its client is back over a WebSocket: sound is in the events from now on. It is told what came of its own."""
         self.track = self.sounding = None
-        resume = self._resume | {"input_audio_bytes": self.intake.taken}
+        resume = self._resume | {"input_audio_bytes": self.intake.received_bytes}
         self._emit("session.updated", session=self.resource() | {"resume": resume})
 
     async def hear(self, samples: np.ndarray) -> None:
         """`[N]` float32 at 16 kHz, from a track."""
-        await self.intake.follow(samples)
+        await self.intake.receive_track(samples)
 
     async def _take(self, message: Any) -> None:
         match message:
             case Append():
                 self.spoken = True
-                await self.intake.take(message.audio)
+                await self.intake.receive_audio(message.audio)
             case Commit():
                 self._committed()
             case Clear():
@@ -359,14 +363,14 @@ class RealtimeProtocol:
         self._end("cancelled", "client_cancelled")
 
     def _committed(self) -> None:
-        if not self.intake.taken:
+        if not self.intake.received_bytes:
             raise InvalidMessage("input_audio_buffer_commit_empty", "there is no sound to commit")
         if self.user is not None and self.user.committed:
             self._finish(self.user)
-        now = self.session.scheduled.turns * MICRO_TURN_MS
+        now = self.session.scheduled.micro_turns * MICRO_TURN_MS
         self.user = self.user or _UserTurn(now)
         self.user.told = True
-        self.user.end_ms = max(self.user.end_ms, now + 1000 * self.intake.waiting // SAMPLE_RATE)
+        self.user.end_ms = max(self.user.end_ms, now + 1000 * self.intake.waiting_samples // SAMPLE_RATE)
         self.due = self._patience()
         self._commit(self.user)
 
@@ -378,7 +382,7 @@ class RealtimeProtocol:
         if config is not None and config.input:
             raise InvalidMessage("unsupported_parameter", "a response is of the conversation here", "response.input")
         if config is not None and config.instructions:
-            self.intake.say(Control.BACKGROUND, config.instructions, "response.instructions", _INSTRUCTIONS)
+            self.intake.queue_text(Control.BACKGROUND, config.instructions, "response.instructions", _INSTRUCTIONS)
         if self.response is not None:
             self._end("cancelled", "client_cancelled")
         self.dropped = False
@@ -401,12 +405,12 @@ class RealtimeProtocol:
                 if item.call_id not in self.called:
                     raise InvalidMessage("item_call_id_not_found", "no function was called by this id", "item.call_id")
                 if item.output:
-                    self.intake.say(Control.BACKGROUND, item.output, "item.output", _TEXT)
+                    self.intake.queue_text(Control.BACKGROUND, item.output, "item.output", _TEXT)
                 if (asked := self.called.pop(item.call_id)) is not None:
                     self.metrics.delegations.observe(time.monotonic() - asked)
                     self.session.span.add_event("delegation answered", {"id": item.call_id})
             case CallItem():
-                self.intake.say(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments", _TEXT)
+                self.intake.queue_text(Control.BACKGROUND, f"{item.name}({item.arguments})", "item.arguments", _TEXT)
                 if item.call_id is not None:  # of a conversation before this one
                     self._call(item.call_id, None)
         if self.closed >= _HANG:
@@ -421,7 +425,7 @@ class RealtimeProtocol:
         made["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
         self._keep(made, False)
         self._keep(made, True)
-        await self.intake.settled()
+        await self.intake.wait_for_room()
 
     async def _say(self, item: MessageItem) -> None:
         """Gives the model all parts of a message, of pictures the last: those before it are not even decoded.
@@ -434,23 +438,23 @@ class RealtimeProtocol:
         for n, part in enumerate(item.content):
             where = f"item.content[{n}]"
             if part.type == "input_audio" and part.audio:
-                sounds.append(_RECORDING.decoded(part.audio))
+                sounds.append(_RECORDING.decode(part.audio))
             elif part.type == "input_image" and part.image_url is not None:
                 picture = _picture(part.image_url, f"{where}.image_url")
             elif text := part.text or part.transcript:
                 texts.append(text)
             else:
                 raise InvalidMessage("invalid_value", f"{where} has nothing in it", where)
-        tokens = self.intake.read("\n".join(texts), "item.content", _TEXT) if texts else []
-        patches = None if picture is None else await self.intake.seen(picture)
-        await self.intake.settled()
+        tokens = self.intake.read_text("\n".join(texts), "item.content", _TEXT) if texts else []
+        patches = None if picture is None else await self.intake.read_image(picture)
+        await self.intake.wait_for_room()
         # From here on nothing waits, so that nothing can come between.
         if tokens:
-            self.intake.tell(Control.TYPED if item.role == "user" else Control.BACKGROUND, tokens)
+            self.intake.queue_tokens(Control.TYPED if item.role == "user" else Control.BACKGROUND, tokens)
         if patches is not None:
-            self.session.scheduled.show(patches)
+            self.session.scheduled.set_patches(patches)
         for samples in sounds:
-            self.intake.put(self._recordings.resampled(samples))
+            self.intake.push_nowait(self._recordings.resample(samples))
 
     # --- the session
 
@@ -471,7 +475,7 @@ class RealtimeProtocol:
         if tools != self.tools:
             told += "\n" + json.dumps([msgspec.to_builtins(tool) for tool in tools])
         if told.strip():
-            self.intake.say(Control.BACKGROUND, told, "session.instructions", _INSTRUCTIONS)
+            self.intake.queue_text(Control.BACKGROUND, told, "session.instructions", _INSTRUCTIONS)
         self.instructions, self.tools = instructions, tools
         if config.output_modalities:
             self.modality = config.output_modalities[0]
@@ -481,10 +485,10 @@ class RealtimeProtocol:
         if tuple(map(format_of, formats)) != self._formats():
             self.input_format, self.output_format = formats
             self.held.clear()
-            self.intake.incoming = Incoming(format_of(formats[0]))
-            self.outgoing = Outgoing(format_of(formats[1]))
+            self.intake.decoder = SoundDecoder(format_of(formats[0]))
+            self.outgoing = SoundEncoder(format_of(formats[1]))
 
-    def _formats(self) -> tuple[Format, Format]:
+    def _formats(self) -> tuple[SoundFormat, SoundFormat]:
         return format_of(self.input_format), format_of(self.output_format)
 
     def resource(self) -> dict[str, Any]:
@@ -511,8 +515,8 @@ class RealtimeProtocol:
         }
 
     @cached_property
-    def _recordings(self) -> Incoming:
-        return Incoming(_RECORDING)
+    def _recordings(self) -> SoundDecoder:
+        return SoundDecoder(_RECORDING)
 
     # --- items and events
 
@@ -542,8 +546,8 @@ class RealtimeProtocol:
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, "event_id": f"event_{secrets.token_urlsafe(12)}", **fields}
-        event["sequence_number"] = self.session.replay_buffer.last + 1
-        self.session.replay_buffer.put(msgspec.json.encode(event))
+        event["sequence_number"] = self.session.replay_buffer.last_number + 1
+        self.session.replay_buffer.append(msgspec.json.encode(event))
 
 
 _LAST_WORDS = {

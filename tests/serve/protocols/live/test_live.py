@@ -14,14 +14,14 @@ from pydantic import TypeAdapter
 
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
-from jaxtml.serve.transport.sound import Format
+from jaxtml.serve.transport.sound import SoundFormat
 from jaxtml.session.engine import converse
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, jpeg, serving
 from tests.serve.stepped import scripted
 
-PCM = Format("pcm", 16_000)
+PCM = SoundFormat("pcm", 16_000)
 TURNS = 14
 FIRST_PARTY = TypeAdapter(ServerEvent)
 
@@ -34,20 +34,22 @@ async def speak(serving: Serving, client: Client, sound: bytes) -> None:
     """All of it, in packets of 20 ms, each micro-turn before its tick."""
     size = 2 * MICRO_TURN_SAMPLES
     for start in range(0, len(sound), size):
-        before = serving.session().scheduled.hearing.waiting
+        before = serving.session().scheduled.jitter_buffer.waiting_samples
         for at in range(start, start + size, size // 10):
-            await client.say("session.input_audio.append", audio=text_of(sound[at : at + size // 10]))
+            await client.send("session.input_audio.append", audio=text_of(sound[at : at + size // 10]))
         await eventually(
-            lambda before=before: serving.session().scheduled.hearing.waiting == before + MICRO_TURN_SAMPLES
+            lambda before=before: (
+                serving.session().scheduled.jitter_buffer.waiting_samples == before + MICRO_TURN_SAMPLES
+            )
         )
-        await serving.go()
+        await serving.advance()
 
 
 def said(engine, sound: bytes, seed: int) -> tuple[list[bytes], str, str]:
     """What `converse` gives: sound by micro-turn, the text heard and the text said."""
     waves, heard, text = [], "", ""
-    for outputs, (record,) in converse(engine, [PCM.decoded(sound)], seed=seed):
-        waves.append(PCM.encoded(outputs.wave[0]))
+    for outputs, (record,) in converse(engine, [PCM.decode(sound)], seed=seed):
+        waves.append(PCM.encode(outputs.wave[0]))
         heard, text = heard + record.heard, text + record.text
     return waves, heard, text
 
@@ -64,22 +66,24 @@ DELTAS = ("output_audio", "input_transcript", "output_transcript")
 
 @pytest.fixture(scope="module")
 def sound(wave) -> bytes:
-    return PCM.encoded(wave)
+    return PCM.encode(wave)
 
 
-def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(served, engine, sound):
+def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         seed = serving.session().scheduled.seed
         await speak(serving, client, sound)
-        await client.say("session.close", event_id="bye")
+        await client.send("session.close", event_id="bye")
         async with serving.ticking():
             assert await client.closed() == 1000
         waves, heard, text = given(client.events)
         expected = said(engine, sound, seed)
         assert waves[:TURNS] == expected[0] and heard.startswith(expected[1]) and text.startswith(expected[2])
         assert expected[1] and expected[2], "a test that hears nothing would show nothing"
-        for event in client.of("session.input_transcript.delta") + client.of("session.output_transcript.delta"):
+        for event in client.events_of("session.input_transcript.delta") + client.events_of(
+            "session.output_transcript.delta"
+        ):
             assert event["start_ms"] % 200 == 0 and event["end_ms"] == event["start_ms"] + 200
         assert [event["sequence_number"] for event in client.events] == list(range(1, len(client.events) + 1))
         closed = client.events[-1]
@@ -87,10 +91,10 @@ def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_
         for event in client.events:
             FIRST_PARTY.validate_python(event, strict=True)
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, engine, sound):
+def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(slots, engine, sound):
     async def test(serving: Serving) -> None:
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
         assert [model.id async for model in openai.models.list()] == ["small_test"]
@@ -117,7 +121,7 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, 
                     kinds[event.type] = event
             thought = kinds["session.thinking.appended"]
             assert thought.client_event_id == "thought" and thought.start_ms % 200 == 0
-            marks = [one.mark for one in serving.given() if one.text]
+            marks = [one.mark for one in serving.model_inputs() if one.text]
             assert set(marks) == {Control.BACKGROUND} and len(marks) > 1
             await live.session.close()
             async with serving.ticking():
@@ -125,27 +129,27 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(served, 
                     event = await live.recv()
             assert event.reason == "close_requested"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.parametrize("cut", ["aborted", "silently"])
-def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engine, sound, cut):
+def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(slots, engine, sound, cut):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session, half = serving.session(), 6 * 2 * MICRO_TURN_SAMPLES
         for event_id in ("first", "last", None):
-            await client.say("session.input_audio.unmute", event_id=event_id)
+            await client.send("session.input_audio.unmute", event_id=event_id)
         await speak(serving, client, sound[:half])
         await client.until("session.output_audio.delta")  # and not what came after it
         last = client.events[-1]["sequence_number"]
         if cut == "aborted":
             await client.cut_off(session)
             ticks = len(serving.model.ticks)
-            await serving.go(20)
+            await serving.advance(20)
             assert len(serving.model.ticks) == ticks, "it stands still"
         back = await serving.open()
         resume = {"session_id": session.id, "resume_token": client.started["resume"]["token"], "after": last}
-        await back.say("session.resume", event_id="again", **resume)
+        await back.send("session.resume", event_id="again", **resume)
         resumed = await back.event()
         assert resumed["type"] == "session.resumed" and resumed["client_event_id"] == "again"
         assert (resumed["input_audio_bytes"], resumed["last_client_event_id"]) == (half, "last")
@@ -159,10 +163,10 @@ def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(served, engin
             assert await client.closed() == 1008, "the connection that was there is told"
         assert serving.counted("duplex_resume_total", result="resumed") == 1
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_who_may_not_come_back_is_told_why(served, engine):
+def test_who_may_not_come_back_is_told_why(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session, token = serving.session(), client.started["resume"]["token"]
@@ -173,62 +177,62 @@ def test_who_may_not_come_back_is_told_why(served, engine):
             (session.id, token, -1, "resync_required"),
         ):
             other = await serving.open()
-            await other.say("session.resume", session_id=name, resume_token=secret, after=after)
+            await other.send("session.resume", session_id=name, resume_token=secret, after=after)
             assert (await other.event())["error"]["code"] == code
             assert await other.closed() in (1008,)
-        assert session.scheduled.attached and not session.scheduled.ended
+        assert session.scheduled.attached and not session.scheduled.end_reason
         assert token not in str(serving.metrics.text()), "secrets are nobody's"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(served, engine):
+def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
         await client.cut_off(session)
-        await serving.go(160)
+        await serving.advance(160)
         await eventually(lambda: not serving.manager.sessions)
-        assert session.scheduled.ended is EndReason.GONE and served.live == {}
+        assert session.scheduled.end_reason is EndReason.GONE and slots.live == {}
         other = await serving.open()
-        await other.say(
+        await other.send(
             "session.resume", session_id=session.id, resume_token=client.started["resume"]["token"], after=0
         )
         assert (await other.event())["error"]["code"] == "session_not_found"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_who_has_asked_to_close_is_not_heard_again(served, engine, sound):
+def test_who_has_asked_to_close_is_not_heard_again(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
         await speak(serving, client, sound[:6_400])
-        await client.say("session.close")
-        await client.say("session.input_audio.unmute")
+        await client.send("session.close")
+        await client.send("session.input_audio.unmute")
         await client.until("session.input_audio.muted")
-        waiting, taken = session.scheduled.hearing.waiting, session.protocol.intake.taken
-        await client.say("session.input_audio.append", audio=text_of(sound[:6_400]))
-        await eventually(lambda: session.protocol.intake.taken > taken)
-        assert session.scheduled.hearing.waiting == waiting
+        waiting, taken = session.scheduled.jitter_buffer.waiting_samples, session.protocol.intake.received_bytes
+        await client.send("session.input_audio.append", audio=text_of(sound[:6_400]))
+        await eventually(lambda: session.protocol.intake.received_bytes > taken)
+        assert session.scheduled.jitter_buffer.waiting_samples == waiting
         async with serving.ticking():
             await client.until("session.closed")
         assert "session.input_audio.unmuted" not in [event["type"] for event in client.events]
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_client_that_closes_its_connection_is_done(served, engine):
+def test_a_client_that_closes_its_connection_is_done(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
         await client.ws.close(code=1000)
-        await eventually(lambda: session.scheduled.ended is EndReason.LEFT)
-        await serving.go()
+        await eventually(lambda: session.scheduled.end_reason is EndReason.LEFT)
+        await serving.advance()
         await eventually(lambda: not serving.manager.sessions)
         assert json.loads(session.replay_buffer.frames[-1])["reason"] == "remote_hangup"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 DELEGATION = "delegation_id"
@@ -256,7 +260,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound):
+def test_what_is_wrong_is_named_and_costs_nobody_anything(slots, engine, sound):
     async def test(serving: Serving) -> None:
         bad, good = await serving.start(), None
         for data, code, param in WRONG:
@@ -267,7 +271,7 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
             assert (error["code"], error.get("param")) == (code, param), data
             assert error["type"] == "invalid_request_error" and error["message"]
         long = "word " * 800
-        await bad.say("session.commentary.append", content=long, delegation_id=None, event_id="long")
+        await bad.send("session.commentary.append", content=long, delegation_id=None, event_id="long")
         error = (await bad.until("error"))["error"]
         assert error["code"] == "string_above_max_length" and error["client_event_id"] == "long"
         assert serving.counted("duplex_malformed_messages_total", protocol="live") == len(WRONG)
@@ -278,9 +282,9 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
         session = next(one for one in serving.manager.sessions.values() if one is not first)
         for at in range(0, len(sound), 2 * MICRO_TURN_SAMPLES):
             await bad.ws.send_bytes(b"noise")
-            await good.say("session.input_audio.append", audio=text_of(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
-            await eventually(lambda: session.scheduled.hearing.waiting)
-            await serving.go()
+            await good.send("session.input_audio.append", audio=text_of(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
+            await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples)
+            await serving.advance()
         while len(given(good.events)[0]) < TURNS:
             await good.event()
         waves, heard, text = given(good.events)
@@ -288,9 +292,9 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
         assert (heard, text) == expected[1:]
         # Two sessions run in another bucket than the one of `converse`: other sums of the same numbers, by which, with
         # one seed in sixty, another bin is sampled somewhere.
-        np.testing.assert_allclose(PCM.decoded(b"".join(waves)), PCM.decoded(b"".join(expected[0])), atol=1e-3)
+        np.testing.assert_allclose(PCM.decode(b"".join(waves)), PCM.decode(b"".join(expected[0])), atol=1e-3)
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
 @pytest.mark.parametrize(
@@ -313,24 +317,24 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(served, engine, sound)
         ),
     ],
 )  # fmt: skip
-def test_a_session_that_cannot_be_is_refused_and_the_client_may_ask_again(served, engine, session, code, param):
+def test_a_session_that_cannot_be_is_refused_and_the_client_may_ask_again(slots, engine, session, code, param):
     async def test(serving: Serving) -> None:
         client = await serving.open()
-        await client.say("session.start", event_id="first", session=session)
+        await client.send("session.start", event_id="first", session=session)
         error = (await client.event())["error"]
         assert (error["code"], error["param"], error["client_event_id"]) == (code, param, "first")
         assert not serving.manager.sessions
-        await client.say("session.start", session={"model": "small_test"})
+        await client.send("session.start", session={"model": "small_test"})
         assert (await client.event())["type"] == "session.started"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_all(served, engine):
+def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_all(slots, engine):
     async def test(serving: Serving) -> None:
         clients = [await serving.start() for _ in range(4)]
         late = await serving.open()
-        await late.say("session.start", session={"model": "small_test"})
+        await late.send("session.start", session={"model": "small_test"})
         error = (await late.event())["error"]
         assert error["code"] == "server_full" and error["retry_after_s"] >= 1 and error["type"] == "rate_limit_error"
         assert await late.closed() == 1013
@@ -342,7 +346,7 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
             assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
         async with serving.http.get(f"{serving.url}/health") as health:
             assert health.status == 200
-        await clients[0].say("session.close")
+        await clients[0].send("session.close")
         async with serving.ticking():
             assert (await clients[0].until("session.closed"))["reason"] == "close_requested"
             await draining
@@ -351,10 +355,10 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
             assert await client.closed() == 1012
         assert not serving.manager.sessions
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_a_session_lasts_as_long_as_it_may_and_says_so_before(served, engine):
+def test_a_session_lasts_as_long_as_it_may_and_says_so_before(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         async with serving.ticking():
@@ -362,7 +366,7 @@ def test_a_session_lasts_as_long_as_it_may_and_says_so_before(served, engine):
         assert (await client.until("info"))["code"] == "going_away"
         assert (await client.until("session.closed"))["reason"] == "expired"
 
-    serving(served, engine, test, limits=Limits(session_s=1.0))
+    serving(slots, engine, test, limits=Limits(session_s=1.0))
 
 
 DELEGATES = scripted(
@@ -373,32 +377,32 @@ DELEGATES = scripted(
 )
 
 
-def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background_text(served, engine):
+def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background_text(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        await serving.go(3)
+        await serving.advance(3)
         created = await client.until("session.delegation.created")
         assert created["offset_ms"] == 600 and created["delegation"]["target"] == "client"
         assert created["delegation"]["task"] == "the number forty two"
-        assert client.of("session.output_transcript.delta")[-1]["delta"].strip() == "one moment"
+        assert client.events_of("session.output_transcript.delta")[-1]["delta"].strip() == "one moment"
         answer = {"content": "the sky", "delegation_id": created["delegation"]["id"]}
         for n in range(2):  # a second part of the answer
-            await client.say("session.commentary.append", event_id=f"answer{n}", **answer)
+            await client.send("session.commentary.append", event_id=f"answer{n}", **answer)
         session = serving.session()
-        await eventually(lambda: len(session.scheduled.typed) >= 2)
+        await eventually(lambda: len(session.scheduled.text_queue) >= 2)
         async with serving.ticking():
             await client.until("session.commentary.appended")
-        given = [one for one in serving.given() if one.text]
+        given = [one for one in serving.model_inputs() if one.text]
         assert given[0].mark is Control.BACKGROUND
         tokens = [token for one in given for token in one.text]
         expected = engine.codec.encode("the sky")
         assert tokens[: len(expected)] == expected and all(len(one.text) < 4 for one in given)
         assert serving.counted("duplex_delegation_duration_seconds_count") == 1
 
-    serving(served, engine, test, model=DELEGATES)
+    serving(slots, engine, test, model=DELEGATES)
 
 
-def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served, engine):
+def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(slots, engine):
     picture = text_of(jpeg(200))
 
     async def test(serving: Serving) -> None:
@@ -407,24 +411,24 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(served,
             {"role": "assistant", "content": [{"text": "forty", "type": "output_text"}]},
         ]
         client = await serving.start(input=history)
-        await client.say("session.input_image.append", image=picture)
-        await client.say("session.input_text.append", content="café", event_id="typed")
+        await client.send("session.input_image.append", image=picture)
+        await client.send("session.input_text.append", content="café", event_id="typed")
         await eventually(lambda: serving.session().scheduled.patches is not None)
         async with serving.ticking():
             await client.until("session.input_text.appended")
-        given = serving.given()
+        given = serving.model_inputs()
         assert given[0].patches is not None and given[0].patches.shape[1:] == (2, 40, 40, 3)
         texts = [(one.mark, token) for one in given for token in one.text]
         expected = [(Control.TYPED, "a sky"), (Control.BACKGROUND, "forty"), (Control.TYPED, "café")]
         assert texts == [(mark, token) for mark, text in expected for token in engine.codec.encode(text)]
         for _ in range(25):
-            await client.say("session.input_image.append", image=picture)
+            await client.send("session.input_image.append", image=picture)
         assert (await client.until("error"))["error"]["code"] == "rate_limit_exceeded"
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engine, sound):
+def test_someone_beside_a_session_hears_both_voices_and_directs_it(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -434,19 +438,19 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
             await beside.session.input_audio.mute()
             assert (await beside.recv()).type == "session.input_audio.muted"
             assert (await client.until("session.input_audio.muted"))["sequence_number"] == 2
-            await client.say("session.input_audio.append", audio=text_of(sound[: 2 * MICRO_TURN_SAMPLES]))
+            await client.send("session.input_audio.append", audio=text_of(sound[: 2 * MICRO_TURN_SAMPLES]))
             reflected = await beside.recv()
             assert reflected.type == "session.input_audio.append", "reflected, though it is not heard"
             assert len(base64.b64decode(reflected.audio)) == 9_600
-            await serving.go()
+            await serving.advance()
             while (event := await beside.recv()).type != "session.output_audio.delta":
                 pass
             assert (event.start_ms, event.end_ms, len(base64.b64decode(event.delta))) == (200, 400, 9_600)
-            assert session.scheduled.hearing.missed == MICRO_TURN_SAMPLES, "it was muted"
+            assert session.scheduled.jitter_buffer.missed_samples == MICRO_TURN_SAMPLES, "it was muted"
             await beside.send({"type": "session.input_audio.append", "audio": ""})
             while (event := await beside.recv()).type != "error":
                 pass
-            assert event.error.code == "invalid_event_order" and not client.of("error")
+            assert event.error.code == "invalid_event_order" and not client.events_of("error")
             await beside.session.close()
             async with serving.ticking():
                 while (event := await beside.recv()).type != "session.closed":
@@ -455,10 +459,10 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(served, engin
         async with serving.http.get(f"{serving.url}/v1/live/sessions/{session.id}/attach") as gone:
             assert gone.status == 404
 
-    serving(served, engine, test)
+    serving(slots, engine, test)
 
 
-def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(served, engine):
+def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -467,14 +471,14 @@ def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(s
         await client.cut_off(session)
         back = await serving.open()
         token = client.started["resume"]["token"]
-        await back.say("session.resume", session_id=session.id, resume_token=token, after=0)
+        await back.send("session.resume", session_id=session.id, resume_token=token, after=0)
         assert (await back.until("info"))["code"] == "going_away"
         late = await serving.open()
-        await late.say("session.start", session={"model": "small_test"})
+        await late.send("session.start", session={"model": "small_test"})
         assert (await late.event())["error"]["code"] == "draining" and await late.closed() == 1013
         async with serving.ticking():
-            await back.say("session.close")
+            await back.send("session.close")
             await back.until("session.closed")
             await draining
 
-    serving(served, engine, test)
+    serving(slots, engine, test)

@@ -72,7 +72,7 @@ async def opened(serving: Serving, **session: Any) -> Client:
     client = await serving.open("/v1/realtime?model=small_test")
     client.started = (await client.until("session.created"))["session"]
     if session:
-        await client.say("session.update", session={"type": "realtime", **session})
+        await client.send("session.update", session={"type": "realtime", **session})
         await client.until("session.updated")
     return client
 
@@ -88,29 +88,29 @@ def check(client: Client) -> None:
     assert [event["sequence_number"] for event in client.events] == list(range(1, len(client.events) + 1))
 
 
-def test_the_gate_opens_and_ends_a_response_and_words_heard_are_the_users_turn(served, engine):
+def test_the_gate_opens_and_ends_a_response_and_words_heard_are_the_users_turn(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        await serving.go(20)
+        await serving.advance(20)
         while kinds(client).count(TURN[-1]) < 3:  # the user's, ours, the user's
             await client.event()
         assert kinds(client)[1:] == TURN + RESPONSE + TURN
         check(client)
-        started, stopped = (client.of(kind)[0] for kind in TURN[:2])
+        started, stopped = (client.events_of(kind)[0] for kind in TURN[:2])
         assert (started["audio_start_ms"], stopped["audio_end_ms"]) == (200, 600)
-        assert [event["transcript"].strip() for event in client.of(TURN[5])] == ["what number", "thanks"]
-        done = client.of("response.done")[0]["response"]
+        assert [event["transcript"].strip() for event in client.events_of(TURN[5])] == ["what number", "thanks"]
+        done = client.events_of("response.done")[0]["response"]
         assert done["status"] == "completed"
         assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": " it is forty"}]
-        sound = [base64.b64decode(event["delta"]) for event in client.of("response.output_audio.delta")]
+        sound = [base64.b64decode(event["delta"]) for event in client.events_of("response.output_audio.delta")]
         assert [len(one) for one in sound] == 4 * [9_600] and any(sound[0])
-        items = client.of("conversation.item.added")
+        items = client.events_of("conversation.item.added")
         assert items[1]["previous_item_id"] == items[0]["item"]["id"]
 
-    serving(served, engine, test, model=TALK)
+    serving(slots, engine, test, model=TALK)
 
 
-def test_who_interrupts_is_told_of_when_the_model_yields(served, engine):
+def test_who_interrupts_is_told_of_when_the_model_yields(slots, engine):
     talk = {
         2: (SAY, " it is", SPEAK),
         3: (HEARD, " no", SAY, " a", SPEAK),
@@ -122,11 +122,11 @@ def test_who_interrupts_is_told_of_when_the_model_yields(served, engine):
 
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        await serving.go(30)
+        await serving.advance(30)
         while kinds(client).count("response.done") < 2 or kinds(client)[-1] != TURN[-1]:
             await client.event()
         check(client)
-        first, second = (event["response"] for event in client.of("response.done"))
+        first, second = (event["response"] for event in client.events_of("response.done"))
         assert first["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
         assert first["output"][0]["status"] == "incomplete"
         at = kinds(client).index("response.done")
@@ -134,43 +134,43 @@ def test_who_interrupts_is_told_of_when_the_model_yields(served, engine):
         assert second["status"] == "completed", "the model spoke on, and ends long after the user's word"
         assert kinds(client).count(TURN[0]) == 2
 
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_last(served, engine):
+def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_last(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
-        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
-        await eventually(lambda: serving.session().scheduled.hearing.waiting)
-        await serving.go(9)
+        await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
+        await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
+        await serving.advance(9)
         assert kinds(client)[-1] == "session.updated", "nobody asked for anything"
-        await client.say("input_audio_buffer.commit")
+        await client.send("input_audio_buffer.commit")
         committed = await client.until("input_audio_buffer.committed")
         metadata = {"client_event_id": "ours"}
-        await client.say("response.create", event_id="r1", response={"metadata": metadata})
+        await client.send("response.create", event_id="r1", response={"metadata": metadata})
         done = (await client.until("response.done"))["response"]
-        transcript = client.of("conversation.item.input_audio_transcription.completed")[0]
+        transcript = client.events_of("conversation.item.input_audio_transcription.completed")[0]
         assert transcript["item_id"] == committed["item_id"] and transcript["transcript"].strip() == "what number"
         assert TURN[0] not in kinds(client)
         assert done["metadata"] == metadata
         assert done["output"][0]["content"][0]["transcript"] == " it is forty"
-        assert len(client.of("response.output_audio.delta")) == 4
-        await serving.go(2)  # to the eleventh
-        await client.say("response.create")
+        assert len(client.events_of("response.output_audio.delta")) == 4
+        await serving.advance(2)  # to the eleventh
+        await client.send("response.create")
         await client.until("response.output_audio.delta")
-        await client.say("response.create", event_id="r2")
+        await client.send("response.create", event_id="r2")
         error = (await client.until("error"))["error"]
         assert (error["code"], error["event_id"]) == ("conversation_already_has_active_response", "r2")
-        await serving.go(3)
+        await serving.advance(3)
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " the sky is", "from where its gate opened"
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
-        await client.say("response.create")
+        await client.send("response.create")
         done = (await client.until("response.done"))["response"]
         assert (done["status"], done["output"]) == ("cancelled", []), "it gives way"
         await client.until("response.created")
-        await serving.go(51)
+        await serving.advance(51)
         done = (await client.until("response.done"))["response"]
         assert done["status"] == "completed" and done["output"] == [], "it had nothing to say"
         check(client)
@@ -183,95 +183,95 @@ def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_l
         11: (SAY, " the sky", SPEAK),
         12: (SAY, " is", SPEAK),
     }
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_what_nobody_asked_for_is_not_the_answer_to_what_is_said_next(served, engine):
+def test_what_nobody_asked_for_is_not_the_answer_to_what_is_said_next(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
-        await serving.go(8)  # " it is" is over, and the next words have begun
-        await client.say("response.create")
-        await serving.go(3)
+        await serving.advance(8)  # " it is" is over, and the next words have begun
+        await client.send("response.create")
+        await serving.advance(3)
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " forty"
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
-        await client.say("response.cancel")
+        await client.send("response.cancel")
         await client.until("response.done")
         check(client)
 
     talk = {2: (SAY, " it is", SPEAK), 7: (HEARD, " what", LISTEN), 9: (SAY, " forty", SPEAK)}
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_each_commit_is_an_item(served, engine):
+def test_each_commit_is_an_item(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
-        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
-        await eventually(lambda: serving.session().scheduled.hearing.waiting)
-        await serving.go(2)
+        await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
+        await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
+        await serving.advance(2)
         found = []
         for _ in range(2):
-            await client.say("input_audio_buffer.commit")
+            await client.send("input_audio_buffer.commit")
             found.append((await client.until("input_audio_buffer.committed"))["item_id"])
-            await serving.go(1)
-        await serving.go(5)
-        while len(client.of("conversation.item.done")) < 2:
+            await serving.advance(1)
+        await serving.advance(5)
+        while len(client.events_of("conversation.item.done")) < 2:
             await client.event()
-        said = client.of("conversation.item.input_audio_transcription.completed")
+        said = client.events_of("conversation.item.input_audio_transcription.completed")
         assert [(one["item_id"], one["transcript"].strip()) for one in said] == [
             (found[0], "what number"),
             (found[1], ""),
         ]
         check(client)
 
-    serving(served, engine, test, model=scripted({2: (HEARD, " what", LISTEN), 3: (HEARD, " number", LISTEN)}))
+    serving(slots, engine, test, model=scripted({2: (HEARD, " what", LISTEN), 3: (HEARD, " number", LISTEN)}))
 
 
-def test_words_are_told_of_while_a_response_waits_and_not_as_an_interruption_when_it_begins(served, engine):
+def test_words_are_told_of_while_a_response_waits_and_not_as_an_interruption_when_it_begins(slots, engine):
     """LiveKit's client cancels the response that it has at `speech_started`, Pipecat's what it plays."""
 
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        await client.say("response.create")
+        await client.send("response.create")
         waits = (await client.until("response.created"))["response"]["id"]
-        await serving.go(2)
+        await serving.advance(2)
         await client.until(TURN[0])
         for name in ("other", waits):
-            await client.say("response.cancel", response_id=name)
+            await client.send("response.cancel", response_id=name)
         error = (await client.until("error"))["error"]
         assert error["code"] == "response_cancel_not_active" and error["message"].startswith("Cancellation failed")
         await client.until("response.done")
-        await serving.go(12)
+        await serving.advance(12)
         while kinds(client).count("response.done") < 3:
             await client.event()
         check(client)
-        said = [one["response"]["output"] for one in client.of("response.done")]
+        said = [one["response"]["output"] for one in client.events_of("response.done")]
         assert [one[0]["content"][0]["transcript"] if one else "" for one in said] == ["", " yes", " forty"]
         assert kinds(client).count(TURN[0]) == kinds(client).count(TURN[1]) == 1, "the second word came with its answer"
         assert kinds(client).count(TURN[2]) == 2
 
     talk = {2: (HEARD, " what", LISTEN), 3: (SAY, " yes", SPEAK), 9: (HEARD, " number", SAY, " forty", SPEAK)}
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(served, engine):
+def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, tools=[WEATHER], audio={"input": {"turn_detection": None}})
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
-        await serving.go(3)
+        await serving.advance(3)
         call = (await client.until("response.done"))["response"]["output"][0]
-        await serving.go(3)  # " one" is said and over
+        await serving.advance(3)  # " one" is said and over
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": ""}
-        await client.say("conversation.item.create", item=output)
+        await client.send("conversation.item.create", item=output)
         await client.until("conversation.item.done")
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
-        await serving.go(5)
+        await serving.advance(5)
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " it is", "not what was said before"
-        assert not client.of("error")
+        assert not client.events_of("error")
         check(client)
 
     talk = {
@@ -279,51 +279,51 @@ def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(s
         4: (SAY, " one", SPEAK),
         9: (SAY, " it is", SPEAK),
     }
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_recording_that_comes_at_once_is_heard_before_its_answer_is_given_up(served, engine):
+def test_a_recording_that_comes_at_once_is_heard_before_its_answer_is_given_up(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
         for _ in range(9):
-            await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(48_000)).decode())
-        await client.say("input_audio_buffer.commit")
-        await client.say("response.create")
+            await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(48_000)).decode())
+        await client.send("input_audio_buffer.commit")
+        await client.send("response.create")
         await client.until("response.created")
         async with serving.ticking():  # one after the other, as the clock has them
             done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " forty"
 
-    serving(served, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
+    serving(slots, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
 
 
-def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(served, engine):
+def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(slots, engine):
     talk = {at: (SAY, " a", SPEAK) for at in (*range(2, 8), *range(12, 14))}
 
     async def test(serving: Serving) -> None:
         client = await opened(serving, output_modalities=["text"])
-        await client.say("response.cancel", event_id="early")
+        await client.send("response.cancel", event_id="early")
         assert (await client.until("error"))["error"]["code"] == "response_cancel_not_active"
-        await serving.go(3)
+        await serving.advance(3)
         await client.until("response.output_text.delta")
-        await client.say("response.cancel")
+        await client.send("response.cancel")
         done = await client.until("response.done")
         assert done["response"]["status_details"] == {"type": "cancelled", "reason": "client_cancelled"}
-        await serving.go(15)
+        await serving.advance(15)
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"] == [{"type": "output_text", "text": " a a"}]
-        assert kinds(client).count("response.created") == 2 and not client.of("response.output_audio.delta")
+        assert kinds(client).count("response.created") == 2 and not client.events_of("response.output_audio.delta")
         check(client)
 
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_delegation_calls_the_clients_function_and_its_result_is_background_text(served, engine):
+def test_a_delegation_calls_the_clients_function_and_its_result_is_background_text(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, tools=[WEATHER], instructions="be kind")
-        told = [piece for piece in serving.session().scheduled.typed]
+        told = [piece for piece in serving.session().scheduled.text_queue]
         assert {piece.mark for piece in told} == {Control.BACKGROUND}
-        await serving.go(3)
+        await serving.advance(3)
         done = (await client.until("response.done"))["response"]
         call = done["output"][0]
         assert (call["type"], call["name"], json.loads(call["arguments"])) == (
@@ -331,18 +331,18 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
             "weather",
             {"city": "sky"},
         )
-        serving.session().scheduled.typed.clear()
+        serving.session().scheduled.text_queue.clear()
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "the sky is a number"}
-        await client.say("conversation.item.create", item=output)
+        await client.send("conversation.item.create", item=output)
         await client.until("conversation.item.done")
         text = unread(serving.session().scheduled)
         assert text == engine.codec.encode("the sky is a number")
-        await client.say("conversation.item.create", event_id="again", item=output)
+        await client.send("conversation.item.create", event_id="again", item=output)
         assert (await client.until("error"))["error"]["code"] == "item_call_id_not_found"
         check(client)
 
     talk = {2: (SAY, Control.DELEGATE, " weather", LISTEN), 3: (SAY, " sky", Control.END, LISTEN)}
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_which_function_a_task_is_for(task, expected):
         ({"type": "nonsense"}, "invalid_event_type", "type"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(served, engine, message, code, param):
+def test_what_is_wrong_is_named(slots, engine, message, code, param):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
         await client.ws.send_str(json.dumps({**message, "event_id": "mine"}))
@@ -392,40 +392,40 @@ def test_what_is_wrong_is_named(served, engine, message, code, param):
         assert (error["code"], error["param"], error["event_id"]) == (code, param, "mine")
         check(client)
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_format_is_the_clients_until_there_has_been_sound(served, engine):
+def test_a_format_is_the_clients_until_there_has_been_sound(slots, engine):
     async def test(serving: Serving) -> None:
         g711 = {"format": {"type": "audio/pcmu"}}
         client = await opened(serving, audio={"input": g711, "output": g711})
         assert client.events[-1]["session"]["audio"]["output"]["format"] == {"type": "audio/pcmu"}
-        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(1_600)).decode())
-        await eventually(lambda: serving.session().scheduled.hearing.waiting)
+        await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(1_600)).decode())
+        await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
         pcm = {"format": {"type": "audio/pcm", "rate": 24_000}}
-        await client.say("session.update", session={"type": "realtime", "audio": {"input": pcm}})
+        await client.send("session.update", session={"type": "realtime", "audio": {"input": pcm}})
         assert (await client.until("error"))["error"]["param"] == "session.audio"
-        await serving.go(8)
+        await serving.advance(8)
         delta = await client.until("response.output_audio.delta")
         assert len(base64.b64decode(delta["delta"])) == 1_600
 
-    serving(served, engine, test, model=TALK)
+    serving(slots, engine, test, model=TALK)
 
 
-def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
+def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
-        await serving.go(5)
+        await serving.advance(5)
         await client.until("response.output_audio.delta")
         session = serving.session()
-        await client.say("input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode())
-        await eventually(lambda: session.protocol.intake.taken)
+        await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode())
+        await eventually(lambda: session.protocol.intake.received_bytes)
         await client.cut_off(session)
         last, token = client.events[-1]["sequence_number"], client.started["resume"]["token"]
         back = await serving.open(f"/v1/realtime?session_id={session.id}&resume_token={token}&after={last}")
         async with serving.ticking():
             await back.until("response.done")
-        assert back.of("session.updated")[0]["session"]["resume"]["input_audio_bytes"] == 960
+        assert back.events_of("session.updated")[0]["session"]["resume"]["input_audio_bytes"] == 960
         client.events += back.events
         check(client)
         assert kinds(client).count("response.created") == kinds(client).count("response.done") == 1
@@ -440,10 +440,10 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(served, engine):
                 assert refused.status == status
         assert len(serving.manager.sessions) == 1
 
-    serving(served, engine, test, model=TALK)
+    serving(slots, engine, test, model=TALK)
 
 
-def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(served, engine):
+def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
         async with serving.ticking():
@@ -456,4 +456,4 @@ def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(served, en
         assert (await other.until("error"))["error"]["type"] == "server_error"
         assert await other.closed() == 1011
 
-    serving(served, engine, test, model=scripted({}), limits=Limits(session_s=0.5))
+    serving(slots, engine, test, model=scripted({}), limits=Limits(session_s=0.5))

@@ -17,7 +17,7 @@ from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
 
-def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(served, engine):
+def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(slots, engine):
     access = Access([Key(name="one", key="sk-first-key")])
 
     async def test(serving: Serving) -> None:
@@ -35,7 +35,7 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(serve
         async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets", headers=headers) as refused:
             assert refused.status == 403
         other = {"type": "realtime", "model": "other"}
-        key = access.ephemeral(access.who("sk-first-key"), 2**40, ("realtime",), other)
+        key = access.create_short_lived_key(access.authenticate("sk-first-key"), 2**40, ("realtime",), other)
         async with serving.http.get(f"{serving.url}/v1/realtime", params={"auth_id": key}) as refused:
             assert refused.status == 404, "made for a model that this server had once"
         headers = {"Authorization": "Bearer sk-first-key"}
@@ -45,10 +45,10 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(serve
             async with serving.http.post(url, headers=headers, data=body) as refused:
                 assert refused.status == 400
 
-    serving(served, engine, test, access=access, model=scripted({}))
+    serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_the_stock_sdk_talks(served, engine):
+def test_the_stock_sdk_talks(slots, engine):
     async def test(serving: Serving) -> None:
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
         async with openai.realtime.connect(model="small_test") as connection:
@@ -62,10 +62,10 @@ def test_the_stock_sdk_talks(served, engine):
                         break
         assert seen[-1].response.output[0].content[0].transcript == " it is forty"
 
-    serving(served, engine, test, model=TALK)
+    serving(slots, engine, test, model=TALK)
 
 
-def test_the_strict_client_runs_an_agent_with_a_function(served, engine):
+def test_the_strict_client_runs_an_agent_with_a_function(slots, engine):
     asked: list[str] = []
 
     @function_tool
@@ -100,4 +100,4 @@ def test_the_strict_client_runs_an_agent_with_a_function(served, engine):
         assert asked == ["sky"] and "audio" in kinds and "error" not in kinds
         assert not [one for one in raw if one.type in ("error", "exception")], raw
 
-    serving(served, engine, test, model=scripted(talk))
+    serving(slots, engine, test, model=scripted(talk))

@@ -23,32 +23,32 @@ def picture(data: bytes) -> dict[str, str]:
 
 async def create(client: Client, *parts: dict[str, Any], **fields: Any) -> None:
     item = {"type": "message", "role": "user", "content": parts, **fields}
-    await client.say("conversation.item.create", item=item)
+    await client.send("conversation.item.create", item=item)
 
 
-def test_a_conversation_with_calls_can_be_told_anew(served, engine):
+def test_a_conversation_with_calls_can_be_told_anew(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, tools=[WEATHER])
         call = {"type": "function_call", "call_id": "c1", "id": "i1", "name": "weather", "arguments": "{}"}
         output = {"type": "function_call_output", "call_id": "c1", "id": "i2", "output": "the sky"}
         for item in (call, output):
-            await client.say("conversation.item.create", item=item)
+            await client.send("conversation.item.create", item=item)
             await client.until("conversation.item.done")
-        assert not client.of("error") and not serving.counted("duplex_delegation_duration_seconds_count")
+        assert not client.events_of("error") and not serving.counted("duplex_delegation_duration_seconds_count")
         for again, code in ((call, "item_create_duplicate_item_id"), (output | {"id": "i3"}, "item_call_id_not_found")):
-            await client.say("conversation.item.create", item=again)
+            await client.send("conversation.item.create", item=again)
             assert (await client.until("error"))["error"]["code"] == code
         for n in range(300):
-            await client.say("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
+            await client.send("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
         for _ in range(300):
             await client.until("conversation.item.done")
         assert len(serving.session().protocol.called) == len(serving.session().protocol.items) == 256
         check(client)
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine):
+def test_items_are_kept_retrieved_deleted_and_given_to_the_model(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
         scheduled = serving.session().scheduled
@@ -59,32 +59,32 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(served, engine)
         ):
             await create(client, {"type": kind, "text": "the sky"}, role=role, id=role)
             await client.until("conversation.item.done")
-            assert scheduled.typed[-1].mark is mark
-        await client.say("conversation.item.retrieve", item_id="user")
+            assert scheduled.text_queue[-1].mark is mark
+        await client.send("conversation.item.retrieve", item_id="user")
         assert (await client.until("conversation.item.retrieved"))["item"]["content"][0]["text"] == "the sky"
-        await client.say("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
+        await client.send("conversation.item.truncate", item_id="assistant", content_index=0, audio_end_ms=10)
         await client.until("conversation.item.truncated")
-        await client.say("conversation.item.delete", item_id="user")
+        await client.send("conversation.item.delete", item_id="user")
         await client.until("conversation.item.deleted")
-        await client.say("conversation.item.retrieve", item_id="user")
+        await client.send("conversation.item.retrieve", item_id="user")
         assert (await client.until("error"))["error"]["code"] == "item_retrieve_invalid_item_id"
         await create(client, SECOND)
         await client.until("conversation.item.done")
-        assert 15_900 <= scheduled.hearing.waiting <= 16_000
-        await client.say("input_audio_buffer.clear")
+        assert 15_900 <= scheduled.jitter_buffer.waiting_samples <= 16_000
+        await client.send("input_audio_buffer.clear")
         await client.until("input_audio_buffer.cleared")
-        assert scheduled.hearing.waiting == 0
-        scheduled.typed.clear()
+        assert scheduled.jitter_buffer.waiting_samples == 0
+        scheduled.text_queue.clear()
         await create(client, TEXT, TEXT)
         await client.until("conversation.item.done")
         tokens = unread(scheduled)
         assert tokens == engine.codec.encode("the sky\nthe sky")
         check(client)
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_message_is_given_whole_or_not_at_all(served, engine):
+def test_a_message_is_given_whole_or_not_at_all(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving)
         scheduled = serving.session().scheduled
@@ -94,18 +94,18 @@ def test_a_message_is_given_whole_or_not_at_all(served, engine):
         assert (await client.until("error"))["error"]["code"] == "string_above_max_length"
         await create(client, picture(jpeg(20)), {"type": "input_text"})
         await client.until("error")
-        assert not scheduled.typed and not scheduled.hearing.waiting and scheduled.patches is None
-        assert not client.of("conversation.item.added")
+        assert not scheduled.text_queue and not scheduled.jitter_buffer.waiting_samples and scheduled.patches is None
+        assert not client.events_of("conversation.item.added")
         await create(client, picture(jpeg(20)), picture(jpeg(200)))
         await client.until("conversation.item.done")
         (before, now) = scheduled.patches[0]
         assert np.array_equal(before, now), "what was refused, and what was not the last, is not seen beside it"
         check(client)
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_nothing(served, engine):
+def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_nothing(slots, engine):
     later = (SECOND, {"type": "input_text", "text": "a number"}, picture(jpeg(20)))
 
     async def test(serving: Serving) -> None:
@@ -122,59 +122,59 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
         await create(client, *8 * [SECOND], TEXT, *7 * [SECOND], id="long")
         assert (await client.until("conversation.item.done"))["item"]["id"] == "long"
         client = await cut(client)
-        given = intake.waiting
+        given = intake.waiting_samples
         assert abs(given - 15 * 16_000) < 200, "where there is room for ten seconds"
         await create(client, *later, id="later")
-        await eventually(lambda: intake.seeing._before is not None)
+        await eventually(lambda: intake.images._before is not None)
         client = await cut(client)
-        assert intake.waiting == given and session.scheduled.patches is None
+        assert intake.waiting_samples == given and session.scheduled.patches is None
         assert unread(session.scheduled) == engine.codec.encode("the sky")
         await create(client, *later, id="later")
         async with serving.ticking():
             assert (await client.until("conversation.item.done"))["item"]["id"] == "later"
         client.events = events + client.events
-        assert not client.of("error")
+        assert not client.events_of("error")
         check(client)
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
 
 
-def test_what_is_refused_costs_no_answer_that_waits(served, engine):
+def test_what_is_refused_costs_no_answer_that_waits(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
-        await serving.go(6)
+        await serving.advance(6)
         await create(client, {"type": "input_text"})
         await client.until("error")
-        await client.say("response.create")
+        await client.send("response.create")
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " it is"
 
-    serving(served, engine, test, model=scripted({2: (SAY, " it is", SPEAK), 3: (LISTEN,)}))
+    serving(slots, engine, test, model=scripted({2: (SAY, " it is", SPEAK), 3: (LISTEN,)}))
 
 
-def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(served, engine):
+def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(slots, engine):
     async def test(serving: Serving) -> None:
         client = await opened(serving, audio={"input": {"turn_detection": None}})
         await create(client, *9 * [SECOND])
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
         session = serving.session()
         for _ in range(94):
-            session.scheduled.hearing.put(
+            session.scheduled.jitter_buffer.push(
                 np.zeros(MICRO_TURN_SAMPLES, np.float32)
             )  # its client stays nine seconds ahead
-            await serving.go(1)
+            await serving.advance(1)
         assert session.protocol.response is not None
-        await serving.go(1)
+        await serving.advance(1)
         done = (await client.until("response.done"))["response"]
-        assert done["output"] == [] and session.scheduled.turns == 95, "45 of sound, and 50"
+        assert done["output"] == [] and session.scheduled.micro_turns == 95, "45 of sound, and 50"
         await create(client, {"type": "input_text", "text": "the sky " * 60})
-        await client.say("response.create")
+        await client.send("response.create")
         await client.until("response.created")
-        pieces = len(session.scheduled.typed)
-        await serving.go(pieces + 49)
+        pieces = len(session.scheduled.text_queue)
+        await serving.advance(pieces + 49)
         assert pieces > 50 and session.protocol.response is not None, "it is read first"
-        await serving.go(1)
+        await serving.advance(1)
         await client.until("response.done")
 
-    serving(served, engine, test, model=scripted({}))
+    serving(slots, engine, test, model=scripted({}))
