@@ -168,8 +168,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    from jaxtml.data import bank, cache, examples
-    from jaxtml.data.pipeline import Rows
+    from jaxtml.data import cache, examples
+    from jaxtml.data.dataset import ConversationDataset, build_dataset, open_dataset
     from jaxtml.data.tasks import scenarios
     from jaxtml.stream.text import TextCodec
 
@@ -181,14 +181,16 @@ def data(args: argparse.Namespace) -> None:
         size = min(config.duplex.control_base, 640)
         TextCodec.train(scenarios.corpus(), size).save(tokenizer)
     if not args.no_build:
-        bank.build(out / "bank", bank.full_plan(config.data.seed), args.workers)
+        build_dataset(config, out, args.workers)
     if not args.show and not args.rows:
         return
-    rows = Rows.open(config, TextCodec.load(tokenizer), out / "bank")
+    dataset = open_dataset(config, TextCodec.load(tokenizer), out)
+    if not isinstance(dataset, ConversationDataset):
+        raise InputError(f"dataset {config.data.dataset} has no conversations: leave out --show and --rows")
     if args.rows:
-        cache.build(rows, out / "cache", args.rows, args.workers)
+        cache.build(dataset, out / cache.CACHE_FOLDER, args.rows, args.workers)
     if args.show:
-        talks = map(rows.conversation, itertools.count())
+        talks = map(dataset.conversation, itertools.count())
         for text in examples.write_examples(talks, out / "examples", args.show):
             print(text)
 

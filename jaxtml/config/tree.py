@@ -255,7 +255,7 @@ class VocoderConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What training sees: sessions mixed from a speech bank and encoded as rows (`jaxtml.data.pipeline`)."""
+    """What training sees: sessions mixed from a speech bank and encoded as rows (`jaxtml.data.conversations`)."""
 
     seed: NonNegativeInt = 1
     """Row `i` depends on this seed and on `i` alone."""
@@ -275,10 +275,10 @@ class DataConfig:
 
     misheard: Fraction = 0.3
     """Share of the rows whose transcript has some other words than were said, so that the model trusts the sound more
-    than its own transcript (`jaxtml.data.pipeline`)."""
+    than its own transcript (`jaxtml.data.conversations`)."""
 
     dataset: str = "conversations"
-    """Name of the rows that training reads. `jaxtml.data.dataset` opens datasets and lists their names."""
+    """Name of the dataset that training reads. `jaxtml.data.dataset` has the names, and says how to add a dataset."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""Encoded rows on disk, for a trainer that eats faster than they can be mixed (an accelerator beside few cores).
+"""Encoded rows on disk, for an accelerator that trains faster than the processors beside it mix conversations.
 
-`build` writes the first N rows of a `Rows` in shards, by worker processes; kill it and start it again at will. What is
-cached depends on bank, config and tokenizer alone, and a cache made from others is refused. `CachedRows` gives row
-`i` as `Rows` would, from a new order of the N in each epoch. Called by `jaxtml data --rows N` and `jaxtml.train`.
+`build` writes the first N rows of a dataset as shards, in worker processes. A build can be killed and started again.
+`CachedRows` is the dataset that reads the shards: row `i` is as the original dataset makes it, in a new order of the N
+rows for each epoch. A cache holds the digest of its original dataset and is refused in place of any other. Called by
+`jaxtml data --rows N` and `jaxtml.train.loop`.
 
-    cache.json                    the digest of what the rows are made from, and how many there are
+    cache.json                    digest of the original dataset, and number of rows
     00012-of-00040.array_record   one record per row: the arrays of an encoded sequence, without padding
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import multiprocessing
@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 import grain
 import numpy as np
@@ -27,89 +28,95 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.progress import Progress
 
 from jaxtml.config import Config
-from jaxtml.data.pipeline import Batch, Rows, pad
+from jaxtml.data.dataset import ConversationDataset, Dataset
+from jaxtml.data.rows import Row, pad
 from jaxtml.errors import InputError
 from jaxtml.stream.layout import Sequence
 
+CACHE_FOLDER = "cache"
+"""The row cache inside the folder that `jaxtml data` writes."""
+
 SHARD_ROWS = 64  # about six seconds of work for one core
-FORMAT = 1
 
 
-def digest(rows: Rows) -> str:
-    """Returns the sha256 of everything that decides what row `i` is.
+class CacheHead(TypedDict):
+    """The content of `cache.json`: the digest of the dataset that was cached, and how many of its rows."""
 
-    `data.dataset` is left out. The name of a dataset changes no row, and existing caches have a digest without it.
+    digest: str
+    rows: int
+
+
+def build(dataset: ConversationDataset, folder: Path, count: int, workers: int) -> None:
+    """Writes those of the rows `[0, count)` that `folder` does not have yet.
+
+    Args:
+      dataset: makes the rows; pickled for the worker processes.
+      folder: the cache, created if it is not there.
+      count: rows of the cache, a multiple of `SHARD_ROWS`.
+      workers: processes.
+
+    Raises:
+      InputError: `count` is no multiple, or `folder` holds a cache of other rows.
     """
-    data = dataclasses.asdict(rows.config.data)
-    del data["dataset"]
-    made_from = [
-        FORMAT,
-        rows.speakers.bank.digest,
-        data,
-        dataclasses.asdict(rows.config.duplex),
-        dataclasses.asdict(rows.weights),
-        [rows.codec.encode(text) for text in sorted(rows.speakers.replies)],
-        hashlib.sha256(rows.speakers.users.tobytes()).hexdigest(),
-    ]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
-def build(rows: Rows, folder: Path, count: int, workers: int) -> None:
-    """Write the rows `[0, count)` that are not there yet. `count` is a multiple of 64."""
     if count < 1 or count % SHARD_ROWS:
         raise InputError(f"a cache of {count} rows: give a positive multiple of {SHARD_ROWS}")
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"digest": digest(rows), "rows": count}
+    head: CacheHead = {"digest": dataset.digest, "rows": count}
     if (folder / "cache.json").exists():
         if _read_head(folder) != head:
             raise InputError(f"{folder} holds a cache of other rows: name a new folder, or remove this one")
     else:
-        _write(folder / "cache.json", json.dumps(head).encode())
+        _write_atomically(folder / "cache.json", json.dumps(head).encode())
     shards = count // SHARD_ROWS
-    todo = [shard for shard in range(shards) if not _shard_path(folder, shard, shards).exists()]
+    missing = [shard for shard in range(shards) if not _shard_path(folder, shard, shards).exists()]
     context = multiprocessing.get_context("spawn")
     with Progress() as progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        task = progress.add_task("rows", total=shards, completed=shards - len(todo))
-        running = [pool.submit(_build_shard, rows, folder, shard, shards) for shard in todo]
+        task = progress.add_task("rows", total=shards, completed=shards - len(missing))
+        running = [pool.submit(_build_shard, dataset, folder, shard, shards) for shard in missing]
         try:
-            for done in as_completed(running):
-                done.result()
+            for finished in as_completed(running):
+                finished.result()
                 progress.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _build_shard(rows: Rows, folder: Path, shard: int, shards: int) -> None:
+def _build_shard(dataset: ConversationDataset, folder: Path, shard: int, shards: int) -> None:
     path = _shard_path(folder, shard, shards)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     writer = ArrayRecordWriter(str(partial), "group_size:1")  # one row can be read without its neighbours
     for index in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS):
-        writer.write(_packed(rows.sequence(index)))
+        writer.write(_to_bytes(dataset.sequence(index)))
     writer.close()
     partial.replace(path)
 
 
-def _packed(sequence: Sequence) -> bytes:
+def _to_bytes(sequence: Sequence) -> bytes:
     arrays = {field.name: getattr(sequence, field.name) for field in dataclasses.fields(sequence)}
-    arrays["speech"] = arrays["speech"].astype(np.float16)  # as batches carry it, see `pipeline.pad`
+    arrays["speech"] = arrays["speech"].astype(np.float16)  # the dtype of a row, see `rows.row_shapes`
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
+
+
+def _from_bytes(record: bytes) -> Sequence:
+    with np.load(io.BytesIO(record)) as arrays:
+        return Sequence(**{name: arrays[name] for name in arrays.files})
 
 
 def _shard_path(folder: Path, shard: int, shards: int) -> Path:
     return folder / f"{shard:05}-of-{shards:05}.array_record"
 
 
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or none of it."""
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it: a reader finds all of the file or none of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)
 
 
-def _read_head(folder: Path) -> dict:
+def _read_head(folder: Path) -> CacheHead:
     try:
         return json.loads((folder / "cache.json").read_bytes())
     except FileNotFoundError as error:
@@ -120,15 +127,34 @@ def _read_head(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """The rows of a finished cache, as a function of their number. Every epoch visits each once, in its own order."""
+    """The rows of a finished cache, as a dataset (`jaxtml.data.dataset.Dataset`).
+
+    Every epoch visits each row once, in an order of its own.
+
+    Attributes:
+      config: `config.data.seed` decides the order of the epochs.
+      folder: the cache.
+      count: rows in the cache.
+      original_digest: digest of the dataset that was cached.
+    """
 
     config: Config
     folder: Path
     count: int
+    original_digest: str
 
     @staticmethod
-    def open(config: Config, folder: Path, made_from: Rows | None = None) -> CachedRows:
-        """Raises `InputError` where there is no finished cache, or one of other rows than `made_from`."""
+    def open(config: Config, folder: Path, original: Dataset | None = None) -> CachedRows:
+        """Opens a cache.
+
+        Args:
+          config: the resolved config.
+          folder: the cache.
+          original: the dataset that the cache has to stand in for; None accepts any.
+
+        Raises:
+          InputError: there is no finished cache in `folder`, or it has other rows than `original`.
+        """
         head = _read_head(folder)
         shards = head["rows"] // SHARD_ROWS
         missing = sum(not _shard_path(folder, shard, shards).exists() for shard in range(shards))
@@ -136,28 +162,32 @@ class CachedRows:
             raise InputError(
                 f"{folder} lacks {missing} of {shards} shards: finish it with `jaxtml data --rows {head['rows']}`"
             )
-        if made_from is not None and head["digest"] != digest(made_from):
+        if original is not None and head["digest"] != original.digest:
             raise InputError(f"{folder} is a cache of another bank, config or tokenizer: build a new one")
-        return CachedRows(config, folder, head["rows"])
+        return CachedRows(config, folder, head["rows"], head["digest"])
+
+    @property
+    def digest(self) -> str:
+        """The digest of the original dataset with the number of rows, because the rows come in another order."""
+        return f"{self.original_digest} cache of {self.count}"
+
+    def row(self, index: int) -> Row:
+        """Returns the arrays of row `index` of an endless series of epochs."""
+        epoch, within = divmod(index, self.count)
+        stored = _epoch_order(self.config.data.seed, epoch, self.count)[within]
+        return pad(_from_bytes(self._records[int(stored)]), self.config)
 
     @cached_property
     def _records(self) -> grain.sources.ArrayRecordDataSource:
         shards = self.count // SHARD_ROWS
         return grain.sources.ArrayRecordDataSource([str(_shard_path(self.folder, n, shards)) for n in range(shards)])
 
-    def __getstate__(self) -> dict:
-        """Without the open files: a loader's worker processes open their own."""
-        return {name: self.__dict__[name] for name in ("config", "folder", "count")}
-
-    def __call__(self, index: int) -> Batch:
-        """Row `index` of an endless series, without the batch axis."""
-        epoch, within = divmod(index, self.count)
-        row = _order(self.config.data.seed, epoch, self.count)[within]
-        with np.load(io.BytesIO(self._records[int(row)])) as arrays:
-            return pad(Sequence(**{name: arrays[name] for name in arrays.files}), self.config)
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves the open files out: each worker process opens its own."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """`[count]` the rows in the order of one epoch."""
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns `[count]` the stored rows in the order of one epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
-from jaxtml.data.pipeline import row_shapes
+from jaxtml.data.rows import row_shapes
 from jaxtml.model.duplex.step import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement

@@ -9,7 +9,6 @@ one was asked for, `unsound_<step>.npz` where training had to stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.checkpoint.files import TOKENIZER
 from jaxtml.config import Config
-from jaxtml.data.cache import CachedRows, digest
-from jaxtml.data.pipeline import Batch, Rows, Share, batches
+from jaxtml.data.cache import CACHE_FOLDER, CachedRows
+from jaxtml.data.dataset import ConversationDataset, Dataset, open_dataset
+from jaxtml.data.pipeline import Batch, HostRows, batches
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
@@ -37,7 +37,6 @@ from jaxtml.train.step import TrainState, check_batch, make_train_step
 REPORT_EVERY = 20
 UNSOUND = 3  # steps in a row without a sound gradient after which training stops
 PROFILE_FROM = 5  # steps after the start: by then everything is compiled
-BANK, CACHE = "bank", "cache"
 
 
 def train(
@@ -77,16 +76,15 @@ def train(
         raise InputError(
             f"mesh {mesh} is not of all devices of the {jax.process_count()} processes: name another --mesh"
         )
-    rows: Rows | CachedRows = Rows.open(config, codec, data / BANK)
-    made_from = digest(rows)
-    if (data / CACHE).is_dir():
-        rows = CachedRows.open(config, data / CACHE, rows)
-        made_from += f" cache of {rows.count}"
+    dataset = open_dataset(config, codec, data)
+    takes_samples = mesh.devices == 1 and isinstance(dataset, ConversationDataset)
+    if (data / CACHE_FOLDER).is_dir():
+        dataset = CachedRows.open(config, data / CACHE_FOLDER, dataset)
     model = InteractionModel(config, Placement(mesh, config.train.transport, config.train.capacity))
     total, active = count_parameters(model.specs())
     logging.info("%s: %.2fM parameters, %.2fM active, on %s", config.name, total / 1e6, active / 1e6, mesh)
     with jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext():
-        storage.claim(workdir, config, data, made_from)
+        storage.claim(workdir, config, data, dataset.digest)
         init, step = make_train_step(model)
         compiled = jax.jit(step, donate_argnums=0)
         saver = storage.checkpointer(workdir)
@@ -99,11 +97,13 @@ def train(
             params = _first_parameters(model, data, vocoder, start_from)
             state = jax.jit(init, donate_argnums=0)(params) if mesh.devices > 1 else init(params)
         steps, every = config.train.steps, config.train
-        share = _share(every.batch, mesh)
-        feed = batches(rows, every.batch, start=first, workers=workers, share=share)
+        host_rows = _host_rows(every.batch, mesh)
+        feed = batches(dataset, every.batch, start=first, workers=workers, host_rows=host_rows)
         progress = TrainProgress(workdir, config, first, mesh.devices) if jax.process_index() == 0 else None
         if mesh.devices > 1:
             logging.info("no samples are taken: that is done on one device")
+        elif not takes_samples:
+            logging.info("no samples are taken: dataset %s has no conversations", config.data.dataset)
         pending: list[dict[str, Any]] = []
         unsound = 0
         traced = range(first + PROFILE_FROM, min(first + PROFILE_FROM + profile, steps + 1))
@@ -112,7 +112,7 @@ def train(
             for done in range(first + 1, steps + 1):
                 if traced and done == traced[0]:
                     jax.profiler.start_trace(str(workdir / "profile"))
-                state, metrics = compiled(state, _placed(next(feed), share, every.batch, mesh))
+                state, metrics = compiled(state, _placed(next(feed), host_rows, every.batch, mesh))
                 pending.append(metrics)
                 if traced and done == traced[-1]:
                     jax.block_until_ready(state)
@@ -123,13 +123,13 @@ def train(
                     for at, given in enumerate(pending, done - len(pending) + 1):
                         unsound = unsound + 1 if int(given["skipped"]) else 0
                         if unsound == UNSOUND:
-                            raise _stopped(workdir, rows, every.batch, at)
+                            raise _stopped(workdir, dataset, every.batch, at)
                     pending = []
                 if done % every.checkpoint_every == 0 or done == steps:
                     # Without `force` Orbax leaves out a checkpoint while it still writes the one before.
                     saver.save_async(done, state, force=True)
-                if progress and mesh.devices == 1 and (done % every.sample_every == 0 or done == steps):
-                    sampler = sampler or Sampler(config, state.params, codec, data / BANK)
+                if progress and takes_samples and (done % every.sample_every == 0 or done == steps):
+                    sampler = sampler or Sampler(config, state.params, codec, data)
                     progress.samples(done, sampler.run(state.params, workdir / "samples" / f"{done:06}"))
         finally:
             feed.close()
@@ -166,19 +166,19 @@ def _rows() -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES))
 
 
-def _share(batch: int, mesh: MeshShape) -> Share:
+def _host_rows(batch: int, mesh: MeshShape) -> HostRows:
     """The rows of the global batch that this process's devices hold; those of one `tensor` group hold the same."""
     if mesh.devices == 1:
-        return Share()
+        return HostRows()
     held: Any = _rows().addressable_devices_indices_map((batch,))
-    return Share(tuple(sorted({row for index in held.values() for row in range(batch)[index[0]]})))
+    return HostRows(tuple(sorted({row for index in held.values() for row in range(batch)[index[0]]})))
 
 
-def _placed(local: Batch, share: Share, batch: int, mesh: MeshShape) -> dict[str, Any]:
+def _placed(local: Batch, host_rows: HostRows, batch: int, mesh: MeshShape) -> dict[str, Any]:
     """This process's rows as its part of the global batch."""
     if mesh.devices == 1:
         return local
-    position = {row: i for i, row in enumerate(share.rows or range(batch))}
+    position = {row: i for i, row in enumerate(host_rows.positions or range(batch))}
 
     def placed(rows: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
@@ -190,12 +190,12 @@ def _placed(local: Batch, share: Share, batch: int, mesh: MeshShape) -> dict[str
     return {name: placed(rows) for name, rows in local.items()}
 
 
-def _stopped(workdir: Path, rows: Callable[[int], Batch], batch: int, last: int) -> InputError:
+def _stopped(workdir: Path, dataset: Dataset, batch: int, last: int) -> InputError:
     """Keeps the batch of the first of the unsound steps that end with `last`, and says so."""
     first = last - UNSOUND + 1
     path = workdir / f"unsound_{first:06}.npz"
     if jax.process_index() == 0:
-        feed = batches(rows, batch, start=first - 1)
+        feed = batches(dataset, batch, start=first - 1)
         np.savez(path, allow_pickle=False, **next(feed))
         feed.close()
     return InputError(

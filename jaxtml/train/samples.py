@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtml.config import Config
-from jaxtml.data.pipeline import Rows
+from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.model.spec import Params
 from jaxtml.session.engine import Engine, replies
 from jaxtml.stream.audio_file import write_wav
@@ -23,9 +23,10 @@ SESSIONS = 4
 class Sampler:
     """Four fixed sessions with unseen voices, and the step that is compiled for them once."""
 
-    def __init__(self, config: Config, params: Params, codec: TextCodec, bank: Path):
-        rows = Rows.open(config, codec, bank, split="test")
-        self.talks = [rows.conversation(i) for i in range(SESSIONS)]
+    def __init__(self, config: Config, params: Params, codec: TextCodec, data: Path):
+        dataset = open_dataset(config, codec, data, split="test")
+        assert isinstance(dataset, ConversationDataset)
+        self.talks = [dataset.conversation(i) for i in range(SESSIONS)]
         self.engine = Engine.create(config, params, codec)
 
     def run(self, params: Params, folder: Path) -> str:

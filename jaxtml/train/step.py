@@ -101,7 +101,7 @@ def loss_fn(
     Args:
       model: says where it runs.
       params: this device's parts.
-      batch: the rows, `[B, ...]` each (see `jaxtml.data.pipeline.pad`).
+      batch: the rows, `[B, ...]` each (see `jaxtml.data.rows.pad`).
       rows: `[B]` a key of each row's noise, so that it does not matter who works on it.
       counts: of the whole batch.
     """

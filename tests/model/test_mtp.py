@@ -18,7 +18,7 @@ from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config
 from jaxtml.convert.conversion import write
-from jaxtml.data.pipeline import pad
+from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
 from jaxtml.model.duplex.step import Duplex

@@ -27,6 +27,7 @@ from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.commands import main as cli
 from jaxtml.config import Config
 from jaxtml.data import bank, pipeline
+from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -275,7 +276,7 @@ def test_data_that_are_not_there_are_one_clear_line_and_claim_no_folder(config, 
 
 def test_a_run_on_data_that_have_changed_is_refused(config, data, straight, monkeypatch):
     workdir, _ = straight
-    monkeypatch.setattr(loop, "digest", lambda rows: "of a bank that has grown")
+    monkeypatch.setattr(GeneratedConversations, "digest", "of a bank that has grown")
     with pytest.raises(InputError, match="holds a run on other data .* name a new --workdir"):
         train(config, workdir, data)
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.config import AttentionConfig, Config
-from jaxtml.data.pipeline import pad
+from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import vocabulary
 from jaxtml.model.interaction import InteractionModel

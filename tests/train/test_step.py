@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
-from jaxtml.data.pipeline import pad
+from jaxtml.data.rows import pad
 from jaxtml.model import backbone
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtml.checkpoint.files import TOKENIZER
 from jaxtml.checkpoint.orbax.source import load_checkpoint
-from jaxtml.data.pipeline import pad
+from jaxtml.data.rows import pad
 from jaxtml.model.experts.weights import quantise_experts
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.placement import Placement

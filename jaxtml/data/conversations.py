@@ -1,0 +1,138 @@
+"""The dataset `conversations`: sessions that are mixed from an utterance bank and encoded as rows.
+
+This is the dataset that a config names unless it names another (`data.dataset`). `jaxtml.data.dataset` opens it for the
+trainer and for `jaxtml data`. A row is a pure function of the bank, the config, the tokenizer and the row's index: the
+session is mixed with a random generator of (seed, index), and its transcript is disturbed with one of (seed, index, 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jaxtml.config import Config
+from jaxtml.data import bank
+from jaxtml.data.bank import Bank
+from jaxtml.data.rows import Row, max_own_speech, pad
+from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
+from jaxtml.data.tasks.scenarios import VOCABULARY
+from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.layout import Sequence, encode
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.tokens import Term
+
+BANK_FOLDER = "bank"
+"""The utterance bank inside the folder that `jaxtml data` writes."""
+
+_FORMAT = 1
+_MISHEARD_SHARE = (0.1, 0.4)
+"""Bounds of the share of replaced words in a row. An untrained model mishears more words, a good one fewer."""
+
+
+def build(config: Config, folder: Path, workers: int) -> None:
+    """Synthesises the utterance bank of this dataset into `folder`, or finishes one that was begun."""
+    bank.build(folder / BANK_FOLDER, bank.full_plan(config.data.seed), workers)
+
+
+@dataclass(frozen=True)
+class GeneratedConversations:
+    """A dataset of mixed sessions (`jaxtml.data.dataset.ConversationDataset`).
+
+    Worker processes receive a pickled copy, so that all of them read the same bank.
+
+    Attributes:
+      config: `config.data` holds the length of rows and the seed.
+      codec: turns words into token ids.
+      speakers: the voices of one split of a bank.
+      weights: how often each scenario is drawn.
+    """
+
+    config: Config
+    codec: TextCodec
+    speakers: Speakers
+    weights: Weights = Weights()
+
+    @staticmethod
+    def open(config: Config, codec: TextCodec, folder: Path, split: str = "train") -> GeneratedConversations:
+        """Opens the bank inside `folder`.
+
+        Raises:
+          InputError: `folder` has no readable bank, or the bank has no voices of this split.
+        """
+        return GeneratedConversations(config, codec, Speakers.of(Bank.open(folder / BANK_FOLDER), split))
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of everything that decides what row `i` is.
+
+        `data.dataset` is left out. The name of a dataset changes no row, and existing caches have a digest without it.
+        """
+        data = dataclasses.asdict(self.config.data)
+        del data["dataset"]
+        made_from = [
+            _FORMAT,
+            self.speakers.bank.digest,
+            data,
+            dataclasses.asdict(self.config.duplex),
+            dataclasses.asdict(self.weights),
+            [self.codec.encode(text) for text in sorted(self.speakers.replies)],
+            hashlib.sha256(self.speakers.users.tobytes()).hexdigest(),
+        ]
+        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+    def conversation(self, index: int) -> Conversation:
+        """Returns the session that row `index` is made from."""
+        data = self.config.data
+        rng = np.random.default_rng((data.seed, index))
+        return make_conversation(rng, self.speakers, self.weights, data.turns)
+
+    def sequence(self, index: int) -> Sequence:
+        """Returns the session of row `index`, encoded and cut at `config.data.tokens` positions."""
+        data = self.config.data
+        sequence = encode(
+            self.conversation(index),
+            self.codec,
+            self.config.duplex,
+            heard_delay_ms=data.heard_delay_ms,
+            lead_ms=data.text_lead_ms,
+            max_tokens=data.tokens,
+            max_speech=max_own_speech(data.tokens),
+        )
+        rng = np.random.default_rng((data.seed, index, 1))
+        if rng.random() >= data.misheard:
+            return sequence
+        return with_misheard_words(rng, sequence, self.config, self._vocabulary)
+
+    def row(self, index: int) -> Row:
+        """Returns the arrays of row `index` (see `jaxtml.data.rows.row_shapes`)."""
+        return pad(self.sequence(index), self.config)
+
+    @cached_property
+    def _vocabulary(self) -> np.ndarray:
+        """`[n]` the tokens of every word of the task."""
+        return np.array([token for word in VOCABULARY for token in self.codec.encode(word)])
+
+
+def with_misheard_words(
+    rng: np.random.Generator, sequence: Sequence, config: Config, other_tokens: np.ndarray
+) -> Sequence:
+    """Returns the sequence with some tokens of its transcript replaced by random ones of `other_tokens`.
+
+    Only what the model reads of its own past changes. Targets stay what the user said, so that the next word has to be
+    found in the sound. A model that has only seen flawless transcripts believes its own (exposure bias). The text of
+    the assistant answers what was really said, so such a row does not train it.
+    """
+    heard = 1 + np.flatnonzero((sequence.term == Term.HEARD) & (sequence.target < config.duplex.control_base))
+    heard = heard[heard < len(sequence.ids)]
+    wrong = heard[rng.random(len(heard)) < rng.uniform(*_MISHEARD_SHARE)]
+    if not len(wrong):
+        return sequence
+    ids = sequence.ids.copy()
+    ids[wrong] = rng.choice(other_tokens, len(wrong))
+    return replace(sequence, ids=ids, term=np.where(sequence.term == Term.TEXT, Term.NONE, sequence.term))

@@ -1,0 +1,116 @@
+"""What a dataset is, and how a config names one.
+
+The trainer, the row cache and `jaxtml data` know datasets by the protocols below and by nothing else. `data.dataset` in
+the config is the name of one; `open_dataset` turns the name into the object.
+
+How to add a dataset:
+
+1. Write a module beside this one with a class that has `row` and `digest`. Nothing has to be inherited.
+   `jaxtml.data.conversations` is an example. To make a row from a two-channel recording, fill a
+   `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.layout.encode`, and bring it to the fixed
+   shapes with `jaxtml.data.rows.pad`.
+2. Add its name to `_KINDS` at the end of this file, with one function that makes what the dataset needs on disk and
+   one that opens it.
+3. Train with `--set data.dataset=NAME`. With `conversation` and `sequence` the class also serves `jaxtml data --show`
+   and `--rows`, and the trainer writes sample conversations.
+4. Copy the tests of `tests/data/test_dataset.py` that hold a dataset to its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtml.config import Config
+from jaxtml.data import conversations
+from jaxtml.data.rows import Row
+from jaxtml.errors import InputError
+from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.layout import Sequence
+from jaxtml.stream.text import TextCodec
+
+
+class Dataset(Protocol):
+    """Rows of training data, addressed by their index.
+
+    `row(index)` is a pure function: the same index gives the same bytes in every process, at any time and in any order.
+    The trainer relies on nothing else, and gains three things from it:
+
+    - Any number of hosts. Row `r` of step `s` has the index `s * batch + r`, and each host makes the rows of its own
+      devices.
+    - Any number of worker processes. The dataset is pickled and sent to each of them. Leave open files out of the
+      pickled state (`__getstate__`), as `jaxtml.data.cache.CachedRows` does.
+    - A run resumes from one integer, the number of steps that are done.
+
+    Indices count from 0 without end. A finite dataset repeats itself: `CachedRows` does so in a new order each epoch.
+    """
+
+    @property
+    def digest(self) -> str:
+        """A text that differs between two datasets of which any row differs, and is the same otherwise.
+
+        A training run stores it and refuses to resume on other data. A row cache stores it and refuses to stand in for
+        other rows. Make it from everything that decides a row: the content of files, the config, the tokenizer.
+        """
+        ...
+
+    def row(self, index: int, /) -> Row:
+        """Returns the arrays of row `index`, without a batch axis, in the shapes of `jaxtml.data.rows.row_shapes`."""
+        ...
+
+
+@runtime_checkable
+class ConversationDataset(Dataset, Protocol):
+    """A dataset whose rows are encoded conversations. Its rows can be shown and cached."""
+
+    def conversation(self, index: int, /) -> Conversation:
+        """Returns the conversation behind row `index`."""
+        ...
+
+    def sequence(self, index: int, /) -> Sequence:
+        """Returns the conversation of row `index`, encoded but not padded."""
+        ...
+
+
+def build_dataset(config: Config, folder: Path, workers: int) -> None:
+    """Makes what the dataset of `config` needs on disk, with `workers` processes. Finishes a build that was stopped.
+
+    Raises:
+      InputError: `config` names no dataset that exists, or the build cannot run.
+    """
+    _kind(config).build(config, folder, workers)
+
+
+def open_dataset(config: Config, codec: TextCodec, folder: Path, split: str = "train") -> Dataset:
+    """Opens the dataset that `config.data.dataset` names.
+
+    Args:
+      config: the resolved config.
+      codec: turns text into token ids.
+      folder: what `jaxtml data` wrote (its `--out`).
+      split: "train", or "test" for what training never reads.
+
+    Raises:
+      InputError: `config` names no dataset that exists, or `folder` does not hold what the dataset needs.
+    """
+    return _kind(config).open(config, codec, folder, split)
+
+
+class _Kind(NamedTuple):
+    """The functions behind the name of a dataset (see `build_dataset` and `open_dataset` for their arguments)."""
+
+    build: Callable[[Config, Path, int], None]
+    open: Callable[[Config, TextCodec, Path, str], Dataset]
+
+
+_KINDS = {
+    "conversations": _Kind(conversations.build, conversations.GeneratedConversations.open),
+}
+
+
+def _kind(config: Config) -> _Kind:
+    name = config.data.dataset
+    if name not in _KINDS:
+        raise InputError(f"data.dataset {name!r}: there is no such dataset; give {' or '.join(sorted(_KINDS))}")
+    return _KINDS[name]

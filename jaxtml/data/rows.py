@@ -1,0 +1,89 @@
+"""The arrays of one row of training data: their names, shapes and dtypes, and the padding to those shapes.
+
+Datasets make rows with `pad`. The training step and `jaxtml plan` read the shapes from `row_shapes`, so a row always
+has the shapes that the compiled step was made for.
+
+Axis glossary: T positions, C clock features, P patches, S own-speech positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jaxtml.config import Config
+from jaxtml.stream.clock import CLOCK_FEATURES
+from jaxtml.stream.images import PATCH
+from jaxtml.stream.layout import SPEECH_DIM, Sequence
+from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, N_MELS
+
+Row = dict[str, np.ndarray]
+"""The arrays of one row by name, without a batch axis (see `row_shapes`)."""
+
+_POSITIONS_PER_OWN_SPEECH = 3
+"""At most one position in three is own speech. No generated session has more, not even one of typed turns alone."""
+
+
+def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+    """Returns the shape and dtype of each array of a row.
+
+    | array | shape | dtype | meaning |
+    |---|---|---|---|
+    | `kind` | `[T]` | uint8 | `PositionKind`; PAD at the end |
+    | `ids` | `[T]` | int32 | token ids |
+    | `bins` | `[T, 80]` | uint8 | dMel frames |
+    | `clock` | `[T, C]` | float32 | clock features of the position's micro-turn |
+    | `patches` | `[P, 2, 40, 40, 3]` | float32 | pictures |
+    | `target` | `[T]` | int32 | the token to predict |
+    | `term` | `[T]` | uint8 | `Term`: the loss term of that prediction, or NONE |
+    | `speech_at` | `[S]` | int32 | own-speech positions; 0 where there is none |
+    | `speech` | `[S, 400]` | float16 | log-mels in [-7, 2] to predict there, exact to 0.002 |
+    | `speech_valid` | `[S]` | bool | whether there is an own-speech position |
+    """
+    tokens = config.data.tokens
+    own_speech = max_own_speech(tokens)
+    patches = min(config.duplex.max_patches * config.data.turns, tokens)
+    return {
+        "kind": ((tokens,), np.uint8),
+        "ids": ((tokens,), np.int32),
+        "bins": ((tokens, N_MELS), np.uint8),
+        "clock": ((tokens, CLOCK_FEATURES), np.float32),
+        "patches": ((patches, 2, PATCH, PATCH, 3), np.float32),
+        "target": ((tokens,), np.int32),
+        "term": ((tokens,), np.uint8),
+        "speech_at": ((own_speech,), np.int32),
+        "speech": ((own_speech, SPEECH_DIM), np.float16),
+        "speech_valid": ((own_speech,), np.bool_),
+    }
+
+
+def max_own_speech(tokens: int) -> int:
+    """Returns the number of own-speech positions that a row of `tokens` positions has room for."""
+    return FRAMES_PER_MICRO_TURN * (tokens // (FRAMES_PER_MICRO_TURN * _POSITIONS_PER_OWN_SPEECH))
+
+
+def pad(sequence: Sequence, config: Config) -> Row:
+    """Returns an encoded conversation in the fixed shapes of `row_shapes`, with PAD positions at the end.
+
+    Raises:
+      ValueError: the sequence has more positions, or more own-speech positions, than a row.
+    """
+    shapes = row_shapes(config)
+    length, spoken = len(sequence.kind), len(sequence.speech_at)
+    (tokens,), (own_speech,) = shapes["kind"][0], shapes["speech_at"][0]
+    if length > tokens or spoken > own_speech:
+        raise ValueError(f"{length} positions with {spoken} of own speech do not fit {tokens} and {own_speech}")
+
+    def padded(name: str) -> np.ndarray:
+        shape, dtype = shapes[name]
+        array = np.zeros(shape, dtype)
+        if name == "clock":
+            array[:length] = sequence.clock[sequence.turn]
+        elif name == "speech_valid":
+            array[:spoken] = True
+        else:
+            values = getattr(sequence, name)
+            array[: len(values)] = values
+        return array
+
+    return {name: padded(name) for name in shapes}
