@@ -22,6 +22,7 @@ from absl.flags import argparse_flags
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.arguments import count
 from jaxtml.errors import InputError
 
 VOCODER_STEPS = 5000
@@ -225,14 +226,6 @@ def _writable(*paths: str | None, spared: str) -> None:
         taken[place] = "it is named twice"
 
 
-def _count(text: str) -> int:
-    """An integer from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: give at least 1")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse_flags.ArgumentParser(prog="jaxtml", description="Full-duplex interaction models in JAX.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -292,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoint(command)
     command.add_argument("--host", default="127.0.0.1", metavar="H", help="another than loopback needs --keys")
     command.add_argument("--port", type=int, default=8080, metavar="P", help="0: any that is free")
-    command.add_argument("--max-sessions", type=_count, default=8, metavar="N", help="at a time; others are refused")
+    command.add_argument("--max-sessions", type=count, default=8, metavar="N", help="at a time; others are refused")
     command.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes with the model; default: one, on CPUs one a core"
     )
@@ -333,23 +326,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workdir", required=True, metavar="DIR")
     command.add_argument("--data", metavar="DIR", help="from `jaxtml data`; default: WORKDIR/data")
     command.add_argument(
-        "--steps", type=_count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
+        "--steps", type=count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
     )
     command.add_argument(
         "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint, whose vocoder is carried"
     )
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")
-    command.add_argument("--workers", type=_count, default=1, help="processes that make batches in advance")
+    command.add_argument("--workers", type=count, default=1, help="processes that make batches in advance")
     command.add_argument("--mesh", metavar="AXES", help="as data=16,expert=8; default: data over all devices")
-    command.add_argument("--profile", type=_count, default=0, metavar="N", help="trace N steps into WORKDIR/profile")
+    command.add_argument("--profile", type=count, default=0, metavar="N", help="trace N steps into WORKDIR/profile")
 
     command = add(data, "data", "build or inspect training data", "data tiny --out data --show 5")
     add_config(command)
     command.add_argument("--out", required=True, metavar="DIR", help="gets bank/, tokenizer.json, examples/")
-    command.add_argument("--show", type=_count, default=0, metavar="K", help="write K examples as WAV + picture")
-    command.add_argument("--workers", type=_count, default=2, help="processes that synthesise speech")
-    command.add_argument("--rows", type=_count, metavar="N", help="also write N encoded rows to OUT/cache for `train`")
+    command.add_argument("--show", type=count, default=0, metavar="K", help="write K examples as WAV + picture")
+    command.add_argument("--workers", type=count, default=2, help="processes that synthesise speech")
+    command.add_argument("--rows", type=count, metavar="N", help="also write N encoded rows to OUT/cache for `train`")
     command.add_argument("--no-build", action="store_true", help="use the bank as far as it is built")
 
     command = add(
