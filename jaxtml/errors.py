@@ -9,10 +9,10 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what is wrong, and what to do about it."""
 
 
-_SHOWN = 5  # names listed in an error before "and N more"
+MOST_NAMED = 5  # names listed in an error before "and N more"
 
 
-def some(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """The first of them, and how many there are more."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -11,17 +11,17 @@ import numpy as np
 from jaxtml.checkpoint.source import Index
 from jaxtml.model.spec import ParamSpec
 
-CHUNK = 2**23  # bytes of a file, at most
+CHUNK_BYTES = 2**23  # bytes of a file, at most
 
 
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
     """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
-    them) as `CHUNK` has room for; where one row is larger, a part of it that lies together there too. Of what is not
-    released, of the longest axis."""
+    them) as `CHUNK_BYTES` has room for; where one row is larger, a part of it that lies together there too. Of what is
+    not released, of the longest axis."""
     inner = list(spec.shape[spec.stacked :])
     for axis in _order(spec):
         row = itemsize * math.prod(inner) // inner[axis]
-        inner[axis] = _share(inner[axis], max(1, CHUNK // row))
+        inner[axis] = _share(inner[axis], max(1, CHUNK_BYTES // row))
         if inner[axis] > 1:
             break
     return (1,) * spec.stacked + tuple(inner)
@@ -68,7 +68,7 @@ class LayerChunks:
         return layer_name(self.path, self.at)
 
 
-def layers(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[LayerChunks]:
+def layer_chunks(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[LayerChunks]:
     """All of them, each with its chunks of the size that a parameter has, in order."""
     for path, spec in specs.items():
         found: dict[tuple[int, ...], list[Index]] = {}
@@ -78,12 +78,12 @@ def layers(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]])
             yield LayerChunks(path, at, tuple(indices))
 
 
-def written(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[LayerChunks]:
+def conversion_chunks(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[LayerChunks]:
     """All of them in the chunks in which a conversion works."""
-    return list(layers(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
+    return list(layer_chunks(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
 
 
-def nbytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
+def parameter_bytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
     return sum(int(np.prod(spec.shape, dtype=np.int64)) * dtype(path).itemsize for path, spec in specs.items())
 
 

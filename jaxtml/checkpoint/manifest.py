@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
-from jaxtml.checkpoint.files import CARRIED, MANIFEST
+from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
 
 _VERSION = 1
@@ -23,7 +23,7 @@ _TENSORS = (".safetensors", ".jsonl")
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorRecord:
     """`crc32` is eight hexadecimal digits."""
 
     dtype: str
@@ -31,7 +31,7 @@ class Tensor:
     crc32: str
 
     @classmethod
-    def of(cls, dtype: str, shape: Sequence[int], crc32: int) -> Tensor:
+    def of(cls, dtype: str, shape: Sequence[int], crc32: int) -> TensorRecord:
         return cls(dtype, tuple(shape), f"{crc32:08x}")
 
 
@@ -40,19 +40,19 @@ class Manifest:
     """`files` is the checksums of all files but those of tensors."""
 
     source: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorRecord]
     files: dict[str, str]
 
 
-def write(folder: Path, source: str, tensors: Mapping[str, Tensor]) -> None:
+def write_manifest(folder: Path, source: str, tensors: Mapping[str, TensorRecord]) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
-    beside = [path for path in (*folder.glob("*"), *folder.glob(f"{CARRIED}/*")) if path.is_file()]
+    beside = [path for path in (*folder.glob("*"), *folder.glob(f"{RELEASE_FILES}/*")) if path.is_file()]
     names = [str(path.relative_to(folder)) for path in sorted(beside) if path.suffix not in _TENSORS]
-    found = Manifest(source, dict(sorted(tensors.items())), checksums(folder, names))
+    found = Manifest(source, dict(sorted(tensors.items())), file_checksums(folder, names))
     (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
 
 
-def read(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
     """Raises `InputError` where there is none, or none that `write` wrote."""
     file = folder / MANIFEST
     if not file.is_file():
@@ -61,13 +61,13 @@ def read(folder: Path) -> Manifest:
         held = json.loads(file.read_text())
         if held["version"] != _VERSION:
             raise InputError(f"{file} is of another version than this jaxtml writes: convert again")
-        tensors = {name: Tensor(**one | {"shape": tuple(one["shape"])}) for name, one in held["tensors"].items()}
+        tensors = {name: TensorRecord(**one | {"shape": tuple(one["shape"])}) for name, one in held["tensors"].items()}
         return Manifest(str(held["source"]), tensors, dict(held["files"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is none that `jaxtml convert` wrote") from error
 
 
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Those of the files that are there."""
     found = {name: folder / name for name in names}
     return {name: f"{isal_zlib.crc32(file.read_bytes()):08x}" for name, file in found.items() if file.is_file()}

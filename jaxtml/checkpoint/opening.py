@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtml.checkpoint.inkling.directory import INDEX
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
-from jaxtml.checkpoint.source import ParameterSource, on_one_device, place_parameters
+from jaxtml.checkpoint.source import ParameterSource, first_device_shapes, place_parameters
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
@@ -26,8 +26,8 @@ def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoi
 def read_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
     """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as
     `open_checkpoint`."""
-    return in_memory(open_checkpoint(directory), dtype)
+    return read_parameters(open_checkpoint(directory), dtype)
 
 
-def in_memory(source: ParameterSource, dtype: str = "float32") -> tuple[Config, Params]:
-    return source.config, place_parameters(source, on_one_device(source.config, dtype))
+def read_parameters(source: ParameterSource, dtype: str = "float32") -> tuple[Config, Params]:
+    return source.config, place_parameters(source, first_device_shapes(source.config, dtype))

@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxtml.checkpoint.manifest import Tensor
+from jaxtml.checkpoint.manifest import TensorRecord
 from jaxtml.checkpoint.source import Index
 from jaxtml.model.spec import ParamSpec
 
 
-class Sink(Protocol):
+class ParameterSink(Protocol):
     """Where parameters go: a checkpoint in the making."""
 
     specs: dict[str, ParamSpec]
@@ -28,6 +28,6 @@ class Sink(Protocol):
         by side."""
         ...
 
-    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+    def manifest_record(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, TensorRecord]:
         """What one layer's part of a parameter is called there, and is."""
         ...

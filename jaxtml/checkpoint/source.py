@@ -63,7 +63,7 @@ def full_index(spec: ParamSpec) -> Index:
     return (slice(None),) * len(spec.shape)
 
 
-def extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+def index_shape(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what an index cuts out."""
     return tuple(len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True))
 
@@ -83,7 +83,7 @@ def place_parameters(source: ParameterSource, shapes: dict[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def on_one_device(config: Config, dtype: str) -> dict[str, Any]:
+def first_device_shapes(config: Config, dtype: str) -> dict[str, Any]:
     """Shapes of all parameters as `dtype` on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = InteractionModel(config).specs()

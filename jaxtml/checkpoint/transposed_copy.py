@@ -9,7 +9,7 @@ _BLOCK_ROWS, _BLOCK_BYTES, _PADDING = 512, 768, 8
 _SMALLEST = 32  # sides of matrices that are not worth a buffer
 
 
-def contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """`view` copied to `out` (None: a new array) in its own order of axes.
 
     A matrix that lies turned is copied block by block through a buffer whose rows are not a power of two apart: NumPy's

@@ -13,8 +13,8 @@ from functools import reduce
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtml.checkpoint.source import Index, ParameterSource, extent, full_index, spec_table
-from jaxtml.checkpoint.transposed_copy import contiguous
+from jaxtml.checkpoint.source import Index, ParameterSource, full_index, index_shape, spec_table
+from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import BackboneConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -78,7 +78,7 @@ class WarmStart:
             found = self.source.read(path, index)
             return self._with_controls(found, index) if path == "embed/weight" else found
         _, block, run, name = path.split("/", 3)
-        out = np.empty(extent(index, self.table[path].shape), self.dtype(path))
+        out = np.empty(index_shape(index, self.table[path].shape), self.dtype(path))
         spans = [range(*cut.indices(n)) for cut, n in zip(index[:2], self.table[path].shape[:2], strict=True)]
         for i, repeat in enumerate(spans[0]):
             for j, layer in enumerate(spans[1]):
@@ -88,7 +88,7 @@ class WarmStart:
                 else:
                     place = (*(slice(n, n + 1) for n in at), *index[2:])
                     part = self.source.read(f"{prefix}/{name}", place)[0, 0]
-                    contiguous(part.astype(out.dtype, copy=False), out[i, j])
+                    copy_contiguous(part.astype(out.dtype, copy=False), out[i, j])
         return out
 
     def _copied(self, path: str) -> bool:

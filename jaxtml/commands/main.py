@@ -39,9 +39,9 @@ def info(args: argparse.Namespace) -> None:
     if Path(args.config).is_dir():
         if args.set:
             raise InputError(f"{args.config} is a checkpoint: its config cannot be --set")
-        config, specs, checkpoint = inspect.described(args.config)
+        config, specs, checkpoint = inspect.describe_checkpoint(args.config)
         if args.verify:
-            checkpoint["verified"] = inspect.checked(args.config)
+            checkpoint["verified"] = inspect.verify_manifest(args.config)
     elif args.verify:
         raise InputError(f"{args.config} is no checkpoint: there is nothing to --verify")
     else:
@@ -329,7 +329,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=count, help=f"default: train.steps of the config; {VOCODER_STEPS} for the vocoder"
     )
     command.add_argument(
-        "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint, whose vocoder is carried"
+        "--vocoder", metavar="DIR", help="run of `train vocoder`, or a checkpoint, whose vocoder is extra_files"
     )
     command.add_argument("--start-from", metavar="DIR", help="checkpoint whose parameters a new run begins with")
     command.add_argument("--base", default="tiny", metavar="CONFIG", help="whose vocoder `train vocoder` trains")

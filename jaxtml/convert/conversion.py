@@ -15,9 +15,9 @@ from types import MappingProxyType
 import numpy as np
 
 from jaxtml import config as configs
-from jaxtml.checkpoint import manifest
-from jaxtml.checkpoint.files import MANIFEST, RUN
+from jaxtml.checkpoint.files import MANIFEST, RUN_CHECKPOINTS
 from jaxtml.checkpoint.inkling.sink import ReleasedSink, released_dtypes
+from jaxtml.checkpoint.manifest import read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.sink import OrbaxSink
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
@@ -25,28 +25,28 @@ from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
 from jaxtml.convert import streaming
-from jaxtml.convert.extra_files import companions
-from jaxtml.convert.verification import verified
+from jaxtml.convert.extra_files import find_extra_files
+from jaxtml.convert.verification import verify_conversion
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
 
 
-def write(
+def write_checkpoint(
     source: ParameterSource,
     destination: Path,
-    made_from: str,
+    source_id: str,
     to: str = "orbax",
     dtype: str | None = None,
-    carried: Mapping[str, Path] = MappingProxyType({}),
+    extra_files: Mapping[str, Path] = MappingProxyType({}),
     check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held, with the files `carried` (by
-    name). What `check` raises of the folder keeps it from its name."""
+    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held, with the files `extra_files`
+    (by name). What `check` raises of the folder keeps it from its name."""
     dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
     kind = ReleasedSink if to == "hf" else OrbaxSink
-    streaming.convert(source, kind(source.config, dtypes, carried), destination, made_from, check)
+    streaming.copy_parameters(source, kind(source.config, dtypes, extra_files), destination, source_id, check)
 
 
 def convert(
@@ -81,19 +81,19 @@ def convert(
     given = held if begin_as is None else WarmStart(held, configs.load(begin_as))
     step = held.step if isinstance(held, OrbaxCheckpoint) else None
     asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
-    made_from = json.dumps([str(source.resolve()), fingerprint(source, step), asked, to, dtype])
+    source_id = json.dumps([str(source.resolve()), fingerprint(source, step), asked, to, dtype])
     said = [f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"]
 
     def check(folder: Path) -> None:
         if verify:
-            said.append(verified(held, given, open_checkpoint(folder), to))
+            said.append(verify_conversion(held, given, open_checkpoint(folder), to))
 
     if verify and (destination / MANIFEST).is_file():
-        if manifest.read(destination).source != made_from:
+        if read_manifest(destination).source != source_id:
             raise InputError(f"{destination} was made of another {source} than it is now, or by another conversion")
         check(destination)
     else:
-        write(given, destination, made_from, to, dtype, companions(source), check)
+        write_checkpoint(given, destination, source_id, to, dtype, find_extra_files(source), check)
     return "; ".join(said)
 
 
@@ -119,7 +119,7 @@ def _counted(source: ParameterSource, to: str) -> str:
 
 def fingerprint(directory: Path, step: int | None = None) -> str:
     """Changes with any file of a checkpoint, or of a run's step: of names, sizes and times."""
-    folder = directory if step is None else directory / RUN / str(step)
+    folder = directory if step is None else directory / RUN_CHECKPOINTS / str(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     seen = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from absl import logging
 
-from jaxtml.checkpoint.files import CARRIED, MANIFEST, TOKENIZER
+from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES, TOKENIZER
 from jaxtml.checkpoint.inkling.directory import INDEX
 
 LARGEST = 2**26  # bytes of a file that comes along
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def companions(directory: Path) -> dict[str, Path]:
+def find_extra_files(directory: Path) -> dict[str, Path]:
     """The files of a checkpoint that are neither its weights nor made of them, by their names in a release: what
     tokenizes and prepares, model cards, licenses; of a release its `config.json` too. What is left out is logged."""
     released = any(directory.glob("*.safetensors"))
-    folder = directory if released else directory / CARRIED
+    folder = directory if released else directory / RELEASE_FILES
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     kept = [file for file in found if file.is_file() and not _is_of_weights(file)]
     left = [file.name for file in found if file not in kept and not file.name.startswith(".")]

@@ -13,24 +13,23 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxtml.checkpoint import manifest
-from jaxtml.checkpoint.chunks import layers, nbytes
-from jaxtml.checkpoint.files import RUN, TOKENIZER
+from jaxtml.checkpoint.chunks import layer_chunks, parameter_bytes
+from jaxtml.checkpoint.files import RUN_CHECKPOINTS, TOKENIZER
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.manifest import Tensor
+from jaxtml.checkpoint.manifest import TensorRecord, crc32, file_checksums, read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.config import Config
 from jaxtml.convert.progress import CopyProgress
-from jaxtml.convert.threads import side_by_side
-from jaxtml.errors import InputError, some
+from jaxtml.convert.threads import run_in_threads
+from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import ParamSpec
 
 _BLOCK = 2**23  # bytes that are summed at once
 
 
-def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict[str, Any]]:
+def describe_checkpoint(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict[str, Any]]:
     """The config of a checkpoint, the parameters that it holds, and `kind`, `step` (of a run; else None), `dtypes`
     (numbers of each, as held), `bytes` on disk and `uses`: what can be done with it. Raises `InputError` where it is
     none."""
@@ -47,7 +46,7 @@ def described(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict
     else:
         step = source.step
         kind = "training run" if step is not None else "jaxtml checkpoint"
-        folder = directory / RUN / str(step) if step is not None else directory
+        folder = directory / RUN_CHECKPOINTS / str(step) if step is not None else directory
         uses += ["train (goes on)"] if step is not None else []
     uses += ["train --start-from", *(["converse"] if (directory / TOKENIZER).is_file() else [])]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -58,7 +57,7 @@ def _held(source: ParameterSource) -> dict[str, ParamSpec]:
     return {path: spec for path, spec in spec_table(source.config).items() if source.holds(path)}
 
 
-def checked(directory: str | Path) -> int:
+def verify_manifest(directory: str | Path) -> int:
     """Reads all of what a conversion wrote and holds it to the checksums in its manifest; returns how many tensors.
 
     Raises:
@@ -66,30 +65,30 @@ def checked(directory: str | Path) -> int:
         (five are named).
     """
     directory = Path(directory)
-    wanted, source = manifest.read(directory), open_checkpoint(directory)
+    wanted, source = read_manifest(directory), open_checkpoint(directory)
     parts = dict(_parts(source))
-    progress = CopyProgress(nbytes(_held(source), source.dtype), 0, "verified ")
+    progress = CopyProgress(parameter_bytes(_held(source), source.dtype), 0, "verified ")
 
-    def one(name: str, stop: threading.Event) -> tuple[str, Tensor | None]:
+    def one(name: str, stop: threading.Event) -> tuple[str, TensorRecord | None]:
         dtype, shape, blocks = parts[name]
         found = 0
         try:
             for values in blocks():
                 if stop.is_set():
                     raise CancelledError
-                found = manifest.crc32(values, found)
+                found = crc32(values, found)
                 progress.add(values.nbytes)
         except InputError:  # a chunk that is not there, or damaged
             return name, None
-        return name, Tensor.of(dtype, shape, found)
+        return name, TensorRecord.of(dtype, shape, found)
 
-    files = manifest.checksums(directory, wanted.files)
+    files = file_checksums(directory, wanted.files)
     changed = [name for name, checksum in wanted.files.items() if files.get(name) != checksum]
-    found = dict(side_by_side(one, list(parts), None))
+    found = dict(run_in_threads(one, list(parts), None))
     changed += [name for name in sorted({*found, *wanted.tensors}) if found.get(name) != wanted.tensors.get(name)]
     if changed:
         logging.info("all that differ:\n%s", "\n".join(changed))
-        raise InputError(f"{directory} is not as it was written: {some(changed)} differ")
+        raise InputError(f"{directory} is not as it was written: {join_names(changed)} differ")
     return len(found)
 
 
@@ -101,7 +100,7 @@ def _parts(
         for name, stored in source.tensors.items():
             yield name, (stored.dtype, stored.shape, lambda stored=stored: stored.blocks(_BLOCK))
     else:
-        for layer in layers(source.specs, source.chunk_shape):
+        for layer in layer_chunks(source.specs, source.chunk_shape):
             spec = source.specs[layer.path]
             blocks = lambda layer=layer: (source.read(layer.path, index) for index in layer.indices)  # noqa: E731
             yield layer.name, (source.dtype(layer.path).name, spec.shape[spec.stacked :], blocks)

@@ -20,23 +20,22 @@ from pathlib import Path
 
 from absl import logging
 
-from jaxtml.checkpoint import manifest
-from jaxtml.checkpoint.chunks import LayerChunks, nbytes, written
-from jaxtml.checkpoint.manifest import Tensor, crc32
-from jaxtml.checkpoint.sink import Sink
+from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
+from jaxtml.checkpoint.manifest import TensorRecord, crc32, write_manifest
+from jaxtml.checkpoint.sink import ParameterSink
 from jaxtml.checkpoint.source import ParameterSource
 from jaxtml.convert.journal import JOURNAL, Journal
 from jaxtml.convert.progress import CopyProgress
-from jaxtml.convert.threads import side_by_side
+from jaxtml.convert.threads import run_in_threads
 from jaxtml.convert.verification import VerificationFailed
 from jaxtml.errors import InputError
 
 
-def convert(
+def copy_parameters(
     source: ParameterSource,
-    sink: Sink,
+    sink: ParameterSink,
     destination: Path,
-    made_from: str,
+    source_id: str,
     check: Callable[[Path], None] = lambda folder: None,
     workers: int | None = None,
 ) -> None:
@@ -46,7 +45,7 @@ def convert(
       source: to read from.
       sink: to write to.
       destination: a folder that is not there, or empty.
-      made_from: what identifies the source: a conversion of another one is not resumed.
+      source_id: what identifies the source: a conversion of another one is not resumed.
       check: called with the folder before it gets its name; what this raises keeps it from it, and where that is
         `VerificationFailed`, the next conversion begins anew.
       workers: threads; None: two for each core, as half of them wait for the disk.
@@ -56,13 +55,13 @@ def convert(
         no room for it; or what `check` raised.
     """
     folder = destination.with_name(f".{destination.name}.converting")
-    work = written(sink.specs, sink.dtype)
-    total = nbytes(sink.specs, sink.dtype)
+    work = conversion_chunks(sink.specs, sink.dtype)
+    total = parameter_bytes(sink.specs, sink.dtype)
     if not destination.parent.is_dir():
         raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
     if not os.access(destination.parent, os.W_OK):
         raise InputError(f"cannot write {destination}: the permissions of {destination.parent} do not allow it")
-    with closing(Journal(folder, json.dumps([made_from, total, len(work)]))) as journal:
+    with closing(Journal(folder, json.dumps([source_id, total, len(work)]))) as journal:
         try:
             _check_room(destination, total - journal.written)
         except InputError:
@@ -75,7 +74,7 @@ def convert(
         journal.begin()
         try:
             tensors = _filled(source, sink, work, journal, CopyProgress(total, journal.written), workers)
-            manifest.write(folder, made_from, tensors)
+            write_manifest(folder, source_id, tensors)
             os.sync()
             check(folder)
         except KeyboardInterrupt:
@@ -94,15 +93,15 @@ def convert(
 
 def _filled(
     source: ParameterSource,
-    sink: Sink,
+    sink: ParameterSink,
     work: list[LayerChunks],
     journal: Journal,
     progress: CopyProgress,
     workers: int | None,
-) -> dict[str, Tensor]:
+) -> dict[str, TensorRecord]:
     """Writes what the journal does not have yet; what each layer then is, by its name."""
 
-    def one(layer: LayerChunks, stop: threading.Event) -> tuple[str, Tensor]:
+    def one(layer: LayerChunks, stop: threading.Event) -> tuple[str, TensorRecord]:
         done, checksum = journal.done.get(layer.name, (0, 0))
         for count, index in enumerate(layer.indices[done:], done + 1):
             if stop.is_set():
@@ -111,10 +110,10 @@ def _filled(
             checksum = crc32(sink.write(layer.path, index, values), checksum)
             journal.note(layer.name, count, checksum, values.nbytes)
             progress.add(values.nbytes)
-        return sink.told(layer.path, layer.at, checksum)
+        return sink.manifest_record(layer.path, layer.at, checksum)
 
     try:
-        return dict(side_by_side(one, work, workers))
+        return dict(run_in_threads(one, work, workers))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 
-def side_by_side(one: Callable[[Any, threading.Event], Any], work: list[Any], workers: int | None) -> list[Any]:
+def run_in_threads(one: Callable[[Any, threading.Event], Any], work: list[Any], workers: int | None) -> list[Any]:
     """`one` of each, by threads; the first exception ends it all, those under way at their next chunk."""
     stop = threading.Event()
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:

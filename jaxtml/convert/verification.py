@@ -12,12 +12,12 @@ import numpy as np
 import psutil
 from absl import logging
 
-from jaxtml.checkpoint.chunks import LayerChunks, nbytes, written
+from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
 from jaxtml.checkpoint.manifest import crc32
-from jaxtml.checkpoint.opening import in_memory
+from jaxtml.checkpoint.opening import read_parameters
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.convert.progress import CopyProgress
-from jaxtml.convert.threads import side_by_side
+from jaxtml.convert.threads import run_in_threads
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 
@@ -30,7 +30,7 @@ class VerificationFailed(InputError):
     """A result is not what it was made of."""
 
 
-def verify(
+def compare_tensors(
     source: ParameterSource, result: ParameterSource, specs: Mapping[str, ParamSpec], workers: int | None = None
 ) -> int:
     """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
@@ -52,8 +52,11 @@ def verify(
     def one(layer: LayerChunks, stop: threading.Event) -> str | None:
         return None if checksum(source, layer, stop) == checksum(result, layer, stop) else layer.name
 
-    work, progress = written(specs, result.dtype), CopyProgress(2 * nbytes(specs, result.dtype), 0, "verified ")
-    wrong = sorted(name for name in side_by_side(one, work, workers) if name)
+    work, progress = (
+        conversion_chunks(specs, result.dtype),
+        CopyProgress(2 * parameter_bytes(specs, result.dtype), 0, "verified "),
+    )
+    wrong = sorted(name for name in run_in_threads(one, work, workers) if name)
     if wrong:
         logging.info("all that differ:\n%s", "\n".join(wrong))
         raise VerificationFailed(
@@ -62,19 +65,19 @@ def verify(
     return len(work)
 
 
-def verified(held: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
+def verify_conversion(held: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
     """Holds a result to the source that it was made of, and its logits to those of the checkpoint as it was held."""
     specs = {
         path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
     }
-    said = f"verified, {verify(source, result, specs)} tensors equal"
-    needed, free = 2 * nbytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
+    said = f"verified, {compare_tensors(source, result, specs)} tensors equal"
+    needed, free = 2 * parameter_bytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
     if needed > free:
         return f"{said}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
     from jaxtml.convert.logits import text_logits
 
     ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
-    theirs, ours = (text_logits(*in_memory(checkpoint), ids) for checkpoint in (held, result))
+    theirs, ours = (text_logits(*read_parameters(checkpoint), ids) for checkpoint in (held, result))
     if np.array_equal(theirs, ours, equal_nan=True):
         return f"{said}, logits of {PROMPT} tokens too"
     apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxtml.checkpoint.files import CONFIG, RUN, TOKENIZER
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, TOKENIZER
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.source import place_parameters, spec_table
@@ -39,7 +39,7 @@ def checkpointer(workdir: Path) -> ocp.training.Checkpointer:
     """Keeps the two newest checkpoints."""
     policy = ocp.training.preservation_policies.LatestN(2)
     return ocp.training.Checkpointer(
-        str((workdir / RUN).absolute()),
+        str((workdir / RUN_CHECKPOINTS).absolute()),
         preservation_policy=policy,  # pyright: ignore[reportArgumentType]
     )
 
@@ -117,7 +117,7 @@ def claim(workdir: Path, config: Config, data: Path, made_from: str) -> None:
     A run that has not come to its first checkpoint has nothing to lose: another one takes its place.
     """
     path, source = workdir / CONFIG, workdir / MADE_FROM
-    if any((workdir / RUN).glob("[0-9]*")):
+    if any((workdir / RUN_CHECKPOINTS).glob("[0-9]*")):
         if _identity(from_json(path.read_text())) != _identity(config):
             raise InputError(f"{workdir} holds a run of another config (see {path.name}): name a new --workdir")
         if source.read_text() != made_from:

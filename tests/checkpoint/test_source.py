@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxtml.checkpoint.transposed_copy import contiguous
+from jaxtml.checkpoint.transposed_copy import copy_contiguous
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
@@ -23,9 +23,9 @@ from jaxtml.checkpoint.transposed_copy import contiguous
 def test_what_lies_turned_is_copied_in_its_own_order(shape, axes, dtype):
     bits = np.random.default_rng(0).integers(0, 256, (*shape[:-1], shape[-1] * np.dtype(dtype).itemsize), np.uint8)
     view = bits.view(dtype).transpose(axes)
-    copied = contiguous(view)
+    copied = copy_contiguous(view)
     assert copied.flags.c_contiguous and copied.dtype == view.dtype
     assert copied.tobytes() == view.tobytes()
     part = view[tuple(slice(1, None) for _ in view.shape)]
     out = np.empty(part.shape, dtype)
-    assert contiguous(part, out) is out and out.tobytes() == part.tobytes()
+    assert copy_contiguous(part, out) is out and out.tobytes() == part.tobytes()

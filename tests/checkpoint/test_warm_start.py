@@ -13,14 +13,14 @@ import pytest
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.source import full_index, place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, DuplexConfig, FlowConfig
-from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.conversion import convert, write_checkpoint
 from jaxtml.convert.logits import text_logits
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -67,7 +67,7 @@ def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, t
 
 def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, larger, tmp_path):
     """Scales of dense layers are bfloat16 in a release, those of routers float32; here both go into one stack."""
-    write(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
+    write_checkpoint(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
     release = ReleasedCheckpoint(tmp_path / "release")
     scales = {release.dtype(path) for path in spec_table(release.config) if path.endswith("mlp/global_scale")}
     assert len(scales) == 2
@@ -111,7 +111,7 @@ def _where(model: InteractionModel, layer: int) -> tuple[str, tuple[int, int]]:
 
 def test_what_speech_needs_starts_neutral_and_empty_control_rows_differ(checkpoint, larger):
     file = checkpoint / "model.safetensors"
-    stored = headers(file)["model.llm.embed.weight"]
+    stored = read_header(file)["model.llm.embed.weight"]
     write_at(stored, 100 * stored.mapped()[:1].nbytes, np.zeros_like(stored.mapped()[100:]))
     warm = WarmStart(ReleasedCheckpoint(checkpoint), larger)
     assert not warm.read("own", (slice(None),)).any()

@@ -21,5 +21,5 @@ def config(small) -> Config:
 
 @pytest.fixture
 def many_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 8192)
-    monkeypatch.setattr(sink, "PIECE", 512)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(sink, "PIECE_BYTES", 512)

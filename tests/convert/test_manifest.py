@@ -12,16 +12,16 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from jaxtml.checkpoint.chunks import nbytes
+from jaxtml.checkpoint.chunks import parameter_bytes
 from jaxtml.checkpoint.inkling import sink
-from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.sink import OrbaxSink
 from jaxtml.checkpoint.source import InMemorySource, spec_table
 from jaxtml.commands.main import run
 from jaxtml.convert import conversion, verification
-from jaxtml.convert.conversion import convert, write
-from jaxtml.convert.inspection import checked, described
+from jaxtml.convert.conversion import convert, write_checkpoint
+from jaxtml.convert.inspection import describe_checkpoint, verify_manifest
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("many_chunks")
 def release(config, lively, tmp_path_factory) -> Path:
     """A release with all that lies beside the weights of one."""
     folder = tmp_path_factory.mktemp("release") / "hf"
-    write(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
     said = json.loads((folder / "config.json").read_text())
     said["text_config"] |= {"eos_token_id": 7, "bos_token_id": None}
     (folder / "config.json").write_text(json.dumps(said | IDS))
@@ -67,7 +67,7 @@ def test_the_files_of_a_release_come_back_and_so_do_the_ids_of_its_config(releas
     for name, text in BESIDE.items():
         assert (tmp_path / "hf" / name).read_text() == text
     assert not [name for name in NOT_CARRIED if (tmp_path / "hf" / name).exists() and name != "manifest.json"]
-    assert checked(tmp_path / "hf"), "the release's own manifest is none of ours"
+    assert verify_manifest(tmp_path / "hf"), "the release's own manifest is none of ours"
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert {name: config[name] for name in IDS} == IDS
     assert (config["text_config"]["eos_token_id"], config["text_config"]["bos_token_id"]) == (7, None)
@@ -77,7 +77,7 @@ def test_the_files_of_a_release_come_back_and_so_do_the_ids_of_its_config(releas
 def test_the_checksums_of_a_release_are_those_of_its_tensors_bytes(ours, tmp_path):
     convert(ours, tmp_path / "hf", to="hf")
     manifest = json.loads((tmp_path / "hf" / "manifest.json").read_text())
-    stored = headers(tmp_path / "hf" / "model.safetensors")
+    stored = read_header(tmp_path / "hf" / "model.safetensors")
     assert manifest["tensors"].keys() == stored.keys()
     raw = (tmp_path / "hf" / "model.safetensors").read_bytes()
     for name, tensor in stored.items():
@@ -103,7 +103,7 @@ def _damage(folder: Path) -> str:
     """Changes one bit of one tensor; returns its name in the manifest."""
     if (folder / "model.safetensors").is_file():
         name = "model.llm.layers.2.attn.wq_du.weight"
-        stored = headers(folder / "model.safetensors")[name]
+        stored = read_header(folder / "model.safetensors")[name]
         write_at(stored, 5, np.array([stored.mapped().view(np.uint8).reshape(-1)[5] ^ 1], np.uint8))
         return name
     file = next(file for file in (folder / "state" / "embed.weight" / "c").rglob("*") if file.is_file())
@@ -115,13 +115,13 @@ def _damage(folder: Path) -> str:
 
 @pytest.mark.parametrize("result", ["orbax", "hf"], indirect=True)
 def test_what_is_as_it_was_written_passes_and_a_changed_bit_or_file_is_named(result):
-    assert checked(result) == len(json.loads((result / "manifest.json").read_text())["tensors"])
+    assert verify_manifest(result) == len(json.loads((result / "manifest.json").read_text())["tensors"])
     name = _damage(result)
     with pytest.raises(InputError, match=f"is not as it was written: {name} differ"):
-        checked(result)
+        verify_manifest(result)
     (result / "config.json").write_text((result / "config.json").read_text() + " ")
     with pytest.raises(InputError, match=f"config.json, {name} differ"):
-        checked(result)
+        verify_manifest(result)
 
 
 def test_a_dtype_that_was_changed_is_a_difference(ours, tmp_path):
@@ -129,7 +129,7 @@ def test_a_dtype_that_was_changed_is_a_difference(ours, tmp_path):
     file = tmp_path / "ck" / "state" / "norm.weight" / "zarr.json"
     file.write_text(file.read_text().replace('"bfloat16"', '"float16"'))
     with pytest.raises(InputError, match="norm/weight differ"):
-        checked(tmp_path / "ck")
+        verify_manifest(tmp_path / "ck")
 
 
 def test_all_that_is_lost_is_told(ours, tmp_path, caplog):
@@ -138,7 +138,7 @@ def test_all_that_is_lost_is_told(ours, tmp_path, caplog):
         shutil.rmtree(tmp_path / "ck" / "state" / name / "c")
     (tmp_path / "ck" / "released" / "LICENSE").write_text("none")
     with pytest.raises(InputError, match="released/LICENSE, embed/weight, norm/weight differ"):
-        checked(tmp_path / "ck")
+        verify_manifest(tmp_path / "ck")
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "{", "null", '{"version": 1, "source": "", "tensors": 3, "files": {}}'])
@@ -146,13 +146,13 @@ def test_a_manifest_that_is_none_is_one_line(text, ours, tmp_path):
     shutil.copytree(ours, tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="manifest.json is none that `jaxtml convert` wrote"):
-        checked(tmp_path / "ck")
+        verify_manifest(tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").write_text('{"version": 0}')
     with pytest.raises(InputError, match="is of another version"):
-        checked(tmp_path / "ck")
+        verify_manifest(tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").unlink()
     with pytest.raises(InputError, match="has no manifest.json"):
-        checked(tmp_path / "ck")
+        verify_manifest(tmp_path / "ck")
 
 
 def test_info_verifies_a_checkpoint_and_nothing_else(ours, tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_a_source_that_cannot_be_read_any_more_costs_no_work(release, tmp_path, 
         def gone(*_: object) -> None:
             raise InputError("the source is gone")
 
-        patched.setattr(conversion, "verified", gone)
+        patched.setattr(conversion, "verify_conversion", gone)
         with pytest.raises(InputError, match="the source is gone"):
             convert(release, tmp_path / "out", verify=True)
     written: list[str] = []
@@ -221,7 +221,7 @@ def test_a_source_that_cannot_be_read_any_more_costs_no_work(release, tmp_path, 
 def test_numbers_that_give_no_logits_are_verified_all_the_same(value, config, lively, tmp_path):
     params = lively(config)
     params["norm"]["weight"] = np.full_like(params["norm"]["weight"], value)
-    write(InMemorySource(config, params), tmp_path / "source", "memory")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "source", "memory")
     assert "logits of 64 tokens too" in convert(tmp_path / "source", tmp_path / "out", verify=True)
 
 
@@ -236,9 +236,9 @@ def test_shards_become_one_file_and_bring_no_index(ours, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sink, "SHARD_BYTES", 200_000)
         convert(ours, tmp_path / "shards", to="hf")
-    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file() and checked(tmp_path / "shards")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file() and verify_manifest(tmp_path / "shards")
     convert(tmp_path / "shards", tmp_path / "one", to="hf", verify=True)
-    assert not (tmp_path / "one" / "model.safetensors.index.json").exists() and checked(tmp_path / "one")
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists() and verify_manifest(tmp_path / "one")
 
 
 def test_a_model_in_a_hubs_cache_is_not_named_by_its_commit(release, tmp_path):
@@ -248,7 +248,7 @@ def test_a_model_in_a_hubs_cache_is_not_named_by_its_commit(release, tmp_path):
 
 
 def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch):
-    needed = 2 * nbytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
+    needed = 2 * parameter_bytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
     free = psutil.virtual_memory()
     monkeypatch.setattr(verification.psutil, "virtual_memory", lambda: free._replace(available=needed - 1))
     said = convert(release, tmp_path / "out", verify=True)
@@ -264,12 +264,12 @@ def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch)
 
 
 def test_info_counts_what_a_checkpoint_holds(release, ours, tmp_path):
-    (config, held, said), (_, all_of, _) = described(release), described(ours)
+    (config, held, said), (_, all_of, _) = describe_checkpoint(release), describe_checkpoint(ours)
     assert said["uses"] == ["logits", "convert", "train --start-from"]
     (tmp_path / "tokenizer.json").write_text("{}")
     shutil.copytree(release, tmp_path / "hf")
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "hf")
-    assert described(tmp_path / "hf")[2]["uses"][-1] == "converse"
+    assert describe_checkpoint(tmp_path / "hf")[2]["uses"][-1] == "converse"
     present, complete, declared = (count_parameters(table)[0] for table in (held, all_of, spec_table(config)))
     assert sum(said["dtypes"].values()) == present < complete == declared
     assert {path.split("/")[0] for path in all_of.keys() - held.keys()} == {"clock", "own", "flow", "vocoder"}

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from jaxtml.checkpoint import manifest
 from jaxtml.checkpoint.files import STATE
 from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
 from jaxtml.checkpoint.inkling.directory import read_json
+from jaxtml.checkpoint.manifest import read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax import sink
 from jaxtml.checkpoint.source import InMemorySource
-from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.conversion import convert, write_checkpoint
 from jaxtml.errors import InputError
 
 WRONG: tuple[Any, ...] = (
@@ -33,15 +33,15 @@ def _changed(value: Any, each: int) -> Iterator[tuple[str, Any]]:
     """The document with one place of it, at any depth, wrong in one of so many ways (in turn others), or missing."""
     ways = itertools.cycle(WRONG)
 
-    def places(node: Any, at: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    def positions(node: Any, at: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield at
         if isinstance(node, dict):
             for key in node:
-                yield from places(node[key], (*at, key))
+                yield from positions(node[key], (*at, key))
         elif isinstance(node, list) and node:
-            yield from places(node[0], (*at, 0))
+            yield from positions(node[0], (*at, 0))
 
-    for at in places(value, ()):
+    for at in positions(value, ()):
         for wrong in itertools.islice(ways, each):
             changed = [copy.deepcopy(value)]
             node: Any = changed
@@ -75,7 +75,7 @@ def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> 
 @pytest.fixture(scope="module")
 def release(config, lively, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("metadata") / "hf"
-    write(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
     return folder
 
 
@@ -138,7 +138,7 @@ def test_the_header_of_a_shard(release, tmp_path):
 
 
 def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
-    monkeypatch.setattr(sink, "PIECE", 512)
+    monkeypatch.setattr(sink, "PIECE_BYTES", 512)
     folder = tmp_path / "ours"
     convert(release, folder)
     for name in ("config.json", f"{STATE}/_METADATA", f"{STATE}/norm.weight/zarr.json"):
@@ -164,7 +164,7 @@ def test_json_that_python_gives_up_on(text, release, tmp_path):
         (open_checkpoint, "hf"),
         (open_checkpoint, "index"),
         (open_checkpoint, "ours"),
-        (manifest.read, "made"),
+        (read_manifest, "made"),
     ):
         with pytest.raises(InputError) as refused:
             read(tmp_path / folder)

@@ -22,17 +22,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
 from jaxtml.checkpoint import chunks
-from jaxtml.checkpoint.chunks import chunk_indices, chunk_shape, written
-from jaxtml.checkpoint.inkling.safetensors_file import headers, write_at
+from jaxtml.checkpoint.chunks import chunk_indices, chunk_shape, conversion_chunks
+from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.orbax.sink import OrbaxSink
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint, load_checkpoint
-from jaxtml.checkpoint.source import InMemorySource, on_one_device, place_parameters, spec_table
+from jaxtml.checkpoint.source import InMemorySource, first_device_shapes, place_parameters, spec_table
 from jaxtml.convert import journal, streaming
-from jaxtml.convert.conversion import convert, write
+from jaxtml.convert.conversion import convert, write_checkpoint
 from jaxtml.convert.journal import Journal
-from jaxtml.convert.verification import verify
+from jaxtml.convert.verification import compare_tensors
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
@@ -49,7 +49,7 @@ def params(config, lively) -> Params:
 @pytest.fixture(scope="module")
 def released(config, params, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("released") / "hf"
-    write(InMemorySource(config, params), folder, "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, params), folder, "memory", "hf", "bfloat16")
     return folder
 
 
@@ -59,7 +59,7 @@ def test_chunks_cover_every_number_once(config):
         for index in chunk_indices(spec, chunk_shape(spec, 2)):
             seen[index] += 1
         assert (seen == 1).all(), path
-        assert 2 * np.prod(chunk_shape(spec, 2)) <= chunks.CHUNK
+        assert 2 * np.prod(chunk_shape(spec, 2)) <= chunks.CHUNK_BYTES
 
 
 def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(config):
@@ -82,7 +82,7 @@ def test_sizes_that_nothing_divides_make_no_more_files_than_others(experts, smal
     for spec in (spec for path, spec in specs.items() if "expert" in spec.axes and path.startswith("layers")):
         shape = chunk_shape(spec, 2)
         layers, size = math.prod(spec.shape[:2]), 2 * math.prod(spec.shape[2:])
-        assert len(list(chunk_indices(spec, shape))) <= layers * (2 * size // chunks.CHUNK + 2), shape
+        assert len(list(chunk_indices(spec, shape))) <= layers * (2 * size // chunks.CHUNK_BYTES + 2), shape
 
 
 def test_the_large_models_are_written_in_bounded_chunks(monkeypatch):
@@ -112,7 +112,7 @@ def test_orbax_itself_restores_what_was_written(released, tmp_path):
 
     convert(released, tmp_path / "ours")
     config, params = read_checkpoint(tmp_path / "ours")
-    loaded = ocp.load(str(tmp_path / "ours"), on_one_device(config, "float32"))
+    loaded = ocp.load(str(tmp_path / "ours"), first_device_shapes(config, "float32"))
     for (path, a), (_, b) in zip(flatten(loaded), flatten(params), strict=True):
         np.testing.assert_array_equal(np.asarray(a).astype(np.float32), b, err_msg=path)
 
@@ -158,7 +158,7 @@ from pathlib import Path
 from jaxtml.checkpoint import chunks
 from jaxtml.convert.journal import Journal
 from jaxtml.convert.conversion import convert
-chunks.CHUNK = 8192
+chunks.CHUNK_BYTES = 8192
 note, seen = Journal.note, []
 def killed(self, *args):
     note(self, *args)
@@ -282,8 +282,8 @@ def test_one_error_ends_all_at_their_next_chunk(released, tmp_path, monkeypatch)
     first = next(iter(sink.specs))
     monkeypatch.setattr(OrbaxSink, "write", failing)
     with pytest.raises(RuntimeError, match="broken"):
-        streaming.convert(source, sink, tmp_path / "out", "released", workers=4)
-    assert len(after) < 40 < len(written(sink.specs, sink.dtype))
+        streaming.copy_parameters(source, sink, tmp_path / "out", "released", workers=4)
+    assert len(after) < 40 < len(conversion_chunks(sink.specs, sink.dtype))
 
 
 def _dtypes(folder: Path) -> dict[str, np.dtype]:
@@ -383,21 +383,21 @@ def test_verification_names_what_differs(released, tmp_path, monkeypatch):
     copied = tmp_path / "changed"
     shutil.copytree(released, copied)
     name = "model.llm.layers.3.attn.wq_du.weight"
-    stored = headers(copied / "model.safetensors")[name]
+    stored = read_header(copied / "model.safetensors")[name]
     changed = np.array(stored.mapped())
     changed[2, 3] += 1
     write_at(stored, 0, changed)
     result, specs = OrbaxCheckpoint(tmp_path / "ours"), spec_table(source.config)
-    assert verify(source, result, specs) == len(
+    assert compare_tensors(source, result, specs) == len(
         json.loads((tmp_path / "ours" / "manifest.json").read_text())["tensors"]
     )
     (path, at), _ = next((key, place) for key, place in source.places.items() if place.name == name)
     with pytest.raises(InputError, match=f"differs from its source in 1 of .* layers, first in {path}/{at[0]}/{at[1]}"):
-        verify(ReleasedCheckpoint(copied), result, specs)
+        compare_tensors(ReleasedCheckpoint(copied), result, specs)
 
 
 def test_the_checkpoint_of_a_run_is_a_source_too_and_its_config_travels(config, params, tmp_path):
-    write(InMemorySource(config, params), tmp_path / "a", "memory", "orbax", "float32")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "a", "memory", "orbax", "float32")
     loaded, values = load_checkpoint(tmp_path / "a")
     assert configs.to_json(loaded) == configs.to_json(config)
     jax.tree.map(np.testing.assert_array_equal, values, params)

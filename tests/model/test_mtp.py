@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.mapping import places
+from jaxtml.checkpoint.inkling.mapping import released_tensors
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config
-from jaxtml.convert.conversion import write
+from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
@@ -79,7 +79,7 @@ def released() -> tuple[Config, Params]:
     config = config_from_inkling(TOOL["HEADS_CASE"])
     params = jax.tree.map(np.array, init_params(InteractionModel(config).specs(), 0))
     leaves, weights = dict(flatten(params)), TOOL["released_weights"](config)
-    for place in places(config):
+    for place in released_tensors(config):
         leaves[place.path][place.index] = place.spec.released.load(weights[place.name])
     return config, params
 
@@ -98,7 +98,7 @@ def test_logits_equal_the_released_ones(unrolled, released, monkeypatch):
 def test_transformers_reads_the_heads_that_we_save(released, tmp_path):
     pytest.importorskip("transformers")
     config, params = released
-    write(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
+    write_checkpoint(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
     inputs = TOOL["case_inputs"]("text")
     reference = TOOL["reference_heads"](tmp_path, inputs)
     assert _relative_error(_head_logits(config, params, inputs["ids"][:1]), reference) <= BOUND
@@ -108,7 +108,7 @@ def test_heads_survive_the_way_out_and_back_and_may_stand_in_a_file_of_their_own
     from safetensors.numpy import load_file, save_file
 
     config, params = released
-    write(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
+    write_checkpoint(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
     weights = load_file(tmp_path / "model.safetensors")
     heads = {name: tensor for name, tensor in weights.items() if name.startswith("model.mtp.")}
     assert len(heads) == HEADS * 20, "as many tensors a head as the released ones have"

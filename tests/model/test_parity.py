@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.mapping import places
+from jaxtml.checkpoint.inkling.mapping import released_tensors
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.config import Config
 from jaxtml.convert.conversion import convert
@@ -60,7 +60,7 @@ def test_logits_equal_the_released_ones(name):
     config = config_from_inkling(CASES[name])
     params = jax.tree.map(np.array, init_params(InteractionModel(config).specs(), 0))
     leaves, weights = dict(flatten(params)), TOOL["released_weights"](config)
-    for place in places(config):
+    for place in released_tensors(config):
         leaves[place.path][place.index] = place.spec.released.load(weights[place.name])
     with np.load(TOOL["GOLDEN"]) as golden:
         _assert_same(_our_logits(config, params, TOOL["case_inputs"](name)), golden[name])

@@ -29,9 +29,9 @@ from rich.console import Console
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.inkling.sink import released_dtypes
-from jaxtml.checkpoint.source import Index, extent, spec_table
+from jaxtml.checkpoint.source import Index, index_shape, spec_table
 from jaxtml.config import Config
-from jaxtml.convert.conversion import write
+from jaxtml.convert.conversion import write_checkpoint
 
 
 class Drawn:
@@ -48,7 +48,7 @@ class Drawn:
         return True
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        shape = extent(index, self.specs[path].shape)
+        shape = index_shape(index, self.specs[path].shape)
         rng = np.random.default_rng([len(path), *(cut.start or 0 for cut in index)])
         if self.dtypes[path].itemsize == 4:
             return rng.normal(size=shape).astype(np.float32)
@@ -66,7 +66,7 @@ def checkpoint(folder: Path, gigabytes: float) -> int:
         *("backbone.d_model=1024", "backbone.d_ff_dense=4096", "backbone.d_ff_expert=512", "backbone.n_experts=64"),
         *(f"backbone.n_layers={layers}", "backbone.n_dense=1", f"backbone.global_layers={list(range(5, layers, 6))}"),
     )
-    write(Drawn(configs.load("inkling_small", settings)), folder, "random", "hf")
+    write_checkpoint(Drawn(configs.load("inkling_small", settings)), folder, "random", "hf")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.inkling.vision_folds import planned_folds
+from jaxtml.checkpoint.inkling.vision_folds import default_folds
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config, VisionConfig
-from jaxtml.convert.conversion import write
+from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
 
@@ -197,12 +197,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
     # transformers knows vision towers of Inkling's own widths alone; this run has no images
-    config = dataclasses.replace(configs.load(args.config), vision=VisionConfig(planned_folds(2)))
+    config = dataclasses.replace(configs.load(args.config), vision=VisionConfig(default_folds(2)))
     params = init_params(InteractionModel(config).specs(), 0)
     ids = np.random.default_rng(0).integers(0, config.backbone.vocab_size, (BATCH, TOKENS))
     ours = Ours(config, params)
     with tempfile.TemporaryDirectory() as folder:
-        write(InMemorySource(config, params), Path(folder), "memory", "hf", "float32")
+        write_checkpoint(InMemorySource(config, params), Path(folder), "memory", "hf", "float32")
         theirs = Theirs(folder)
     reference = theirs.logits(ids)
     error = np.linalg.norm(jax.jit(ours.logits)(ours.params, jnp.asarray(ids)) - reference) / np.linalg.norm(reference)

@@ -22,7 +22,7 @@ from absl import logging
 from safetensors.numpy import save_file
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.mapping import places
+from jaxtml.checkpoint.inkling.mapping import released_tensors
 from jaxtml.config import Config
 
 SEED = 20261123
@@ -96,7 +96,7 @@ HEADS_CASE = released_config() | {"mtp_config": {"num_nextn_predict_layers": HEA
 def released_weights(config: Config) -> dict[str, np.ndarray]:
     """Every tensor of the released layout, float32, each from its own stream; norms and scales near one."""
     weights = {}
-    for place in places(config):
+    for place in released_tensors(config):
         assert place.spec.released is not None
         rng = np.random.default_rng((SEED, zlib.crc32(place.name.encode())))
         noise = rng.standard_normal(place.spec.released.shape, np.float32)

@@ -12,8 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from jaxtml.checkpoint.inkling.config_section import Section, short
-from jaxtml.checkpoint.inkling.vision_folds import planned_folds
+from jaxtml.checkpoint.inkling.config_section import ConfigSection, short
+from jaxtml.checkpoint.inkling.vision_folds import default_folds
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VisionConfig, validate
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import N_BINS, N_MELS
@@ -57,7 +57,7 @@ def config_from_inkling(released: dict[str, Any], name: str = "inkling") -> Conf
     Raises:
       InputError: a field is missing, is no number where one belongs, or has a value that this backbone does not have.
     """
-    text, audio, vision = (Section(released, part) for part in ("text_config", "audio_config", "vision_config"))
+    text, audio, vision = (ConfigSection(released, part) for part in ("text_config", "audio_config", "vision_config"))
     heads, local_heads = _mtp(released, text)
     text.fixed(_FIXED_TEXT)
     audio.fixed(_FIXED_AUDIO)
@@ -136,7 +136,7 @@ def inkling_config(config: Config, said: Mapping[str, Any] = MappingProxyType({}
     vision: dict[str, Any] = {"model_type": "inkling_vision", "text_hidden_size": b.d_model, **_FIXED_VISION}
     depth = len(config.vision.folds)
     vision |= {"num_hidden_layers": depth, "n_layers": depth}
-    if config.vision.folds != planned_folds(depth):
+    if config.vision.folds != default_folds(depth):
         # transformers computes the widths itself and has no field for others
         logging.warning("Inkling has vision widths of its own: transformers will read all but the vision tower")
         vision["folds"] = [list(fold) for fold in config.vision.folds]
@@ -192,14 +192,14 @@ def inkling_config(config: Config, said: Mapping[str, Any] = MappingProxyType({}
     return ours | {key: value for key, value in said.items() if key not in {*ours, *_DERIVED}}
 
 
-def _mtp(released: dict[str, Any], text: Section) -> tuple[int, list[int]]:
+def _mtp(released: dict[str, Any], text: ConfigSection) -> tuple[int, list[int]]:
     """How many prediction heads there are, none where the config has none, and which are local. `transformers` moves
     them into the text section."""
     heads = text.whole("num_mtp_layers", default=0, most=_MOST_LAYERS)
     local = text.indices("mtp_local_layer_ids", heads)
     text.fixed(_FIXED_MTP)
     if released.get("mtp_config") is not None:
-        given = Section(released, "mtp_config")
+        given = ConfigSection(released, "mtp_config")
         given.fixed(_FIXED_MTP)
         heads = given.whole("num_nextn_predict_layers", default=heads, most=_MOST_LAYERS)
         local = given.indices("local_layer_ids", heads) or local
@@ -207,14 +207,14 @@ def _mtp(released: dict[str, Any], text: Section) -> tuple[int, list[int]]:
     return heads, local or []
 
 
-def _widths(text: Section) -> tuple[int, int]:
+def _widths(text: ConfigSection) -> tuple[int, int]:
     """Feed-forward widths (dense, expert). Beside `dense_intermediate_size`, `intermediate_size` is the experts'."""
     if text.get("dense_intermediate_size") is not None:
         return text.whole("dense_intermediate_size"), text.whole("intermediate_size")
     return text.whole("intermediate_size"), text.whole("moe_intermediate_size")
 
 
-def _dense_layers(text: Section, layers: int) -> int:
+def _dense_layers(text: ConfigSection, layers: int) -> int:
     first = text.whole("dense_mlp_idx", default=0, most=layers)
     kinds = text.kinds("mlp_layer_types", ("dense", "sparse"), layers)
     if kinds is None:
@@ -225,7 +225,7 @@ def _dense_layers(text: Section, layers: int) -> int:
     return dense
 
 
-def _global_layers(text: Section, layers: int) -> tuple[int, ...]:
+def _global_layers(text: ConfigSection, layers: int) -> tuple[int, ...]:
     local = text.indices("local_layer_ids", layers)
     kinds = text.kinds("layer_types", ("hybrid", "hybrid_sliding"), layers)
     if kinds is not None:
@@ -235,11 +235,11 @@ def _global_layers(text: Section, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if i not in set(local))
 
 
-def _vision_folds(vision: Section) -> tuple[tuple[int, int, int], ...]:
+def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
     depth = vision.whole("n_layers", "num_hidden_layers", most=_MOST_LAYERS)
     given = vision.get("folds")
     if given is None:
-        return planned_folds(depth)
+        return default_folds(depth)
     if not isinstance(given, list) or any(
         not isinstance(fold, list) or len(fold) != 3 or any(type(n) is not int for n in fold) for fold in given
     ):

@@ -9,7 +9,7 @@ from absl import logging
 from jaxtml.errors import InputError
 
 
-class Section:
+class ConfigSection:
     """One object of `config.json`, its fields read by type: a field that is null counts as one that is not there."""
 
     def __init__(self, released: dict[str, Any], key: str):

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxtml.checkpoint.inkling.safetensors_file import Stored, headers
-from jaxtml.errors import InputError, some
+from jaxtml.checkpoint.inkling.safetensors_file import StoredTensor, read_header
+from jaxtml.errors import InputError, join_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MTP_WEIGHTS = "mtp.safetensors"  # the released prediction heads' own file
 _MTP = "model.mtp."
 
 
-def named(directory: Path) -> str:
+def model_name(directory: Path) -> str:
     """A model's name; in a hub's cache (`models--ORG--NAME/snapshots/COMMIT`), not the commit."""
     return directory.parent.parent.name.split("--")[-1] if directory.parent.name == "snapshots" else directory.name
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensors_of(directory: Path) -> dict[str, Stored]:
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the directory by name; an index is held to what the files have."""
     index = directory / INDEX
     listed = read_json(index).get("weight_map") if index.is_file() else None
@@ -43,11 +43,11 @@ def tensors_of(directory: Path) -> dict[str, Stored]:
     files = sorted(set(listed.values())) if listed is not None else [WEIGHTS]
     if (directory / MTP_WEIGHTS).is_file() and MTP_WEIGHTS not in files:
         files.append(MTP_WEIGHTS)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name in files:
         if not (directory / name).is_file():
             raise InputError(f"no {name} in {directory}: the checkpoint is incomplete")
-        held = headers(directory / name)
+        held = read_header(directory / name)
         for tensor in held:
             named = (listed or {}).get(tensor, name)
             if tensor in found or named != name:
@@ -56,5 +56,7 @@ def tensors_of(directory: Path) -> dict[str, Stored]:
         found |= held
     absent = sorted((listed or {}).keys() - found.keys())
     if absent:
-        raise InputError(f"{directory}: the index names {len(absent)} tensors that no shard holds: {some(absent)}")
+        raise InputError(
+            f"{directory}: the index names {len(absent)} tensors that no shard holds: {join_names(absent)}"
+        )
     return found

@@ -10,7 +10,7 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import ParamSpec, flatten
 
 
-class Place(NamedTuple):
+class ReleasedTensor(NamedTuple):
     """One released tensor: our path, the index in the stacked dimensions, the released name."""
 
     path: str
@@ -19,14 +19,14 @@ class Place(NamedTuple):
     name: str
 
 
-def places(config: Config) -> Iterator[Place]:
+def released_tensors(config: Config) -> Iterator[ReleasedTensor]:
     """Every tensor of the released layout, in the order of our table."""
     model = InteractionModel(config)
     for path, spec in flatten(model.specs()):
         if spec.released is None:
             continue
         if not spec.stacked:
-            yield Place(path, spec, (), spec.released.name)
+            yield ReleasedTensor(path, spec, (), spec.released.name)
             continue
         stack = model.mtp if path.startswith("mtp/") else model.backbone
         assert stack is not None
@@ -34,4 +34,4 @@ def places(config: Config) -> Iterator[Place]:
         for repeat in range(spec.shape[0]):
             for layer in range(spec.shape[1]):
                 index = stack.layer_index(block, run, repeat, layer)
-                yield Place(path, spec, (repeat, layer), spec.released.name.format(layer=index))
+                yield ReleasedTensor(path, spec, (repeat, layer), spec.released.name.format(layer=index))

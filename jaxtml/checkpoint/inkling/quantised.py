@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, Stored
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, StoredTensor
 
 UNUSED = (".input_amax", ".original_shape")
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -28,13 +28,13 @@ _PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis
 NVFP4_GROUP, MXFP8_GROUP = 16, 32
 
 
-def parts_of(name: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def quantisation_parts(name: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """What belongs to the tensor `name` beside it, by suffix: `.scale`, `.scale2` and what is not used."""
     suffixes = (".scale", ".scale2", *UNUSED)
     return {suffix: tensors[name + suffix] for suffix in suffixes if name + suffix in tensors}
 
 
-def logical_shape(weight: Stored, parts: Mapping[str, Stored]) -> tuple[int, ...]:
+def logical_shape(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     """The shape of what `decoded` gives.
 
     Raises:
@@ -58,7 +58,7 @@ def logical_shape(weight: Stored, parts: Mapping[str, Stored]) -> tuple[int, ...
     return (*outer, columns)
 
 
-def decoded(weight: Stored, parts: Mapping[str, Stored], experts: slice, rows: slice) -> np.ndarray:
+def dequantise(weight: StoredTensor, parts: Mapping[str, StoredTensor], experts: slice, rows: slice) -> np.ndarray:
     """Some rows of some experts `[E, N, K]` as bfloat16."""
     codes, scale = weight.mapped()[experts, rows], parts[".scale"].mapped()[experts, rows]
     if ".scale2" in parts:

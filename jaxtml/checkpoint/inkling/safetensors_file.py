@@ -35,7 +35,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor: where it lies, and as what. `dtype` is the file's name for it."""
 
     file: Path
@@ -54,7 +54,7 @@ class Stored:
             yield np.memmap(self.file, np.uint8, "r", start, min(size, self.start + self.nbytes - start))
 
 
-def headers(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file.
 
     Raises:
@@ -85,7 +85,7 @@ def headers(file: Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> Stored:
+def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> StoredTensor:
     first, last = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
     if any(type(n) is not int for n in (first, last, *shape)) or min(shape, default=0) < 0 or type(dtype) is not str:
@@ -94,10 +94,10 @@ def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> Store
         raise ValueError("it ends before its tensors do")
     if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{last - first} bytes are no {dtype} of {shape}")
-    return Stored(file, dtype, shape, data + first, last - first)
+    return StoredTensor(file, dtype, shape, data + first, last - first)
 
 
-def create(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, Stored]:
+def create_file(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, StoredTensor]:
     """A file with room for `(name, shape, dtype)` tensors, in this order, all of them zero: to be filled with
     `write_at`. One that is there already and has the same header is kept as it is."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -112,7 +112,7 @@ def create(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]])
         with open(file, "wb") as opened:
             opened.write(whole)
             opened.truncate(len(whole) + end)
-    return headers(file)
+    return read_header(file)
 
 
 def _begins_with(file: Path, content: bytes, size: int) -> bool:
@@ -122,7 +122,7 @@ def _begins_with(file: Path, content: bytes, size: int) -> bool:
         return opened.read(len(content)) == content
 
 
-def write_at(stored: Stored, offset: int, values: np.ndarray) -> None:
+def write_at(stored: StoredTensor, offset: int, values: np.ndarray) -> None:
     """Writes contiguous numbers `offset` bytes behind the beginning of a tensor of a file from `create`."""
     left = values.reshape(-1).view(np.uint8).data
     with open(stored.file, "r+b", buffering=0) as opened:

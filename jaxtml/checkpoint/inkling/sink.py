@@ -17,11 +17,11 @@ from absl import logging
 
 from jaxtml.checkpoint.inkling.config import inkling_config
 from jaxtml.checkpoint.inkling.directory import INDEX, WEIGHTS, read_json
-from jaxtml.checkpoint.inkling.mapping import Place, places
-from jaxtml.checkpoint.inkling.safetensors_file import Stored, create, write_at
-from jaxtml.checkpoint.manifest import Tensor
+from jaxtml.checkpoint.inkling.mapping import ReleasedTensor, released_tensors
+from jaxtml.checkpoint.inkling.safetensors_file import StoredTensor, create_file, write_at
+from jaxtml.checkpoint.manifest import TensorRecord
 from jaxtml.checkpoint.source import Index, spec_table
-from jaxtml.checkpoint.transposed_copy import contiguous
+from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
 
@@ -30,21 +30,21 @@ EXACT = (".gate.bias", ".gate.global_scale")  # float32 in every release
 
 
 class ReleasedSink:
-    """A `convert.streaming.Sink`.
+    """A `convert.streaming.ParameterSink`.
 
     Args:
       config: of the model.
       dtypes: what each parameter is written as.
-      carried: files that come along, by name. A `config.json` among them is a release's own: what it says that is not
-        of the model's shape is said again.
+      extra_files: files that come along, by name. A `config.json` among them is a release's own: what it says that is
+        not of the model's shape is said again.
 
     Raises:
       InputError: a config that Inkling cannot describe.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], extra_files: Mapping[str, Path]):
         self.specs = {path: spec for path, spec in spec_table(config).items() if spec.released is not None}
-        said = read_json(carried["config.json"]) if "config.json" in carried else {}
+        said = read_json(extra_files["config.json"]) if "config.json" in extra_files else {}
         b = config.backbone
         if b.global_.pinned:
             logging.warning(
@@ -52,9 +52,9 @@ class ReleasedSink:
                 b.global_.window,
             )
         self.described = inkling_config(config, said) | {"dtype": _commonest(self.specs, dtypes).name}
-        self.dtypes, self.carried = dtypes, carried
-        self.places = {(place.path, place.index): place for place in places(config)}
-        self.stored: dict[str, Stored] = {}
+        self.dtypes, self.extra_files = dtypes, extra_files
+        self.places = {(place.path, place.index): place for place in released_tensors(config)}
+        self.stored: dict[str, StoredTensor] = {}
 
     def dtype(self, path: str) -> np.dtype:
         return self.dtypes[path]
@@ -71,8 +71,8 @@ class ReleasedSink:
             (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         for name, shard in zip(names, shards, strict=True):
             tensors = ((place.name, _shape(place), self.dtypes[place.path]) for place in shard)
-            self.stored |= create(folder / name, tensors)
-        for name, file in self.carried.items():
+            self.stored |= create_file(folder / name, tensors)
+        for name, file in self.extra_files.items():
             shutil.copyfile(file, folder / name)
         (folder / "config.json").write_text(json.dumps(self.described, indent=2) + "\n")
 
@@ -84,16 +84,16 @@ class ReleasedSink:
         ours = values.reshape(values.shape[spec.stacked :])
         view = released.view or released.shape
         begins = np.ravel_multi_index([index[spec.stacked + axis].start for axis in released.order], view)
-        turned = contiguous(ours.transpose(released.order))
+        turned = copy_contiguous(ours.transpose(released.order))
         write_at(stored, int(begins) * values.itemsize, turned)
         return turned
 
-    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+    def manifest_record(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, TensorRecord]:
         name = self.places[path, at].name
-        return name, Tensor.of(self.stored[name].dtype, self.stored[name].shape, crc32)
+        return name, TensorRecord.of(self.stored[name].dtype, self.stored[name].shape, crc32)
 
-    def _shards(self) -> list[list[Place]]:
-        shards: list[list[Place]] = [[]]
+    def _shards(self) -> list[list[ReleasedTensor]]:
+        shards: list[list[ReleasedTensor]] = [[]]
         size = 0
         for place in self.places.values():
             step = self._nbytes(place)
@@ -104,19 +104,19 @@ class ReleasedSink:
             size += step
         return shards
 
-    def _nbytes(self, place: Place) -> int:
+    def _nbytes(self, place: ReleasedTensor) -> int:
         return math.prod(_shape(place)) * self.dtypes[place.path].itemsize
 
 
 def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
     """`dtype` for all, but float32 for what is float32 in every release."""
     found: dict[str, np.dtype] = {}
-    for place in places(config):
+    for place in released_tensors(config):
         found[place.path] = np.dtype(np.float32) if place.name.endswith(EXACT) else np.dtype(dtype)
     return found
 
 
-def _shape(place: Place) -> tuple[int, ...]:
+def _shape(place: ReleasedTensor) -> tuple[int, ...]:
     assert place.spec.released is not None
     return place.spec.released.shape
 

@@ -16,12 +16,12 @@ from absl import logging
 
 from jaxtml.checkpoint.inkling import quantised
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.directory import _MTP, named, read_json, tensors_of
-from jaxtml.checkpoint.inkling.mapping import Place, places
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, Stored
-from jaxtml.checkpoint.source import Index, extent
-from jaxtml.checkpoint.transposed_copy import contiguous
-from jaxtml.errors import _SHOWN, InputError, some
+from jaxtml.checkpoint.inkling.directory import _MTP, model_name, read_json, stored_tensors
+from jaxtml.checkpoint.inkling.mapping import ReleasedTensor, released_tensors
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, StoredTensor
+from jaxtml.checkpoint.source import Index, index_shape
+from jaxtml.checkpoint.transposed_copy import copy_contiguous
+from jaxtml.errors import MOST_NAMED, InputError, join_names
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import flatten, initial_values
 
@@ -39,15 +39,15 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: str | Path, seed: int = 0):
         self.directory, self.seed = Path(directory), seed
-        config = config_from_inkling(read_json(self.directory / "config.json"), named(self.directory.resolve()))
-        self.tensors = tensors_of(self.directory)
+        config = config_from_inkling(read_json(self.directory / "config.json"), model_name(self.directory.resolve()))
+        self.tensors = stored_tensors(self.directory)
         if config.backbone.mtp_heads and not any(name.startswith(_MTP) for name in self.tensors):
             logging.info("%s has no %s* tensors: its prediction heads are left out", directory, _MTP)
             bare = dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=())
             config = dataclasses.replace(config, backbone=bare)
         self.config = config
         self.table = dict(flatten(InteractionModel(config).specs()))
-        self.places = {(place.path, place.index): place for place in places(config)}
+        self.places = {(place.path, place.index): place for place in released_tensors(config)}
         self.parts = self._checked()
         self._dtypes = {path: np.dtype(np.float32) for path in self.table}
         for place in self.places.values():
@@ -64,15 +64,15 @@ class ReleasedCheckpoint:
         if not self.holds(path):
             return initial_values(path, spec, self.seed, index)
         if not spec.stacked:
-            return contiguous(self.part(self.places[path, ()], index))
-        out = np.empty(extent(index, spec.shape), self.dtype(path))
+            return copy_contiguous(self.part(self.places[path, ()], index))
+        out = np.empty(index_shape(index, spec.shape), self.dtype(path))
         stacked = [range(*cut.indices(size)) for cut, size in zip(index[:2], spec.shape[:2], strict=True)]
         for i, repeat in enumerate(stacked[0]):
             for j, layer in enumerate(stacked[1]):
-                contiguous(self.part(self.places[path, (repeat, layer)], index[2:]), out[i, j])
+                copy_contiguous(self.part(self.places[path, (repeat, layer)], index[2:]), out[i, j])
         return out
 
-    def part(self, place: Place, index: Index) -> np.ndarray:
+    def part(self, place: ReleasedTensor, index: Index) -> np.ndarray:
         """A part of one layer's parameter, as a view of the file where it is not quantised."""
         stored, released = self.tensors[place.name], place.spec.released
         assert released is not None
@@ -82,17 +82,17 @@ class ReleasedCheckpoint:
         cuts = [range(size)[index[axis]] for axis, size in zip(released.order, view, strict=True)]
         joined = released.shape[1] // view[1]  # rows of the file to one of the view
         rows = slice(cuts[1].start * joined, cuts[1].stop * joined)
-        tensor = quantised.decoded(stored, self.parts[place.name], slice(cuts[0].start, cuts[0].stop), rows)
+        tensor = quantised.dequantise(stored, self.parts[place.name], slice(cuts[0].start, cuts[0].stop), rows)
         rest = (slice(None), slice(None), *(index[axis] for axis in released.order[2:]))
         return tensor.reshape(len(cuts[0]), len(cuts[1]), *view[2:])[rest].transpose(released.axes)
 
     def _stored_dtype(self, name: str) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16) if name in self.parts else DTYPES[self.tensors[name].dtype]
 
-    def _checked(self) -> dict[str, dict[str, Stored]]:
+    def _checked(self) -> dict[str, dict[str, StoredTensor]]:
         """The parts of quantised tensors by name, after a look at every tensor's name, shape and dtype."""
         wanted = {place.name: place for place in self.places.values()}
-        parts = {name: quantised.parts_of(name, self.tensors) for name in wanted if name in self.tensors}
+        parts = {name: quantised.quantisation_parts(name, self.tensors) for name in wanted if name in self.tensors}
         parts = {name: found for name, found in parts.items() if found}
         beside = {name + suffix for name, found in parts.items() for suffix in found}
         unknown = sorted(self.tensors.keys() - wanted.keys() - beside)
@@ -107,16 +107,16 @@ class ReleasedCheckpoint:
                     wrong = f"{dtype}, other layers {dtypes[place.path]}"
                 misshapen += [f"{name} is {wrong}"] if wrong else []
         found = (("missing", missing), ("unknown", unknown), ("misfitting", misshapen))
-        said = [f"{len(names)} {kind} tensors: {some(names)}" for kind, names in found if names]
+        said = [f"{len(names)} {kind} tensors: {join_names(names)}" for kind, names in found if names]
         for kind, names in found:
-            if len(names) > _SHOWN:
+            if len(names) > MOST_NAMED:
                 logging.info("all %d %s tensors:\n%s", len(names), kind, "\n".join(names))
         if said:
             raise InputError(f"{self.directory} does not fit its config.json: {'; '.join(said)}")
         return {name: {k: v for k, v in found.items() if k not in quantised.UNUSED} for name, found in parts.items()}
 
 
-def _misfit(place: Place, stored: Stored, parts: Mapping[str, Stored] | None) -> str | None:
+def _misfit(place: ReleasedTensor, stored: StoredTensor, parts: Mapping[str, StoredTensor] | None) -> str | None:
     """What is wrong with a tensor's shape or dtype."""
     released = place.spec.released
     assert released is not None

@@ -7,7 +7,7 @@ import math
 from jaxtml.errors import InputError
 
 
-def planned_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
+def default_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
     """Inkling's own plan of `depth` folds of 2 x 40 x 40 x 3 pixels: `(time, side, width)` each, the last width 0.
 
     The sides grow by prime factors, then time; widths are the pixels seen, rounded up to 64. `depth` of these six

@@ -20,7 +20,7 @@ def open_array(state: Path, path: str, context: ts.Context) -> Any:
     return ts.open(how, context=context).result()
 
 
-def uncached() -> ts.Context:
+def uncached_context() -> ts.Context:
     """For arrays whose every chunk is read or written once: files are mapped to be read, which saves a copy, and synced
     by who wants them to be."""
     mapped = {"file_io_mode": {"mode": "memmap"}, "file_io_sync": False}

@@ -21,17 +21,17 @@ import tensorstore as ts
 from absl import logging
 
 from jaxtml.checkpoint.chunks import chunk_shape, layer_name
-from jaxtml.checkpoint.files import CARRIED, CONFIG, STATE, TOKENIZER
-from jaxtml.checkpoint.manifest import Tensor
-from jaxtml.checkpoint.orbax.arrays import open_array, uncached
+from jaxtml.checkpoint.files import CONFIG, RELEASE_FILES, STATE, TOKENIZER
+from jaxtml.checkpoint.manifest import TensorRecord
+from jaxtml.checkpoint.orbax.arrays import open_array, uncached_context
 from jaxtml.checkpoint.source import Index, spec_table
 from jaxtml.config import Config, to_json
 from jaxtml.model.spec import Params, ParamSpec
 
-PIECE = 2**22  # bytes that can be read by themselves
+PIECE_BYTES = 2**22  # bytes that can be read by themselves
 
 
-def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> None:
+def create_arrays(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> None:
     """A checkpoint of arrays that hold zeros, to be filled chunk by chunk. What Orbax itself writes for one number of
     each, and then arrays of the right size in their place."""
     from orbax.checkpoint import v1 as ocp  # half a second, which only saving and loading pay
@@ -60,16 +60,16 @@ def create(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mapping[str,
 
 
 class OrbaxSink:
-    """A checkpoint of ours in the making, a `convert.streaming.Sink`.
+    """A checkpoint of ours in the making, a `convert.streaming.ParameterSink`.
 
     Args:
       config: of the model.
       dtypes: what each parameter is written as.
-      carried: files that come along, by their names in a release.
+      extra_files: files that come along, by their names in a release.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Path]):
-        self.config, self.dtypes, self.carried = config, dtypes, carried
+    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], extra_files: Mapping[str, Path]):
+        self.config, self.dtypes, self.extra_files = config, dtypes, extra_files
         self.specs = spec_table(config)
         self.arrays: dict[str, Any] = {}
 
@@ -79,16 +79,16 @@ class OrbaxSink:
     def prepare(self, folder: Path) -> None:
         if not (folder / CONFIG).is_file():
             made = folder / "made"  # Orbax wants a directory that is not there
-            create(made, self.specs, self.dtypes)
+            create_arrays(made, self.specs, self.dtypes)
             for part in made.iterdir():
                 part.rename(folder / part.name)
             made.rmdir()
-            for name, file in self.carried.items():
-                place = folder / (TOKENIZER if name == TOKENIZER else f"{CARRIED}/{name}")
+            for name, file in self.extra_files.items():
+                place = folder / (TOKENIZER if name == TOKENIZER else f"{RELEASE_FILES}/{name}")
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, place)
             (folder / CONFIG).write_text(to_json(self.config))
-        context = uncached()
+        context = uncached_context()
         self.arrays = {path: open_array(folder / STATE, path, context) for path in self.specs}
 
     def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
@@ -101,9 +101,9 @@ class OrbaxSink:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
         return values
 
-    def told(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, Tensor]:
+    def manifest_record(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, TensorRecord]:
         spec = self.specs[path]
-        return layer_name(path, at), Tensor.of(self.dtypes[path].name, spec.shape[spec.stacked :], crc32)
+        return layer_name(path, at), TensorRecord.of(self.dtypes[path].name, spec.shape[spec.stacked :], crc32)
 
 
 def _folder(state: Path, path: str) -> Path:
@@ -113,7 +113,7 @@ def _folder(state: Path, path: str) -> Path:
 def _made(state: Path, path: str, spec: ParamSpec, dtype: np.dtype) -> None:
     chunk = chunk_shape(spec, dtype.itemsize)
     piece = list(chunk)
-    while math.prod(piece) * dtype.itemsize > PIECE:
+    while math.prod(piece) * dtype.itemsize > PIECE_BYTES:
         axis = int(np.argmax([size if size % 2 == 0 else 0 for size in piece]))
         if piece[axis] % 2:
             break

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxtml.checkpoint.files import CONFIG, RUN, STATE
-from jaxtml.checkpoint.orbax.arrays import open_array, uncached
-from jaxtml.checkpoint.source import Index, on_one_device, place_parameters, spec_table
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, STATE
+from jaxtml.checkpoint.orbax.arrays import open_array, uncached_context
+from jaxtml.checkpoint.source import Index, first_device_shapes, place_parameters, spec_table
 from jaxtml.config import Config, from_json, validate
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
@@ -50,13 +50,13 @@ class OrbaxCheckpoint:
         self.config: Config = load_config(directory)
         self.step: int | None = None
         folder, prefix = self.directory, ""
-        if (self.directory / RUN).is_dir():
-            steps = [int(step.name) for step in (self.directory / RUN).iterdir() if step.name.isdecimal()]
+        if (self.directory / RUN_CHECKPOINTS).is_dir():
+            steps = [int(step.name) for step in (self.directory / RUN_CHECKPOINTS).iterdir() if step.name.isdecimal()]
             if not steps:
                 raise InputError(f"{directory} has no checkpoint yet: let the training run on")
             self.step = max(steps)
-            folder, prefix = self.directory / RUN / str(self.step), "params/"
-        self.specs, context = spec_table(self.config), uncached()
+            folder, prefix = self.directory / RUN_CHECKPOINTS / str(self.step), "params/"
+        self.specs, context = spec_table(self.config), uncached_context()
         held = {name.removeprefix(prefix) for name in self._names(folder / STATE) if name.startswith(prefix)}
         opened = {path: self._opened(folder / STATE, prefix + path, context) for path in sorted(held)}
         for path in sorted(self.specs.keys() | opened.keys()):
@@ -115,9 +115,9 @@ def load_checkpoint(
     Raises:
       InputError: the directory is missing, is no checkpoint, is damaged, or its arrays are not those of its config.
     """
-    if (Path(directory) / RUN).is_dir():
+    if (Path(directory) / RUN_CHECKPOINTS).is_dir():
         raise InputError(
             f"{directory} is a training run: make a checkpoint of it with `jaxtml convert {directory} DST`"
         )
     source = OrbaxCheckpoint(directory)
-    return source.config, place_parameters(source, shapes or on_one_device(source.config, dtype))
+    return source.config, place_parameters(source, shapes or first_device_shapes(source.config, dtype))

@@ -10,14 +10,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtml.checkpoint.inkling import sink
 from jaxtml.checkpoint.inkling.config import config_from_inkling, inkling_config
-from jaxtml.checkpoint.inkling.mapping import places
-from jaxtml.checkpoint.inkling.safetensors_file import headers
+from jaxtml.checkpoint.inkling.mapping import released_tensors
+from jaxtml.checkpoint.inkling.safetensors_file import read_header
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
-from jaxtml.checkpoint.inkling.vision_folds import planned_folds
+from jaxtml.checkpoint.inkling.vision_folds import default_folds
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import load
-from jaxtml.convert.conversion import write
+from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import count_parameters, flatten
@@ -86,7 +86,7 @@ def test_inkling_small_has_the_published_number_of_parameters():
 
 def test_names_are_one_to_one_and_every_layout_turns_back():
     seen = set()
-    for place in places(CONFIG):
+    for place in released_tensors(CONFIG):
         released = place.spec.released
         assert place.name not in seen
         seen.add(place.name)
@@ -102,7 +102,7 @@ def test_every_parameter_of_the_backbone_and_its_towers_is_in_the_released_layou
 
 
 def test_gate_and_up_rows_alternate_in_released_weights():
-    place = next(p for p in places(CONFIG) if p.name.endswith("w13_dn.weight"))
+    place = next(p for p in released_tensors(CONFIG) if p.name.endswith("w13_dn.weight"))
     ours = place.spec.released.load(np.arange(np.prod(place.spec.released.shape)).reshape(place.spec.released.shape))
     width = place.spec.released.shape[1]
     np.testing.assert_array_equal(ours[:, 0, :3].T, np.arange(width) + 2 * width * np.arange(3)[:, None])
@@ -111,7 +111,7 @@ def test_gate_and_up_rows_alternate_in_released_weights():
 
 def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
     config, params = read_checkpoint(checkpoint)
-    write(InMemorySource(config, params), tmp_path / "again", "memory", "hf", "float32")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "again", "memory", "hf", "float32")
     first, again = (load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "again"))
     assert first.keys() == again.keys()
     for name in first:
@@ -121,7 +121,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(checkpoint, tmp_path):
 def test_a_sharded_bfloat16_checkpoint_loads(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
-    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     same, rounded = read_checkpoint(tmp_path / "shards")
     assert same.backbone == config.backbone
@@ -131,7 +131,7 @@ def test_a_sharded_bfloat16_checkpoint_loads(checkpoint, tmp_path, monkeypatch):
 
 def test_the_router_bias_stays_float32_in_a_bfloat16_checkpoint(checkpoint, tmp_path):
     config, params = read_checkpoint(checkpoint)
-    write(InMemorySource(config, params), tmp_path / "bf16", "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "bf16", "memory", "hf", "bfloat16")
     _, again = read_checkpoint(tmp_path / "bf16")
     for path in ("router_bias", "global_scale"):
         a, b = (p["layers"]["block0"]["run1"]["mlp"][path] for p in (params, again))
@@ -149,8 +149,8 @@ def test_a_vision_tower_of_its_own_widths_survives_too():
 
 
 def test_folds_are_planned_as_released():
-    assert planned_folds(4) == ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
-    assert planned_folds(2) == ((1, 10, 320), (2, 4, 0))
+    assert default_folds(4) == ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
+    assert default_folds(2) == ((1, 10, 320), (2, 4, 0))
 
 
 def test_what_inkling_lacks_starts_neutral_and_the_same_for_a_seed(checkpoint):
@@ -203,7 +203,7 @@ def test_prediction_heads_that_the_config_does_not_know_are_named(checkpoint):
 def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
-    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "bfloat16")
     next((tmp_path / "shards").glob("model-00002-*.safetensors")).unlink()
     assert "no model-00002-of-" in _refusal(tmp_path / "shards")
 
@@ -211,9 +211,9 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path, monkeypatch):
 def test_a_tensor_in_two_shards_or_another_than_the_index_says_is_refused(checkpoint, tmp_path, monkeypatch):
     config, params = read_checkpoint(checkpoint)
     monkeypatch.setattr(sink, "SHARD_BYTES", 200_000)
-    write(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "float32")
-    second, *_, first = sorted((tmp_path / "shards").glob("*.safetensors"), key=lambda file: len(headers(file)))
-    names = sorted(headers(first))
+    write_checkpoint(InMemorySource(config, params), tmp_path / "shards", "memory", "hf", "float32")
+    second, *_, first = sorted((tmp_path / "shards").glob("*.safetensors"), key=lambda file: len(read_header(file)))
+    names = sorted(read_header(first))
     index = tmp_path / "shards" / "model.safetensors.index.json"
     good = index.read_text()
     index.write_text(good.replace(f'"{names[0]}": "{first.name}"', f'"{names[0]}": "{second.name}"'))

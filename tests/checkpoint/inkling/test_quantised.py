@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.source import full_index
@@ -71,7 +71,7 @@ def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarr
             weights |= {name + suffix: part for suffix, part in parts.items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(DESCRIBED))
-    stored = create(folder / "model.safetensors", [(name, w.shape, w.dtype) for name, w in weights.items()])
+    stored = create_file(folder / "model.safetensors", [(name, w.shape, w.dtype) for name, w in weights.items()])
     for name, tensor in stored.items():
         write_at(tensor, 0, np.ascontiguousarray(weights[name]))
     return meant
@@ -108,13 +108,13 @@ def test_a_quantised_release_is_converted_and_verified(kind, tmp_path):
 
 def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None:
     """Rewrites the file with another shape and dtype for one tensor, zeros in it."""
-    from jaxtml.checkpoint.inkling.safetensors_file import headers
+    from jaxtml.checkpoint.inkling.safetensors_file import read_header
 
     path = folder / "model.safetensors"
-    held = {n: np.array(t.mapped()) for n, t in headers(path).items()}
+    held = {n: np.array(t.mapped()) for n, t in read_header(path).items()}
     held[name] = np.zeros(shape, DTYPES[dtype])
     path.unlink()
-    for n, tensor in create(path, [(n, w.shape, w.dtype) for n, w in held.items()]).items():
+    for n, tensor in create_file(path, [(n, w.shape, w.dtype) for n, w in held.items()]).items():
         write_at(tensor, 0, np.ascontiguousarray(held[n]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create, headers, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, read_header, write_at
 from jaxtml.errors import InputError
 
 
@@ -25,7 +25,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 def test_what_the_library_wrote_is_mapped(tensors, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    found = headers(tmp_path / "x.safetensors")
+    found = read_header(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name].mapped(), tensor)
@@ -34,7 +34,7 @@ def test_what_the_library_wrote_is_mapped(tensors, tmp_path):
 
 def test_the_library_reads_what_was_written_piece_by_piece(tensors, tmp_path):
     path = tmp_path / "x.safetensors"
-    stored = create(path, [(name, t.shape, t.dtype) for name, t in tensors.items()])
+    stored = create_file(path, [(name, t.shape, t.dtype) for name, t in tensors.items()])
     for name, tensor in tensors.items():
         for i in range(len(tensor)):
             write_at(stored[name], i * tensor[:1].nbytes, np.ascontiguousarray(tensor[i : i + 1]))
@@ -44,9 +44,9 @@ def test_the_library_reads_what_was_written_piece_by_piece(tensors, tmp_path):
 
 def test_a_file_with_the_same_header_is_kept_and_one_with_another_is_not(tmp_path):
     path, layout = tmp_path / "x.safetensors", [("a", (4,), np.dtype(np.float32))]
-    write_at(create(path, layout)["a"], 0, np.full(4, 3, np.float32))
-    assert (create(path, layout)["a"].mapped() == 3).all()
-    assert not create(path, [("b", (4,), np.dtype(np.float32))])["b"].mapped().any()
+    write_at(create_file(path, layout)["a"], 0, np.full(4, 3, np.float32))
+    assert (create_file(path, layout)["a"].mapped() == 3).all()
+    assert not create_file(path, [("b", (4,), np.dtype(np.float32))])["b"].mapped().any()
 
 
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E8M0"])
@@ -56,7 +56,7 @@ def test_floats_of_eight_bits_that_the_library_cannot_read_are_mapped(name, tmp_
     raw = (tmp_path / "x.safetensors").read_bytes().replace(b'"U8"', f'"{name}"'.encode())
     length = int.from_bytes(raw[:8], "little") + len(name) - 2
     (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + raw[8:])
-    np.testing.assert_array_equal(headers(tmp_path / "x.safetensors")["x"].mapped(), codes.view(DTYPES[name]))
+    np.testing.assert_array_equal(read_header(tmp_path / "x.safetensors")["x"].mapped(), codes.view(DTYPES[name]))
 
 
 def _damaged(raw: bytes) -> dict[str, bytes]:
@@ -87,5 +87,5 @@ def test_a_damaged_file_is_one_clear_line(how, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(_damaged(path.read_bytes())[how])
     with pytest.raises(InputError, match="is not a readable safetensors file") as refused:
-        headers(path)
+        read_header(path)
     assert "\n" not in str(refused.value)
