@@ -17,13 +17,13 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention.attention import Attention
-from jaxtml.model.attention.cache import KVCache, Step, make_step, ring_slots
+from jaxtml.model.attention.cache import CacheStep, KVCache, plan_cache_step, ring_slots
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
-from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
+from jaxtml.model.placement import SINGLE_DEVICE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, bind
-from jaxtml.model.stack import Block, Kind, Run, Stack
+from jaxtml.model.stack import LayerBlock, LayerKind, LayerRun, LayerStack
 
 # Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
 # and reads it back, which costs a small model 6 % of a step.
@@ -56,8 +56,8 @@ class Layer(nnx.Module):
     def __init__(
         self,
         config: BackboneConfig,
-        kind: Kind,
-        placement: Placement = ALONE,
+        kind: LayerKind,
+        placement: Placement = SINGLE_DEVICE,
         prefix: str = "model.llm.layers.{layer}",
     ):
         self.kind = kind
@@ -76,7 +76,7 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         kind: jax.Array | None = None,
-        step: Step | None = None,
+        step: CacheStep | None = None,
         state: LayerState | None = None,
         at: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, LayerState | None, MoEStats | None]:
@@ -110,13 +110,13 @@ class Layer(nnx.Module):
         return x, LayerState(cache, *new), stats
 
 
-class Backbone(Stack):
+class Backbone(LayerStack):
     """The layers as pure functions over stacked parameters."""
 
-    def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
+    def __init__(self, config: BackboneConfig, placement: Placement = SINGLE_DEVICE):
         self.config = config
         self.placement = placement
-        kinds = [Kind(i in config.global_layers, i >= config.n_dense) for i in range(config.n_layers)]
+        kinds = [LayerKind(i in config.global_layers, i >= config.n_dense) for i in range(config.n_layers)]
         super().__init__(kinds, lambda kind: Layer(config, kind, placement))
 
     def forward(
@@ -132,11 +132,11 @@ class Backbone(Stack):
         unroll = self.config.n_layers <= MAX_UNROLLED_LAYERS
         for b, block in enumerate(self.blocks):
 
-            def body(x: jax.Array, weights: Params, block: Block = block) -> tuple[jax.Array, list[Any]]:
+            def body(x: jax.Array, weights: Params, block: LayerBlock = block) -> tuple[jax.Array, list[Any]]:
                 collected = []
                 for r, run in enumerate(block.runs):
 
-                    def one(x: jax.Array, layer: Params, of: Kind = run.kind) -> tuple[jax.Array, Any]:
+                    def one(x: jax.Array, layer: Params, of: LayerKind = run.kind) -> tuple[jax.Array, Any]:
                         layer = all_gather_parameters(layer, self.tables[of], self.placement.mesh, x.dtype)
                         x, _, stat = bind(self.modules[of], layer)(x, kind)
                         return x, stat
@@ -175,7 +175,7 @@ class Backbone(Stack):
         c = self.config
         past = c.conv_kernel - 1
 
-        def one(kind: Kind, stack: tuple[int, ...] = ()) -> LayerState:
+        def one(kind: LayerKind, stack: tuple[int, ...] = ()) -> LayerState:
             a = self._attention(kind.is_global)
             slots = ring_slots(a, max_tokens)
             channels = a.n_kv_heads * a.head_dim
@@ -215,7 +215,7 @@ class Backbone(Stack):
         tokens = x.shape[1]
         present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
         steps = {
-            is_global: make_step(self._attention(is_global), slots, position, length, tokens)
+            is_global: plan_cache_step(self._attention(is_global), slots, position, length, tokens)
             for is_global, slots in self._slots(state).items()
         }
         if self.unrolled:
@@ -228,12 +228,12 @@ class Backbone(Stack):
         for b, (block, old) in enumerate(zip(self.blocks, state, strict=True)):
             weights = layers[f"block{b}"]
 
-            def body(carry: Any, i: jax.Array, block: Block = block, weights: Any = weights) -> tuple[Any, None]:
+            def body(carry: Any, i: jax.Array, block: LayerBlock = block, weights: Any = weights) -> tuple[Any, None]:
                 x, states = carry
                 after = []
                 for r, (run, state) in enumerate(zip(block.runs, states, strict=True)):
 
-                    def one(carry: Any, j: jax.Array, run: Run = run, held: Any = weights[f"run{r}"]) -> Any:
+                    def one(carry: Any, j: jax.Array, run: LayerRun = run, held: Any = weights[f"run{r}"]) -> Any:
                         x, state = carry
                         params = self._layer(run.kind, held, (i, j))
                         step = steps[run.kind.is_global]
@@ -248,7 +248,7 @@ class Backbone(Stack):
             new_state.append(new)
         return x, new_state
 
-    def _layer(self, kind: Kind, stacked: Params, at: tuple[jax.Array, ...]) -> Params:
+    def _layer(self, kind: LayerKind, stacked: Params, at: tuple[jax.Array, ...]) -> Params:
         """A layer's parameters out of its run's stack; the routed experts stay where they stand."""
         return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[at], self.tables[kind], stacked)
 

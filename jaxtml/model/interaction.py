@@ -19,12 +19,12 @@ from jaxtml.model.backbone import Backbone
 from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.mtp import MTP
-from jaxtml.model.placement import ALONE, TENSOR, Placement, all_gather_parameters
+from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
 from jaxtml.model.speech import vocoder
 from jaxtml.model.speech.flow import FlowHead
 from jaxtml.model.towers import HMLP, ClockTower, DmelTower, TextEmbedding
-from jaxtml.model.vocabulary import Scores, scores
+from jaxtml.model.vocabulary import Scores, score_targets
 from jaxtml.parallel.collectives import all_gather_last, psum_backward
 from jaxtml.stream.tokens import PositionKind
 
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
 class Trunk(nnx.Module):
     """Everything around the layers: embeddings before, heads after."""
 
-    def __init__(self, config: Config, placement: Placement = ALONE):
+    def __init__(self, config: Config, placement: Placement = SINGLE_DEVICE):
         b = config.backbone
         self.embed = TextEmbedding(b, placement)
         self.audio = DmelTower(b)
@@ -84,7 +84,7 @@ class Trunk(nnx.Module):
 class InteractionModel:
     """The model of one config."""
 
-    def __init__(self, config: Config, placement: Placement = ALONE):
+    def __init__(self, config: Config, placement: Placement = SINGLE_DEVICE):
         self.config = config
         self.placement = placement
         self.trunk = Trunk(config, placement)
@@ -155,7 +155,7 @@ class InteractionModel:
             return all_gather_parameters({"": columns}, {"": table}, mesh, hidden.dtype)[""].astype(hidden.dtype)
 
         flat = (hidden / b.logits_divisor).reshape(-1, b.d_model)
-        found = scores(flat, params["unembed"], target.reshape(-1), mesh, fetched)
+        found = score_targets(flat, params["unembed"], target.reshape(-1), mesh, fetched)
         return Scores(*(part.reshape(target.shape) for part in found))
 
     def mtp_scores(
@@ -167,7 +167,7 @@ class InteractionModel:
         def score(hidden: jax.Array, target: jax.Array) -> Scores:
             return self.scores(params, hidden, target)
 
-        return self.mtp.foresee(params["mtp"], hidden, embedded, target, score, remat)
+        return self.mtp.predict(params["mtp"], hidden, embedded, target, score, remat)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""

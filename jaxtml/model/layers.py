@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtml.model.placement import ALONE, TENSOR, Placement
+from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param
 from jaxtml.parallel.collectives import psum_backward, psum_forward
 
@@ -188,7 +188,7 @@ def swiglu_grad(
 class DenseMLP(nnx.Module):
     """SwiGLU feed-forward of the first layers, with a learned global scale."""
 
-    def __init__(self, dim: int, width: int, std: float, prefix: str, placement: Placement = ALONE):
+    def __init__(self, dim: int, width: int, std: float, prefix: str, placement: Placement = SINGLE_DEVICE):
         self.mesh = placement.mesh
         self.w13 = param(
             (dim, 2, width),

@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtml.config import BackboneConfig
 from jaxtml.model.backbone import MAX_UNROLLED_LAYERS, REMAT, Layer
 from jaxtml.model.layers import RMSNorm, project
-from jaxtml.model.placement import ALONE, Placement, all_gather_parameters
+from jaxtml.model.placement import SINGLE_DEVICE, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, Released, bind, normal, param
-from jaxtml.model.stack import Block, Kind, Stack
+from jaxtml.model.stack import LayerBlock, LayerKind, LayerStack
 from jaxtml.model.vocabulary import Scores
 
 NAME = "model.mtp.layers.{layer}"
@@ -31,7 +31,7 @@ NAME = "model.mtp.layers.{layer}"
 class Head(nnx.Module):
     """Both inputs normed and projected together, then one dense layer of the backbone's."""
 
-    def __init__(self, config: BackboneConfig, kind: Kind, placement: Placement = ALONE):
+    def __init__(self, config: BackboneConfig, kind: LayerKind, placement: Placement = SINGLE_DEVICE):
         d = config.d_model
         self.hidden_norm = RMSNorm(d, config.norm_eps, "embed", f"{NAME}.hidden_norm.weight")
         self.embed_norm = RMSNorm(d, config.norm_eps, "embed", f"{NAME}.embed_norm.weight")
@@ -50,19 +50,19 @@ class Head(nnx.Module):
         return self.layer(joined)[0]
 
 
-class MTP(Stack):
+class MTP(LayerStack):
     """The chain of heads as a pure function over stacked parameters."""
 
-    def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
+    def __init__(self, config: BackboneConfig, placement: Placement = SINGLE_DEVICE):
         self.mesh = placement.mesh
-        kinds = [Kind(i in config.mtp_global, is_moe=False) for i in range(config.mtp_heads)]
+        kinds = [LayerKind(i in config.mtp_global, is_moe=False) for i in range(config.mtp_heads)]
         super().__init__(kinds, lambda kind: Head(config, kind, placement))
 
     def specs(self) -> dict[str, Any]:
-        """The table of a `Stack`; no token that is served uses any of it."""
+        """The table of a `LayerStack`; no token that is served uses any of it."""
         return jax.tree.map(lambda spec: dataclasses.replace(spec, active=0.0), super().specs())
 
-    def foresee(
+    def predict(
         self,
         params: Params,
         hidden: jax.Array,
@@ -91,13 +91,13 @@ class MTP(Stack):
         found: list[Any] = []
         for b, block in enumerate(self.blocks):
 
-            def body(hidden: jax.Array, given: Any, block: Block = block) -> tuple[jax.Array, Any]:
+            def body(hidden: jax.Array, given: Any, block: LayerBlock = block) -> tuple[jax.Array, Any]:
                 weights, first = given
                 parts = []
                 for r, run in enumerate(block.runs):
 
                     @REMAT[remat]
-                    def head(hidden: jax.Array, layer: Params, later: jax.Array, of: Kind = run.kind) -> jax.Array:
+                    def head(hidden: jax.Array, layer: Params, later: jax.Array, of: LayerKind = run.kind) -> jax.Array:
                         layer = all_gather_parameters(layer, self.tables[of], self.mesh, hidden.dtype)
                         ahead = jax.lax.dynamic_slice_in_dim(embedded, later, tokens, axis=1)
                         return bind(self.modules[of], layer)(hidden, ahead)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-HIDDEN = -1e30  # logit of a key that must not be seen
+MASKED_LOGIT = -1e30  # logit of a key that must not be seen
 
 
-def einsum(equation: str, *operands: jax.Array) -> jax.Array:
+def einsum_float32(equation: str, *operands: jax.Array) -> jax.Array:
     """Products summed in float32."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

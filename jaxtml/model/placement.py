@@ -50,7 +50,7 @@ class Placement:
         return math.prod(self.mesh.sizes[axis] for axis in self.session_axes)
 
 
-ALONE = Placement()
+SINGLE_DEVICE = Placement()
 
 
 def partition_specs(table: dict[str, Any], mesh: MeshShape, rules: Rules) -> dict[str, Any]:

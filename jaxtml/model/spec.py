@@ -121,7 +121,7 @@ def specs(module: nnx.Module) -> dict[str, Any]:
     return tree
 
 
-def stack(tree: dict[str, Any], dims: tuple[int, ...], axes: tuple[str, ...]) -> dict[str, Any]:
+def stack_specs(tree: dict[str, Any], dims: tuple[int, ...], axes: tuple[str, ...]) -> dict[str, Any]:
     """The same table with `dims` in front of every shape: the specs of a stack of equal layers."""
 
     def one(spec: ParamSpec) -> ParamSpec:

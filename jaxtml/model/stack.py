@@ -12,27 +12,27 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxtml.model.spec import specs, stack
+from jaxtml.model.spec import specs, stack_specs
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     """What distinguishes one layer from another."""
 
     is_global: bool
     is_moe: bool
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """`layers` equal layers in a row."""
 
-    kind: Kind
+    kind: LayerKind
     layers: int
 
 
-class Block(NamedTuple):
+class LayerBlock(NamedTuple):
     """A sequence of runs that occurs `repeats` times; `first` is the index of its first layer."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LayerRun, ...]
     repeats: int
     first: int
 
@@ -41,19 +41,19 @@ class Block(NamedTuple):
         return sum(run.layers for run in self.runs)
 
 
-class Stack:
+class LayerStack:
     """The layers and their modules. Holds shapes, never arrays."""
 
-    def __init__(self, kinds: Sequence[Kind], module: Callable[[Kind], nnx.Module]):
-        self.blocks = grouped(kinds)
-        self.modules: dict[Kind, Any] = {kind: module(kind) for kind in sorted(set(kinds))}
+    def __init__(self, kinds: Sequence[LayerKind], module: Callable[[LayerKind], nnx.Module]):
+        self.blocks = group_layers(kinds)
+        self.modules: dict[LayerKind, Any] = {kind: module(kind) for kind in sorted(set(kinds))}
         self.tables = {kind: specs(module) for kind, module in self.modules.items()}
 
     def specs(self) -> dict[str, Any]:
         """Spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
         return {
             f"block{b}": {
-                f"run{r}": stack(self.tables[run.kind], (block.repeats, run.layers), ("block", "layer"))
+                f"run{r}": stack_specs(self.tables[run.kind], (block.repeats, run.layers), ("block", "layer"))
                 for r, run in enumerate(block.runs)
             }
             for b, block in enumerate(self.blocks)
@@ -64,7 +64,7 @@ class Stack:
         b = self.blocks[block]
         return b.first + repeat * b.layers + sum(r.layers for r in b.runs[:run]) + layer
 
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[LayerKind]:
         """The kind of each layer in the order of execution."""
         return [
             run.kind
@@ -75,30 +75,30 @@ class Stack:
         ]
 
 
-def grouped(kinds: Sequence[Kind]) -> tuple[Block, ...]:
+def group_layers(kinds: Sequence[LayerKind]) -> tuple[LayerBlock, ...]:
     """Groups the layers: an irregular beginning, then the period that leaves the fewest bodies to compile."""
-    best = (Block(_runs(kinds), 1, 0),)
+    best = (LayerBlock(_runs(kinds), 1, 0),)
     for prefix in range(len(kinds)):
         rest = kinds[prefix:]
         for period in range(1, len(rest) // 2 + 1):
             if len(rest) % period or rest[period:] != rest[:-period]:
                 continue
-            tail = Block(_runs(rest[:period]), len(rest) // period, prefix)
-            head = (Block(_runs(kinds[:prefix]), 1, 0),) if prefix else ()
+            tail = LayerBlock(_runs(rest[:period]), len(rest) // period, prefix)
+            head = (LayerBlock(_runs(kinds[:prefix]), 1, 0),) if prefix else ()
             if _bodies((*head, tail)) < _bodies(best):
                 best = (*head, tail)
     return best
 
 
-def _runs(kinds: Sequence[Kind]) -> tuple[Run, ...]:
-    runs: list[Run] = []
+def _runs(kinds: Sequence[LayerKind]) -> tuple[LayerRun, ...]:
+    runs: list[LayerRun] = []
     for kind in kinds:
         if runs and runs[-1].kind == kind:
-            runs[-1] = Run(kind, runs[-1].layers + 1)
+            runs[-1] = LayerRun(kind, runs[-1].layers + 1)
         else:
-            runs.append(Run(kind, 1))
+            runs.append(LayerRun(kind, 1))
     return tuple(runs)
 
 
-def _bodies(blocks: tuple[Block, ...]) -> int:
+def _bodies(blocks: tuple[LayerBlock, ...]) -> int:
     return sum(len(block.runs) for block in blocks)

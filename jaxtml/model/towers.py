@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxtml.config import BackboneConfig, VisionConfig
 from jaxtml.model.layers import RMSNorm
-from jaxtml.model.placement import ALONE, TENSOR, Placement
+from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param, zeros
 from jaxtml.parallel.collectives import psum_forward
 from jaxtml.stream.clock import CLOCK_FEATURES
@@ -24,7 +24,7 @@ FEW_FRAMES = 32  # up to this many frames the bag is a gather; a one-hot matmul 
 class TextEmbedding(nnx.Module):
     """Token embedding followed by an RMS norm."""
 
-    def __init__(self, config: BackboneConfig, placement: Placement = ALONE):
+    def __init__(self, config: BackboneConfig, placement: Placement = SINGLE_DEVICE):
         v, d = config.vocab_size, config.d_model
         self.mesh = placement.mesh
         # One row is read per token, whatever the vocabulary: none of it counts as active.

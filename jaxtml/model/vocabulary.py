@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtml.model.numerics import HIDDEN
+from jaxtml.model.numerics import MASKED_LOGIT
 from jaxtml.model.placement import TENSOR
 from jaxtml.parallel.collectives import pmax, psum_backward, psum_forward
 from jaxtml.parallel.mesh import MeshShape
@@ -36,7 +36,7 @@ class _Seen(NamedTuple):
     picked: jax.Array
 
 
-def scores(
+def score_targets(
     hidden: jax.Array,
     unembed: jax.Array,
     target: jax.Array,
@@ -67,7 +67,7 @@ def scores(
         return _Seen(most, total, seen.picked + jnp.where((at >= 0) & (at < width), own, 0)), None
 
     nothing = jnp.zeros(target.shape, jnp.float32)
-    seen = _Seen(nothing + HIDDEN, nothing, nothing)
+    seen = _Seen(nothing + MASKED_LOGIT, nothing, nothing)
     starts = first + width * jnp.arange(count)
     if count == 1:
         seen, _ = one(seen, (starts[0], unembed))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GB, TERA = 1e9, 1e12
-LANES = 128  # numbers side by side in a register of a TPU: kernels take multiples of it
+TPU_LANES = 128  # numbers side by side in a register of a TPU: kernels take multiples of it
 
 
 @dataclass(frozen=True)

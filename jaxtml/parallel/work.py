@@ -43,22 +43,22 @@ class Work:
             self.sent[key] += times * size  # pyright: ignore[reportArgumentType] (a share of an odd size)
 
 
-def work_of(function: Any, *arguments: Any, platform: str) -> Work:
+def count_work(function: Any, *arguments: Any, platform: str) -> Work:
     """Work of `function(*arguments)` on one device; arguments may be `jax.ShapeDtypeStruct`s.
 
     Args:
       function: anything that `jax.jit` takes.
       platform: "cpu", "tpu" or "cuda": whose branch of `jax.lax.platform_dependent` counts.
     """
-    return counted(jax.jit(function).trace(*arguments).jaxpr, platform)
+    return count_jaxpr_work(jax.jit(function).trace(*arguments).jaxpr, platform)
 
 
-def counted(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: bool = False) -> Work:
+def count_jaxpr_work(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: bool = False) -> Work:
     """Work of a traced program, as `jax.jit(f).trace(...).jaxpr`.
 
     Args:
       jaxpr: the program.
-      platform: as for `work_of`.
+      platform: as for `count_work`.
       rounds: how often a loop without a known number of rounds runs.
       least: of the branches of a condition that multiply anything count the cheapest, not the dearest.
     """

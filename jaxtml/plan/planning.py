@@ -20,11 +20,11 @@ from jaxtml.model.flops import train_flops_per_token
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
-from jaxtml.parallel.work import counted
+from jaxtml.parallel.work import count_jaxpr_work
 from jaxtml.plan.compilation import _HELPS, DoesNotFit, _compiled_memory, _return_memory
-from jaxtml.plan.programs import Program, device_bytes, serve_program, train_program
-from jaxtml.plan.report import ServedLoad, serve_report, train_report
-from jaxtml.plan.search import search
+from jaxtml.plan.programs import Program, device_bytes, make_serving_program, make_training_program
+from jaxtml.plan.report import ServingLoad, report_serving, report_training
+from jaxtml.plan.search import search_kinds
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN
 from jaxtml.train.step import check_batch
@@ -33,7 +33,7 @@ REMATS: tuple[str, ...] = ("none", "outputs", "full")  # what `train.remat` may 
 
 
 def make_plan(config: Config, topology: str, mesh: str | None, program: str) -> dict[str, Any]:
-    """The report of `report.train_report` or `report.serve_report` for a config on a topology.
+    """The report of `report.report_training` or `report.report_serving` for a config on a topology.
 
     Args:
       config: of the model.
@@ -62,10 +62,10 @@ def _planned(config: Config, where: Topology, shape: MeshShape, program: str) ->
     _return_memory()
     jax.config.update("jax_platforms", "cpu")  # libtpu is a compiler here: nobody should look for its devices
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
-    devices = where.found()
+    devices = where.find_devices()
     with jax.set_mesh(make_mesh(shape, devices)):
         serving = program == "serve"
-        made = serve_program(config, shape, where.platform) if serving else train_program(config, shape)
+        made = make_serving_program(config, shape, where.platform) if serving else make_training_program(config, shape)
         jitted = jax.jit(made.function, donate_argnums=made.donated)
         with jax.default_device(devices[0]):  # libraries of kernels look where programs will run
             traced = jitted.trace(*made.arguments)
@@ -74,13 +74,15 @@ def _planned(config: Config, where: Topology, shape: MeshShape, program: str) ->
         jaxpr = traced.jaxpr if where.chip.gpu is None else jitted.trace(*made.arguments).jaxpr
     named = {"config": config.name, "program": program, "topology": str(where), "mesh": str(shape)}
     if serving:
-        return named | serve_report(config, _served(config, shape, made, jaxpr, where.platform), memory, where, shape)
+        return named | report_serving(
+            config, _serving_load(config, shape, made, jaxpr, where.platform), memory, where, shape
+        )
     tokens = config.train.batch * config.data.tokens
     needed = train_flops_per_token(config) * tokens
     state, batch = made.arguments
     held = {"parameters": state.params, "moments": state.moments, "batch": batch}
     held = {name: device_bytes(tree) for name, tree in held.items()}
-    return named | train_report(counted(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
+    return named | report_training(count_jaxpr_work(jaxpr, where.platform), memory, held, where, shape, tokens, needed)
 
 
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
@@ -92,15 +94,15 @@ def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
     return MeshShape(data=devices // (expert * tensor), expert=expert, tensor=tensor)
 
 
-def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, platform: str) -> ServedLoad:
+def _serving_load(config: Config, shape: MeshShape, program: Program, jaxpr: Any, platform: str) -> ServingLoad:
     params, state, _ = program.arguments
     routed = device_bytes(_routed(params))
     # The loop's work is what one round more adds. Without any, the cheapest branches are a micro-turn of listening.
-    none, one = (counted(jaxpr, platform, rounds=n) for n in (0, 1))
+    none, one = (count_jaxpr_work(jaxpr, platform, rounds=n) for n in (0, 1))
     turn = one.scaled(1)
     turn.add(none, -1)
     duplex = Duplex(InteractionModel(config))
-    return ServedLoad(
+    return ServingLoad(
         sessions=config.serve.sessions,
         parts=Placement(shape, config.serve.transport).session_shards,
         experts=routed,
@@ -109,7 +111,7 @@ def _served(config: Config, shape: MeshShape, program: Program, jaxpr: Any, plat
         rare=device_bytes([params["embed"], params["visual"]]),
         flow=device_bytes(params["flow"]),
         widest=none,
-        listening=counted(jaxpr, platform, rounds=0, least=True),
+        listening=count_jaxpr_work(jaxpr, platform, rounds=0, least=True),
         turn=turn,
         given=(duplex.narrow, duplex.wide),
         longest=duplex.generated + FRAMES_PER_MICRO_TURN,
@@ -152,7 +154,7 @@ def search_largest_plan(config: Config, topology: str, mesh: str | None, program
             logging.info("%s", error)
             return None
 
-    found = search(kinds, measure)
+    found = search_kinds(kinds, measure)
     if not found:
         raise InputError(f"{config.name}: not even {name}={unit} fits {where}: try {_HELPS[program]}, or more chips")
     kept = ("bytes_per_chip", "roofline_step_ms", "tokens_per_s_per_chip", "mfu")

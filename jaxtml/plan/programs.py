@@ -34,7 +34,7 @@ class Program(NamedTuple):
     donated: tuple[int, ...]
 
 
-def train_program(config: Config, shape: MeshShape) -> Program:
+def make_training_program(config: Config, shape: MeshShape) -> Program:
     """One training step on the mesh that is set (`jax.set_mesh`, or an abstract one)."""
     model = InteractionModel(config, Placement(shape, config.train.transport, config.train.capacity))
     mesh = jax.sharding.get_abstract_mesh()
@@ -47,7 +47,7 @@ def train_program(config: Config, shape: MeshShape) -> Program:
     return Program(step, (jax.eval_shape(init, shapes(model, mesh)), batch), (0,))
 
 
-def serve_program(config: Config, shape: MeshShape, platform: str) -> Program:
+def make_serving_program(config: Config, shape: MeshShape, platform: str) -> Program:
     """One micro-turn of `serve.sessions` sessions on the mesh that is set, of devices of `platform`.
 
     Raises:

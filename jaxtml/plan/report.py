@@ -23,7 +23,7 @@ from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
 
 
-def train_report(
+def report_training(
     work: Work,
     memory: Memory,
     held: Mapping[str, int],
@@ -78,11 +78,11 @@ def _report(
 
 
 LONG = 2**24  # tokens of a session, when every window has long been full
-WRITTEN = 3  # tokens that a speaking micro-turn writes: SAY and two more, about four words a second
+WRITTEN_TOKENS = 3  # tokens that a speaking micro-turn writes: SAY and two more, about four words a second
 
 
 @dataclass(frozen=True)
-class ServedLoad:
+class ServingLoad:
     """What a device of a serving program holds and does.
 
     Attributes:
@@ -120,10 +120,10 @@ class _Pass(NamedTuple):
     speaks: bool
 
 
-def serve_report(
-    config: Config, served: ServedLoad, memory: Memory, topology: Topology, mesh: MeshShape
+def report_serving(
+    config: Config, served: ServingLoad, memory: Memory, topology: Topology, mesh: MeshShape
 ) -> dict[str, Any]:
-    """The plan of serving: of a micro-turn in which every session writes `WRITTEN` tokens and speaks.
+    """The plan of serving: of a micro-turn in which every session writes `WRITTEN_TOKENS` tokens and speaks.
 
     `turn_ms` has the roofline of micro-turns in which all listen, all speak, and all take as long as they can;
     `weight_floor_ms` what reading the weights alone takes in each. `sessions_at_200_ms` is how many sessions memory
@@ -134,7 +134,7 @@ def serve_report(
     spoken = [speaking] * FRAMES_PER_MICRO_TURN
     turns = {
         "listening": [_Pass(served.listening, n * given, False)],
-        "speaking": [_Pass(served.listening, n * given, False), *[writing] * (1 + WRITTEN), *spoken],
+        "speaking": [_Pass(served.listening, n * given, False), *[writing] * (1 + WRITTEN_TOKENS), *spoken],
         "longest": [
             _Pass(served.widest, n * wide, False),
             *[writing] * (served.longest - FRAMES_PER_MICRO_TURN),
@@ -159,7 +159,7 @@ def serve_report(
         work.add(one.work)
     tokens = n * (given + len(turns["speaking"]) - 1)
     unembed = 2 * config.backbone.d_model * config.backbone.vocab_size
-    needed = tokens * (forward_flops_per_token(config, LONG) - unembed) + n * (1 + WRITTEN) * unembed
+    needed = tokens * (forward_flops_per_token(config, LONG) - unembed) + n * (1 + WRITTEN_TOKENS) * unembed
     kinds = {
         "routed experts": served.experts,
         "other weights": served.weights,

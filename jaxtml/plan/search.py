@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 Report = dict[str, Any]
-TRIES = 10  # compilations of one kind, at most
-LEAP = 8  # times the largest size known to fit, at most
+MAX_TRIES = 10  # compilations of one kind, at most
+MAX_GROWTH = 8  # times the largest size known to fit, at most
 
 
-def largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[int, Report] | None:
-    """The largest n for which `measure(n)` finds a program that fits, as far as `TRIES` lets it look; None: not one.
+def find_largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[int, Report] | None:
+    """The largest n, within `MAX_TRIES` tries, for which `measure(n)` finds a program that fits; None: there is none.
 
     Args:
       measure: n times the smallest batch -> its report with `bytes_per_chip` and `chip_memory_bytes`; None where it
@@ -24,7 +24,7 @@ def largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[in
     """
     fits: dict[int, Report] = {}
     too_much, guess = None, first
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         report = measure(guess)
         if report is None:
             too_much = guess
@@ -45,18 +45,18 @@ def _next(fits: dict[int, Report], best: int, too_much: int | None) -> int:
         size, smaller = fits[best]["bytes_per_chip"], fits[before]["bytes_per_chip"]
         slope = (size - smaller) / (best - before)
         left = fits[best]["chip_memory_bytes"] - size
-        likely = best + int(left / slope) if slope > left / (LEAP * best) else LEAP * best
+        likely = best + int(left / slope) if slope > left / (MAX_GROWTH * best) else MAX_GROWTH * best
     if too_much is None:
         return max(best + 1, likely)
     return likely if best < likely < too_much else (best + too_much) // 2
 
 
-def search(kinds: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:
+def search_kinds(kinds: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:
     """(kind, n, report) of the largest n of each kind that fits at all, the most tokens a second first; `kinds` are in
     the order in which they need less memory, or so it is hoped."""
     found, first = [], 1
     for kind in kinds:
-        most = largest(lambda n, kind=kind: measure(kind, n), first)
+        most = find_largest(lambda n, kind=kind: measure(kind, n), first)
         if most is not None:
             found.append((kind, *most))
             first = most[0]

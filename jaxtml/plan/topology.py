@@ -83,7 +83,7 @@ class Topology:
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
-    def found(self) -> Sequence[Any]:
+    def find_devices(self) -> Sequence[Any]:
         """Its devices, to make a mesh of.
 
         Raises:

@@ -10,7 +10,7 @@ import pytest
 from jaxtml.config import load
 from jaxtml.model.backbone import Backbone
 from jaxtml.model.spec import count_parameters, flatten, init_params
-from jaxtml.model.stack import Kind
+from jaxtml.model.stack import LayerKind
 
 TINY = load("tiny").backbone
 SMALL = dataclasses.replace(TINY, d_model=24, d_ff_dense=32, d_ff_expert=16)
@@ -34,7 +34,7 @@ def test_every_layer_has_one_place_and_its_own_kind(shape):
     n_layers, n_dense, global_layers = SHAPES[shape]
     backbone = _with_layers(*SHAPES[shape])
     kinds = backbone.kinds()
-    assert kinds == [Kind(i in global_layers, i >= n_dense) for i in range(n_layers)]
+    assert kinds == [LayerKind(i in global_layers, i >= n_dense) for i in range(n_layers)]
     places = [
         backbone.layer_index(b, r, i, j)
         for b, block in enumerate(backbone.blocks)

@@ -61,7 +61,7 @@ def _head_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
     def forward(params: Params, inputs: Inputs) -> Scores:
         embedded = model.embed(params, inputs, jnp.float32)
         hidden, _ = model.hidden_from_embedded(params, embedded, inputs.kind)
-        return model.mtp.foresee(params["mtp"], hidden, embedded, inputs.ids, score)
+        return model.mtp.predict(params["mtp"], hidden, embedded, inputs.ids, score)
 
     logits, target = forward(params, _text(ids))
     heads = config.backbone.mtp_heads

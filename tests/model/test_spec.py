@@ -22,7 +22,7 @@ from jaxtml.model.spec import (
     ones,
     param,
     specs,
-    stack,
+    stack_specs,
     zeros,
 )
 
@@ -62,7 +62,7 @@ def test_initial_values_depend_on_seed_path_and_layer_alone():
     np.testing.assert_array_equal(here, init_params({"a": table, "another": table}, 1)["a"]["w"])
     assert (np.asarray(here) != init_params({"a": table}, 2)["a"]["w"]).any()
     assert (np.asarray(here) != init_params({"b": table}, 1)["b"]["w"]).any()
-    shallow, deep = (init_params(stack(table, (n, 2), ("block", "layer")), 1) for n in (2, 3))
+    shallow, deep = (init_params(stack_specs(table, (n, 2), ("block", "layer")), 1) for n in (2, 3))
     np.testing.assert_array_equal(shallow["w"], deep["w"][:2])
     assert len({np.asarray(deep["w"][i, j]).tobytes() for i in range(3) for j in range(2)}) == 6
 
@@ -74,13 +74,13 @@ def test_initialisers_give_what_they_name():
 
 
 def test_stacking_puts_the_layers_in_front_of_every_shape():
-    spec = stack(specs(Affine()), (4, 2), ("block", "layer"))["w"]
+    spec = stack_specs(specs(Affine()), (4, 2), ("block", "layer"))["w"]
     assert spec.shape == (4, 2, 3, 5) and spec.axes == ("block", "layer", "in", "out") and spec.stacked == 2
 
 
 def test_counts_are_total_and_active():
     assert count_parameters(specs(Affine())) == (15 + 5 + 5, 15 + 5 + 1)
-    assert count_parameters({"x": stack(specs(Affine()), (3,), ("layer",))}) == (75, 63)
+    assert count_parameters({"x": stack_specs(specs(Affine()), (3,), ("layer",))}) == (75, 63)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(given, limit, monk
     share = np.random.default_rng(2).random(N)
 
     def ours(h, w):
-        return (vocabulary.scores(h, w, target, MeshShape()).nll * share).sum()
+        return (vocabulary.score_targets(h, w, target, MeshShape()).nll * share).sum()
 
     loss, grads = jax.value_and_grad(ours, (0, 1))(hidden, unembed)
     expected, known = jax.value_and_grad(lambda h, w: (plain(h, w, target) * share).sum(), (0, 1))(hidden, unembed)
@@ -48,13 +48,15 @@ def test_a_target_is_right_where_no_word_is_likelier(given, limit, monkeypatch):
     hidden, unembed, target = given
     best = (hidden @ unembed).argmax(axis=1)
     target = np.where(np.arange(N) % 2, best, target)
-    np.testing.assert_array_equal(vocabulary.scores(hidden, unembed, target, MeshShape()).right, target == best)
+    np.testing.assert_array_equal(vocabulary.score_targets(hidden, unembed, target, MeshShape()).right, target == best)
 
 
 def test_no_chunk_holds_more_than_its_share_of_the_logits(given, monkeypatch):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", N * V // 4)
     hidden, unembed, target = given
-    jaxpr = jax.make_jaxpr(jax.grad(lambda h: vocabulary.scores(h, unembed, target, MeshShape()).nll.sum()))(hidden)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h: vocabulary.score_targets(h, unembed, target, MeshShape()).nll.sum()))(
+        hidden
+    )
     assert f"{N},{V}]" not in str(jaxpr)
     assert f"f32[{N},{V // 4}]" in str(jaxpr)
 
@@ -63,7 +65,7 @@ def test_logits_are_summed_in_float32_whatever_the_weights():
     rng = np.random.default_rng(3)
     hidden, unembed = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((N, 64), (64, V)))
     target = rng.integers(0, V, N)
-    found = vocabulary.scores(hidden, unembed, target, MeshShape()).nll
+    found = vocabulary.score_targets(hidden, unembed, target, MeshShape()).nll
     exact = jnp.matmul(hidden.astype(jnp.float32), unembed.astype(jnp.float32))
     expected = optax.softmax_cross_entropy_with_integer_labels(exact, target)
     rounded = optax.softmax_cross_entropy_with_integer_labels(exact.astype(jnp.bfloat16).astype(jnp.float32), target)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxtml.parallel.mesh import MeshShape, make_mesh
-from jaxtml.parallel.work import work_of
+from jaxtml.parallel.work import count_work
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 W = jax.ShapeDtypeStruct((16, 16), jnp.float32)
@@ -19,23 +19,23 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     def looped(x, w):
         return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
 
-    assert work_of(looped, X, W, platform="cpu").flops == 5 * ONCE
+    assert count_work(looped, X, W, platform="cpu").flops == 5 * ONCE
     forward_and_backward = jax.grad(lambda x, w: looped(x, w).sum(), argnums=(0, 1))
-    assert work_of(forward_and_backward, X, W, platform="cpu").flops == 15 * ONCE
+    assert count_work(forward_and_backward, X, W, platform="cpu").flops == 15 * ONCE
 
 
 def test_what_is_computed_again_counts_again():
     def loss(x, w):
         return jax.checkpoint(lambda x: jnp.tanh(x @ w) @ w)(x).sum()
 
-    assert work_of(jax.grad(loss, argnums=1), X, W, platform="cpu").flops >= 5 * ONCE
+    assert count_work(jax.grad(loss, argnums=1), X, W, platform="cpu").flops >= 5 * ONCE
 
 
 def test_a_loop_without_a_known_length_is_told():
     def endless(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
 
-    work = work_of(endless, X, W, platform="cpu")
+    work = count_work(endless, X, W, platform="cpu")
     assert (work.flops, work.open_loops) == (ONCE, 1)
 
 
@@ -45,7 +45,7 @@ def test_only_the_branch_of_the_platform_counts():
             x, w, tpu=lambda x, w: x @ w, cuda=lambda x, w: x @ w @ w, default=lambda x, w: x @ w @ w @ w
         )
 
-    assert [work_of(split, X, W, platform=p).flops / ONCE for p in ("tpu", "cuda", "cpu")] == [1, 2, 3]
+    assert [count_work(split, X, W, platform=p).flops / ONCE for p in ("tpu", "cuda", "cpu")] == [1, 2, 3]
 
 
 def test_collectives_are_told_by_kind_axis_and_bytes():
@@ -66,7 +66,7 @@ def test_collectives_are_told_by_kind_axis_and_bytes():
         jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=jax.NamedSharding(mesh, P(("data", "expert")))),
         jax.ShapeDtypeStruct(W.shape, W.dtype, sharding=jax.NamedSharding(mesh, P("data"))),
     )
-    work = work_of(program, *given, platform="cpu")
+    work = count_work(program, *given, platform="cpu")
     assert dict(work.sent) == {
         ("all_gather", ("data",)): 16 * 16 * 4 * 3 / 4,
         ("all_reduce", ("expert",)): 3 * 2 * 16 * 4 / 2,
@@ -82,6 +82,6 @@ def test_a_kernel_counts_by_its_own_estimate():
     shapes = ((1, 2, tokens, width), (1, 1, tokens, width), (1, 1, tokens, width), (1, 2, tokens, rank), (rank, 64))
     given = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     scale, segments = np.ones(tokens, np.float32), np.zeros((1, tokens), np.int32)
-    work = work_of(lambda *a: flash_attention(*a, scale, segments, window=128, block=128), *given, platform="tpu")
+    work = count_work(lambda *a: flash_attention(*a, scale, segments, window=128, block=128), *given, platform="tpu")
     blocks = 2 * (1 + 2 + 2 + 2)
     assert work.flops == blocks * 128 * 128 * (4 * width + 4 * rank)

@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
 from jaxtml.model.attention.sequence import attend_sequence
-from jaxtml.model.experts.grouped import expert_rows
+from jaxtml.model.experts.grouped import grouped_swiglu
 from jaxtml.model.experts.moe import MoE
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.spec import bind, specs
-from jaxtml.parallel.work import counted
+from jaxtml.parallel.work import count_jaxpr_work
 from jaxtml.plan.topology import Topology
 
 TOKENS = 16_384
@@ -45,7 +45,7 @@ def moe(shaped: Any, platform: str) -> dict[str, float]:
     given = (params, shaped((1, TOKENS, config.d_model), jnp.bfloat16))
     jitted = jax.jit(jax.grad(loss, (0, 1)))
     with jax.default_device(jax.devices("cpu")[0]):  # see `plan`: counted where no library's kernels hide the products
-        counts = counted(jitted.trace(*given).jaxpr, platform)
+        counts = count_jaxpr_work(jitted.trace(*given).jaxpr, platform)
     told = jitted.lower(*given).compile().cost_analysis()
     worked = config.experts_per_token + config.n_shared_experts
     router = config.n_experts + config.n_shared_experts
@@ -81,17 +81,17 @@ def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
     at = (shaped((), jnp.int32), shaped((), jnp.int32))
     rows, sizes = shaped((32 * block, dim), jnp.bfloat16), shaped((count,), jnp.int32)
 
-    def run(rows: jax.Array, sizes: jax.Array, experts: Experts) -> jax.Array:
-        return expert_rows(rows, sizes, experts, block)
+    def run(rows: jax.Array, sizes: jax.Array, experts: ExpertWeights) -> jax.Array:
+        return grouped_swiglu(rows, sizes, experts, block)
 
-    compiled = jax.jit(run).lower(rows, sizes, Experts(w13, w2, *scales, at)).compile()
+    compiled = jax.jit(run).lower(rows, sizes, ExpertWeights(w13, w2, *scales, at)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def main(text: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     topology = Topology.parse(text)
-    device = topology.found()[0]
+    device = topology.find_devices()[0]
     sharding = NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
 
     def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

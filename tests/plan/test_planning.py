@@ -16,9 +16,9 @@ from jaxtml import config as configs
 from jaxtml.errors import InputError
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.parallel.work import work_of
+from jaxtml.parallel.work import count_work
 from jaxtml.plan import planning as command
-from jaxtml.plan.programs import serve_program, train_program
+from jaxtml.plan.programs import make_serving_program, make_training_program
 from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
 KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
@@ -31,8 +31,8 @@ def test_the_large_models_step_needs_little_more_than_its_tokens_do():
     config = configs.load("tml_interaction_small", ["train.batch=128", "train.capacity=1.1"])
     axes = (AxisType.Explicit,) * 4
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
-        program = train_program(config, shape)
-        work = work_of(program.function, *program.arguments, platform="tpu")
+        program = make_training_program(config, shape)
+        work = count_work(program.function, *program.arguments, platform="tpu")
     needed = train_flops_per_token(config) * config.data.tokens
     assert work.open_loops == 0
     assert 4 / 3 <= work.flops / needed < 1.1 * 4 / 3
@@ -131,9 +131,9 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     config = configs.load("tml_interaction_small")
     axes = (AxisType.Explicit,) * 4
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
-        program = serve_program(config, shape, "tpu")
+        program = make_serving_program(config, shape, "tpu")
         jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
-    served = command._served(config, shape, program, jaxpr, "tpu")
+    served = command._serving_load(config, shape, program, jaxpr, "tpu")
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
     assert served.experts == routed / 8
     assert served.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone

@@ -8,7 +8,7 @@ from jaxtml import config as configs
 from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
-from jaxtml.plan.report import WRITTEN, ServedLoad, serve_report, train_report
+from jaxtml.plan.report import WRITTEN_TOKENS, ServingLoad, report_serving, report_training
 from jaxtml.plan.roofline import Memory, roofline
 from jaxtml.plan.topology import Topology
 
@@ -43,7 +43,7 @@ def test_a_report_counts_per_chip_also_where_a_chip_is_two_devices():
     ironwood = Topology.parse("tpu7x:4x4x4")
     needed = 64 * 2307e12 * 0.75
     held = {"parameters": 4 * 10**9, "moments": 8 * 10**9}
-    report = train_report(work(flops=2307e12 / 2), MEMORY, held, ironwood, MESH, 64 * 1000, needed)
+    report = report_training(work(flops=2307e12 / 2), MEMORY, held, ironwood, MESH, 64 * 1000, needed)
     assert report["memory"] == {"parameters": 8e9, "moments": 16e9, "temporaries": 40e9, "other": 2e6}
     assert report["chips"] == 64
     assert report["bytes_per_chip"] == 2 * MEMORY.total < report["chip_memory_bytes"]
@@ -75,12 +75,12 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
     """By hand: 32 sessions on 8 devices of two groups (`data`), 6 of 256 experts a token, everything else round."""
     config = configs.load("tml_interaction_small")
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
-    served = ServedLoad(
+    served = ServingLoad(
         sessions=32, parts=8, experts=10e9, weights=5e9, state=4e9, rare=1e9, flow=0.5e9,
         listening=work(459e9), widest=work(4590e9), turn=work(0.0, sent=60e9), given=(6, 191), longest=20,
     )  # fmt: skip
     memory = Memory(arguments=int(20e9), outputs=int(4e9), aliased=int(4e9), temporaries=int(4e9))
-    report = serve_report(config, served, memory, chips, MeshShape(data=2, expert=4))
+    report = report_serving(config, served, memory, chips, MeshShape(data=2, expert=4))
 
     def reading(tokens: int, speaks: bool) -> float:
         touched = 1 - (1 - 6 / 256) ** (tokens / 2)
@@ -88,7 +88,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
 
     first, wide = reading(32 * 6, False), reading(32 * 191, False)
     written, spoken = reading(32, False), reading(32, True)
-    floors = {"listening": first, "speaking": first + (1 + WRITTEN) * written + 4 * spoken,
+    floors = {"listening": first, "speaking": first + (1 + WRITTEN_TOKENS) * written + 4 * spoken,
               "longest": wide + 16 * written + 4 * spoken}  # fmt: skip
     for name, size in floors.items():
         assert report["weight_floor_ms"][name] == pytest.approx(1e3 * size / 2765e9)
@@ -111,8 +111,8 @@ def test_sessions_at_200_ms_are_what_memory_and_time_leave_in_whole_parts():
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
 
     def most(state: float) -> int:
-        served = ServedLoad(16, 4, **given, state=state, listening=free, widest=free, turn=free)
-        report = serve_report(config, served, memory, Topology.parse("v5p:2x2x1"), MeshShape(expert=4))
+        served = ServingLoad(16, 4, **given, state=state, listening=free, widest=free, turn=free)
+        report = report_serving(config, served, memory, Topology.parse("v5p:2x2x1"), MeshShape(expert=4))
         return report["sessions_at_200_ms"]
 
     # 0.75 GB a session: 116 have room. Nine passes over 15 GB and their memories take 200 ms at 92.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtml.plan.search import TRIES, largest, search
+from jaxtml.plan.search import MAX_TRIES, find_largest, search_kinds
 
 
 def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
@@ -34,9 +34,9 @@ def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
 )
 def test_the_largest_batch_that_fits_is_found(fixed, each, growth, expected):
     measure, asked = chip(fixed, each, growth)
-    found = largest(measure)
+    found = find_largest(measure)
     assert (found and found[0]) == expected
-    assert len(asked) <= TRIES
+    assert len(asked) <= MAX_TRIES
     assert len(set(asked)) == len(asked), "compiled twice"
 
 
@@ -49,9 +49,9 @@ def test_small_batches_that_are_padded_to_one_size_do_not_mislead(block, expecte
         needs = 20 + -(-n // block) * block
         return {"bytes_per_chip": needs, "chip_memory_bytes": 100} if needs <= 100 else None
 
-    found = largest(measure)
+    found = find_largest(measure)
     assert found is not None and 0.95 * expected <= found[0] <= expected
-    assert len(asked) <= TRIES and max(asked) < 10 * expected
+    assert len(asked) <= MAX_TRIES and max(asked) < 10 * expected
 
 
 def test_the_kind_that_gives_the_most_tokens_comes_first_and_one_that_never_fits_is_left_out():
@@ -63,4 +63,7 @@ def test_the_kind_that_gives_the_most_tokens_comes_first_and_one_that_never_fits
         speed = {"none": 4.0, "outputs": 3.5, "full": 3.0}[kind] * n / (n + 1)
         return {"bytes_per_chip": 50 + n * costs[kind], "chip_memory_bytes": 100, "tokens_per_s_per_chip": speed}
 
-    assert [(kind, n) for kind, n, _ in search(["none", "outputs", "full"], measure)] == [("full", 5), ("outputs", 1)]
+    assert [(kind, n) for kind, n, _ in search_kinds(["none", "outputs", "full"], measure)] == [
+        ("full", 5),
+        ("outputs", 1),
+    ]

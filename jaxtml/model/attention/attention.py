@@ -16,10 +16,10 @@ from flax import nnx
 
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.errors import InputError
-from jaxtml.model.attention.cache import KVCache, Step, _attend_cache, _write
+from jaxtml.model.attention.cache import CacheStep, KVCache, attend_cache, write_cache
 from jaxtml.model.attention.sequence import attend_sequence
 from jaxtml.model.layers import RMSNorm, ShortConv, project, rms_normalise
-from jaxtml.model.placement import ALONE, TENSOR, Placement
+from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param
 from jaxtml.parallel.collectives import psum_backward, psum_forward
 
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         config: AttentionConfig,
         scaled: bool,
         prefix: str,
-        placement: Placement = ALONE,
+        placement: Placement = SINGLE_DEVICE,
     ):
         d, h, g, k, r = backbone.d_model, config.n_heads, config.n_kv_heads, config.head_dim, backbone.d_rel
         self.config = config
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        step: Step | None = None,
+        step: CacheStep | None = None,
         cache: KVCache | None = None,
         tails: tuple[jax.Array, jax.Array] | None = None,
         at: tuple[jax.Array, ...] = (),
@@ -99,8 +99,8 @@ class Attention(nnx.Module):
             out = attend_sequence(self.config, query, keys, values, rel, proj, scale)
         else:
             assert cache is not None
-            cache = _write(cache, step, keys, values, at)
-            out = _attend_cache(self.config, query, KVCache(cache.k[at], cache.v[at]), rel, proj, step)
+            cache = write_cache(cache, step, keys, values, at)
+            out = attend_cache(self.config, query, KVCache(cache.k[at], cache.v[at]), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
         out = psum_forward(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
         return out, cache, (k_tail, v_tail)

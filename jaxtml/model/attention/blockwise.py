@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.numerics import HIDDEN, einsum
+from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
 
 class Blocks(NamedTuple):
@@ -86,18 +86,18 @@ def _cut(a: jax.Array, blocks: Blocks, i: jax.Array, axis: int) -> jax.Array:
 
 def _logits(blocks: Blocks, i: jax.Array, visit: _Visit, query: Any, key: Any, rel: Any, table: Any) -> jax.Array:
     """Masked logits `[B, G, Q, C, C]` float32 of block `i` of queries."""
-    logits = einsum("bgqik,bgjk->bgqij", query, key)
+    logits = einsum_float32("bgqik,bgjk->bgqij", query, key)
     near = _near(blocks, visit, table)
     bias = jax.lax.cond(
         visit.apart < blocks.biased,
-        lambda: einsum("bgqir,irj->bgqij", rel, near),
+        lambda: einsum_float32("bgqir,irj->bgqij", rel, near),
         lambda: jnp.zeros_like(logits),
     )
     at = jnp.arange(blocks.size)
     theirs = visit.key * blocks.size + at
     distance = (i * blocks.size + at)[:, None] - theirs
     visible = (distance >= 0) & ((distance < blocks.window) | (theirs < blocks.pinned))
-    return jnp.where(visible, logits + bias, HIDDEN)
+    return jnp.where(visible, logits + bias, MASKED_LOGIT)
 
 
 def _column(blocks: Blocks, visit: _Visit) -> jax.Array:
@@ -120,16 +120,16 @@ def _forward(blocks: Blocks, query, keys, values, rel, table):
                 most, total, sum_ = carry
                 logits = _logits(blocks, i, visit, own, _cut(keys, blocks, visit.key, 2), state, table)
                 now = jnp.maximum(most, logits.max(axis=-1, keepdims=True))
-                weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - now), 0)
+                weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - now), 0)
                 shrink = jnp.exp(most - now)
                 theirs = _cut(values, blocks, visit.key, 2)
-                sum_ = sum_ * shrink + einsum("bgqij,bgjk->bgqik", weights.astype(theirs.dtype), theirs)
+                sum_ = sum_ * shrink + einsum_float32("bgqij,bgjk->bgqik", weights.astype(theirs.dtype), theirs)
                 return now, total * shrink + weights.sum(axis=-1, keepdims=True), sum_
 
             return jax.lax.cond(visit.real, run, lambda: carry), None
 
         column = jnp.zeros((*own.shape[:-1], 1), jnp.float32)
-        empty = (column + HIDDEN, column, jnp.zeros(own.shape, jnp.float32))
+        empty = (column + MASKED_LOGIT, column, jnp.zeros(own.shape, jnp.float32))
         (most, total, sum_), _ = jax.lax.scan(meet, empty, jnp.arange(blocks.visits))
         return (sum_ / total).astype(query.dtype), (most + jnp.log(total))[..., 0]
 
@@ -158,19 +158,21 @@ def _attend_bwd(blocks, saved, grad):
                 dkeys, dvalues, dtable, dquery, drel = carry
                 key, theirs = _cut(keys, blocks, visit.key, 2), _cut(values, blocks, visit.key, 2)
                 logits = _logits(blocks, i, visit, own, key, state, table)
-                weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - logsum[..., None]), 0)
-                dweights = einsum("bgqik,bgjk->bgqij", incoming, theirs)
+                weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - logsum[..., None]), 0)
+                dweights = einsum_float32("bgqik,bgjk->bgqij", incoming, theirs)
                 dlogits = (weights * (dweights - centre[..., None])).astype(dtype)
-                dkeys = _add(dkeys, einsum("bgqij,bgqik->bgjk", dlogits, own), blocks, visit.key)
-                dvalues = _add(dvalues, einsum("bgqij,bgqik->bgjk", weights.astype(dtype), incoming), blocks, visit.key)
-                dquery = dquery + einsum("bgqij,bgjk->bgqik", dlogits, key)
+                dkeys = _add(dkeys, einsum_float32("bgqij,bgqik->bgjk", dlogits, own), blocks, visit.key)
+                dvalues = _add(
+                    dvalues, einsum_float32("bgqij,bgqik->bgjk", weights.astype(dtype), incoming), blocks, visit.key
+                )
+                dquery = dquery + einsum_float32("bgqij,bgjk->bgqik", dlogits, key)
 
                 def biased() -> tuple[jax.Array, jax.Array]:
-                    part = einsum("bgqir,bgqij->irj", state, dlogits)
+                    part = einsum_float32("bgqir,bgqij->irj", state, dlogits)
                     column = _column(blocks, visit)
                     old = jax.lax.dynamic_slice_in_dim(dtable, column, blocks.size, axis=2)
                     changed = jax.lax.dynamic_update_slice_in_dim(dtable, old + part, column, axis=2)
-                    return changed, drel + einsum("bgqij,irj->bgqir", dlogits, _near(blocks, visit, table))
+                    return changed, drel + einsum_float32("bgqij,irj->bgqir", dlogits, _near(blocks, visit, table))
 
                 changed, more = jax.lax.cond(visit.apart < blocks.biased, biased, lambda: (dtable, drel))
                 return dkeys, dvalues, changed, dquery, more

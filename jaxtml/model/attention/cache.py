@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.numerics import HIDDEN
+from jaxtml.model.numerics import MASKED_LOGIT
 
 MAX_LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
 
@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
     v: jax.Array
 
 
-class Step(NamedTuple):
+class CacheStep(NamedTuple):
     """Where the T new tokens of each session stand: shared by all layers of one kind.
 
     `query` `[B, T]` int32 is the new tokens' position in their session, `slots` `[B, T]` where each is written (S where
@@ -46,7 +46,9 @@ def ring_slots(config: AttentionConfig, max_tokens: int) -> int:
     return config.pinned + -(-(config.window + max_tokens - 1) // 16) * 16
 
 
-def make_step(config: AttentionConfig, slots: int, position: jax.Array, length: jax.Array, tokens: int) -> Step:
+def plan_cache_step(
+    config: AttentionConfig, slots: int, position: jax.Array, length: jax.Array, tokens: int
+) -> CacheStep:
     """Plans one call: `position` `[B]` tokens are in the cache, `length` `[B]` of `tokens` new ones are real."""
     ring = slots - config.pinned
     query = position[:, None] + jnp.arange(tokens)  # [B, T]
@@ -62,10 +64,12 @@ def make_step(config: AttentionConfig, slots: int, position: jax.Array, length: 
     distance = query[:, :, None] - held[:, None, :]
     seen = (distance < config.window) | (held[:, None, :] < config.pinned)
     visible = (distance >= 0) & seen & (held >= 0)[:, None, :]
-    return Step(length, query, slot, visible)
+    return CacheStep(length, query, slot, visible)
 
 
-def _write(cache: KVCache, step: Step, keys: jax.Array, values: jax.Array, at: tuple[jax.Array, ...]) -> KVCache:
+def write_cache(
+    cache: KVCache, step: CacheStep, keys: jax.Array, values: jax.Array, at: tuple[jax.Array, ...]
+) -> KVCache:
     """Puts the new keys and values `[B, T, G, K]` into their slots; padding is dropped."""
     rows = jnp.arange(keys.shape[0])[:, None]
     k = cache.k.at[(*at, rows, slice(None), slice(None), step.slots)].set(keys.astype(cache.k.dtype), mode="drop")
@@ -73,8 +77,8 @@ def _write(cache: KVCache, step: Step, keys: jax.Array, values: jax.Array, at: t
     return KVCache(k, v)
 
 
-def _attend_cache(
-    config: AttentionConfig, query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: Step
+def attend_cache(
+    config: AttentionConfig, query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: CacheStep
 ) -> jax.Array:
     """Attention of T new tokens over the ring of one layer: `query` `[B, T, G, Q, K]`, `rel` `[B, T, G, Q, R]`.
 
@@ -89,8 +93,8 @@ def _attend_cache(
         flat = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * t, width)
         logits = jnp.matmul(flat, cache.k.astype(dtype), preferred_element_type=jnp.float32)
         logits = logits.reshape(batch, groups, per_group, t, slots)
-        bias = _ring_bias(rel @ proj, position, config.pinned, slots).transpose(0, 2, 3, 1, 4)
-        logits = jnp.where(visible[:, None, None], logits + bias, HIDDEN)
+        bias = ring_bias(rel @ proj, position, config.pinned, slots).transpose(0, 2, 3, 1, 4)
+        logits = jnp.where(visible[:, None, None], logits + bias, MASKED_LOGIT)
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype).reshape(*flat.shape[:3], slots)
         out = (weights @ cache.v.astype(dtype)).reshape(batch, groups, per_group, t, width)
         return out.transpose(0, 3, 1, 2, 4)
@@ -110,7 +114,7 @@ def _attend_cache(
     return out.swapaxes(0, 1).reshape(batch, count * part, *out.shape[3:])[:, :tokens]
 
 
-def _ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) -> jax.Array:
+def ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) -> jax.Array:
     """`profile` `[B, T, G, Q, E]`, each query's bias by distance, as `[B, T, G, Q, S]`, by slot.
 
     Backwards and repeated round the ring, a query's profile is one line of which its position says where to begin: to

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxtml.model.numerics import HIDDEN
-from jaxtml.parallel.chips import LANES
+from jaxtml.model.numerics import MASKED_LOGIT
+from jaxtml.parallel.chips import TPU_LANES
 
 
 class Plan(NamedTuple):
@@ -82,7 +82,7 @@ def flash_attention(
       `[B, H, T, K]` in the dtype of `query`.
     """
     tokens = query.shape[2]
-    block = min(block, -(-tokens // LANES) * LANES)
+    block = min(block, -(-tokens // TPU_LANES) * TPU_LANES)
     padding = -tokens % block
 
     def padded(a: jax.Array, axis: int, value: int = 0) -> jax.Array:
@@ -107,7 +107,7 @@ def _bands(plan: Plan, proj: jax.Array) -> jax.Array:
 
 def _lanes(vector: jax.Array) -> jax.Array:
     """`[..., T]` -> `[..., T, LANES]`: a value per row, as registers hold it."""
-    return jnp.broadcast_to(vector[..., None], (*vector.shape, LANES))
+    return jnp.broadcast_to(vector[..., None], (*vector.shape, TPU_LANES))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -160,7 +160,7 @@ def _logits(plan: Plan, n: Any, query: Any, key: Any, rel: Any, band: Any, scale
     logits *= scale
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (c, c), i) for i in (0, 1))
     distance = n * c + rows - columns
-    return jnp.where((distance >= 0) & (distance < plan.window) & (own == theirs), logits, HIDDEN)
+    return jnp.where((distance >= 0) & (distance < plan.window) & (own == theirs), logits, MASKED_LOGIT)
 
 
 def turned(x: jax.Array, first: int, more: int, interpret: bool) -> jax.Array:
@@ -193,7 +193,7 @@ def _forward_kernel(plan: Plan, q, k, v, r, band, scale, own, theirs, out, lse, 
 
     @pl.when(step == 0)
     def _():
-        best[...] = jnp.full_like(best, HIDDEN)
+        best[...] = jnp.full_like(best, MASKED_LOGIT)
         total[...] = jnp.zeros_like(total)
         sum_[...] = jnp.zeros_like(sum_)
 
@@ -201,7 +201,7 @@ def _forward_kernel(plan: Plan, q, k, v, r, band, scale, own, theirs, out, lse, 
     def _():
         logits = _logits(plan, n, q[0, 0], k[0, 0], r[0, 0], band[0], scale[:, :1], own[0, :, :1], theirs[0, :1])
         now = jnp.maximum(best[:, :1], logits.max(axis=1, keepdims=True))
-        weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - now), 0.0)
+        weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - now), 0.0)
         shrink = jnp.exp(best[:, :1] - now)
         total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
         sum_[...] = sum_[...] * shrink + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
@@ -216,7 +216,7 @@ def _forward_kernel(plan: Plan, q, k, v, r, band, scale, own, theirs, out, lse, 
 def _dlogits(plan: Plan, n: Any, q, k, v, r, band, scale, own, theirs, grad, lse, mean) -> tuple[Any, Any]:
     """Probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
     logits = _logits(plan, n, q[0, 0], k[0, 0], r[0, 0], band[0], scale[:, :1], own[0, :, :1], theirs[0, :1])
-    weights = jnp.where(logits > HIDDEN / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
+    weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
     dweights = _dot(grad[0, 0], v[0, 0], 1, 1)
     return weights, weights * (dweights - mean[0, 0][:, :1]) * scale[:, :1]
 
@@ -307,8 +307,8 @@ def _inputs(plan: Plan, query, keys, rel, bands, by_keys: bool) -> list[pl.Block
         pl.BlockSpec(
             (1, *bands.shape[1:]), lambda b, h, i, j: (jnp.minimum(at(i, j)[2], plan.biased - 1), 0, 0)
         ),
-        pl.BlockSpec((c, LANES), lambda b, h, i, j: (at(i, j)[0], 0)),
-        pl.BlockSpec((1, c, LANES), lambda b, h, i, j: (b, at(i, j)[0], 0)),
+        pl.BlockSpec((c, TPU_LANES), lambda b, h, i, j: (at(i, j)[0], 0)),
+        pl.BlockSpec((1, c, TPU_LANES), lambda b, h, i, j: (b, at(i, j)[0], 0)),
         pl.BlockSpec((1, 8, c), lambda b, h, i, j: (b, 0, at(i, j)[1])),
     ]  # fmt: skip
 
@@ -357,9 +357,9 @@ def _forward(plan: Plan, query, keys, values, rel, bands, scale, segments):
         _inputs(plan, query, keys, rel, bands, by_keys=False),
         [
             (_by_row(plan, width), jax.ShapeDtypeStruct(query.shape, query.dtype)),
-            (_by_row(plan, LANES), jax.ShapeDtypeStruct((*rows, LANES), jnp.float32)),
+            (_by_row(plan, TPU_LANES), jax.ShapeDtypeStruct((*rows, TPU_LANES), jnp.float32)),
         ],
-        [(c, LANES), (c, LANES), (c, width)],
+        [(c, TPU_LANES), (c, TPU_LANES), (c, width)],
         _given(plan, query, keys, values, rel, bands, scale, segments),
         4 * width + 4 * rel.shape[3],
     )
@@ -407,4 +407,4 @@ def _extra(plan: Plan, width: int, by_keys: bool) -> list[pl.BlockSpec]:
     def at(b, h, i, j):
         return b, h, jnp.minimum(i + j, plan.blocks - 1) if by_keys else i, 0
 
-    return [pl.BlockSpec((1, 1, plan.block, n), at) for n in (width, LANES, LANES)]
+    return [pl.BlockSpec((1, 1, plan.block, n), at) for n in (width, TPU_LANES, TPU_LANES)]

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtml.config import AttentionConfig
 from jaxtml.model.attention.blockwise import attend_blocks, plan
-from jaxtml.model.numerics import HIDDEN, einsum
+from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
 FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
 CHUNK = 128  # queries per chunk
@@ -121,7 +121,7 @@ def _side_by_side(
     distance = np.arange(chunk)[:, None] + before * chunk - np.arange(reach)
     visible = (distance >= 0) & (distance < config.window)
     begun = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S]
-    mask = np.where(visible & begun[:, None, None], 0.0, HIDDEN).astype(np.float32)
+    mask = np.where(visible & begun[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
     table = bias_table(proj, chunk, reach)
     out = attend_block(split(query), near(keys), near(values), split(rel), table, jnp.asarray(mask))
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, per_group, count * chunk, -1)
@@ -143,7 +143,7 @@ def _one_by_one(
         position = np.concatenate([np.arange(pins), np.arange(low, stop)])
         distance = np.arange(start, stop)[:, None] - position
         visible = (distance >= 0) & ((distance < config.window) | (position < config.pinned))
-        mask = jnp.asarray(np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None])
+        mask = jnp.asarray(np.where(visible, 0.0, MASKED_LOGIT).astype(np.float32)[None, None])
         # The table's last column is the own key of its last query; a shorter last chunk ends earlier.
         end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
@@ -209,7 +209,7 @@ def attend_block(
       keys: `[B, G, N, S, K]`; `values` likewise.
       rel: `[B, G, N, Q, C, R]`.
       table: `[C, R, L]`, from `bias_table`, for the last L of the S keys.
-      mask: `[N or 1, 1, C, S]` float32, 0 or `HIDDEN`.
+      mask: `[N or 1, 1, C, S]` float32, 0 or `MASKED_LOGIT`.
 
     Returns:
       `[B, G, N, Q, C, K]`.
@@ -219,14 +219,14 @@ def attend_block(
 
 def _attend_fwd(query, keys, values, rel, table, mask):
     shape = (*query.shape[:-1], keys.shape[3])  # [B, G, N, Q, C, S]
-    logits = einsum("bgnik,bgnjk->bgnij", _flat(query), keys).reshape(shape)
-    bias = jnp.moveaxis(einsum("cbgnqr,crl->cbgnql", jnp.moveaxis(rel, 4, 0), table), 0, 4)
+    logits = einsum_float32("bgnik,bgnjk->bgnij", _flat(query), keys).reshape(shape)
+    bias = jnp.moveaxis(einsum_float32("cbgnqr,crl->cbgnql", jnp.moveaxis(rel, 4, 0), table), 0, 4)
     far = shape[-1] - table.shape[-1]
     logits = logits + (jnp.pad(bias, [(0, 0)] * 5 + [(far, 0)]) if far else bias) + mask
     exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     total = exponentials.sum(axis=-1, keepdims=True)
     exponentials = exponentials.astype(query.dtype)
-    out = einsum("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
+    out = einsum_float32("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
     out = out.astype(query.dtype)
     return out, _Saved(query, keys, values, rel, table, exponentials, total, out)
 
@@ -237,17 +237,17 @@ def _attend_bwd(saved, grad):
     # Weights are exponentials / total; the division goes into the incoming gradient, which is smaller.
     grad = jax.lax.optimization_barrier((grad / total).astype(dtype))
     mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
-    dweights = einsum("bgnik,bgnjk->bgnij", _flat(grad), values)
+    dweights = einsum_float32("bgnik,bgnjk->bgnij", _flat(grad), values)
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
-    dquery = einsum("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
+    dquery = einsum_float32("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
     # [K, S] first: the matmul then runs along rows of what is long
-    dkeys = einsum("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
-    dvalues = einsum("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
+    dkeys = einsum_float32("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
+    dvalues = einsum_float32("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
     near = dlogits.reshape(exponentials.shape)[..., exponentials.shape[-1] - table.shape[-1] :]
     near = jax.lax.optimization_barrier(jnp.moveaxis(near, 4, 0))
-    drel = jnp.moveaxis(einsum("cbgnql,crl->cbgnqr", near, table), 0, 4)
-    dtable = einsum("cbgnqr,cbgnql->crl", jnp.moveaxis(rel, 4, 0), near)
+    drel = jnp.moveaxis(einsum_float32("cbgnql,crl->cbgnqr", near, table), 0, 4)
+    dtable = einsum_float32("cbgnqr,cbgnql->crl", jnp.moveaxis(rel, 4, 0), near)
     grads = (dquery, dkeys, dvalues, drel, dtable)
     return (*jax.lax.optimization_barrier(tuple(g.astype(dtype) for g in grads)), None)
 

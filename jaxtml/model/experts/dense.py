@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.model.experts.routing import Routing
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.layers import swiglu
 
 
-def dense(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+def dense_experts(x: jax.Array, routing: Routing, experts: ExpertWeights) -> jax.Array:
     """Oracle: every expert on every token, then the weighted sum of the chosen ones."""
     w13, w2 = experts.layer(x.dtype)
     outs = jax.vmap(lambda a, b: swiglu(x, a.swapaxes(0, 1), b))(w13, w2)  # [E, N, D]

@@ -22,7 +22,7 @@ def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: 
     return min(worst, max(room, experts * block))
 
 
-def _plan(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Array, ...]:
+def plan_buffer(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Array, ...]:
     """Where each (token, choice) goes; an index outside `[0, experts)` belongs to another device.
 
     Returns `slot` `[N, K]` (its row in the padded buffer; R where it has none), `source` `[R]` (which flat choice a row
@@ -45,32 +45,32 @@ def _plan(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Ar
 
 
 @jax.custom_vjp
-def _dispatch(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
+def dispatch(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
     """`x` `[N, D]` -> rows `[R, D]`, zero where a row is padding. The adjoint is a gather too, never a scatter."""
     k = slot.shape[1]
     return x.at[source // k].get(mode="fill", fill_value=0)
 
 
 def _dispatch_fwd(x, source, slot):
-    return _dispatch(x, source, slot), slot
+    return dispatch(x, source, slot), slot
 
 
 def _dispatch_bwd(slot, grad):
     return grad.at[slot].get(mode="fill", fill_value=0).sum(axis=1), None, None
 
 
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine(rows: jax.Array, weight: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
+def combine(rows: jax.Array, weight: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
     """Rows `[R, D]` back to tokens: `sum_k weight[n, k] rows[slot[n, k]]`; a slot outside the buffer gives nothing."""
     del source
     return jnp.einsum("nkd,nk->nd", rows.at[slot].get(mode="fill", fill_value=0), weight)
 
 
 def _combine_fwd(rows, weight, slot, source):
-    return _combine(rows, weight, slot, source), (rows, weight, slot, source)
+    return combine(rows, weight, slot, source), (rows, weight, slot, source)
 
 
 def _combine_bwd(saved, grad):
@@ -82,4 +82,4 @@ def _combine_bwd(saved, grad):
     return drows, dweight, None, None
 
 
-_combine.defvjp(_combine_fwd, _combine_bwd)
+combine.defvjp(_combine_fwd, _combine_bwd)

@@ -24,15 +24,15 @@ import jax.extend.backend
 import jax.numpy as jnp
 from absl import logging
 
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.layers import swiglu_grad
-from jaxtml.parallel.chips import LANES
+from jaxtml.parallel.chips import TPU_LANES
 
 TILE = 512  # edge of megablox' tiles, rows aside
 
 
-def expert_rows(
-    rows: jax.Array, sizes: jax.Array, experts: Experts, block: int, expected: int | None = None
+def grouped_swiglu(
+    rows: jax.Array, sizes: jax.Array, experts: ExpertWeights, block: int, expected: int | None = None
 ) -> jax.Array:
     """Each row through the expert of its group.
 
@@ -54,7 +54,7 @@ def expert_rows(
     in_place = partial(_in_place, block=block, expected=len(rows) if expected is None else expected)
     if experts.in_place:
         tpu = partial(in_place, platform="tpu")
-    elif all(size % LANES == 0 for size in (block, *experts.w2.shape[-2:])):
+    elif all(size % TPU_LANES == 0 for size in (block, *experts.w2.shape[-2:])):
         tpu = on_layer(partial(_megablox, block=block))
     blocks = on_layer(partial(_blocks, block=block))
     cuda = on_layer(_ragged_dot)  # what a plan counts, traced elsewhere: other loops have no known number of rounds
@@ -89,19 +89,19 @@ def _ragged_dot(rows: jax.Array, sizes: jax.Array, w13: jax.Array, w2: jax.Array
 def _in_place(
     rows: jax.Array,
     sizes: jax.Array,
-    experts: Experts,
+    experts: ExpertWeights,
     block: int,
     expected: int,
     platform: str,
     interpret: bool = False,
 ) -> jax.Array:
-    from jaxtml.model.experts.kernel import multiply  # Pallas: a second, which only programs of large models pay
+    from jaxtml.model.experts.kernel import grouped_matmul  # Pallas: a second, which only programs of large models pay
 
     owner, used = _owners(sizes, len(rows), block)
     last = (experts.at, expected, platform, interpret)
-    hidden = multiply(rows, owner, used, experts.w13, experts.scale13, *last)
+    hidden = grouped_matmul(rows, owner, used, experts.w13, experts.scale13, *last)
     scale2 = None if experts.scale2 is None else experts.scale2[..., None, :]
-    return multiply(hidden, owner, used, experts.w2[..., None, :, :], scale2, *last)
+    return grouped_matmul(hidden, owner, used, experts.w2[..., None, :, :], scale2, *last)
 
 
 def _megablox(

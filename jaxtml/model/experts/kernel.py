@@ -18,14 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from jaxtml.parallel.chips import LANES
+from jaxtml.parallel.chips import TPU_LANES
 
 TILE_BYTES = 2**22  # of weights on their way into a TPU's fast memory, twice, at most
 GPU_TILE = 64  # edge of a tile of weights on a GPU
 GPU_ROWS = 16  # the least that its matrix units take
 
 
-def multiply(
+def grouped_matmul(
     rows: jax.Array,
     owner: jax.Array,
     used: jax.Array,
@@ -103,9 +103,9 @@ def _on_tpu(expert: jax.Array, used: jax.Array, given: list[jax.Array], **how: A
 
 def _tile(columns: int, column_bytes: int) -> int:
     """The widest tile of columns that divides them and keeps within `TILE_BYTES`, at least one register wide."""
-    lanes = columns // LANES
-    fitting = (n for n in range(lanes, 0, -1) if lanes % n == 0 and n * LANES * column_bytes <= TILE_BYTES)
-    return next(fitting, 1) * LANES
+    lanes = columns // TPU_LANES
+    fitting = (n for n in range(lanes, 0, -1) if lanes % n == 0 and n * TPU_LANES * column_bytes <= TILE_BYTES)
+    return next(fitting, 1) * TPU_LANES
 
 
 def _tpu_kernel(halves: int, place: Any, expert: Any, used: Any, rows: Any, weights: Any, *rest: Any) -> None:
@@ -138,7 +138,7 @@ def _on_gpu(expert: jax.Array, used: jax.Array, given: list[jax.Array], **how: A
         partial(_gpu_kernel, block),
         grid=(columns // GPU_TILE, blocks),
         out_shape=jax.ShapeDtypeStruct((len(rows), columns), rows.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4 if block < LANES else 8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if block < TPU_LANES else 8, num_stages=3),
         **how,
     )(expert.astype(jnp.int32), used.reshape(1).astype(jnp.int32), *given)
 

@@ -7,14 +7,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxtml.model.experts.dispatch import _combine, _dispatch, _plan, block_rows, buffer_rows
-from jaxtml.model.experts.grouped import expert_rows
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.dispatch import block_rows, buffer_rows, combine, dispatch, plan_buffer
+from jaxtml.model.experts.grouped import grouped_swiglu
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.placement import Placement
 
 
-def _own_experts(
-    x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts, placement: Placement
+def apply_local_experts(
+    x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
     """What this device's experts give to the tokens `x` `[N, D]`, weighted and summed, and the choices without room."""
     mesh = placement.mesh
@@ -24,28 +24,30 @@ def _own_experts(
     n, k = index.shape
     # Decoding reads K experts per token; from about two rows an expert on, sorted blocks read less.
     if n * k >= 2 * own * mesh.expert:
-        return _sorted(x, index, weight, experts, placement)
+        return apply_sorted(x, index, weight, experts, placement)
     # A kernel that reads an expert in place reads each but once.
-    tpu = partial(_sorted, placement=placement) if experts.in_place else _few
-    cuda = partial(_sorted, placement=placement) if experts.in_place_on_gpu else _few
-    return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, cuda=cuda, default=_few)
+    tpu = partial(apply_sorted, placement=placement) if experts.in_place else apply_one_by_one
+    cuda = partial(apply_sorted, placement=placement) if experts.in_place_on_gpu else apply_one_by_one
+    return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, cuda=cuda, default=apply_one_by_one)
 
 
-def _sorted(
-    x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts, placement: Placement
+def apply_sorted(
+    x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
     """Rows sorted by expert, in padded blocks."""
     (n, k), own, ways = index.shape, experts.count, placement.mesh.expert
     block = block_rows(n * k // ways, own)
     rows = buffer_rows(n * k, ways, own, block, placement.capacity)
-    slot, source, groups, dropped = _plan(index, own, block, rows)
+    slot, source, groups, dropped = plan_buffer(index, own, block, rows)
     even = -(-n * k // ways)  # choices of a device; each in a block of its own where there are few
     expected = min(rows, even * block, even + own * block // 2)
-    done = expert_rows(_dispatch(x, source, slot), groups, experts, block, expected)
-    return _combine(done, weight, slot, source), dropped
+    done = grouped_swiglu(dispatch(x, source, slot), groups, experts, block, expected)
+    return combine(done, weight, slot, source), dropped
 
 
-def _few(x: jax.Array, index: jax.Array, weight: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+def apply_one_by_one(
+    x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights
+) -> tuple[jax.Array, jax.Array]:
     """Reads the chosen experts that live here, one (token, choice) after the other: gather + gemv, for few tokens.
 
     An expert is multiplied where it stands. One gather of all choices writes a copy of their weights, which a CPU then

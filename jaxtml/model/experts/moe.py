@@ -4,14 +4,14 @@ Axes: N tokens of this device (batch and time flattened), D model width, F exper
 this device, S shared experts, K experts per token, P devices of the mesh axis `expert`, R rows of the sorted and padded
 buffer, M modalities (`PositionKind`).
 
-The router is the released one; the correction bias selects but does not weigh. `dense` (every expert on every token) is
-the oracle. Where experts live on several devices, a transport brings tokens to them:
+The router is the released one; the correction bias selects but does not weigh. `dense_experts` is the oracle.
+Where experts live on several devices, a transport brings tokens to them:
 
 - `replicated`: every device has all tokens, serves those of its own experts, and the parts are summed;
 - `ring`: tokens are gathered from all devices, results scattered back; runs everywhere;
 - `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
 
-All three sort the rows by expert, pad each expert to whole blocks and go through `grouped.expert_rows`; few tokens are
+All three sort the rows by expert, pad each expert to whole blocks and go through `grouped_swiglu`; few tokens are
 multiplied expert by expert where the weights stand. Dropless, unless `Placement.capacity` bounds the buffer: then the
 rows that do not fit are dropped, last expert first, and counted.
 """
@@ -25,9 +25,9 @@ from flax import nnx
 from jaxtml.config import BackboneConfig
 from jaxtml.model.experts.routing import MODALITIES, MoEStats, Routing
 from jaxtml.model.experts.transports import TRANSPORTS
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.layers import swiglu
-from jaxtml.model.placement import ALONE, TENSOR, Placement
+from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param, zeros
 from jaxtml.parallel.collectives import psum_backward, psum_forward
 from jaxtml.stream.tokens import PositionKind
@@ -36,7 +36,7 @@ from jaxtml.stream.tokens import PositionKind
 class MoE(nnx.Module):
     """Router, routed experts and shared experts of one layer."""
 
-    def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = ALONE):
+    def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = SINGLE_DEVICE):
         c = config
         self.placement = placement
         d, f, e, s = c.d_model, c.d_ff_expert, c.n_experts, c.n_shared_experts
@@ -96,11 +96,11 @@ class MoE(nnx.Module):
         k = c.experts_per_token
         return Routing(index, weight[:, :k].astype(x.dtype), weight[:, k:].astype(x.dtype), routed)
 
-    def experts(self, dtype: jnp.dtype, at: tuple[jax.Array, ...] = ()) -> Experts:
+    def experts(self, dtype: jnp.dtype, at: tuple[jax.Array, ...] = ()) -> ExpertWeights:
         """Those of this device; int8 stays int8, other weights become `dtype`."""
         if self.placement.int8:
-            return Experts(self.w13[...], self.w2[...], self.w13_scale[...], self.w2_scale[...], at)
-        return Experts(self.w13[...].astype(dtype), self.w2[...].astype(dtype), at=at)
+            return ExpertWeights(self.w13[...], self.w2[...], self.w13_scale[...], self.w2_scale[...], at)
+        return ExpertWeights(self.w13[...].astype(dtype), self.w2[...].astype(dtype), at=at)
 
     def __call__(
         self,

@@ -8,29 +8,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtml.model.experts.dispatch import _combine, _dispatch, block_rows, buffer_rows
-from jaxtml.model.experts.grouped import expert_rows
-from jaxtml.model.experts.local import _own_experts
+from jaxtml.model.experts.dispatch import block_rows, buffer_rows, combine, dispatch
+from jaxtml.model.experts.grouped import grouped_swiglu
+from jaxtml.model.experts.local import apply_local_experts
 from jaxtml.model.experts.routing import Routing
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.placement import TENSOR, Placement
 from jaxtml.parallel.collectives import all_gather, psum, psum_backward, psum_forward, reduce_scatter
 
-Transport = Callable[[jax.Array, Routing, Experts, Placement], tuple[jax.Array, jax.Array]]
+ExpertTransport = Callable[[jax.Array, Routing, ExpertWeights, Placement], tuple[jax.Array, jax.Array]]
 
 
-def replicated(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
+def replicated(
+    x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
     """All devices of `expert` have the same tokens `x` `[N, D]`; each adds what its L experts give.
 
     Returns `[N, D]`, the same on all of them, and the dropped choices of all.
     """
     axes = ("expert", "tensor")
     x, weight = (psum_backward(a, placement.mesh, axes) for a in (x, routing.weight))
-    out, dropped = _own_experts(x, routing.index, weight, experts, placement)
+    out, dropped = apply_local_experts(x, routing.index, weight, experts, placement)
     return psum_forward(out, placement.mesh, axes), psum(dropped, placement.mesh, ("expert",))
 
 
-def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
+def ring(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """Tokens of all devices are gathered, results scattered back to theirs: `[N, D]` and this device's dropped choices.
 
     The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
@@ -40,13 +42,13 @@ def ring(x: jax.Array, routing: Routing, experts: Experts, placement: Placement)
     if mesh.expert > 1:
         x, weight = (all_gather(a, ("expert",), 0) for a in (x, weight))
         index = jax.lax.all_gather(index, "expert", axis=0, tiled=True)
-    out, dropped = _own_experts(x, index, weight, experts, placement)
+    out, dropped = apply_local_experts(x, index, weight, experts, placement)
     if mesh.expert > 1:
         out = reduce_scatter(out, ("expert",), 0)
     return psum_forward(out, mesh, TENSOR), dropped
 
 
-def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placement) -> tuple[jax.Array, jax.Array]:
+def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """Rows travel to the devices of their experts and back: `[N, D]` and this device's dropped choices.
 
     Sorted by expert, the rows for one device lie together, those for one of its experts too: one update per expert
@@ -60,26 +62,26 @@ def ragged(x: jax.Array, routing: Routing, experts: Experts, placement: Placemen
     block = block_rows(n * k, own)
     rows = buffer_rows(n * k * mesh.expert, mesh.expert, own, block, placement.capacity)
     me = jax.lax.axis_index("expert")
-    order, counts = sorted_by_expert(routing.index, own * mesh.expert)
-    trip = plan_trip(jax.lax.all_gather(counts, "expert"), me, rows, block)
+    order, counts = sort_by_expert(routing.index, own * mesh.expert)
+    trip = plan_exchange(jax.lax.all_gather(counts, "expert"), me, rows, block)
     x = psum_backward(x, mesh, TENSOR)
     slot = jnp.argsort(order).reshape(n, k)
-    sent = _dispatch(x, order, slot)
+    sent = dispatch(x, order, slot)
     arrived = jax.lax.ragged_all_to_all(
-        sent, _hidden_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
+        sent, _opaque_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
     )
-    done = expert_rows(arrived, trip.groups, experts, block)
+    done = grouped_swiglu(arrived, trip.groups, experts, block)
     back = jax.lax.ragged_all_to_all(
-        done, _hidden_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
+        done, _opaque_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
     )
-    out = _combine(back, psum_backward(routing.weight, mesh, TENSOR), slot, order)
+    out = combine(back, psum_backward(routing.weight, mesh, TENSOR), slot, order)
     return psum_forward(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
 
 
-TRANSPORTS: dict[str, Transport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
+TRANSPORTS: dict[str, ExpertTransport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
 
 
-def _hidden_zeros(like: jax.Array, rows: int) -> jax.Array:
+def _opaque_zeros(like: jax.Array, rows: int) -> jax.Array:
     """Zeros `[rows, D]` that XLA cannot see through: a constant would be kept and copied once per layer.
 
     No gradient passes: that of rows which nobody fills may be anything.
@@ -87,7 +89,7 @@ def _hidden_zeros(like: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(jax.lax.stop_gradient(like[:1]) * 0, (rows, like.shape[1]))
 
 
-class Trip(NamedTuple):
+class ExchangePlan(NamedTuple):
     """The offsets and sizes of the two `ragged_all_to_all` of one device, and the groups that arrive there.
 
     `send_from`, `sent`, `to` `[E]`, by expert: where its rows stand here, how many go, and where they arrive.
@@ -104,7 +106,7 @@ class Trip(NamedTuple):
     groups: jax.Array
 
 
-def plan_trip(counts: jax.Array, me: jax.Array, rows: int, block: int) -> Trip:
+def plan_exchange(counts: jax.Array, me: jax.Array, rows: int, block: int) -> ExchangePlan:
     """Every device's part of the exchange from the counts `[P, E]` of all: pure, the same numbers on all devices.
 
     Args:
@@ -124,7 +126,7 @@ def plan_trip(counts: jax.Array, me: jax.Array, rows: int, block: int) -> Trip:
     kept = jnp.clip(room[None] - before, 0, by_owner)
     place = start[None] + before
     home = (jnp.cumsum(counts, axis=1) - counts).reshape(devices, devices, own)
-    return Trip(
+    return ExchangePlan(
         send_from=home[me].reshape(-1),
         sent=kept[me].reshape(-1),
         to=place[me].reshape(-1),
@@ -135,7 +137,7 @@ def plan_trip(counts: jax.Array, me: jax.Array, rows: int, block: int) -> Trip:
     )
 
 
-def sorted_by_expert(index: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+def sort_by_expert(index: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """The flat choices `[N K]` in the order of their experts, and how many each expert has `[E]`."""
     flat = index.reshape(-1)
     return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=experts)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.model.spec import Params
-from jaxtml.parallel.chips import LANES
+from jaxtml.parallel.chips import TPU_LANES
 
 
-class Experts(NamedTuple):
+class ExpertWeights(NamedTuple):
     """The experts that a device holds, of one layer, or of a stack of layers of which the one at `at` is meant.
 
     `w13` `[*stack, E, 2, D, F]` (gate, up) and `w2` `[*stack, E, F, D]`; int8 where `scale13` `[*stack, E, 2, F]` and
@@ -31,7 +31,7 @@ class Experts(NamedTuple):
     @property
     def in_place(self) -> bool:
         """Whether a TPU reads them where they stand: to cut a layer out of the stack is to copy it."""
-        return bool(self.at or self.scale13 is not None) and all(size % LANES == 0 for size in self.w2.shape[-2:])
+        return bool(self.at or self.scale13 is not None) and all(size % TPU_LANES == 0 for size in self.w2.shape[-2:])
 
     @property
     def in_place_on_gpu(self) -> bool:
@@ -48,7 +48,7 @@ class Experts(NamedTuple):
         return (self.w13[self.at] * scale13).astype(dtype), (self.w2[self.at] * scale2).astype(dtype)
 
 
-def quantised(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise_columns(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`[..., K, N]` as int8 and a float32 scale per column `[..., N]`: the largest of a column becomes 127."""
     largest = jnp.abs(weights.astype(jnp.float32)).max(axis=-2)
     scale = jnp.where(largest > 0, largest / 127, 1)
@@ -58,6 +58,6 @@ def quantised(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 def quantise_experts(params: Params) -> Params:
     """The same tree with every layer's routed experts in int8, and the scales of their columns beside them."""
     if "w13" in params and "router" in params:
-        (w13, scale13), (w2, scale2) = quantised(params["w13"]), quantised(params["w2"])
+        (w13, scale13), (w2, scale2) = quantise_columns(params["w13"]), quantise_columns(params["w2"])
         return {**params, "w13": w13, "w2": w2, "w13_scale": scale13, "w2_scale": scale2}
     return {name: quantise_experts(part) if isinstance(part, dict) else part for name, part in params.items()}

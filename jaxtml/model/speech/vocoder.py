@@ -29,7 +29,7 @@ from jaxtml.model.spec import Params, bind, normal, ones, param, specs, zeros
 from jaxtml.stream.dmel import mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_WINDOW, N_MELS, SAMPLE_RATE
 
-State = dict[str, Any]
+VocoderState = dict[str, Any]
 
 TAPS = 256  # 16 ms: the response of a vocal tract, and a spectral resolution of 62.5 Hz
 BINS = TAPS // 2 + 1
@@ -186,7 +186,7 @@ def param_specs(cfg: VocoderConfig) -> dict[str, Any]:
     return specs(Vocoder(cfg))
 
 
-def init_state(cfg: VocoderConfig, batch: int) -> State:
+def init_state(cfg: VocoderConfig, batch: int) -> VocoderState:
     """State before the first frame of `batch` sessions: silence, pulses at phase zero.
 
     `tails`: frames that convolutions still need; `hops` [B, 2, 2, 200]: the last two hops of both sources;
@@ -207,7 +207,7 @@ def init_state(cfg: VocoderConfig, batch: int) -> State:
 
 
 def predict_controls(
-    cfg: VocoderConfig, params: Params, state: State, frames: jax.Array, known_hz: jax.Array | None = None
+    cfg: VocoderConfig, params: Params, state: VocoderState, frames: jax.Array, known_hz: jax.Array | None = None
 ) -> tuple[dict[str, jax.Array], Controls]:
     """The network alone: `[B, F, 80]` -> (next tails, `Controls`).
 
@@ -273,7 +273,7 @@ def _pulses(before: jax.Array, pitch: jax.Array, phase: jax.Array) -> tuple[jax.
     return total * jnp.sqrt(2.0 / harmonics), ends[:, -1]
 
 
-def render(state: State, hz: jax.Array, taps: jax.Array) -> tuple[State, jax.Array]:
+def render(state: VocoderState, hz: jax.Array, taps: jax.Array) -> tuple[VocoderState, jax.Array]:
     """Runs the sources through the filters.
 
     Args:
@@ -309,7 +309,9 @@ def render(state: State, hz: jax.Array, taps: jax.Array) -> tuple[State, jax.Arr
     return after, wave.reshape(wave.shape[0], count * FINE_HOP)
 
 
-def vocode(cfg: VocoderConfig, params: Params, state: State, frames: jax.Array) -> tuple[State, jax.Array]:
+def vocode(
+    cfg: VocoderConfig, params: Params, state: VocoderState, frames: jax.Array
+) -> tuple[VocoderState, jax.Array]:
     """Speaks `frames`, any number of them: one micro-turn is 16.
 
     Args:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attention.cache import _ring_bias, make_step, ring_slots
+from jaxtml.model.attention.cache import plan_cache_step, ring_bias, ring_slots
 
 
 @pytest.mark.parametrize("extent", [3, 7, 40])
@@ -18,10 +18,10 @@ def test_a_step_sees_exactly_the_window_and_the_pinned_tokens(extent):
     held = np.full(slots, -1)
     position = 0
     for length in (5, 1, 0, 4, 5, 5, 3, 5, 5, 5, 5):
-        step = make_step(config, slots, jnp.array([position]), jnp.array([length]), 5)
+        step = plan_cache_step(config, slots, jnp.array([position]), jnp.array([length]), 5)
         for i in range(length):
             held[int(step.slots[0, i])] = position + i
-        bias = np.asarray(_ring_bias(profile, step.query, config.pinned, slots))[0, :, 0, 0]
+        bias = np.asarray(ring_bias(profile, step.query, config.pinned, slots))[0, :, 0, 0]
         assert (np.asarray(step.slots[0, length:]) == slots).all()  # padding is dropped
         for i in range(length):
             distance = position + i - held

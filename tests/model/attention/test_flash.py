@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jaxtml.model.attention.flash import flash_attention, turned, turned_back
-from jaxtml.model.numerics import HIDDEN
+from jaxtml.model.numerics import MASKED_LOGIT
 
 H, G, K, R = 4, 2, 16, 8
 
@@ -27,7 +27,7 @@ def plainly(query, keys, values, rel, proj, scale, segments, window):
     bias = jnp.where(inside, jnp.take_along_axis(profile, index, axis=-1), 0)
     logits = (jnp.einsum("bhik,bhjk->bhij", query, keys) + bias) * scale[:, None]
     seen = (distance >= 0) & (distance < window) & (segments[:, None, :, None] == segments[:, None, None, :])
-    return jnp.einsum("bhij,bhjk->bhik", jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1), values)
+    return jnp.einsum("bhij,bhjk->bhik", jax.nn.softmax(jnp.where(seen, logits, MASKED_LOGIT), axis=-1), values)
 
 
 def operands(tokens: int, extent: int, seed: int = 0, batch: int = 2):

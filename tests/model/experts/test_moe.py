@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jaxtml.config import load
-from jaxtml.model.experts.dense import dense
+from jaxtml.model.experts.dense import dense_experts
 from jaxtml.model.experts.dispatch import block_rows
 from jaxtml.model.experts.grouped import _blocks, _in_place, _megablox, _ragged_dot
-from jaxtml.model.experts.local import _few, _own_experts
+from jaxtml.model.experts.local import apply_local_experts, apply_one_by_one
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import Routing
-from jaxtml.model.experts.weights import Experts, quantised
+from jaxtml.model.experts.weights import ExpertWeights, quantise_columns
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.stream.tokens import PositionKind
@@ -45,16 +45,16 @@ def weights():
 
 
 def own_experts(x, routing, w13, w2):
-    out, dropped = _own_experts(x, routing.index, routing.weight, Experts(w13, w2), Placement())
+    out, dropped = apply_local_experts(x, routing.index, routing.weight, ExpertWeights(w13, w2), Placement())
     return out + 0.0 * dropped
 
 
 def one_by_one(x, routing, w13, w2):
-    return _few(x, routing.index, routing.weight, Experts(w13, w2))[0]
+    return apply_one_by_one(x, routing.index, routing.weight, ExpertWeights(w13, w2))[0]
 
 
 def every_one(x, routing, w13, w2):
-    return dense(x, routing, Experts(w13, w2))
+    return dense_experts(x, routing, ExpertWeights(w13, w2))
 
 
 @pytest.mark.parametrize("kind", ["balanced", "skewed", "all to the same", "some experts empty"])
@@ -106,10 +106,10 @@ def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
 
 
 def test_a_gpu_reads_no_int8_experts_in_place_that_it_would_miscount():
-    def experts(layers: int, dtype: str) -> Experts:
+    def experts(layers: int, dtype: str) -> ExpertWeights:
         w13, w2 = (jax.ShapeDtypeStruct((layers, 64, *s), dtype) for s in ((2, 4096, 512), (512, 4096)))
         scales = [jax.ShapeDtypeStruct(w.shape[:-2] + w.shape[-1:], "float32") for w in (w13, w2)]
-        return Experts(w13, w2, *(scales if dtype == "int8" else (None, None)), at=(jnp.int32(0),))
+        return ExpertWeights(w13, w2, *(scales if dtype == "int8" else (None, None)), at=(jnp.int32(0),))
 
     # 2**28 numbers a layer in w13: 7 layers are below 2 GiB of int8, 9 between 2 and 4; of 17 w2 is, of 33 neither.
     assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17, 33)] == [True, False, False, True]
@@ -125,8 +125,8 @@ def test_serving_kernels_read_experts_where_they_stand_in_the_stack(groups, int8
     rows = jnp.asarray(rng.normal(size=(8 * block, dim)), jnp.float32)
     w13, w2 = (jnp.asarray(0.1 * rng.normal(size=(2, 3, *s)), jnp.float32)
                for s in ((4, 2, dim, width), (4, width, dim)))  # fmt: skip
-    (w13, scale13), (w2, scale2) = (quantised(w) if int8 else (w, None) for w in (w13, w2))
-    experts = Experts(w13, w2, scale13, scale2, (jnp.int32(1), jnp.int32(2)))
+    (w13, scale13), (w2, scale2) = (quantise_columns(w) if int8 else (w, None) for w in (w13, w2))
+    experts = ExpertWeights(w13, w2, scale13, scale2, (jnp.int32(1), jnp.int32(2)))
     assert experts.in_place and experts.in_place_on_gpu and experts.count == 4
     ours = _in_place(rows, jnp.asarray(sizes), experts, block, len(rows), platform, interpret=True)
     plain13, plain2 = experts.layer(jnp.float32)
@@ -140,12 +140,12 @@ def test_serving_kernels_read_experts_where_they_stand_in_the_stack(groups, int8
 def test_int8_experts_are_those_of_their_floats_but_for_the_rounding(weights):
     x, w13, w2 = weights
     index, gate = jnp.asarray(_choices("balanced"), jnp.int32), jnp.ones((N, K))
-    (q13, s13), (q2, s2) = quantised(w13), quantised(w2)
+    (q13, s13), (q2, s2) = quantise_columns(w13), quantise_columns(w2)
     assert q13.dtype == q2.dtype == jnp.int8
     assert int(jnp.abs(q13).max()) == 127 and s13.shape == (E, 2, F) and s2.shape == (E, D)
-    exact, _ = _own_experts(x, index, gate, Experts(w13, w2), Placement())
-    for path in (_few, partial(_own_experts, placement=Placement())):
-        rounded, _ = path(x, index, gate, Experts(q13, q2, s13, s2))
+    exact, _ = apply_local_experts(x, index, gate, ExpertWeights(w13, w2), Placement())
+    for path in (apply_one_by_one, partial(apply_local_experts, placement=Placement())):
+        rounded, _ = path(x, index, gate, ExpertWeights(q13, q2, s13, s2))
         error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
         assert 0 < error < 0.02
 
@@ -191,12 +191,12 @@ def test_a_buffer_that_is_too_small_drops_the_same_rows_each_time_and_counts_the
     x, w13, w2 = weights
     index = jnp.asarray(_choices("skewed"), jnp.int32)
     gate = jnp.ones((N, K))
-    experts = Experts(w13, w2)
+    experts = ExpertWeights(w13, w2)
     small = Placement(capacity=0.4)
-    out, dropped = _own_experts(x, index, gate, experts, small)
-    again, _ = _own_experts(x, index, gate, experts, small)
+    out, dropped = apply_local_experts(x, index, gate, experts, small)
+    again, _ = apply_local_experts(x, index, gate, experts, small)
     np.testing.assert_array_equal(out, again)
-    whole, none = _own_experts(x, index, gate, experts, Placement())
+    whole, none = apply_local_experts(x, index, gate, experts, Placement())
     assert int(none) == 0 < int(dropped) < N * K
     lost = (jnp.abs(out - whole).max(axis=1) > 1e-5).sum()
     assert 0 < int(lost) <= int(dropped)

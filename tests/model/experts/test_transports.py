@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtml.config import load
-from jaxtml.model.experts.dense import dense
+from jaxtml.model.experts.dense import dense_experts
 from jaxtml.model.experts.dispatch import block_rows, buffer_rows
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import Routing
-from jaxtml.model.experts.transports import plan_trip, replicated, ring, sorted_by_expert
-from jaxtml.model.experts.weights import Experts
+from jaxtml.model.experts.transports import plan_exchange, replicated, ring, sort_by_expert
+from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import bind, init_params, specs
 from jaxtml.parallel.mesh import MeshShape, make_mesh
@@ -56,7 +56,7 @@ def sharded(transport, mesh_shape: MeshShape, placement: Placement):
     def run(index, x, gate, w13, w2, grad):
         def forward(x, gate, w13, w2):
             routing = Routing(index, gate, jnp.zeros((len(x), 0)), jnp.zeros((len(x), E)))
-            return transport(x, routing, Experts(w13, w2), placement)
+            return transport(x, routing, ExpertWeights(w13, w2), placement)
 
         out, adjoint, dropped = jax.vjp(forward, x, gate, w13, w2, has_aux=True)
         dx, dgate, dw13, dw2 = adjoint(grad)
@@ -85,7 +85,7 @@ def test_transports_equal_the_oracle_forwards_and_backwards(mesh, transport, cas
 
     def oracle(x, gate, w13, w2):
         routing = Routing(jnp.asarray(index), gate, jnp.zeros((len(x), 0)), jnp.zeros((len(x), E)))
-        return dense(x, routing, Experts(w13, w2))
+        return dense_experts(x, routing, ExpertWeights(w13, w2))
 
     out, adjoint = jax.vjp(oracle, *map(jnp.asarray, (x, gate, w13, w2)))
     assert not np.asarray(dropped).any()
@@ -124,7 +124,7 @@ def test_beyond_capacity_the_oracle_without_what_is_dropped_is_what_comes_out(ca
 
     def oracle(x, gate, w13, w2):
         routing = Routing(jnp.asarray(index), gate * mask, jnp.zeros((n, 0)), jnp.zeros((n, E)))
-        return dense(x, routing, Experts(w13, w2))
+        return dense_experts(x, routing, ExpertWeights(w13, w2))
 
     out, adjoint = jax.vjp(oracle, *map(jnp.asarray, (x, gate, w13, w2)))
     for a, b in zip(ours, (out, *adjoint(jnp.asarray(grad))), strict=True):
@@ -141,10 +141,10 @@ def test_the_trips_of_ragged_bring_every_row_to_its_expert_and_home(case, capaci
     index, *_ = operands(case)
     parts = np.split(index, devices)
     own = E // devices
-    sorts = [sorted_by_expert(jnp.asarray(part), E) for part in parts]
+    sorts = [sort_by_expert(jnp.asarray(part), E) for part in parts]
     orders, counts = [np.asarray(order) for order, _ in sorts], np.stack([count for _, count in sorts])
     rows = buffer_rows(index.size, devices, own, block, capacity)
-    trips = [jax.tree.map(np.asarray, plan_trip(jnp.asarray(counts), me, rows, block)) for me in range(devices)]
+    trips = [jax.tree.map(np.asarray, plan_exchange(jnp.asarray(counts), me, rows, block)) for me in range(devices)]
     # a row is (device, flat choice)
     sent = [np.stack([np.full_like(order, me), order], axis=1) for me, order in enumerate(orders)]
     buffers = [np.full((rows, 2), -1) for _ in range(devices)]
