@@ -1,4 +1,4 @@
-"""The interaction model. Importing it puts Flax NNX in tree mode, which everything below relies on."""
+"""The interaction model. Importing this package puts Flax NNX into tree mode, on which all modules below rely."""
 
 from flax import nnx
 

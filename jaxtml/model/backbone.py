@@ -1,6 +1,10 @@
-"""The decoder: a `stack` of layers, scanned; unrolled over a cache for serving.
+"""The decoder: a stack of layers, for whole sequences and for sessions that are continued.
 
-Axes: B batch, T tokens, D model width, W convolution kernel.
+Axes: B batch (or session slots), T tokens, D model width, W convolution kernel, C channels of a convolution.
+
+`Backbone.forward` runs whole sequences, in training and in checks. `Backbone.forward_cached` continues sessions, whose
+past is in a `LayerState` per layer. Both give the same numbers (tests/model/test_streaming.py). Called by
+`interaction`, the duplex step and `mtp` (which uses `Layer`).
 """
 
 from __future__ import annotations
@@ -25,23 +29,28 @@ from jaxtml.model.placement import SINGLE_DEVICE, Placement, all_gather_paramete
 from jaxtml.model.spec import Params, bind
 from jaxtml.model.stack import LayerBlock, LayerKind, LayerRun, LayerStack
 
-# Layers up to which a training program spells them out: a loop writes what its gradient needs into one stacked array
-# and reads it back, which costs a small model 6 % of a step.
+# Up to this many layers, loops over layers are unrolled. A loop writes what its gradient needs into one stacked array
+# and reads it back, which costs a small model 6 % of a training step.
 MAX_UNROLLED_LAYERS = 8
 
 
-# What a layer's forward pass keeps for the backward one, see `TrainConfig.remat`.
-_KEPT = jax.checkpoint_policies.save_only_these_names("attention", "feed_forward")
+# What a layer's forward pass keeps for its backward pass, by the name in `TrainConfig.remat`.
+_OUTPUTS = jax.checkpoint_policies.save_only_these_names("attention", "feed_forward")
 REMAT: dict[str, Callable[[Any], Any]] = {
     "none": lambda layer: layer,
-    "outputs": partial(jax.checkpoint, policy=_KEPT),
+    "outputs": partial(jax.checkpoint, policy=_OUTPUTS),
     "full": jax.checkpoint,
 }
 
 
 class LayerState(NamedTuple):
-    """What a layer, or a stack of layers, remembers of each session: keys and values, and four convolution tails
-    `[*stack, B, W - 1, C]`."""
+    """What a layer, or a stack of layers, remembers of each session.
+
+    Attributes:
+      cache: keys and values.
+      k_tail, v_tail, attn_tail, mlp_tail: the last inputs of the four short convolutions, `[*stack, B, W - 1, C]`
+        float32.
+    """
 
     cache: KVCache
     k_tail: jax.Array
@@ -51,7 +60,7 @@ class LayerState(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and feed-forward, each followed by a short convolution and the residual."""
+    """One layer: pre-norm attention and feed-forward, each followed by a short convolution and the residual."""
 
     def __init__(
         self,
@@ -78,25 +87,33 @@ class Layer(nnx.Module):
         kind: jax.Array | None = None,
         step: CacheStep | None = None,
         state: LayerState | None = None,
-        at: tuple[jax.Array, ...] = (),
+        layer_index: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, LayerState | None, MoEStats | None]:
-        """One layer over `x` `[B, T, D]`; with `step` and `state` it continues sessions, else it sees it all.
+        """Runs the layer over `x` `[B, T, D]`: over whole sequences, or, with `step` and `state`, continuing sessions.
 
-        `kind` `[B, T]` is what stands at each position (`PositionKind`), for the stats. `at` is the layer's place where
-        `state` and the routed experts are those of a stack.
+        Args:
+          x: the hidden states.
+          kind: `[B, T]`, the `PositionKind` of each position, for the stats of the experts; None: text everywhere.
+          step: where the T tokens stand in their sessions.
+          state: what the layer remembers of the sessions, or a stack of such states.
+          layer_index: the layer's index in the stack, where `state` and the routed experts are those of a stack.
+
+        Returns:
+          The new hidden states, the new state (None for whole sequences), and the stats of the experts (None for a
+          layer without experts).
         """
         length = step.length if step is not None else None
         cache = state.cache if state is not None else None
-        k_tail, v_tail, attn_tail, mlp_tail = (t[at] for t in state[1:]) if state is not None else (None,) * 4
+        k_tail, v_tail, attn_tail, mlp_tail = (t[layer_index] for t in state[1:]) if state is not None else (None,) * 4
         tails = (k_tail, v_tail) if k_tail is not None and v_tail is not None else None
-        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails, at)
+        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails, layer_index)
         y = checkpoint_name(y, "attention")
         y, attn_tail = self.attn_conv(y, attn_tail, length)
         x = x + y
         y = self.mlp_norm(x)
         stats = None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(y, kind, at, skip_padding=step is not None)
+            y, stats = self.mlp(y, kind, layer_index, skip_padding=step is not None)
         else:
             y = self.mlp(y)
         y = checkpoint_name(y, "feed_forward")
@@ -105,13 +122,13 @@ class Layer(nnx.Module):
         if cache is None or state is None:
             return x, None, stats
         new = (*tails, attn_tail, mlp_tail)
-        if at:
-            new = (old.at[at].set(tail) for old, tail in zip(state[1:], new, strict=True))
+        if layer_index:
+            new = (old.at[layer_index].set(tail) for old, tail in zip(state[1:], new, strict=True))
         return x, LayerState(cache, *new), stats
 
 
 class Backbone(LayerStack):
-    """The layers as pure functions over stacked parameters."""
+    """All layers, as pure functions of stacked parameters."""
 
     def __init__(self, config: BackboneConfig, placement: Placement = SINGLE_DEVICE):
         self.config = config
@@ -122,42 +139,54 @@ class Backbone(LayerStack):
     def forward(
         self, params: Params, x: jax.Array, kind: jax.Array | None = None, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
-        """All layers over whole sequences `x` `[B, T, D]`, scanned; `remat` says what is computed again backwards.
+        """Runs all layers over whole sequences.
 
-        `kind` `[B, T]` is what stands at each position, PAD where nothing does (None: text everywhere).
+        Args:
+          params: the stacked parameters.
+          x: `[B, T, D]`, the embedded positions.
+          kind: `[B, T]`, the `PositionKind` of each position, PAD where there is none; None: text everywhere.
+          remat: what the backward pass computes again; see `TrainConfig.remat`.
 
-        Returns the hidden states before the final norm and, per MoE run, stats stacked `[repeats, layers, ...]`.
+        Returns:
+          The hidden states before the final norm, and the stats of the experts, stacked `[repeats, layers, ...]`, for
+          each run of layers with experts.
         """
         stats: list[MoEStats] = []
         unroll = self.config.n_layers <= MAX_UNROLLED_LAYERS
         for b, block in enumerate(self.blocks):
 
-            def body(x: jax.Array, weights: Params, block: LayerBlock = block) -> tuple[jax.Array, list[Any]]:
-                collected = []
+            def run_block(
+                x: jax.Array, weights: Params, block: LayerBlock = block
+            ) -> tuple[jax.Array, list[MoEStats | None]]:
+                block_stats = []
                 for r, run in enumerate(block.runs):
 
-                    def one(x: jax.Array, layer: Params, of: LayerKind = run.kind) -> tuple[jax.Array, Any]:
-                        layer = all_gather_parameters(layer, self.tables[of], self.placement.mesh, x.dtype)
-                        x, _, stat = bind(self.modules[of], layer)(x, kind)
-                        return x, stat
+                    def run_layer(
+                        x: jax.Array, layer: Params, layer_kind: LayerKind = run.kind
+                    ) -> tuple[jax.Array, MoEStats | None]:
+                        layer = all_gather_parameters(layer, self.tables[layer_kind], self.placement.mesh, x.dtype)
+                        x, _, layer_stats = bind(self.modules[layer_kind], layer)(x, kind)
+                        return x, layer_stats
 
-                    layers = weights[f"run{r}"]
-                    x, stat = jax.lax.scan(REMAT[remat](one), x, layers, unroll=unroll)
-                    collected.append(stat)
-                return x, collected
+                    x, run_stats = jax.lax.scan(REMAT[remat](run_layer), x, weights[f"run{r}"], unroll=unroll)
+                    block_stats.append(run_stats)
+                return x, block_stats
 
-            x, collected = jax.lax.scan(body, x, params[f"block{b}"], unroll=unroll)
-            stats += [stat for stat in collected if stat is not None]
+            x, block_stats = jax.lax.scan(run_block, x, params[f"block{b}"], unroll=unroll)
+            stats += [run_stats for run_stats in block_stats if run_stats is not None]
         return x, stats
 
     @property
     def unrolled(self) -> bool:
-        """Whether serving has every layer by itself: a loop cuts each layer's weights out of the stack, which costs a
-        small model time, and a large one the time to compile if it does not."""
+        """Whether serving handles every layer by itself, rather than in loops over stacked layers.
+
+        A loop cuts each layer's weights out of the stack, which slows a small model down. A large model without loops
+        takes long to compile.
+        """
         return self.config.n_layers <= MAX_UNROLLED_LAYERS and self.placement.mesh.devices == 1
 
     def prepare_for_serving(self, params: Params) -> Any:
-        """The layers' parameters as `forward_cached` takes them: in the order of execution where they are spelt out."""
+        """Returns the parameters as `forward_cached` takes them: a list in the order of execution if `unrolled`."""
         if not self.unrolled:
             return params
         layers: list[Params] = [{}] * self.config.n_layers
@@ -170,13 +199,16 @@ class Backbone(LayerStack):
         return layers
 
     def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> Any:
-        """Empty state of `batch` sessions for calls of at most `max_tokens` tokens: a list of `LayerState`, or, where
-        layers are not spelt out, one per run in a list per block."""
+        """Returns the empty state of `batch` sessions, for calls of at most `max_tokens` tokens.
+
+        The state is a list of one `LayerState` per layer if `unrolled`; otherwise it is a list with, for each block, a
+        list of one stacked `LayerState` per run. Keys and values have the dtype `dtype`.
+        """
         c = self.config
         past = c.conv_kernel - 1
 
-        def one(kind: LayerKind, stack: tuple[int, ...] = ()) -> LayerState:
-            a = self._attention(kind.is_global)
+        def empty(kind: LayerKind, stack: tuple[int, ...] = ()) -> LayerState:
+            a = self._attention_config(kind.is_global)
             slots = ring_slots(a, max_tokens)
             channels = a.n_kv_heads * a.head_dim
             return LayerState(
@@ -188,35 +220,38 @@ class Backbone(LayerStack):
             )
 
         if self.unrolled:
-            return [one(kind) for kind in self.kinds()]
-        return [[one(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
+            return [empty(kind) for kind in self.kinds()]
+        return [[empty(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
 
     def state_partition_specs(self, sessions: tuple[str, ...]) -> Any:
-        """A `PartitionSpec` for each array of `init_state` on a mesh whose axes `sessions` split the batch."""
-        heads, channels, alike = (
+        """Returns a `PartitionSpec` for each array of `init_state`, on a mesh whose axes `sessions` split the batch."""
+        by_head, by_channel, replicated = (
             PartitionSpec(None, None, sessions, *rest) for rest in (("tensor",), (None, "tensor"), ())
         )
-        one = (heads, heads, channels, channels, alike, alike)  # the leaves of a LayerState
+        leaves = (by_head, by_head, by_channel, by_channel, replicated, replicated)  # those of a LayerState, in order
         structure = jax.tree.structure(jax.eval_shape(lambda: self.init_state(1, 1, jnp.float32)))
-        return jax.tree.unflatten(structure, one * (structure.num_leaves // len(one)))
+        return jax.tree.unflatten(structure, leaves * (structure.num_leaves // len(leaves)))
 
     def forward_cached(
         self, layers: Any, x: jax.Array, state: Any, position: jax.Array, length: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """All layers over T tokens that continue sessions.
+        """Runs all layers over T tokens that continue sessions.
 
         Args:
           layers: from `prepare_for_serving`.
-          x: `[B, T, D]`, real tokens left-aligned.
+          x: `[B, T, D]`, the embedded tokens; the real tokens of a session come first.
           state: from `init_state` or the previous call.
-          position: `[B]` int32, tokens of each session so far.
-          length: `[B]` int32, real tokens among the T.
+          position: `[B]` int32, the number of tokens of each session so far.
+          length: `[B]` int32, how many of the T tokens are real.
+
+        Returns:
+          The hidden states `[B, T, D]` before the final norm, and the new state.
         """
         tokens = x.shape[1]
         present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
         steps = {
-            is_global: plan_cache_step(self._attention(is_global), slots, position, length, tokens)
-            for is_global, slots in self._slots(state).items()
+            is_global: plan_cache_step(self._attention_config(is_global), slots, position, length, tokens)
+            for is_global, slots in self._ring_slots(state).items()
         }
         if self.unrolled:
             new_state = []
@@ -228,38 +263,45 @@ class Backbone(LayerStack):
         for b, (block, old) in enumerate(zip(self.blocks, state, strict=True)):
             weights = layers[f"block{b}"]
 
-            def body(carry: Any, i: jax.Array, block: LayerBlock = block, weights: Any = weights) -> tuple[Any, None]:
+            def run_block(
+                carry: tuple[jax.Array, Any], i: jax.Array, block: LayerBlock = block, weights: Params = weights
+            ) -> tuple[tuple[jax.Array, Any], None]:
                 x, states = carry
-                after = []
+                new_states = []
                 for r, (run, state) in enumerate(zip(block.runs, states, strict=True)):
 
-                    def one(carry: Any, j: jax.Array, run: LayerRun = run, held: Any = weights[f"run{r}"]) -> Any:
+                    def run_layer(
+                        carry: tuple[jax.Array, LayerState],
+                        j: jax.Array,
+                        run: LayerRun = run,
+                        stacked: Params = weights[f"run{r}"],
+                    ) -> tuple[tuple[jax.Array, LayerState], None]:
                         x, state = carry
-                        params = self._layer(run.kind, held, (i, j))
+                        params = self._layer_params(run.kind, stacked, (i, j))
                         step = steps[run.kind.is_global]
                         x, state, _ = bind(self.modules[run.kind], params)(x, present, step, state, (i, j))
                         return (x, state), None
 
-                    (x, state), _ = jax.lax.scan(one, (x, state), jnp.arange(run.layers))
-                    after.append(state)
-                return (x, after), None
+                    (x, state), _ = jax.lax.scan(run_layer, (x, state), jnp.arange(run.layers))
+                    new_states.append(state)
+                return (x, new_states), None
 
-            (x, new), _ = jax.lax.scan(body, (x, old), jnp.arange(block.repeats))
+            (x, new), _ = jax.lax.scan(run_block, (x, old), jnp.arange(block.repeats))
             new_state.append(new)
         return x, new_state
 
-    def _layer(self, kind: LayerKind, stacked: Params, at: tuple[jax.Array, ...]) -> Params:
-        """A layer's parameters out of its run's stack; the routed experts stay where they stand."""
-        return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[at], self.tables[kind], stacked)
+    def _layer_params(self, kind: LayerKind, stacked: Params, index: tuple[jax.Array, ...]) -> Params:
+        """Returns one layer's parameters from the stack of its run; the routed experts remain a stack."""
+        return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[index], self.tables[kind], stacked)
 
-    def _slots(self, state: Any) -> dict[bool, int]:
-        """Slots of a ring, of global layers (True) and of sliding ones."""
+    def _ring_slots(self, state: Any) -> dict[bool, int]:
+        """Returns the slots of a ring buffer of global layers (True) and of sliding layers (False)."""
         if self.unrolled:
             pairs = list(zip(self.kinds(), state, strict=True))
         else:
-            pairs = [(run.kind, one) for b, row in zip(self.blocks, state, strict=True)
-                     for run, one in zip(b.runs, row, strict=True)]  # fmt: skip
-        return {kind.is_global: one.cache.k.shape[-1] for kind, one in pairs}
+            pairs = [(run.kind, layer_state) for block, states in zip(self.blocks, state, strict=True)
+                     for run, layer_state in zip(block.runs, states, strict=True)]  # fmt: skip
+        return {kind.is_global: layer_state.cache.k.shape[-1] for kind, layer_state in pairs}
 
-    def _attention(self, is_global: bool) -> AttentionConfig:
+    def _attention_config(self, is_global: bool) -> AttentionConfig:
         return self.config.global_ if is_global else self.config.sliding

@@ -1,8 +1,8 @@
-"""The floating-point operations that a token needs, whatever the implementation: the measure of utilisation.
+"""The floating-point operations that a token needs, whatever the implementation. Utilisation (MFU) is measured by it.
 
-`6 N` per trained token for the N parameters that work on it (Kaplan et al., 2020), and the two matmuls of attention
-over the keys that a query can see. Recomputation, padding and masked keys are overhead, not need. Called by the trainer
-and by `plan`.
+A trained token needs `6 N` FLOPs for the N parameters that work on it (Kaplan et al., 2020), and the two matmuls of
+attention over the keys that a query can see. Recomputation, padding and masked keys are overhead and do not count.
+Called by the trainer's progress line and by `jaxtml plan`.
 """
 
 from __future__ import annotations
@@ -11,34 +11,41 @@ from jaxtml.config import AttentionConfig, BackboneConfig, Config
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import count_parameters
 
-_BESIDE = ("vocoder", "visual")  # work on frames and patches, not on tokens
+_NOT_PER_TOKEN = ("vocoder", "visual")  # these parameters work on frames and patches, not on tokens
 
 
 def visible_keys(attention: AttentionConfig, tokens: int) -> float:
-    """Keys that a query sees, mean over a sequence of `tokens`."""
+    """Returns the number of keys that a query sees, averaged over a sequence of `tokens` tokens."""
     reach = min(attention.window, tokens)
     return reach - reach * (reach - 1) / (2 * tokens)
 
 
 def forward_flops_per_token(config: Config, tokens: int) -> float:
-    """Of one token in a sequence of `tokens`, forward: 2 per active parameter and 4 per head width and visible key."""
+    """Returns the FLOPs of the forward pass for one token in a sequence of `tokens` tokens.
+
+    A token needs 2 FLOPs per active parameter. Attention needs 4 per visible key, head and element of a head.
+    """
     b = config.backbone
-    table = {name: part for name, part in InteractionModel(config).serving_specs().items() if name not in _BESIDE}
+    table = InteractionModel(config).serving_specs()
+    table = {name: part for name, part in table.items() if name not in _NOT_PER_TOKEN}
     _, active = count_parameters(table)
-    return 2 * active + _attention(b, b.n_layers, b.global_layers, tokens)
+    return 2 * active + _attention_flops(b, b.n_layers, b.global_layers, tokens)
 
 
 def train_flops_per_token(config: Config) -> float:
-    """Of one token of training, forward and backward: three times the forward pass, the prediction heads' included."""
+    """Returns the FLOPs of one trained token, forward and backward.
+
+    This is three times the forward pass, which in training includes the multi-token prediction heads.
+    """
     forward, b, mtp = forward_flops_per_token(config, config.data.tokens), config.backbone, InteractionModel(config).mtp
     if mtp is not None:
         heads, _ = count_parameters(mtp.specs())
         forward += 2 * (heads + b.mtp_heads * b.d_model * b.vocab_size)
-        forward += _attention(b, b.mtp_heads, b.mtp_global, config.data.tokens)
+        forward += _attention_flops(b, b.mtp_heads, b.mtp_global, config.data.tokens)
     return 3 * forward
 
 
-def _attention(backbone: BackboneConfig, layers: int, global_layers: tuple[int, ...], tokens: int) -> float:
+def _attention_flops(backbone: BackboneConfig, layers: int, global_layers: tuple[int, ...], tokens: int) -> float:
     total = 0.0
     for layer in range(layers):
         kind = backbone.global_ if layer in global_layers else backbone.sliding

@@ -1,14 +1,15 @@
-"""The interaction model: towers, backbone, heads; the whole-sequence forward that training and checks use.
+"""The interaction model: input embeddings, backbone and output heads, and the forward pass over whole sequences.
 
-Axes: B batch, T positions, D model width, V vocabulary, P patches, S own-speech positions, X = 400 log-mels.
+Axes: B batch, T positions, D model width, V vocabulary, P patches, H prediction heads, C clock features.
 
-`InteractionModel` holds shapes only. Parameters are a plain nested dict (`specs` is its table); every method is a pure
-function of them. `duplex` runs the same parts step by step.
+`InteractionModel` holds shapes only. Parameters are a plain nested dict whose table is `specs`, and every method is a
+pure function of them. Called by the trainer, by checks (`jaxtml logits`) and by the duplex step, which runs the same
+parts step by step.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.mtp import MTP
 from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement, all_gather_parameters
-from jaxtml.model.spec import Params, ParamSpec, bind, linear, normal, param, specs, zeros
+from jaxtml.model.spec import Params, ParamSpec, SpecTable, bind, linear, normal, param, specs, zeros
 from jaxtml.model.speech import vocoder
 from jaxtml.model.speech.flow import FlowHead
 from jaxtml.model.towers import HMLP, ClockTower, DmelTower, TextEmbedding
@@ -28,16 +29,25 @@ from jaxtml.model.vocabulary import Scores, score_targets
 from jaxtml.parallel.collectives import all_gather_last, psum_backward
 from jaxtml.stream.tokens import PositionKind
 
-_GROUPS = {"embed": "embedding", "unembed": "unembedding", "audio": "towers", "visual": "towers", "flow": "flow head",
-           "vocoder": "vocoder", "clock": "micro-turn", "own": "micro-turn", "mtp": "prediction heads"}  # fmt: skip
-_APART = ("layers", "mtp", "vocoder")  # what is no part of the trunk
+_GROUP_OF_PART = {
+    "embed": "embedding",
+    "unembed": "unembedding",
+    "audio": "towers",
+    "visual": "towers",
+    "flow": "flow head",
+    "vocoder": "vocoder",
+    "clock": "micro-turn",
+    "own": "micro-turn",
+    "mtp": "prediction heads",
+}
+_OUTSIDE_TRUNK = ("layers", "mtp", "vocoder")  # the parts of the parameter tree that `Trunk` does not declare
 
 
 def group_of(path: str, spec: ParamSpec) -> str:
-    """What a parameter belongs to, for counts that people read: "attention", "routed experts", "flow head" ..."""
+    """Returns the group of a parameter in counts for people, such as "attention", "routed experts" or "flow head"."""
     parts = path.split("/")
-    if parts[0] in _GROUPS:
-        return _GROUPS[parts[0]]
+    if parts[0] in _GROUP_OF_PART:
+        return _GROUP_OF_PART[parts[0]]
     if "attn" in parts:
         return "attention"
     for axis, name in (("expert", "routed experts"), ("shared", "shared experts"), ("router", "router")):
@@ -49,8 +59,12 @@ def group_of(path: str, spec: ParamSpec) -> str:
 class Inputs(NamedTuple):
     """A batch of sequences as the model reads them (see `jaxtml.stream.layout.Sequence`).
 
-    `kind` `[B, T]` uint8, `ids` `[B, T]` int32, `bins` `[B, T, 80]` uint8, `clock` `[B, T, C]` float32 (read at TURN
-    positions), `patches` `[B, P, 2, 40, 40, 3]` float32 in the order of the PATCH positions (P may be 0).
+    Attributes:
+      kind: `[B, T]` uint8, the `PositionKind` of each position.
+      ids: `[B, T]` int32, token ids.
+      bins: `[B, T, 80]` uint8, dMel bins; read at USER and OWN positions.
+      clock: `[B, T, C]` float32, clock features; read at TURN positions.
+      patches: `[B, P, 2, 40, 40, 3]` float32, in the order of the PATCH positions; P may be 0.
     """
 
     kind: jax.Array
@@ -61,7 +75,7 @@ class Inputs(NamedTuple):
 
 
 class Trunk(nnx.Module):
-    """Everything around the layers: embeddings before, heads after."""
+    """Everything around the layers: the embeddings before them, and the final norm and heads after them."""
 
     def __init__(self, config: Config, placement: Placement = SINGLE_DEVICE):
         b = config.backbone
@@ -69,7 +83,7 @@ class Trunk(nnx.Module):
         self.audio = DmelTower(b)
         self.visual = HMLP(config.vision, b)
         self.clock = ClockTower(b)
-        # What tells own speech from the user's; zero in a warm start.
+        # Added to frames of own speech, which tells them from the user's; zero in a warm start.
         self.own = param((b.d_model,), ("embed",), zeros)
         self.norm = RMSNorm(b.d_model, b.norm_eps, "embed", "model.llm.norm.weight")
         self.unembed = param(
@@ -82,7 +96,7 @@ class Trunk(nnx.Module):
 
 
 class InteractionModel:
-    """The model of one config."""
+    """The model of one config on one placement: shapes and pure functions, no arrays."""
 
     def __init__(self, config: Config, placement: Placement = SINGLE_DEVICE):
         self.config = config
@@ -91,12 +105,12 @@ class InteractionModel:
         self.backbone = Backbone(config.backbone, placement)
         self.mtp = MTP(config.backbone, placement) if config.backbone.mtp_heads else None
 
-    def specs(self) -> dict[str, Any]:
-        """Spec table of all parameters, in the shape of the parameter tree."""
+    def specs(self) -> SpecTable:
+        """Returns the spec table of all parameters."""
         return {**self.serving_specs(), **({} if self.mtp is None else {"mtp": self.mtp.specs()})}
 
-    def serving_specs(self) -> dict[str, Any]:
-        """The part of `specs` that a micro-turn reads."""
+    def serving_specs(self) -> SpecTable:
+        """Returns the part of `specs` that a micro-turn reads: all parameters but the prediction heads."""
         return {
             **specs(self.trunk),
             "layers": self.backbone.specs(),
@@ -104,18 +118,22 @@ class InteractionModel:
         }
 
     def all_gather_trunk(self, params: Params, dtype: jnp.dtype) -> Params:
-        """A device's parts of the parameters, those fetched that are not fetched piece by piece where they are used."""
-        apart = {name: params[name] for name in (*_APART, "unembed") if name in params}
-        table = {name: part for name, part in specs(self.trunk).items() if name not in apart}
+        """Gathers the trunk's parameters on a mesh; returns the complete tree.
+
+        Layers, prediction heads and the unembedding are not gathered here: each is gathered piece by piece where it is
+        used.
+        """
+        gathered_later = {name: params[name] for name in (*_OUTSIDE_TRUNK, "unembed") if name in params}
+        table = {name: part for name, part in specs(self.trunk).items() if name not in gathered_later}
         trunk = {name: params[name] for name in table}
-        return {**all_gather_parameters(trunk, table, self.placement.mesh, dtype), **apart}
+        return {**all_gather_parameters(trunk, table, self.placement.mesh, dtype), **gathered_later}
 
     def bind(self, params: Params) -> Trunk:
-        """The trunk over its part of `params`."""
-        return bind(self.trunk, {k: v for k, v in params.items() if k not in _APART})
+        """Returns the trunk with its part of `params`."""
+        return bind(self.trunk, {k: v for k, v in params.items() if k not in _OUTSIDE_TRUNK})
 
     def embed(self, params: Params, inputs: Inputs, dtype: jnp.dtype) -> jax.Array:
-        """Embeds positions of every kind: `[B, T, D]`; zero at PAD."""
+        """Embeds positions of every kind: `[B, T, D]`, zero at PAD positions."""
         trunk = self.bind(params)
         kind = inputs.kind[..., None]
         x = trunk.embed(inputs.ids, dtype)
@@ -136,32 +154,35 @@ class InteractionModel:
     def hidden(
         self, params: Params, inputs: Inputs, dtype: jnp.dtype, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
-        """Normed hidden states `[B, T, D]` of whole sequences, and the MoE layers' stats."""
+        """Returns the normed hidden states `[B, T, D]` of whole sequences, and the stats of the experts.
+
+        `remat` says what the backward pass computes again; see `TrainConfig.remat`.
+        """
         return self.hidden_from_embedded(params, self.embed(params, inputs, dtype), inputs.kind, remat)
 
     def hidden_from_embedded(
         self, params: Params, embedded: jax.Array, kind: jax.Array, remat: str = "none"
     ) -> tuple[jax.Array, list[MoEStats]]:
-        """`hidden` of what is `embedded` `[B, T, D]`, of `kind` `[B, T]`."""
+        """Returns the same as `hidden`, from positions that are already embedded: `[B, T, D]`, with `kind` `[B, T]`."""
         x, stats = self.backbone.forward(params["layers"], embedded, kind, remat)
         return self.bind(params).norm(x), stats
 
     def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
-        """How well `hidden` `[B, T, D]` foresees the words `target` `[B, T]`: `[B, T]` each."""
+        """Scores the words `target` `[B, T]` int32 from `hidden` `[B, T, D]`; both scores are `[B, T]`."""
         b, mesh = self.config.backbone, self.placement.mesh
         table = specs(self.trunk)["unembed"]
 
-        def fetched(columns: jax.Array) -> jax.Array:
+        def fetch(columns: jax.Array) -> jax.Array:
             return all_gather_parameters({"": columns}, {"": table}, mesh, hidden.dtype)[""].astype(hidden.dtype)
 
         flat = (hidden / b.logits_divisor).reshape(-1, b.d_model)
-        found = score_targets(flat, params["unembed"], target.reshape(-1), mesh, fetched)
-        return Scores(*(part.reshape(target.shape) for part in found))
+        flat_scores = score_targets(flat, params["unembed"], target.reshape(-1), mesh, fetch)
+        return Scores(*(part.reshape(target.shape) for part in flat_scores))
 
     def mtp_scores(
         self, params: Params, hidden: jax.Array, embedded: jax.Array, target: jax.Array, remat: str = "none"
     ) -> Scores:
-        """How well each of the H prediction heads foresees what its position does: `[H, B, T]` each (see `mtp`)."""
+        """Scores what each of the H prediction heads predicts; both scores are `[H, B, T]` (see `mtp.MTP.predict`)."""
         assert self.mtp is not None
 
         def score(hidden: jax.Array, target: jax.Array) -> Scores:
@@ -170,7 +191,10 @@ class InteractionModel:
         return self.mtp.predict(params["mtp"], hidden, embedded, target, score, remat)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Text logits `[..., V]` float32; rows beyond the unpadded vocabulary keep their places for control tokens."""
+        """Returns text logits `[..., V]` float32 from normed hidden states `[..., D]`.
+
+        The padding of the vocabulary has logits too: control tokens have their ids there.
+        """
         scaled = psum_backward(hidden / self.config.backbone.logits_divisor, self.placement.mesh, TENSOR)
         logits = (scaled @ params["unembed"].astype(hidden.dtype)).astype(jnp.float32)
         return all_gather_last(logits, self.placement.mesh, TENSOR)

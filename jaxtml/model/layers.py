@@ -1,7 +1,11 @@
-"""Small layers of the backbone: RMS norm, short convolution, dense feed-forward.
+"""Small layers of the backbone: RMS norm, matrix product, short convolution and dense feed-forward.
 
-Axes: B batch, T tokens of this call, D model width, C channels of a convolution, W convolution kernel, F ff width.
-Called by `attention`, `moe` and `backbone`. The released forward (Inkling in `transformers`) is the definition.
+Axes: B batch, T tokens of this call, D model width, C channels of a convolution, W convolution kernel, F feed-forward
+width, N rows. Called by `attention`, `experts`, `backbone`, `mtp` and the heads. The released forward pass defines what
+these layers compute (Inkling in `transformers`).
+
+Three layers have an adjoint that is written out, with optimisation barriers. Without them XLA fuses operations that are
+slow together on a CPU; each place says which.
 """
 
 from __future__ import annotations
@@ -27,17 +31,18 @@ class RMSNorm(nnx.Module):
 
 
 def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
-    """RMS normalisation without a learned weight."""
+    """Returns `x / rms(x)` over the last axis, in the dtype of `x`; statistics in float32."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 @jax.custom_vjp
 def project(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x` `[..., D] @ w` `[D, F]`.
+    """Returns `x @ w`: `[..., D]` times `[D, F]` gives `[..., F]`.
 
-    The adjoint is written out: XLA would otherwise fold the transpose of the weight gradient into whatever made the
-    incoming gradient, and a CPU then reads all of that across its rows (measured 20 times the time of the matmul).
+    The adjoint is written out. XLA would otherwise fold the transpose of the weight gradient into the operation that
+    made the incoming gradient. A CPU then reads all of that operation's inputs across their rows: measured, this takes
+    20 times as long as the matmul.
     """
     return x @ w
 
@@ -49,25 +54,27 @@ def _project_fwd(x, w):
 def _project_bwd(saved, grad):
     x, w = saved
     grad = jax.lax.optimization_barrier(grad)
-    return _contract(grad, w, -1, 1), _contract(_rows(x), _rows(grad), 0, 0)
+    return _contract(grad, w, -1, 1), _contract(_flatten_rows(x), _flatten_rows(grad), 0, 0)
 
 
 project.defvjp(_project_fwd, _project_bwd)
 
 
-def _rows(x: jax.Array) -> jax.Array:
+def _flatten_rows(x: jax.Array) -> jax.Array:
+    """`[..., D]` -> `[N, D]`."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    """Sums over axis i of `a` and axis j of `b`."""
+    """Returns the matrix product that sums over axis i of `a` and axis j of `b`."""
     return jax.lax.dot_general(a, b, (((i % a.ndim,), (j % b.ndim,)), ((), ())))
 
 
 class ShortConv(nnx.Module):
-    """Causal depthwise convolution over W tokens with a residual, in float32.
+    """A causal depthwise convolution over W tokens, plus its input (residual), in float32.
 
-    `weight[W - 1]` meets the newest token. `tail` holds the W - 1 inputs before this call.
+    `weight[W - 1]` multiplies the newest token. A tail holds the W - 1 inputs before a call, so that a session can be
+    continued.
     """
 
     def __init__(self, channels: int, kernel: int, axis: str, released: str):
@@ -86,11 +93,11 @@ class ShortConv(nnx.Module):
 
         Args:
           x: the new inputs.
-          tail: `[B, W - 1, C]` float32, the inputs just before; zeros where the session begins (None: all zero).
-          length: `[B]`, how many of the T tokens are real (left-aligned); None means all.
+          tail: `[B, W - 1, C]` float32, the inputs just before; zeros where a session begins (None: all zero).
+          length: `[B]`, how many of the T tokens are real (real tokens come first); None: all of them.
 
         Returns:
-          `[B, T, C]` in the dtype of `x`, and the tail after the last real token.
+          `[B, T, C]` in the dtype of `x`, and the tail after the last real token, `[B, W - 1, C]` float32.
         """
         batch, tokens, channels = x.shape
         past = self.kernel - 1
@@ -105,9 +112,9 @@ class ShortConv(nnx.Module):
 
 @jax.custom_vjp
 def _short_conv(padded: jax.Array, weight: jax.Array) -> jax.Array:
-    """`padded` `[B, W - 1 + T, C]`, `weight` `[W, C]` -> residual plus convolution `[B, T, C]`.
+    """Convolves `padded` `[B, W - 1 + T, C]` with `weight` `[W, C]` and adds the input: `[B, T, C]`.
 
-    The barriers keep XLA from computing what made the input once more for each of the W shifts.
+    Without the barriers, XLA computes the operation that made the input again for each of the W shifts.
     """
     kernel = weight.shape[0]
     tokens = padded.shape[1] - kernel + 1
@@ -139,12 +146,19 @@ def _short_conv_bwd(saved, grad):
 _short_conv.defvjp(_short_conv_fwd, _short_conv_bwd)
 
 
-FEW_ROWS = 64  # up to here a feed-forward part is read-bound: gate and up in one pass over the weights
+# Up to this many rows, reading the weights is what takes time: gate and up are then one pass over the weights.
+FEW_ROWS = 64
 
 
 @jax.custom_vjp
 def swiglu(x: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    """`(silu(x w1) * x w3) w2` with `x` `[N, D]`, `w13` `[D, 2, F]` (gate, up) and `w2` `[F, D]` (Shazeer, 2020)."""
+    """Returns `(silu(x w1) * x w3) w2`, `[N, D]` (SwiGLU, Shazeer, 2020).
+
+    Args:
+      x: `[N, D]`.
+      w13: `[D, 2, F]`: w1 (gate) and w3 (up).
+      w2: `[F, D]`.
+    """
     return _swiglu_fwd(x, w13, w2)[0]
 
 
@@ -170,9 +184,16 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 def swiglu_grad(
     x: jax.Array, gate: jax.Array, up: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of one SwiGLU with respect to `x`, `w1`, `w3`, `w2` from its saved `gate` and `up` `[N, F]`.
+    """Returns the gradients of one SwiGLU with respect to `x`, `w1`, `w3` and `w2`.
 
-    Barriers for the same reason as in `project`.
+    The barriers have the same reason as in `project`.
+
+    Args:
+      x: `[N, D]`.
+      gate: `x w1`, saved by the forward pass, `[N, F]`; `up` is `x w3` likewise.
+      w1, w3: `[D, F]`.
+      w2: `[F, D]`.
+      grad: the gradient of the output, `[N, D]`.
     """
     grad = jax.lax.optimization_barrier(grad)
     dhidden = _contract(grad, w2, 1, 1)
@@ -186,7 +207,7 @@ def swiglu_grad(
 
 
 class DenseMLP(nnx.Module):
-    """SwiGLU feed-forward of the first layers, with a learned global scale."""
+    """The SwiGLU feed-forward part of the first layers, with a learned global scale."""
 
     def __init__(self, dim: int, width: int, std: float, prefix: str, placement: Placement = SINGLE_DEVICE):
         self.mesh = placement.mesh
@@ -194,7 +215,7 @@ class DenseMLP(nnx.Module):
             (dim, 2, width),
             ("embed", "gate_up", "mlp"),
             normal(std),
-            # released rows alternate gate, up, gate, up ...
+            # The released rows alternate: gate, up, gate, up ...
             released=Released(f"{prefix}.w13_dn.weight", (2 * width, dim), (2, 1, 0), (width, 2, dim)),
         )
         self.w2 = param(
@@ -203,7 +224,8 @@ class DenseMLP(nnx.Module):
         self.global_scale = param((1,), ("scalar",), ones, released=Released(f"{prefix}.global_scale", (1,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` -> `[B, T, D]`; on a mesh, each device of `tensor` has its share of the width F."""
         dtype = x.dtype
-        rows = psum_backward(_rows(x), self.mesh, TENSOR)
+        rows = psum_backward(_flatten_rows(x), self.mesh, TENSOR)
         out = swiglu(rows, self.w13[...].astype(dtype), self.w2[...].astype(dtype))
         return psum_forward(out, self.mesh, TENSOR).reshape(x.shape) * self.global_scale[...].astype(dtype)

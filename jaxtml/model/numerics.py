@@ -1,4 +1,4 @@
-"""Numerical conventions that several parts of the model share: the masked logit, products summed in float32.
+"""Numerical conventions that several parts of the model share: the masked logit, and products summed in float32.
 
 Called by attention and by the vocabulary's cross-entropy.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-MASKED_LOGIT = -1e30  # logit of a key that must not be seen
+MASKED_LOGIT = -1e30  # the logit of what a softmax must not see; finite, so that no difference of two gives NaN
 
 
 def einsum_float32(equation: str, *operands: jax.Array) -> jax.Array:
-    """Products summed in float32."""
+    """Computes an einsum and sums its products in float32, whatever the dtype of the operands."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

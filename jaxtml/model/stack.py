@@ -1,8 +1,8 @@
-"""Layers of a few kinds in a row, grouped so that a program holds few bodies: runs of equal layers, blocks that repeat.
+"""A sequence of layers of a few kinds, grouped so that a compiled program contains few layer bodies.
 
-Parameters of block b, run r lie under `block{b}/run{r}/...` with two leading dimensions `[repeats, layers]`: a run is
-`layers` equal layers in a row, a block is a sequence of runs that occurs `repeats` times. 42 layers of Inkling-Small
-compile as five layer bodies. Called by `backbone` and `mtp`.
+A run is a number of equal layers in a row. A block is a sequence of runs that occurs `repeats` times. The parameters of
+run r of block b lie under `block{b}/run{r}/...`, with two leading dimensions `[repeats, layers]`. The 42 layers of
+Inkling-Small compile as five layer bodies. Called by `backbone` and `mtp`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxtml.model.spec import specs, stack_specs
+from jaxtml.model.spec import SpecTable, specs, stack_specs
 
 
 class LayerKind(NamedTuple):
-    """What distinguishes one layer from another."""
+    """What distinguishes one layer from another: global attention or sliding, experts or dense feed-forward."""
 
     is_global: bool
     is_moe: bool
 
 
 class LayerRun(NamedTuple):
-    """`layers` equal layers in a row."""
+    """A number of equal layers in a row."""
 
     kind: LayerKind
     layers: int
@@ -38,19 +38,26 @@ class LayerBlock(NamedTuple):
 
     @property
     def layers(self) -> int:
+        """The number of layers in one occurrence of the block."""
         return sum(run.layers for run in self.runs)
 
 
 class LayerStack:
-    """The layers and their modules. Holds shapes, never arrays."""
+    """The layers in groups, and one module for each kind of layer. Holds shapes, never arrays."""
 
     def __init__(self, kinds: Sequence[LayerKind], module: Callable[[LayerKind], nnx.Module]):
+        """Groups the layers.
+
+        Args:
+          kinds: the kind of each layer, in the order of execution.
+          module: makes the module of a kind.
+        """
         self.blocks = group_layers(kinds)
         self.modules: dict[LayerKind, Any] = {kind: module(kind) for kind in sorted(set(kinds))}
         self.tables = {kind: specs(module) for kind, module in self.modules.items()}
 
-    def specs(self) -> dict[str, Any]:
-        """Spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
+    def specs(self) -> SpecTable:
+        """Returns the spec table `{block: {run: {...}}}` with `[repeats, layers]` in front of every shape."""
         return {
             f"block{b}": {
                 f"run{r}": stack_specs(self.tables[run.kind], (block.repeats, run.layers), ("block", "layer"))
@@ -60,12 +67,12 @@ class LayerStack:
         }
 
     def layer_index(self, block: int, run: int, repeat: int, layer: int) -> int:
-        """Index, in the order of execution, of one layer of the stack."""
+        """Returns the index, in the order of execution, of one layer of the stack."""
         b = self.blocks[block]
         return b.first + repeat * b.layers + sum(r.layers for r in b.runs[:run]) + layer
 
     def kinds(self) -> list[LayerKind]:
-        """The kind of each layer in the order of execution."""
+        """Returns the kind of each layer in the order of execution."""
         return [
             run.kind
             for block in self.blocks
@@ -76,17 +83,17 @@ class LayerStack:
 
 
 def group_layers(kinds: Sequence[LayerKind]) -> tuple[LayerBlock, ...]:
-    """Groups the layers: an irregular beginning, then the period that leaves the fewest bodies to compile."""
+    """Groups layers into an irregular beginning and a period that repeats, so that the fewest bodies are compiled."""
     best = (LayerBlock(_runs(kinds), 1, 0),)
     for prefix in range(len(kinds)):
         rest = kinds[prefix:]
         for period in range(1, len(rest) // 2 + 1):
             if len(rest) % period or rest[period:] != rest[:-period]:
                 continue
-            tail = LayerBlock(_runs(rest[:period]), len(rest) // period, prefix)
-            head = (LayerBlock(_runs(kinds[:prefix]), 1, 0),) if prefix else ()
-            if _bodies((*head, tail)) < _bodies(best):
-                best = (*head, tail)
+            repeated = LayerBlock(_runs(rest[:period]), len(rest) // period, prefix)
+            beginning = (LayerBlock(_runs(kinds[:prefix]), 1, 0),) if prefix else ()
+            if _count_bodies((*beginning, repeated)) < _count_bodies(best):
+                best = (*beginning, repeated)
     return best
 
 
@@ -100,5 +107,5 @@ def _runs(kinds: Sequence[LayerKind]) -> tuple[LayerRun, ...]:
     return tuple(runs)
 
 
-def _bodies(blocks: tuple[LayerBlock, ...]) -> int:
+def _count_bodies(blocks: tuple[LayerBlock, ...]) -> int:
     return sum(len(block.runs) for block in blocks)

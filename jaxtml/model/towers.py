@@ -1,7 +1,8 @@
-"""Inputs to embeddings: text, clock, dMel frames, image patches. No encoders, one light layer each.
+"""Input embeddings: text, clock, dMel frames and image patches. Each is a few light layers; there are no encoders.
 
-Axes: B batch, T positions, D model width, V vocabulary, P patches. Called by `interaction`. dMel bag of embeddings and
-hMLP are the released ones (Inkling); the clock and the own-voice vector are ours and start neutral (zero).
+Axes: B batch, T positions, D model width, V vocabulary, P patches. Called by `interaction` and the duplex step. The
+dMel bag of embeddings and the hMLP are the released ones (Inkling). The clock and the own-voice vector are new here;
+they start at zero, so that they change nothing before they are trained.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from jaxtml.parallel.collectives import psum_forward
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.timebase import N_BINS, N_MELS
 
-FEW_FRAMES = 32  # up to this many frames the bag is a gather; a one-hot matmul from there on
+FEW_FRAMES = 32  # up to this many frames, the bag of embeddings is a gather; beyond, a one-hot matmul is faster
 
 
 class TextEmbedding(nnx.Module):
-    """Token embedding followed by an RMS norm."""
+    """A token embedding followed by an RMS norm."""
 
     def __init__(self, config: BackboneConfig, placement: Placement = SINGLE_DEVICE):
         v, d = config.vocab_size, config.d_model
         self.mesh = placement.mesh
-        # One row is read per token, whatever the vocabulary: none of it counts as active.
+        # A token reads one row, however large the vocabulary is: 1 / V of the table is active.
         self.weight = param(
             (v, d),
             ("vocab", "embed"),
@@ -38,16 +39,18 @@ class TextEmbedding(nnx.Module):
         self.norm = RMSNorm(d, config.norm_eps, "embed", "model.llm.embed_norm.weight")
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """`ids` `[...]` int32 -> `[..., D]`; on a mesh, each device of `tensor` has its share of the vocabulary."""
         table = self.weight[...].astype(dtype)
         if self.mesh.tensor == 1:
             return self.norm(table[ids])
-        own = ids - len(table) * jax.lax.axis_index("tensor")  # the vocabulary is split
-        rows = jnp.where(((own >= 0) & (own < len(table)))[..., None], table[jnp.clip(own, 0, len(table) - 1)], 0)
+        local = ids - len(table) * jax.lax.axis_index("tensor")
+        here = (local >= 0) & (local < len(table))
+        rows = jnp.where(here[..., None], table[jnp.clip(local, 0, len(table) - 1)], 0)
         return self.norm(psum_forward(rows, self.mesh, TENSOR))
 
 
 class DmelTower(nnx.Module):
-    """Bag of embeddings: the sum of one row per mel channel, then an RMS norm (dMel, Bai et al., 2024)."""
+    """A bag of embeddings: the sum of one row per mel channel, then an RMS norm (dMel, Bai et al., 2024)."""
 
     def __init__(self, config: BackboneConfig):
         d = config.d_model
@@ -61,7 +64,7 @@ class DmelTower(nnx.Module):
         self.norm = RMSNorm(d, 1e-6, "embed", "model.audio.final_norm.weight")
 
     def __call__(self, bins: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """`bins` `[..., 80]` integers in 0..15 -> `[..., D]`."""
+        """Embeds frames: `bins` `[..., 80]`, integers from 0 to 15 -> `[..., D]`."""
         table = self.weight[...].astype(dtype)
         frames = bins.reshape(-1, N_MELS).astype(jnp.int32)
         if frames.shape[0] <= FEW_FRAMES:
@@ -72,7 +75,7 @@ class DmelTower(nnx.Module):
 
 
 class HMLP(nnx.Module):
-    """One token per 40 x 40 patch of a frame pair, folded step by step (hMLP, Touvron et al., 2022)."""
+    """Makes one token of each 40 x 40 patch of a frame pair, folding it step by step (hMLP, Touvron et al., 2022)."""
 
     def __init__(self, config: VisionConfig, backbone: BackboneConfig):
         self.folds = config.folds
@@ -94,7 +97,7 @@ class HMLP(nnx.Module):
         self.final_norm = RMSNorm(backbone.d_model, 1e-6, "embed", "model.visual.final_norm.weight")
 
     def __call__(self, patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """`patches` `[P, 2, 40, 40, 3]`, normalised -> `[P, D]`."""
+        """Embeds normalised patches: `[P, 2, 40, 40, 3]` (two frames, RGB) -> `[P, D]`."""
         x = patches.astype(dtype)
         for i, (time, side, _) in enumerate(self.folds):
             p, t, h, w, c = x.shape
@@ -107,10 +110,11 @@ class HMLP(nnx.Module):
 
 
 class ClockTower(nnx.Module):
-    """Linear map of the clock features, added to the TURN token; zero at the start."""
+    """A linear map of the clock features, which is added to the TURN token. Its initial value is zero."""
 
     def __init__(self, config: BackboneConfig):
         self.weight = param((CLOCK_FEATURES, config.d_model), ("clock", "embed"), zeros)
 
     def __call__(self, features: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """`features` `[..., CLOCK_FEATURES]` -> `[..., D]`."""
         return features.astype(dtype) @ self.weight[...].astype(dtype)

@@ -1,8 +1,10 @@
-"""Cross-entropy over the vocabulary without the logits of all of it: a chunk of columns after the other.
+"""Cross-entropy over the vocabulary without all logits in memory: one chunk of columns after the other.
 
-Axes: N positions, D model width, V words of this device, C words of a chunk. 4,096 positions have 3.3 GB of float32
-logits over Inkling's vocabulary, and their gradient as much. Chunks of columns, not of positions, make each column's
-gradient in one piece, and a chunk's weights are fetched when its turn comes. Called by `interaction` in training.
+Axes: N positions, D model width, V words of this device, C words of a chunk. Called by `interaction` in training.
+
+4,096 positions have 3.3 GB of float32 logits over Inkling's vocabulary, and a gradient of the same size. The vocabulary
+is cut into chunks, not the positions: the gradient of each column is then complete at once, and a chunk's weights are
+fetched only when the chunk is computed.
 """
 
 from __future__ import annotations
@@ -18,22 +20,33 @@ from jaxtml.model.placement import TENSOR
 from jaxtml.parallel.collectives import pmax, psum_backward, psum_forward
 from jaxtml.parallel.mesh import MeshShape
 
-MAX_LOGITS = 2**27  # of a chunk, at most: half a gigabyte in float32
+MAX_LOGITS = 2**27  # of one chunk: half a gigabyte in float32
 
 
 class Scores(NamedTuple):
-    """How well each target was foreseen: `nll` `[N]` float32 in nats, `right` `[N]` bool (no word is likelier)."""
+    """How well each target was predicted.
+
+    Attributes:
+      nll: `[N]` float32, negative log-likelihood in nats.
+      right: `[N]` bool, whether no word is likelier than the target.
+    """
 
     nll: jax.Array
     right: jax.Array
 
 
-class _Seen(NamedTuple):
-    """Of the chunks so far, `[N]` float32 each: the largest logit, the sum of exp(logit - largest), the target's."""
+class _RunningSoftmax(NamedTuple):
+    """What is known after some chunks, `[N]` float32 each.
+
+    Attributes:
+      largest: the largest logit.
+      total: the sum of exp(logit - largest).
+      target: the target's logit; 0 until the target's chunk has been computed.
+    """
 
     largest: jax.Array
     total: jax.Array
-    picked: jax.Array
+    target: jax.Array
 
 
 def score_targets(
@@ -41,47 +54,49 @@ def score_targets(
     unembed: jax.Array,
     target: jax.Array,
     mesh: MeshShape,
-    fetched: Callable[[jax.Array], jax.Array] = lambda columns: columns,
+    fetch: Callable[[jax.Array], jax.Array] = lambda columns: columns,
 ) -> Scores:
-    """Scores `target` `[N]` int32 from `hidden` `[N, D]`, logits being `hidden @ unembed`.
+    """Scores `target` `[N]` int32 from `hidden` `[N, D]`; the logits are `hidden @ unembed`.
 
     Args:
-      hidden: the same on all devices of `tensor`.
-      unembed: `[D or a part of it, V]`, this device's words: the first after those of devices before it on `tensor`.
-      target: in the numbering of all words.
-      mesh: where it runs.
-      fetched: some columns as they are held -> `[D, C]` in the dtype of `hidden`.
+      hidden: `[N, D]`, the same on all devices of `tensor`.
+      unembed: `[D or this device's part of D, V]`, the words of this device. The devices of `tensor` hold consecutive
+        parts of the vocabulary.
+      target: `[N]` int32, numbers of words in the complete vocabulary.
+      mesh: the mesh on which the program runs.
+      fetch: gathers some columns of `unembed`: as stored -> `[D, C]` in the dtype of `hidden`.
     """
-    count = _chunks(len(hidden), unembed.shape[1])
+    count = _count_chunks(len(hidden), unembed.shape[1])
     width = unembed.shape[1] // count
     first = unembed.shape[1] * jax.lax.axis_index("tensor") if mesh.tensor > 1 else 0
     hidden = psum_backward(hidden, mesh, TENSOR)
 
-    def one(seen: _Seen, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Seen, None]:
+    def add_chunk(before: _RunningSoftmax, chunk: tuple[jax.Array, jax.Array]) -> tuple[_RunningSoftmax, None]:
         start, columns = chunk
-        logits = _products(hidden, fetched(columns))
-        at = target - start
-        own = jnp.take_along_axis(logits, jnp.clip(at, 0, width - 1)[:, None], axis=1)[:, 0]
-        most = jax.lax.stop_gradient(jnp.maximum(seen.largest, logits.max(axis=1)))
-        total = seen.total * jnp.exp(seen.largest - most) + jnp.exp(logits - most[:, None]).sum(axis=1)
-        return _Seen(most, total, seen.picked + jnp.where((at >= 0) & (at < width), own, 0)), None
+        logits = _products(hidden, fetch(columns))
+        column = target - start
+        picked = jnp.take_along_axis(logits, jnp.clip(column, 0, width - 1)[:, None], axis=1)[:, 0]
+        largest = jax.lax.stop_gradient(jnp.maximum(before.largest, logits.max(axis=1)))
+        total = before.total * jnp.exp(before.largest - largest) + jnp.exp(logits - largest[:, None]).sum(axis=1)
+        in_chunk = (column >= 0) & (column < width)
+        return _RunningSoftmax(largest, total, before.target + jnp.where(in_chunk, picked, 0)), None
 
-    nothing = jnp.zeros(target.shape, jnp.float32)
-    seen = _Seen(nothing + MASKED_LOGIT, nothing, nothing)
+    zero = jnp.zeros(target.shape, jnp.float32)
+    softmax = _RunningSoftmax(zero + MASKED_LOGIT, zero, zero)
     starts = first + width * jnp.arange(count)
     if count == 1:
-        seen, _ = one(seen, (starts[0], unembed))
+        softmax, _ = add_chunk(softmax, (starts[0], unembed))
     else:
-        parts = unembed.reshape(-1, count, width).swapaxes(0, 1)
-        seen, _ = jax.lax.scan(jax.checkpoint(one), seen, (starts, parts))
-    most = pmax(seen.largest, mesh, TENSOR)
-    total = psum_forward(seen.total * jnp.exp(seen.largest - most), mesh, TENSOR)
-    picked = psum_forward(seen.picked, mesh, TENSOR)
-    return Scores(most + jnp.log(total) - picked, picked >= most)
+        chunks = unembed.reshape(-1, count, width).swapaxes(0, 1)
+        softmax, _ = jax.lax.scan(jax.checkpoint(add_chunk), softmax, (starts, chunks))
+    largest = pmax(softmax.largest, mesh, TENSOR)
+    total = psum_forward(softmax.total * jnp.exp(softmax.largest - largest), mesh, TENSOR)
+    picked = psum_forward(softmax.target, mesh, TENSOR)
+    return Scores(largest + jnp.log(total) - picked, picked >= largest)
 
 
-def _chunks(positions: int, words: int) -> int:
-    """The fewest chunks of equal width that keep within `MAX_LOGITS`."""
+def _count_chunks(positions: int, words: int) -> int:
+    """Returns the smallest number of equal chunks of at most `MAX_LOGITS` logits."""
     return next(
         n for n in range(1, words + 1) if words % n == 0 and (positions * words // n <= MAX_LOGITS or n == words)
     )
@@ -89,8 +104,11 @@ def _chunks(positions: int, words: int) -> int:
 
 @jax.custom_vjp
 def _products(hidden: jax.Array, columns: jax.Array) -> jax.Array:
-    """`hidden @ columns` in float32; gradients in the dtype of `hidden`, or the products of the adjoint would be slow
-    ones of float32."""
+    """Returns `hidden @ columns` in float32.
+
+    The gradient is cast to the dtype of `hidden` first: otherwise the products of the adjoint would be slow float32
+    products.
+    """
     return jnp.matmul(hidden, columns, preferred_element_type=jnp.float32)
 
 

@@ -1,13 +1,13 @@
-"""Public figures of the accelerators that plans and utilisation are computed for, with where they are published.
+"""Published figures of the accelerators for which plans and utilisation are computed, and where they are published.
 
 | chip | source |
 |---|---|
 | TPU v5e | docs.cloud.google.com/tpu/docs/v5e (links 400 GB/s both ways, 6.4 Tb/s to the network per 256 chips) |
 | TPU v5p, v6e, tpu7x | docs.cloud.google.com/tpu/docs/tpu7x, the table that compares the three, read 2026-11-24 |
-| H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand a GPU) |
-| GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 a GPU, 186 GB, NVLink 1,800 GB/s) |
+| H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand per GPU) |
+| GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 per GPU, 186 GB, NVLink 1,800 GB/s) |
 
-Called by the trainer's progress line and by `plan`.
+Called by the trainer's progress line and by `jaxtml plan`; `TPU_LANES` by the TPU kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GB, TERA = 1e9, 1e12
-TPU_LANES = 128  # numbers side by side in a register of a TPU: kernels take multiples of it
+TPU_LANES = 128  # columns of a TPU's vector register: a kernel takes only sizes that are multiples of it
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """What XLA's compiler must know of a GPU that is not present.
+
+    Attributes:
+      compute_capability: major number of NVIDIA's compute capability.
+      multiprocessors: streaming multiprocessors.
+      l2_bytes: bytes of second-level cache.
+      clock_ghz: clock rate in GHz.
+    """
+
+    compute_capability: int
+    multiprocessors: int
+    l2_bytes: int
+    clock_ghz: float
 
 
 @dataclass(frozen=True)
@@ -23,18 +40,17 @@ class Chip:
     """One chip.
 
     Attributes:
-      name: as a topology names it.
-      kinds: what JAX calls a device of it (`device_kind`).
+      name: as a topology names it ("v5p").
+      kinds: what JAX calls a device of this chip (`device_kind`).
       flops: dense bfloat16 FLOP/s.
       memory: bytes of high-bandwidth memory.
       memory_rate: bytes/s of that memory.
-      link_rate: bytes/s to the neighbours, all links of one chip, one direction.
-      network_rate: bytes/s to other slices or nodes, per chip, one direction.
+      link_rate: bytes/s to the neighbours over all links of one chip, in one direction.
+      network_rate: bytes/s to other slices or nodes, per chip, in one direction.
       devices: JAX devices per chip.
-      gpu: of a GPU, what XLA's compiler asks about it where there is none: major compute capability, multiprocessors,
-        bytes of second-level cache and GHz.
-      host: GPUs of a host, at most.
-      linked: GPUs with fast links to each other where that is more than a host has.
+      gpu: what XLA's compiler must know of a GPU; None: the chip is a TPU.
+      gpus_per_host: GPUs of one host, at most; 0 for a TPU.
+      gpus_per_domain: GPUs with fast links to each other, where there are more of them than a host has; otherwise 0.
     """
 
     name: str
@@ -45,19 +61,29 @@ class Chip:
     link_rate: float
     network_rate: float
     devices: int = 1
-    gpu: tuple[int, int, int, float] | None = None
-    host: int = 0
-    linked: int = 0
+    gpu: GpuTarget | None = None
+    gpus_per_host: int = 0
+    gpus_per_domain: int = 0
 
 
-_HOPPER = (9, 132, 50 * 2**20, 1.98)
-_BLACKWELL = (10, 148, 126 * 2**20, 1.965)
+_HOPPER = GpuTarget(9, 132, 50 * 2**20, 1.98)
+_BLACKWELL = GpuTarget(10, 148, 126 * 2**20, 1.965)
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_HOPPER, host=8),
+    Chip(
+        "h100",
+        ("NVIDIA H100 80GB HBM3",),
+        989 * TERA,
+        80 * GB,
+        3350 * GB,
+        450 * GB,
+        50 * GB,
+        gpu=_HOPPER,
+        gpus_per_host=8,
+    ),
     Chip(
         "gb200",
         ("NVIDIA GB200",),
@@ -67,12 +93,12 @@ CHIPS = (
         900 * GB,
         50 * GB,
         gpu=_BLACKWELL,
-        host=4,
-        linked=72,
+        gpus_per_host=4,
+        gpus_per_domain=72,
     ),
 )
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that JAX's `device_kind` belongs to; None: not in the table, as a CPU."""
+    """Returns the chip to which JAX's `device_kind` belongs; None where the table has none, for example on a CPU."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

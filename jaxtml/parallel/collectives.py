@@ -1,12 +1,16 @@
-"""What the programs of a mesh's devices say to each other, inside `jax.shard_map`. Knows axis names, no model.
+"""Collectives between the devices of a mesh, for programs inside `jax.shard_map`. They know axis names, not models.
 
-All are written for `check_vma=False`, where the transpose of a `psum` is a `psum`: `psum_backward` and `psum_forward`
-are the pair that is right for values which every device of an axis holds alike (the f and g of Megatron-LM, Shoeybi et
-al., 2019); `all_gather_last` completes what they then all use alike. Each is the identity over axes of length 1, so
-that a program for one device has no axes at all.
+Called by every module of the model that shares work over the mesh, and by the training step. An argument called `axes`
+holds names of mesh axes (`jaxtml.parallel.mesh`). A collective over axes of length 1 is the identity, so a program for
+one device has no axes at all.
 
-On a CPU sums are taken in the order of the devices: over processes it would be Gloo's order, and a run that goes on
-with another number of them would not be what it had been.
+All collectives are written for `check_vma=False`, where JAX takes a `psum` as the transpose of a `psum`. That transpose
+is wrong for values that every device of an axis holds alike. `psum_backward` and `psum_forward` are the pair that is
+right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` completes a value that all
+devices then use alike.
+
+On a CPU, sums are taken in the order of the devices. Gloo, which sums over processes, has an order of its own: a run
+that is resumed with another number of processes would then give other numbers.
 """
 
 from __future__ import annotations
@@ -22,132 +26,147 @@ from jax.sharding import PartitionSpec
 from jaxtml.parallel.mesh import MeshShape, axis_names
 
 
-def used(mesh: MeshShape, axes: Sequence[str]) -> tuple[str, ...]:
-    """The axes among `axes` that have more than one device."""
+def _split_axes(mesh: MeshShape, axes: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of `axes` that have more than one device."""
     return tuple(axis for axis in axes if mesh.sizes[axis] > 1)
 
 
-def _added(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Sum over the devices of `names`; not to be differentiated."""
+def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Sums over the devices of `axes`; must not be differentiated."""
     return jax.lax.platform_dependent(
         x,
-        cpu=lambda x: jax.lax.all_gather(x, names).sum(axis=0),
-        default=lambda x: jax.lax.psum(x, names),
+        cpu=lambda x: jax.lax.all_gather(x, axes).sum(axis=0),
+        default=lambda x: jax.lax.psum(x, axes),
     )
 
 
-def _scatter_added(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`."""
+def _psum_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Returns this device's part, cut from dimension `dim`, of the sum over the devices of `axes`."""
 
-    def in_order(x: jax.Array) -> jax.Array:
-        ways = math.prod(jax.lax.axis_size(name) for name in names)
-        parts = x.reshape(*x.shape[:dim], ways, -1, *x.shape[dim + 1 :])
+    def sum_in_order(x: jax.Array) -> jax.Array:
+        devices = math.prod(jax.lax.axis_size(axis) for axis in axes)
+        parts = x.reshape(*x.shape[:dim], devices, -1, *x.shape[dim + 1 :])
         parts = jnp.moveaxis(parts, dim, 0)
-        return jax.lax.all_to_all(parts, names, 0, 0, tiled=True).sum(axis=0)
+        return jax.lax.all_to_all(parts, axes, 0, 0, tiled=True).sum(axis=0)
 
-    def scattered(x: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
+    def psum_scatter(x: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
-    return jax.lax.platform_dependent(x, cpu=in_order, default=scattered)
-
-
-def all_gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    """The parts of the devices of `names` side by side in dimension `dim`; gradients are summed and scattered back."""
-    return _gather(x, names, dim)
+    return jax.lax.platform_dependent(x, cpu=sum_in_order, default=psum_scatter)
 
 
-def reduce_scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    """This device's part, cut from dimension `dim`, of the sum over the devices of `names`: the adjoint of
-    `all_gather`."""
-    return _scatter(x, names, dim)
+def all_gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Concatenates the parts of the devices of `axes` along dimension `dim`.
+
+    The gradient is the adjoint: a `reduce_scatter`.
+    """
+    return _all_gather(x, axes, dim)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    return jax.lax.all_gather(x, names, axis=dim, tiled=True)
+def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Sums over the devices of `axes` and returns this device's part, cut from dimension `dim`.
 
-
-_gather.defvjp(lambda x, names, dim: (_gather(x, names, dim), None),
-               lambda names, dim, _, grad: (_scatter_added(grad, names, dim),))  # fmt: skip
+    The gradient is the adjoint: an `all_gather`.
+    """
+    return _reduce_scatter(x, axes, dim)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scatter(x: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
-    return _scatter_added(x, names, dim)
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-_scatter.defvjp(lambda x, names, dim: (_scatter(x, names, dim), None),
-                lambda names, dim, _, grad: (_gather(grad, names, dim),))  # fmt: skip
+_all_gather.defvjp(lambda x, axes, dim: (_all_gather(x, axes, dim), None),
+                   lambda axes, dim, _, grad: (_psum_scatter(grad, axes, dim),))  # fmt: skip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    return _psum_scatter(x, axes, dim)
+
+
+_reduce_scatter.defvjp(lambda x, axes, dim: (_reduce_scatter(x, axes, dim), None),
+                       lambda axes, dim, _, grad: (_all_gather(grad, axes, dim),))  # fmt: skip
 
 
 def psum(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
-    """Sum over the devices of `axes`; not to be differentiated."""
-    names = used(mesh, axes)
-    return _added(x, names) if names else x
+    """Sums over the devices of `axes`; must not be differentiated."""
+    split = _split_axes(mesh, axes)
+    return _psum(x, split) if split else x
 
 
 def pmax(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
-    """Maximum over the devices of `axes`; no gradient passes."""
-    names = used(mesh, axes)
+    """Returns the maximum over the devices of `axes`; no gradient passes."""
+    split = _split_axes(mesh, axes)
     x = jax.lax.stop_gradient(x)
-    return jax.lax.pmax(x, names) if names else x
+    return jax.lax.pmax(x, split) if split else x
 
 
 def psum_backward(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
-    """A value that is the same on all devices of `axes` and that each uses for its part: gradients are summed."""
-    names = used(mesh, axes)
-    return _spread(x, names) if names else x
+    """Returns `x` unchanged and sums its gradient over the devices of `axes` (Megatron's f).
+
+    For a value that is the same on all devices of `axes` and from which each device computes its own share.
+    """
+    split = _split_axes(mesh, axes)
+    return _psum_backward(x, split) if split else x
 
 
 def psum_forward(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
-    """The sum of the parts that the devices of `axes` hold: the same everywhere, each part with the whole gradient."""
-    names = used(mesh, axes)
-    return _merge(x, names) if names else x
+    """Sums the shares of the devices of `axes` and passes the gradient on unchanged (Megatron's g).
+
+    The sum is the same on all devices, and each share receives the full gradient.
+    """
+    split = _split_axes(mesh, axes)
+    return _psum_forward(x, split) if split else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _spread(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def _psum_backward(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return x
 
 
-_spread.defvjp(lambda x, names: (x, None), lambda names, _, grad: (_added(grad, names),))
+_psum_backward.defvjp(lambda x, axes: (x, None), lambda axes, _, grad: (_psum(grad, axes),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _merge(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return _added(x, names)
+def _psum_forward(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return _psum(x, axes)
 
 
-_merge.defvjp(lambda x, names: (_added(x, names), None), lambda names, _, grad: (grad,))
+_psum_forward.defvjp(lambda x, axes: (_psum(x, axes), None), lambda axes, _, grad: (grad,))
 
 
 def all_gather_last(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
-    """The last dimension whole, from the parts of the devices of `axes`, which then all do the same with it."""
-    names = used(mesh, axes)
-    return _joined(x, names) if names else x
+    """Concatenates the parts of the devices of `axes` along the last dimension.
+
+    All devices must then compute the same from the result: the gradient is cut, not summed.
+    """
+    split = _split_axes(mesh, axes)
+    return _all_gather_last(x, split) if split else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _joined(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True)
+def _all_gather_last(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True)
 
 
-def _joined_bwd(names: tuple[str, ...], size: int, grad: jax.Array) -> tuple[jax.Array]:
-    start = jax.lax.axis_index(names) * size
+def _all_gather_last_bwd(axes: tuple[str, ...], size: int, grad: jax.Array) -> tuple[jax.Array]:
+    start = jax.lax.axis_index(axes) * size
     return (jax.lax.dynamic_slice_in_dim(grad, start, size, axis=grad.ndim - 1),)
 
 
-_joined.defvjp(lambda x, names: (_joined(x, names), x.shape[-1]), _joined_bwd)
+_all_gather_last.defvjp(lambda x, axes: (_all_gather_last(x, axes), x.shape[-1]), _all_gather_last_bwd)
 
 
-def all_gather_parameter(x: jax.Array, held: PartitionSpec, needed: PartitionSpec) -> jax.Array:
-    """A device's part of a parameter, laid out as `held`, as the larger part `needed`; gradients are scattered back.
+def all_gather_parameter(x: jax.Array, stored: PartitionSpec, needed: PartitionSpec) -> jax.Array:
+    """Gathers a device's part of a parameter from the layout `stored` to the larger part of the layout `needed`.
 
-    Only the axes that `needed` lacks are gathered (the last ones of a dimension, as in ("expert", "data")).
+    Gathers only the axes that `needed` lacks; they are the last ones of a dimension, as in ("expert", "data").
+    Gradients are summed and scattered back.
     """
-    for dim, names in enumerate(held):
+    for dim, part in enumerate(stored):
         keep = axis_names(needed[dim] if dim < len(needed) else None)
-        more = tuple(name for name in axis_names(names) if name not in keep)
-        if more:
-            x = all_gather(x, more, dim)
+        missing = tuple(axis for axis in axis_names(part) if axis not in keep)
+        if missing:
+            x = all_gather(x, missing, dim)
     return x

@@ -1,14 +1,18 @@
-"""The mesh, and where on it every axis of every parameter lies. Knows names and sizes, no model.
+"""The device mesh, and the rules that decide where on it each axis of each parameter lies.
 
-Four axes, always present, of length 1 where unused. All but `tensor` split the batch:
+Called by the trainer, the server, `jaxtml plan` and the tests. This file knows names and sizes, not the model.
 
-- `replica`: whole copies of the model, across slices; gradients are summed over the slow network.
-- `data`: parameters are sharded and gathered layer by layer (FSDP, Zhao et al., 2023).
-- `expert`: routed experts live apart, tokens travel; what is not an expert is sharded here as over `data`.
-- `tensor`: heads, feed-forward width and vocabulary are split.
+The mesh always has four axes; an axis that is not used has length 1. All axes but `tensor` split the batch:
 
-`TRAIN` and `SERVE` say, for every logical axis name that a `ParamSpec` may carry, which mesh axes split it. Serving
-keeps each weight where it is used and gathers nothing. Called by the trainer, the server, the plan and the tests.
+- `replica`: complete copies of the model, one per slice; gradients are summed over the slow network.
+- `data`: parameters are sharded, and gathered layer by layer (FSDP, Zhao et al., 2023).
+- `expert`: each device holds other routed experts, and tokens travel to them. All other parameters are sharded over
+  this axis as over `data`.
+- `tensor`: attention heads, feed-forward width and vocabulary are split.
+
+A `ParamSpec` names the logical axes of its parameter. `TRAIN` and `SERVE` are the rules: for each logical axis, the
+mesh axes that split it. `TRAIN` says how the trainer stores parameters. `SERVE` says where a program computes with
+them; serving keeps each weight there and gathers nothing. A new logical axis needs a rule here.
 """
 
 from __future__ import annotations
@@ -26,11 +30,11 @@ from jaxtml.errors import InputError
 
 AXES = ("replica", "data", "expert", "tensor")
 BATCH_AXES = ("replica", "data", "expert")
-STACKED = ("block", "layer")  # a stack of layers is never split
+STACKED = ("block", "layer")  # logical axes of a stack of layers, which is never split
 
-Rules = Mapping[str, tuple[str, ...]]
+Rules = Mapping[str, tuple[str, ...]]  # logical axis -> the mesh axes that split it
 
-_WHOLE = (
+_NEVER_SPLIT = (
     *STACKED,
     *("channel", "conv", "head_dim", "norm", "rel", "extent", "router", "scalar", "gate_up", "shared"),
     *("clock", "dmel", "patch", "patch_hidden", "pair", "merged"),
@@ -38,7 +42,7 @@ _WHOLE = (
     *("kernel", "in", "out"),  # the vocoder
 )
 SERVE: Rules = {
-    **dict.fromkeys(_WHOLE, ()),
+    **dict.fromkeys(_NEVER_SPLIT, ()),
     "embed": (),
     "expert_embed": (),
     "flow": (),
@@ -58,7 +62,7 @@ TRAIN: Rules = {
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Length of every mesh axis."""
+    """The length of every mesh axis."""
 
     replica: int = 1
     data: int = 1
@@ -67,16 +71,16 @@ class MeshShape:
 
     @staticmethod
     def parse(text: str) -> MeshShape:
-        """`"data=16,expert=8"` -> the shape; axes that are not named are 1.
+        """Reads a shape such as "data=16,expert=8"; axes that are not named have length 1.
 
         Raises:
-          InputError: an unknown axis, or a length that is no positive integer.
+          InputError: an axis is unknown or named twice, or its length is not a positive integer.
         """
         lengths: dict[str, int] = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
             if name not in AXES:
-                raise InputError(f"mesh {text!r}: no axis {name!r}; there are {', '.join(AXES)}")
+                raise InputError(f"mesh {text!r}: there is no axis {name!r}; the axes are {', '.join(AXES)}")
             if name in lengths:
                 raise InputError(f"mesh {text!r}: {name} is named twice")
             if not value.isdecimal() or len(value) > 9 or int(value) < 1:
@@ -86,15 +90,17 @@ class MeshShape:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The length of every axis by its name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def devices(self) -> int:
+        """The number of devices in the mesh."""
         return math.prod(self.sizes.values())
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts a batch is split."""
+        """The number of parts into which a batch is split."""
         return self.replica * self.data * self.expert
 
     def __str__(self) -> str:
@@ -102,46 +108,50 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with explicit axes over `devices` (None: all there are); of one device, whose programs name no axes, with
-    automatic ones.
+    """Makes the mesh of `shape` over `devices` (None: all devices of the job).
+
+    Its axes are explicit. The axes of a mesh of one device are automatic, because a program for one device names none.
 
     Raises:
-      InputError: there are not as many devices as the shape needs.
+      InputError: the number of devices is not what the shape needs.
     """
-    found = len(devices) if devices is not None else jax.device_count()
-    if found != shape.devices:
+    count = len(devices) if devices is not None else jax.device_count()
+    if count != shape.devices:
         raise InputError(
-            f"mesh {shape} needs {shape.devices} devices, there are {found}: "
-            f"the product of {', '.join(AXES)} has to be {found}"
+            f"mesh {shape} needs {shape.devices} devices, there are {count}: "
+            f"the product of {', '.join(AXES)} has to be {count}"
         )
-    kinds, sizes = ((AxisType.Explicit if found > 1 else AxisType.Auto),) * 4, tuple(shape.sizes.values())
+    axis_types = ((AxisType.Explicit if count > 1 else AxisType.Auto),) * 4
+    sizes = tuple(shape.sizes.values())
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:  # no axis is a product of the torus' sides
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:  # an axis is not a product of sides of the TPU torus: split a side
         grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=kinds)
+        return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def axis_names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one part of a `PartitionSpec`."""
+    """Returns the mesh axes that split one dimension, from that dimension's part of a `PartitionSpec`."""
     return (part,) if isinstance(part, str) else part or ()
 
 
 def partition_spec(
     name: str, shape: Sequence[int], axes: Sequence[str], mesh: MeshShape, rules: Rules
 ) -> PartitionSpec:
-    """Where a parameter lies. Vectors are whole everywhere: splitting them saves nothing and costs a collective.
+    """Returns where a parameter lies on the mesh.
+
+    A vector (of each layer, if stacked) is replicated: splitting it saves nothing and costs a collective.
 
     Args:
       name: the parameter's path, for messages.
-      shape: its shape.
-      axes: a logical name per dimension.
+      shape: the parameter's shape.
+      axes: a logical name for each dimension.
       mesh: lengths of the mesh axes.
-      rules: mesh axes of every logical name.
+      rules: for each logical name, the mesh axes that split it.
 
     Raises:
-      InputError: a logical name without a rule, two dimensions on one mesh axis, or a dimension that does not divide;
-        the message names parameter, axis and remedy.
+      InputError: a logical name has no rule, two dimensions want one mesh axis, or a dimension does not divide. The
+        message names the parameter, the axis and a remedy.
     """
     if sum(axis not in STACKED for axis in axes) < 2:
         return PartitionSpec()
@@ -157,15 +167,15 @@ def partition_spec(
                     "give one of them another rule"
                 )
             taken[mesh_axis] = axis
-        used = tuple(mesh_axis for mesh_axis in rules[axis] if mesh.sizes[mesh_axis] > 1)
-        ways = math.prod(mesh.sizes[mesh_axis] for mesh_axis in used)
-        if size % ways:
-            told = " x ".join(f"{mesh_axis}={mesh.sizes[mesh_axis]}" for mesh_axis in used)
+        split = tuple(mesh_axis for mesh_axis in rules[axis] if mesh.sizes[mesh_axis] > 1)
+        shards = math.prod(mesh.sizes[mesh_axis] for mesh_axis in split)
+        if size % shards:
+            lengths = " x ".join(f"{mesh_axis}={mesh.sizes[mesh_axis]}" for mesh_axis in split)
             raise InputError(
-                f"{name}: its axis {axis!r} of {size} does not divide by {told}: "
-                f"choose a divisor of {size}, as {math.gcd(size, ways)}"
+                f"{name}: its axis {axis!r} of {size} does not divide by {lengths}: "
+                f"choose a divisor of {size}, for example {math.gcd(size, shards)}"
             )
-        parts.append(used[0] if len(used) == 1 else used or None)
+        parts.append(split[0] if len(split) == 1 else split or None)
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)

@@ -1,4 +1,9 @@
-"""Many processes, one program: how a process finds the others. Called by `train` and by the server's workers."""
+"""How the processes of one job find each other, so that they run one program together.
+
+Called by the trainer and by the server's workers. JAX itself finds the processes of a Slurm step and of a TPU pod that
+GKE starts. Everywhere else three environment variables say where process 0 is, how many processes there are and which
+one this is: JAX_COORDINATOR_ADDRESS, NNODES and NODE_RANK.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +14,34 @@ import jax
 
 from jaxtml.errors import InputError
 
-# Set by Slurm inside a step, and by GKE on TPU pods of several hosts: JAX finds the rest by itself.
+# Slurm sets the first inside a step, GKE the others on TPU pods of several hosts. With one of them, JAX finds the rest.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
-_SLICES = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
+_MEGASCALE_DEFAULTS = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 
 
 def process_rank() -> int | None:
-    """Which process of its job this one is, before it joins it; None where it is alone.
+    """Returns the rank of this process in its job, also before the process joins it; None in a job of one process.
 
     Raises:
-      InputError: as `join`.
+      InputError: as `join_processes`.
     """
-    count, place = _place()
-    return place if count > 1 else None
+    count, rank = _job_position()
+    return rank if count > 1 else None
 
 
 def first_host() -> str:
-    """The host of process 0, by which the others reach it, as told on process 0."""
+    """Returns the host name or address of process 0, under which the others reach it. Call it on process 0."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS") or ""
-    told = address.rpartition(":")[0] if address.rpartition(":")[2].isdecimal() else address
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return told.strip("[]") or os.environ.get("SLURMD_NODENAME") or names[0] or socket.gethostname()
+    host = address.rpartition(":")[0] if address.rpartition(":")[2].isdecimal() else address
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return host.strip("[]") or os.environ.get("SLURMD_NODENAME") or hosts[0] or socket.gethostname()
 
 
 def join_processes() -> None:
-    """Joins the processes of this job; does nothing where there is but one.
+    """Connects this process to the other processes of its job; does nothing in a job of one process.
 
-    With JAX_COORDINATOR_ADDRESS set, NNODES and NODE_RANK say how many processes there are and which one this is (JAX
-    reads no variable for these); inside a Slurm step and where GKE starts the hosts of a TPU pod, JAX finds them.
+    With JAX_COORDINATOR_ADDRESS, the variables NNODES and NODE_RANK must be set too, because JAX reads no variable for
+    the number of processes and the rank. Inside a Slurm step and on a TPU pod of GKE, JAX finds the processes itself.
 
     Raises:
       InputError: the variables are incomplete or wrong.
@@ -44,25 +49,25 @@ def join_processes() -> None:
     if process_rank() is None:
         return
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(address, *_told())
+        jax.distributed.initialize(address, *_position_from_variables())
     else:
         jax.distributed.initialize()
 
 
-def _place() -> tuple[int, int]:
-    """How many processes the job has, and which one this is."""
+def _job_position() -> tuple[int, int]:
+    """Returns the number of processes of the job and the rank of this one."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return _told()
+        return _position_from_variables()
     if os.environ.get("SLURM_STEP_NODELIST"):
         count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
         return int(count), int(os.environ.get("SLURM_PROCID", "0"))
     hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
-    slices, at = (int(os.environ.get(f"MEGASCALE_{name}", default)) for name, default in _SLICES)
-    return hosts * slices, hosts * at + int(os.environ.get("TPU_WORKER_ID", "0"))
+    slices, slice_id = (int(os.environ.get(f"MEGASCALE_{name}", default)) for name, default in _MEGASCALE_DEFAULTS)
+    return hosts * slices, hosts * slice_id + int(os.environ.get("TPU_WORKER_ID", "0"))
 
 
-def _told() -> tuple[int, int]:
-    """How many processes there are, and which one this is."""
+def _position_from_variables() -> tuple[int, int]:
+    """Returns the number of processes and the rank of this one from NNODES and NODE_RANK."""
     try:
         count, rank = (int(os.environ[name]) for name in ("NNODES", "NODE_RANK"))
     except (KeyError, ValueError) as error:

@@ -1,14 +1,15 @@
-"""What one device's program does, counted on its jaxpr: FLOPs and bytes sent, with every loop as often as it runs.
+"""Counts the work of one device's program on its jaxpr: FLOPs and bytes sent, each loop as often as it runs.
 
-XLA's own `cost_analysis` counts the body of a loop once, and the text of a compiled pod program cannot always be had.
-The collectives of a `jax.shard_map` program stand in its jaxpr, each with its axes. Called by `plan` and by tests.
+Called by `jaxtml plan` and by tests. Two other sources do not do: XLA's `cost_analysis` counts the body of a loop once,
+and the text of a compiled pod program is not always available. The jaxpr of a `jax.shard_map` program names every
+collective with its mesh axes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 @dataclass
 class Work:
-    """Counts of one run.
+    """The work of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products, kernels' own estimates included.
-      sent: bytes that a device sends, by (collective, axes).
-      open_loops: loops without a known number of rounds, counted as one round each.
+      flops: FLOPs of matrix products; for a Pallas kernel, its own estimate.
+      sent: bytes that the device sends, by (collective, mesh axes).
+      open_loops: loops whose number of rounds is not known; see `count_jaxpr_work`.
     """
 
     flops: float = 0.0
@@ -31,77 +32,81 @@ class Work:
     open_loops: int = 0
 
     def scaled(self, factor: float) -> Work:
-        """The work of so many such runs."""
+        """Returns the work of `factor` runs."""
         work = Work()
         work.add(self, factor)
         return work
 
     def add(self, other: Work, times: float = 1) -> None:
+        """Adds `other`, done `times` times. `open_loops` counts loops in the program, so it is not multiplied."""
         self.flops += times * other.flops
         self.open_loops += other.open_loops
         for key, size in other.sent.items():
-            self.sent[key] += times * size  # pyright: ignore[reportArgumentType] (a share of an odd size)
+            self.sent[key] += times * size  # pyright: ignore[reportArgumentType] (bytes need not be whole numbers)
 
 
-def count_work(function: Any, *arguments: Any, platform: str) -> Work:
-    """Work of `function(*arguments)` on one device; arguments may be `jax.ShapeDtypeStruct`s.
+def count_work(function: Callable[..., Any], *arguments: Any, platform: str) -> Work:
+    """Counts the work of `function(*arguments)` on one device; arguments may be `jax.ShapeDtypeStruct`s.
 
     Args:
       function: anything that `jax.jit` takes.
-      platform: "cpu", "tpu" or "cuda": whose branch of `jax.lax.platform_dependent` counts.
+      arguments: arrays, shapes, or trees of them.
+      platform: "cpu", "tpu" or "cuda": the platform whose branch of `jax.lax.platform_dependent` counts.
     """
     return count_jaxpr_work(jax.jit(function).trace(*arguments).jaxpr, platform)
 
 
 def count_jaxpr_work(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: bool = False) -> Work:
-    """Work of a traced program, as `jax.jit(f).trace(...).jaxpr`.
+    """Counts the work of a traced program.
 
     Args:
-      jaxpr: the program.
+      jaxpr: the program, as `jax.jit(f).trace(...).jaxpr`.
       platform: as for `count_work`.
-      rounds: how often a loop without a known number of rounds runs.
-      least: of the branches of a condition that multiply anything count the cheapest, not the dearest.
+      rounds: how many rounds to count of a loop whose number of rounds is not known.
+      least: at a condition, counts the cheapest branch instead of the dearest. Branches without matrix products are
+        left out while another branch has some.
     """
-    return _count(jaxpr.jaxpr, _Reading(platform, rounds, least), {})
+    return _count(jaxpr.jaxpr, _Options(platform, rounds, least), {})
 
 
-class _Reading(NamedTuple):
-    """How a jaxpr is read."""
+class _Options(NamedTuple):
+    """How a jaxpr is counted: the arguments of `count_jaxpr_work`."""
 
     platform: str
     rounds: int
     least: bool
 
     def choose(self, branches: list[Work]) -> Work:
+        """Returns the branch of a condition that counts."""
         working = [branch for branch in branches if branch.flops] or branches
         return (min if self.least else max)(working, key=lambda branch: branch.flops)
 
 
-def _count(jaxpr: Jaxpr, reading: _Reading, axes: dict[str, int]) -> Work:
-    work, platform = Work(), reading.platform
-    chosen: dict[Any, int] = {}  # results of platform_index
+def _count(jaxpr: Jaxpr, options: _Options, axis_sizes: dict[str, int]) -> Work:
+    """Counts one jaxpr and all jaxprs inside it; `axis_sizes` are those of the enclosing `shard_map`s."""
+    work = Work()
+    # Variables that hold the branch of a `platform_dependent`, which is a `platform_index` followed by a `cond`.
+    branch_of: dict[Any, int] = {}
     eqn: Any
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "platform_index":
-            chosen[eqn.outvars[0]] = _branch(params["platforms"], platform)
-        elif name == "convert_element_type" and isinstance(eqn.invars[0], Var) and eqn.invars[0] in chosen:
-            chosen[eqn.outvars[0]] = chosen[eqn.invars[0]]
-        elif name == "clamp" and isinstance(eqn.invars[1], Var) and eqn.invars[1] in chosen:
-            chosen[eqn.outvars[0]] = chosen[eqn.invars[1]]
+            branch_of[eqn.outvars[0]] = _branch(params["platforms"], options.platform)
+        elif name == "convert_element_type" and isinstance(eqn.invars[0], Var) and eqn.invars[0] in branch_of:
+            branch_of[eqn.outvars[0]] = branch_of[eqn.invars[0]]
+        elif name == "clamp" and isinstance(eqn.invars[1], Var) and eqn.invars[1] in branch_of:
+            branch_of[eqn.outvars[0]] = branch_of[eqn.invars[1]]
         elif name == "cond":
-            index = chosen.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
+            index = branch_of.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
             branches = params["branches"] if index is None else params["branches"][index : index + 1]
-            found = [_count(branch.jaxpr, reading, axes) for branch in branches]
-            work.add(reading.choose(found))
+            work.add(options.choose([_count(branch.jaxpr, options, axis_sizes) for branch in branches]))
         elif name == "scan":
-            work.add(_count(params["jaxpr"].jaxpr, reading, axes), params["length"])
+            work.add(_count(params["jaxpr"].jaxpr, options, axis_sizes), params["length"])
         elif name == "while":
-            work.add(_count(params["body_jaxpr"].jaxpr, reading, axes), reading.rounds)
+            work.add(_count(params["body_jaxpr"].jaxpr, options, axis_sizes), options.rounds)
             work.open_loops += 1
         elif name == "shard_map":
-            sizes = dict(params["mesh"].shape)
-            work.add(_count(params["jaxpr"], reading, {**axes, **sizes}))
+            work.add(_count(params["jaxpr"], options, {**axis_sizes, **dict(params["mesh"].shape)}))
         elif name == "dot_general":
             work.flops += _dot_flops(eqn)
         elif name.startswith("ragged_dot"):
@@ -110,35 +115,42 @@ def _count(jaxpr: Jaxpr, reading: _Reading, axes: dict[str, int]) -> Work:
         elif name == "pallas_call":
             estimate = params.get("cost_estimate")
             work.flops += estimate.flops if estimate else 0
-        elif name in _SENT:
-            names = params.get("axes") or params.get("axis_name")
-            names = (names,) if isinstance(names, str) else tuple(names)
-            ways = math.prod(axes[axis] for axis in names)
-            whole = sum(_bytes(v) for v in (eqn.outvars if name == "all_gather" else eqn.invars[: _OPERANDS.get(name)]))
-            work.sent[_KIND.get(name, name), names] += _SENT[name](whole, ways)  # pyright: ignore[reportArgumentType]
+        elif name in _SENT_BYTES:
+            axes = params.get("axes") or params.get("axis_name")
+            axes = (axes,) if isinstance(axes, str) else tuple(axes)
+            devices = math.prod(axis_sizes[axis] for axis in axes)
+            sent = _SENT_BYTES[name](_collective_bytes(eqn), devices)
+            work.sent[_KIND.get(name, name), axes] += sent  # pyright: ignore[reportArgumentType]
         else:
-            for inner in _inner(params):
-                work.add(_count(inner, reading, axes))
+            for inner in _inner_jaxprs(params):
+                work.add(_count(inner, options, axis_sizes))
     return work
 
 
-# Bytes that each of n devices sends, for a whole of so many bytes (ring algorithms).
-_SENT = {
-    "all_gather": lambda whole, n: whole * (n - 1) / n,
-    "reduce_scatter": lambda whole, n: whole * (n - 1) / n,
-    "psum": lambda whole, n: 2 * whole * (n - 1) / n,
-    "psum_invariant": lambda whole, n: 2 * whole * (n - 1) / n,
-    "pmax": lambda whole, n: 2 * whole * (n - 1) / n,
-    "all_to_all": lambda whole, n: whole * (n - 1) / n,
-    "ragged_all_to_all": lambda whole, n: whole * (n - 1) / n,
-    "ppermute": lambda whole, n: whole,
+# Bytes that each of n devices sends in a collective over `size` bytes, by the ring algorithms.
+_SENT_BYTES: dict[str, Callable[[int, int], float]] = {
+    "all_gather": lambda size, n: size * (n - 1) / n,
+    "reduce_scatter": lambda size, n: size * (n - 1) / n,
+    "psum": lambda size, n: 2 * size * (n - 1) / n,
+    "psum_invariant": lambda size, n: 2 * size * (n - 1) / n,
+    "pmax": lambda size, n: 2 * size * (n - 1) / n,
+    "all_to_all": lambda size, n: size * (n - 1) / n,
+    "ragged_all_to_all": lambda size, n: size * (n - 1) / n,
+    "ppermute": lambda size, n: size,
 }
 _KIND = {"psum": "all_reduce", "psum_invariant": "all_reduce", "pmax": "all_reduce"}
-_OPERANDS = {"ragged_all_to_all": 1}  # the others are buffer and offsets
+_DATA_OPERANDS = {"ragged_all_to_all": 1}  # its other operands are the output buffer and the offsets
+
+
+def _collective_bytes(eqn: Any) -> int:
+    """Returns the bytes of a collective's complete value: the result of an all_gather, the operands of the others."""
+    name = eqn.primitive.name
+    variables = eqn.outvars if name == "all_gather" else eqn.invars[: _DATA_OPERANDS.get(name)]
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables)
 
 
 def _branch(platforms: Any, platform: str) -> int:
-    """Which branch of `platform_dependent` is for `platform`; the one for all others comes as None."""
+    """Returns the index of the branch of `platform_dependent` for `platform`; the default branch is listed as None."""
     for index, names in enumerate(platforms):
         if names is None or platform in names:
             return index
@@ -151,17 +163,13 @@ def _dot_flops(eqn: Any) -> float:
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contract)
 
 
-def _bytes(variable: Any) -> int:
-    return math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
-
-
-def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
-    """Jaxprs inside a call: `jit`, `checkpoint`, custom derivatives ..."""
-    found = []
+def _inner_jaxprs(params: Mapping[str, Any]) -> list[Jaxpr]:
+    """Returns the jaxprs inside a call, for example of `jit`, `checkpoint` or a custom derivative."""
+    jaxprs = []
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, ClosedJaxpr):
-                found.append(part.jaxpr)
+                jaxprs.append(part.jaxpr)
             elif isinstance(part, Jaxpr):
-                found.append(part)
-    return found
+                jaxprs.append(part)
+    return jaxprs

@@ -54,9 +54,10 @@ class Topology:
         known = [chip.name for chip in CHIPS]
         if chip is None:
             raise InputError(f"topology {text!r}: no chip {name!r}; there are {', '.join(known)}")
-        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.host):
+        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.gpus_per_host):
             raise InputError(
-                f"topology {text!r}: write it as {name}:2x{chip.host}, two hosts with {chip.host} GPUs each"
+                f"topology {text!r}: write it as {name}:2x{chip.gpus_per_host}, "
+                f"two hosts with {chip.gpus_per_host} GPUs each"
             )
         if chip.gpu is None and shape not in _shapes(name):
             raise InputError(f"topology {text!r}: {name} comes as {', '.join(_nearest(name, shape))} and others")
@@ -73,7 +74,7 @@ class Topology:
     @property
     def domain(self) -> int | None:
         """GPUs that have fast links to each other; None: the devices of a slice all have."""
-        return None if self.chip.gpu is None else max(self.chip.linked, self.shape[1])
+        return None if self.chip.gpu is None else max(self.chip.gpus_per_domain, self.shape[1])
 
     @property
     def platform(self) -> str:
@@ -119,19 +120,19 @@ def _installed(package: str) -> bool:
 def _target(chip: Chip) -> str:
     """A GPU as XLA's `GpuTargetConfigProto` in text: the limits of its kind, and the chip's own figures."""
     assert chip.gpu is not None
-    major, cores, cache, clock = chip.gpu
+    gpu = chip.gpu
     device = {
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 48 * 2**10,
         "shared_memory_per_core": 228 * 2**10, "shared_memory_per_block_optin": 227 * 2**10,
-        "threads_per_core_limit": 2048, "core_count": cores, "fpus_per_core": 128,
+        "threads_per_core_limit": 2048, "core_count": gpu.multiprocessors, "fpus_per_core": 128,
         "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 2**16 - 1, "block_dim_limit_z": 2**16 - 1,
         "registers_per_core_limit": 2**16, "registers_per_block_limit": 2**16,
         "memory_bandwidth": int(chip.memory_rate), "device_memory_size": int(chip.memory),
-        "l2_cache_size": cache, "clock_rate_ghz": clock,
+        "l2_cache_size": gpu.l2_bytes, "clock_rate_ghz": gpu.clock_ghz,
     }  # fmt: skip
     fields = " ".join(f"{name}: {value}" for name, value in device.items())
     return (
-        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} }} }} "
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {gpu.compute_capability} }} }} "
         'platform_name: "CUDA" runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 } '
         f'device_description_str: "{chip.kinds[0]}"'
     )

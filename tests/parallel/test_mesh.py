@@ -67,7 +67,7 @@ def test_jax_takes_the_layout_as_a_sharding(table):
 
 
 def test_an_axis_that_does_not_divide_is_named_with_a_remedy(table):
-    with pytest.raises(InputError, match=r"mlp/w13: its axis 'expert' of 256 does not divide by expert=48.*as 16"):
+    with pytest.raises(InputError, match=r"mlp/w13: its axis 'expert' of 256 does not divide by expert=48.*example 16"):
         layout(table, MeshShape(expert=48), SERVE)
     with pytest.raises(InputError, match=r"its axis 'embed' of 4096 does not divide by data=3 x expert=8"):
         layout(table, MeshShape(data=3, expert=8), TRAIN)
@@ -91,7 +91,7 @@ def test_vectors_are_whole_everywhere():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("date=4", "no axis 'date'; there are replica, data, expert, tensor"), ("data=0", "write it as data=16"),
+    [("date=4", "there is no axis 'date'; the axes are replica, data, expert, tensor"), ("data=0", "write it as data=16"),
      ("data", "write it as data=16"), ("data=-1", "write it as data=16")],
 )  # fmt: skip
 def test_a_mesh_that_is_not_one_is_refused(text, message):
