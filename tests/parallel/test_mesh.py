@@ -91,9 +91,13 @@ def test_vectors_are_whole_everywhere():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("date=4", "there is no axis 'date'; the axes are replica, data, expert, tensor"), ("data=0", "write it as data=16"),
-     ("data", "write it as data=16"), ("data=-1", "write it as data=16")],
-)  # fmt: skip
+    [
+        ("date=4", "there is no axis 'date'; the axes are replica, data, expert, tensor"),
+        ("data=0", "write it as data=16"),
+        ("data", "write it as data=16"),
+        ("data=-1", "write it as data=16"),
+    ],
+)
 def test_a_mesh_that_is_not_one_is_refused(text, message):
     with pytest.raises(InputError, match=message):
         MeshShape.parse(text)
