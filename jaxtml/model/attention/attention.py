@@ -1,11 +1,15 @@
-"""Inkling attention: grouped queries, per-head QK norm, query-conditioned relative bias, log-length scaling.
+"""The attention layer of Inkling: grouped queries, QK norm per head, relative bias, log-length scaling.
 
-Axes: B batch, T tokens of this call, D model width, H query heads, G key/value heads, Q = H / G queries per group,
-K head width, R width of the relative state, E relative extent, S slots of the ring buffer, C queries of a chunk.
+The relative bias is query-conditioned: each query has a relative state, which mixes the rows of a learned table into
+one bias per distance. Called by `backbone`.
 
-One module, two ways to see the past: without a cache the T tokens are the whole sequence and queries are processed in
-chunks that only touch the keys their window can reach (never a [T, T] array); with a cache the T tokens continue a
-session, whose keys live in a ring buffer. Both give the same numbers (tests/model/test_streaming.py).
+Axes: B batch, T tokens of this call, D model width, H query heads, G key/value heads, Q = H / G query heads per
+key/value head, K head width, R width of the relative state, E relative extent.
+
+The layer sees the past in one of two ways. Without a cache, the T tokens are complete sequences (`sequence`): queries
+are processed in chunks that only touch the keys within their window, and an array of `[T, T]` never exists. With a
+cache, the T tokens continue sessions whose keys are in a ring buffer (`cache`). Both ways give the same numbers
+(tests/model/test_streaming.py).
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from jaxtml.parallel.collectives import psum_backward, psum_forward
 
 
 class Attention(nnx.Module):
-    """One attention layer; `config` is its kind (sliding or global)."""
+    """One attention layer, sliding or global.
+
+    The constructor's `config` is that of its kind, and `scaled` says whether the kind has log-length scaling.
+    """
 
     def __init__(
         self,
@@ -65,15 +72,23 @@ class Attention(nnx.Module):
         step: CacheStep | None = None,
         cache: KVCache | None = None,
         tails: tuple[jax.Array, jax.Array] | None = None,
-        at: tuple[jax.Array, ...] = (),
+        layer_index: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, KVCache | None, tuple[jax.Array, jax.Array]]:
-        """`x` `[B, T, D]` -> `[B, T, D]`, the new cache and the new convolution tails.
+        """Computes attention; on a mesh, each device of `tensor` computes its share of the heads.
 
-        `at` is the layer's place in a cache of a stack. On a mesh, each device of `tensor` has its share of the heads.
+        Args:
+          x: `[B, T, D]`, normed hidden states.
+          step: where the T tokens stand in their sessions; None: they are complete sequences.
+          cache: keys and values of the sessions; needed with `step`.
+          tails: the tails of the two short convolutions, of keys and of values; None: zeros.
+          layer_index: the layer's index, where `cache` is that of a stack of layers.
+
+        Returns:
+          `[B, T, D]`, the new cache (None without `step`) and the new tails.
         """
         batch, tokens, _ = x.shape
-        ways = self.mesh.tensor
-        h, g, k = self.config.n_heads // ways, self.config.n_kv_heads // ways, self.config.head_dim
+        shards = self.mesh.tensor
+        h, g, k = self.config.n_heads // shards, self.config.n_kv_heads // shards, self.config.head_dim
         x, rel_proj = (psum_backward(a, self.mesh, TENSOR) for a in (x, self.rel[...]))
         dtype = x.dtype
         length = step.length if step is not None else None
@@ -81,11 +96,11 @@ class Attention(nnx.Module):
 
         keys, k_tail = self.k_conv(project(x, self.wk[...].astype(dtype)), k_tail, length)
         values, v_tail = self.v_conv(project(x, self.wv[...].astype(dtype)), v_tail, length)
-        query = self._normed(self.q_norm, project(x, self.wq[...].astype(dtype)).reshape(batch, tokens, h, k))
-        keys = self._normed(self.k_norm, keys.reshape(batch, tokens, g, k))
+        query = self._norm_heads(self.q_norm, project(x, self.wq[...].astype(dtype)).reshape(batch, tokens, h, k))
+        keys = self._norm_heads(self.k_norm, keys.reshape(batch, tokens, g, k))
         values = values.reshape(batch, tokens, g, k)
         rel = (project(x, self.wr[...].astype(dtype))).reshape(batch, tokens, h, -1)
-        # 1 / d, not 1 / sqrt(d): both sides are normalised
+        # Logits are scaled by 1 / K, not by 1 / sqrt(K), because queries and keys are both normed.
         query = query / k
         scale = None
         if self.scaled:
@@ -99,18 +114,18 @@ class Attention(nnx.Module):
             out = attend_sequence(self.config, query, keys, values, rel, proj, scale)
         else:
             assert cache is not None
-            cache = write_cache(cache, step, keys, values, at)
-            out = attend_cache(self.config, query, KVCache(cache.k[at], cache.v[at]), rel, proj, step)
+            cache = write_cache(cache, step, keys, values, layer_index)
+            out = attend_cache(self.config, query, KVCache(cache.k[layer_index], cache.v[layer_index]), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
         out = psum_forward(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
         return out, cache, (k_tail, v_tail)
 
-    def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
-        """Per-head norm: one weight for all heads, of which this device may have a share."""
+    def _norm_heads(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        """Norms each head of `x` `[B, T, heads, K]` with one weight; a device may have only a share of the heads."""
         return rms_normalise(x, norm.eps) * psum_backward(norm.weight[...], self.mesh, TENSOR).astype(x.dtype)
 
     def _length_scale(self, position: jax.Array) -> jax.Array:
-        """Logits grow with the logarithm of the length once it passes the floor (float32)."""
+        """Returns the factor of each query's logits, float32; beyond the floor it grows with the length's logarithm."""
         floor = self.backbone.log_scaling_floor
         assert floor is not None
         ratio = (position + 1).astype(jnp.float32) / floor

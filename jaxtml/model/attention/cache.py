@@ -1,7 +1,11 @@
-"""Attention that continues sessions: keys and values of the past in ring buffers.
+"""Attention that continues sessions: the past keys and values of each session are in ring buffers.
 
-Axes: B batch, T tokens of this call, G key/value heads, Q query heads of a group, K head width, R width of the relative
-state, E relative extent, S slots of the ring buffer. Called by `attention` and `backbone`.
+Axes: B session slots, T tokens of this call, G key/value heads, Q query heads per key/value head, K head width, R width
+of the relative state, E relative extent, S slots of the ring buffer. Called by `attention` and `backbone`.
+
+The first `pinned` slots hold a session's first tokens for good. The other slots are a ring: the token at position p
+overwrites the oldest one. A query may see a slot only if `CacheStep.visible` says so, so what an earlier session left
+in a slot is never seen.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ import jax.numpy as jnp
 from jaxtml.config import AttentionConfig
 from jaxtml.model.numerics import MASKED_LOGIT
 
-MAX_LOGITS = 2**26  # of a call that continues sessions, at a time: a quarter of a gigabyte
+MAX_LOGITS = 2**26  # logits in memory at a time: a quarter of a gigabyte in float32
 
 
 class KVCache(NamedTuple):
-    """Keys and values of a batch of sessions, of one layer or of a stack of layers.
+    """Keys and values of all session slots, of one layer or of a stack of layers.
 
-    Keys are stored transposed, `[*stack, B, G, K, S]`, values `[*stack, B, G, S, K]`: both decode matmuls then read
-    rows that lie together. Slots `[0, pinned)` hold the session's first tokens for good, the rest is a ring.
+    Keys are stored transposed: both matmuls of decoding then read rows that are contiguous in memory.
+
+    Attributes:
+      k: `[*stack, B, G, K, S]`.
+      v: `[*stack, B, G, S, K]`.
     """
 
     k: jax.Array
@@ -29,10 +36,13 @@ class KVCache(NamedTuple):
 
 
 class CacheStep(NamedTuple):
-    """Where the T new tokens of each session stand: shared by all layers of one kind.
+    """Where the T new tokens of each session stand. All layers with the same kind of attention share it.
 
-    `query` `[B, T]` int32 is the new tokens' position in their session, `slots` `[B, T]` where each is written (S where
-    it is padding: dropped), and `visible` `[B, T, S]` whether a query sees what a slot holds.
+    Attributes:
+      length: `[B]` int32, how many of the T tokens are real; the others are padding.
+      query: `[B, T]` int32, the position of each new token in its session.
+      slots: `[B, T]` int32, the ring slot into which each new token is written; S for padding, which is dropped.
+      visible: `[B, T, S]` bool, whether a query sees the token in a slot.
     """
 
     length: jax.Array
@@ -42,53 +52,79 @@ class CacheStep(NamedTuple):
 
 
 def ring_slots(config: AttentionConfig, max_tokens: int) -> int:
-    """Slots a ring needs so that a call of `max_tokens` never overwrites a key that one of its queries still sees."""
+    """Returns S, the slots that a call of `max_tokens` tokens needs: no key is overwritten that a query still sees."""
     return config.pinned + -(-(config.window + max_tokens - 1) // 16) * 16
 
 
 def plan_cache_step(
     config: AttentionConfig, slots: int, position: jax.Array, length: jax.Array, tokens: int
 ) -> CacheStep:
-    """Plans one call: `position` `[B]` tokens are in the cache, `length` `[B]` of `tokens` new ones are real."""
+    """Plans one call.
+
+    Args:
+      config: window and pinned tokens.
+      slots: S, from `ring_slots`.
+      position: `[B]` int32, how many tokens of each session are in the cache.
+      length: `[B]` int32, how many of the new tokens are real.
+      tokens: T, the number of new tokens, padding included.
+    """
     ring = slots - config.pinned
     query = position[:, None] + jnp.arange(tokens)  # [B, T]
     real = jnp.arange(tokens) < length[:, None]
     slot = jnp.where(query < config.pinned, query, config.pinned + (query - config.pinned) % ring)
     slot = jnp.where(real, slot, slots)
-    # The position that each slot holds once the new tokens are written.
+    # `cached` [B, S]: the position of the token in each slot once the new tokens are written; -1: none.
     newest = position + length - 1
     index = jnp.arange(slots)
     ring_position = newest[:, None] - (newest[:, None] - index) % ring
-    held = jnp.where(index < config.pinned, index, ring_position)
-    held = jnp.where((held >= config.pinned) | (index < config.pinned), held, -1)
-    distance = query[:, :, None] - held[:, None, :]
-    seen = (distance < config.window) | (held[:, None, :] < config.pinned)
-    visible = (distance >= 0) & seen & (held >= 0)[:, None, :]
+    cached = jnp.where(index < config.pinned, index, ring_position)
+    cached = jnp.where((cached >= config.pinned) | (index < config.pinned), cached, -1)
+    distance = query[:, :, None] - cached[:, None, :]
+    in_reach = (distance < config.window) | (cached[:, None, :] < config.pinned)
+    visible = (distance >= 0) & in_reach & (cached >= 0)[:, None, :]
     return CacheStep(length, query, slot, visible)
 
 
 def write_cache(
-    cache: KVCache, step: CacheStep, keys: jax.Array, values: jax.Array, at: tuple[jax.Array, ...]
+    cache: KVCache, step: CacheStep, keys: jax.Array, values: jax.Array, layer_index: tuple[jax.Array, ...]
 ) -> KVCache:
-    """Puts the new keys and values `[B, T, G, K]` into their slots; padding is dropped."""
+    """Writes the new keys and values `[B, T, G, K]` of one layer into their slots; padding is dropped.
+
+    `layer_index` is the layer's index in a cache of a stack of layers, or empty.
+    """
     rows = jnp.arange(keys.shape[0])[:, None]
-    k = cache.k.at[(*at, rows, slice(None), slice(None), step.slots)].set(keys.astype(cache.k.dtype), mode="drop")
-    v = cache.v.at[(*at, rows, slice(None), step.slots)].set(values.astype(cache.v.dtype), mode="drop")
+    everything = slice(None)
+    k = cache.k.at[(*layer_index, rows, everything, everything, step.slots)].set(
+        keys.astype(cache.k.dtype), mode="drop"
+    )
+    v = cache.v.at[(*layer_index, rows, everything, step.slots)].set(values.astype(cache.v.dtype), mode="drop")
     return KVCache(k, v)
 
 
 def attend_cache(
     config: AttentionConfig, query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: CacheStep
 ) -> jax.Array:
-    """Attention of T new tokens over the ring of one layer: `query` `[B, T, G, Q, K]`, `rel` `[B, T, G, Q, R]`.
+    """Computes attention of T new tokens over the ring buffer of one layer.
 
-    A part of the queries after the other where all would have more than `MAX_LOGITS` logits.
+    Where all queries together would have more than `MAX_LOGITS` logits, they are computed in parts, one after the
+    other.
+
+    Args:
+      config: pinned tokens.
+      query: `[B, T, G, Q, K]`, scaled.
+      cache: keys and values of one layer, the new tokens included.
+      rel: `[B, T, G, Q, R]`, the relative state, scaled like the queries.
+      proj: `[R, E]`, which `rel` mixes into one bias per distance.
+      step: from `plan_cache_step`.
+
+    Returns:
+      `[B, T, G, Q, K]`.
     """
     batch, tokens, groups, per_group, width = query.shape
     slots = cache.k.shape[-1]
     dtype = query.dtype
 
-    def some(query: jax.Array, rel: jax.Array, position: jax.Array, visible: jax.Array) -> jax.Array:
+    def attend(query: jax.Array, rel: jax.Array, position: jax.Array, visible: jax.Array) -> jax.Array:
         t = query.shape[1]
         flat = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * t, width)
         logits = jnp.matmul(flat, cache.k.astype(dtype), preferred_element_type=jnp.float32)
@@ -99,38 +135,49 @@ def attend_cache(
         out = (weights @ cache.v.astype(dtype)).reshape(batch, groups, per_group, t, width)
         return out.transpose(0, 3, 1, 2, 4)
 
-    given = (query, rel, step.query, step.visible)
+    operands = (query, rel, step.query, step.visible)
     part = max(1, MAX_LOGITS // (batch * groups * per_group * slots))
     if tokens <= part:
-        return some(*given)
+        return attend(*operands)
     count = -(-tokens // part)
     part = -(-tokens // count)
 
-    def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [count, B, part, ...]
+    def split(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [count, B, part, ...]
         a = jnp.pad(a, [(0, 0), (0, count * part - tokens)] + [(0, 0)] * (a.ndim - 2))
         return a.reshape(batch, count, part, *a.shape[2:]).swapaxes(0, 1)
 
-    out = jax.lax.map(lambda parts: some(*parts), tuple(cut(a) for a in given))
+    out = jax.lax.map(lambda parts: attend(*parts), tuple(split(a) for a in operands))
     return out.swapaxes(0, 1).reshape(batch, count * part, *out.shape[3:])[:, :tokens]
 
 
 def ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) -> jax.Array:
-    """`profile` `[B, T, G, Q, E]`, each query's bias by distance, as `[B, T, G, Q, S]`, by slot.
+    """Turns each query's bias by distance into its bias by slot.
 
-    Backwards and repeated round the ring, a query's profile is one line of which its position says where to begin: to
-    cut it out is to copy a stretch of memory, where to look up every slot's distance is to gather number by number.
-    Slots that hold another round's token get a bias too: nobody sees them.
+    Reversed and repeated once round the ring, a query's profile is one line, and the query's position says where in the
+    line its slots begin. Cutting a stretch out of the line copies contiguous memory. Looking up the distance of every
+    slot would gather number by number. Slots that hold a token which the query cannot see get a bias too; the caller
+    masks them.
+
+    Args:
+      profile: `[B, T, G, Q, E]`, the bias by distance.
+      position: `[B, T]` int32, the position of each query in its session.
+      pinned: how many of the first slots hold pinned tokens.
+      slots: S.
+
+    Returns:
+      `[B, T, G, Q, S]`.
     """
     ring, extent = slots - pinned, profile.shape[-1]
     kept = min(extent, ring)
-    nothing = jnp.zeros((*profile.shape[:-1], ring - kept), profile.dtype)
-    line = jnp.concatenate([profile[..., :1], nothing, profile[..., kept - 1 : 0 : -1]], axis=-1)
+    zeros = jnp.zeros((*profile.shape[:-1], ring - kept), profile.dtype)
+    line = jnp.concatenate([profile[..., :1], zeros, profile[..., kept - 1 : 0 : -1]], axis=-1)
     line = jnp.concatenate([line, line], axis=-1)
     start = ring - (position - pinned) % ring
-    turned = jax.vmap(jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, ring, axis=-1)))(line, start)
+    cut = jax.vmap(jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, ring, axis=-1)))
+    in_ring = cut(line, start)
     if not pinned:
-        return turned
+        return in_ring
     distance = (position[..., None] - jnp.arange(pinned))[:, :, None, None]
     index = jnp.broadcast_to(jnp.clip(distance, 0, extent - 1), (*profile.shape[:-1], pinned))
-    near = jnp.where(distance < extent, jnp.take_along_axis(profile, index, axis=-1), 0)
-    return jnp.concatenate([near, turned], axis=-1)
+    at_pinned = jnp.where(distance < extent, jnp.take_along_axis(profile, index, axis=-1), 0)
+    return jnp.concatenate([at_pinned, in_ring], axis=-1)

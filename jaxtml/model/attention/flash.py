@@ -1,21 +1,24 @@
-"""Attention with the family's relative bias as TPU kernels: nothing of the size `[T, T]` or `[T, extent]` in memory.
+"""Attention with Inkling's relative bias as TPU kernels: no array of the size `[T, T]` or `[T, extent]` in memory.
 
 Axes: B batch, G key/value heads, H = G Q query heads, T tokens, K head width, R width of the relative state, E relative
-extent, C tokens of a block (queries and keys alike), N distances between blocks, W = 2 C columns of a band.
+extent, C tokens of a block (of queries and of keys alike), N distances between blocks, W = 2 C columns of a band.
+Called by `sequence`.
 
-The bias of query i for key j is `(r_i @ proj)[i - j]`, zero beyond the extent. For a block of queries and one of keys
-that stand n blocks apart, the distances form a band of 2 C - 1 values. `bands[n]` `[R, W]` holds the band's columns of
-`proj`, the farthest distance first, so that `r @ bands[n]` `[C, W]` is every query's profile over the band, and the
-bias of query a for key b is its column `b + C - 1 - a`: each row turned one further to the left than the row above,
-which is one strided rotation. Bands are cut from `proj` outside the kernels, and their gradient is scattered back
-there. Blocks outside the window or after the query are skipped; beyond the extent the band is zero and is not read.
+The bias of query i for key j is `(r_i @ proj)[i - j]`, and zero beyond the extent. Between a block of queries and a
+block of keys that stand n blocks apart there are 2 C - 1 distances: a band. `bands[n]` `[R, W]` holds the columns of
+`proj` for that band, the farthest distance first. `r @ bands[n]` `[C, W]` then holds each query's biases over the band,
+and the bias of query a for key b is in column `b + C - 1 - a`. So each row must be rotated one column further to the
+left than the row above, which is one strided rotation. The bands are cut from `proj` outside the kernels, and their
+gradient is scattered back there. Blocks that lie outside the window or after the query are skipped. Beyond the extent a
+band is zero and is not read.
 
-Flash attention (Dao et al., 2022; 2023): softmax over one block of keys after the other, the logarithm of its sum kept
-for the backward pass, in which probabilities are computed again. Called by `attend`.
+This is flash attention (Dao et al., 2022; 2023). The softmax runs over one block of keys after the other and keeps the
+logarithm of its sum. The backward pass uses the logarithm to compute the probabilities again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,10 +31,18 @@ from jaxtml.model.numerics import MASKED_LOGIT
 from jaxtml.parallel.chips import TPU_LANES
 
 
-class Plan(NamedTuple):
-    """Sizes of one call, all static."""
+class FlashPlan(NamedTuple):
+    """The sizes of one call, all static.
 
-    tokens: int  # a multiple of `block`
+    Attributes:
+      tokens: T, padded to a multiple of `block`.
+      block: C.
+      window: distances `[0, window)` are seen.
+      extent: E.
+      interpret: run the kernels as plain operations.
+    """
+
+    tokens: int
     block: int
     window: int
     extent: int
@@ -39,16 +50,17 @@ class Plan(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """The number of blocks of a sequence."""
         return self.tokens // self.block
 
     @property
     def back(self) -> int:
-        """How many blocks before its own a query can see into."""
+        """How many blocks before its own a query can see."""
         return min(-(-(self.window - 1) // self.block), self.blocks - 1)
 
     @property
-    def biased(self) -> int:
-        """Distances between blocks at which there is a bias: `bands[:biased]`."""
+    def bias_distances(self) -> int:
+        """N, the number of bands: the distances between blocks at which there is a bias are `[0, N)`."""
         return min((self.extent + self.block - 2) // self.block, self.back) + 1
 
 
@@ -65,18 +77,18 @@ def flash_attention(
     block: int = 512,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention of whole sequences.
+    """Computes causal attention of whole sequences.
 
     Args:
       query: `[B, H, T, K]`.
-      keys: `[B, G, T, K]`; `values` likewise.
-      rel: `[B, H, T, R]`.
+      keys, values: `[B, G, T, K]`.
+      rel: `[B, H, T, R]`, the relative state.
       proj: `[R, E]`.
-      scale: `[T]` float32, factor of each query's logits (log-length scaling).
-      segments: `[B, T]` int32; tokens see those of their own segment.
+      scale: `[T]` float32, the factor of each query's logits (log-length scaling).
+      segments: `[B, T]` int32; a token sees only tokens of its own segment.
       window: distances `[0, window)` are seen.
       block: C, a multiple of 128.
-      interpret: run the kernels as plain operations, where there is no TPU.
+      interpret: run the kernels as plain operations, for machines without a TPU.
 
     Returns:
       `[B, H, T, K]` in the dtype of `query`.
@@ -85,33 +97,34 @@ def flash_attention(
     block = min(block, -(-tokens // TPU_LANES) * TPU_LANES)
     padding = -tokens % block
 
-    def padded(a: jax.Array, axis: int, value: int = 0) -> jax.Array:
+    def pad(a: jax.Array, axis: int, value: int = 0) -> jax.Array:
         widths = [(0, padding if i == axis else 0) for i in range(a.ndim)]
         return jnp.pad(a, widths, constant_values=value) if padding else a
 
-    plan = Plan(tokens + padding, block, window, proj.shape[1], interpret)
-    query, keys, values, rel = (padded(a, 2) for a in (query, keys, values, rel))
-    segments = padded(segments, 1, -1)
-    scale = padded(scale, 0, 1)
+    plan = FlashPlan(tokens + padding, block, window, proj.shape[1], interpret)
+    query, keys, values, rel = (pad(a, 2) for a in (query, keys, values, rel))
+    segments = pad(segments, 1, -1)
+    scale = pad(scale, 0, 1)
     out: Any = _flash(plan, query, keys, values, rel, _bands(plan, proj), scale, segments)
     return out[:, :, :tokens]
 
 
-def _bands(plan: Plan, proj: jax.Array) -> jax.Array:
-    """`[biased, R, W]`: column m of band n is `proj` at the distance n C + C - 1 - m, zero where there is none."""
+def _bands(plan: FlashPlan, proj: jax.Array) -> jax.Array:
+    """Returns `[N, R, W]`: column m of band n is the column of `proj` for the distance n C + C - 1 - m, or zero."""
     c = plan.block
-    distance = jnp.arange(plan.biased)[:, None] * c + c - 1 - jnp.arange(2 * c)
+    distance = jnp.arange(plan.bias_distances)[:, None] * c + c - 1 - jnp.arange(2 * c)
     inside = (distance >= 0) & (distance < plan.extent)
     return jnp.where(inside, proj[:, jnp.clip(distance, 0, plan.extent - 1)], 0).transpose(1, 0, 2)
 
 
 def _lanes(vector: jax.Array) -> jax.Array:
-    """`[..., T]` -> `[..., T, LANES]`: a value per row, as registers hold it."""
+    """`[..., T]` -> `[..., T, TPU_LANES]`: repeats each value over the width of a register."""
     return jnp.broadcast_to(vector[..., None], (*vector.shape, TPU_LANES))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(plan: Plan, query, keys, values, rel, bands, scale, segments):
+def _flash(plan: FlashPlan, query, keys, values, rel, bands, scale, segments):
+    """`flash_attention` of padded arrays, with a custom adjoint."""
     return _forward(plan, query, keys, values, rel, bands, scale, segments)[0]
 
 
@@ -120,21 +133,21 @@ def _flash_fwd(plan, query, keys, values, rel, bands, scale, segments):
     return out, (query, keys, values, rel, bands, scale, segments, out, lse)
 
 
-def _flash_bwd(plan, saved, grad):
-    query, keys, values, rel, bands, scale, segments, out, lse = saved
+def _flash_bwd(plan, residuals, grad):
+    query, keys, values, rel, bands, scale, segments, out, lse = residuals
     mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    given = (query, keys, values, rel, bands, scale, segments, grad, lse, _lanes(mean))
-    dquery, drel, dbands = _backward_queries(plan, *given)
-    dkeys, dvalues = _backward_keys(plan, *given)
+    operands = (query, keys, values, rel, bands, scale, segments, grad, lse, _lanes(mean))
+    dquery, drel, dbands = _backward_queries(plan, *operands)
+    dkeys, dvalues = _backward_keys(plan, *operands)
     groups = keys.shape[1]
 
-    def shared(d: jax.Array) -> jax.Array:  # [B, H, T, K] -> [B, G, T, K]
+    def sum_heads(d: jax.Array) -> jax.Array:  # [B, H, T, K] -> [B, G, T, K]
         return d.reshape(d.shape[0], groups, -1, *d.shape[2:]).sum(axis=2)
 
     return (
         dquery.astype(query.dtype),
-        shared(dkeys).astype(keys.dtype),
-        shared(dvalues).astype(values.dtype),
+        sum_heads(dkeys).astype(keys.dtype),
+        sum_heads(dvalues).astype(values.dtype),
         drel.astype(rel.dtype),
         dbands.sum(axis=(0, 1)).astype(bands.dtype),
         None,
@@ -145,85 +158,117 @@ def _flash_bwd(plan, saved, grad):
 _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
-# --- inside the kernels
+# --- Inside the kernels.
 
 
-def _logits(plan: Plan, n: Any, query: Any, key: Any, rel: Any, band: Any, scale: Any, own: Any, theirs: Any) -> Any:
-    """Masked logits `[C, C]` float32 of a block of queries for the block of keys n blocks before it.
+class _OperandRefs(NamedTuple):
+    """References to the blocks of the operands for one grid step, in the order of `_operands`.
 
-    `band` `[R, W]`; `scale` `[C, 1]`; `own` `[C, 1]` and `theirs` `[1, C]` are segments.
+    Attributes:
+      query, keys, values: `[1, 1, C, K]`.
+      rel: `[1, 1, C, R]`.
+      band: `[1, R, W]`.
+      scale: `[C, TPU_LANES]`, the same in all columns.
+      query_segment: `[1, C, TPU_LANES]`, the same in all columns.
+      key_segment: `[1, 8, C]`, the same in all rows.
     """
+
+    query: Any
+    keys: Any
+    values: Any
+    rel: Any
+    band: Any
+    scale: Any
+    query_segment: Any
+    key_segment: Any
+
+
+def _logits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs) -> jax.Array:
+    """Returns the masked logits `[C, C]` float32 of a block of queries for the block of keys n blocks before it."""
+    query, key, rel, band = refs.query[0, 0], refs.keys[0, 0], refs.rel[0, 0], refs.band[0]
+    scale, query_segment, key_segment = refs.scale[:, :1], refs.query_segment[0, :, :1], refs.key_segment[0, :1]
     c = plan.block
     logits = _dot(query, key, 1, 1)
-    profile = jnp.where(n < plan.biased, _dot(rel, band, 1, 0), 0.0)
-    logits += turned(profile, c + 1, 1, plan.interpret)[:, :c]  # row a to the left by C - 1 - a
+    bias = jnp.where(n < plan.bias_distances, _dot(rel, band, 1, 0), 0.0)
+    logits += rotate_rows(bias, c + 1, 1, plan.interpret)[:, :c]  # row a to the left by C - 1 - a
     logits *= scale
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (c, c), i) for i in (0, 1))
     distance = n * c + rows - columns
-    return jnp.where((distance >= 0) & (distance < plan.window) & (own == theirs), logits, MASKED_LOGIT)
+    return jnp.where((distance >= 0) & (distance < plan.window) & (query_segment == key_segment), logits, MASKED_LOGIT)
 
 
-def turned(x: jax.Array, first: int, more: int, interpret: bool) -> jax.Array:
-    """`x` `[C, W]` with row a turned to the right by `first + more * a`, one strided rotation on a TPU.
+def rotate_rows(x: jax.Array, shift: int, stride: int, interpret: bool) -> jax.Array:
+    """Rotates row a of `x` `[C, W]` to the right by `shift + stride * a`: one strided rotation on a TPU.
 
-    Interpreted, a rotation with a stride is C slices; a gather is one operation.
+    Interpreted, a strided rotation would be C slices, so a gather takes its place.
     """
     if not interpret:
-        return pltpu.roll(x, first, 1, stride=more, stride_axis=0)
+        return pltpu.roll(x, shift, 1, stride=stride, stride_axis=0)
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, x.shape, i) for i in (0, 1))
-    return jnp.take_along_axis(x, (columns - first - more * rows) % x.shape[1], axis=1)
+    return jnp.take_along_axis(x, (columns - shift - stride * rows) % x.shape[1], axis=1)
 
 
-def turned_back(x: jax.Array, c: int) -> jax.Array:
-    """`x` `[C, W]` with row a turned to the right by `C - 1 - a`: bit by bit, for no rotation has a stride below 0."""
+def rotate_rows_back(x: jax.Array, c: int) -> jax.Array:
+    """Rotates row a of `x` `[C, W]` to the right by `C - 1 - a`, bit by bit: a rotation has no stride below 0."""
     left = c - 1 - jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     for bit in range((c - 1).bit_length()):
         x = jnp.where((left >> bit) & 1 == 1, pltpu.roll(x, 1 << bit, 1), x)
     return x
 
 
-def _dot(a: Any, b: Any, i: int, j: int) -> Any:
-    """Sums over axis i of `a` and axis j of `b` in float32."""
+def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+    """Returns the matrix product that sums over axis i of `a` and axis j of `b`, in float32."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(plan: Plan, q, k, v, r, band, scale, own, theirs, out, lse, best, total, sum_):
+def _forward_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+    """Adds one block of keys to the softmax of a block of queries.
+
+    `largest`, `total` and `weighted` are scratch memory: the largest logit so far, the sum of exp(logit - largest), and
+    the values weighted by these exponentials.
+    """
+    refs = _OperandRefs(*all_refs[:8])
+    out, lse, largest, total, weighted = all_refs[8:]
     step = pl.program_id(3)
     n = plan.back - step
 
     @pl.when(step == 0)
     def _():
-        best[...] = jnp.full_like(best, MASKED_LOGIT)
+        largest[...] = jnp.full_like(largest, MASKED_LOGIT)
         total[...] = jnp.zeros_like(total)
-        sum_[...] = jnp.zeros_like(sum_)
+        weighted[...] = jnp.zeros_like(weighted)
 
     @pl.when(pl.program_id(2) >= n)
     def _():
-        logits = _logits(plan, n, q[0, 0], k[0, 0], r[0, 0], band[0], scale[:, :1], own[0, :, :1], theirs[0, :1])
-        now = jnp.maximum(best[:, :1], logits.max(axis=1, keepdims=True))
-        weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - now), 0.0)
-        shrink = jnp.exp(best[:, :1] - now)
+        logits = _logits(plan, n, refs)
+        new_largest = jnp.maximum(largest[:, :1], logits.max(axis=1, keepdims=True))
+        weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0.0)
+        shrink = jnp.exp(largest[:, :1] - new_largest)
         total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        sum_[...] = sum_[...] * shrink + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
-        best[...] = jnp.broadcast_to(now, best.shape)
+        weighted[...] = weighted[...] * shrink + _dot(weights.astype(refs.values.dtype), refs.values[0, 0], 1, 0)
+        largest[...] = jnp.broadcast_to(new_largest, largest.shape)
 
     @pl.when(step == plan.back)
     def _():
-        out[0, 0] = (sum_[...] / total[:, :1]).astype(out.dtype)
-        lse[0, 0] = best[...] + jnp.log(total[...])
+        out[0, 0] = (weighted[...] / total[:, :1]).astype(out.dtype)
+        lse[0, 0] = largest[...] + jnp.log(total[...])
 
 
-def _dlogits(plan: Plan, n: Any, q, k, v, r, band, scale, own, theirs, grad, lse, mean) -> tuple[Any, Any]:
-    """Probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
-    logits = _logits(plan, n, q[0, 0], k[0, 0], r[0, 0], band[0], scale[:, :1], own[0, :, :1], theirs[0, :1])
+def _dlogits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs, grad: Any, lse: Any, mean: Any) -> tuple[Any, Any]:
+    """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
+    logits = _logits(plan, n, refs)
     weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
-    dweights = _dot(grad[0, 0], v[0, 0], 1, 1)
-    return weights, weights * (dweights - mean[0, 0][:, :1]) * scale[:, :1]
+    dweights = _dot(grad[0, 0], refs.values[0, 0], 1, 1)
+    return weights, weights * (dweights - mean[0, 0][:, :1]) * refs.scale[:, :1]
 
 
-def _queries_kernel(
-    plan: Plan, q, k, v, r, band, scale, own, theirs, grad, lse, mean, dquery, drel, dbands, sum_q, sum_r
-):
+def _queries_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+    """Adds one block of keys to the gradients of a block of queries: to `dquery`, `drel` and `dbands`.
+
+    `sum_query` and `sum_rel` are scratch memory.
+    """
+    refs = _OperandRefs(*all_refs[:8])
+    grad, lse, mean, dquery, drel, dbands, sum_query, sum_rel = all_refs[8:]
     step = pl.program_id(3)
     n = plan.back - step
 
@@ -233,71 +278,77 @@ def _queries_kernel(
 
     @pl.when(step == 0)
     def _():
-        sum_q[...] = jnp.zeros_like(sum_q)
-        sum_r[...] = jnp.zeros_like(sum_r)
+        sum_query[...] = jnp.zeros_like(sum_query)
+        sum_rel[...] = jnp.zeros_like(sum_rel)
 
     @pl.when(pl.program_id(2) >= n)
     def _():
-        _, dlogits = _dlogits(plan, n, q, k, v, r, band, scale, own, theirs, grad, lse, mean)
-        sum_q[...] += _dot(dlogits.astype(k.dtype), k[0, 0], 1, 0)
+        _, dlogits = _dlogits(plan, n, refs, grad, lse, mean)
+        sum_query[...] += _dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
 
-        @pl.when(n < plan.biased)
+        @pl.when(n < plan.bias_distances)
         def _():
             c = plan.block
             wide = jnp.concatenate([dlogits, jnp.zeros_like(dlogits)], axis=1)
-            dprofile = turned_back(wide, c).astype(band.dtype)
-            sum_r[...] += _dot(dprofile, band[0], 1, 1)
-            dbands[0, 0, n] += _dot(r[0, 0], dprofile, 0, 0)
+            dbias = rotate_rows_back(wide, c).astype(refs.band.dtype)
+            sum_rel[...] += _dot(dbias, refs.band[0], 1, 1)
+            dbands[0, 0, n] += _dot(refs.rel[0, 0], dbias, 0, 0)
 
     @pl.when(step == plan.back)
     def _():
-        dquery[0, 0] = sum_q[...]
-        drel[0, 0] = sum_r[...]
+        dquery[0, 0] = sum_query[...]
+        drel[0, 0] = sum_rel[...]
 
 
-def _keys_kernel(plan: Plan, q, k, v, r, band, scale, own, theirs, grad, lse, mean, dkeys, dvalues, sum_k, sum_v):
+def _keys_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+    """Adds one block of queries to the gradients of a block of keys: to `dkeys` and `dvalues`.
+
+    `sum_keys` and `sum_values` are scratch memory.
+    """
+    refs = _OperandRefs(*all_refs[:8])
+    grad, lse, mean, dkeys, dvalues, sum_keys, sum_values = all_refs[8:]
     n = pl.program_id(3)
 
     @pl.when(n == 0)
     def _():
-        sum_k[...] = jnp.zeros_like(sum_k)
-        sum_v[...] = jnp.zeros_like(sum_v)
+        sum_keys[...] = jnp.zeros_like(sum_keys)
+        sum_values[...] = jnp.zeros_like(sum_values)
 
     @pl.when(pl.program_id(2) + n < plan.blocks)
     def _():
-        weights, dlogits = _dlogits(plan, n, q, k, v, r, band, scale, own, theirs, grad, lse, mean)
-        sum_v[...] += _dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
-        sum_k[...] += _dot(dlogits.astype(q.dtype), q[0, 0], 0, 0)
+        weights, dlogits = _dlogits(plan, n, refs, grad, lse, mean)
+        sum_values[...] += _dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
+        sum_keys[...] += _dot(dlogits.astype(refs.query.dtype), refs.query[0, 0], 0, 0)
 
     @pl.when(n == plan.back)
     def _():
-        dkeys[0, 0] = sum_k[...]
-        dvalues[0, 0] = sum_v[...]
+        dkeys[0, 0] = sum_keys[...]
+        dvalues[0, 0] = sum_values[...]
 
 
-# --- the calls
+# --- The calls of the kernels.
 
 
-def _inputs(plan: Plan, query, keys, rel, bands, by_keys: bool) -> list[pl.BlockSpec]:
-    """Blocks of query, keys, values, rel, bands, scale and segments (as rows and as columns) for one grid step.
+def _operand_specs(plan: FlashPlan, query, keys, rel, bands, by_keys: bool) -> list[pl.BlockSpec]:
+    """Returns the block specs of the arrays of `_operands` for one grid step.
 
-    The grid is `(B, H, block, distance)`; the block is one of queries, or of keys with `by_keys`. Where a step is to be
-    skipped, the index is that of a neighbour: nothing is fetched for it.
+    The grid is `(B, H, block, distance)`. The block is a block of queries, or with `by_keys` a block of keys. A step
+    that is skipped has the index of a neighbour, so nothing is fetched for it.
     """
     c, per_group = plan.block, query.shape[1] // keys.shape[1]
 
-    def at(i: Any, j: Any) -> tuple[Any, Any, Any]:
-        """(block of queries, block of keys, distance)."""
+    def indices(i: Any, j: Any) -> tuple[Any, Any, Any]:
+        """Returns the block of queries, the block of keys and the distance between them."""
         if by_keys:
             return jnp.minimum(i + j, plan.blocks - 1), i, j
         n = plan.back - j
         return i, jnp.maximum(i - n, 0), n
 
     def of_queries(b, h, i, j):
-        return b, h, at(i, j)[0], 0
+        return b, h, indices(i, j)[0], 0
 
     def of_keys(b, h, i, j):
-        return b, h // per_group, at(i, j)[1], 0
+        return b, h // per_group, indices(i, j)[1], 0
 
     return [
         pl.BlockSpec((1, 1, c, query.shape[3]), of_queries),
@@ -305,15 +356,25 @@ def _inputs(plan: Plan, query, keys, rel, bands, by_keys: bool) -> list[pl.Block
         pl.BlockSpec((1, 1, c, keys.shape[3]), of_keys),
         pl.BlockSpec((1, 1, c, rel.shape[3]), of_queries),
         pl.BlockSpec(
-            (1, *bands.shape[1:]), lambda b, h, i, j: (jnp.minimum(at(i, j)[2], plan.biased - 1), 0, 0)
+            (1, *bands.shape[1:]), lambda b, h, i, j: (jnp.minimum(indices(i, j)[2], plan.bias_distances - 1), 0, 0)
         ),
-        pl.BlockSpec((c, TPU_LANES), lambda b, h, i, j: (at(i, j)[0], 0)),
-        pl.BlockSpec((1, c, TPU_LANES), lambda b, h, i, j: (b, at(i, j)[0], 0)),
-        pl.BlockSpec((1, 8, c), lambda b, h, i, j: (b, 0, at(i, j)[1])),
+        pl.BlockSpec((c, TPU_LANES), lambda b, h, i, j: (indices(i, j)[0], 0)),
+        pl.BlockSpec((1, c, TPU_LANES), lambda b, h, i, j: (b, indices(i, j)[0], 0)),
+        pl.BlockSpec((1, 8, c), lambda b, h, i, j: (b, 0, indices(i, j)[1])),
     ]  # fmt: skip
 
 
-def _call(plan: Plan, kernel: Any, query: jax.Array, inputs: Any, outputs: Any, scratch: Any, arrays: Any, flops: int):
+def _call(
+    plan: FlashPlan,
+    kernel: Callable[..., None],
+    query: jax.Array,
+    inputs: Sequence[pl.BlockSpec],
+    outputs: Sequence[tuple[pl.BlockSpec, jax.ShapeDtypeStruct]],
+    scratch: Sequence[tuple[int, ...]],
+    arrays: Sequence[jax.Array],
+    flops: int,
+):
+    """Calls a kernel; `flops` are those of one pair of a query and a key, for the cost estimate."""
     batch, heads = query.shape[:2]
     grid = (batch, heads, plan.blocks, plan.back + 1)
     specs, shapes = zip(*outputs, strict=True)
@@ -337,74 +398,78 @@ def _call(plan: Plan, kernel: Any, query: jax.Array, inputs: Any, outputs: Any, 
     )(*arrays)
 
 
-def _by_row(plan: Plan, width: int) -> pl.BlockSpec:
+def _row_blocks(plan: FlashPlan, width: int) -> pl.BlockSpec:
+    """Returns the block spec of an array `[B, H, T, width]` that is indexed by the grid's block."""
     return pl.BlockSpec((1, 1, plan.block, width), lambda b, h, i, j: (b, h, i, 0))
 
 
-def _given(plan: Plan, query, keys, values, rel, bands, scale, segments) -> tuple[jax.Array, ...]:
-    """The arrays of `_inputs`."""
+def _operands(plan: FlashPlan, query, keys, values, rel, bands, scale, segments) -> tuple[jax.Array, ...]:
+    """Returns query, keys, values, rel, bands, scale, and the segments twice: as rows and as columns."""
     columns = jnp.broadcast_to(segments[:, None], (segments.shape[0], 8, plan.tokens))
     return query, keys, values, rel, bands, _lanes(scale), _lanes(segments), columns
 
 
-def _forward(plan: Plan, query, keys, values, rel, bands, scale, segments):
+def _forward(plan: FlashPlan, query, keys, values, rel, bands, scale, segments):
+    """Returns attention `[B, H, T, K]`, and the logarithm of each softmax sum, `[B, H, T, TPU_LANES]` float32."""
     c, width = plan.block, query.shape[3]
     rows = query.shape[:3]
     out, lse = _call(
         plan,
         _forward_kernel,
         query,
-        _inputs(plan, query, keys, rel, bands, by_keys=False),
+        _operand_specs(plan, query, keys, rel, bands, by_keys=False),
         [
-            (_by_row(plan, width), jax.ShapeDtypeStruct(query.shape, query.dtype)),
-            (_by_row(plan, TPU_LANES), jax.ShapeDtypeStruct((*rows, TPU_LANES), jnp.float32)),
+            (_row_blocks(plan, width), jax.ShapeDtypeStruct(query.shape, query.dtype)),
+            (_row_blocks(plan, TPU_LANES), jax.ShapeDtypeStruct((*rows, TPU_LANES), jnp.float32)),
         ],
         [(c, TPU_LANES), (c, TPU_LANES), (c, width)],
-        _given(plan, query, keys, values, rel, bands, scale, segments),
+        _operands(plan, query, keys, values, rel, bands, scale, segments),
         4 * width + 4 * rel.shape[3],
     )
     return out, lse
 
 
-def _backward_queries(plan: Plan, query, keys, values, rel, bands, scale, segments, grad, lse, mean):
+def _backward_queries(plan: FlashPlan, query, keys, values, rel, bands, scale, segments, grad, lse, mean):
+    """Returns the gradients of query and rel, float32, and of the bands, `[B, H, N, R, W]` float32."""
     c, width, rank = plan.block, query.shape[3], rel.shape[3]
     batch, heads = query.shape[:2]
     shape = (batch, heads, *bands.shape)
-    whole = pl.BlockSpec((1, 1, *bands.shape), lambda b, h, i, j: (b, h, 0, 0, 0))
+    all_bands = pl.BlockSpec((1, 1, *bands.shape), lambda b, h, i, j: (b, h, 0, 0, 0))
     return _call(
         plan,
         _queries_kernel,
         query,
-        [*_inputs(plan, query, keys, rel, bands, by_keys=False), *_extra(plan, width, by_keys=False)],
+        [*_operand_specs(plan, query, keys, rel, bands, by_keys=False), *_residual_specs(plan, width, by_keys=False)],
         [
-            (_by_row(plan, width), jax.ShapeDtypeStruct(query.shape, jnp.float32)),
-            (_by_row(plan, rank), jax.ShapeDtypeStruct(rel.shape, jnp.float32)),
-            (whole, jax.ShapeDtypeStruct(shape, jnp.float32)),
+            (_row_blocks(plan, width), jax.ShapeDtypeStruct(query.shape, jnp.float32)),
+            (_row_blocks(plan, rank), jax.ShapeDtypeStruct(rel.shape, jnp.float32)),
+            (all_bands, jax.ShapeDtypeStruct(shape, jnp.float32)),
         ],
         [(c, width), (c, rank)],
-        (*_given(plan, query, keys, values, rel, bands, scale, segments), grad, lse, mean),
+        (*_operands(plan, query, keys, values, rel, bands, scale, segments), grad, lse, mean),
         6 * width + 12 * rank,
     )
 
 
-def _backward_keys(plan: Plan, query, keys, values, rel, bands, scale, segments, grad, lse, mean):
+def _backward_keys(plan: FlashPlan, query, keys, values, rel, bands, scale, segments, grad, lse, mean):
+    """Returns the gradients of keys and values for each query head, `[B, H, T, K]` float32."""
     c, width = plan.block, query.shape[3]
     return _call(
         plan,
         _keys_kernel,
         query,
-        [*_inputs(plan, query, keys, rel, bands, by_keys=True), *_extra(plan, width, by_keys=True)],
-        [(_by_row(plan, width), jax.ShapeDtypeStruct(query.shape, jnp.float32))] * 2,
+        [*_operand_specs(plan, query, keys, rel, bands, by_keys=True), *_residual_specs(plan, width, by_keys=True)],
+        [(_row_blocks(plan, width), jax.ShapeDtypeStruct(query.shape, jnp.float32))] * 2,
         [(c, width), (c, width)],
-        (*_given(plan, query, keys, values, rel, bands, scale, segments), grad, lse, mean),
+        (*_operands(plan, query, keys, values, rel, bands, scale, segments), grad, lse, mean),
         8 * width + 4 * rel.shape[3],
     )
 
 
-def _extra(plan: Plan, width: int, by_keys: bool) -> list[pl.BlockSpec]:
-    """Blocks of the incoming gradient, the logarithm of the softmax' sum and the mean, by query."""
+def _residual_specs(plan: FlashPlan, width: int, by_keys: bool) -> list[pl.BlockSpec]:
+    """Returns the block specs of what the backward pass reads by query: gradient, logarithm of the sum, and mean."""
 
-    def at(b, h, i, j):
+    def index(b, h, i, j):
         return b, h, jnp.minimum(i + j, plan.blocks - 1) if by_keys else i, 0
 
-    return [pl.BlockSpec((1, 1, plan.block, n), at) for n in (width, TPU_LANES, TPU_LANES)]
+    return [pl.BlockSpec((1, 1, plan.block, n), index) for n in (width, TPU_LANES, TPU_LANES)]

@@ -1,12 +1,13 @@
-"""Attention of whole sequences in blocks: only keys that a window can reach, the relative bias as a matmul.
+"""Attention of whole sequences: only keys within the window, and the relative bias as a matmul.
 
-Axes: B batch, G key/value heads, Q query heads of a group, T tokens, C queries of a chunk, N chunks side by side, S
-keys that a chunk sees, K head width, R width of the relative state, E relative extent, L <= S keys that a bias can
-reach.
+Axes: B batch, G key/value heads, Q query heads per key/value head, T tokens, C queries of a chunk, N chunks side by
+side, S keys that a chunk sees, K head width, R width of the relative state, E relative extent, L <= S keys that a bias
+can reach.
 
-Called by `attention` in training and for checks; decoding has its own path there. A TPU runs the kernels of `flash`;
-what stands here is for everything else. The adjoint is written out, with the exponentials of the forward pass saved: on
-a CPU that takes a third of the time of what XLA derives.
+Called by `attention`, in training and in checks; decoding is in `cache`. A TPU runs the kernels of `flash` where they
+apply. This file is for everything else: short windows in one matmul, long windows chunk by chunk, and long sequences
+block by block (`blockwise`). The adjoint is written out and uses the exponentials that the forward pass saves. On a CPU
+it takes a third of the time of the adjoint that XLA derives.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attention.blockwise import attend_blocks, plan
+from jaxtml.model.attention.blockwise import attend_blocks, plan_blocks
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
-FLASH_FROM = 512  # tokens of a sequence for which a TPU runs the kernels; below, a program is small either way
-CHUNK = 128  # queries per chunk
-BODIES = 16  # chunks that a program spells out, at most: beyond, it goes from block to block
-BLOCK = 512  # tokens of such a block
+MIN_FLASH_TOKENS = 512  # from this length on, a TPU runs the kernels; below, any program is small
+CHUNK = 128  # queries of a chunk
+MAX_UNROLLED_CHUNKS = 16  # chunks for which a program has code, at most; longer sequences run block by block
+BLOCK = 512  # tokens of a block
 
 
-class _Given(NamedTuple):
-    """What attention works on: `query`, `rel` `[B, G, Q, T, .]`, `keys`, `values` `[B, G, T, K]`, `proj`, `scale`."""
+class _Operands(NamedTuple):
+    """The operands of attention, heads before tokens.
+
+    Attributes:
+      query: `[B, G, Q, T, K]`.
+      keys, values: `[B, G, T, K]`.
+      rel: `[B, G, Q, T, R]`.
+      proj: `[R, E]`.
+      scale: `[T]` float32.
+    """
 
     query: jax.Array
     keys: jax.Array
@@ -48,14 +57,15 @@ def attend_sequence(
     proj: jax.Array,
     scale: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention over a whole sequence.
+    """Computes causal attention over whole sequences.
 
     Args:
       config: window, pinned tokens, relative extent.
       query: `[B, T, G, Q, K]`.
-      keys: `[B, T, G, K]`; `values` likewise.
-      rel: `[B, T, G, Q, R]`, mixes the rows of `proj` `[R, E]` into one bias per distance.
-      scale: `[T]` float32, factor of each query's logits; None: 1.
+      keys, values: `[B, T, G, K]`.
+      rel: `[B, T, G, Q, R]`, the relative state, which mixes the rows of `proj` into one bias per distance.
+      proj: `[R, E]`.
+      scale: `[T]` float32, the factor of each query's logits; None: 1.
 
     Returns:
       `[B, T, G, Q, K]`.
@@ -63,47 +73,49 @@ def attend_sequence(
     query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
     tokens = query.shape[3]
-    given = _Given(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
-    if tokens < FLASH_FROM or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
-        out = _chunked(config, given)
+    operands = _Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
+    if tokens < MIN_FLASH_TOKENS or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
+        out = _attend_chunks(config, operands)
     else:
-        out = jax.lax.platform_dependent(given, tpu=partial(_kernels, config), default=partial(_chunked, config))
+        on_tpu, elsewhere = partial(_attend_flash, config), partial(_attend_chunks, config)
+        out = jax.lax.platform_dependent(operands, tpu=on_tpu, default=elsewhere)
     return out.transpose(0, 3, 1, 2, 4)
 
 
-def _kernels(config: AttentionConfig, given: _Given) -> jax.Array:
-    from jaxtml.model.attention.flash import flash_attention  # Pallas: a second, which no program without it should pay
+def _attend_flash(config: AttentionConfig, operands: _Operands) -> jax.Array:
+    from jaxtml.model.attention.flash import flash_attention  # importing Pallas takes a second
 
-    batch, groups, per_group, tokens, _ = given.query.shape
-    query, rel = (a.reshape(batch, groups * per_group, tokens, -1) for a in (given.query, given.rel))
+    batch, groups, per_group, tokens, _ = operands.query.shape
+    query, rel = (a.reshape(batch, groups * per_group, tokens, -1) for a in (operands.query, operands.rel))
     segments = jnp.zeros((batch, tokens), jnp.int32)
-    out = flash_attention(query, given.keys, given.values, rel, given.proj, given.scale, segments, window=config.window)
-    return out.reshape(given.query.shape)
+    keys, values, proj, scale = operands.keys, operands.values, operands.proj, operands.scale
+    out = flash_attention(query, keys, values, rel, proj, scale, segments, window=config.window)
+    return out.reshape(operands.query.shape)
 
 
-def _chunked(config: AttentionConfig, given: _Given) -> jax.Array:
-    query, rel = (a * given.scale[:, None].astype(a.dtype) for a in (given.query, given.rel))
-    query, keys, values, rel = jax.lax.optimization_barrier((query, given.keys, given.values, rel))
+def _attend_chunks(config: AttentionConfig, operands: _Operands) -> jax.Array:
+    query, rel = (a * operands.scale[:, None].astype(a.dtype) for a in (operands.query, operands.rel))
+    query, keys, values, rel = jax.lax.optimization_barrier((query, operands.keys, operands.values, rel))
     tokens = query.shape[3]
-    run = _one_by_one
-    if tokens > BODIES * CHUNK:
+    run = _chunk_by_chunk
+    if tokens > MAX_UNROLLED_CHUNKS * CHUNK:
         run = _block_by_block
-    elif not config.pinned and config.window + _chunk(config) <= tokens:
-        run = _side_by_side
-    return run(config, query, keys, values, rel, given.proj)
+    elif not config.pinned and config.window + _window_chunk(config) <= tokens:
+        run = _all_chunks_at_once
+    return run(config, query, keys, values, rel, operands.proj)
 
 
-def _chunk(config: AttentionConfig) -> int:
-    """Queries per chunk of a short window: no more than the window itself, in sixteens."""
+def _window_chunk(config: AttentionConfig) -> int:
+    """Returns the queries of a chunk for a short window: the window rounded up to a multiple of 16, at most `CHUNK`."""
     return min(CHUNK, -(-config.window // 16) * 16)
 
 
-def _side_by_side(
+def _all_chunks_at_once(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
 ) -> jax.Array:
-    """Short windows: every chunk sees itself and as many chunks before it as the window needs, all in one matmul."""
+    """For short windows: each chunk sees itself and the chunks before it that its window reaches, all in one matmul."""
     batch, groups, per_group, tokens, _ = query.shape
-    chunk = _chunk(config)
+    chunk = _window_chunk(config)
     count = -(-tokens // chunk)
     before = -(-(config.window - 1) // chunk)
     pad = count * chunk - tokens
@@ -120,31 +132,31 @@ def _side_by_side(
     reach = (before + 1) * chunk
     distance = np.arange(chunk)[:, None] + before * chunk - np.arange(reach)
     visible = (distance >= 0) & (distance < config.window)
-    begun = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S]
-    mask = np.where(visible & begun[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
+    started = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S]
+    mask = np.where(visible & started[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
     table = bias_table(proj, chunk, reach)
     out = attend_block(split(query), near(keys), near(values), split(rel), table, jnp.asarray(mask))
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, per_group, count * chunk, -1)
     return out[..., :tokens, :]
 
 
-def _one_by_one(
+def _chunk_by_chunk(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
 ) -> jax.Array:
-    """Long windows: a chunk sees the keys of its reach and none after itself, so each has its own number of keys."""
+    """For long windows: each chunk has its own number of keys, those within its reach and none after the chunk."""
     tokens = query.shape[3]
     extent = config.rel_extent
     table = bias_table(proj, CHUNK, min(tokens, extent) + CHUNK)
     outs = []
     for start in range(0, tokens, CHUNK):
         stop = min(start + CHUNK, tokens)
-        low = max(0, start - max(config.window, extent) + 1)  # pinned keys before this lie beyond the extent
+        low = max(0, start - max(config.window, extent) + 1)  # pinned keys before `low` are beyond the extent
         pins = min(config.pinned, low)
         position = np.concatenate([np.arange(pins), np.arange(low, stop)])
         distance = np.arange(start, stop)[:, None] - position
         visible = (distance >= 0) & ((distance < config.window) | (position < config.pinned))
         mask = jnp.asarray(np.where(visible, 0.0, MASKED_LOGIT).astype(np.float32)[None, None])
-        # The table's last column is the own key of its last query; a shorter last chunk ends earlier.
+        # The last column of the table is the last query's own key. A last chunk that is shorter ends earlier.
         end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
 
@@ -162,22 +174,30 @@ def _one_by_one(
 def _block_by_block(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
 ) -> jax.Array:
-    """Long sequences: as much memory as a few blocks of logits take."""
+    """For long sequences: needs only the memory of a few blocks of logits."""
     tokens = query.shape[3]
-    blocks = plan(config, tokens, BLOCK)
+    blocks = plan_blocks(config, tokens, BLOCK)
     pad = blocks.count * BLOCK - tokens
     query, rel = (jnp.pad(a, [(0, 0)] * 3 + [(0, pad), (0, 0)]) for a in (query, rel))
     keys, values = (jnp.pad(a, [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
-    table = bias_table(proj, BLOCK, blocks.biased * BLOCK)
+    table = bias_table(proj, BLOCK, blocks.bias_distances * BLOCK)
     out: jax.Array = attend_blocks(blocks, query, keys, values, rel, table)  # pyright: ignore[reportAssignmentType]
     return out[..., :tokens, :]
 
 
 def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
-    """Bias profiles by query and key, `[C, R, keys]`: `proj[r, d]`, key j being d = i + keys - C - j before query i.
+    """Returns the rows of `proj` by query and key, `[C, R, keys]`.
 
-    Zero outside `[0, E)`. The last key is the last query's own. A profile turned round, repeated with one element more
-    than a row holds and read row by row stands one further to the right in each: no gather (after Huang et al., 2018).
+    The entry of query i and key j is `proj[:, d]` for the distance d = i + keys - C - j, and zero where d is outside
+    `[0, E)`. The last key is the last query's own.
+
+    Needs no gather (after Huang et al., 2018). The rows of `proj`, reversed, are one line. The line is padded to one
+    element more than a row, repeated, and read row by row: in each row it then stands one column further to the right.
+
+    Args:
+      proj: `[R, E]`.
+      chunk: C, the number of queries.
+      keys: the number of keys.
     """
     rank, extent = proj.shape
     width = keys + chunk - 1  # row i is columns [C - 1 - i, ...) of a line in which distance 0 is column keys - 1
@@ -187,7 +207,9 @@ def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
     return rows[:, :, chunk - 1 :].transpose(1, 0, 2)
 
 
-class _Saved(NamedTuple):
+class _Residuals(NamedTuple):
+    """What the forward pass of `attend_block` saves for its adjoint."""
+
     query: jax.Array
     keys: jax.Array
     values: jax.Array
@@ -202,14 +224,14 @@ class _Saved(NamedTuple):
 def attend_block(
     query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, table: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Softmax attention of chunks over the keys they see.
+    """Computes softmax attention of chunks over the keys that they see.
 
     Args:
-      query: `[B, G, N, Q, C, K]`.
-      keys: `[B, G, N, S, K]`; `values` likewise.
-      rel: `[B, G, N, Q, C, R]`.
-      table: `[C, R, L]`, from `bias_table`, for the last L of the S keys.
-      mask: `[N or 1, 1, C, S]` float32, 0 or `MASKED_LOGIT`.
+      query: `[B, G, N, Q, C, K]`, scaled.
+      keys, values: `[B, G, N, S, K]`.
+      rel: `[B, G, N, Q, C, R]`, scaled.
+      table: `[C, R, L]` from `bias_table`, for the last L of the S keys.
+      mask: `[N or 1, 1, C, S]` float32: 0, or `MASKED_LOGIT` where a query does not see a key.
 
     Returns:
       `[B, G, N, Q, C, K]`.
@@ -228,20 +250,20 @@ def _attend_fwd(query, keys, values, rel, table, mask):
     exponentials = exponentials.astype(query.dtype)
     out = einsum_float32("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
     out = out.astype(query.dtype)
-    return out, _Saved(query, keys, values, rel, table, exponentials, total, out)
+    return out, _Residuals(query, keys, values, rel, table, exponentials, total, out)
 
 
 def _attend_bwd(saved, grad):
     query, keys, values, rel, table, exponentials, total, out = saved
     dtype = query.dtype
-    # Weights are exponentials / total; the division goes into the incoming gradient, which is smaller.
+    # The weights are exponentials / total. The incoming gradient is divided instead, because it is smaller.
     grad = jax.lax.optimization_barrier((grad / total).astype(dtype))
     mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
     dweights = einsum_float32("bgnik,bgnjk->bgnij", _flat(grad), values)
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
     dquery = einsum_float32("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
-    # [K, S] first: the matmul then runs along rows of what is long
+    # [K, S] first: the matmul then runs along the rows of the longer operand.
     dkeys = einsum_float32("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
     dvalues = einsum_float32("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
     near = dlogits.reshape(exponentials.shape)[..., exponentials.shape[-1] - table.shape[-1] :]
@@ -256,5 +278,5 @@ attend_block.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _flat(a: jax.Array) -> jax.Array:
-    """`[B, G, N, Q, C, .]` -> `[B, G, N, Q C, .]`: the queries of a group share their keys, one matmul serves them."""
+    """`[B, G, N, Q, C, .]` -> `[B, G, N, Q C, .]`: the query heads of a group share keys, so one matmul serves all."""
     return a.reshape(*a.shape[:3], -1, a.shape[-1])

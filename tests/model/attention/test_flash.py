@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxtml.model.attention.flash import flash_attention, turned, turned_back
+from jaxtml.model.attention.flash import flash_attention, rotate_rows, rotate_rows_back
 from jaxtml.model.numerics import MASKED_LOGIT
 
 H, G, K, R = 4, 2, 16, 8
@@ -72,20 +72,20 @@ def test_what_stands_in_for_the_rotation_is_that_rotation(first, more):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
 
     def kernel(given, out):
-        out[...] = turned(given[...], first, more, interpret=False)
+        out[...] = rotate_rows(given[...], first, more, interpret=False)
 
     rotated = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
-    np.testing.assert_array_equal(turned(x, first, more, interpret=True), rotated)
+    np.testing.assert_array_equal(rotate_rows(x, first, more, interpret=True), rotated)
 
 
 def test_turning_back_undoes_the_turn():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
 
     def kernel(given, out):
-        out[...] = turned_back(given[...], 8)
+        out[...] = rotate_rows_back(given[...], 8)
 
     back = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)
-    np.testing.assert_array_equal(back(turned(x, 9, 1, interpret=True)), x)
+    np.testing.assert_array_equal(back(rotate_rows(x, 9, 1, interpret=True)), x)
 
 
 def test_the_size_of_a_block_changes_nothing():

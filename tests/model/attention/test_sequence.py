@@ -47,7 +47,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_parts_equal_one_masked_softmax_forwards_and_backwards(case, bodies, monkeypatch):
     monkeypatch.setattr(sequence, "CHUNK", 16)
-    monkeypatch.setattr(sequence, "BODIES", bodies)
+    monkeypatch.setattr(sequence, "MAX_UNROLLED_CHUNKS", bodies)
     monkeypatch.setattr(sequence, "BLOCK", 32)
     tokens, config = CASES[case]
     rng = np.random.default_rng(0)
