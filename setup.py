@@ -71,7 +71,7 @@ setup(
         "cuda13": ["jax[cuda13]", "tokamax>=0.0.12"],
         "plan": ["libtpu>=0.0.52"],  # `jaxtml plan` for TPUs, on a machine without one
         "plan-cuda": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "tokamax>=0.0.12"],  # the same for GPUs
-        "oracle": ["torch>=2.9", "transformers>=5.20,<6", "pillow>=11"],  # the released implementation, to compare with
+        "oracle": ["torch>=2.9", "transformers>=5.24,<6", "pillow>=11"],  # the released implementation, to compare with
         "voices": ["espeakng-loader==0.2.4", "onnx>=1.17", "onnxruntime>=1.20"],  # speech for training data
         "judges": ["faster-whisper>=1.1,<2", "pesq>=0.0.4", "pystoi>=0.4.1", "jiwer>=4,<5"],  # for evaluation
         "webrtc": WEBRTC,  # serves over WebRTC

@@ -36,10 +36,10 @@ from rich.console import Console
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.inkling.sink import released_dtypes
-from jaxtml.checkpoint.source import Index, extent, spec_table
+from jaxtml.checkpoint.source import Index, index_shape, spec_table
 from jaxtml.commands.arguments import amount, count, run_tool, tool_parser
 from jaxtml.config import Config
-from jaxtml.convert.conversion import write
+from jaxtml.convert.conversion import write_checkpoint
 
 N_EXPERTS, D_MODEL, D_FF_EXPERT = 64, 1024, 512
 LAYER_BYTES = N_EXPERTS * 3 * D_MODEL * D_FF_EXPERT * 2  # of a layer's experts in bfloat16; other parts are small
@@ -60,7 +60,7 @@ class RandomSource:
         return True
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        shape = extent(index, self.specs[path].shape)
+        shape = index_shape(index, self.specs[path].shape)
         rng = np.random.default_rng([len(path), *(cut.start or 0 for cut in index)])
         if self.dtypes[path].itemsize == 4:
             return rng.normal(size=shape).astype(np.float32)
@@ -69,7 +69,7 @@ class RandomSource:
         return ((bits & 0x87FF) | 0x3800).view(ml_dtypes.bfloat16)
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> int:
+def write_random_checkpoint(folder: Path, gigabytes: float) -> int:
     """Writes a checkpoint of about `gigabytes` in the released format and returns its size in bytes."""
     layers = max(2, round(gigabytes * 1e9 / LAYER_BYTES) + 1)
     settings = (
@@ -78,7 +78,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
         *(f"backbone.n_experts={N_EXPERTS}", f"backbone.n_layers={layers}", "backbone.n_dense=1"),
         f"backbone.global_layers={list(range(5, layers, 6))}",
     )
-    write(RandomSource(configs.load("inkling_small", settings)), folder, "random", "hf")
+    write_checkpoint(RandomSource(configs.load("inkling_small", settings)), folder, "random", "hf")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -167,7 +167,7 @@ def benchmark(args: argparse.Namespace) -> None:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        size = write_checkpoint(folder / "hf", args.gigabytes)
+        size = write_random_checkpoint(folder / "hf", args.gigabytes)
         rows: list[dict[str, float]] = []
         for _ in range(args.pairs):
             rows.append(measure_pair(folder))

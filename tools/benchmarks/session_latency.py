@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""What a session costs on this machine: from process start to the first micro-turn, and each step of a conversation.
+"""Measures what one session costs on this machine: the time to the first micro-turn, and the time of each step.
 
-    tools/benchmarks/session_latency.py [--checkpoint DIR] [--json]
-
-Start: whole processes of `jaxtml converse` over 200 ms of sound, with an empty compilation cache and then with the one
-that it left. Steps: one session over the demo's recording, as fast as it goes; the first is left out, it waits for the
-transfer of the parameters.
+The start is measured on whole processes of `jaxtml converse` over 200 ms of sound: once with an empty compilation
+cache ("cold"), then with the cache that the cold process left ("warm"; the median of three). The steps are those of
+one session over the demo's recording, as fast as it goes. The first step is left out, because it waits until the
+parameters are on the device.
 """
 
 from __future__ import annotations
@@ -23,36 +22,41 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.arguments import count, run_tool, tool_parser
+from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
-RECORDING = Path(__file__).parents[2] / "jaxtml" / "assets" / "demo" / "human.flac"
-WARM_RUNS = 3
+RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
 
 
-def converse(folder: Path, recording: Path, checkpoint: str | None) -> float:
-    """Seconds of a whole process; its compilation cache and its events stay in `folder`."""
-    command = [sys.executable, "-m", "jaxtml", "converse", "--in", str(recording), "--json"]
+def converse(folder: Path, recording: Path, checkpoint: str) -> float:
+    """Runs `jaxtml converse` and returns the seconds of the whole process.
+
+    The process keeps its compilation cache, its reply and its events in `folder`.
+    """
+    command = [sys.executable, "-m", "jaxtml", "converse", "--in", str(recording), "--checkpoint", checkpoint, "--json"]
     command += ["--out", str(folder / "reply.wav"), "--events", str(folder / "events.jsonl")]
-    command += ["--checkpoint", checkpoint] if checkpoint else []
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     began = time.perf_counter()
-    subprocess.run(
-        command,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")},
-    )
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    if process.returncode:
+        raise InputError(f"`jaxtml converse` failed: {process.stderr.strip().splitlines()[-1]}")
     return time.perf_counter() - began
 
 
-def measured(checkpoint: str | None) -> dict[str, float]:
+def measure(checkpoint: str, recording: Path, warm_runs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_wav(folder / "short.wav", np.zeros((MICRO_TURN_SAMPLES, 1), np.float32))
-        cold = converse(folder, folder / "short.wav", checkpoint)
-        warm = [converse(folder, folder / "short.wav", checkpoint) for _ in range(WARM_RUNS)]
-        converse(folder, RECORDING, checkpoint)
+        short = folder / "short.wav"
+        write_wav(short, np.zeros((MICRO_TURN_SAMPLES, 1), np.float32))
+        cold = converse(folder, short, checkpoint)
+        warm = [converse(folder, short, checkpoint) for _ in range(warm_runs)]
+        converse(folder, recording, checkpoint)
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()][1:]
+    if not events:
+        raise InputError(f"{recording} has one micro-turn: give a recording of more than 200 ms")
     steps = [event["step_ms"] for event in events]
     speaking = [event["step_ms"] for event in events if event["gate"] == "speak"]
     return {
@@ -64,19 +68,21 @@ def measured(checkpoint: str | None) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a checkpoint directory (default: the shipped tiny)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    args = parser.parse_args()
-    result = measured(args.checkpoint)
+def benchmark(args: argparse.Namespace) -> None:
+    result = measure(args.checkpoint, args.recording, args.warm_runs)
     if args.json:
         print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            Console().print(f"{key:24} {value:8.2f}")
-    return 0
+        return
+    for name, value in result.items():
+        Console().print(f"{name:24} {value:8.2f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = tool_parser(__doc__, "tools/benchmarks/session_latency.py --warm-runs 1")
+    parser.add_argument("--checkpoint", default=str(SHIPPED), metavar="DIR", help="default: the shipped tiny")
+    parser.add_argument(
+        "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the user says; default: the demo's"
+    )
+    parser.add_argument("--warm-runs", type=count, default=3, help="starts with a warm cache (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    run_tool(parser, benchmark)
