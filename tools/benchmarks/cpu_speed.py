@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.inkling.vision_folds import plan_folds
+from jaxtml.checkpoint.inkling.vision_folds import default_folds
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.commands.arguments import count, run_tool, tool_parser
 from jaxtml.config import Config, VisionConfig
@@ -242,7 +242,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     # `transformers` supports only the vision tower widths of Inkling. No image is used here.
-    config = dataclasses.replace(configs.load(args.config), vision=VisionConfig(plan_folds(2)))
+    config = dataclasses.replace(configs.load(args.config), vision=VisionConfig(default_folds(2)))
     result = measure(config, args.rounds)
     if args.json:
         print(json.dumps(result))
