@@ -20,7 +20,9 @@ from jaxtml.config import Config
 from jaxtml.data import bank
 from jaxtml.data.bank import Bank
 from jaxtml.data.rows import Row, max_own_speech, pad
-from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
+from jaxtml.data.talks.mix import make_conversation
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import VOCABULARY
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.layout import Sequence, encode
@@ -56,7 +58,7 @@ class GeneratedConversations:
     config: Config
     codec: TextCodec
     speakers: Speakers
-    weights: Weights = Weights()
+    weights: ScenarioWeights = ScenarioWeights()
 
     @staticmethod
     def open(config: Config, codec: TextCodec, folder: Path, split: str = "train") -> GeneratedConversations:

@@ -17,7 +17,9 @@ import numpy as np
 
 from jaxtml.data.bank import Bank
 from jaxtml.data.talks import recorded_prompts
-from jaxtml.data.talks.mix import Speakers, Weights, make_conversation
+from jaxtml.data.talks.mix import make_conversation
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.stream.conversation import Conversation
 
 SEED = 20_000  # far from any seed of training
@@ -47,9 +49,9 @@ def synthetic(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
         silent = number % SILENT_EVERY == SILENT_EVERY - 1
         voice = voices[number - number // SILENT_EVERY]
         alone = replace(speakers, engines={voice.split(":")[0]: (voice,)})
-        weights = Weights(silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0)
+        weights = ScenarioWeights(silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0)
 
-        def make(number: int = number, alone: Speakers = alone, weights: Weights = weights) -> Conversation:
+        def make(number: int = number, alone: Speakers = alone, weights: ScenarioWeights = weights) -> Conversation:
             return make_conversation(np.random.default_rng((SEED, number)), alone, weights, turns)
 
         items.append(EvaluationTalk(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))

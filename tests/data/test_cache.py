@@ -10,7 +10,8 @@ from tones import ToneBank
 from jaxtml import config as configs
 from jaxtml.data import cache, pipeline
 from jaxtml.data.conversations import GeneratedConversations
-from jaxtml.data.talks.mix import Speakers, Weights
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.stream.text import TextCodec
@@ -63,7 +64,7 @@ def test_a_build_that_was_killed_continues_where_it_stopped(dataset, folder):
 
 
 def test_a_cache_of_other_rows_is_refused(dataset, folder):
-    other = dataclasses.replace(dataset, weights=Weights(silence=0.5))
+    other = dataclasses.replace(dataset, weights=ScenarioWeights(silence=0.5))
     with pytest.raises(InputError, match="another bank"):
         cache.CachedRows.open(dataset.config, folder, other)
     with pytest.raises(InputError, match="other rows"):

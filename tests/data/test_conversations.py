@@ -10,7 +10,7 @@ from tones import ToneBank
 
 from jaxtml import config as configs
 from jaxtml.data.conversations import GeneratedConversations
-from jaxtml.data.talks.mix import Speakers
+from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.tasks import scenarios
 from jaxtml.stream.layout import decode, encode
 from jaxtml.stream.text import TextCodec

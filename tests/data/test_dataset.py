@@ -21,7 +21,7 @@ from jaxtml.data.cache import CachedRows
 from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.data.dataset import ConversationDataset, Dataset, open_dataset
 from jaxtml.data.rows import Row, row_shapes
-from jaxtml.data.talks.mix import Speakers
+from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.stream.text import TextCodec

@@ -7,15 +7,17 @@ from tones import ToneBank
 
 from jaxtml.data import examples
 from jaxtml.data.talks import channel, mix
+from jaxtml.data.talks.speakers import Speakers
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 @pytest.fixture(scope="module")
 def talks() -> list[Conversation]:
-    speakers = mix.Speakers.of(ToneBank.made())
+    speakers = Speakers.of(ToneBank.made())
     return [
-        mix.make_conversation(np.random.default_rng(i), speakers, n_turns=50, channel=channel.CLEAN) for i in range(3)
+        mix.make_conversation(np.random.default_rng(i), speakers, micro_turns=50, channel=channel.CLEAN)
+        for i in range(3)
     ]
 
 

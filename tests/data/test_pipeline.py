@@ -11,7 +11,7 @@ from jaxtml import config as configs
 from jaxtml.data import pipeline
 from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.data.pipeline import Batch, HostRows
-from jaxtml.data.talks.mix import Speakers
+from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.tasks import scenarios
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import PositionKind, Term

@@ -23,7 +23,7 @@ def heard_pitch(clip: edits.Clip, k: int) -> float:
 
 def test_a_pause_moves_the_later_words_and_silences_the_place_between():
     clip = clip_of("what is three plus four")
-    paused = edits.with_pause(clip, 2, 8000)
+    paused = edits.insert_pause(clip, 2, 8000)
     assert len(paused.wave) == len(clip.wave) + 8000
     assert paused.words[:2] == clip.words[:2]
     for before, after in zip(clip.words[2:], paused.words[2:], strict=True):
@@ -38,7 +38,7 @@ def test_a_pause_moves_the_later_words_and_silences_the_place_between():
 @pytest.mark.parametrize("rate", [0.9, 0.97, 1.1])
 def test_a_faster_clip_is_shorter_and_higher_by_the_same_ratio(rate):
     clip = clip_of("red green")
-    faster = edits.at_rate(clip, rate)
+    faster = edits.change_rate(clip, rate)
     ratio = len(clip.wave) / len(faster.wave)
     assert ratio == pytest.approx(rate, rel=0.01)
     for k, word in enumerate(clip.words):
@@ -47,15 +47,15 @@ def test_a_faster_clip_is_shorter_and_higher_by_the_same_ratio(rate):
 
 
 def test_a_single_word_is_cut_out_whole_and_alone():
-    word = edits.single_word(clip_of("what is three plus four"), 2)
+    word = edits.cut_word(clip_of("what is three plus four"), 2)
     assert word.text == "three"
     assert len(word.wave) == pytest.approx(0.3 * SAMPLE_RATE, abs=400)
     assert heard_pitch(word, 0) == pytest.approx(pitch("three"), abs=3)
 
 
 def test_joined_words_stand_at_their_gaps():
-    single = [edits.single_word(clip_of(text), 0) for text in ("alpha bravo", "zulu kilo", "red green")]
-    clip = edits.joined(single, [1600, 3200])
+    single = [edits.cut_word(clip_of(text), 0) for text in ("alpha bravo", "zulu kilo", "red green")]
+    clip = edits.join(single, [1600, 3200])
     assert clip.text == "alpha zulu red"
     assert clip.words[1].start_s - clip.words[0].end_s == pytest.approx(0.1, abs=0.02)
     assert clip.words[2].start_s - clip.words[1].end_s == pytest.approx(0.2, abs=0.02)
@@ -65,12 +65,12 @@ def test_joined_words_stand_at_their_gaps():
 
 def test_levels_ignore_the_silence_in_between():
     clip = clip_of("red green")
-    paused = edits.with_pause(clip, 1, 32_000)
+    paused = edits.insert_pause(clip, 1, 32_000)
     assert edits.speech_level(paused.wave) == pytest.approx(edits.speech_level(clip.wave), rel=0.03)
-    assert edits.speech_level(edits.levelled(paused, 0.5).wave) == pytest.approx(0.5, rel=1e-3)
+    assert edits.speech_level(edits.set_level(paused, 0.5).wave) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_silence_has_no_level_and_stays_silent():
     silent = edits.Clip(np.zeros(1600, np.float32), ())
-    assert edits.levelled(silent, 1.0).wave.max() == 0
-    assert edits.trimmed(silent) is silent
+    assert edits.set_level(silent, 1.0).wave.max() == 0
+    assert edits.trim(silent) is silent

@@ -5,24 +5,26 @@ import pytest
 from tones import ToneBank
 
 from jaxtml.data.talks import channel, mix
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import incomplete_after, is_complete, is_nonsense, reply_to
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 ONLY = {
-    "exchange": mix.Weights(1, 0, 0, 0, 0, typed=0),
-    "hesitation": mix.Weights(0, 1, 0, 0, 0, typed=0, joined=0),
-    "barge_in": mix.Weights(0.2, 0, 0.8, 0, 0, typed=0),
-    "distraction": mix.Weights(0.5, 0, 0, 0.5, 0, typed=0),
-    "silence": mix.Weights(silence=1.0),
-    "typed": mix.Weights(silence=0, typed=1.0),
-    "all": mix.Weights(),
+    "exchange": ScenarioWeights(1, 0, 0, 0, 0, typed=0),
+    "hesitation": ScenarioWeights(0, 1, 0, 0, 0, typed=0, joined=0),
+    "barge_in": ScenarioWeights(0.2, 0, 0.8, 0, 0, typed=0),
+    "distraction": ScenarioWeights(0.5, 0, 0, 0.5, 0, typed=0),
+    "silence": ScenarioWeights(silence=1.0),
+    "typed": ScenarioWeights(silence=0, typed=1.0),
+    "all": ScenarioWeights(),
 }
 
 
 @pytest.fixture(scope="module")
-def speakers() -> mix.Speakers:
-    return mix.Speakers.of(ToneBank.made())
+def speakers() -> Speakers:
+    return Speakers.of(ToneBank.made())
 
 
 def made(speakers, name, count=25, **options):
@@ -37,7 +39,7 @@ def sounding(wave: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", list(ONLY))
 def test_both_channels_share_one_clock_of_whole_micro_turns(speakers, name):
-    for talk in made(speakers, name, 5, n_turns=61, channel=None):
+    for talk in made(speakers, name, 5, micro_turns=61, channel=None):
         assert talk.user.shape == talk.assistant.shape == (61 * MICRO_TURN_SAMPLES,)
         assert talk.user.dtype == talk.assistant.dtype == np.float32
         assert np.abs(talk.user).max() <= 1
@@ -177,7 +179,7 @@ def test_sessions_repeat_with_their_seed_and_differ_otherwise(speakers):
 
 
 def test_words_joined_from_different_utterances_make_new_sentences(speakers):
-    joined = mix.Weights(1, 0, 0, 0, 0, typed=0, joined=1.0)
+    joined = ScenarioWeights(1, 0, 0, 0, 0, typed=0, joined=1.0)
     talks = [
         mix.make_conversation(np.random.default_rng(i), speakers, joined, channel=channel.CLEAN) for i in range(20)
     ]
@@ -187,7 +189,7 @@ def test_words_joined_from_different_utterances_make_new_sentences(speakers):
 
 
 def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
-    odd = mix.Weights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
+    odd = ScenarioWeights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
     seen = 0
     for i in range(8):
         talk = mix.make_conversation(np.random.default_rng((3, i)), speakers, odd, channel=channel.CLEAN)
@@ -200,4 +202,4 @@ def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
 
 def test_a_bank_without_users_is_refused():
     with pytest.raises(InputError, match="no user voices"):
-        mix.Speakers.of(ToneBank((), ()))
+        Speakers.of(ToneBank((), ()))

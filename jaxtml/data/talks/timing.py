@@ -1,0 +1,144 @@
+"""When each scenario's user turn and reply are heard. The rules of time are here and nowhere else.
+
+A scenario is a function `(rng, draft, user) -> bool`. It writes one event into the draft of a session, or returns False
+and writes nothing where the event finds no room. `jaxtml.data.talks.mix` draws scenarios and calls them.
+
+- **Takeover.** The user's sound ends in micro-turn `i`. The gate opens at `i + 1`, after 200 to 400 ms in which nothing
+  more came. The reply is heard from sample `3200 (i + 2)`, 200 to 400 ms after the end.
+- **Hesitation.** The user pauses for 0.4 to 1.6 s where the sentence is still open. The assistant waits.
+- **Barge-in.** The user starts in micro-turn `j` while the assistant speaks. Micro-turn `j` is the last one that
+  speaks, so the voice is silent from sample `3200 (j + 2)`, 200 to 400 ms after the start. What was not fully said goes
+  to `Speech.unsaid`. Then the new user turn is answered.
+- **Typing.** The user types in micro-turn `i` and does not speak. The gate opens in `i`, where the text is known.
+- **Distraction, silence.** The user coughs or knocks, or does nothing at all. There is no reply.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxtml.data.talks.background_sounds import cough
+from jaxtml.data.talks.edits import Clip
+from jaxtml.data.talks.session_draft import SessionDraft
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.user_turns import SessionUser, draw_user_turn, hesitate
+from jaxtml.data.tasks.scenarios import reply_to, sample_user_text
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
+
+_MIN_CUT_OFF = 800
+"""Samples of a reply that a barge-in cuts off at least. With less it would interrupt nothing."""
+
+
+def exchange(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """One user turn and its reply, after a pause of both sides."""
+    clip = draw_user_turn(rng, user)
+    return clip is not None and _place_exchange(draft, user, clip, _after_a_pause(rng, draft), "exchange")
+
+
+def hesitation(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """A user turn with a pause where its sentence is open, and the reply."""
+    clip = draw_user_turn(rng, user)
+    clip = None if clip is None else hesitate(rng, clip)
+    return clip is not None and _place_exchange(draft, user, clip, _after_a_pause(rng, draft), "hesitation")
+
+
+def barge_in(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """A user turn that interrupts the newest reply, and its own reply.
+
+    An exchange takes its place where there is no reply that is long enough to be interrupted.
+    """
+    clip = draw_user_turn(rng, user)
+    if clip is None:
+        return False
+    start = _barge_in_start(rng, draft)
+    if start is None:
+        return _place_exchange(draft, user, clip, _after_a_pause(rng, draft), "exchange")
+    return _place_exchange(draft, user, clip, start, "barge_in", interrupts=True)
+
+
+def distraction(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """A cough or a knock. Nobody answers."""
+    del user  # A cough has no voice.
+    return _place_cough(rng, draft)
+
+
+def fill_with_silence(rng: np.random.Generator, draft: SessionDraft) -> None:
+    """Fills a session in which nobody speaks. Up to three coughs are heard at any time."""
+    for _ in range(int(rng.integers(4))):
+        draft.free = int(rng.integers(len(draft.user)))
+        _place_cough(rng, draft)
+    draft.scenarios.insert(0, "silence")
+
+
+def _place_cough(rng: np.random.Generator, draft: SessionDraft) -> bool:
+    """Writes a cough that starts after the beginning of the newest reply and within a second after all sound.
+
+    Returns False and writes nothing where it finds no room.
+    """
+    sound = cough(rng)
+    start = int(rng.integers(draft.reply_span[0], draft.free + SAMPLE_RATE))
+    end = start + len(sound)
+    if end > len(draft.user):
+        return False
+    draft.user[start:end] += sound
+    draft.free = max(draft.free, end)
+    draft.scenarios.append("distraction")
+    return True
+
+
+def fill_with_typing(rng: np.random.Generator, draft: SessionDraft, speakers: Speakers) -> None:
+    """Writes typed user turns and their replies, one soon after the other, until the session is full."""
+    replies = list(speakers.replies)
+    micro_turn = draft.free // MICRO_TURN_SAMPLES
+    while True:
+        text = sample_user_text(rng)[1]
+        if rng.random() < 0.5:  # Every reply equally often: sentences of the task ask for few of them.
+            text = f"say {replies[int(rng.integers(len(replies)))]}"
+        if reply_to(text.split()) not in speakers.replies:
+            continue
+        reply = _reply_clip(speakers, text)
+        if not draft.has_room_for_reply(reply, micro_turn):
+            return
+        draft.place_reply(reply, micro_turn)
+        draft.place_typed(text, micro_turn)
+        draft.scenarios.append("typed")
+        micro_turn = draft.speech[-1].end_turn + 1 + int(rng.exponential(1.0))
+
+
+def _place_exchange(
+    draft: SessionDraft, user: SessionUser, clip: Clip, start: int, scenario: str, interrupts: bool = False
+) -> bool:
+    """Writes a user turn whose first sample is `start`, and its reply.
+
+    Returns False and writes nothing where they find no room.
+    """
+    gate = (start + len(clip.wave) - 1) // MICRO_TURN_SAMPLES + 1  # the micro-turn after the one of the last sample
+    reply = _reply_clip(user.speakers, clip.text)
+    if not draft.has_room_for_reply(reply, gate):
+        return False
+    if interrupts:
+        if gate <= start // MICRO_TURN_SAMPLES + 1:
+            return False  # So short a turn is answered before the assistant has stopped.
+        draft.interrupt_reply(start)
+    draft.place_reply(reply, gate)
+    draft.place_user_turn(clip, start)
+    draft.scenarios.append(scenario)
+    return True
+
+
+def _reply_clip(speakers: Speakers, text: str) -> Clip:
+    return speakers.clip(speakers.replies[reply_to(text.split())])
+
+
+def _after_a_pause(rng: np.random.Generator, draft: SessionDraft) -> int:
+    """Draws the first sample of a user turn that follows everything before it."""
+    return draft.free + int((0.15 + rng.exponential(0.6)) * SAMPLE_RATE)
+
+
+def _barge_in_start(rng: np.random.Generator, draft: SessionDraft) -> int | None:
+    """Draws the sample at which to interrupt the newest reply. Returns None if the reply is too short for that."""
+    start, end = draft.reply_span
+    first = start + SAMPLE_RATE // 10
+    last_micro_turn = (end - _MIN_CUT_OFF) // MICRO_TURN_SAMPLES - 2
+    last = (last_micro_turn + 1) * MICRO_TURN_SAMPLES
+    return int(rng.integers(first, last)) if draft.speech and last > first else None

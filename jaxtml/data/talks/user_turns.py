@@ -1,0 +1,88 @@
+"""The sound of one user turn: a recorded sentence, or single words joined into one, with or without a hesitation.
+
+Called by the scenarios in `jaxtml.data.talks.timing`. When the turn is heard is decided there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtml.data.talks import edits
+from jaxtml.data.talks.edits import Clip
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
+from jaxtml.data.tasks.scenarios import bare_list, incomplete_after, is_complete, nonsense, reply_to, sample_user_text
+from jaxtml.stream.timebase import SAMPLE_RATE
+
+_JOIN_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class SessionUser:
+    """The one user of a session.
+
+    Attributes:
+      speakers: the bank's utterances.
+      weights: how often turns are joined from single words.
+      voice: the user's voice, a key of `speakers.by_voice`.
+      rate: speed at which the user's recordings are played.
+    """
+
+    speakers: Speakers
+    weights: ScenarioWeights
+    voice: str
+    rate: float
+
+
+def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
+    """Draws one user turn with its speech at unit level. Returns None if the bank has no reply to the turn."""
+    speakers, weights = user.speakers, user.weights
+    clip = None
+    if rng.random() < weights.joined:
+        clip = _join_single_words(rng, speakers, user.voice, is_nonsense=rng.random() < weights.nonsense)
+    if clip is None:
+        indices = speakers.by_voice[user.voice]
+        clip = speakers.clip(int(indices[int(rng.integers(len(indices)))]))
+    if reply_to(clip.text.split()) not in speakers.replies:
+        return None
+    clip = edits.change_rate(clip, user.rate * float(rng.uniform(0.97, 1.03)))
+    return edits.set_level(clip, 10 ** (rng.uniform(-2, 2) / 20))
+
+
+def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> Clip | None:
+    """Joins a turn from words that a voice named, as recordings of single words are joined.
+
+    Returns None if the voice did not name all words of the drawn texts.
+    """
+    places = speakers.single_words.get(voice, {})
+    for _ in range(_JOIN_ATTEMPTS):
+        text = nonsense(rng) if is_nonsense else bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]
+        words = text.split()
+        if all(word in places for word in words):
+            break
+    else:
+        return None
+    clips = []
+    for word in words:
+        index, number = places[word][int(rng.integers(len(places[word])))]
+        clips.append(edits.set_level(edits.cut_word(speakers.clip(index), number), 1.0))
+    # Where the turn could be over already, a gap as long as a micro-turn would look like the end of the turn.
+    gaps_s = [
+        rng.uniform(0.03, 0.15) if is_nonsense or is_complete(words[:k]) else rng.uniform(0.05, 0.35)
+        for k in range(1, len(words))
+    ]
+    return edits.join(clips, [int(gap_s * SAMPLE_RATE) for gap_s in gaps_s])
+
+
+def hesitate(rng: np.random.Generator, clip: Clip) -> Clip | None:
+    """Inserts one pause, seldom two, where the sentence is still open.
+
+    Returns None if the words are no sentence, or if the sentence is open nowhere.
+    """
+    words = clip.text.split()
+    places = [k for k in range(1, len(words)) if incomplete_after(words, k)] if is_complete(words) else []
+    for k in rng.permutation(places)[: 1 + (rng.random() < 0.2)].astype(int).tolist():
+        clip = edits.insert_pause(clip, k, int(rng.uniform(0.4, 1.6) * SAMPLE_RATE))
+    return clip if places else None
