@@ -225,8 +225,8 @@ class FlowConfig:
     (EXPERIMENTS.md, 2026-11-24)."""
 
     history_noise: NonNegativeFloat = 0.15
-    """dMel bins. The most noise that training adds to the speech that is fed back (`spoilt_history` in
-    `jaxtml.train.loss`): in service this speech is never quite right."""
+    """dMel bins. The most noise that training adds to the speech that is fed back (`corrupt_history` in
+    `jaxtml.train.history`): in service this speech is never quite right."""
 
     history_dropout: NonNegativeFloat = 0.0
     """The largest share of fed-back frames that training leaves out of a row; 1 and more is all of them. Without

@@ -27,7 +27,7 @@ from jaxtml.plan.report import ServingLoad, report_serving, report_training
 from jaxtml.plan.search import search_kinds
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN
-from jaxtml.train.step import check_batch
+from jaxtml.train.gradients import check_batch
 
 REMATS: tuple[str, ...] = ("none", "outputs", "full")  # what `train.remat` may be, the cheapest first
 

@@ -30,7 +30,8 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.layout import encode
 from jaxtml.stream.tokens import PositionKind, Term
-from jaxtml.train.step import count_batch, loss_fn, spoilt_history
+from jaxtml.train.history import corrupt_history
+from jaxtml.train.loss import count_positions, loss_fn
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
@@ -159,7 +160,7 @@ def batch(config, talk, codec) -> dict[str, np.ndarray]:
 
 def _loss(config: Config, params: Params, batch: dict[str, np.ndarray]) -> tuple[jax.Array, dict[str, jax.Array]]:
     rows = jax.random.split(jax.random.key(0), len(batch["kind"]))
-    loss, (terms, _) = loss_fn(InteractionModel(config), params, batch, rows, count_batch(batch, MeshShape()))
+    loss, (terms, _) = loss_fn(InteractionModel(config), params, batch, rows, count_positions(batch, MeshShape()))
     return loss, terms
 
 
@@ -196,7 +197,7 @@ def test_the_term_is_the_mean_over_heads_of_what_words_further_ahead_weigh(confi
     @jax.jit
     def foreseen(params: Params) -> Any:
         rows = jax.random.split(jax.random.key(0), len(batch["kind"]))
-        bins = spoilt_history(batch["bins"], batch["kind"], config.flow, rows)
+        bins = corrupt_history(batch["bins"], batch["kind"], config.flow, rows)
         inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
         embedded = model.embed(params, inputs, jnp.float32)
         hidden, _ = model.hidden_from_embedded(params, embedded, inputs.kind)

@@ -18,7 +18,8 @@ from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
 from jaxtml.stream.layout import encode
-from jaxtml.train.step import make_gradients, make_train_step
+from jaxtml.train.gradients import make_gradients
+from jaxtml.train.step import make_train_step
 from jaxtml.train.storage import shapes
 
 ROWS = 8

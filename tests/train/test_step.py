@@ -20,8 +20,11 @@ from jaxtml.model.spec import Params, flatten
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.layout import encode
 from jaxtml.stream.tokens import PositionKind, Term
+from jaxtml.train.history import corrupt_history
+from jaxtml.train.loss import count_positions, loss_fn
+from jaxtml.train.optimizer import schedule
 from jaxtml.train.progress import balance_of
-from jaxtml.train.step import TrainState, count_batch, loss_fn, make_train_step, schedule, spoilt_history
+from jaxtml.train.step import TrainState, make_train_step
 
 TERMS = ("gate", "heard", "text", "flow", "router_z")
 BIAS_RATE = 0.05
@@ -79,7 +82,7 @@ def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np
 
     def weighted(p: Params, weights: jax.Array) -> jax.Array:
         rows = jax.random.split(jax.random.key(0), len(batch["kind"]))
-        _, (terms, _) = loss_fn(model, p, batch, rows, count_batch(batch, MeshShape()))
+        _, (terms, _) = loss_fn(model, p, batch, rows, count_positions(batch, MeshShape()))
         return sum(w * terms[name] for w, name in zip(weights, TERMS, strict=True))
 
     grad = jax.jit(jax.grad(weighted))
@@ -135,7 +138,7 @@ def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
     bins = rng.integers(2, 16, (64, 50, 80)).astype(np.uint8)
     kind = rng.choice(np.array([PositionKind.USER, PositionKind.OWN], np.uint8), (64, 50))
     keys = jax.random.split(jax.random.key(2), len(bins))
-    spoilt = np.asarray(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), flow, keys))
+    spoilt = np.asarray(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), flow, keys))
     own = kind == PositionKind.OWN
     np.testing.assert_array_equal(spoilt[~own], bins[~own])
     missing = own & ~spoilt.any(axis=-1)
@@ -145,7 +148,7 @@ def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
     left = np.abs(spoilt[own & ~missing].astype(int) - bins[own & ~missing])
     assert left.any() and left.mean() < 1.0
     whole = dataclasses.replace(flow, history_noise=0.0, history_dropout=0.0)
-    np.testing.assert_array_equal(spoilt_history(jnp.asarray(bins), jnp.asarray(kind), whole, keys), bins)
+    np.testing.assert_array_equal(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), whole, keys), bins)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):

@@ -1,0 +1,44 @@
+"""Corrupted own speech: training sees fed-back speech with noise and gaps, because in service it is never quite right.
+
+Each own-speech position reads the frame spoken before it. In training this frame comes from a recording, in service
+from the model itself (exposure bias). With a perfect history, a model continues the recordings that it has learnt by
+heart and hardly looks at the text. Called by `jaxtml.train.loss`.
+
+Axes: B batch, T positions, 80 mel channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxtml.config import FlowConfig
+from jaxtml.stream.timebase import N_BINS
+from jaxtml.stream.tokens import PositionKind
+
+
+def corrupt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, row_keys: jax.Array) -> jax.Array:
+    """Adds noise and gaps to the own-speech frames of a batch.
+
+    Each row draws one noise level in [0, `history_noise`] bins (as CALM noises its latents, 2025), and one share of
+    missing frames in [0, `history_dropout`], where 1 and more is all of them (word dropout, Bowman et al., 2016). A
+    missing frame is bin 0 in every channel. No sound has this frame: silence is bin 2.
+
+    Args:
+      bins: `[B, T, 80]` uint8, dMel frames.
+      kind: `[B, T]` uint8, `PositionKind`.
+      config: the levels.
+      row_keys: `[B]` random keys, one for each row.
+
+    Returns:
+      `[B, T, 80]` uint8, changed at OWN positions alone.
+    """
+
+    def corrupt_row(bins: jax.Array, key: jax.Array) -> jax.Array:
+        level_key, noise_key, share_key, gap_key = jax.random.split(key, 4)
+        level = config.history_noise * jax.random.uniform(level_key)
+        noisy = jnp.clip(jnp.round(bins + level * jax.random.normal(noise_key, bins.shape)), 0, N_BINS - 1)
+        missing = jax.random.uniform(gap_key, bins.shape[:1]) < config.history_dropout * jax.random.uniform(share_key)
+        return jnp.where(missing[:, None], 0, noisy).astype(bins.dtype)
+
+    return jnp.where((kind == PositionKind.OWN)[..., None], jax.vmap(corrupt_row)(bins, row_keys), bins)

@@ -1,0 +1,178 @@
+"""The loss of a training step, term by term, for one device's rows.
+
+Each device computes its rows' share of the loss; the sum over devices (`jaxtml.train.gradients`) is the loss of the
+batch. Sums are therefore divided by counts over the whole batch, not by counts over the device's rows.
+
+Axes: B rows of this device, T positions, D model width, S own-speech slots of a row, H prediction heads, N own-speech
+slots in use that the flow head works on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtml.model.experts.routing import MoEStats
+from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.model.spec import Params
+from jaxtml.parallel.collectives import psum
+from jaxtml.parallel.mesh import BATCH_AXES, MeshShape
+from jaxtml.stream.tokens import PositionKind, Term
+from jaxtml.train.history import corrupt_history
+
+Batch = dict[str, jax.Array]
+Terms = dict[str, jax.Array]
+
+TEXT_TERMS = (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT))
+# From this many rows on, the flow head works on half of the own-speech slots, see `_used_slots`.
+MANY_ROWS = 8
+
+
+class PositionCounts(NamedTuple):
+    """How many positions of each kind the whole batch has, over all devices; int32 scalars, at least 1."""
+
+    micro_turns: jax.Array
+    gate: jax.Array
+    heard: jax.Array
+    text: jax.Array
+    spoken: jax.Array
+    tokens: jax.Array
+
+
+def count_positions(batch: Batch, mesh: MeshShape) -> PositionCounts:
+    """Returns the counts of the batch of which `batch` is this device's part."""
+    kind, term = jnp.asarray(batch["kind"]), jnp.asarray(batch["term"])
+    masks = PositionCounts(
+        micro_turns=kind == PositionKind.TURN,
+        gate=term == Term.GATE,
+        heard=term == Term.HEARD,
+        text=term == Term.TEXT,
+        spoken=jnp.asarray(batch["speech_valid"]),
+        tokens=kind != PositionKind.PAD,
+    )
+    return jax.tree.map(lambda mask: jnp.maximum(psum(mask.sum(), mesh, BATCH_AXES), 1), masks)
+
+
+def loss_fn(
+    model: InteractionModel, params: Params, batch: Batch, row_keys: jax.Array, counts: PositionCounts
+) -> tuple[jax.Array, tuple[Terms, list[MoEStats]]]:
+    """Computes the share of the loss that some rows have.
+
+    Args:
+      model: the model; its placement says on which mesh it runs.
+      params: this device's parts of the parameters.
+      batch: the rows, `[B, ...]` each (see `jaxtml.data.rows.pad`).
+      row_keys: `[B]` random keys, one for each row, so that a row's noise does not depend on its device.
+      counts: of the whole batch.
+
+    Returns:
+      The weighted sum of the terms, the terms by name, and the stats of the MoE layers. All of them are sums: added up
+      over devices and parts of a batch, they are those of the whole batch.
+    """
+    config = model.config.train
+    dtype = jnp.dtype(config.compute_dtype)
+    params = model.all_gather_trunk(params, dtype)
+    bins = corrupt_history(batch["bins"], batch["kind"], model.config.flow, row_keys)
+    inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
+    embedded = model.embed(params, inputs, dtype)
+    hidden, stats = model.hidden_from_embedded(params, embedded, inputs.kind, config.remat)
+
+    terms = _text_terms(model, params, hidden, batch, counts)
+    terms |= _flow_terms(model, params, hidden, batch, row_keys, counts)
+    layers = max(sum(s.z_loss.size for s in stats), 1)
+    terms["router_z"] = sum((s.z_loss.sum() for s in stats), jnp.zeros(())) / (counts.tokens * layers)
+    loss = (
+        config.gate_weight * terms["gate"]
+        + config.heard_weight * terms["heard"]
+        + config.text_weight * terms["text"]
+        + config.flow_weight * terms["flow"]
+        + config.z_loss * terms["router_z"]
+    )
+    if model.mtp is not None:
+        terms |= _prediction_head_terms(model, params, hidden, embedded, batch, counts)
+        loss = loss + config.mtp_weight * terms["mtp"]
+    return loss, (terms, stats)
+
+
+def _text_terms(
+    model: InteractionModel, params: Params, hidden: jax.Array, batch: Batch, counts: PositionCounts
+) -> Terms:
+    """Cross-entropy of gate, heard words and said text, and the share of each that the model has right.
+
+    The cross-entropy is summed and divided by the number of micro-turns. At some positions "a word was heard" competes
+    with "nothing happened"; with one divisor for all text terms, the probabilities there stay calibrated.
+    """
+    nll, right = model.scores(params, hidden, batch["target"])
+    terms: Terms = {}
+    for name, term in TEXT_TERMS:
+        chosen = batch["term"] == term
+        terms[name] = jnp.where(chosen, nll, 0).sum() / counts.micro_turns
+        terms[f"{name}_right"] = (chosen & right).sum() / getattr(counts, name)
+    return terms
+
+
+def _flow_terms(
+    model: InteractionModel,
+    params: Params,
+    hidden: jax.Array,
+    batch: Batch,
+    row_keys: jax.Array,
+    counts: PositionCounts,
+) -> Terms:
+    """The flow head's loss, a mean over own-speech positions, and how many of them were left out of it."""
+    row, slot, valid = _used_slots(jnp.asarray(batch["speech_valid"]))
+    spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
+    target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
+    slot_keys = jax.vmap(lambda r, s: jax.random.fold_in(jax.random.fold_in(row_keys[r], 1), s))(row, slot)
+    return {
+        "flow": model.bind(params).flow.loss(spoken, target, valid, slot_keys) / counts.spoken,
+        "flow_left_out": jnp.asarray(batch["speech_valid"]).sum() - valid.sum(dtype=jnp.float32),
+    }
+
+
+def _used_slots(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Finds the own-speech slots in use.
+
+    A row of little else but speech fills its slots, but eight rows together hardly ever fill half of theirs: without
+    this selection the flow head would mostly work on padding. From `MANY_ROWS` rows on, slots in use beyond half of all
+    slots are left out of the loss.
+
+    Args:
+      valid: `[B, S]` bool, the slots in use.
+
+    Returns:
+      Row `[N]` and slot `[N]` int32 of each selected slot, and whether it is in use `[N]` bool. N is B * S, or half of
+      it from `MANY_ROWS` rows on.
+    """
+    size = valid.size // 2 if len(valid) >= MANY_ROWS else valid.size
+    at = jnp.nonzero(valid.reshape(-1), size=size, fill_value=0)[0]
+    return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
+
+
+def _prediction_head_terms(
+    model: InteractionModel,
+    params: Params,
+    hidden: jax.Array,
+    embedded: jax.Array,
+    batch: Batch,
+    counts: PositionCounts,
+) -> Terms:
+    """The text terms again for the prediction heads, which predict words further ahead.
+
+    "mtp" is a mean over heads of the weighted sum of the text terms. "mtp_right" is the share of all tokens that a head
+    has right.
+    """
+    config, heads = model.config.train, model.config.backbone.mtp_heads
+    nll, right = model.mtp_scores(params, hidden, embedded, batch["target"], config.remat)  # [H, B, T]
+    positions = nll.shape[2]
+    beyond = jnp.pad(batch["term"], ((0, 0), (0, heads)))
+    term = jnp.stack([beyond[:, ahead : ahead + positions] for ahead in range(1, heads + 1)])
+    weights = {Term.GATE: config.gate_weight, Term.HEARD: config.heard_weight, Term.TEXT: config.text_weight}
+    lost = sum(weight * jnp.where(term == kind, nll, 0).sum() for kind, weight in weights.items())
+    chosen = (term == Term.GATE) | (term == Term.HEARD) | (term == Term.TEXT)
+    return {
+        "mtp": lost / (counts.micro_turns * heads),
+        "mtp_right": (chosen & right).sum() / (heads * (counts.gate + counts.heard + counts.text)),
+    }
