@@ -30,9 +30,10 @@ from jaxtml.model.spec import Params, count_parameters, init_params
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape, make_mesh
 from jaxtml.stream.text import TextCodec
 from jaxtml.train import storage
+from jaxtml.train.gradients import check_batch
 from jaxtml.train.progress import TrainProgress
 from jaxtml.train.samples import Sampler
-from jaxtml.train.step import TrainState, check_batch, make_train_step
+from jaxtml.train.step import TrainState, make_train_step
 
 REPORT_EVERY = 20
 UNSOUND = 3  # steps in a row without a sound gradient after which training stops
