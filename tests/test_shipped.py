@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxtml.commands import main as cli
+from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.main import run
 from jaxtml.evals.events import AUDIBLE_RMS
 
-HUMAN = cli.SHIPPED.parent / "demo" / "human.flac"
+HUMAN = SHIPPED.parent / "demo" / "human.flac"
 
 
 def test_the_weights_and_their_logs_fit_the_limit():
-    files = [path for path in cli.SHIPPED.rglob("*") if path.is_file()]
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert 10e6 < sum(path.stat().st_size for path in files) <= 25e6
-    steps = [json.loads(line)["step"] for line in (cli.SHIPPED / "training.jsonl").read_text().splitlines()]
-    assert len(steps) > 100 and (cli.SHIPPED / "vocoder_training.jsonl").is_file()
+    steps = [json.loads(line)["step"] for line in (SHIPPED / "training.jsonl").read_text().splitlines()]
+    assert len(steps) > 100 and (SHIPPED / "vocoder_training.jsonl").is_file()
 
 
 def test_a_person_is_answered_by_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
-        cli.run(["jaxtml", "converse", "--in", str(HUMAN), "--out", str(tmp_path / "reply.wav"), "--json"])
+        run(["jaxtml", "converse", "--in", str(HUMAN), "--out", str(tmp_path / "reply.wav"), "--json"])
     assert not ended.value.code
     summary = json.loads(capsys.readouterr().out)
     assert summary["replies"] >= 2, summary

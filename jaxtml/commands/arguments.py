@@ -1,17 +1,24 @@
-"""Argument types and exit statuses that the commands and the tools share.
+"""Arguments, checks and exit statuses that the commands and the tools share.
 
-The tools in `tools/` call `tool_parser` and `run_tool`. So each of them prints help with an example, and ends on bad
-input with one line on stderr and exit status 2.
+The commands in `jaxtml/commands/` add `--checkpoint`, CONFIG and `--set` with the functions here. The tools in `tools/`
+call `tool_parser` and `run_tool`: each tool prints help with an example, and ends on bad input as a command does.
+
+Import nothing heavy here: every command line, `jaxtml --help` included, imports this module.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.errors import InputError
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130  # exit statuses
 
 
 def count(text: str) -> int:
@@ -30,6 +37,62 @@ def amount(text: str) -> float:
     return value
 
 
+def add_config(parser: argparse.ArgumentParser, help: str = "the name of a config in configs/, or its path") -> None:
+    """Adds the positional CONFIG and the repeatable option `--set A.B=C`."""
+    parser.add_argument("config", metavar="CONFIG", help=help)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="give a field of the config another value; may be repeated",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds `--checkpoint DIR`. The default is the checkpoint that ships with the package."""
+    parser.add_argument(
+        "--checkpoint",
+        default=SHIPPED,
+        metavar="DIR",
+        help="the directory of a checkpoint (default: the tiny model that ships with jaxtml)",
+    )
+
+
+def check_outputs(*paths: str | None, source: str) -> None:
+    """Checks, before the long work, that every output can be written after the work. None stands for no output.
+
+    Raises:
+      InputError: an output is in no folder, is a folder, may not be written, is the input `source`, or is named twice.
+    """
+    taken = {Path(source).resolve(): "it is the input"}
+    for path in filter(None, paths):
+        output = Path(path).resolve()
+        if not output.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file")
+        if not os.access(output if output.exists() else output.parent, os.W_OK):
+            raise InputError(f"cannot write {path}: its permissions do not allow it")
+        if output in taken:
+            raise InputError(f"cannot write {path}: {taken[output]}; name another file")
+        taken[output] = "another output has the same name"
+
+
+def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Calls `run(args)` and returns the exit status of the program. A result of None is status 0.
+
+    Bad input and files that cannot be used become one line on stderr and status 2, without a traceback.
+    """
+    try:
+        return run(args) or OK
+    except (InputError, OSError) as error:  # OSError: a full disk, or a folder where a file should be
+        print(f"{program}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
 def tool_parser(description: str | None, example: str) -> argparse.ArgumentParser:
     """Returns the parser of a tool. `description` is the tool's docstring, `example` a command line that works."""
     return argparse.ArgumentParser(
@@ -40,15 +103,5 @@ def tool_parser(description: str | None, example: str) -> argparse.ArgumentParse
 
 
 def run_tool(parser: argparse.ArgumentParser, tool: Callable[[argparse.Namespace], int | None]) -> NoReturn:
-    """Parses the command line, calls `tool` with the arguments, and exits with the status that `tool` returns.
-
-    None is status 0. Bad input and files that cannot be used are one line on stderr and status 2.
-    """
-    args = parser.parse_args()
-    try:
-        status = tool(args)
-    except (InputError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status or 0)
+    """Parses the command line, calls `tool` with the arguments, and exits with the status that `tool` returns."""
+    sys.exit(exit_status(parser.prog, tool, parser.parse_args()))

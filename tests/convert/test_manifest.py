@@ -162,7 +162,7 @@ def test_info_verifies_a_checkpoint_and_nothing_else(ours, tmp_path, capsys):
         assert ended.value.code == status
     printed = capsys.readouterr()
     assert "tensors are as they were written" in printed.out
-    assert "tiny is no checkpoint: there is nothing to --verify" in printed.err
+    assert "tiny is not a checkpoint: --verify needs" in printed.err
 
 
 @pytest.mark.parametrize("result", ["orbax", "hf"], indirect=True)

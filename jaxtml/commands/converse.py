@@ -1,0 +1,57 @@
+"""`jaxtml converse`: runs a full-duplex session over a recording and writes the reply."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from jaxtml.commands.arguments import add_checkpoint, check_outputs
+
+HELP = "run a full-duplex session over a recording"
+EXAMPLE = "converse --in user.wav --out reply.wav --stereo both.wav"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--in", dest="input", required=True, metavar="WAV", help="the user's recording: WAV, FLAC, OGG or MP3"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="WAV", help="the model's reply, with the length and the clock of the input"
+    )
+    parser.add_argument("--events", metavar="JSONL", help="write one record per micro-turn to this file")
+    parser.add_argument("--stereo", metavar="WAV", help="write the user on the left and the model on the right")
+    parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline")
+    parser.add_argument("--video", metavar="FILE", help="a video of what the model sees during the recording")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the sampling (default: 0)")
+    parser.add_argument(
+        "--realtime", action="store_true", help="give the model the recording at the speed at which it was spoken"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the reply and what else was asked for.
+
+    Raises:
+      InputError: the recording, the video or the checkpoint cannot be used, or an output cannot be written.
+    """
+    from jaxtml.session import recording
+    from jaxtml.session.engine import Engine
+    from jaxtml.session.timeline import print_turn
+
+    wave = recording.read_recording(args.input)
+    check_outputs(args.out, args.events, args.stereo, args.picture, source=args.input)
+    engine = Engine.load(args.checkpoint)
+    on_turn = (lambda record: None) if args.json else print_turn
+    reply = recording.run(engine, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_turn=on_turn)
+    recording.write_wav(args.out, reply.wave)
+    if args.events:
+        recording.write_events(args.events, reply)
+    if args.stereo:
+        recording.write_stereo(args.stereo, wave, reply)
+    if args.picture:
+        recording.draw(args.picture, wave, reply)
+    summary = recording.summarise(wave, reply)
+    print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())

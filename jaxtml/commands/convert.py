@@ -1,0 +1,49 @@
+"""`jaxtml convert`: converts checkpoints between our format and Inkling's, of any size."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+HELP = "convert a checkpoint"
+EXAMPLE = "convert inkling_dir out --to orbax --verify"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "src", metavar="SRC", help="the directory of a jaxtml checkpoint, an Inkling checkpoint or a training run"
+    )
+    parser.add_argument("dst", metavar="DST", help="the directory to write; it must be new or empty")
+    parser.add_argument(
+        "--to",
+        choices=("orbax", "hf"),
+        default="orbax",
+        help="the format to write: a jaxtml checkpoint, or Inkling's safetensors (default: orbax)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="the dtype to write (default: each parameter keeps its own); "
+        "Inkling's gate biases and scales are always float32",
+    )
+    parser.add_argument(
+        "--as",
+        dest="begin_as",
+        metavar="CONFIG",
+        help="write a model of this config that starts with SRC's weights; layers that SRC lacks start without effect",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="before the result gets its name, read it back and compare every tensor, and the logits where memory "
+        "allows; or verify a DST that the same conversion wrote earlier",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts and prints a summary. Raises `InputError` where `jaxtml.convert.conversion.convert` does."""
+    # The garbage collector takes half a second while modules and Orbax load. A conversion frees nothing with cycles.
+    gc.disable()
+    from jaxtml.convert.conversion import convert
+
+    print(convert(args.src, args.dst, to=args.to, dtype=args.dtype, begin_as=args.begin_as, verify=args.verify))

@@ -1,0 +1,26 @@
+"""`jaxtml logits`: writes the text logits of a checkpoint for given tokens, so that anyone can check the model."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxtml.commands.arguments import add_checkpoint, check_outputs
+
+HELP = "write the text logits of a checkpoint for given tokens (teacher forcing)"
+EXAMPLE = "logits --checkpoint DIR --tokens ids.npy --out logits.npy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--tokens", required=True, metavar="NPY", help="a .npy file of token ids: an integer array [B, T] or [T]"
+    )
+    parser.add_argument("--out", required=True, metavar="NPY", help="the .npy file to write: float32 logits [B, T, V]")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the logits. Raises `InputError` where the checkpoint or the tokens cannot be used."""
+    check_outputs(args.out, source=args.tokens)
+    from jaxtml.convert.logits import token_logits
+
+    token_logits(args.checkpoint, args.tokens, args.out)

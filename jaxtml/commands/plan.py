@@ -1,0 +1,48 @@
+"""`jaxtml plan`: compiles a program for hardware that is not here, and reports memory, work and predicted time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from jaxtml import config as configs
+from jaxtml.commands.arguments import add_config
+
+HELP = "compile a training step or a server's micro-turn for hardware that is not here"
+EXAMPLE = "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="T",
+        help="the chips and how they are connected, for example v5p:4x4x8, v6e:16x16 or tpu7x:4x4x8",
+    )
+    parser.add_argument(
+        "--program",
+        choices=("train", "serve"),
+        default="train",
+        help="the program to compile: a training step or a server's micro-turn (default: train)",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="how chips share the work, for example data=16,expert=8 "
+        "(default: all chips on data to train, on expert and tensor to serve)",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find the largest batch that fits, and to train, the remat it needs"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the report. Raises `InputError` where the topology or the mesh does not fit, or memory is too small."""
+    from jaxtml.plan import planning
+    from jaxtml.plan.report_text import format_report
+
+    plan = planning.search_largest_plan if args.search else planning.make_plan
+    report = plan(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
+    print(json.dumps(report) if args.json else format_report(report))

@@ -1,0 +1,127 @@
+"""`jaxtml serve`: runs the duplex server and its web page until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxtml.commands.arguments import add_checkpoint, count
+
+HELP = "run the duplex server and its web page"
+EXAMPLE = "serve --port 8080 --max-sessions 24"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    _add_network(parser)
+    _add_capacity(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print the server's address as JSON, and nothing else, on stdout"
+    )
+    parser.add_argument("--log-json", action="store_true", help="write every log entry as one line of JSON")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where the server listens and who may use it."""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="the address to listen on (default: 127.0.0.1); an address that other machines can reach needs --keys",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="P", help="the port to listen on (default: 8080); 0 takes a free port"
+    )
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="a JSON file of API keys (format: jaxtml/serve/sessions/access.py)"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web page that may use the server, besides the server's own; may be repeated",
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="PEM", help="a certificate chain; the server then speaks https and wss"
+    )
+    parser.add_argument(
+        "--tls-key", type=Path, metavar="PEM", help="the private key, where the certificate's file does not have it"
+    )
+    parser.add_argument(
+        "--replica",
+        default="",
+        metavar="NAME",
+        help="the name of this server among several behind one router (see launch/nginx.conf)",
+    )
+
+
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how many sessions run, on what, and for how long."""
+    parser.add_argument(
+        "--max-sessions",
+        type=count,
+        default=8,
+        metavar="N",
+        help="how many sessions may run at the same time (default: 8); the server refuses others",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many processes run the model (default: one; on CPUs one for each core)",
+    )
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXES",
+        help="the devices that share the model, for example data=2,expert=4 (default: one device)",
+    )
+    parser.add_argument(
+        "--session-minutes",
+        type=float,
+        default=120,
+        metavar="M",
+        help="how many minutes a session may last (default: 120)",
+    )
+    parser.add_argument(
+        "--resume-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="how many seconds a client that lost its connection has to come back (default: 30)",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="how many seconds sessions have to end after SIGTERM (default: 30)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT. Raises `InputError` where an option or the checkpoint cannot be used."""
+    from jaxtml.serve import serving
+    from jaxtml.serve.sessions.manager import Limits
+
+    serving.serve(
+        serving.ServerOptions(
+            checkpoint=Path(args.checkpoint),
+            host=args.host,
+            port=args.port,
+            max_sessions=args.max_sessions,
+            workers=args.workers,
+            mesh=args.mesh,
+            replica=args.replica,
+            keys=args.keys,
+            origins=args.allow_origin,
+            certificate=args.tls_cert,
+            private_key=args.tls_key,
+            limits=Limits(session_s=60 * args.session_minutes, grace_s=args.resume_seconds),
+            drain_s=args.drain_seconds,
+            json=args.json,
+            log_json=args.log_json,
+        )
+    )
