@@ -31,12 +31,15 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import process_rank
 from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.protocols.registry import PROTOCOLS
+from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.runtime import hosts, worker
 from jaxtml.serve.runtime.pool import WorkerPool, start_pool
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access
-from jaxtml.serve.sessions.manager import Limits, ServedModel, SessionManager
-from jaxtml.serve.web.server import Server
+from jaxtml.serve.sessions.client_session import ServedModel
+from jaxtml.serve.sessions.manager import Limits, SessionManager
+from jaxtml.serve.web.application import application
 from jaxtml.stream.text import TextCodec
 
 
@@ -98,7 +101,7 @@ def session_prefix(replica: str) -> str:
 
 def _access(options: ServerOptions) -> Access:
     if options.keys is not None:
-        return Access.load(options.keys)
+        return Access.load(options.keys, PROTOCOLS)
     if not _is_loopback(options.host):
         raise InputError(f"--host {options.host} is seen by others: give --keys FILE, so that not everyone may use it")
     return Access()
@@ -176,7 +179,7 @@ async def _serve(
         served = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
         manager = SessionManager(pool, access, served, options.limits, metrics, session_prefix(options.replica))
         _watched(metrics, pool, manager)
-        app = Server(manager, access, served, metrics, options.origins).app()
+        app = application(Service(manager, access, served, metrics), options.origins)
         # aiohttp would log requests that it cannot parse with all that is in them, keys too.
         unheard = standard.getLogger("jaxtml.http")
         unheard.disabled = True
@@ -227,7 +230,7 @@ async def _until_told(orders: _Orders, pool: WorkerPool, manager: SessionManager
             draining = asyncio.create_task(manager.drain(drain_s))
             await asyncio.wait([running, draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
-        await manager.end(EndReason.FAILED if running.done() else EndReason.DRAINED)
+        await manager.end_all(EndReason.FAILED if running.done() else EndReason.DRAINED)
         if running.done():
             running.result()
     finally:
@@ -247,4 +250,4 @@ def _watched(metrics: Metrics, pool: WorkerPool, manager: SessionManager) -> Non
     count("duplex_deadline_miss", "ticks that ended late", lambda: sum(one.misses for one in counts))
     count("duplex_ticks_lost", "ticks that were left out", lambda: sum(one.lost for one in counts))
     count("duplex_compilations", "since ready: a bug", lambda: sum(one.compilations for one in counts))
-    watch("duplex_draining", "about to end", lambda: manager.leaves_at is not None)
+    watch("duplex_draining", "about to end", lambda: manager.drain_deadline is not None)

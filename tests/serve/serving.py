@@ -20,11 +20,13 @@ import numpy as np
 from aiohttp import web
 
 from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.runtime.pool import WorkerPool
 from jaxtml.serve.runtime.scheduler import ScheduledSession, Scheduler
 from jaxtml.serve.sessions.access import Access
-from jaxtml.serve.sessions.manager import ClientSession, Limits, ServedModel, SessionManager
-from jaxtml.serve.web.server import Server
+from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
+from jaxtml.serve.sessions.manager import Limits, SessionManager
+from jaxtml.serve.web.application import application
 from jaxtml.session.engine import Engine, SlotInput
 from jaxtml.session.slots import Slots
 from tests.serve.stepped import InProcessWorker, SteppedClock
@@ -156,7 +158,7 @@ def serving(
         chosen = access or Access()
         served = ServedModel(engine.config.name, engine.config, engine.codec)
         manager = SessionManager(pool, chosen, served, limits or Limits(), metrics)
-        runner = web.AppRunner(Server(manager, chosen, served, metrics, origins).app(), access_log=None)
+        runner = web.AppRunner(application(Service(manager, chosen, served, metrics), origins), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         running = asyncio.create_task(pool.run())

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from jaxtml.errors import InputError
 from jaxtml.serve.sessions.errors import Refused
 
 PREFIX = "ek_"  # of short-lived keys, as OpenAI's have it
-SCOPES = frozenset({"live", "realtime", "moshi"})
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 
@@ -38,7 +37,7 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
       sessions: at a time.
       minutes_per_day: of sessions, in the last 24 hours.
       requests_per_minute: for sessions, for places beside them, and for short-lived keys.
-      scopes: protocols.
+      scopes: names of the protocols that the key may use; None: all protocols.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
     sessions: int = 1_000_000
     minutes_per_day: float = float("inf")
     requests_per_minute: int = 1_000_000
-    scopes: tuple[str, ...] = tuple(sorted(SCOPES))
+    scopes: tuple[str, ...] | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -55,10 +54,13 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What someone who asks is known as. `session` is what a short-lived key fixes of the session."""
+    """What someone who asks is known as. `session` is what a short-lived key fixes of the session.
+
+    `scopes` are the names of the protocols that the client may use; None: all protocols.
+    """
 
     key: Key
-    scopes: frozenset[str]
+    scopes: frozenset[str] | None
     session: dict[str, Any] | None = None
     expired: bool = False  # nothing begins any more; what was begun goes on
 
@@ -86,8 +88,12 @@ class Access:
         self._begun: dict[str, dict[str, float]] = {name: {} for name in self.names}
 
     @classmethod
-    def load(cls, path: str | Path) -> Access:
-        """Raises `InputError` on a file that is missing or says anything else than keys."""
+    def load(cls, path: str | Path, protocols: Collection[str]) -> Access:
+        """Reads a file of keys, whose scopes may name `protocols`.
+
+        Raises:
+          InputError: the file is missing, or says anything else than keys.
+        """
         try:
             found = msgspec.json.decode(Path(path).read_bytes(), type=_File)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -96,10 +102,9 @@ class Access:
             if not key.key.startswith("sha256:") and not _TOKEN.fullmatch(key.key):
                 # Browsers send it as a WebSocket's subprotocol, which is a token (RFC 9110, section 5.6.2).
                 raise InputError(f"{path}: key {key.name!r} has characters that HTTP headers cannot carry as they are")
-            if len(key.key) < 8 or not key.name or not set(key.scopes) <= SCOPES:
-                raise InputError(
-                    f"{path}: key {key.name!r} needs a name, 8 characters and scopes of {', '.join(sorted(SCOPES))}"
-                )
+            if len(key.key) < 8 or not key.name or not set(key.scopes or ()) <= set(protocols):
+                known = ", ".join(sorted(protocols))
+                raise InputError(f"{path}: key {key.name!r} needs a name, 8 characters and scopes of {known}")
         access = cls(found.keys, found.secret)
         if not found.keys or len(access.keys) < len(found.keys) or len(access.names) < len(found.keys):
             raise InputError(f"{path} has no keys, or two with one name, or one twice")
@@ -114,16 +119,18 @@ class Access:
             key = self.names.get(claims["sub"])
             if key is None:
                 raise Refused(401, "invalid_api_key", "the key that this one was made from is no longer known")
-            scopes = frozenset(claims["scopes"]) & set(key.scopes)
+            scopes = frozenset(claims["scopes"])
+            if key.scopes is not None:
+                scopes &= set(key.scopes)
             return Grant(key, scopes, claims["session"], self.now() >= claims["exp"])
         if not self.keys:
-            return Grant(EVERYONE, SCOPES)
+            return Grant(EVERYONE, None)
         if not token:
             raise Refused(401, "missing_api_key", "this server asks for a key: Authorization: Bearer KEY")
         key = self.keys.get(_digest(token))
         if key is None:
             raise Refused(401, "invalid_api_key", "this key is not known")
-        return Grant(key, frozenset(key.scopes))
+        return Grant(key, None if key.scopes is None else frozenset(key.scopes))
 
     def create_short_lived_key(
         self, grant: Grant, expires_at: int, scopes: Iterable[str], session: dict[str, Any] | None
@@ -132,7 +139,7 @@ class Access:
         claims = {
             "sub": grant.key.name,
             "exp": expires_at,
-            "scopes": sorted(grant.scopes & set(scopes)),
+            "scopes": sorted(set(scopes) if grant.scopes is None else grant.scopes & set(scopes)),
             "session": session,
         }
         return PREFIX + jwt.encode(claims, self.secret, algorithm="HS256")
@@ -163,7 +170,7 @@ class Access:
     def check_session(self, grant: Grant, scope: str) -> None:
         """Raises `Refused` where the key is not for this protocol, or is used up."""
         name = grant.key.name
-        if scope not in grant.scopes:
+        if grant.scopes is not None and scope not in grant.scopes:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
         begun = self._begun[name]
         if len(begun) >= grant.key.sessions:

@@ -9,8 +9,8 @@ from functools import lru_cache
 import av
 import numpy as np
 
+from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
-from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.images import THREAD, ImageIntake
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.serve.transport.token_bucket import TokenBucket
@@ -30,33 +30,41 @@ class Intake:
       session: whose it is.
       model: the model that is served.
       format: of the sound.
+      observe: called with all sound that comes, `[N]` float32 at 16 kHz, whether the session is muted or not.
 
     Attributes:
       taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
     """
 
-    def __init__(self, session: ClientSession, model: ServedModel, format: SoundFormat):
-        self.session, self.model = session, model
+    def __init__(
+        self,
+        session: ClientSession,
+        model: ServedModel,
+        format: SoundFormat,
+        observe: Callable[[np.ndarray], None] = lambda samples: None,
+    ):
+        self.session, self.model, self.observe = session, model, observe
         self.decoder, self.images = SoundDecoder(format), ImageIntake(model.config.duplex.max_patches)
         self.received_bytes = 0
         self._pictures = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
         self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
         self._unheard = np.zeros(0, np.float32)  # waits for room
 
-    async def receive_audio(self, data: bytes, look: Callable[[np.ndarray], None] = lambda samples: None) -> None:
-        """Sound in the client's format, as `hear`; `look` gets it as the model does, `[N]` float32 at 16 kHz.
+    async def receive_audio(self, data: bytes) -> None:
+        """Sound in the client's format, as `push`.
 
         What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
         not whole samples.
         """
         await self.wait_for_room()
         samples = self.decoder.decode(data)
-        look(samples)
+        self.observe(samples)
         self.received_bytes += len(data)
         await self.push(samples)
 
     async def receive_track(self, samples: np.ndarray) -> None:
-        """As `hear`, of a track."""
+        """As `push`, of a track."""
+        self.observe(samples)
         await self.wait_for_room()
         self.received_bytes += 2 * len(samples)
         await self.push(samples)

@@ -20,10 +20,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
-import av
-import numpy as np
 from absl import logging
 from aiortc import (
     RTCConfiguration,
@@ -39,6 +37,7 @@ from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
 from jaxtml.serve.transport.connection import GOODBYE_S, MESSAGE_BYTES
+from jaxtml.serve.transport.sound import MediaSink
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, VideoJitterBuffer
 from jaxtml.stream.timebase import MICRO_TURN_MS
@@ -56,27 +55,6 @@ _MESSAGES = 512  # that wait to be taken, beside their bytes
 _UNSENT = 2**16  # bytes that a data channel is given in advance
 _LOOK_S = 0.02
 _CHUNK = 1200  # bytes of SCTP's, at most
-
-
-class FrameSink(Protocol):
-    """Takes the pictures of a peer's camera."""
-
-    async def show_frame(self, frame: av.VideoFrame) -> None:
-        """Gives the model one frame. Raises `ValueError` on a shape that cannot be cut into patches."""
-        ...
-
-
-class MediaSink(Protocol):
-    """Takes the sound and the pictures of a peer's tracks: a protocol whose client has tracks."""
-
-    @property
-    def intake(self) -> FrameSink:
-        """Takes the pictures."""
-        ...
-
-    async def hear(self, samples: np.ndarray) -> None:
-        """Takes `samples` `[N]`, float32 at 16 kHz."""
-        ...
 
 
 class Peer:
@@ -141,7 +119,7 @@ class Peer:
         self._ear.arrivals.ready.clear()
         tasks = [asyncio.create_task(self._hear(to))]
         if self._camera is not None:
-            tasks.append(asyncio.create_task(self._see(self._camera, to.intake)))
+            tasks.append(asyncio.create_task(self._see(self._camera, to)))
         try:
             yield
         finally:
@@ -327,9 +305,9 @@ class Peer:
 
     async def _hear(self, to: MediaSink) -> None:
         while True:
-            await to.hear(await self._ear.next_samples())
+            await to.receive_track(await self._ear.next_samples())
 
-    async def _see(self, camera: RTCRtpReceiver, intake: FrameSink) -> None:
+    async def _see(self, camera: RTCRtpReceiver, to: MediaSink) -> None:
         """A picture a micro-turn. All are decoded, as each is told by those before it, but few are looked at."""
         due = 0.0
         with contextlib.suppress(MediaStreamError):
@@ -341,4 +319,4 @@ class Peer:
                 if (now := time.monotonic()) >= due:
                     due = now + MICRO_TURN_MS / 1000
                     with contextlib.suppress(ValueError):  # of a shape that has no patches
-                        await intake.show_frame(frame)
+                        await to.show_frame(frame)

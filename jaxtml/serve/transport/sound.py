@@ -109,6 +109,18 @@ class VoiceTrack(Protocol):
         ...
 
 
+class MediaSink(Protocol):
+    """Takes the sound and the pictures that a WebRTC client sends on its tracks."""
+
+    async def receive_track(self, samples: np.ndarray) -> None:
+        """Takes sound, `[N]` float32 at 16 kHz. Returns when the session has room for it."""
+        ...
+
+    async def show_frame(self, frame: av.VideoFrame) -> None:
+        """Shows one frame to the model. Raises `ValueError` on a shape that cannot be cut into patches."""
+        ...
+
+
 class _Resampler:
     """`[N]` float32 at one rate, piece by piece, at another."""
 

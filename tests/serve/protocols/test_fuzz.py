@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtml.serve.protocols.live.messages import FIRST, LATER
-from jaxtml.serve.protocols.realtime.messages import CLIENT
+from jaxtml.serve.protocols.live.messages import FIRST_MESSAGES, SESSION_MESSAGES
+from jaxtml.serve.protocols.realtime.messages import WEBSOCKET_MESSAGES
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.transport import connection
 from tests.serve.serving import Serving, eventually, serving
@@ -181,7 +181,7 @@ JSON = st.recursive(
     ).map(lambda message: json.dumps(message).encode("utf-8", "surrogatepass"))
 )
 def test_any_bytes_are_a_message_or_an_error_that_says_what_is_wrong(data):
-    for vocabulary in (FIRST, LATER, CLIENT):
+    for vocabulary in (FIRST_MESSAGES, SESSION_MESSAGES, WEBSOCKET_MESSAGES):
         try:
             vocabulary.read(data)
         except InvalidMessage as invalid:

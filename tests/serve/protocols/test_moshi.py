@@ -94,7 +94,7 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(slots, e
         ws = await serving.http.ws_connect(f"{serving.url}/api/chat")
         for frame, word in (
             (b"", "nothing"),
-            (b"\x09?", "not with 9"),
+            (b"\x09?", "not 9"),
             (TEXT + b"\xff", "utf-8"),
             (TEXT, "no text"),
             (SOUND + b"nonsense" * 100, "no Ogg pages"),

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from jaxtml.errors import InputError
+from jaxtml.serve.protocols.registry import PROTOCOLS
 from jaxtml.serve.sessions.access import EVERYONE, Access, Key
 from jaxtml.serve.sessions.errors import Refused
 
@@ -128,13 +129,13 @@ def test_a_million_short_sessions_take_no_memory():
 def test_a_file_that_says_anything_else_is_refused_without_telling_keys(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(InputError) as error:
-        Access.load(tmp_path / "keys.json")
+        Access.load(tmp_path / "keys.json", PROTOCOLS)
     assert "sk-" not in str(error.value) and "keys.json" in str(error.value)
 
 
 def test_a_file_is_read(tmp_path):
     with pytest.raises(InputError, match="no keys in"):
-        Access.load(tmp_path / "missing.json")
+        Access.load(tmp_path / "missing.json", PROTOCOLS)
     keys = [{"name": "a", "key": "sk-long-enough", "sessions": 3}]
     (tmp_path / "keys.json").write_text(json.dumps({"keys": keys, "secret": "s" * 32}))
-    assert Access.load(tmp_path / "keys.json").authenticate("sk-long-enough").key.sessions == 3
+    assert Access.load(tmp_path / "keys.json", PROTOCOLS).authenticate("sk-long-enough").key.sessions == 3

@@ -17,11 +17,11 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 
 import jaxtml.serve.transport
+from jaxtml.serve.protocols import signalling
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
-from jaxtml.serve.web import signalling
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving

@@ -20,11 +20,10 @@ import aiohttp
 import numpy as np
 import pytest
 
-from jaxtml.serve.web import server as routes
+from jaxtml.serve.web.static_page import PAGE
 from tests.serve.serving import Serving, eventually, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PAGE = Path(routes.__file__).parent / "page"
 
 
 def test_the_page_is_served_whole_and_asks_nobody_else(slots, engine):

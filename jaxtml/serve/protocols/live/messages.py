@@ -1,7 +1,8 @@
-"""What a client of GPT-Live may say, as types: whatever else it says is refused with the name of what is wrong.
+"""The messages that a client of GPT-Live may send, as types. Every other message is refused by name.
 
-Fields and limits are those of OpenAI's Live API (types of the `openai` package, `openai.types.live`), and ours:
-`session.resume`, `session.input_text.append`, `session.input_image.append`. Base64 comes as bytes.
+Fields and limits are those of OpenAI's Live API (the types in `openai.types.live` of the `openai` package). Three
+messages are our own: `session.resume`, `session.input_text.append` and `session.input_image.append`. Fields of type
+`bytes` are base64 in JSON. Used by `protocol` and `routes`.
 """
 
 from __future__ import annotations
@@ -11,49 +12,69 @@ from typing import Any, Literal
 from jaxtml.serve.protocols.messages import Event, MessageTypes, Strict
 from jaxtml.serve.transport.sound import SoundFormat
 
+# --- the session
 
-class Pcm(Strict, kw_only=True, tag_field="type", tag="audio/pcm"):
+
+class LivePcm(Strict, kw_only=True, tag_field="type", tag="audio/pcm"):
+    """Signed 16-bit little-endian samples, mono."""
+
     rate: Literal[16000, 24000]
 
 
-class Pcmu(Strict, tag_field="type", tag="audio/pcmu"):
+class LivePcmu(Strict, tag_field="type", tag="audio/pcmu"):
+    """G.711 mu-law, mono."""
+
     rate: Literal[8000] = 8000
 
 
-class Pcma(Strict, tag_field="type", tag="audio/pcma"):
+class LivePcma(Strict, tag_field="type", tag="audio/pcma"):
+    """G.711 A-law, mono."""
+
     rate: Literal[8000] = 8000
 
 
 class LiveVoice(Strict):
+    """The voice that the client asks for. The model has its own voice, so this has no effect."""
+
     voice: str | dict[str, str] | None = None
 
 
 class LiveAudio(Strict):
-    format: Pcm | Pcmu | Pcma | None = None
+    """Sound format of both directions, and the voice."""
+
+    format: LivePcm | LivePcmu | LivePcma | None = None
     output: LiveVoice | None = None
 
 
 class Delegation(Strict, kw_only=True):
+    """Who answers the model's delegations. Only `client` is supported."""
+
     type: Literal["client", "responses", "decisions"]
     acknowledgement_delay_ms: int | None = None
     responses: dict[str, Any] | None = None
     decisions: dict[str, Any] | None = None
 
 
-class Part(Strict, kw_only=True):
+class TextPart(Strict, kw_only=True):
+    """The text of one message of the history."""
+
     text: str
     type: Literal["input_text", "text", "output_text"] | None = None
 
 
 class HistoryItem(Strict, kw_only=True):
+    """One message of a conversation before this session."""
+
     role: Literal["developer", "user", "assistant"]
-    content: tuple[Part]
+    content: tuple[TextPart]
     id: str | None = None
     status: Literal["incomplete", "completed"] | None = None
     type: Literal["message"] | None = None
 
 
 class LiveSessionConfig(Strict, kw_only=True):
+    """The session that a client asks for. `configuration.check` says what this server can give."""
+
     model: str
     audio: LiveAudio | None = None
     client: dict[str, Any] | None = None
@@ -65,91 +86,113 @@ class LiveSessionConfig(Strict, kw_only=True):
     triggers: list[dict[str, Any]] | None = None
 
 
-class UpdateConfig(Strict):
+class LiveSessionChange(Strict):
+    """What a client may ask to change in a running session."""
+
     delegation: Delegation | None = None
     triggers: list[dict[str, Any]] | None = None
 
 
+class WebRtcOffer(Strict, kw_only=True):
+    """A client's WebRTC offer, in SDP."""
+
+    type: Literal["webrtc"]
+    sdp: str
+
+
+class CreateSession(Strict, kw_only=True):
+    """Body of the HTTP request for a session over WebRTC."""
+
+    session: LiveSessionConfig
+    transport: WebRtcOffer
+
+
+# --- the first message over a WebSocket
+
+
 class Start(Event, tag="session.start", kw_only=True):
+    """Asks for a new session."""
+
     session: LiveSessionConfig
 
 
 class Resume(Event, tag="session.resume", kw_only=True):
-    """Ours. `after`: the `sequence_number` of the last event that was received."""
+    """Continues a session (our own message).
+
+    `after` is the `sequence_number` of the last event that the client has received.
+    """
 
     session_id: str
     resume_token: str
     after: int
 
 
-class Offer(Strict, kw_only=True):
-    """Of a peer: where and how it may be reached."""
-
-    type: Literal["webrtc"]
-    sdp: str
-
-
-class Create(Strict, kw_only=True):
-    """The body of a request for a session with a peer."""
-
-    session: LiveSessionConfig
-    transport: Offer
+# --- messages of a running session
 
 
 class LiveUpdate(Event, tag="session.update", kw_only=True):
-    session: UpdateConfig
+    """Changes the session."""
+
+    session: LiveSessionChange
 
 
 class AppendAudio(Event, tag="session.input_audio.append", kw_only=True):
+    """Sound of the user, in the session's format."""
+
     audio: bytes
 
 
 class Mute(Event, tag="session.input_audio.mute"):
-    pass
+    """From now on the model hears silence."""
 
 
 class Unmute(Event, tag="session.input_audio.unmute"):
-    pass
+    """From now on the model hears the user again."""
 
 
 class _Context(Event, kw_only=True):
+    """Text that reaches the model as background text.
+
+    `delegation_id` names the delegation that the text answers. The field is required, but may be null.
+    """
+
     content: str
-    delegation_id: str | None  # required, may be null
+    delegation_id: str | None
 
 
 class AppendInstructions(_Context, tag="session.instructions.append"):
-    pass
+    """Tells the model how to behave."""
 
 
 class AppendThinking(_Context, tag="session.thinking.append"):
-    pass
+    """Gives the model a thought of whoever assists it."""
 
 
 class AppendCommentary(_Context, tag="session.commentary.append"):
-    pass
+    """Gives the model information, such as the answer to a delegation."""
 
 
 class AppendText(Event, tag="session.input_text.append", kw_only=True):
-    """Ours: what the user types."""
+    """Text that the user types (our own message)."""
 
     content: str
 
 
 class AppendImage(Event, tag="session.input_image.append", kw_only=True):
-    """Ours: what the camera sees now, as JPEG or PNG."""
+    """What the user's camera sees now, as JPEG or PNG (our own message)."""
 
     image: bytes
 
 
 class Close(Event, tag="session.close"):
-    pass
+    """Ends the session when the model has finished speaking."""
 
 
 Context = AppendInstructions | AppendThinking | AppendCommentary
-First = Start | Resume
-Beside = LiveUpdate | Mute | Unmute | Context | AppendText | AppendImage | Close
-Later = AppendAudio | Beside
-# Of OpenAI's vocabulary, what needs a background model, a recording or decisions of the server's own.
+FirstMessage = Start | Resume
+SoundlessMessage = LiveUpdate | Mute | Unmute | Context | AppendText | AppendImage | Close
+SessionMessage = AppendAudio | SoundlessMessage
+# Messages of OpenAI's Live API that need a background model, a recording or decisions of the server's own.
 _UNSUPPORTED = (
     "session.output_audio.fixture.play",
     "response.item.create",
@@ -160,12 +203,13 @@ _UNSUPPORTED = (
     "transport.dtmf.send",
     "session.fork",
 )
-FIRST = MessageTypes[First](First, Later, _UNSUPPORTED)
-LATER = MessageTypes[Later](Later, First, _UNSUPPORTED)
-BESIDE = MessageTypes[Beside](Beside, First | AppendAudio, _UNSUPPORTED)  # of a sideband
+FIRST_MESSAGES = MessageTypes[FirstMessage](FirstMessage, SessionMessage, _UNSUPPORTED)
+SESSION_MESSAGES = MessageTypes[SessionMessage](SessionMessage, FirstMessage, _UNSUPPORTED)
+# For senders that send no sound in messages: sidebands, and clients whose sound comes on a track.
+SOUNDLESS_MESSAGES = MessageTypes[SoundlessMessage](SoundlessMessage, FirstMessage | AppendAudio, _UNSUPPORTED)
 
 
-def format_of(audio: LiveAudio | None) -> SoundFormat:
-    """24 kHz PCM where nothing is said."""
-    given = audio.format if audio and audio.format else Pcm(rate=24000)
-    return SoundFormat(str(given.__struct_config__.tag).removeprefix("audio/"), given.rate)
+def sound_format(audio: LiveAudio | None) -> SoundFormat:
+    """Returns the sound format that a session asks for: 24 kHz PCM unless it names another one."""
+    chosen = audio.format if audio and audio.format else LivePcm(rate=24000)
+    return SoundFormat(str(chosen.__struct_config__.tag).removeprefix("audio/"), chosen.rate)

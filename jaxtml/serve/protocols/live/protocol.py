@@ -1,13 +1,19 @@
-"""GPT-Live, the native protocol: what happens in a session as its events, and what its client says.
+"""GPT-Live, the native protocol of the server: a session as events, and the messages of its client.
 
-Events and their fields are OpenAI's (`openai.types.live`). Ours besides: every event has a `sequence_number`, by which
-a client that was cut off names the last one that it had (`session.resume`), and `session.resumed` what came of its own:
-`input_audio_bytes`, and of all else but pictures the last `event_id` (`last_client_event_id`); `session.started` has
-`resume`, `turn_ms` and `sees`; sound has its times and whether the gate was open (`speaking`); a delegation has its
-`task`; typed text and pictures (`session.input_text.append`, `session.input_image.append`). What a client appends is
-placed at a micro-turn's edge, in pieces as long as the model takes. Instructions, thinking, commentary and developers'
-and assistants' history are background text to the model; what users say is typed text. Silence stands for sound that
-does not come: the session goes on without any.
+Events and their fields are those of OpenAI's Live API (`openai.types.live`). These are our own additions:
+
+- Every event has a `sequence_number`. A client that was cut off names the last one that it received in
+  `session.resume`. The answer, `session.resumed`, says what arrived before the cut: the bytes of sound
+  (`input_audio_bytes`), and the last `event_id` of all other messages but pictures (`last_client_event_id`).
+- `session.started` has `resume` (the token and the grace period), `turn_ms` and `sees`.
+- `session.output_audio.delta` has its times, and whether the model's gate was open (`speaking`).
+- A delegation has its `task`.
+- Clients may send typed text and pictures (`session.input_text.append`, `session.input_image.append`).
+
+Text that a client appends enters the model at the edge of a micro-turn, in pieces as long as the model takes. Typed
+text and the user's history are typed text to the model. Instructions, thinking, commentary, and the history of
+developers and the assistant are background text. If a client sends no sound, the model hears silence and the session
+goes on.
 """
 
 from __future__ import annotations
@@ -19,11 +25,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from aiohttp import WSMsgType
 
 from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.protocols.live import events
 from jaxtml.serve.protocols.live.messages import (
-    BESIDE,
-    LATER,
+    SESSION_MESSAGES,
+    SOUNDLESS_MESSAGES,
     AppendAudio,
     AppendCommentary,
     AppendImage,
@@ -36,62 +44,52 @@ from jaxtml.serve.protocols.live.messages import (
     LiveSessionConfig,
     LiveUpdate,
     Mute,
+    SessionMessage,
+    SoundlessMessage,
     Unmute,
-    format_of,
+    sound_format,
 )
+from jaxtml.serve.protocols.live.sideband import SendEvent, Sideband
 from jaxtml.serve.protocols.messages import MessageTypes
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
-from jaxtml.serve.sessions.intake import Intake, check_length
-from jaxtml.serve.sessions.manager import ClientSession, ServedModel
-from jaxtml.serve.transport.replay_buffer import ReplayBuffer
-from jaxtml.serve.transport.sound import SoundEncoder, SoundFormat, VoiceTrack
+from jaxtml.serve.sessions.intake import Intake
+from jaxtml.serve.transport.sound import SoundEncoder, VoiceTrack
 from jaxtml.stream.reading import Words
-from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
+from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control
 
 SCOPE = "live"
-_CONTENT, _INSTRUCTIONS, _HISTORY, _MESSAGES = 500, 16_384, 8_192, 128  # tokens, and messages of the history
-_DELEGATIONS = 256  # that may be answered, and spoken of again
-_USAGE_TURNS = 75  # between two accounts of what was used
-_REFLECTED = SoundFormat("pcm", 24_000)
-_CONTEXTS = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
-# The protocol's own words for the end of a session.
-_REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
-
-
-def check(config: LiveSessionConfig, model: ServedModel) -> None:
-    """Raises `InvalidMessage` where this server cannot give such a session."""
-    wants = config.delegation
-    if config.model != model.name:
-        raise InvalidMessage("model_not_found", f"this server has the model {model.name}", "session.model")
-    if wants is not None and wants.type != "client":
-        raise InvalidMessage("unsupported_value", "delegations go to the client here", "session.delegation.type")
-    for name, given in (("store", config.store), ("triggers", config.triggers), ("client", config.client)):
-        if given:
-            raise InvalidMessage("unsupported_parameter", f"this server does not take {name}", f"session.{name}")
-    if len(config.input or ()) > _MESSAGES:
-        raise InvalidMessage("invalid_value", f"a history has {_MESSAGES} messages at most", "session.input")
-    if not all(one.content[0].text for one in config.input or ()):
-        raise InvalidMessage("invalid_value", "there is no text", "session.input")
-    check_length(model, config.instructions or "", _INSTRUCTIONS, "session.instructions")
-    check_length(model, "".join(one.content[0].text for one in config.input or ()), _HISTORY, "session.input")
+_CONTENT_TOKENS = 500  # of one appended text
+_KEPT_DELEGATIONS = 256  # delegations that may still be answered, or spoken of again
+_USAGE_MICRO_TURNS = 75  # between two `session.usage.updated`
+_ANSWERED = float("-inf")
+_CONTEXT_NAMES = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
+# The Live API's names for the end of a session, where they differ from ours.
+_END_REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
 
 
 class LiveProtocol:
-    """One session's GPT-Live; a `SessionProtocol`. Begins with `session.started`.
+    """GPT-Live for one session; fulfils `SessionProtocol`. The first event is `session.started`.
 
     Args:
-      session: the session whose replay buffer it fills.
+      session: the session.
       model: the model that is served.
-      config: checked.
-      metrics: what is counted.
-      grace_s: for how long a client may be gone.
-      event_id: of the client's `session.start`.
-      track: where what is said goes; None: into the events.
+      config: what the client asks for, checked (`configuration.check`).
+      metrics: counts wrong messages and answered delegations.
+      grace_s: how long the session waits for a client that lost its connection.
+      start_event_id: `event_id` of the client's `session.start`.
+      track: takes the model's voice; None: the voice goes into events.
+
+    Attributes:
+      sidebands: connections that watch and direct the session beside its client.
+      last_event_id: the last `event_id` of the client's messages.
     """
 
     scope = SCOPE
+    frame_kind = WSMsgType.TEXT
+    resumable = True
 
     def __init__(
         self,
@@ -100,180 +98,199 @@ class LiveProtocol:
         config: LiveSessionConfig,
         metrics: Metrics,
         grace_s: float,
-        event_id: str | None = None,
+        start_event_id: str | None = None,
         track: VoiceTrack | None = None,
     ):
-        self.session, self.model, self.config, self.metrics = session, model, config, metrics
-        self.track = track
-        self.format = format_of(config.audio)
-        self.intake, self.outgoing = Intake(session, model, self.format), SoundEncoder(self.format)
+        self.session, self.model, self.config, self.metrics, self.track = session, model, config, metrics, track
+        self.format = sound_format(config.audio)
+        self.intake = Intake(session, model, self.format, self._pass_input_to_sidebands)
         self.sidebands: list[Sideband] = []
-        self.delegated: dict[str, float] = {}  # when, on the monotonic clock; answered ones as -inf
-        self.task = ""  # of a delegation that is being written
-        self.last_event_id = event_id  # of the client's messages
-        resource = self._resource() | {
+        self.last_event_id = start_event_id
+        self._encoder = SoundEncoder(self.format)
+        self._delegations: dict[str, float] = {}  # when each was made, on the monotonic clock, or _ANSWERED
+        self._task = ""  # text of the delegation that the model is writing
+        started = self._resource() | {
             "resume": {"token": session.resume_token, "grace_s": grace_s},
             "turn_ms": MICRO_TURN_MS,
+            "sees": model.sees,
         }
-        resource["sees"] = model.config.duplex.max_patches > 0
-        self._emit("session.started", event_id, session=resource)
+        self._send("session.started", start_event_id, session=started)
         for item in config.input or ():
             mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
             self.intake.queue_text(mark, item.content[0].text, "input")
         if config.instructions:
             self.intake.queue_text(Control.BACKGROUND, config.instructions, "instructions")
 
-    # --- what happens
+    # --- from the session to the client
 
-    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
-        """Transcripts lie on the micro-turns: the user's on the one that was heard, ours on the one to be heard."""
-        start, end = turn.t_ms, turn.t_ms + MICRO_TURN_MS
+    def on_micro_turn(self, result: TickResult, words: Words) -> None:
+        """Writes transcripts, sound and delegations of one micro-turn.
+
+        The user's words lie in the micro-turn that was heard. The model's words and sound lie in the next micro-turn,
+        in which the client plays them.
+        """
+        start, end = result.t_ms, result.t_ms + MICRO_TURN_MS
         if words.heard:
-            self._emit("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
+            self._send("session.input_transcript.delta", delta=words.heard, start_ms=start, end_ms=end)
         if words.said:
-            self._emit("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + MICRO_TURN_MS)
+            self._send("session.output_transcript.delta", delta=words.said, start_ms=end, end_ms=end + MICRO_TURN_MS)
         if self.track is not None:
-            self.track.put(turn.wave)
+            self.track.put(result.wave)
         else:
-            delta = {"type": "session.output_audio.delta", "delta": self.outgoing.encode(turn.wave)}
-            self._put(delta | {"start_ms": end, "end_ms": end + MICRO_TURN_MS, "speaking": turn.speaking})
-        for one in self.sidebands:
-            one.said(turn.wave, end)
-        self.task += words.delegated
+            delta = {"type": "session.output_audio.delta", "delta": self._encoder.encode(result.wave)}
+            times = {"start_ms": end, "end_ms": end + MICRO_TURN_MS}
+            self._send_to_client(delta | times | {"speaking": result.speaking})
+        for sideband in self.sidebands:
+            sideband.send_output(result.wave, end)
+        self._task += words.delegated
         if words.asked:
-            name = f"dlg_{secrets.token_urlsafe(12)}"
-            self.delegated[name] = time.monotonic()
-            if len(self.delegated) > _DELEGATIONS:
-                del self.delegated[next(iter(self.delegated))]
-            delegation = {"id": name, "type": "delegation", "target": "client", "task": self.task.strip()}
-            self.task = ""
-            self._emit("session.delegation.created", offset_ms=end, delegation=delegation)
-            self.session.span.add_event("delegation", {"id": name})
+            self._send_delegation(end)
         self.intake.flush()
-        if turn.number % _USAGE_TURNS == _USAGE_TURNS - 1:
-            self._emit("session.usage.updated", usage=self._usage())
+        if result.number % _USAGE_MICRO_TURNS == _USAGE_MICRO_TURNS - 1:
+            self._send("session.usage.updated", usage=self._usage())
 
     def on_expiring(self, in_s: float) -> None:
-        """An `info` long before, and the time in the session's `expires_at`."""
-        self._emit(
-            "info", code="going_away", message=f"this session ends in {in_s:.0f} s", time_left_ms=round(1000 * in_s)
-        )
+        text = f"this session ends in {in_s:.0f} s"
+        self._send("info", code="going_away", message=text, time_left_ms=round(1000 * in_s))
 
-    def on_end(self, why: EndReason) -> None:
-        reason = _REASONS.get(why, why.value)
-        if why is EndReason.FAILED:
-            failed = InvalidMessage("internal_error", "the server failed; the session cannot go on")
-            self._emit("error", error=error_of(failed, "server_error"))
-        self._emit("session.closed", reason=reason, session=self._resource(), usage=self._usage())
-        for one in self.sidebands:
-            one.replay_buffer.close()
-
-    # --- what the client says
-
-    async def receive(self, data: bytes) -> None:
-        """A message of the client's. Who has a track has no other way for sound."""
-        await self._read(LATER if self.track is None else BESIDE, data, self._put, self._noted)
-
-    def untracked(self) -> None:
-        """Its client is back over a WebSocket: sound is in the events from now on."""
+    def on_resume(self) -> None:
         self.track = None
 
-    async def hear(self, samples: np.ndarray) -> None:
-        """`[N]` float32 at 16 kHz, from a track."""
-        self._reflected(samples)
-        await self.intake.receive_track(samples)
+    def on_end(self, reason: EndReason) -> None:
+        if reason is EndReason.FAILED:
+            failed = InvalidMessage("internal_error", "the server failed; the session cannot go on")
+            self._send("error", error=events.error_fields(failed, "server_error"))
+        name = _END_REASONS.get(reason, reason.value)
+        self._send("session.closed", reason=name, session=self._resource(), usage=self._usage())
+        for sideband in self.sidebands:
+            sideband.replay_buffer.close()
 
-    async def direct(self, data: bytes, put: Callable[[dict[str, Any]], None]) -> None:
-        """A message of someone beside the session."""
-        await self._read(BESIDE, data, put, self._take)
+    def resumed_event(self, after: int, client_event_id: str | None) -> bytes:
+        """Returns the `session.resumed` that answers a `session.resume`. It has no sequence number.
 
-    async def _read(
-        self,
-        vocabulary: MessageTypes[Any],
-        data: bytes,
-        put: Callable[[dict[str, Any]], None],
-        take: Callable[[Any], Awaitable[None]],
+        Args:
+          after: number of the last event that the client has received.
+          client_event_id: `event_id` of the client's message.
+        """
+        event = {
+            "type": "session.resumed",
+            "event_id": f"evt_resumed_{after}",
+            "session_id": self.session.id,
+            "input_audio_bytes": self.intake.received_bytes,
+            "last_client_event_id": self.last_event_id,
+        }
+        if client_event_id is not None:
+            event["client_event_id"] = client_event_id
+        return msgspec.json.encode(event)
+
+    def _send_delegation(self, t_ms: int) -> None:
+        """Writes the delegation that the model has finished."""
+        name = f"dlg_{secrets.token_urlsafe(12)}"
+        self._delegations[name] = time.monotonic()
+        if len(self._delegations) > _KEPT_DELEGATIONS:
+            del self._delegations[next(iter(self._delegations))]
+        delegation = {"id": name, "type": "delegation", "target": "client", "task": self._task.strip()}
+        self._task = ""
+        self._send("session.delegation.created", offset_ms=t_ms, delegation=delegation)
+        self.session.span.add_event("delegation", {"id": name})
+
+    def _pass_input_to_sidebands(self, samples: np.ndarray) -> None:
+        for sideband in self.sidebands:
+            sideband.send_input(samples)
+
+    # --- from the client to the session
+
+    async def receive(self, message: bytes) -> None:
+        accepted = SESSION_MESSAGES if self.track is None else SOUNDLESS_MESSAGES
+        await self._handle(accepted, message, self._send_to_client, self._use_own)
+
+    async def receive_from_sideband(self, message: bytes, send: SendEvent) -> None:
+        """Handles one message of a sideband. `send` writes an error to that sideband."""
+        await self._handle(SOUNDLESS_MESSAGES, message, send, self._use)
+
+    async def _handle(
+        self, accepted: MessageTypes[Any], message: bytes, send: SendEvent, use: Callable[[Any], Awaitable[None]]
     ) -> None:
-        """What is wrong with a message becomes an `error` for who sent it."""
+        """Reads and uses a message. Answers a wrong message with an `error` to its sender."""
         try:
-            await vocabulary.taken(data, take)
+            await accepted.handle(message, use)
         except InvalidMessage as invalid:
             self.metrics.malformed_messages.labels(SCOPE).inc()
-            put(_event("error", invalid.event_id, error=error_of(invalid)))
+            send(events.new_event("error", invalid.event_id, error=events.error_fields(invalid)))
 
-    async def _noted(self, message: Any) -> None:
-        """A message of the client's own: text is said before anything waits, so that what is noted is said."""
+    async def _use_own(self, message: SessionMessage) -> None:
+        """Uses a message of the session's own client, and remembers its id.
+
+        The id is remembered before the message is used. Text is queued without waiting, so a client that is cut off
+        does not send again what was queued.
+        """
         self.last_event_id = message.event_id or self.last_event_id
-        await self._take(message)
+        await self._use(message)
 
-    async def _take(self, message: Any) -> None:
+    async def _use(self, message: SessionMessage | SoundlessMessage) -> None:
         match message:
             case AppendAudio():
-                await self.intake.receive_audio(message.audio, self._reflected)
+                await self.intake.receive_audio(message.audio)
             case AppendImage():
                 await self.intake.show_image(message.image)
             case AppendText():
                 self._append(message, Control.TYPED, "input_text")
             case Mute() | Unmute():
-                # Who has asked to close has nothing more to say.
-                self.session.scheduled.jitter_buffer.muted = muted = (
-                    isinstance(message, Mute) or self.session.closing_at is not None
-                )
-                self._emit(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
+                # A client that has asked to close stays muted.
+                muted = isinstance(message, Mute) or self.session.closing_at is not None
+                self.session.scheduled.jitter_buffer.muted = muted
+                self._send(f"session.input_audio.{'muted' if muted else 'unmuted'}", message.event_id)
             case LiveUpdate():
                 self._update(message)
             case Close():
                 self.session.close()
             case _:
-                self._appended(message)
+                self._append_context(message)
 
-    def _reflected(self, samples: np.ndarray) -> None:
-        for one in self.sidebands:
-            one.heard(samples)
-
-    def _appended(self, message: Context) -> None:
+    def _append_context(self, message: Context) -> None:
         if message.delegation_id is not None:
-            asked_at = self.delegated.get(message.delegation_id)
-            if asked_at is None:
+            made_at = self._delegations.get(message.delegation_id)
+            if made_at is None:
                 raise InvalidMessage("delegation_not_found", "this session has no such delegation", "delegation_id")
-            if asked_at >= 0:
-                self.metrics.delegations.observe(time.monotonic() - asked_at)
-                self.delegated[message.delegation_id] = float("-inf")
+            if made_at != _ANSWERED:
+                self.metrics.delegations.observe(time.monotonic() - made_at)
+                self._delegations[message.delegation_id] = _ANSWERED
                 self.session.span.add_event("delegation answered", {"id": message.delegation_id})
-        self._append(message, Control.BACKGROUND, _CONTEXTS[type(message)])
+        self._append(message, Control.BACKGROUND, _CONTEXT_NAMES[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
+        """Queues text for the model. The client is told in which micro-turn the end of the text was given."""
         event_id = message.event_id
-        self.intake.queue_text(mark, message.content, "content", _CONTENT, lambda at: self._placed(name, at, event_id))
 
-    def _placed(self, name: str, t_ms: int, event_id: str | None) -> None:
-        self._emit(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + MICRO_TURN_MS)
+        def send_appended(t_ms: int) -> None:
+            self._send(f"session.{name}.appended", event_id, start_ms=t_ms, end_ms=t_ms + MICRO_TURN_MS)
+
+        self.intake.queue_text(mark, message.content, "content", _CONTENT_TOKENS, send_appended)
 
     def _update(self, message: LiveUpdate) -> None:
-        wants = message.session.delegation
-        if message.session.triggers:
-            raise InvalidMessage("unsupported_parameter", "this server does not take triggers", "session.triggers")
-        if wants is not None and wants.type != "client":
-            raise InvalidMessage("invalid_value", "the type of delegation cannot change", "session.delegation.type")
-        self._emit("session.updated", message.event_id, session=self._resource())
+        change = message.session
+        if change.triggers:
+            text = "this server does not support triggers"
+            raise InvalidMessage("unsupported_parameter", text, "session.triggers")
+        if change.delegation is not None and change.delegation.type != "client":
+            text = "the type of delegation cannot change"
+            raise InvalidMessage("invalid_value", text, "session.delegation.type")
+        self._send("session.updated", message.event_id, session=self._resource())
 
     # --- events
 
-    def _emit(self, kind: str, client_event_id: str | None = None, **fields: Any) -> None:
-        """An event to the client and its observers."""
-        event = _event(kind, client_event_id, **fields)
-        self._put(event)
-        for one in self.sidebands:
-            one.put(event)
+    def _send(self, kind: str, client_event_id: str | None = None, **fields: Any) -> None:
+        """Writes an event for the client and all sidebands."""
+        event = events.new_event(kind, client_event_id, **fields)
+        self._send_to_client(event)
+        for sideband in self.sidebands:
+            sideband.send(event)
 
-    def _put(self, event: dict[str, Any]) -> None:
-        self.session.replay_buffer.append(
-            msgspec.json.encode(event | {"sequence_number": self.session.replay_buffer.last_number + 1})
-        )
+    def _send_to_client(self, event: dict[str, Any]) -> None:
+        events.append(self.session.replay_buffer, event)
 
     def _resource(self) -> dict[str, Any]:
-        """The session as it is: what was asked for and does not hold is not in it."""
-        delegation = Delegation(type="client")
+        """Returns the session as it is. What the client asked for and did not get is not in it."""
         resource: dict[str, Any] = {
             "id": self.session.id,
             "expires_at": int(self.session.expires_at),
@@ -283,7 +300,7 @@ class LiveProtocol:
                 "format": {"type": f"audio/{self.format.kind}", "rate": self.format.rate},
                 "output": {"voice": "own"},
             },
-            "delegation": delegation,
+            "delegation": Delegation(type="client"),
             "store": False,
             "triggers": [],
         }
@@ -293,47 +310,3 @@ class LiveProtocol:
 
     def _usage(self) -> dict[str, Any]:
         return {"seconds": self.session.scheduled.micro_turns * MICRO_TURN_MS // 1000}
-
-
-class Sideband:
-    """Someone who watches and directs a session from beside: its events, and both voices as 24 kHz PCM with times."""
-
-    def __init__(self, live: LiveProtocol):
-        self.live, self.replay_buffer = live, ReplayBuffer()
-        self.ears, self.mouth = SoundEncoder(_REFLECTED), SoundEncoder(_REFLECTED)
-        self.unheard = np.zeros(0, np.float32)
-
-    def heard(self, samples: np.ndarray) -> None:
-        """What the client sent, before it is muted; in chunks of a micro-turn."""
-        self.unheard = np.concatenate([self.unheard, samples])
-        size = SAMPLE_RATE * MICRO_TURN_MS // 1000
-        while len(self.unheard) >= size:
-            chunk, self.unheard = self.unheard[:size], self.unheard[size:]
-            self.put({"type": "session.input_audio.append", "audio": self.ears.encode(chunk)})
-
-    def said(self, wave: np.ndarray, t_ms: int) -> None:
-        """What is to be heard from `t_ms` on."""
-        event = {"type": "session.output_audio.delta", "delta": self.mouth.encode(wave)}
-        self.put(event | {"start_ms": t_ms, "end_ms": t_ms + MICRO_TURN_MS})
-
-    def put(self, event: dict[str, Any]) -> None:
-        self.replay_buffer.append(msgspec.json.encode(event | {"sequence_number": self.replay_buffer.last_number + 1}))
-
-    async def receive(self, data: bytes) -> None:
-        """What the client may say too, but for sound."""
-        await self.live.direct(data, self.put)
-
-
-def _event(kind: str, client_event_id: str | None = None, **fields: Any) -> dict[str, Any]:
-    event = {"type": kind, "event_id": f"evt_{secrets.token_urlsafe(12)}", **fields}
-    return event if client_event_id is None else event | {"client_event_id": client_event_id}
-
-
-def error_of(invalid: InvalidMessage, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """The inside of an `error` event."""
-    error: dict[str, Any] = {"type": kind, "code": invalid.code, "message": str(invalid)}
-    if invalid.param is not None:
-        error["param"] = invalid.param
-    if invalid.event_id is not None:
-        error["client_event_id"] = invalid.event_id
-    return error

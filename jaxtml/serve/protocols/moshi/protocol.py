@@ -1,30 +1,32 @@
-"""The wire of Kyutai's Moshi, `/api/chat`: binary frames of a WebSocket, the first byte says what the rest is.
+"""The wire protocol of Kyutai's Moshi: binary frames over a WebSocket. The first byte of a frame is its kind.
 
-| byte | |
+| kind | frame |
 |---|---|
-| 0 | the server is ready; clients send nothing before |
+| 0 | the server is ready; clients send nothing before it |
 | 1 | sound, both ways: Ogg pages of Opus, 24 kHz, mono |
-| 2 | text: what the model says; from a client, what the user types |
-| 3, 4, 6 | control, metadata, ping of a client: there is nothing to control here, and they are not answered |
+| 2 | text: from the server what the model says, from a client what the user types |
+| 3, 4, 6 | control, metadata and ping of a client; this server ignores them |
 | 5 | an error, as text |
-| 8 | a picture of a client's, JPEG or PNG (ours) |
+| 8 | a picture of a client, JPEG or PNG (our own addition) |
 
-Clients of this wire measure how late an answer is on the streams themselves: they lay what they get beside what they
-sent, from an 80 ms frame of silence on. A micro-turn of 200 ms is heard before anything is said to it, so the stream
-begins with the other 120 ms of silence, or it would seem to answer sooner than it does. There is no resuming: a session
-ends with its connection. Query parameters that tune the sampling of the original are not held to.
+Clients of Moshi measure the latency of an answer on the streams themselves: they lay what they receive beside what they
+sent, behind one 80 ms frame of silence. This model hears a whole micro-turn of 200 ms before it can answer. So the
+server's stream begins with the other 120 ms of silence; without them the model would seem to answer sooner than it
+does. A session cannot be resumed: it ends with its connection. Query parameters that tune the sampling of Moshi's own
+model have no effect.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import sphn
+from aiohttp import WSMsgType
 
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
-from jaxtml.serve.sessions.manager import ClientSession, ServedModel
 from jaxtml.serve.transport.sound import SoundEncoder, SoundFormat
 from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS
@@ -33,80 +35,89 @@ from jaxtml.stream.tokens import Control
 SCOPE = "moshi"
 READY, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, IMAGE = (bytes([kind]) for kind in (0, 1, 2, 3, 4, 5, 6, 8))
 _RATE = 24_000
-_FRAME = 960  # samples of an Opus frame, 40 ms
-_PAD_MS = 80  # of silence that clients lay before what they get
-_PIECE = 512  # bytes that are decoded at a time: a page of 255 packets is 30 s of sound
-_TEXT_TOKENS = 500
+_FRAME_SAMPLES = 960  # of an Opus frame, 40 ms
+_CLIENT_SILENCE_MS = 80  # silence that clients put before what they receive
+_DECODED_BYTES = 512  # bytes that are decoded at a time: one page of 255 packets may hold 30 s of sound
+_TEXT_TOKENS = 500  # of one text frame
 
 
 class MoshiProtocol:
-    """One session's wire; a `SessionProtocol`. Begins with the handshake and the silence.
+    """Moshi's wire protocol for one session; fulfils `SessionProtocol`. Begins with READY and the silence.
 
     Args:
-      session: the session whose replay buffer it fills.
+      session: the session.
       model: the model that is served.
-      metrics: what is counted.
+      metrics: counts wrong frames.
     """
 
     scope = SCOPE
+    frame_kind = WSMsgType.BINARY
+    resumable = False
 
     def __init__(self, session: ClientSession, model: ServedModel, metrics: Metrics):
-        self.session, self.model, self.metrics = session, model, metrics
-        self.intake = Intake(session, model, SoundFormat("pcm", _RATE))
-        self.outgoing = SoundEncoder(SoundFormat("pcm", _RATE))
-        self.reader, self.writer = sphn.OpusStreamReader(_RATE), sphn.OpusStreamWriter(_RATE)
-        self.unwritten = np.zeros((MICRO_TURN_MS - _PAD_MS) * _RATE // 1000, np.float32)
+        format = SoundFormat("pcm", _RATE)
+        self.session, self.metrics = session, metrics
+        self.intake = Intake(session, model, format)
+        self._encoder = SoundEncoder(format)
+        self._opus_reader, self._opus_writer = sphn.OpusStreamReader(_RATE), sphn.OpusStreamWriter(_RATE)
+        # Sound at 24 kHz that does not fill an Opus frame yet.
+        self._unsent = np.zeros((MICRO_TURN_MS - _CLIENT_SILENCE_MS) * _RATE // 1000, np.float32)
         session.replay_buffer.append(READY)
-        self._sound(np.zeros(0, np.float32))
+        self._send_sound(np.zeros(0, np.float32))
 
-    def on_micro_turn(self, turn: TickResult, words: Words) -> None:
+    def on_micro_turn(self, result: TickResult, words: Words) -> None:
         if words.said:
             self.session.replay_buffer.append(TEXT + words.said.encode())
-        self._sound(self.outgoing.format.decode(self.outgoing.encode(turn.wave)))
+        self._send_sound(self._encoder.format.decode(self._encoder.encode(result.wave)))
         self.intake.flush()
 
     def on_expiring(self, in_s: float) -> None:
-        """The wire has no word for it."""
+        """Does nothing: the protocol has no message for this."""
         del in_s
 
-    def on_end(self, why: EndReason) -> None:
-        if why is not EndReason.ASKED:
-            self._fail(f"the session has ended: {why.value}")
+    def on_resume(self) -> None:
+        """Is never called: a session of this protocol is not resumable."""
 
-    async def receive(self, data: bytes) -> None:
-        """A frame of the client's. What is wrong with it becomes an error."""
-        kind, rest = data[:1], data[1:]
+    def on_end(self, reason: EndReason) -> None:
+        if reason is not EndReason.ASKED:
+            self._send_error(f"the session has ended: {reason.value}")
+
+    async def receive(self, message: bytes) -> None:
+        kind, body = message[:1], message[1:]
         try:
             if kind == SOUND:
-                await self._hear(rest)
+                await self._receive_sound(body)
             elif kind == TEXT:
-                self.intake.queue_text(Control.TYPED, rest.decode(), "text", _TEXT_TOKENS)
+                self.intake.queue_text(Control.TYPED, body.decode(), "text", _TEXT_TOKENS)
             elif kind == IMAGE:
-                await self.intake.show_image(rest)
+                await self.intake.show_image(body)
             elif kind not in (CONTROL, METADATA, PING):
-                raise ValueError(f"a frame begins with one of 1 to 6 and 8, not with {kind[0] if kind else 'nothing'}")
+                found = kind[0] if kind else "nothing"
+                raise ValueError(f"the first byte of a frame must be one of 1 to 6 and 8, not {found}")
         except (InvalidMessage, ValueError) as error:  # a UnicodeDecodeError is a ValueError
             self.metrics.malformed_messages.labels(SCOPE).inc()
-            self._fail(str(error))
+            self._send_error(str(error))
 
-    async def _hear(self, pages: bytes) -> None:
-        for at in range(0, len(pages), _PIECE):
+    async def _receive_sound(self, pages: bytes) -> None:
+        """Passes Ogg pages of Opus to the session. Raises `ValueError` on anything else."""
+        for at in range(0, len(pages), _DECODED_BYTES):
             try:
-                samples = self.reader.append_bytes(pages[at : at + _PIECE])
+                samples = self._opus_reader.append_bytes(pages[at : at + _DECODED_BYTES])
             except ValueError as error:
-                self.reader = sphn.OpusStreamReader(_RATE)
-                raise ValueError(f"no Ogg pages of Opus ({error}); begin a new stream") from error
+                self._opus_reader = sphn.OpusStreamReader(_RATE)
+                raise ValueError(f"these are no Ogg pages of Opus ({error}); begin a new stream") from error
             if len(samples):
                 await self.intake.push(self.intake.decoder.resample(samples))
 
-    def _sound(self, samples: np.ndarray) -> None:
-        self.unwritten = np.concatenate([self.unwritten, samples])
+    def _send_sound(self, samples: np.ndarray) -> None:
+        """Sends `samples`, `[N]` float32 at 24 kHz, as far as they fill Opus frames."""
+        self._unsent = np.concatenate([self._unsent, samples])
         pages = b""
-        while len(self.unwritten) >= _FRAME:
-            pages += self.writer.append_pcm(self.unwritten[:_FRAME])
-            self.unwritten = self.unwritten[_FRAME:]
+        while len(self._unsent) >= _FRAME_SAMPLES:
+            pages += self._opus_writer.append_pcm(self._unsent[:_FRAME_SAMPLES])
+            self._unsent = self._unsent[_FRAME_SAMPLES:]
         if pages:
             self.session.replay_buffer.append(SOUND + pages)
 
-    def _fail(self, why: str) -> None:
-        self.session.replay_buffer.append(ERROR + why.encode())
+    def _send_error(self, text: str) -> None:
+        self.session.replay_buffer.append(ERROR + text.encode())

@@ -1,6 +1,7 @@
-"""What a client of OpenAI's Realtime API may say, as types (`openai.types.realtime` of the `openai` package).
+"""The messages that a client of OpenAI's Realtime API may send, as types (`openai.types.realtime` of `openai`).
 
-What this server has no use for is taken and not held to: `_Ignored` fields are named in no session that it sends back.
+Fields of type `_Ignored` are accepted and have no effect: this server has no use for them, and names none of them in
+the sessions that it sends back. Fields of type `bytes` are base64 in JSON.
 """
 
 from __future__ import annotations
@@ -14,24 +15,32 @@ from jaxtml.serve.transport.sound import SoundFormat
 
 _Ignored = Any
 
+# --- the session
 
-class Pcm(Strict, tag_field="type", tag="audio/pcm"):
+
+class RealtimePcm(Strict, tag_field="type", tag="audio/pcm"):
+    """Signed 16-bit little-endian samples, mono, 24 kHz."""
+
     rate: Literal[24000] | None = None
 
 
-class Pcmu(Strict, tag_field="type", tag="audio/pcmu"):
+class RealtimePcmu(Strict, tag_field="type", tag="audio/pcmu"):
+    """G.711 mu-law, mono, 8 kHz."""
+
     rate: Literal[8000] | None = None
 
 
-class Pcma(Strict, tag_field="type", tag="audio/pcma"):
+class RealtimePcma(Strict, tag_field="type", tag="audio/pcma"):
+    """G.711 A-law, mono, 8 kHz."""
+
     rate: Literal[8000] | None = None
 
 
-AudioFormat = Pcm | Pcmu | Pcma
+AudioFormat = RealtimePcm | RealtimePcmu | RealtimePcma
 
 
 class TurnDetection(Strict, kw_only=True):
-    """The model decides itself when to speak: what would tune a detector is taken and not held to."""
+    """Asks the server to detect turns. The model itself decides when to speak, so a detector's settings are ignored."""
 
     type: Literal["server_vad", "semantic_vad"]
     create_response: bool | None = None
@@ -44,6 +53,8 @@ class TurnDetection(Strict, kw_only=True):
 
 
 class AudioInput(Strict):
+    """Sound of the user. A field that is absent stays as it is; `turn_detection: null` switches the detection off."""
+
     format: AudioFormat | None | msgspec.UnsetType = msgspec.UNSET
     turn_detection: TurnDetection | None | msgspec.UnsetType = msgspec.UNSET
     transcription: _Ignored = None
@@ -51,17 +62,23 @@ class AudioInput(Strict):
 
 
 class AudioOutput(Strict):
+    """Sound of the model."""
+
     format: AudioFormat | None | msgspec.UnsetType = msgspec.UNSET
     voice: _Ignored = None
     speed: _Ignored = None
 
 
 class RealtimeAudio(Strict):
+    """Sound in both directions."""
+
     input: AudioInput | None = None
     output: AudioOutput | None = None
 
 
 class Tool(Strict, kw_only=True):
+    """A function of the client that the model may call. `parameters` is a JSON schema."""
+
     type: Literal["function"]
     name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -73,6 +90,8 @@ Modality = Literal["audio", "text"]
 
 
 class RealtimeSessionConfig(Strict, kw_only=True):
+    """The session that a client asks for, or the part of it that changes."""
+
     type: Literal["realtime"]
     model: str | None = None
     audio: RealtimeAudio | None = None
@@ -89,21 +108,129 @@ class RealtimeSessionConfig(Strict, kw_only=True):
     truncation: _Ignored = None
 
 
-class Expiry(Strict):
-    """Seconds from the making of a short-lived key."""
+# --- short-lived keys
+
+
+class KeyLifetime(Strict):
+    """Seconds for which a short-lived key is good, from the time at which it is made."""
 
     anchor: Literal["created_at"] = "created_at"
     seconds: Annotated[int, msgspec.Meta(ge=10, le=7200)] = 600
 
 
-class SecretRequest(Strict):
-    """The body of a request for one."""
+class ClientSecretRequest(Strict):
+    """Body of the HTTP request for a short-lived key."""
 
-    expires_after: Expiry = msgspec.field(default_factory=Expiry)
+    expires_after: KeyLifetime = msgspec.field(default_factory=KeyLifetime)
     session: RealtimeSessionConfig | None = None
 
 
+# --- items of the conversation
+
+
+class ContentPart(Strict, kw_only=True):
+    """One part of a message item: text, sound or a picture (`image_url`, a data: URL)."""
+
+    type: Literal["input_text", "input_audio", "input_image", "output_text", "output_audio", "text"]
+    text: str | None = None
+    audio: bytes | None = None
+    transcript: str | None = None
+    image_url: str | None = None
+    detail: _Ignored = None
+
+
+class MessageItem(Strict, tag_field="type", tag="message", kw_only=True):
+    """Something that the user, the assistant or the system says."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[ContentPart], msgspec.Meta(max_length=64)]
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
+    phase: _Ignored = None
+
+
+class FunctionOutputItem(Strict, tag_field="type", tag="function_call_output", kw_only=True):
+    """The result of a function that the model called."""
+
+    call_id: Name
+    output: str
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
+
+
+class FunctionCallItem(Strict, tag_field="type", tag="function_call", kw_only=True):
+    """A call of a function in a conversation before this session."""
+
+    name: Name
+    arguments: str
+    call_id: Name | None = None
+    id: Name | None = None
+    object: Name | None = None
+    status: Name | None = None
+
+
+ConversationItem = MessageItem | FunctionOutputItem | FunctionCallItem
+
+
+# --- messages
+
+
+class RealtimeUpdate(Event, tag="session.update", kw_only=True):
+    """Changes the session."""
+
+    session: RealtimeSessionConfig
+
+
+class AppendInput(Event, tag="input_audio_buffer.append", kw_only=True):
+    """Sound of the user, in the session's input format."""
+
+    audio: bytes
+
+
+class CommitInput(Event, tag="input_audio_buffer.commit"):
+    """Ends the user's turn."""
+
+
+class ClearInput(Event, tag="input_audio_buffer.clear"):
+    """Discards the user's sound that the model has not heard yet."""
+
+
+class ItemCreate(Event, tag="conversation.item.create", kw_only=True):
+    """Adds an item to the conversation."""
+
+    item: ConversationItem
+    previous_item_id: str | None = None
+
+
+class ItemRetrieve(Event, tag="conversation.item.retrieve", kw_only=True):
+    """Asks for an item of the conversation."""
+
+    item_id: Name
+
+
+class ItemDelete(Event, tag="conversation.item.delete", kw_only=True):
+    """Deletes an item from the list of items. The model has heard or read the item already."""
+
+    item_id: Name
+
+
+class ItemTruncate(Event, tag="conversation.item.truncate", kw_only=True):
+    """Says how much of an item the client has played."""
+
+    item_id: Name
+    content_index: int
+    audio_end_ms: int
+
+
+class ClearOutput(Event, tag="output_audio_buffer.clear"):
+    """Stops what plays on the client's track."""
+
+
 class ResponseConfig(Strict):
+    """What a client asks of one response."""
+
     metadata: Annotated[dict[Name, Name], msgspec.Meta(max_length=16)] | None = None
     instructions: str | None = None
     output_modalities: list[Modality] | None = None
@@ -118,95 +245,22 @@ class ResponseConfig(Strict):
     tools: list[Tool] | None = None
 
 
-class Content(Strict, kw_only=True):
-    type: Literal["input_text", "input_audio", "input_image", "output_text", "output_audio", "text"]
-    text: str | None = None
-    audio: bytes | None = None
-    transcript: str | None = None
-    image_url: str | None = None
-    detail: _Ignored = None
-
-
-class MessageItem(Strict, tag_field="type", tag="message", kw_only=True):
-    role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Content], msgspec.Meta(max_length=64)]
-    id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
-    phase: _Ignored = None
-
-
-class OutputItem(Strict, tag_field="type", tag="function_call_output", kw_only=True):
-    call_id: Name
-    output: str
-    id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
-
-
-class CallItem(Strict, tag_field="type", tag="function_call", kw_only=True):
-    name: Name
-    arguments: str
-    call_id: Name | None = None
-    id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
-
-
-ConversationItem = MessageItem | OutputItem | CallItem
-
-
-class RealtimeUpdate(Event, tag="session.update", kw_only=True):
-    session: RealtimeSessionConfig
-
-
-class Append(Event, tag="input_audio_buffer.append", kw_only=True):
-    audio: bytes
-
-
-class Commit(Event, tag="input_audio_buffer.commit"):
-    pass
-
-
-class Clear(Event, tag="input_audio_buffer.clear"):
-    pass
-
-
-class ItemCreate(Event, tag="conversation.item.create", kw_only=True):
-    item: ConversationItem
-    previous_item_id: str | None = None
-
-
-class ItemRetrieve(Event, tag="conversation.item.retrieve", kw_only=True):
-    item_id: Name
-
-
-class ItemDelete(Event, tag="conversation.item.delete", kw_only=True):
-    item_id: Name
-
-
-class ItemTruncate(Event, tag="conversation.item.truncate", kw_only=True):
-    item_id: Name
-    content_index: int
-    audio_end_ms: int
-
-
-class ClearOutput(Event, tag="output_audio_buffer.clear"):
-    """Of those who have a track."""
-
-
 class ResponseCreate(Event, tag="response.create", kw_only=True):
+    """Asks for a response."""
+
     response: ResponseConfig | None = None
 
 
 class ResponseCancel(Event, tag="response.cancel", kw_only=True):
+    """Ends a response before the model does."""
+
     response_id: str | None = None
 
 
-_Shared = (
+_SharedMessage = (
     RealtimeUpdate
-    | Commit
-    | Clear
+    | CommitInput
+    | ClearInput
     | ItemCreate
     | ItemRetrieve
     | ItemDelete
@@ -214,12 +268,13 @@ _Shared = (
     | ResponseCreate
     | ResponseCancel
 )
-Message = Append | _Shared
-PeerMessage = ClearOutput | _Shared
-CLIENT = MessageTypes[Message](Message, unsupported=("output_audio_buffer.clear",))
-PEER = MessageTypes[PeerMessage](PeerMessage, Append)  # of one who has a track
+WebSocketMessage = AppendInput | _SharedMessage
+WebRtcMessage = ClearOutput | _SharedMessage
+WEBSOCKET_MESSAGES = MessageTypes[WebSocketMessage](WebSocketMessage, unsupported=("output_audio_buffer.clear",))
+WEBRTC_MESSAGES = MessageTypes[WebRtcMessage](WebRtcMessage, AppendInput)  # the client's sound comes on a track
 
 
-def format_of(given: AudioFormat) -> SoundFormat:
-    kind = str(given.__struct_config__.tag).removeprefix("audio/")
+def sound_format(format: AudioFormat) -> SoundFormat:
+    """Returns the sound format that a client names."""
+    kind = str(format.__struct_config__.tag).removeprefix("audio/")
     return SoundFormat(kind, 24_000 if kind == "pcm" else 8_000)

@@ -1,107 +1,100 @@
-"""A response of the Realtime API: what the model says while its gate is open, as items, parts and deltas in order.
+"""One response of the Realtime API: its items, their parts and their deltas, as events in order.
 
-The order is the one that clients of the API rely on: created, item, part, deltas, and all of it done inside out.
+The order is the one that clients of the API rely on: the response is created, then an item, then a part of the item,
+then deltas. At the end part, item and response are completed in this order. Called by `responses`.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from jaxtml.serve.protocols.realtime.messages import Tool
-
-Emit = Callable[..., None]
+from jaxtml.serve.protocols.realtime.conversation import Conversation, Item
+from jaxtml.serve.protocols.realtime.events import EventWriter
 
 
 class Response:
-    """One response in progress; `response.created` is sent when it is made.
+    """A response in progress. The constructor sends `response.created`.
 
     Args:
-      emit: takes a type and the fields of an event.
-      modality: "audio" (with its transcript) or "text".
-      conversation: its id.
-      metadata: of the client's `response.create`, given back.
-      keep: takes each conversation item when it is added, and again when it is done.
+      events: writes the events.
+      conversation: takes the response's items.
+      modality: "audio" (with a transcript) or "text".
+      metadata: from the client's `response.create`; sent back unchanged.
+
+    Attributes:
+      id: id of the response.
+      message: the item of what the model says; None: the model has said nothing yet.
+      output: all items of the response.
+      text: what the model has said so far.
     """
 
     def __init__(
         self,
-        emit: Emit,
+        events: EventWriter,
+        conversation: Conversation,
         modality: str,
-        conversation: str,
         metadata: Mapping[str, str] | None,
-        keep: Callable[[dict[str, Any], bool], None],
     ):
+        self.events, self.conversation, self.modality, self.metadata = events, conversation, modality, metadata
         self.id = f"resp_{secrets.token_urlsafe(12)}"
-        self.emit, self.keep = emit, keep
-        self.modality, self.conversation, self.metadata = modality, conversation, metadata
-        self.message: dict[str, Any] | None = None  # the item of what is said
-        self.output: list[dict[str, Any]] = []
+        self.message: Item | None = None
+        self.output: list[Item] = []
         self.text = ""
-        self.audible = False
-        emit("response.created", response=self._resource("in_progress"))
+        events.send("response.created", response=self._resource("in_progress"))
 
-    def say(self, text: str, sound: bytes | None) -> None:
-        """A piece of what is said: its text, and its sound where the client wants sound; None: it has it elsewhere."""
+    def add_speech(self, text: str, sound: bytes | None) -> None:
+        """Adds what the model says in one micro-turn.
+
+        Args:
+          text: words; may be empty.
+          sound: the voice, in the client's format; None: the client has it on a track.
+        """
         if self.message is None:
-            self._begin()
+            self.message = self._begin_message()
         self.text += text
         where = self._where(self.message)
         if self.modality == "text":
             if text:
-                self.emit("response.output_text.delta", delta=text, **where)
+                self.events.send("response.output_text.delta", delta=text, **where)
             return
         if text:
-            self.emit("response.output_audio_transcript.delta", delta=text, **where)
+            self.events.send("response.output_audio_transcript.delta", delta=text, **where)
         if sound is not None:
-            self.emit("response.output_audio.delta", delta=sound, **where)
+            self.events.send("response.output_audio.delta", delta=sound, **where)
 
-    def call(self, name: str, arguments: str) -> dict[str, Any]:
-        """A call of the client's function; its item."""
+    def add_function_call(self, name: str, arguments: str) -> str:
+        """Adds a call of the client's function. Returns the call id."""
+        call_id = f"call_{secrets.token_urlsafe(12)}"
         item = {
             "id": f"item_{secrets.token_urlsafe(12)}",
             "object": "realtime.item",
             "type": "function_call",
             "status": "in_progress",
             "name": name,
-            "call_id": f"call_{secrets.token_urlsafe(12)}",
+            "call_id": call_id,
             "arguments": "",
         }
         self._add(item)
         where = {"response_id": self.id, "item_id": item["id"], "output_index": len(self.output) - 1}
-        where["call_id"] = item["call_id"]
-        self.emit("response.function_call_arguments.delta", delta=arguments, **where)
-        self.emit("response.function_call_arguments.done", arguments=arguments, name=name, **where)
+        where["call_id"] = call_id
+        self.events.send("response.function_call_arguments.delta", delta=arguments, **where)
+        self.events.send("response.function_call_arguments.done", arguments=arguments, name=name, **where)
         item.update(arguments=arguments, status="completed")
-        self._done(item)
-        return item
+        self._finish(item)
+        return call_id
 
     def end(self, status: str = "completed", reason: str | None = None) -> None:
-        """All of it is done; `reason` says why a status is not "completed"."""
+        """Completes the response. `reason` says why the status is not "completed"."""
         if self.message is not None:
-            where, item = self._where(self.message), self.message
-            if self.modality == "text":
-                self.emit("response.output_text.done", text=self.text, **where)
-                part: dict[str, Any] = {"type": "text", "text": self.text}
-            else:
-                self.emit("response.output_audio.done", **where)
-                self.emit("response.output_audio_transcript.done", transcript=self.text, **where)
-                part = {"type": "audio", "transcript": self.text}
-            self.emit("response.content_part.done", part=part, **where)
-            kind = "output_text" if self.modality == "text" else "output_audio"
-            said = "text" if self.modality == "text" else "transcript"
-            item["content"] = [{"type": kind, said: self.text}]
-            item["status"] = "completed" if status == "completed" else "incomplete"
-            self._done(item)
+            self._end_message(self.message, "completed" if status == "completed" else "incomplete")
         details = {"type": status} | ({"reason": reason} if reason else {})
-        self.emit("response.done", response=self._resource(status) | {"status_details": details})
-        self.emit("rate_limits.updated", rate_limits=[])
+        self.events.send("response.done", response=self._resource(status) | {"status_details": details})
+        self.events.send("rate_limits.updated", rate_limits=[])
 
-    def _begin(self) -> None:
-        self.message = {
+    def _begin_message(self) -> Item:
+        message = {
             "id": f"item_{secrets.token_urlsafe(12)}",
             "object": "realtime.item",
             "type": "message",
@@ -109,67 +102,51 @@ class Response:
             "status": "in_progress",
             "content": [],
         }
-        self._add(self.message)
+        self._add(message)
         empty = {"type": "text", "text": ""} if self.modality == "text" else {"type": "audio", "transcript": ""}
-        self.emit("response.content_part.added", part=empty, **self._where(self.message))
+        self.events.send("response.content_part.added", part=empty, **self._where(message))
+        return message
 
-    def _add(self, item: dict[str, Any]) -> None:
+    def _end_message(self, message: Item, status: str) -> None:
+        where = self._where(message)
+        if self.modality == "text":
+            self.events.send("response.output_text.done", text=self.text, **where)
+            part = {"type": "text", "text": self.text}
+            content = {"type": "output_text", "text": self.text}
+        else:
+            self.events.send("response.output_audio.done", **where)
+            self.events.send("response.output_audio_transcript.done", transcript=self.text, **where)
+            part = {"type": "audio", "transcript": self.text}
+            content = {"type": "output_audio", "transcript": self.text}
+        self.events.send("response.content_part.done", part=part, **where)
+        message["content"] = [content]
+        message["status"] = status
+        self._finish(message)
+
+    def _add(self, item: Item) -> None:
         self.output.append(item)
         where = {"response_id": self.id, "output_index": len(self.output) - 1}
-        self.emit("response.output_item.added", item=dict(item), **where)
-        self.keep(item, False)
+        self.events.send("response.output_item.added", item=dict(item), **where)
+        self.conversation.add(item)
 
-    def _done(self, item: dict[str, Any]) -> None:
+    def _finish(self, item: Item) -> None:
         where = {"response_id": self.id, "output_index": self.output.index(item)}
-        self.emit("response.output_item.done", item=dict(item), **where)
-        self.keep(item, True)
+        self.events.send("response.output_item.done", item=dict(item), **where)
+        self.conversation.finish(item)
 
-    def _where(self, item: dict[str, Any] | None) -> dict[str, Any]:
-        assert item is not None
-        index = self.output.index(item)
-        return {"response_id": self.id, "item_id": item["id"], "output_index": index, "content_index": 0}
+    def _where(self, message: Item) -> dict[str, Any]:
+        """Returns the fields that say to which part of which item an event belongs."""
+        index = self.output.index(message)
+        return {"response_id": self.id, "item_id": message["id"], "output_index": index, "content_index": 0}
 
     def _resource(self, status: str) -> dict[str, Any]:
+        """Returns the response as events show it."""
         return {
             "id": self.id,
             "object": "realtime.response",
             "status": status,
             "output": [dict(item) for item in self.output],
-            "conversation_id": self.conversation,
+            "conversation_id": self.conversation.id,
             "output_modalities": [self.modality],
             "metadata": self.metadata,
         }
-
-
-def call_of(task: str, tools: list[Tool]) -> tuple[str, str]:
-    """Which function a delegation is for, and its arguments as JSON.
-
-    A task that begins with a tool's name is for that one, any other for the first. What follows is its arguments where
-    it is a JSON object; else it is the first string among those that the tool requires, or has. A schema that is none
-    has no arguments.
-    """
-    task = task.strip()
-    named = next((one for one in tools if re.match(rf"{re.escape(one.name)}(?![\w-])", task)), None)
-    tool = named or tools[0]
-    rest = (task.removeprefix(tool.name) if named else task).strip(" :()")
-    try:
-        given = json.loads(rest)
-    except ValueError:
-        given = None
-    if isinstance(given, dict):
-        return tool.name, json.dumps(given)
-    schema = tool.parameters or {}
-    required, properties = schema.get("required"), schema.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    names = (
-        [name for name in required if isinstance(name, str) and name in properties]
-        if isinstance(required, list)
-        else []
-    )
-    texts = [name for name in (*names, *properties) if _is_text(properties[name])]
-    return tool.name, json.dumps({texts[0]: rest} if texts else {})
-
-
-def _is_text(schema: Any) -> bool:
-    kind = schema.get("type", "string") if isinstance(schema, dict) else None
-    return kind == "string" or isinstance(kind, list) and "string" in kind

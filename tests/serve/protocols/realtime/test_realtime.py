@@ -10,8 +10,8 @@ import pytest
 from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 
+from jaxtml.serve.protocols.realtime.function_calls import function_call
 from jaxtml.serve.protocols.realtime.messages import Tool
-from jaxtml.serve.protocols.realtime.response import call_of
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.stream.tokens import Control
@@ -367,7 +367,7 @@ def test_which_function_a_task_is_for(task, expected):
         Tool(type="function", name="broken", parameters={"required": 5, "properties": {"a": 5}}),
         Tool(type="function", name="loose", parameters={"required": ["a", {}], "properties": {}}),
     ]
-    name, arguments = call_of(task, tools)
+    name, arguments = function_call(task, tools)
     assert (name, json.loads(arguments)) == expected
 
 

@@ -42,7 +42,8 @@ def test_a_conversation_with_calls_can_be_told_anew(slots, engine):
             await client.send("conversation.item.create", item=call | {"call_id": f"c{n}", "id": f"j{n}"})
         for _ in range(300):
             await client.until("conversation.item.done")
-        assert len(serving.session().protocol.called) == len(serving.session().protocol.items) == 256
+        conversation = serving.session().protocol.conversation
+        assert len(conversation.pending_calls) == len(conversation.items) == 256
         check(client)
 
     serving(slots, engine, test, model=scripted({}))
@@ -164,7 +165,7 @@ def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(slo
                 np.zeros(MICRO_TURN_SAMPLES, np.float32)
             )  # its client stays nine seconds ahead
             await serving.advance(1)
-        assert session.protocol.response is not None
+        assert session.protocol.responses.current is not None
         await serving.advance(1)
         done = (await client.until("response.done"))["response"]
         assert done["output"] == [] and session.scheduled.micro_turns == 95, "45 of sound, and 50"
@@ -173,7 +174,7 @@ def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(slo
         await client.until("response.created")
         pieces = len(session.scheduled.text_queue)
         await serving.advance(pieces + 49)
-        assert pieces > 50 and session.protocol.response is not None, "it is read first"
+        assert pieces > 50 and session.protocol.responses.current is not None, "it is read first"
         await serving.advance(1)
         await client.until("response.done")
 

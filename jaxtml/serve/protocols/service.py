@@ -1,0 +1,123 @@
+"""What a server offers to the routes of its protocols.
+
+`serve.web.application` makes one `Service`. Each protocol's `routes` function takes it and returns the protocol's
+addresses. Sessions over a WebSocket begin with `serve.protocols.websocket`, sessions over WebRTC with
+`serve.protocols.signalling`; both end up in `Service.run_session`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.runtime.scheduler import EndReason
+from jaxtml.serve.sessions.access import Access, Grant
+from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
+from jaxtml.serve.sessions.errors import Refused
+from jaxtml.serve.sessions.manager import SessionManager
+from jaxtml.serve.transport.connection import Connection, ConnectionEnd
+
+# Browsers cannot set headers of a WebSocket, so they send the key as a subprotocol with this prefix.
+_KEY_SUBPROTOCOL = "openai-insecure-api-key."
+_CLEANUP_S = 5.0  # for background tasks to end after they are cancelled
+
+# Code with which a WebSocket is closed, by the reason for which its session ended (RFC 6455, section 7.4).
+_CLOSE_CODES = {
+    EndReason.ASKED: 1000,
+    EndReason.EXPIRED: 1000,
+    EndReason.LEFT: 1000,
+    EndReason.DRAINED: 1012,  # service restart: the client may connect again
+    EndReason.GONE: 1001,
+    EndReason.SLOW: 1008,
+    EndReason.FAILED: 1011,
+}
+# Connections whose end is the end of the session too, even if the protocol can resume sessions.
+_FINAL = {ConnectionEnd.SLOW: EndReason.SLOW, ConnectionEnd.LEFT: EndReason.LEFT}
+
+
+class Service:
+    """The sessions, keys and model of one server, and what the routes of all protocols do with them.
+
+    Args:
+      manager: admits and finds sessions.
+      access: the keys and what they allow.
+      model: the model that is served.
+      metrics: counts errors and connections.
+    """
+
+    def __init__(self, manager: SessionManager, access: Access, model: ServedModel, metrics: Metrics):
+        self.manager, self.access, self.model, self.metrics = manager, access, model, metrics
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def authorise(self, request: web.Request) -> Grant:
+        """Returns what the key of a request allows.
+
+        The key comes as a bearer token, as a WebSocket subprotocol (browsers), or as the query parameter `auth_id`
+        (Moshi's clients have no other place for it).
+
+        Raises:
+          Refused: there is no key, or the server does not know it.
+        """
+        authorization = request.headers.get("Authorization", "")
+        token = authorization[7:].strip() if authorization[:7].lower() == "bearer " else None
+        token = token or request.query.get("auth_id")
+        for subprotocol in request.headers.get("Sec-WebSocket-Protocol", "").split(","):
+            if subprotocol.strip().startswith(_KEY_SUBPROTOCOL):
+                token = subprotocol.strip().removeprefix(_KEY_SUBPROTOCOL)
+        return self.access.authenticate(token)
+
+    def check_model(self, name: str | None) -> None:
+        """Checks the model that a client asks for; None: the client asks for no particular one.
+
+        Raises:
+          Refused: this server has another model.
+        """
+        if name not in (None, self.model.name):
+            raise Refused(404, "model_not_found", f"this server has the model {self.model.name}")
+
+    async def hang_up(self, request: web.Request) -> web.Response:
+        """Handles a POST that ends the session `{session}`, whatever carries it."""
+        self.manager.find(request.match_info["session"], self.authorise(request)).scheduled.end(EndReason.ASKED)
+        return web.Response()
+
+    async def run_session(self, connection: Connection, session: ClientSession, after: int = 0) -> None:
+        """Carries a session over `connection` until the connection or the session ends, then closes the connection.
+
+        Args:
+          connection: the client's connection.
+          session: the session, new or resumed.
+          after: number of the last frame that the client has received; 0: none.
+        """
+        session.attach(connection)
+        try:
+            end = await connection.run(session.replay_buffer, after, session.protocol.receive)
+            if end in _FINAL or not session.protocol.resumable:
+                session.scheduled.end(_FINAL.get(end, EndReason.GONE))
+        finally:
+            session.detach(connection)
+        await connection.close(*close_code(end, session))
+
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` beyond the request that asks for it, at most until the server ends."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def cancel_background_work(self) -> None:
+        """Cancels what `run_in_background` has started, and waits a few seconds for its end."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
+
+
+def close_code(end: ConnectionEnd, session: ClientSession) -> tuple[int, str]:
+    """Returns the code and the reason with which a WebSocket of `session` is closed."""
+    if end is ConnectionEnd.REPLACED:
+        return 1008, "another connection has taken over"
+    reason = session.scheduled.end_reason
+    return (1001, "") if reason is None else (_CLOSE_CODES[reason], reason.value)

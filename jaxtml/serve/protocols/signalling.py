@@ -1,0 +1,119 @@
+"""Signalling: from a client's WebRTC offer to a session that runs over the client's tracks and data channel.
+
+Called by the routes of the protocols that offer WebRTC. WebRTC is an extra (`pip install 'jaxtml[webrtc]'`), so its
+modules are imported when the first offer comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from absl import logging
+from aiohttp import web
+
+from jaxtml.serve.protocols.service import Service
+from jaxtml.serve.runtime.scheduler import EndReason
+from jaxtml.serve.sessions.access import Grant
+from jaxtml.serve.sessions.client_session import ClientSession
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
+from jaxtml.serve.sessions.protocol import SessionProtocol
+from jaxtml.serve.transport.connection import Connection
+from jaxtml.serve.transport.sound import VoiceTrack
+
+if TYPE_CHECKING:
+    from jaxtml.serve.transport.peer import Peer
+
+MakeTrackProtocol = Callable[[ClientSession, VoiceTrack], SessionProtocol]
+
+
+async def answer_offer(
+    service: Service, request: web.Request, grant: Grant, sdp: str, make_protocol: MakeTrackProtocol, scope: str
+) -> tuple[ClientSession, str]:
+    """Admits a session for the client that made an offer. The request has been counted (`count_request`).
+
+    The session is paused until the client's peer connection is open; `_run_peer` waits for that in the background.
+
+    Args:
+      service: the server.
+      request: the HTTP request that brought the offer.
+      grant: what the client's key allows.
+      sdp: the offer.
+      make_protocol: makes the protocol of the new session, which puts speech on the given track.
+      scope: name of the protocol.
+
+    Returns:
+      The session and the answer, in SDP.
+
+    Raises:
+      Refused: the offer or the session's configuration cannot be used, or the session is not admitted.
+    """
+    peer = await open_peer(request, sdp, service.model.sees)
+    session = None
+    try:
+        session = service.manager.admit(grant, lambda session: make_protocol(session, peer.voice), scope)
+        session.scheduled.detach()
+        # The grace period is for clients that were there. Until the first connection, the time for it comes on top.
+        session.scheduled.detached_at += service.manager.limits.first_message_s
+        answer = await peer.create_answer()
+    except BaseException as error:
+        if session is not None:
+            session.scheduled.end(EndReason.LEFT)
+        await peer.close(1011, "")
+        if isinstance(error, InvalidMessage):  # from the session's configuration
+            raise Refused(400, error.code, str(error)) from error
+        raise
+    service.run_in_background(_run_peer(service, peer, session))
+    return session, answer
+
+
+async def open_peer(request: web.Request, sdp: str, sees: bool) -> Peer:
+    """Returns the peer that made an offer. It can reach the server at the address that its request came to.
+
+    Args:
+      request: the HTTP request that brought the offer.
+      sdp: the offer.
+      sees: whether the model takes pictures; if not, the client's camera is declined.
+
+    Raises:
+      Refused: the offer cannot be used, or WebRTC is not installed.
+    """
+    try:
+        peers = await asyncio.to_thread(_import_peers)  # the first import takes a second
+    except ImportError as error:
+        text = "this server has no WebRTC (pip install 'jaxtml[webrtc]'); over a WebSocket it has the same protocols"
+        raise Refused(501, "webrtc_not_installed", text) from error
+    assert request.transport is not None
+    address = ipaddress.ip_address(request.transport.get_extra_info("sockname")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        # A server that listens on both families sees IPv4 addresses in IPv6 form.
+        address = address.ipv4_mapped or address
+    try:
+        return await peers.Peer.from_offer(sdp, str(address), sees)
+    except ValueError as error:
+        raise Refused(400, "invalid_sdp", str(error)) from error
+
+
+def _import_peers() -> ModuleType:
+    from jaxtml.serve.transport import peer
+
+    return peer
+
+
+async def _run_peer(service: Service, peer: Peer, session: ClientSession) -> None:
+    """Waits for the peer connection to open, then carries the session over it."""
+    try:
+        async with asyncio.timeout(service.manager.limits.first_message_s):
+            await peer.wait_open()
+        async with peer.feed_tracks(session.protocol.intake):
+            await service.run_session(Connection(peer, service.metrics), session)
+    except (TimeoutError, ConnectionError):
+        session.scheduled.end(EndReason.GONE)
+    except Exception:
+        logging.exception("the peer of session %s failed", session.id)
+        session.scheduled.end(EndReason.FAILED)
+    finally:
+        await peer.close(1001, "")
