@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.realtime.conversation import Conversation, Item
+from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation, Item
 from jaxtml.serve.protocols.realtime.messages import (
     ConversationItem,
     FunctionCallItem,
@@ -43,7 +43,7 @@ class ClientItems:
       metrics: measures how long function calls take.
     """
 
-    def __init__(self, session: ClientSession, intake: Intake, conversation: Conversation, metrics: Metrics):
+    def __init__(self, session: ClientSession, intake: Intake, conversation: RealtimeConversation, metrics: Metrics):
         self.session, self.intake, self.conversation, self.metrics = session, intake, conversation, metrics
 
     async def create(self, item: ConversationItem) -> None:

@@ -18,7 +18,7 @@ _KEPT = 256  # items, and function calls without a result
 Item = dict[str, Any]
 
 
-class Conversation:
+class RealtimeConversation:
     """The items of one session, of which the last 256 are kept.
 
     Attributes:

@@ -31,7 +31,7 @@ from aiohttp import WSMsgType
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.realtime.client_items import ClientItems
 from jaxtml.serve.protocols.realtime.configuration import DEFAULT_FORMAT, SessionConfiguration
-from jaxtml.serve.protocols.realtime.conversation import Conversation
+from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.protocols.realtime.messages import (
     WEBRTC_MESSAGES,
@@ -104,7 +104,7 @@ class RealtimeProtocol:
         self.intake = Intake(session, model, sound_format(DEFAULT_FORMAT))
         self.events = EventWriter(session.replay_buffer)
         self.configuration = SessionConfiguration(session, model, self.intake)
-        self.conversation = Conversation(self.events)
+        self.conversation = RealtimeConversation(self.events)
         self.client_items = ClientItems(session, self.intake, self.conversation, metrics)
         self.user_turns = UserTurns(self.events, self.configuration, self.conversation)
         self.responses = Responses(

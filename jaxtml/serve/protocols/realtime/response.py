@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtml.serve.protocols.realtime.conversation import Conversation, Item
+from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation, Item
 from jaxtml.serve.protocols.realtime.events import EventWriter
 
 
@@ -33,7 +33,7 @@ class Response:
     def __init__(
         self,
         events: EventWriter,
-        conversation: Conversation,
+        conversation: RealtimeConversation,
         modality: str,
         metadata: Mapping[str, str] | None,
     ):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtml.serve.protocols.realtime.configuration import INSTRUCTIONS_TOKENS, SessionConfiguration
-from jaxtml.serve.protocols.realtime.conversation import Conversation
+from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.protocols.realtime.function_calls import function_call
 from jaxtml.serve.protocols.realtime.messages import ResponseConfig
@@ -59,7 +59,7 @@ class Responses:
         intake: Intake,
         events: EventWriter,
         configuration: SessionConfiguration,
-        conversation: Conversation,
+        conversation: RealtimeConversation,
         user_turns: UserTurns,
         track: VoiceTrack | None,
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 
 from jaxtml.serve.protocols.realtime.configuration import SessionConfiguration
-from jaxtml.serve.protocols.realtime.conversation import Conversation
+from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.runtime.scheduler import TickResult
 from jaxtml.stream.timebase import MICRO_TURN_MS
@@ -43,7 +43,7 @@ class _UserTurn:
 class UserTurns:
     """The user turns of one session, one after the other."""
 
-    def __init__(self, events: EventWriter, configuration: SessionConfiguration, conversation: Conversation):
+    def __init__(self, events: EventWriter, configuration: SessionConfiguration, conversation: RealtimeConversation):
         self.events, self.configuration, self.conversation = events, configuration, conversation
         self._current: _UserTurn | None = None
 
