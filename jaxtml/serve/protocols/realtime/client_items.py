@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation, Item
+from jaxtml.serve.protocols.realtime.conversation import Item, RealtimeConversation
 from jaxtml.serve.protocols.realtime.messages import (
     ConversationItem,
     FunctionCallItem,

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation, Item
+from jaxtml.serve.protocols.realtime.conversation import Item, RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 
 
