@@ -1,14 +1,17 @@
-"""The utterance bank: a folder of finished shards of synthesised speech, built once and read by memory map.
+"""The utterance bank: a folder with finished shards of synthesised speech, built once and read by memory map.
 
-`plan` decides, from counts and a seed alone, who says what; `build` speaks the plan in worker processes, one shard at a
-time; `Bank` reads whatever shards are finished. A shard's samples are written first and its index is renamed into place
-last, so a killed build loses at most the shards in work, and a half-built bank can be used at once. Each shard is
-spoken by a fresh process: its content depends on its items alone. Called by `jaxtml data` and by `mix`.
+`build` speaks a plan (`jaxtml.data.bank_plan`) in worker processes, one shard at a time. `Bank` reads the shards that
+are finished. Called by `jaxtml.data.conversations`, the vocoder's training and the evaluations.
 
-    bank.json               the plan's digest and sizes
-    00012.pcm, 00012.jsonl  samples (int16, 16 kHz, joined); one line per utterance, in the same order
+The samples of a shard are written first, and its index is renamed into place last. A killed build therefore loses the
+shards in work at most, and a half-built bank can be used at once. A fresh process speaks each shard, so that the
+content of a shard depends on its plan alone.
 
-Axis glossary: N samples.
+    bank.json    digest of the plan, numbers of shards and utterances
+    00012.pcm    samples of all utterances of a shard, one after the other (int16, 16 kHz)
+    00012.jsonl  checksum of the samples, then one line per utterance, in the same order
+
+Axis glossary: N samples of one utterance.
 """
 
 from __future__ import annotations
@@ -23,28 +26,30 @@ from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices import registry
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
 
-# Items per shard: about a minute of work, which is what a kill can cost and next to which a fresh process is nothing.
-SLOW_SHARD, QUICK_SHARD = 60, 240
-WORDS_AT_ONCE = 4  # named by one utterance: alone, a word is too short for the neural voices
-_ROUNDS = {"flite": 4, "piper": 4}  # of the vocabulary, where an engine has few voices; else one
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class PlannedUtterance:
-    """One utterance to be spoken, for "train" or "test" (the assistant: "train").
+    """One utterance to be spoken. Its field names are part of a bank's files and of its digest.
 
-    `role` is "user" or "assistant", or "words": a user's voice that names a few words, each with a pause behind it.
+    Attributes:
+      role: "assistant"; "user" for a sentence; "words" for a user's voice that names a few words, each with a pause
+        behind it.
+      split: "train" or "test"; the assistant has "train" alone.
+      voice: name as in `jaxtml.data.voices.registry`.
+      text: what to say.
+      rate, pitch: factors, see `registry.synthesise`.
     """
 
     role: str
@@ -55,157 +60,75 @@ class PlannedUtterance:
     pitch: float = 1.0
 
 
-@dataclass(frozen=True)
-class Cast:
-    """A group of user voices that speak in turn: how many sentences, and how far rate and pitch wander (factors).
+Shards = Sequence[Sequence[PlannedUtterance]]
+"""A plan: the utterances of each shard."""
 
-    With `words`, `count` is a voice's rounds of the vocabulary, named a few words at a time, instead.
-    """
-
-    split: str
-    voices: tuple[str, ...]
-    count: int
-    words: bool = False
-    rate: tuple[float, float] = (0.85, 1.2)
-    pitch: tuple[float, float] = (1.0, 1.0)
+Speak = Callable[[PlannedUtterance], Utterance]
 
 
-def full_casts() -> tuple[Cast, ...]:
-    """The users of the bank that `tiny` is trained and tested on; about an hour of CPU, nearly all of it Kokoro's."""
-    shift = (0.92, 1.1)  # beyond this a scaled spectrum sounds like nobody
-    slow = (0.55, 1.0)  # who names single words takes twice the time of who says a sentence
-    named = (
-        ("train", registry.ESPEAK_TRAIN, (0.8, 1.35)),
-        ("test", registry.ESPEAK_TEST, (0.85, 1.2)),
-        ("train", registry.FLITE_TRAIN, shift),
-        ("test", registry.FLITE_TEST, (1.0, 1.0)),
-        ("train", registry.PIPER_TRAIN, shift),
-        ("test", registry.KOKORO_TEST, (1.0, 1.0)),
-        ("train", registry.KOKORO_TRAIN, shift),
-    )
-    return (
-        Cast("train", registry.ESPEAK_TRAIN, 9000, rate=(0.8, 1.1), pitch=(0.8, 1.35)),
-        Cast("test", registry.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
-        Cast("train", registry.FLITE_TRAIN, 1200, pitch=shift),
-        Cast("test", registry.FLITE_TEST, 200),
-        Cast("train", registry.PIPER_TRAIN, 500, pitch=shift),
-        Cast("test", registry.KOKORO_TEST, 120),
-        Cast("train", registry.KOKORO_TRAIN, 920, pitch=shift),
-        Cast("train", registry.KOKORO_MIXED, 453, pitch=shift),
-        *(Cast(split, names, _ROUNDS.get(names[0].split(":")[0], 1), words=True, rate=slow, pitch=pitch)
-          for split, names, pitch in named),
-    )  # fmt: skip
+class BankHead(TypedDict):
+    """The content of `bank.json`. `plan` is the digest of the plan, `items` the number of its utterances."""
+
+    format: int
+    plan: str
+    shards: int
+    items: int
 
 
-def plan(
-    casts: Sequence[Cast],
-    replies: Sequence[str],
-    user_text: Callable[[np.random.Generator], str],
-    seed: int,
-    vocabulary: Sequence[str] = (),
-) -> tuple[tuple[PlannedUtterance, ...], ...]:
-    """Who says what, as shards in the order in which they are built. A pure function of its arguments.
+def _synthesise(planned: PlannedUtterance) -> Utterance:
+    return registry.synthesise(planned.voice, planned.text, rate=planned.rate, pitch=planned.pitch)
 
-    First every reply in the model's own voice, then the users: within a cast voices take turns, and casts of the same
-    price are interleaved in proportion to their size, so that any number of finished shards is a balanced bank. Kokoro,
-    thirty times slower than the rest, comes last.
+
+def _digest(shards: Shards) -> str:
+    plan = [[asdict(planned) for planned in shard] for shard in shards]
+    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+
+
+# --- building
+
+
+def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise) -> None:
+    """Speaks every shard that is not finished yet. Can be killed and started again.
 
     Args:
-      casts: the users.
-      replies: texts of the model's own voice.
-      user_text: draws a sentence.
-      seed: of everything that is drawn.
-      vocabulary: what casts with `words` name.
-    """
-    spoken = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]
-    quick, slow = [], []
-    for number, cast in enumerate(casts):
-        rng = np.random.default_rng([seed, number])
-        items = []
-        for voice, text in _namings(rng, cast, vocabulary) if cast.words else _sentences(rng, cast, user_text):
-            rate, pitch = (round(float(np.exp(rng.uniform(*np.log(bounds)))), 3) for bounds in (cast.rate, cast.pitch))
-            items.append(PlannedUtterance("words" if cast.words else "user", cast.split, voice, text, rate, pitch))
-        (slow if cast.voices[0].startswith("kokoro:") else quick).extend(
-            ((index + 0.5) / len(items), number, item) for index, item in enumerate(items)
-        )
-    quick, slow = ([item for *_, item in sorted(group, key=lambda g: g[:2])] for group in (quick, slow))
-    return tuple(
-        tuple(group[first : first + size])
-        for group, size in ((spoken, SLOW_SHARD), (quick, QUICK_SHARD), (slow, SLOW_SHARD))
-        for first in range(0, len(group), size)
-    )
+      folder: the bank, created if it is not there.
+      shards: the plan.
+      workers: shards that are spoken at a time, each in a process of its own.
+      speak: makes the sound. Worker processes import it by name, so it is a function at the top of a module.
 
-
-def _sentences(
-    rng: np.random.Generator, cast: Cast, user_text: Callable[[np.random.Generator], str]
-) -> Iterator[tuple[str, str]]:
-    for index in range(cast.count):
-        text = user_text(rng)
-        if text.split()[0] in ("is", "what") and rng.random() < 0.7:
-            text += "?"  # questions mostly rise
-        yield cast.voices[index % len(cast.voices)], text
-
-
-def _namings(rng: np.random.Generator, cast: Cast, vocabulary: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every word `count` times by every voice, in the falling tone of a sentence of its own."""
-    orders = {voice: [str(word) for _ in range(cast.count) for word in rng.permutation(vocabulary)]
-              for voice in cast.voices}  # fmt: skip
-    for first in range(0, cast.count * len(vocabulary), WORDS_AT_ONCE):
-        for voice in cast.voices:
-            yield voice, " ".join(f"{word}." for word in orders[voice][first : first + WORDS_AT_ONCE])
-
-
-def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
-    """The bank that `tiny` is trained and tested on: every reply of the first task, and its users."""
-    return plan(
-        full_casts(),
-        scenarios.assistant_texts(),
-        lambda rng: scenarios.sample_user_text(rng)[1],
-        seed,
-        scenarios.VOCABULARY,
-    )
-
-
-def _speak(item: PlannedUtterance) -> Utterance:
-    return registry.synthesise(item.voice, item.text, rate=item.rate, pitch=item.pitch)
-
-
-def _digest(shards: Sequence[Sequence[PlannedUtterance]]) -> str:
-    return hashlib.sha256(json.dumps([[asdict(i) for i in shard] for shard in shards]).encode()).hexdigest()
-
-
-def build(
-    folder: Path,
-    shards: Sequence[Sequence[PlannedUtterance]],
-    workers: int,
-    speak: Callable[[PlannedUtterance], Utterance] = _speak,
-) -> None:
-    """Speak every shard that is not finished yet. Safe to kill and to start again; refuses a folder of another plan.
-
-    `speak` goes to worker processes by name, so it is a function of a module.
+    Raises:
+      InputError: `folder` holds a bank of another plan, or a speech engine is missing.
+      RuntimeError: a worker process died.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"format": FORMAT, "plan": _digest(shards), "shards": len(shards), "items": sum(map(len, shards))}
+    head = BankHead(format=FORMAT, plan=_digest(shards), shards=len(shards), items=sum(map(len, shards)))
     if (folder / "bank.json").exists():
         if _read_head(folder) != head:
             raise InputError(f"{folder} holds a bank of another plan: name a new folder, or remove this one")
     else:
-        _write(folder / "bank.json", json.dumps(head).encode())
-    todo = [number for number in range(len(shards)) if not _index_path(folder, number).exists()]
-    columns = (TextColumn("bank"), BarColumn(), MofNCompleteColumn(), TextColumn("utterances"), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+        _write_atomically(folder / "bank.json", json.dumps(head).encode())
+    missing = [number for number in range(len(shards)) if not _index_path(folder, number).exists()]
+    columns = (
+        *(TextColumn("bank"), BarColumn(), MofNCompleteColumn(), TextColumn("utterances")),
+        *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
+    )
     with Progress(*columns) as progress:
-        left = sum(len(shards[number]) for number in todo)
-        task = progress.add_task("", total=head["items"], completed=head["items"] - left)
-        for number in _in_processes([(number, (folder, number, shards[number], speak)) for number in todo], workers):
+        remaining = sum(len(shards[number]) for number in missing)
+        task = progress.add_task("", total=head["items"], completed=head["items"] - remaining)
+        jobs = [(number, (folder, number, shards[number], speak)) for number in missing]
+        for number in _run_in_processes(jobs, workers):
             progress.advance(task, len(shards[number]))
 
 
-def _in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
-    """Run `_build_shard` for each job in a process of its own, `workers` at a time; yields numbers as they finish.
+def _run_in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
+    """Runs `_build_shard` for each job in a process of its own, `workers` at a time. Yields numbers as they finish.
 
-    Not an executor's pool: no engine's state may leak from one shard into the next, and a worker that is killed has to
-    be noticed. A worker whose parent was killed finishes its shard and ends.
+    An executor's pool would not do. No state of a speech engine may leak from one shard into the next, and the death of
+    a worker has to be noticed. A worker whose parent was killed finishes its shard and ends.
+
+    Args:
+      jobs: `(shard number, arguments of _build_shard)`.
+      workers: processes.
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(jobs))
@@ -219,8 +142,8 @@ def _in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
                 process.start()
                 sender.close()
                 running[receiver] = (process, number)  # pyright: ignore[reportArgumentType] (a pipe on Windows)
-            heard = wait(list(running))
-            for receiver in [receiver for receiver in running if receiver in heard]:
+            ready = wait(list(running))
+            for receiver in [receiver for receiver in running if receiver in ready]:
                 process, number = running.pop(receiver)
                 try:
                     error = receiver.recv()
@@ -236,33 +159,29 @@ def _in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
 
 
 def _build_shard(
-    result: Connection,
-    folder: Path,
-    number: int,
-    items: Sequence[PlannedUtterance],
-    speak: Callable[[PlannedUtterance], Utterance],
+    result: Connection, folder: Path, number: int, utterances: Sequence[PlannedUtterance], speak: Speak
 ) -> None:
-    """In a worker process: speak a shard and write it; sends None, or the exception that stopped it."""
+    """Speaks a shard and writes it, in a worker process. Sends None, or the exception that stopped it."""
     try:
         lines, samples, offset = [], [], 0
-        for item in items:
-            utterance = speak(item)
-            words = [[w.text, round(w.start_s, 3), round(w.end_s, 3)] for w in utterance.words]
-            lines.append(json.dumps({**asdict(item), "offset": offset, "length": len(utterance.wave), "words": words}))
-            samples.append(np.round(utterance.wave * 32767).astype("<i2"))
-            offset += len(utterance.wave)
+        for planned in utterances:
+            spoken = speak(planned)
+            words = [[w.text, round(w.start_s, 3), round(w.end_s, 3)] for w in spoken.words]
+            lines.append(json.dumps({**asdict(planned), "offset": offset, "length": len(spoken.wave), "words": words}))
+            samples.append(np.round(spoken.wave * 32767).astype("<i2"))
+            offset += len(spoken.wave)
         pcm = np.concatenate(samples).tobytes()
-        _write(_pcm_path(folder, number), pcm)
+        _write_atomically(_pcm_path(folder, number), pcm)
         lines.insert(0, json.dumps({"sha256": hashlib.sha256(pcm).hexdigest(), "bytes": len(pcm)}))
-        _write(_index_path(folder, number), "\n".join(lines).encode())
+        _write_atomically(_index_path(folder, number), "\n".join(lines).encode())
     except Exception as error:
         result.send(error)
     else:
         result.send(None)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or none of it."""
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it: a reader finds all of the file or none of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)
@@ -276,7 +195,109 @@ def _pcm_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.pcm"
 
 
-def _read_head(folder: Path) -> dict:
+# --- reading
+
+
+@dataclass(frozen=True)
+class BankEntry:
+    """One utterance of a bank.
+
+    Attributes:
+      planned: what was asked for.
+      shard: number of its shard.
+      offset, length: its samples in the shard.
+      words: the words with the times at which they are heard.
+    """
+
+    planned: PlannedUtterance
+    shard: int
+    offset: int
+    length: int
+    words: tuple[Word, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Length of the sound in seconds."""
+        return self.words[-1].end_s
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The finished shards of a bank.
+
+    Index `i` counts utterances in the order of the plan, over the shards that were finished when the bank was opened.
+    The index of an utterance is stable in a complete bank. It changes while a bank is being built.
+
+    Attributes:
+      folder: the bank's folder.
+      entries: the utterances.
+      complete: whether all shards of the plan are finished.
+      digest: sha256 over the plan and the samples of the finished shards. Two banks with the same digest have the same
+        utterances at the same indices.
+    """
+
+    folder: Path
+    entries: tuple[BankEntry, ...]
+    complete: bool
+    digest: str
+    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bank:
+        """Reads the index of every finished shard. Samples are mapped when they are first read.
+
+        Raises:
+          InputError: `folder` holds no bank, no finished shard, a bank of another format, or damaged files.
+        """
+        folder = Path(folder)
+        head = _read_head(folder)
+        numbers = [number for number in range(head["shards"]) if _index_path(folder, number).exists()]
+        if not numbers:
+            raise InputError(f"{folder} has no finished shard yet: let `jaxtml data` run on, or start it again")
+        entries: list[BankEntry] = []
+        digest = hashlib.sha256(head["plan"].encode())
+        for number in numbers:
+            shard_digest, shard_entries = _read_shard(folder, number)
+            digest.update(f"{number} {shard_digest}".encode())
+            entries += shard_entries
+        return cls(folder, tuple(entries), len(numbers) == head["shards"], digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves the open maps out: each worker process opens its own."""
+        return {**self.__dict__, "_maps": {}}
+
+    def utterance(self, index: int) -> Utterance:
+        """Returns the utterance at `index`, its wave as `[N]` float32."""
+        entry = self.entries[index]
+        if entry.shard not in self._maps:
+            self._maps[entry.shard] = np.memmap(_pcm_path(self.folder, entry.shard), "<i2", mode="r")
+        wave = self._maps[entry.shard][entry.offset : entry.offset + entry.length].astype(np.float32) / 32767
+        return Utterance(wave, entry.words, entry.planned.voice, entry.planned.text)
+
+    def select(self, *, split: str | None = None, role: str | None = None) -> np.ndarray:
+        """Returns `[n]` int64, rising: the indices of the utterances of a split and a role.
+
+        Args:
+          split: "train" or "test"; None for both.
+          role: "assistant", "user" or "words" (see `PlannedUtterance`); None for all.
+        """
+        selected = [
+            index
+            for index, entry in enumerate(self.entries)
+            if split in (None, entry.planned.split) and role in (None, entry.planned.role)
+        ]
+        return np.array(selected, np.int64)
+
+    @cached_property
+    def replies(self) -> dict[str, int]:
+        """Text of each reply in the model's own voice -> its index."""
+        return {e.planned.text: index for index, e in enumerate(self.entries) if e.planned.role == "assistant"}
+
+
+def _read_head(folder: Path) -> BankHead:
     try:
         head = json.loads((folder / "bank.json").read_bytes())
         if head["format"] != FORMAT:
@@ -288,99 +309,22 @@ def _read_head(folder: Path) -> dict:
         raise InputError(f"{folder / 'bank.json'} is damaged: remove the folder and build the bank anew") from error
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One utterance of a bank: what was asked for, where its samples lie and when its words are heard."""
-
-    item: PlannedUtterance
-    shard: int
-    offset: int
-    length: int
-    words: tuple[Word, ...]
-
-    @property
-    def seconds(self) -> float:
-        return self.words[-1].end_s
-
-
-@dataclass(frozen=True)
-class Bank:
-    """The finished shards of a bank. Index `i` counts utterances in plan order over the shards that were finished when
-    it was opened: stable for a complete bank, growing while one is built.
-
-    Attributes:
-      complete: whether all shards of the plan are there.
-      digest: sha256 over the plan and the finished shards' samples: equal digests, equal utterances at equal indices.
-    """
-
-    folder: Path
-    entries: tuple[Entry, ...]
-    complete: bool
-    digest: str
-    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def open(cls, folder: Path | str) -> Bank:
-        """Read the index of every finished shard. Samples are mapped when first asked for."""
-        folder = Path(folder)
-        head = _read_head(folder)
-        numbers = [number for number in range(head["shards"]) if _index_path(folder, number).exists()]
-        if not numbers:
-            raise InputError(f"{folder} has no finished shard yet: let `jaxtml data` run on, or start it again")
-        entries: list[Entry] = []
-        digest = hashlib.sha256(head["plan"].encode())
-        for number in numbers:
-            shard_digest, shard_entries = _read_shard(folder, number)
-            digest.update(f"{number} {shard_digest}".encode())
-            entries += shard_entries
-        return cls(folder, tuple(entries), len(numbers) == head["shards"], digest.hexdigest())
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getstate__(self) -> dict:
-        """Without the open maps: a loader's worker processes open their own."""
-        return {**self.__dict__, "_maps": {}}
-
-    def utterance(self, index: int) -> Utterance:
-        """The utterance at `index`, its wave as `[N]` float32."""
-        entry = self.entries[index]
-        if entry.shard not in self._maps:
-            self._maps[entry.shard] = np.memmap(_pcm_path(self.folder, entry.shard), "<i2", mode="r")
-        wave = self._maps[entry.shard][entry.offset : entry.offset + entry.length].astype(np.float32) / 32767
-        return Utterance(wave, entry.words, entry.item.voice, entry.item.text)
-
-    def select(self, *, split: str | None = None, role: str | None = None) -> np.ndarray:
-        """`[n]` int64, rising: indices of the utterances of a split ("train", "test") and a role (see
-        `PlannedUtterance`)."""
-        kept = [
-            index
-            for index, entry in enumerate(self.entries)
-            if split in (None, entry.item.split) and role in (None, entry.item.role)
-        ]
-        return np.array(kept, np.int64)
-
-    @cached_property
-    def replies(self) -> dict[str, int]:
-        """Index of each reply text in the model's own voice."""
-        return {e.item.text: index for index, e in enumerate(self.entries) if e.item.role == "assistant"}
-
-
-def _read_shard(folder: Path, number: int) -> tuple[str, list[Entry]]:
+def _read_shard(folder: Path, number: int) -> tuple[str, list[BankEntry]]:
+    """Reads the index of a shard and checks the size of its samples. Returns the samples' digest and the entries."""
     path = _index_path(folder, number)
     try:
-        head, *rows = (json.loads(line) for line in path.read_text().splitlines())
+        head, *lines = (json.loads(line) for line in path.read_text().splitlines())
         entries = []
-        for row in rows:
-            words = tuple(Word(*word) for word in row.pop("words"))
-            offset, length = row.pop("offset"), row.pop("length")
-            entries.append(Entry(PlannedUtterance(**row), number, offset, length, words))
+        for line in lines:
+            words = tuple(Word(*word) for word in line.pop("words"))
+            offset, length = line.pop("offset"), line.pop("length")
+            entries.append(BankEntry(PlannedUtterance(**line), number, offset, length, words))
         size = head["bytes"]
-        broken = not entries or size != 2 * (entries[-1].offset + entries[-1].length)
+        is_broken = not entries or size != 2 * (entries[-1].offset + entries[-1].length)
         digest = head["sha256"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} is damaged: remove it and run `jaxtml data` again, which builds it anew") from error
     pcm = _pcm_path(folder, number)
-    if broken or not pcm.exists() or pcm.stat().st_size != size:
+    if is_broken or not pcm.exists() or pcm.stat().st_size != size:
         raise InputError(f"{pcm} is damaged: remove {path.name} and run `jaxtml data` again, which builds both anew")
     return digest, entries

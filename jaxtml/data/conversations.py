@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtml.config import Config
-from jaxtml.data import bank
+from jaxtml.data import bank, bank_plan
 from jaxtml.data.bank import Bank
 from jaxtml.data.rows import Row, max_own_speech, pad
 from jaxtml.data.talks.mix import make_conversation
@@ -39,7 +39,7 @@ _MISHEARD_SHARE = (0.1, 0.4)
 
 def build(config: Config, folder: Path, workers: int) -> None:
     """Synthesises the utterance bank of this dataset into `folder`, or finishes one that was begun."""
-    bank.build(folder / BANK_FOLDER, bank.full_plan(config.data.seed), workers)
+    bank.build(folder / BANK_FOLDER, bank_plan.full_plan(config.data.seed), workers)
 
 
 @dataclass(frozen=True)

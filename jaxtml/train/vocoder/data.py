@@ -67,7 +67,7 @@ def recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
     room = sum(map(len, waves)) // 3
     for bank in opened:
         for index in bank.select(split="train", role="user"):
-            if bank.entries[index].item.voice.startswith(_NEURAL) and room > 0:
+            if bank.entries[index].planned.voice.startswith(_NEURAL) and room > 0:
                 waves.append(bank.utterance(int(index)).wave)
                 room -= len(waves[-1])
     return waves

@@ -1,0 +1,163 @@
+"""Plans an utterance bank: who says what, how fast and how high, in which shard.
+
+A plan is a pure function of voices, texts, counts and a seed. Called by `jaxtml.data.conversations`, which has the plan
+spoken by `jaxtml.data.bank.build`.
+
+How to add a voice: its name in `jaxtml.data.voices.registry` with its split (train or test, never both), and a
+`VoiceGroup` in `full_voice_groups`: one for sentences, and one with `single_words` for the vocabulary, from which user
+turns are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtml.data.bank import PlannedUtterance
+from jaxtml.data.tasks import scenarios
+from jaxtml.data.voices import registry
+
+WORDS_PER_UTTERANCE = 4
+"""Words that one utterance names. A word alone is too short for the neural voices."""
+
+_SLOW_SHARD, _QUICK_SHARD = 60, 240
+"""Utterances of a shard. A shard takes about a minute: a kill costs as much, and the start of a process is nothing
+beside it."""
+
+_VOCABULARY_ROUNDS = {"flite": 4, "piper": 4}
+"""How often a voice names the vocabulary, for engines that have few voices. Others do so once."""
+
+DrawText = Callable[[np.random.Generator], str]
+
+
+@dataclass(frozen=True)
+class VoiceGroup:
+    """User voices of one engine and one split that take turns.
+
+    Attributes:
+      split: "train" or "test".
+      voices: names as in `jaxtml.data.voices.registry`.
+      count: sentences of the group; with `single_words`, how often each voice names the vocabulary.
+      single_words: whether the voices name single words instead of sentences, a few per utterance.
+      rate: bounds of the speed of speech, as factors.
+      pitch: bounds of the pitch, as factors.
+    """
+
+    split: str
+    voices: tuple[str, ...]
+    count: int
+    single_words: bool = False
+    rate: tuple[float, float] = (0.85, 1.2)
+    pitch: tuple[float, float] = (1.0, 1.0)
+
+
+def full_voice_groups() -> tuple[VoiceGroup, ...]:
+    """Returns the users of the bank that `tiny` is trained and tested on.
+
+    Synthesis takes about an hour of CPU time, nearly all of it Kokoro's.
+    """
+    pitch = (0.92, 1.1)  # beyond these a scaled spectrum sounds like nobody
+    slow = (0.55, 1.0)  # a person who names single words takes twice the time of one who says a sentence
+    word_voices = (
+        ("train", registry.ESPEAK_TRAIN, (0.8, 1.35)),
+        ("test", registry.ESPEAK_TEST, (0.85, 1.2)),
+        ("train", registry.FLITE_TRAIN, pitch),
+        ("test", registry.FLITE_TEST, (1.0, 1.0)),
+        ("train", registry.PIPER_TRAIN, pitch),
+        ("test", registry.KOKORO_TEST, (1.0, 1.0)),
+        ("train", registry.KOKORO_TRAIN, pitch),
+    )
+    return (
+        VoiceGroup("train", registry.ESPEAK_TRAIN, 9000, rate=(0.8, 1.1), pitch=(0.8, 1.35)),
+        VoiceGroup("test", registry.ESPEAK_TEST, 500, rate=(0.8, 1.1), pitch=(0.85, 1.2)),
+        VoiceGroup("train", registry.FLITE_TRAIN, 1200, pitch=pitch),
+        VoiceGroup("test", registry.FLITE_TEST, 200),
+        VoiceGroup("train", registry.PIPER_TRAIN, 500, pitch=pitch),
+        VoiceGroup("test", registry.KOKORO_TEST, 120),
+        VoiceGroup("train", registry.KOKORO_TRAIN, 920, pitch=pitch),
+        VoiceGroup("train", registry.KOKORO_MIXED, 453, pitch=pitch),
+        *(
+            VoiceGroup(split, voices, _VOCABULARY_ROUNDS.get(voices[0].split(":")[0], 1), True, slow, word_pitch)
+            for split, voices, word_pitch in word_voices
+        ),
+    )
+
+
+def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
+    """Returns the plan of the bank that `tiny` is trained and tested on: every reply of the task, and its users."""
+    return plan_bank(
+        full_voice_groups(),
+        scenarios.assistant_texts(),
+        lambda rng: scenarios.sample_user_text(rng)[1],
+        seed,
+        scenarios.VOCABULARY,
+    )
+
+
+def plan_bank(
+    groups: Sequence[VoiceGroup],
+    replies: Sequence[str],
+    draw_user_text: DrawText,
+    seed: int,
+    vocabulary: Sequence[str] = (),
+) -> tuple[tuple[PlannedUtterance, ...], ...]:
+    """Plans a bank, as shards in the order in which they are built.
+
+    The first shards hold every reply in the model's own voice. The users follow. Within a group voices take turns.
+    Groups that cost the same are interleaved in proportion to their size, so that any number of finished shards is a
+    balanced bank. Kokoro, thirty times slower than the other engines, comes last.
+
+    Args:
+      groups: the users.
+      replies: texts of the model's own voice.
+      draw_user_text: draws a sentence.
+      seed: seed of everything that is drawn.
+      vocabulary: the words that groups with `single_words` name.
+    """
+    assistant = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]
+    quick, slow = [], []
+    for number, group in enumerate(groups):
+        planned = list(_plan_group(np.random.default_rng([seed, number]), group, draw_user_text, vocabulary))
+        (slow if group.voices[0].startswith("kokoro:") else quick).extend(
+            ((index + 0.5) / len(planned), number, utterance) for index, utterance in enumerate(planned)
+        )
+    quick, slow = ([planned for *_, planned in sorted(part, key=lambda entry: entry[:2])] for part in (quick, slow))
+    return tuple(
+        tuple(part[first : first + size])
+        for part, size in ((assistant, _SLOW_SHARD), (quick, _QUICK_SHARD), (slow, _SLOW_SHARD))
+        for first in range(0, len(part), size)
+    )
+
+
+def _plan_group(
+    rng: np.random.Generator, group: VoiceGroup, draw_user_text: DrawText, vocabulary: Sequence[str]
+) -> Iterator[PlannedUtterance]:
+    role = "words" if group.single_words else "user"
+    texts = _word_texts(rng, group, vocabulary) if group.single_words else _sentences(rng, group, draw_user_text)
+    for voice, text in texts:
+        rate, pitch = (round(float(np.exp(rng.uniform(*np.log(bounds)))), 3) for bounds in (group.rate, group.pitch))
+        yield PlannedUtterance(role, group.split, voice, text, rate, pitch)
+
+
+def _sentences(rng: np.random.Generator, group: VoiceGroup, draw_user_text: DrawText) -> Iterator[tuple[str, str]]:
+    """Yields `(voice, sentence)`."""
+    for index in range(group.count):
+        text = draw_user_text(rng)
+        if text.split()[0] in ("is", "what") and rng.random() < 0.7:
+            text += "?"  # most questions rise
+        yield group.voices[index % len(group.voices)], text
+
+
+def _word_texts(rng: np.random.Generator, group: VoiceGroup, vocabulary: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields `(voice, a few words)`: each voice names every word `count` times.
+
+    Each word is a sentence of its own, so that it has the falling tone of one.
+    """
+    orders = {
+        voice: [str(word) for _ in range(group.count) for word in rng.permutation(vocabulary)] for voice in group.voices
+    }
+    for first in range(0, group.count * len(vocabulary), WORDS_PER_UTTERANCE):
+        for voice in group.voices:
+            yield voice, " ".join(f"{word}." for word in orders[voice][first : first + WORDS_PER_UTTERANCE])
