@@ -31,7 +31,7 @@ from jaxtml.config import (
     VocoderConfig,
     validate,
 )
-from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
 from jaxtml.session.engine import Engine

@@ -15,9 +15,9 @@ from absl import logging
 
 from jaxtml.config import Config, override
 from jaxtml.errors import InputError
-from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.duplex.grammar import max_generated
+from jaxtml.model.duplex.state import NARROW_PREFILL, wide_prefill
 from jaxtml.model.flops import train_flops_per_token
-from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import count_jaxpr_work
@@ -101,7 +101,6 @@ def _serving_load(config: Config, shape: MeshShape, program: Program, jaxpr: Any
     none, one = (count_jaxpr_work(jaxpr, platform, rounds=n) for n in (0, 1))
     turn = one.scaled(1)
     turn.add(none, -1)
-    duplex = Duplex(InteractionModel(config))
     return ServingLoad(
         sessions=config.serve.sessions,
         parts=Placement(shape, config.serve.transport).session_shards,
@@ -113,8 +112,8 @@ def _serving_load(config: Config, shape: MeshShape, program: Program, jaxpr: Any
         widest=none,
         listening=count_jaxpr_work(jaxpr, platform, rounds=0, least=True),
         turn=turn,
-        given=(duplex.narrow, duplex.wide),
-        longest=duplex.generated + FRAMES_PER_MICRO_TURN,
+        given=(NARROW_PREFILL, wide_prefill(config.duplex)),
+        longest=max_generated(config.duplex) + FRAMES_PER_MICRO_TURN,
     )
 
 

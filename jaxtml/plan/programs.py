@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
 from jaxtml.data.rows import row_shapes
-from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape

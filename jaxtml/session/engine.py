@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
-from jaxtml.model.duplex.step import Duplex, DuplexState, MicroTurnInputs, MicroTurnOutputs
+from jaxtml.model.duplex.programs import Duplex
+from jaxtml.model.duplex.state import DuplexState, MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import Params, ParamSpec

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtml.errors import InputError
-from jaxtml.model.duplex.step import PART, DuplexState
+from jaxtml.model.duplex.cpu_batches import CPU_BATCH
+from jaxtml.model.duplex.state import DuplexState
 from jaxtml.session.engine import Engine, SlotInput
 
 BUCKETS = (1, 4, 16, 64)  # below the capacity; each is compiled at the start
@@ -79,13 +80,15 @@ class Slots:
         engine, begins, moves = self.engine, {}, {}
         shapes = {size: engine.duplex.shapes(size, engine.mesh)[0] for size in self.buckets}
         for size in self.buckets:
-            begins[size] = engine.compiled(engine.duplex.begin, shapes[size], *_beginning(0, 0, 0), donated=(0,))
+            begins[size] = engine.compiled(
+                engine.duplex.begin_session, shapes[size], *_beginning(0, 0, 0), donated=(0,)
+            )
             _, outputs = engine.step(size)(engine.params, engine.state(size), self._empty[size])
             jax.block_until_ready(outputs)
         for pair in zip(self.buckets, self.buckets[1:], strict=False):
             for before, after in (pair, pair[::-1]):
                 rows = jax.ShapeDtypeStruct((after,), jnp.int32)
-                moves[before, after] = engine.compiled(engine.duplex.moved, shapes[before], rows)
+                moves[before, after] = engine.compiled(engine.duplex.take_slots, shapes[before], rows)
         return begins, moves
 
     def begin(self, session: int, seed: int, week_ms: int) -> None:
@@ -134,14 +137,14 @@ class Slots:
 
 
 def slot_groups(engine: Engine, capacity: int) -> list[Slots]:
-    """Slots for `capacity` sessions or a few more: on a CPU in groups of `PART` at most, else in one. As `Slots`."""
+    """Slots for `capacity` sessions or a few more: on a CPU in groups of `CPU_BATCH` at most, else in one group."""
     if not engine.duplex.one_cpu:
         return [Slots(engine, capacity)]
-    groups = max(1, -(-capacity // PART))
+    groups = max(1, -(-capacity // CPU_BATCH))
     first = Slots(engine, -(-capacity // groups), ())
     return [first, *(first.another() for _ in range(groups - 1))]
 
 
 def _beginning(slot: int, seed: int, week_ms: int) -> Sequence[np.ndarray]:
-    """Slot, key and wall clock as `Duplex.begin` takes them; a session samples as one that `converse` runs alone."""
+    """Slot, key and wall clock as `Duplex.begin_session` takes them. A session samples as `converse` does alone."""
     return np.asarray(slot, np.int32), np.array([seed, 0], np.uint32), np.asarray(week_ms, np.int32)

@@ -21,7 +21,7 @@ from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
-from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.flops import forward_flops_per_token, train_flops_per_token
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params, count_parameters, flatten, init_params

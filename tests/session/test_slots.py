@@ -149,7 +149,7 @@ def test_nothing_compiles_in_service(served, bins, compilations):
 
 
 def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations, monkeypatch):
-    monkeypatch.setattr(slots, "PART", 2)
+    monkeypatch.setattr(slots, "CPU_BATCH", 2)
     groups = slot_groups(engine, 5)
     assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "who comes and goes moves nobody"
     expected = _alone(groups[0], bins)

@@ -13,7 +13,7 @@ from jaxtml.config import AttentionConfig, Config
 from jaxtml.errors import InputError
 from jaxtml.model import backbone
 from jaxtml.model.attention import cache
-from jaxtml.model.duplex.step import Duplex
+from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.model.spec import flatten

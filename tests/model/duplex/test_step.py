@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
-from jaxtml.model.duplex import step as duplex_module
-from jaxtml.model.duplex.step import Duplex, DuplexState, MicroTurnInputs, MicroTurnOutputs
+from jaxtml.model.duplex import cpu_batches
+from jaxtml.model.duplex.programs import Duplex
+from jaxtml.model.duplex.state import DuplexState, MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import init_params
 from jaxtml.stream.clock import WEEK_MS, clock_features
@@ -38,7 +39,7 @@ class Run(NamedTuple):
 def mixed_inputs(duplex: Duplex, batch: int, turns: int, starts: tuple[int, ...] = STARTS) -> list[MicroTurnInputs]:
     """Random frames; typed text and patches now and then; slots that begin late and pause."""
     rng = np.random.default_rng(5)
-    c = duplex.config
+    c = duplex.model.config.duplex
     made = []
     for turn in range(turns):
         typed = rng.integers(0, c.control_base, (batch, c.max_typed), dtype=np.int32)
@@ -295,15 +296,15 @@ def session(config: Config, turns: int, batch: int = 2, seed: int = 0) -> Run:
 
 def test_a_cpu_that_runs_few_slots_at_a_time_gives_what_one_that_runs_all_gives(small, monkeypatch):
     config, batch = two_layers(small, steps=1), 5
-    monkeypatch.setattr(duplex_module, "PART", batch)
+    monkeypatch.setattr(cpu_batches, "CPU_BATCH", batch)
     whole = session(config, 16, batch)
     spoke = np.array([out.speaking for out in whole.outputs])
     assert spoke.any(axis=1).any() and (spoke.sum(axis=1) > 2).any(), "nothing of interest is compared"
-    monkeypatch.setattr(duplex_module, "PART", 2)
+    monkeypatch.setattr(cpu_batches, "CPU_BATCH", 2)
     parts = session(config, 16, batch)
     assert_same(whole.outputs, parts.outputs, exact=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), whole.state.layers, parts.state.layers)
-    np.testing.assert_array_equal(whole.state.own, parts.state.own)
+    np.testing.assert_array_equal(whole.state.own_frame, parts.state.own_frame)
 
 
 @pytest.mark.parametrize(("threshold", "steps"), [(0.0, 1), (1.0, 3)])
