@@ -35,12 +35,14 @@ from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
 from jaxtml.session.engine import Engine
+from jaxtml.session.slots import Slots
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes; a program without one runs on the first
 
+WAVE_TURNS = 14
 SLOTS = 4  # sessions of the shared compiled step
 WORDS = ("the", "number", "is", "forty", "two", "a", "sky", "café")  # two or more tokens each, café six
 
@@ -190,3 +192,22 @@ def engine(small, params, codec) -> Engine:
 def step(engine):
     """One micro-turn of `SLOTS` sessions, compiled."""
     return engine.step(SLOTS)
+
+
+@pytest.fixture(scope="session")
+def compiled(engine) -> Slots:
+    """Slots of the small model in buckets of 1, 2 and 4, compiled once."""
+    return Slots(engine, 4, (1, 2))
+
+
+@pytest.fixture
+def slots(compiled) -> Iterator[Slots]:
+    yield compiled
+    for session in list(compiled.live):
+        compiled.end(session)
+
+
+@pytest.fixture(scope="session")
+def wave() -> np.ndarray:
+    """Noise for 14 micro-turns."""
+    return (0.1 * np.random.default_rng(4).standard_normal(WAVE_TURNS * MICRO_TURN_SAMPLES)).astype(np.float32)

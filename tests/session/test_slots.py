@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.session import slots
+from jaxtml.session import slots as slots_module
 from jaxtml.session.engine import SlotInput, converse
 from jaxtml.session.slots import SlotOutput, Slots, slot_groups
 from jaxtml.stream.dmel import DmelStream
@@ -37,10 +37,10 @@ def _noise(seed: int) -> SlotInput:
     return SlotInput(np.random.default_rng(seed).integers(0, 16, (4, 80)).astype(np.uint8))
 
 
-def _alone(served: Slots, bins: list[np.ndarray], seed: int = 7) -> list[SlotOutput]:
-    served.begin(0, seed, 0)
-    gave = [served.step({0: SlotInput(frames)})[0] for frames in bins]
-    served.end(0)
+def _alone(slots: Slots, bins: list[np.ndarray], seed: int = 7) -> list[SlotOutput]:
+    slots.begin(0, seed, 0)
+    gave = [slots.step({0: SlotInput(frames)})[0] for frames in bins]
+    slots.end(0)
     return gave
 
 
@@ -51,8 +51,8 @@ def _same(one: list[SlotOutput], other: list[SlotOutput]) -> None:
         assert (a.speaking, a.p_speak) == (b.speaking, b.p_speak)
 
 
-def test_one_session_is_what_converse_gives(served, engine, wave, bins):
-    gave = _alone(served, bins)
+def test_one_session_is_what_converse_gives(slots, engine, wave, bins):
+    gave = _alone(slots, bins)
     assert {turn.speaking for turn in gave} == {True, False}, "nothing of interest is compared"
     for turn, (outputs, _) in zip(gave, converse(engine, [wave], seed=7), strict=True):
         np.testing.assert_array_equal(turn.wave, outputs.wave[0])
@@ -77,37 +77,37 @@ def test_neighbours_and_slots_change_no_bit(four, bins):
     _same(expected, gave)
 
 
-def test_moving_between_buckets_changes_no_token_and_hardly_the_sound(served, bins):
-    expected = _alone(served, bins)
-    served.begin(0, seed=7, week_ms=0)
+def test_moving_between_buckets_changes_no_token_and_hardly_the_sound(slots, bins):
+    expected = _alone(slots, bins)
+    slots.begin(0, seed=7, week_ms=0)
     gave, seen = [], set()
     for turn, frames in enumerate(bins):
         if turn in (2, 4, 6):
-            served.begin(turn, seed=turn, week_ms=0)
+            slots.begin(turn, seed=turn, week_ms=0)
         if turn in (8, 9, 10):
-            served.end(2 * (turn - 7))
-        seen.add(served.bucket)
-        others = {session: _noise(10 * turn + session) for session in served.live if session}
-        gave.append(served.step({**others, 0: SlotInput(frames)})[0])
-    assert seen == {1, 2, 4} and served.bucket == 1
-    served.end(0)
+            slots.end(2 * (turn - 7))
+        seen.add(slots.bucket)
+        others = {session: _noise(10 * turn + session) for session in slots.live if session}
+        gave.append(slots.step({**others, 0: SlotInput(frames)})[0])
+    assert seen == {1, 2, 4} and slots.bucket == 1
+    slots.end(0)
     for a, b in zip(expected, gave, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.wave, b.wave, atol=1e-4)
 
 
-def test_a_session_that_is_given_nothing_waits(served, bins):
-    expected = _alone(served, bins)
-    served.begin(0, seed=7, week_ms=0)
-    served.begin(1, seed=1, week_ms=0)
-    served.begin(2, seed=1, week_ms=0)
-    served.end(2)  # two in a bucket of four
-    served.end(1)
+def test_a_session_that_is_given_nothing_waits(slots, bins):
+    expected = _alone(slots, bins)
+    slots.begin(0, seed=7, week_ms=0)
+    slots.begin(1, seed=1, week_ms=0)
+    slots.begin(2, seed=1, week_ms=0)
+    slots.end(2)  # two in a bucket of four
+    slots.end(1)
     gave = []
     for frames in bins:
-        served.step({})
-        gave.append(served.step({0: SlotInput(frames)})[0])
-    served.end(0)
+        slots.step({})
+        gave.append(slots.step({0: SlotInput(frames)})[0])
+    slots.end(0)
     _same(expected, gave)
 
 
@@ -120,16 +120,16 @@ def test_a_slot_keeps_nothing_of_who_had_it(four, bins):
     _same(expected, _alone(four, bins))
 
 
-def test_text_and_background_reach_the_session_they_are_for(served, bins, codec):
-    words = tuple(codec.encode("forty two"))[: served.engine.config.duplex.max_typed - 1]
-    quiet = _alone(served, bins)
+def test_text_and_background_reach_the_session_they_are_for(slots, bins, codec):
+    words = tuple(codec.encode("forty two"))[: slots.engine.config.duplex.max_typed - 1]
+    quiet = _alone(slots, bins)
 
     def told(given: SlotInput) -> float:
-        served.begin(0, seed=7, week_ms=0)
-        served.begin(1, seed=7, week_ms=0)
-        gave = served.step({0: given, 1: SlotInput(bins[0])})
-        served.end(0)
-        served.end(1)
+        slots.begin(0, seed=7, week_ms=0)
+        slots.begin(1, seed=7, week_ms=0)
+        gave = slots.step({0: given, 1: SlotInput(bins[0])})
+        slots.end(0)
+        slots.end(1)
         assert gave[1].p_speak == pytest.approx(quiet[0].p_speak, rel=1e-4)
         return gave[0].p_speak
 
@@ -137,19 +137,19 @@ def test_text_and_background_reach_the_session_they_are_for(served, bins, codec)
     assert len({round(p, 6) for p in (quiet[0].p_speak, typed, background)}) == 3
 
 
-def test_nothing_compiles_in_service(served, bins, compilations):
+def test_nothing_compiles_in_service(slots, bins, compilations):
     before = len(compilations)
     for session in range(4):
-        served.begin(session, session, 0)
-        served.step({session: SlotInput(bins[0]) for session in served.live})
+        slots.begin(session, session, 0)
+        slots.step({session: SlotInput(bins[0]) for session in slots.live})
     for session in range(4):
-        served.end(session)
-        served.step({session: SlotInput(bins[1], (1, 2)) for session in served.live})
-    assert len(compilations) == before and not served.live
+        slots.end(session)
+        slots.step({session: SlotInput(bins[1], (1, 2)) for session in slots.live})
+    assert len(compilations) == before and not slots.live
 
 
 def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations, monkeypatch):
-    monkeypatch.setattr(slots, "CPU_BATCH", 2)
+    monkeypatch.setattr(slots_module, "CPU_BATCH", 2)
     groups = slot_groups(engine, 5)
     assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "who comes and goes moves nobody"
     expected = _alone(groups[0], bins)
@@ -168,15 +168,15 @@ def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations
     _same(expected, gave)
 
 
-def test_there_is_no_room_for_more_than_was_said(served, engine):
+def test_there_is_no_room_for_more_than_was_said(slots, engine):
     for session in range(4):
-        served.begin(session, 0, 0)
+        slots.begin(session, 0, 0)
     with pytest.raises(ValueError, match="cannot begin beside 4 of 4"):
-        served.begin(9, 0, 0)
-    served.end(3)
+        slots.begin(9, 0, 0)
+    slots.end(3)
     with pytest.raises(ValueError, match="session 2 cannot begin"):
-        served.begin(2, 0, 0)
+        slots.begin(2, 0, 0)
     for session in range(3):
-        served.end(session)
+        slots.end(session)
     with pytest.raises(InputError, match="room for one at least"):
         Slots(engine, 0)
