@@ -50,7 +50,7 @@ class DuplexState(NamedTuple):
     pending_listen: jax.Array
     own_frame: jax.Array
     spoke: jax.Array
-    vocoder: vocoder.State
+    vocoder: vocoder.VocoderState
     key: jax.Array
 
 

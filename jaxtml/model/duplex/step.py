@@ -387,6 +387,6 @@ def _nothing_generated(model: InteractionModel, batch: int, trace: bool) -> Gene
 
 
 @partial(jax.jit, inline=True)
-def _where(mask: jax.Array, a: vocoder.State, b: vocoder.State) -> vocoder.State:
+def _where(mask: jax.Array, a: vocoder.VocoderState, b: vocoder.VocoderState) -> vocoder.VocoderState:
     """Returns, per slot, `a` where `mask` `[B]`, else `b`."""
     return jax.tree.map(lambda x, y: jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
