@@ -1,20 +1,38 @@
-"""Tokens into a buffer that is sorted by expert, and back. Called by `local` and the transports."""
+"""Tokens into a buffer that is sorted by expert, and its rows back to tokens.
+
+Axes: N tokens, D model width, K experts per token, E experts of this device, R rows of the buffer. A choice is a pair
+of a token and one of its experts; the N K choices are numbered in the order of `[N, K]`. Called by `local` and
+`transports`.
+
+The buffer has the rows of expert 0, then those of expert 1, and so on. The rows of each expert are padded to a multiple
+of `block`, so that every block of rows belongs to one expert.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Block height: a quarter of the mean rows per expert, a power of two in 8..128."""
+    """Returns the rows of a block: a quarter of the mean rows per expert, as a power of two from 8 to 128."""
     target = max(8, min(128, rows // (4 * experts)))
     return 1 << (target.bit_length() - 1)
 
 
 def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: float | None) -> int:
-    """Rows of a device's buffer for `choices` of `devices` devices, the padding of its experts' blocks included: for
-    the worst case, or `capacity` times the mean and at least a block for each expert."""
+    """Returns R, the rows of a device's buffer, the padding of the experts' blocks included.
+
+    Args:
+      choices: the choices of all `devices`.
+      devices: how many devices share the experts.
+      experts: E, the experts of one device.
+      block: what the rows of an expert are padded to.
+      capacity: a multiple of the mean choices per device; there is at least one block for each expert. None: room for
+        the worst case.
+    """
     worst = (choices // block + experts) * block
     if capacity is None:
         return worst
@@ -22,11 +40,30 @@ def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: 
     return min(worst, max(room, experts * block))
 
 
-def plan_buffer(index: jax.Array, experts: int, block: int, rows: int) -> tuple[jax.Array, ...]:
-    """Where each (token, choice) goes; an index outside `[0, experts)` belongs to another device.
+class BufferPlan(NamedTuple):
+    """Where each choice goes in the buffer.
 
-    Returns `slot` `[N, K]` (its row in the padded buffer; R where it has none), `source` `[R]` (which flat choice a row
-    holds, N K where it is padding), the groups' padded sizes `[experts]`, and how many choices found no room.
+    Attributes:
+      slot: `[N, K]` int32, the row of each choice; R where it has none.
+      source: `[R]` int32, the choice in each row; N K where the row is padding.
+      groups: `[E]` int32, the rows of each expert, padding included.
+      dropped: int32, the choices of this device's experts for which there was no room.
+    """
+
+    slot: jax.Array
+    source: jax.Array
+    groups: jax.Array
+    dropped: jax.Array
+
+
+def plan_buffer(index: jax.Array, experts: int, block: int, rows: int) -> BufferPlan:
+    """Plans the buffer of one device.
+
+    Args:
+      index: `[N, K]`, the experts of each token; an index outside `[0, experts)` belongs to another device.
+      experts: E.
+      block: what the rows of an expert are padded to.
+      rows: R; choices that do not fit are dropped, those of the last expert first.
     """
     flat = index.reshape(-1)
     here = (flat >= 0) & (flat < experts)
@@ -41,12 +78,15 @@ def plan_buffer(index: jax.Array, experts: int, block: int, rows: int) -> tuple[
     choices = jnp.arange(flat.shape[0], dtype=jnp.int32)
     source = jnp.full((rows,), flat.shape[0], jnp.int32).at[slot].set(choices, mode="drop")
     groups = jnp.clip(rows - start, 0, padded) // block * block
-    return slot.reshape(index.shape), source, groups, (here & ~fits).sum(dtype=jnp.int32)
+    return BufferPlan(slot.reshape(index.shape), source, groups, (here & ~fits).sum(dtype=jnp.int32))
 
 
 @jax.custom_vjp
 def dispatch(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
-    """`x` `[N, D]` -> rows `[R, D]`, zero where a row is padding. The adjoint is a gather too, never a scatter."""
+    """Copies tokens `x` `[N, D]` into the rows of the buffer, `[R, D]`; padding is zero.
+
+    The adjoint is a gather too, by `slot`, and never a scatter.
+    """
     k = slot.shape[1]
     return x.at[source // k].get(mode="fill", fill_value=0)
 
@@ -64,7 +104,10 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def combine(rows: jax.Array, weight: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
-    """Rows `[R, D]` back to tokens: `sum_k weight[n, k] rows[slot[n, k]]`; a slot outside the buffer gives nothing."""
+    """Returns tokens `[N, D]` from rows `[R, D]`: `sum_k weight[n, k] rows[slot[n, k]]`.
+
+    A slot outside the buffer contributes nothing. The adjoint is a gather too, by `source`.
+    """
     del source
     return jnp.einsum("nkd,nk->nd", rows.at[slot].get(mode="fill", fill_value=0), weight)
 
@@ -73,8 +116,8 @@ def _combine_fwd(rows, weight, slot, source):
     return combine(rows, weight, slot, source), (rows, weight, slot, source)
 
 
-def _combine_bwd(saved, grad):
-    rows, weight, slot, source = saved
+def _combine_bwd(residuals, grad):
+    rows, weight, slot, source = residuals
     k = slot.shape[1]
     scale = weight.reshape(-1).at[source].get(mode="fill", fill_value=0)
     drows = grad.at[source // k].get(mode="fill", fill_value=0) * scale[:, None]

@@ -1,9 +1,11 @@
-"""Grouped matrix products for serving: experts are read where they stand in the stack of layers, int8 too (TPU, GPU).
+"""Grouped matrix products for serving, as kernels for TPU and GPU that read experts where they are in the stack.
 
 Axes: R rows, G blocks of B rows, X experts of all layers of the stack, H halves (gate and up, or one), K width that is
-summed over, N columns. Every block of rows belongs to one expert. A library's kernel takes the weights of one layer:
-to cut those out of the stack is to copy them, 1.6 GB a layer and device for the model that this is written for. Only
-experts that have rows are read, on a TPU each once per pass over its columns. Called by `grouped`; no gradient.
+summed over, N columns. Called by `grouped`; there is no gradient.
+
+Every block of rows belongs to one expert. The kernels of libraries take the weights of one layer. Cutting a layer out
+of the stack copies it: 1.6 GB per layer and device, for the model that this is written for. Weights may be int8. Only
+experts that have rows are read; on a TPU, each of them is read once per pass over its columns.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxtml.parallel.chips import TPU_LANES
 
-TILE_BYTES = 2**22  # of weights on their way into a TPU's fast memory, twice, at most
-GPU_TILE = 64  # edge of a tile of weights on a GPU
-GPU_ROWS = 16  # the least that its matrix units take
+MAX_TILE_BYTES = 2**22  # bytes of a tile of weights; a TPU has two tiles on their way into its fast memory
+GPU_TILE = 64  # the edge of a tile of weights on a GPU
+GPU_ROWS = 16  # the fewest rows that a GPU's matrix units take
 
 
 def grouped_matmul(
@@ -31,51 +33,60 @@ def grouped_matmul(
     used: jax.Array,
     weights: jax.Array,
     scale: jax.Array | None,
-    at: tuple[jax.Array, ...],
+    layer_index: tuple[jax.Array, ...],
     expected: int,
     platform: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """`rows @ weights` of the block's owner; with two halves `silu(rows @ gate) * (rows @ up)`.
+    """Multiplies each block of rows with the weights of its expert.
+
+    With one half, the result is `rows @ weights`; with two halves it is `silu(rows @ gate) * (rows @ up)`.
 
     Args:
-      rows: `[R, K]`, K a multiple of 128.
-      owner: `[G]` int32, the expert of each block, not falling. A block's height is a power of two.
-      used: int32, blocks in use.
-      weights: `[*stack, E, H, K, N]`, N a multiple of 128, in the dtype of `rows` or int8.
-      scale: `[*stack, E, H, N]` float32, what int8 columns are multiplied by; None: nothing.
-      at: which layer of the stack.
-      expected: rows in use where the load is even, for the compiler's and the plan's estimates.
+      rows: `[R, K]`; K is a multiple of 128.
+      owner: `[G]` int32, the expert of each block in ascending order; the rows of a block are a power of two.
+      used: int32, the number of blocks in use.
+      weights: `[*stack, E, H, K, N]` in the dtype of `rows` or int8; N is a multiple of 128.
+      scale: `[*stack, E, H, N]` float32, the factors of int8 columns; None: the weights are not int8.
+      layer_index: the index of the layer in the stack.
+      expected: the rows in use when the load is even, for the estimates of the compiler and of `jaxtml plan`.
       platform: "tpu" or "cuda".
-      interpret: run it as plain operations, where there is neither.
+      interpret: run the kernel as plain operations, for machines with neither.
 
     Returns:
-      `[R, N]` in the dtype of `rows`; anything in blocks behind those in use.
+      `[R, N]` in the dtype of `rows`; blocks that are not in use may hold anything.
     """
     *stack, experts, halves, depth, columns = weights.shape
     layer = jnp.zeros((), jnp.int32)
-    for size, index in zip(stack, at, strict=True):
+    for size, index in zip(stack, layer_index, strict=True):
         layer = layer * size + index
     block = len(rows) // len(owner)
-    given: list[Any] = [rows, weights.reshape(math.prod(stack) * experts, halves, depth, columns)]
+    operands: list[jax.Array] = [rows, weights.reshape(math.prod(stack) * experts, halves, depth, columns)]
     if scale is not None:
-        given.append(scale.reshape(-1, halves, 1, columns))
+        operands.append(scale.reshape(-1, halves, 1, columns))
     estimate = pl.CostEstimate(
         flops=2 * expected * depth * columns * halves,
         bytes_accessed=min(experts, expected // block) * halves * depth * columns * weights.dtype.itemsize,
         transcendentals=expected * columns * (halves - 1),
     )
     call = {"tpu": _on_tpu, "cuda": _on_gpu}[platform]
-    return call(layer * experts + owner, used, given, cost_estimate=estimate, interpret=interpret)
+    return call(layer * experts + owner, used, operands, cost_estimate=estimate, interpret=interpret)
 
 
-def _on_tpu(expert: jax.Array, used: jax.Array, given: list[jax.Array], **how: Any) -> jax.Array:
-    """`expert` `[G]` of each block among those of all layers; `given` rows, weights and perhaps their scales."""
-    rows, weights, *scale = given
+def _on_tpu(expert: jax.Array, used: jax.Array, operands: list[jax.Array], **options: Any) -> jax.Array:
+    """Calls the kernel for TPUs.
+
+    Args:
+      expert: `[G]` int32, the expert of each block, numbered over all layers.
+      used: int32, the number of blocks in use.
+      operands: rows `[R, K]`, weights `[X, H, K, N]`, and for int8 weights their scales `[X, H, 1, N]`.
+      options: of `pl.pallas_call`.
+    """
+    rows, weights, *scale = operands
     _, halves, depth, columns = weights.shape
     block = len(rows) // len(expert)
     tile = _tile(columns, halves * depth * weights.dtype.itemsize)
-    # A block behind those in use asks for what the last one had: nothing is fetched for it.
+    # A block that is not in use has the index of the last block in use, so nothing is fetched for it.
     place = jnp.minimum(jnp.arange(len(expert)), jnp.maximum(used - 1, 0)).astype(jnp.int32)
 
     def of_expert(n: Any, g: Any, place: Any, expert: Any, used: Any) -> tuple[Any, ...]:
@@ -97,18 +108,19 @@ def _on_tpu(expert: jax.Array, used: jax.Array, given: list[jax.Array], **how: A
         ),
         out_shape=jax.ShapeDtypeStruct((len(rows), columns), rows.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        **how,
-    )(place, expert[place].astype(jnp.int32), used.reshape(1).astype(jnp.int32), *given)
+        **options,
+    )(place, expert[place].astype(jnp.int32), used.reshape(1).astype(jnp.int32), *operands)
 
 
 def _tile(columns: int, column_bytes: int) -> int:
-    """The widest tile of columns that divides them and keeps within `TILE_BYTES`, at least one register wide."""
+    """Returns the widest tile that divides `columns` and has at most `MAX_TILE_BYTES`; at least `TPU_LANES` columns."""
     lanes = columns // TPU_LANES
-    fitting = (n for n in range(lanes, 0, -1) if lanes % n == 0 and n * TPU_LANES * column_bytes <= TILE_BYTES)
+    fitting = (n for n in range(lanes, 0, -1) if lanes % n == 0 and n * TPU_LANES * column_bytes <= MAX_TILE_BYTES)
     return next(fitting, 1) * TPU_LANES
 
 
 def _tpu_kernel(halves: int, place: Any, expert: Any, used: Any, rows: Any, weights: Any, *rest: Any) -> None:
+    """Multiplies one block of rows with one tile of columns; `rest` is the scale, if any, and the output."""
     del place, expert
     *scale, out = rest
 
@@ -116,55 +128,59 @@ def _tpu_kernel(halves: int, place: Any, expert: Any, used: Any, rows: Any, weig
     def _():
         def product(half: int) -> Any:
             tile = weights[0, half].astype(rows.dtype)
-            found = jax.lax.dot(rows[...], tile, preferred_element_type=jnp.float32)
-            return found * scale[0][0, half] if scale else found
+            result = jax.lax.dot(rows[...], tile, preferred_element_type=jnp.float32)
+            return result * scale[0][0, half] if scale else result
 
-        found = product(0)
+        result = product(0)
         if halves == 2:
-            found = jax.nn.silu(found) * product(1)
-        out[...] = found.astype(out.dtype)
+            result = jax.nn.silu(result) * product(1)
+        out[...] = result.astype(out.dtype)
 
 
-def _on_gpu(expert: jax.Array, used: jax.Array, given: list[jax.Array], **how: Any) -> jax.Array:
-    """As `_on_tpu`. Blocks of one expert stand side by side in the grid: the second finds its weights in the cache."""
-    rows, weights, *_ = given
+def _on_gpu(expert: jax.Array, used: jax.Array, operands: list[jax.Array], **options: Any) -> jax.Array:
+    """Calls the kernel for GPUs; the arguments are those of `_on_tpu`.
+
+    Blocks of one expert are neighbours in the grid, so the second block finds the weights in the cache.
+    """
+    rows, weights, *_ = operands
     blocks, columns = len(expert), weights.shape[-1]
     block = len(rows) // blocks
     if block < GPU_ROWS:
-        higher = jnp.pad(rows.reshape(blocks, block, -1), ((0, 0), (0, GPU_ROWS - block), (0, 0)))
-        found = _on_gpu(expert, used, [higher.reshape(blocks * GPU_ROWS, -1), *given[1:]], **how)
-        return found.reshape(blocks, GPU_ROWS, columns)[:, :block].reshape(-1, columns)
+        padded = jnp.pad(rows.reshape(blocks, block, -1), ((0, 0), (0, GPU_ROWS - block), (0, 0)))
+        result = _on_gpu(expert, used, [padded.reshape(blocks * GPU_ROWS, -1), *operands[1:]], **options)
+        return result.reshape(blocks, GPU_ROWS, columns)[:, :block].reshape(-1, columns)
     return pl.pallas_call(
         partial(_gpu_kernel, block),
         grid=(columns // GPU_TILE, blocks),
         out_shape=jax.ShapeDtypeStruct((len(rows), columns), rows.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4 if block < TPU_LANES else 8, num_stages=3),
-        **how,
-    )(expert.astype(jnp.int32), used.reshape(1).astype(jnp.int32), *given)
+        **options,
+    )(expert.astype(jnp.int32), used.reshape(1).astype(jnp.int32), *operands)
 
 
 def _gpu_kernel(block: int, expert: Any, used: Any, rows: Any, weights: Any, *rest: Any) -> None:
+    """Multiplies one block of rows with one tile of columns; `rest` is the scale, if any, and the output."""
     *scale, out = rest
     _, halves, depth, _ = weights.shape
     n, g = pl.program_id(0), pl.program_id(1)
 
     @pl.when(g < used[0])
     def _():
-        own, columns = pl.ds(g * block, block), pl.ds(n * GPU_TILE, GPU_TILE)
+        block_rows, columns = pl.ds(g * block, block), pl.ds(n * GPU_TILE, GPU_TILE)
 
-        def part(k: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-            across = pl.ds(k * GPU_TILE, GPU_TILE)
-            given = rows[own, across]
+        def add_part(k: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+            depths = pl.ds(k * GPU_TILE, GPU_TILE)
+            row_part = rows[block_rows, depths]
 
             def product(half: int) -> Any:
-                tile = weights[expert[g], half, across, columns].astype(given.dtype)
-                return jax.lax.dot(given, tile, preferred_element_type=jnp.float32)
+                tile = weights[expert[g], half, depths, columns].astype(row_part.dtype)
+                return jax.lax.dot(row_part, tile, preferred_element_type=jnp.float32)
 
             return tuple(total + product(half) for half, total in enumerate(sums))
 
-        nothing = (jnp.zeros((block, GPU_TILE), jnp.float32),) * halves
-        found = jax.lax.fori_loop(0, depth // GPU_TILE, part, nothing)
+        zeros = (jnp.zeros((block, GPU_TILE), jnp.float32),) * halves
+        sums = jax.lax.fori_loop(0, depth // GPU_TILE, add_part, zeros)
         if scale:
-            found = tuple(total * scale[0][expert[g], half, 0, columns] for half, total in enumerate(found))
-        result = found[0] if halves == 1 else jax.nn.silu(found[0]) * found[1]
-        out[own, columns] = result.astype(out.dtype)
+            sums = tuple(total * scale[0][expert[g], half, 0, columns] for half, total in enumerate(sums))
+        result = sums[0] if halves == 1 else jax.nn.silu(sums[0]) * sums[1]
+        out[block_rows, columns] = result.astype(out.dtype)

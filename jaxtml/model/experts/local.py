@@ -1,4 +1,10 @@
-"""The experts of one device over the tokens that it has. Called by the transports."""
+"""The experts of one device over the tokens that are on the device.
+
+Axes: N tokens, D model width, E experts of this device, K experts per token. Called by the transports.
+
+Many tokens are sorted by expert and computed in blocks. For few tokens it is faster to multiply each choice with its
+expert where the weights are; a choice is a pair of a token and one of its experts.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +22,26 @@ from jaxtml.model.placement import Placement
 def apply_local_experts(
     x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
-    """What this device's experts give to the tokens `x` `[N, D]`, weighted and summed, and the choices without room."""
+    """Applies this device's experts.
+
+    Args:
+      x: `[N, D]`.
+      index: `[N, K]`, the experts of each token, numbered over all devices.
+      weight: `[N, K]`, the weights of these experts.
+      experts: of this device.
+      placement: the mesh, and the capacity of the buffer.
+
+    Returns:
+      The weighted sum over this device's experts, `[N, D]`, and the choices for which there was no room, int32.
+    """
     mesh = placement.mesh
-    own = experts.count
     if mesh.expert > 1:
-        index = index - own * jax.lax.axis_index("expert")
+        index = index - experts.count * jax.lax.axis_index("expert")
     n, k = index.shape
-    # Decoding reads K experts per token; from about two rows an expert on, sorted blocks read less.
-    if n * k >= 2 * own * mesh.expert:
+    # Choice by choice, decoding reads K experts per token. From about two rows per expert on, sorted blocks read less.
+    if n * k >= 2 * experts.count * mesh.expert:
         return apply_sorted(x, index, weight, experts, placement)
-    # A kernel that reads an expert in place reads each but once.
+    # A kernel that reads experts in place reads each expert only once, however few the tokens are.
     tpu = partial(apply_sorted, placement=placement) if experts.in_place else apply_one_by_one
     cuda = partial(apply_sorted, placement=placement) if experts.in_place_on_gpu else apply_one_by_one
     return jax.lax.platform_dependent(x, index, weight, experts, tpu=tpu, cuda=cuda, default=apply_one_by_one)
@@ -34,40 +50,40 @@ def apply_local_experts(
 def apply_sorted(
     x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows sorted by expert, in padded blocks."""
-    (n, k), own, ways = index.shape, experts.count, placement.mesh.expert
-    block = block_rows(n * k // ways, own)
-    rows = buffer_rows(n * k, ways, own, block, placement.capacity)
-    slot, source, groups, dropped = plan_buffer(index, own, block, rows)
-    even = -(-n * k // ways)  # choices of a device; each in a block of its own where there are few
-    expected = min(rows, even * block, even + own * block // 2)
-    done = grouped_swiglu(dispatch(x, source, slot), groups, experts, block, expected)
-    return combine(done, weight, slot, source), dropped
+    """As `apply_local_experts`, with rows sorted by expert in padded blocks; `index` is numbered on this device."""
+    (n, k), devices = index.shape, placement.mesh.expert
+    block = block_rows(n * k // devices, experts.count)
+    rows = buffer_rows(n * k, devices, experts.count, block, placement.capacity)
+    plan = plan_buffer(index, experts.count, block, rows)
+    mean = -(-n * k // devices)  # choices of a device when the load is even
+    expected = min(rows, mean * block, mean + experts.count * block // 2)  # where there are few, each has its own block
+    done = grouped_swiglu(dispatch(x, plan.source, plan.slot), plan.groups, experts, block, expected)
+    return combine(done, weight, plan.slot, plan.source), plan.dropped
 
 
 def apply_one_by_one(
     x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights
 ) -> tuple[jax.Array, jax.Array]:
-    """Reads the chosen experts that live here, one (token, choice) after the other: gather + gemv, for few tokens.
+    """As `apply_local_experts`, one choice after the other; `index` is numbered on this device. Drops nothing.
 
-    An expert is multiplied where it stands. One gather of all choices writes a copy of their weights, which a CPU then
-    wants transposed (ten times the time for one token of `tiny`).
+    Each choice is a matrix-vector product with the expert where it is. One gather for all choices would write a copy of
+    their weights, which a CPU then wants transposed: ten times the time for one token of `tiny`.
     """
     n, k = index.shape
 
-    def times(row: jax.Array, weights: jax.Array, scale: jax.Array | None, *place: jax.Array | int) -> jax.Array:
-        product = row @ weights[(*experts.at, *place)].astype(row.dtype)
-        return product if scale is None else (product * scale[(*experts.at, *place)]).astype(row.dtype)
+    def multiply(row: jax.Array, weights: jax.Array, scale: jax.Array | None, *place: jax.Array | int) -> jax.Array:
+        product = row @ weights[(*experts.layer_index, *place)].astype(row.dtype)
+        return product if scale is None else (product * scale[(*experts.layer_index, *place)]).astype(row.dtype)
 
-    def one(_: None, choice: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def apply_choice(_: None, choice: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         token, expert = choice
 
         def run() -> jax.Array:
-            gate, up = (times(token[None], experts.w13, experts.scale13, expert, half) for half in (0, 1))
-            return times(jax.nn.silu(gate) * up, experts.w2, experts.scale2, expert)[0]
+            gate, up = (multiply(token[None], experts.w13, experts.scale13, expert, half) for half in (0, 1))
+            return multiply(jax.nn.silu(gate) * up, experts.w2, experts.scale2, expert)[0]
 
         here = (expert >= 0) & (expert < experts.count)
         return None, jax.lax.cond(here, run, lambda: jnp.zeros_like(token))
 
-    _, outs = jax.lax.scan(one, None, (jnp.repeat(x, k, axis=0), index.reshape(-1)))
+    _, outs = jax.lax.scan(apply_choice, None, (jnp.repeat(x, k, axis=0), index.reshape(-1)))
     return jnp.einsum("nkd,nk->nd", outs.reshape(n, k, -1), weight), jnp.zeros((), jnp.int32)

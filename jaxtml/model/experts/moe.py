@@ -1,19 +1,11 @@
-"""Mixture of experts: sigmoid router with correction bias, routed and shared experts in one normalisation.
+"""The mixture of experts of one layer: a sigmoid router, routed experts and shared experts.
 
-Axes: N tokens of this device (batch and time flattened), D model width, F expert width, E routed experts, L experts of
-this device, S shared experts, K experts per token, P devices of the mesh axis `expert`, R rows of the sorted and padded
-buffer, M modalities (`PositionKind`).
+Axes: B batch, T tokens, N = B T tokens of this device, D model width, F expert width, E routed experts, S shared
+experts. Called by `backbone`.
 
-The router is the released one; the correction bias selects but does not weigh. `dense_experts` is the oracle.
-Where experts live on several devices, a transport brings tokens to them:
-
-- `replicated`: every device has all tokens, serves those of its own experts, and the parts are summed;
-- `ring`: tokens are gathered from all devices, results scattered back; runs everywhere;
-- `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
-
-All three sort the rows by expert, pad each expert to whole blocks and go through `grouped_swiglu`; few tokens are
-multiplied expert by expert where the weights stand. Dropless, unless `Placement.capacity` bounds the buffer: then the
-rows that do not fit are dropped, last expert first, and counted.
+This module declares the parameters and adds up the parts. `routing` decides, a transport brings tokens to the devices
+of their experts (`transports`), `local` applies the experts of a device, and `grouped` multiplies. Router, weights and
+normalisation are the released ones (Inkling). Routed and shared experts are normalised together.
 """
 
 from __future__ import annotations
@@ -23,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import BackboneConfig
-from jaxtml.model.experts.routing import MODALITIES, MoEStats, Routing
+from jaxtml.model.experts.routing import MoEStats, Routing, collect_stats, route
 from jaxtml.model.experts.transports import TRANSPORTS
 from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.layers import swiglu
@@ -34,7 +26,7 @@ from jaxtml.stream.tokens import PositionKind
 
 
 class MoE(nnx.Module):
-    """Router, routed experts and shared experts of one layer."""
+    """The router, the routed experts and the shared experts of one layer."""
 
     def __init__(self, config: BackboneConfig, prefix: str, placement: Placement = SINGLE_DEVICE):
         c = config
@@ -53,7 +45,7 @@ class MoE(nnx.Module):
         )
         self.global_scale = param((1,), ("scalar",), ones, released=Released(f"{prefix}.gate.global_scale", (1,)))
         self.w13 = param(
-            (e, 2, d, f),  # gate and up apart: a TPU lays out the last two axes in tiles
+            (e, 2, d, f),  # gate and up are not in the last two axes, which a TPU lays out in tiles
             ("expert", "gate_up", "expert_embed", "mlp"),
             normal(c.init_std),
             released=Released(f"{prefix}.experts.w13_weight", (e, 2 * f, d), (0, 2, 3, 1), (e, f, 2, d)),
@@ -83,61 +75,52 @@ class MoE(nnx.Module):
         )
 
     def route(self, x: jax.Array) -> Routing:
-        """Scores tokens `x` `[N, D]` in float32; K best by score + bias, weights normalised with the shared experts."""
-        c = self.config
-        logits = x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
-        routed, shared = logits[:, : c.n_experts], logits[:, c.n_experts :]
-        chosen = jax.lax.stop_gradient(jax.nn.sigmoid(routed) + self.router_bias[...].astype(jnp.float32))
-        _, index = jax.lax.top_k(chosen, c.experts_per_token)
-        picked = jnp.concatenate([jnp.take_along_axis(routed, index, axis=1), shared], axis=1)
-        # softmax of log-sigmoids = sigmoids divided by their sum, without underflow
-        weight = jax.nn.softmax(jax.nn.log_sigmoid(picked), axis=1)
-        weight = weight * (c.route_scale * self.global_scale[...].astype(jnp.float32))
-        k = c.experts_per_token
-        return Routing(index, weight[:, :k].astype(x.dtype), weight[:, k:].astype(x.dtype), routed)
+        """Routes tokens `x` `[N, D]`."""
+        return route(x, self.router[...], self.router_bias[...], self.global_scale[...], self.config)
 
-    def experts(self, dtype: jnp.dtype, at: tuple[jax.Array, ...] = ()) -> ExpertWeights:
-        """Those of this device; int8 stays int8, other weights become `dtype`."""
+    def experts(self, dtype: jnp.dtype, layer_index: tuple[jax.Array, ...] = ()) -> ExpertWeights:
+        """Returns the routed experts of this device; int8 weights stay int8, other weights become `dtype`."""
         if self.placement.int8:
-            return ExpertWeights(self.w13[...], self.w2[...], self.w13_scale[...], self.w2_scale[...], at)
-        return ExpertWeights(self.w13[...].astype(dtype), self.w2[...].astype(dtype), at=at)
+            return ExpertWeights(self.w13[...], self.w2[...], self.w13_scale[...], self.w2_scale[...], layer_index)
+        return ExpertWeights(self.w13[...].astype(dtype), self.w2[...].astype(dtype), layer_index=layer_index)
 
     def __call__(
         self,
         x: jax.Array,
         modality: jax.Array | None = None,
-        at: tuple[jax.Array, ...] = (),
+        layer_index: tuple[jax.Array, ...] = (),
         skip_padding: bool = False,
     ) -> tuple[jax.Array, MoEStats]:
-        """`x` `[B, T, D]`, `modality` `[B, T]` in 0..M-1, 0 (PAD) where nothing stands (None: all text).
+        """Applies the experts.
 
-        With `at`, the routed experts are those of a stack of layers, everything else that of the layer at `at`. With
-        `skip_padding`, no routed expert is read for positions where nothing stands.
+        Args:
+          x: `[B, T, D]`.
+          modality: `[B, T]`, the `PositionKind` of each position, PAD where there is none; None: text everywhere.
+          layer_index: the layer's index, where the routed experts are those of a stack of layers. All other parameters
+            are those of the one layer.
+          skip_padding: read no routed expert for PAD positions.
 
-        Returns `[B, T, D]` and the layer's stats.
+        Returns:
+          `[B, T, D]` and the layer's stats.
         """
         batch, tokens, dim = x.shape
         flat = x.reshape(batch * tokens, dim)
         routing = self.route(flat)
         if skip_padding and modality is not None:
-            nobody = modality.reshape(-1, 1) == PositionKind.PAD
-            routing = routing._replace(index=jnp.where(nobody, self.config.n_experts, routing.index))
-        mesh = self.placement.mesh
+            padding = modality.reshape(-1, 1) == PositionKind.PAD
+            routing = routing._replace(index=jnp.where(padding, self.config.n_experts, routing.index))
         transport = TRANSPORTS[self.placement.transport]
-        out, dropped = transport(flat, routing, self.experts(x.dtype, at), self.placement)
-        alike = psum_backward(flat, mesh, TENSOR)
-        shared = jnp.zeros_like(flat)
-        for i in range(self.config.n_shared_experts):
-            part = swiglu(alike, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
-            shared = shared + psum_backward(routing.shared[:, i : i + 1], mesh, TENSOR) * part
-        out = out + psum_forward(shared, mesh, TENSOR)
+        out, dropped = transport(flat, routing, self.experts(x.dtype, layer_index), self.placement)
+        out = out + self._shared_experts(flat, routing)
         kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
-        present = (kind != PositionKind.PAD).astype(jnp.float32)
-        chosen = jax.nn.one_hot(routing.index, self.config.n_experts, dtype=jnp.float32).sum(axis=1)
-        lse = jax.nn.logsumexp(routing.logits, axis=-1)
-        stats = MoEStats(
-            load=(jax.nn.one_hot(kind, MODALITIES) * present[:, None]).T @ chosen,
-            dropped=dropped,
-            z_loss=(lse * lse * present).sum(),
-        )
-        return out.reshape(batch, tokens, dim), stats
+        return out.reshape(batch, tokens, dim), collect_stats(routing, kind, dropped)
+
+    def _shared_experts(self, x: jax.Array, routing: Routing) -> jax.Array:
+        """Returns the weighted sum of the shared experts for tokens `x` `[N, D]`; `tensor` splits their width."""
+        mesh = self.placement.mesh
+        replicated = psum_backward(x, mesh, TENSOR)
+        total = jnp.zeros_like(x)
+        for i in range(self.config.n_shared_experts):
+            part = swiglu(replicated, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
+            total = total + psum_backward(routing.shared[:, i : i + 1], mesh, TENSOR) * part
+        return psum_forward(total, mesh, TENSOR)

@@ -1,4 +1,16 @@
-"""How tokens reach their experts where these live on several devices. Called by `moe`."""
+"""The three ways in which tokens reach their experts where the experts live on several devices.
+
+Axes: N tokens of this device, D model width, K experts per token, E routed experts, P devices of the mesh axis
+`expert`, L = E / P experts of a device, R rows of a device's buffer. A choice is a pair of a token and one of its
+experts. Called by `moe`.
+
+- `replicated`: all devices have the same tokens, each applies its own experts, and the results are summed. For serving.
+- `ring`: each device gathers the tokens of all devices, and the results are scattered back. It runs everywhere.
+- `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
+
+All three have one signature, `ExpertTransport`. Nothing is dropped unless `Placement.capacity` bounds the buffer. Then
+the rows that do not fit are dropped, those of the last expert first, and counted.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +28,16 @@ from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.placement import TENSOR, Placement
 from jaxtml.parallel.collectives import all_gather, psum, psum_backward, psum_forward, reduce_scatter
 
+# (tokens `[N, D]`, routing, this device's experts, placement) -> (tokens `[N, D]`, dropped choices int32)
 ExpertTransport = Callable[[jax.Array, Routing, ExpertWeights, Placement], tuple[jax.Array, jax.Array]]
 
 
 def replicated(
     x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
-    """All devices of `expert` have the same tokens `x` `[N, D]`; each adds what its L experts give.
+    """Applies the experts where all devices of `expert` have the same tokens.
 
-    Returns `[N, D]`, the same on all of them, and the dropped choices of all.
+    Returns `[N, D]`, the same on all devices, and the dropped choices of all devices together.
     """
     axes = ("expert", "tensor")
     x, weight = (psum_backward(a, placement.mesh, axes) for a in (x, routing.weight))
@@ -33,9 +46,12 @@ def replicated(
 
 
 def ring(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
-    """Tokens of all devices are gathered, results scattered back to theirs: `[N, D]` and this device's dropped choices.
+    """Gathers the tokens of all devices, applies the experts and scatters the results back.
 
-    The traffic is (P - 1) x D per token, against about min(P, K) x D of `ragged`: as good where K is near P.
+    A token's traffic is (P - 1) D numbers. With `ragged` it is about min(P, K) D, so `ring` is as good where K is near
+    P.
+
+    Returns `[N, D]` and the dropped choices of this device's experts.
     """
     mesh = placement.mesh
     x, weight, index = (psum_backward(x, mesh, TENSOR), psum_backward(routing.weight, mesh, TENSOR), routing.index)
@@ -49,95 +65,117 @@ def ring(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Plac
 
 
 def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
-    """Rows travel to the devices of their experts and back: `[N, D]` and this device's dropped choices.
+    """Sends each row to the device of its expert and back.
 
-    Sorted by expert, the rows for one device lie together, those for one of its experts too: one update per expert
-    brings them where that expert's rows of all devices stand side by side, and nothing is sorted a second time.
+    Rows are sorted by expert, so the rows for one device lie together, and among them the rows for each of its experts.
+    One update per expert writes them where the rows of all devices for that expert stand side by side. Nothing is
+    sorted a second time.
+
+    Returns `[N, D]` and the dropped choices of this device's tokens.
     """
     mesh = placement.mesh
     if mesh.expert == 1:
         return ring(x, routing, experts, placement)
     n, k = routing.index.shape
-    own = experts.count
-    block = block_rows(n * k, own)
-    rows = buffer_rows(n * k * mesh.expert, mesh.expert, own, block, placement.capacity)
-    me = jax.lax.axis_index("expert")
-    order, counts = sort_by_expert(routing.index, own * mesh.expert)
-    trip = plan_exchange(jax.lax.all_gather(counts, "expert"), me, rows, block)
+    block = block_rows(n * k, experts.count)
+    rows = buffer_rows(n * k * mesh.expert, mesh.expert, experts.count, block, placement.capacity)
+    device = jax.lax.axis_index("expert")
+    order, counts = sort_by_expert(routing.index, experts.count * mesh.expert)
+    plan = plan_exchange(jax.lax.all_gather(counts, "expert"), device, rows, block)
     x = psum_backward(x, mesh, TENSOR)
     slot = jnp.argsort(order).reshape(n, k)
-    sent = dispatch(x, order, slot)
+    outgoing = dispatch(x, order, slot)
     arrived = jax.lax.ragged_all_to_all(
-        sent, _opaque_zeros(sent, rows), trip.send_from, trip.sent, trip.to, trip.received, axis_name="expert"
+        outgoing,
+        _opaque_zeros(outgoing, rows),
+        plan.send_from,
+        plan.sent,
+        plan.send_to,
+        plan.received,
+        axis_name="expert",
     )
-    done = grouped_swiglu(arrived, trip.groups, experts, block)
-    back = jax.lax.ragged_all_to_all(
-        done, _opaque_zeros(sent, n * k), trip.return_from, trip.received, trip.return_to, trip.sent, axis_name="expert"
+    done = grouped_swiglu(arrived, plan.groups, experts, block)
+    returned = jax.lax.ragged_all_to_all(
+        done,
+        _opaque_zeros(outgoing, n * k),
+        plan.return_from,
+        plan.received,
+        plan.return_to,
+        plan.sent,
+        axis_name="expert",
     )
-    out = combine(back, psum_backward(routing.weight, mesh, TENSOR), slot, order)
-    return psum_forward(out, mesh, TENSOR), (counts.sum() - trip.sent.sum()).astype(jnp.int32)
+    out = combine(returned, psum_backward(routing.weight, mesh, TENSOR), slot, order)
+    return psum_forward(out, mesh, TENSOR), (counts.sum() - plan.sent.sum()).astype(jnp.int32)
 
 
 TRANSPORTS: dict[str, ExpertTransport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
 
 
 def _opaque_zeros(like: jax.Array, rows: int) -> jax.Array:
-    """Zeros `[rows, D]` that XLA cannot see through: a constant would be kept and copied once per layer.
+    """Returns zeros `[rows, D]` that XLA cannot fold: a constant would be kept in memory and copied once per layer.
 
-    No gradient passes: that of rows which nobody fills may be anything.
+    No gradient passes, because the gradient of rows that no device fills may be anything.
     """
     return jnp.broadcast_to(jax.lax.stop_gradient(like[:1]) * 0, (rows, like.shape[1]))
 
 
 class ExchangePlan(NamedTuple):
-    """The offsets and sizes of the two `ragged_all_to_all` of one device, and the groups that arrive there.
+    """The offsets and sizes of both `ragged_all_to_all` of one device, and the groups of rows that arrive.
 
-    `send_from`, `sent`, `to` `[E]`, by expert: where its rows stand here, how many go, and where they arrive.
-    `received`, `return_from`, `return_to` `[P L]`, by device and own expert: how many come from there, where they stand
-    in the buffer, and where they belong when they go home. `groups` `[L]`: rows of each own expert, padding included.
+    Attributes:
+      send_from: `[E]`, for each expert, where its rows begin among this device's sorted rows.
+      sent: `[E]`, for each expert, how many rows are sent.
+      send_to: `[E]`, for each expert, where its rows begin in the buffer of the expert's device.
+      received: `[P L]`, for each device and own expert, how many rows arrive.
+      return_from: `[P L]`, for each device and own expert, where these rows begin in this device's buffer.
+      return_to: `[P L]`, for each device and own expert, where the rows begin among that device's sorted rows.
+      groups: `[L]`, the rows of each own expert in the buffer, padding included.
     """
 
     send_from: jax.Array
     sent: jax.Array
-    to: jax.Array
+    send_to: jax.Array
     received: jax.Array
     return_from: jax.Array
     return_to: jax.Array
     groups: jax.Array
 
 
-def plan_exchange(counts: jax.Array, me: jax.Array, rows: int, block: int) -> ExchangePlan:
-    """Every device's part of the exchange from the counts `[P, E]` of all: pure, the same numbers on all devices.
+def plan_exchange(counts: jax.Array, device: jax.Array, rows: int, block: int) -> ExchangePlan:
+    """Plans one device's part of the exchange. A pure function: all devices compute the same plan of the whole.
 
     Args:
-      counts: rows that each device has for each expert.
-      me: the index of this device.
-      rows: room in the buffer of each device; what does not fit is not sent, last expert first.
-      block: what an expert's rows are padded to.
+      counts: `[P, E]`, the rows that each device has for each expert.
+      device: the index of this device.
+      rows: R, the room in the buffer of each device; rows that do not fit are not sent, those of the last expert first.
+      block: what the rows of an expert are padded to.
     """
     devices, experts = counts.shape
-    own = experts // devices
-    by_owner = counts.reshape(devices, devices, own)  # [from, to, expert]
+    local = experts // devices
+    by_owner = counts.reshape(devices, devices, local)  # [from, to, expert]
     wanted = by_owner.sum(axis=0)  # [to, expert]
     padded = (wanted + block - 1) // block * block
     start = jnp.cumsum(padded, axis=1) - padded
     room = jnp.clip(rows - start, 0, padded)
-    before = jnp.cumsum(by_owner, axis=0) - by_owner  # rows of devices before, for the same expert
+    before = jnp.cumsum(by_owner, axis=0) - by_owner  # rows that earlier devices have for the same expert
     kept = jnp.clip(room[None] - before, 0, by_owner)
-    place = start[None] + before
-    home = (jnp.cumsum(counts, axis=1) - counts).reshape(devices, devices, own)
+    in_buffer = start[None] + before
+    in_sorted = (jnp.cumsum(counts, axis=1) - counts).reshape(devices, devices, local)
     return ExchangePlan(
-        send_from=home[me].reshape(-1),
-        sent=kept[me].reshape(-1),
-        to=place[me].reshape(-1),
-        received=kept[:, me].reshape(-1),
-        return_from=place[:, me].reshape(-1),
-        return_to=home[:, me].reshape(-1),
-        groups=room[me] // block * block,
+        send_from=in_sorted[device].reshape(-1),
+        sent=kept[device].reshape(-1),
+        send_to=in_buffer[device].reshape(-1),
+        received=kept[:, device].reshape(-1),
+        return_from=in_buffer[:, device].reshape(-1),
+        return_to=in_sorted[:, device].reshape(-1),
+        groups=room[device] // block * block,
     )
 
 
 def sort_by_expert(index: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    """The flat choices `[N K]` in the order of their experts, and how many each expert has `[E]`."""
+    """Sorts the choices `index` `[N, K]` by expert.
+
+    Returns the numbers of the choices in that order, `[N K]`, and how many choices each expert has, `[experts]`.
+    """
     flat = index.reshape(-1)
     return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=experts)

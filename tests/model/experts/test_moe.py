@@ -11,7 +11,7 @@ import pytest
 from jaxtml.config import load
 from jaxtml.model.experts.dense import dense_experts
 from jaxtml.model.experts.dispatch import block_rows
-from jaxtml.model.experts.grouped import _blocks, _in_place, _megablox, _ragged_dot
+from jaxtml.model.experts.grouped import _swiglu_blocks, _swiglu_in_place, _swiglu_megablox, _swiglu_ragged_dot
 from jaxtml.model.experts.local import apply_local_experts, apply_one_by_one
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import Routing
@@ -78,7 +78,7 @@ def test_paths_equal_every_expert_on_every_token_forwards_and_backwards(path, ki
         assert error < 2e-6, (name, float(error))
 
 
-@pytest.mark.parametrize("platform", [_blocks, _ragged_dot, _megablox])
+@pytest.mark.parametrize("platform", [_swiglu_blocks, _swiglu_ragged_dot, _swiglu_megablox])
 def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
     rng = np.random.default_rng(0)
     block, sizes, dim, width = 8, np.array([16, 0, 8, 24]), 128, 128
@@ -92,8 +92,8 @@ def test_every_platforms_grouped_matmul_is_that_of_plain_matmuls(platform):
         return jnp.einsum("nf,nfd->nd", jax.nn.silu(gate) * up, w2[expert])
 
     def ours(rows, w13, w2):
-        options = {"block": block} if platform is _blocks else {"block": block, "interpret": True}
-        return platform(rows, jnp.asarray(sizes), w13, w2, **({} if platform is _ragged_dot else options))[:used]
+        options = {"block": block} if platform is _swiglu_blocks else {"block": block, "interpret": True}
+        return platform(rows, jnp.asarray(sizes), w13, w2, **({} if platform is _swiglu_ragged_dot else options))[:used]
 
     grad = jnp.asarray(rng.normal(size=(used, dim)), jnp.float32)
     for name, function in (
@@ -109,7 +109,7 @@ def test_a_gpu_reads_no_int8_experts_in_place_that_it_would_miscount():
     def experts(layers: int, dtype: str) -> ExpertWeights:
         w13, w2 = (jax.ShapeDtypeStruct((layers, 64, *s), dtype) for s in ((2, 4096, 512), (512, 4096)))
         scales = [jax.ShapeDtypeStruct(w.shape[:-2] + w.shape[-1:], "float32") for w in (w13, w2)]
-        return ExpertWeights(w13, w2, *(scales if dtype == "int8" else (None, None)), at=(jnp.int32(0),))
+        return ExpertWeights(w13, w2, *(scales if dtype == "int8" else (None, None)), layer_index=(jnp.int32(0),))
 
     # 2**28 numbers a layer in w13: 7 layers are below 2 GiB of int8, 9 between 2 and 4; of 17 w2 is, of 33 neither.
     assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17, 33)] == [True, False, False, True]
@@ -128,7 +128,7 @@ def test_serving_kernels_read_experts_where_they_stand_in_the_stack(groups, int8
     (w13, scale13), (w2, scale2) = (quantise_columns(w) if int8 else (w, None) for w in (w13, w2))
     experts = ExpertWeights(w13, w2, scale13, scale2, (jnp.int32(1), jnp.int32(2)))
     assert experts.in_place and experts.in_place_on_gpu and experts.count == 4
-    ours = _in_place(rows, jnp.asarray(sizes), experts, block, len(rows), platform, interpret=True)
+    ours = _swiglu_in_place(rows, jnp.asarray(sizes), experts, block, len(rows), platform, interpret=True)
     plain13, plain2 = experts.layer(jnp.float32)
     owner = np.repeat(np.arange(4), sizes)
     used = len(owner)

@@ -152,7 +152,7 @@ def test_the_trips_of_ragged_bring_every_row_to_its_expert_and_home(case, capaci
         for update in range(E):
             to, size = update // own, trip.sent[update]
             assert size == trips[to].received.reshape(devices, own)[me, update % own]
-            target = buffers[to][trip.to[update] : trip.to[update] + size]
+            target = buffers[to][trip.send_to[update] : trip.send_to[update] + size]
             assert (target == -1).all() and len(target) == size
             target[:] = sent[me][trip.send_from[update] :][:size]
     homes = [np.full((len(order), 2), -1) for order in orders]
