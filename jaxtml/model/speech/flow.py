@@ -1,11 +1,12 @@
-"""Flow head: one hidden state -> the next 50 ms of speech, by conditional flow matching.
+"""The flow head: one hidden state gives the next 50 ms of speech, by conditional flow matching.
 
-Axes: N positions, D model width, X = 400 log-mels (80 coarse, 4 x 80 fine), W head width, J noise draws.
+Axes: N positions, D model width, X = 400 log-mels (80 coarse, 4 x 80 fine), W head width, J noise draws. Called by
+`interaction`, by the training step (`loss`) and by the duplex step (`sample`).
 
-An AdaLN MLP (as in MAR's diffusion loss head, Li et al., 2024, and CALM, 2025) predicts the clean frame x1 from
-x_t = (1 - t) x0 + t x1; the velocity is (x1 - x_t) / (1 - t) (Lipman et al., 2023). Predicting x1 instead of the
-velocity lets a narrow network leave out the noise, which fills all 400 dimensions while speech does not; the last Euler
-step then lands on the prediction itself.
+The head is an AdaLN MLP, as in MAR's diffusion loss head (Li et al., 2024) and in CALM (2025). It predicts the clean
+frame x1 from x_t = (1 - t) x0 + t x1; the velocity is (x1 - x_t) / (1 - t) (Lipman et al., 2023). Speech does not fill
+all 400 dimensions, but noise does. Because the network predicts x1 and not the velocity, a narrow network can leave the
+noise out. The last Euler step then lands on the prediction itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from jaxtml.model.layers import rms_normalise
 from jaxtml.model.spec import normal, param, zeros
 from jaxtml.stream.layout import SPEECH_DIM
 
-CENTRE, SCALE = -2.5, 2.0  # log-mels in [-7, 2] -> [-2.25, 2.25]
-TIME_FEATURES = 32
+CENTRE, SCALE = -2.5, 2.0  # normalisation: log-mels in [-7, 2] become [-2.25, 2.25]
+TIME_FEATURES = 32  # sines and cosines of the flow time
 
 
 class FlowHead(nnx.Module):
@@ -40,12 +41,19 @@ class FlowHead(nnx.Module):
         self.w_out = param((w, SPEECH_DIM), ("flow", "speech"), zeros)
 
     def condition(self, hidden: jax.Array) -> jax.Array:
-        """The part of the conditioning that does not depend on the flow time: `[N, D]` -> `[N, W]`."""
+        """Returns the part of the conditioning that does not depend on the flow time: `[N, D]` -> `[N, W]`."""
         return hidden @ self.w_cond[...].astype(hidden.dtype)
 
     def modulation(self, t: jax.Array, condition: jax.Array) -> list[jax.Array]:
-        """What the flow time `t` `[N]` in [0, 1) and the condition `[N, W]` do to each layer, and to the output:
-        `[N, 3 W]` each, `[N, 2 W]` the last. It does not depend on the frame."""
+        """Returns the modulation (shift, scale, gate) of each layer and of the output; it does not depend on the frame.
+
+        Args:
+          t: `[N]`, the flow time in [0, 1).
+          condition: `[N, W]`, from `condition`.
+
+        Returns:
+          `[N, 3 W]` for each layer, and last `[N, 2 W]` (shift, scale) for the output.
+        """
         dtype = condition.dtype
         frequency = jnp.exp(jnp.linspace(0.0, 5.0, TIME_FEATURES // 2, dtype=jnp.float32))
         angle = t.astype(jnp.float32)[:, None] * frequency
@@ -55,7 +63,7 @@ class FlowHead(nnx.Module):
         return [c @ weight[...].astype(dtype) for weight in weights]
 
     def __call__(self, x: jax.Array, condition: jax.Array, modulation: list[jax.Array]) -> jax.Array:
-        """Predicts x1. `x` `[N, X]`, `condition` `[N, W]`, `modulation` of the flow time -> `[N, X]`."""
+        """Predicts x1, `[N, X]`, from `x` `[N, X]`, `condition` `[N, W]` and the `modulation` of the flow time."""
         dtype = x.dtype
         *layers, last = modulation
         h = x @ self.w_in[...].astype(dtype) + condition
@@ -68,11 +76,17 @@ class FlowHead(nnx.Module):
         return (rms_normalise(h, 1e-6) * (1 + scale) + shift) @ self.w_out[...].astype(dtype)
 
     def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Squared error of x1, mean over log-mels and `draws` noise draws, summed over the valid positions.
+        """Returns the squared error of x1: the mean over log-mels and noise draws, summed over the valid positions.
 
-        `hidden` `[N, D]`, `target` `[N, 400]` log-mels, `valid` `[N]` bool, `keys` `[N]` of each position's noise. All
-        t count alike: the minimum is that of the velocity's error, whose weight (1 - t)^-2 puts the loss where the
-        noise is nearly gone and nobody has to know what is being said.
+        All flow times have the same weight. The minimum is that of the velocity's error, which has the weight (1 -
+        t)^-2. That weight would put the loss where the noise is nearly gone, and there a head need not know what is
+        being said.
+
+        Args:
+          hidden: `[N, D]`.
+          target: `[N, X]`, log-mels.
+          valid: `[N]` bool.
+          keys: `[N]` random keys, one for the noise of each position.
         """
         draws = self.config.draws
         condition = jnp.repeat(self.condition(hidden), draws, axis=0)
@@ -90,10 +104,10 @@ class FlowHead(nnx.Module):
         return (mask * jnp.mean(error * error, axis=-1)).sum() / draws
 
     def sample(self, hidden: jax.Array, noise: jax.Array, steps: int) -> jax.Array:
-        """Euler steps from `noise` `[N, 400]` (already scaled by the temperature) to log-mels `[N, 400]`."""
+        """Runs `steps` Euler steps from `noise` `[N, X]`, already scaled by the temperature, to log-mels `[N, X]`."""
         condition = self.condition(hidden)
         x = noise.astype(hidden.dtype)
-        # Of all steps at once: a few positions at a time, the time of the head is that of reading its weights.
+        # Computed for all steps at once: with few positions, the head's time is that of reading its weights.
         times = jnp.repeat(jnp.arange(steps) / steps, len(x))
         modulation = self.modulation(times, jnp.tile(condition, (steps, 1)))
         for i in range(steps):
@@ -105,8 +119,10 @@ class FlowHead(nnx.Module):
 
 
 def normalise(log_mel: jax.Array) -> jax.Array:
+    """Normalises log-mels for the network."""
     return (log_mel - CENTRE) / SCALE
 
 
 def denormalise(x: jax.Array) -> jax.Array:
+    """Undoes `normalise` and clips to the range of log-mels."""
     return jnp.clip(x * SCALE + CENTRE, -7.0, 2.0)

@@ -1,17 +1,17 @@
-"""The vocoder: fine log-mel frames to a waveform, causal and streaming, with a source and a filter.
-
-A causal ConvNeXt (Liu et al., 2022, arXiv:2201.03545; as a vocoder's backbone: Vocos, Siuzdak 2023, arXiv:2306.00814)
-reads the frames at 80 Hz and says, per frame, a pitch and two short filters. One filter shapes a pulse train of that
-pitch, the other white noise (neural source-filter: Wang et al. 2018, arXiv:1810.11946; differentiable filters: Agrawal
-et al. 2024, arXiv:2401.10460). The phase of the voice comes from an integrator, so that the small network does not have
-to invent it, and spectral losses alone train it. `duplex_step` runs `vocode` on 16 frames per micro-turn,
-`train/vocoder.py` on segments.
-
-Samples of hop i (200 of them) depend on frames <= i alone. A frame's pitch and filters hold at the END of its hop; over
-the hop they fade linearly from those of the frame before.
+"""The vocoder: turns fine log-mel frames into a waveform; causal and streaming, with a source and a filter.
 
 Axes: B sessions, F fine frames (80 Hz), S = 200 samples of a hop, D width, M = 80 mels, K = 129 bins of a filter's
-response, T = 256 taps, C = 2 sources (0: pulses, 1: noise).
+response, T = 256 taps of a filter, C = 2 sources (0: pulses, 1: noise). The duplex step runs `vocode` on 16 frames per
+micro-turn, `jaxtml.train.vocoder` on segments.
+
+A causal ConvNeXt (Liu et al., 2022, arXiv:2201.03545; as the backbone of a vocoder: Vocos, Siuzdak 2023,
+arXiv:2306.00814) reads the frames at 80 Hz. For each frame it gives a pitch and two short filters. One filter shapes a
+pulse train of that pitch, the other shapes white noise (neural source-filter: Wang et al. 2018, arXiv:1810.11946;
+differentiable filters: Agrawal et al. 2024, arXiv:2401.10460). The phase of the voice comes from an integrator, so the
+small network need not invent it, and spectral losses are enough to train it.
+
+The samples of hop i depend only on frames up to i. A frame's pitch and filters hold at the END of its hop. Over the hop
+they fade linearly from those of the frame before.
 """
 
 from __future__ import annotations
@@ -25,28 +25,33 @@ import numpy as np
 from flax import nnx
 
 from jaxtml.config import VocoderConfig
-from jaxtml.model.spec import Params, bind, normal, ones, param, specs, zeros
+from jaxtml.model.spec import Params, SpecTable, bind, normal, ones, param, specs, zeros
 from jaxtml.stream.dmel import mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_WINDOW, N_MELS, SAMPLE_RATE
 
-VocoderState = dict[str, Any]
+VocoderState = dict[str, Any]  # see `init_state`
 
 TAPS = 256  # 16 ms: the response of a vocal tract, and a spectral resolution of 62.5 Hz
 BINS = TAPS // 2 + 1
-LEAD = 48  # samples before a filter's nominal time zero; pulses may stand anywhere, so this delays nothing
+LEAD = 48  # samples of a filter before its time zero; this adds no delay, because a pulse may stand anywhere
 PITCH_MIN = 60.0  # Hz
 PITCH_OCTAVES = 3.0
-PITCH_STEPS = 120  # classes of pitch, 30 cents each: a class is learnt faster than a number, and octaves do not average
-PITCH_GRID = 0.5  # Hz. Phase is counted in integers on this grid: a stream and a whole utterance add up to the same
+# Classes of pitch, 30 cents each. A class is learnt faster than a number, and does not average two octaves.
+PITCH_STEPS = 120
+# Hz. Phase is counted in integers on this grid, so that a stream and a complete utterance add up to the same phase.
+PITCH_GRID = 0.5
 _CYCLE = round(2**32 * PITCH_GRID * FINE_HOP / (2 * SAMPLE_RATE))  # uint32 phase of one grid unit over half a hop
-_TOP_HZ = 7900.0  # no harmonic above
+_TOP_HZ = 7900.0  # there is no harmonic above
 _FFT = 512  # >= TAPS + FINE_HOP - 1, and at most three hops
 
 
 class Controls(NamedTuple):
-    """What the network says per frame, all at the hop's end.
+    """What the network gives for each frame; all hold at the end of the frame's hop.
 
-    `pitch` [B, F, 120]: logits over classes of pitch; `hz` [B, F]: to speak with; `taps` [B, F, 2, 256]: filters.
+    Attributes:
+      pitch: `[B, F, 120]`, logits over classes of pitch.
+      hz: `[B, F]`, the pitch with which the pulses are made.
+      taps: `[B, F, 2, 256]`, the two filters.
     """
 
     pitch: jax.Array
@@ -56,10 +61,11 @@ class Controls(NamedTuple):
 
 @lru_cache
 def _bins_from_mels() -> tuple[np.ndarray, np.ndarray]:
-    """`[80, 129]` and `[129]`: natural log magnitude of a flat source's filter, read off log10 mels.
+    """Returns weights `[80, 129]` and offset `[129]` that give a filter's natural log magnitude from log10 mels.
 
-    The bin's magnitude is interpolated between the mel channels around it. A mel is a weighted sum of the magnitudes of
-    a Hann-windowed spectrum: a white source of variance one, which is what both sources are, has the offset.
+    The magnitude of a bin is interpolated between the mel channels around the bin. A mel is a weighted sum of the
+    magnitudes of a Hann-windowed spectrum. The offset is that of a white source of variance one, which both sources
+    are.
     """
     filters = mel_filterbank(FINE_WINDOW)
     hz = np.linspace(0, SAMPLE_RATE / 2, len(filters))
@@ -73,14 +79,14 @@ def _bins_from_mels() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def _tap_window() -> np.ndarray:
-    """`[256]`: rises over LEAD samples, falls over the rest; keeps a filter's ends from clicking."""
+    """Returns a window `[256]` that rises over LEAD samples and then falls; it keeps a filter's ends from clicking."""
     rise = np.sin(np.pi / 2 * (np.arange(LEAD) + 0.5) / LEAD) ** 2
     fall = np.cos(np.pi / 2 * (np.arange(TAPS - LEAD) + 0.5) / (TAPS - LEAD)) ** 2
     return np.concatenate([rise, fall]).astype(np.float32)
 
 
 class VocoderBlock(nnx.Module):
-    """ConvNeXt block: depthwise causal convolution, layer norm, two dense layers, residual."""
+    """A ConvNeXt block: a depthwise causal convolution, a layer norm, two dense layers, and the residual."""
 
     def __init__(self, cfg: VocoderConfig) -> None:
         hidden = cfg.expansion * cfg.width
@@ -92,10 +98,18 @@ class VocoderBlock(nnx.Module):
         self.down = param((hidden, cfg.width), ("in", "out"), normal(0.5 * hidden**-0.5))
 
     def __call__(self, tail: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`[B, kernel - 1, D]`, `[B, F, D]` -> the next tail, `[B, F, D]`."""
+        """Runs the block; `tail` is the last inputs before `x`.
+
+        Args:
+          tail: `[B, kernel - 1, D]`.
+          x: `[B, F, D]`.
+
+        Returns:
+          The next tail, and `[B, F, D]`.
+        """
         padded = jnp.concatenate([tail, x], axis=1)
         frames, kernel = x.shape[1], self.conv.shape[0]
-        # Shifted products: XLA's depthwise convolution on CPU is several times slower.
+        # A sum of shifted products: XLA's depthwise convolution is several times slower on a CPU.
         y = sum(padded[:, k : k + frames] * self.conv[k] for k in range(kernel))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
@@ -104,10 +118,11 @@ class VocoderBlock(nnx.Module):
 
 
 class Vocoder(nnx.Module):
-    """The network at frame rate: `[B, F, 80]` frames -> `Controls`.
+    """The network at frame rate: frames `[B, F, 80]` -> `Controls`.
 
-    The first half of the blocks hears the pitch, which the second half is then told: where the harmonics stand decides
-    how to read an envelope off mel channels that are narrower than their distance.
+    The first half of the blocks finds the pitch, and the second half receives it as an input. Some mel channels are
+    narrower than the distance between harmonics. How to read an envelope from such channels depends on where the
+    harmonics are.
     """
 
     def __init__(self, cfg: VocoderConfig) -> None:
@@ -127,34 +142,47 @@ class Vocoder(nnx.Module):
         self.head_bias = param((3 * BINS,), ("out",), zeros)
 
     def __call__(
-        self, tails: dict[str, jax.Array], frames: jax.Array, luck: jax.Array, known_hz: jax.Array | None = None
+        self, tails: dict[str, jax.Array], frames: jax.Array, excess: jax.Array, known_hz: jax.Array | None = None
     ) -> tuple[dict[str, jax.Array], Controls]:
-        """`frames` and `luck` (`_noise_luck`) `[B, F, 80]` -> the next tails and what to do."""
+        """Runs the network.
+
+        Args:
+          tails: the last inputs of each convolution.
+          frames: `[B, F, 80]`, fine log-mels.
+          excess: `[B, F, 80]`, from `_noise_excess`.
+          known_hz: `[B, F]`, a pitch that replaces the network's own; 0 where unknown. None: unknown everywhere.
+
+        Returns:
+          The next tails, and the controls.
+        """
         count = frames.shape[1]
         padded = jnp.concatenate([tails["embed"], (frames + 2.0) / 1.5], axis=1)
         kernel = self.embed.shape[0] // N_MELS
         windows = jnp.concatenate([padded[:, k : k + count] for k in range(kernel)], axis=-1)
         after = {"embed": padded[:, count:]}
-        x = windows @ self.embed[...] + self.embed_bias[...] + luck @ self.noise_embed[...]
+        x = windows @ self.embed[...] + self.embed_bias[...] + excess @ self.noise_embed[...]
         for i in range(self.depth):
             if i == self.depth // 2:
-                logits = _unit(x) * self.pitch_norm[...] @ self.pitch_head[...] + self.pitch_bias[...]
+                logits = _rms_normalise(x) * self.pitch_norm[...] @ self.pitch_head[...] + self.pitch_bias[...]
                 hz = pitch_hz(jax.lax.stop_gradient(logits))
                 hz = hz if known_hz is None else jnp.where(known_hz > 0, known_hz, hz)
                 x = x + pitch_weights(hz) @ self.pitch_embed[...]
             name = f"block{i}"
             after[name], x = getattr(self, name)(tails[name], x)
-        pulses, phase, noise = jnp.split(_unit(x) * self.norm[...] @ self.head[...] + self.head_bias[...], 3, axis=-1)
-        noise = noise - luck @ _bins_from_mels()[0] * self.noise_share[...]
+        pulses, phase, noise = jnp.split(
+            _rms_normalise(x) * self.norm[...] @ self.head[...] + self.head_bias[...], 3, axis=-1
+        )
+        noise = noise - excess @ _bins_from_mels()[0] * self.noise_share[...]
         return after, Controls(logits, hz, _taps(frames, pulses, phase, noise))
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _rms_normalise(x: jax.Array) -> jax.Array:
+    """Divides by the root mean square of the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 def pitch_hz(logits: jax.Array) -> jax.Array:
-    """`[..., 120]` -> `[...]` Hz on PITCH_GRID: the mean of the classes around the likeliest one."""
+    """Returns the pitch in Hz on PITCH_GRID, the mean of the classes around the likeliest: `[..., 120]` -> `[...]`."""
     near = jnp.abs(jnp.arange(PITCH_STEPS) - jnp.argmax(logits, axis=-1, keepdims=True)) <= 3
     weights = jax.nn.softmax(jnp.where(near, logits, -jnp.inf), axis=-1)
     octaves = (weights @ jnp.arange(PITCH_STEPS, dtype=jnp.float32) + 0.5) * (PITCH_OCTAVES / PITCH_STEPS)
@@ -162,13 +190,17 @@ def pitch_hz(logits: jax.Array) -> jax.Array:
 
 
 def pitch_weights(hz: jax.Array) -> jax.Array:
-    """`[...]` Hz -> `[..., 120]`: the two classes around it, by nearness."""
+    """Returns how near each class is to a pitch in Hz: `[...]` -> `[..., 120]`, at most two classes above zero."""
     place = jnp.log2(hz / PITCH_MIN) * (PITCH_STEPS / PITCH_OCTAVES) - 0.5
     return jnp.maximum(0.0, 1.0 - jnp.abs(place[..., None] - jnp.arange(PITCH_STEPS)))
 
 
 def _taps(frames: jax.Array, pulses: jax.Array, phase: jax.Array, noise: jax.Array) -> jax.Array:
-    """Filters `[B, F, 2, 256]` from what the network adds, `[B, F, 129]` each, to the envelope read off the frames."""
+    """Returns the filters `[B, F, 2, 256]`.
+
+    Their envelope is read from `frames` `[B, F, 80]`. The network corrects it by log magnitudes (`pulses`, `noise`) and
+    a `phase`, `[B, F, 129]` each.
+    """
     weights, offset = _bins_from_mels()
     level = frames @ weights + offset
     response = jnp.stack(
@@ -181,20 +213,23 @@ def _taps(frames: jax.Array, pulses: jax.Array, phase: jax.Array, noise: jax.Arr
     return jnp.roll(jnp.fft.irfft(response, TAPS), LEAD, axis=-1) * _tap_window()
 
 
-def param_specs(cfg: VocoderConfig) -> dict[str, Any]:
-    """The table of parameters (about 1.5 M at the default sizes)."""
+def param_specs(cfg: VocoderConfig) -> SpecTable:
+    """Returns the spec table: about 1.5 M parameters at the default sizes."""
     return specs(Vocoder(cfg))
 
 
 def init_state(cfg: VocoderConfig, batch: int) -> VocoderState:
-    """State before the first frame of `batch` sessions: silence, pulses at phase zero.
+    """Returns the state before the first frame of `batch` sessions: silence, with pulses at phase zero.
 
-    `tails`: frames that convolutions still need; `hops` [B, 2, 2, 200]: the last two hops of both sources;
-    `taps` [B, 2, 256]: filters at the end of the last hop; `pitch` int32 [B]: on PITCH_GRID, there; `phase` uint32 [B]:
-    of 2^32 a cycle, there; `frame` uint32 [B]: frames so far (addresses the noise).
+    - `tails`: for each convolution, the last inputs, float32.
+    - `hops`: `[B, 2, 2, 200]` float32, the last two hops of both sources.
+    - `taps`: `[B, 2, 256]` float32, the filters at the end of the last hop.
+    - `pitch`: `[B]` int32, the pitch there, in units of PITCH_GRID.
+    - `phase`: `[B]` uint32, the phase there; a cycle is 2^32.
+    - `frame`: `[B]` uint32, the number of frames so far, from which the noise is computed.
     """
     tails = {f"block{i}": jnp.zeros((batch, cfg.kernel - 1, cfg.width)) for i in range(cfg.depth)}
-    # Zero after the embedding's scaling is log-mel -2; -10/3 is the floor of -7, digital silence.
+    # The embedding scales a log-mel of -2 to zero. A log-mel of -7, digital silence, becomes -10/3.
     tails["embed"] = jnp.full((batch, cfg.kernel - 1, N_MELS), -10.0 / 3.0, jnp.float32)
     return {
         "tails": tails,
@@ -209,18 +244,27 @@ def init_state(cfg: VocoderConfig, batch: int) -> VocoderState:
 def predict_controls(
     cfg: VocoderConfig, params: Params, state: VocoderState, frames: jax.Array, known_hz: jax.Array | None = None
 ) -> tuple[dict[str, jax.Array], Controls]:
-    """The network alone: `[B, F, 80]` -> (next tails, `Controls`).
+    """Runs the network alone.
 
-    `known_hz` `[B, F]`, in training: the recording's pitch, which replaces the network's own; 0 where unknown.
+    Args:
+      cfg: the sizes.
+      params: a nested dict of arrays, as in `param_specs`.
+      state: from `init_state` or the call before.
+      frames: `[B, F, 80]`, fine log-mels.
+      known_hz: `[B, F]`, in training: the pitch of the recording, which replaces the network's own; 0 where unknown.
+
+    Returns:
+      The next tails, and the controls.
     """
-    luck = _noise_luck(state["frame"], frames.shape[1])
-    return bind(Vocoder(cfg), params)(state["tails"], frames, luck, known_hz)
+    excess = _noise_excess(state["frame"], frames.shape[1])
+    return bind(Vocoder(cfg), params)(state["tails"], frames, excess, known_hz)
 
 
 def _white(frame: jax.Array, count: int) -> jax.Array:
-    """`[B, F, 200]` white noise of variance one, a function of the frame's number: a bit mixer on the sample's number.
+    """Returns white noise of variance one, `[B, F, 200]`, for `count` frames from number `frame` `[B]` uint32 on.
 
-    The mixer is MurmurHash3's 32-bit finaliser (Appleby, public domain): ten integer operations a sample, no state.
+    The noise is a pure function of a sample's number. The bits are mixed by MurmurHash3's 32-bit finaliser (Appleby,
+    public domain), which takes ten integer operations per sample and has no state.
     """
     numbers = frame[:, None] + jnp.arange(count, dtype=jnp.uint32)
     bits = numbers[..., None] * jnp.uint32(FINE_HOP) + jnp.arange(FINE_HOP, dtype=jnp.uint32)
@@ -230,11 +274,11 @@ def _white(frame: jax.Array, count: int) -> jax.Array:
     return (bits.astype(jnp.int32).astype(jnp.float32)) * np.float32(np.sqrt(3.0) / 2**31)
 
 
-def _noise_luck(frame: jax.Array, count: int) -> jax.Array:
-    """`[B, F, 80]` log10 by how much the noise source exceeds its mean level in each fine frame's own window.
+def _noise_excess(frame: jax.Array, count: int) -> jax.Array:
+    """Returns by how much the noise source exceeds its mean level in each fine frame's window, log10, `[B, F, 80]`.
 
-    50 ms of noise are uneven, by 5 dB in a narrow channel. The source is known, future samples included, so the filter
-    can be told and make up for it: a breath then sounds as even as the recorded one.
+    50 ms of noise are uneven, by 5 dB in a narrow channel. The source is known in advance, future samples included. So
+    the network can compensate for it, and a breath sounds as even as the recorded breath.
     """
     hops = _white(frame - jnp.uint32(2), count + 4)
     windows = jnp.concatenate([hops[:, k : k + count] for k in range(5)], axis=-1)[..., FINE_HOP // 2 :][
@@ -248,24 +292,24 @@ def _noise_luck(frame: jax.Array, count: int) -> jax.Array:
 
 
 def _pulses(before: jax.Array, pitch: jax.Array, phase: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Band-limited pulse train of variance one: all harmonics of the pitch, in phase.
+    """Makes a band-limited pulse train of variance one: all harmonics of the pitch, in phase.
 
     Args:
-      before, pitch: int32 `[B, F]` pitch at the start and the end of each hop, on PITCH_GRID.
-      phase: uint32 `[B]` at the start of the first hop.
+      before, pitch: `[B, F]` int32, the pitch at the start and at the end of each hop, in units of PITCH_GRID.
+      phase: `[B]` uint32, the phase at the start of the first hop.
 
     Returns:
-      `[B, F, 200]` samples and the phase after the last hop.
+      The samples `[B, F, 200]`, and the phase after the last hop, `[B]` uint32.
     """
-    turned = (before + pitch).astype(jnp.uint32) * jnp.uint32(_CYCLE)
-    ends = phase[:, None] + jnp.cumsum(turned, axis=1, dtype=jnp.uint32)
+    advance = (before + pitch).astype(jnp.uint32) * jnp.uint32(_CYCLE)
+    ends = phase[:, None] + jnp.cumsum(advance, axis=1, dtype=jnp.uint32)
     starts = jnp.concatenate([phase[:, None], ends[:, :-1]], axis=1)
     n = jnp.arange(1, FINE_HOP + 1, dtype=jnp.float32)
     f0, f1 = (PITCH_GRID / SAMPLE_RATE * p.astype(jnp.float32)[..., None] for p in (before, pitch))
     cycles = (starts >> 8).astype(jnp.float32)[..., None] * 2.0**-24 + f0 * n + (f1 - f0) * (n * n / (2 * FINE_HOP))
     cycles = cycles - jnp.round(cycles)
     harmonics = jnp.floor(_TOP_HZ / SAMPLE_RATE / jnp.maximum(f0, f1))
-    # Sum of cos(2 pi k c) for k = 1..H in closed form (Dirichlet's kernel), its limit where the pulse stands.
+    # The sum of cos(2 pi k c) for k = 1..H in closed form (Dirichlet's kernel), and its limit at the pulse.
     low = jnp.sin(jnp.pi * cycles)
     near = jnp.abs(low) < 1e-4
     kernel = jnp.sin((2 * harmonics + 1) * jnp.pi * cycles) / jnp.where(near, 1.0, low)
@@ -274,15 +318,15 @@ def _pulses(before: jax.Array, pitch: jax.Array, phase: jax.Array) -> tuple[jax.
 
 
 def render(state: VocoderState, hz: jax.Array, taps: jax.Array) -> tuple[VocoderState, jax.Array]:
-    """Runs the sources through the filters.
+    """Runs the two sources through the filters.
 
     Args:
-      state: from `init_state` or the call before (its tails are not used).
-      hz: `[B, F]` pitch at the hops' ends; no gradient flows into it.
-      taps: `[B, F, 2, 256]` filters there.
+      state: from `init_state` or the call before; its tails are not used.
+      hz: `[B, F]`, the pitch at the ends of the hops; no gradient flows into it.
+      taps: `[B, F, 2, 256]`, the filters at the ends of the hops.
 
     Returns:
-      The state less its tails, and the wave `[B, 200 F]`.
+      The next state without tails, and the waveform `[B, 200 F]`, 16 kHz float32.
     """
     count = hz.shape[1]
     pitch = jnp.round(jax.lax.stop_gradient(hz) / PITCH_GRID).astype(jnp.int32)
@@ -294,7 +338,7 @@ def render(state: VocoderState, hz: jax.Array, taps: jax.Array) -> tuple[Vocoder
     spectra = jnp.fft.rfft(windows)  # [B, F, 2, 257]
     taps = jnp.concatenate([state["taps"][:, None], taps], axis=1)
     responses = jnp.fft.rfft(taps, _FFT)
-    # Circular convolution wraps into the first TAPS - 1 samples of the window; the hop is its last 200.
+    # A circular convolution wraps into the first TAPS - 1 samples of the window. The hop is the last 200 samples.
     both = jnp.stack([jnp.sum(spectra * responses[:, k : k + count], axis=2) for k in range(2)])
     old, new = jnp.fft.irfft(both, _FFT)[..., -FINE_HOP:]
     fade = jnp.arange(1, FINE_HOP + 1, dtype=jnp.float32) / FINE_HOP
@@ -312,15 +356,16 @@ def render(state: VocoderState, hz: jax.Array, taps: jax.Array) -> tuple[Vocoder
 def vocode(
     cfg: VocoderConfig, params: Params, state: VocoderState, frames: jax.Array
 ) -> tuple[VocoderState, jax.Array]:
-    """Speaks `frames`, any number of them: one micro-turn is 16.
+    """Turns any number of frames into sound; a micro-turn has 16 frames.
 
     Args:
-      params: nested dict of arrays as in `param_specs`.
+      cfg: the sizes.
+      params: a nested dict of arrays, as in `param_specs`.
       state: from `init_state` or the call before.
-      frames: `[B, F, 80]` fine log-mels (log10, -7..2; `stream.dmel.fine_log_mel`), F >= 1.
+      frames: `[B, F, 80]`, fine log-mels (log10, from -7 to 2; `stream.dmel.fine_log_mel`); F >= 1.
 
     Returns:
-      The next state and the waveform `[B, 200 F]`, 16 kHz float32.
+      The next state, and the waveform `[B, 200 F]`, 16 kHz float32.
     """
     tails, controls = predict_controls(cfg, params, state, frames)
     after, wave = render(state, controls.hz, controls.taps)
