@@ -1,64 +1,119 @@
-"""Compiles a traced program for hardware that is not here and reads what memory it needs. Called by `planning`."""
+"""Compiles a program for hardware that is not here, and reads how much memory the compiler allots.
+
+Called by `planning`. The one thing to know: `compile_program` changes the configuration of JAX and of the allocator for
+the whole process, so a plan should have a process of its own.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import ClosedJaxpr
 
-from jaxtml.config import Config
 from jaxtml.errors import InputError
+from jaxtml.parallel.mesh import MeshShape, make_mesh
+from jaxtml.plan.programs import Program
 from jaxtml.plan.roofline import GIB, Memory
 from jaxtml.plan.topology import Topology
 
-
-def _return_memory() -> None:
-    """Keeps glibc from raising, with every large array that is freed, the size up to which it holds memory back: a
-    fifth of what the compiler of a large program has at its peak."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; its initial value
+_NEEDS = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
+_OVER = re.compile(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)")
 
 
 class DoesNotFit(InputError):
     """A program needs more memory than a chip has."""
 
 
-_HELPS = {
-    "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
-    "train.moment_dtype=bfloat16",
-    "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
-}
-_NEEDS = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
-_OVER = re.compile(r"[Ee]xceeded \w+ capacity by ([\d.]+\w?)")
+class CompiledProgram(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      arguments: the shapes of its arguments.
+      jaxpr: the program as its work is counted.
+      memory: the memory of one device.
+    """
+
+    arguments: tuple[Any, ...]
+    jaxpr: ClosedJaxpr
+    memory: Memory
 
 
-def _compiled_memory(traced: Any, config: Config, where: Topology, program: str) -> Memory:
-    """What the compiler allots. Some refuse a program that is too large, others compile it all the same."""
+def compile_program(
+    make_program: Callable[[], Program], topology: Topology, mesh: MeshShape, name: str, remedy: str
+) -> CompiledProgram:
+    """Compiles a program for a topology.
 
-    def refused(how_much: str) -> DoesNotFit:
-        return DoesNotFit(f"{config.name} does not fit {where}, {how_much}: try {_HELPS[program]}, or more chips")
+    Args:
+      make_program: makes the program; called while the mesh is set.
+      topology: the hardware.
+      mesh: the shape of the mesh over its devices.
+      name: of the config, for messages.
+      remedy: what makes the program smaller, for messages.
+
+    Raises:
+      InputError: there is no compiler for the topology, or the mesh does not fit it.
+      DoesNotFit: the program needs more memory than a device has.
+    """
+    _return_freed_memory()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler: JAX must not look for its devices
+    jax.config.update("jax_enable_compilation_cache", False)  # this process could not read such programs back
+    devices = topology.find_devices()
+    with jax.set_mesh(make_mesh(mesh, devices)):
+        program = make_program()
+        jitted = jax.jit(program.function, donate_argnums=program.donated)
+        with jax.default_device(devices[0]):  # libraries of kernels ask where the program will run
+            traced = jitted.trace(*program.arguments)
+            memory = _compile_memory(traced, topology, name, remedy)
+        # On GPUs, libraries hide matrix products in kernels. Traced for the CPU, the program has no such kernels.
+        jaxpr = traced.jaxpr if topology.chip.gpu is None else jitted.trace(*program.arguments).jaxpr
+    return CompiledProgram(program.arguments, jaxpr, memory)
+
+
+def _return_freed_memory() -> None:
+    """Keeps glibc from holding on to freed memory.
+
+    With every large array that is freed, glibc raises the size up to which it keeps freed memory. For the compiler of a
+    large program, that would be a fifth of its peak memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; to set it, even to its initial value, keeps it from rising
+
+
+def _compile_memory(traced: Any, topology: Topology, name: str, remedy: str) -> Memory:
+    """Compiles a traced program (`jax.stages.Traced`) and returns its memory.
+
+    Some compilers refuse a program that is too large, others compile it all the same.
+
+    Raises:
+      DoesNotFit: the program needs more memory than a device has.
+    """
+
+    def does_not_fit(how_much: str) -> DoesNotFit:
+        return DoesNotFit(f"{name} does not fit {topology}, {how_much}: try {remedy}, or more chips")
 
     try:
-        found = traced.lower().compile().memory_analysis()
+        analysis = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())
-        over, needs = _OVER.search(said), _NEEDS.search(said)
-        if "RESOURCE_EXHAUSTED" not in said or not (over or needs or "HBM" in said.upper()):
+        message = " ".join(str(error).split())
+        over, needs = _OVER.search(message), _NEEDS.search(message)
+        if "RESOURCE_EXHAUSTED" not in message or not (over or needs or "HBM" in message.upper()):
             raise
         if needs is not None:
-            raise refused(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
-        raise refused(f"by {over.group(1)} per device" if over else f"({said[:160]})") from error
+            raise does_not_fit(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
+        raise does_not_fit(f"by {over.group(1)} per device" if over else f"({message[:160]})") from error
     memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.generated_code_size_in_bytes,
     )
-    room = where.chip.memory / where.chip.devices
+    room = topology.chip.memory / topology.chip.devices
     if memory.total > room:
-        raise refused(f"a device has {room / GIB:.1f} GiB and would need {memory.total / GIB:.1f}")
+        raise does_not_fit(f"a device has {room / GIB:.1f} GiB and would need {memory.total / GIB:.1f}")
     return memory

@@ -1,8 +1,9 @@
-"""The real programs with shapes in place of arrays, for a mesh that need not be there. Called by `plan`."""
+"""The real programs, with shapes in place of arrays, for a mesh that need not be present. Called by `planning`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtml.train.storage import shapes
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of `jax.ShapeDtypeStruct`s with or without a sharding."""
+    """Returns the bytes that one device holds of a tree of `jax.ShapeDtypeStruct`s, with or without shardings."""
     return sum(
         math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
         for a in jax.tree.leaves(tree)
@@ -27,15 +28,21 @@ def device_bytes(tree: Any) -> int:
 
 
 class Program(NamedTuple):
-    """A function that `jax.jit` takes, its arguments as shapes, and which of them it may overwrite."""
+    """A program before compilation.
 
-    function: Any
+    Attributes:
+      function: a function for `jax.jit`.
+      arguments: the shapes of its arguments.
+      donated: the indices of the arguments that it may overwrite.
+    """
+
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...]
 
 
 def make_training_program(config: Config, shape: MeshShape) -> Program:
-    """One training step on the mesh that is set (`jax.set_mesh`, or an abstract one)."""
+    """Makes one training step for the mesh that is set (by `jax.set_mesh`, or an abstract mesh)."""
     model = InteractionModel(config, Placement(shape, config.train.transport, config.train.capacity))
     mesh = jax.sharding.get_abstract_mesh()
     init, step = make_train_step(model)
@@ -48,10 +55,10 @@ def make_training_program(config: Config, shape: MeshShape) -> Program:
 
 
 def make_serving_program(config: Config, shape: MeshShape, platform: str) -> Program:
-    """One micro-turn of `serve.sessions` sessions on the mesh that is set, of devices of `platform`.
+    """Makes one micro-turn of `serve.sessions` sessions, for the mesh that is set and its `platform`.
 
     Raises:
-      InputError: the mesh cannot share the sessions, or a dimension of the model.
+      InputError: the mesh does not divide the sessions, or a dimension of the model.
     """
     serve = config.serve
     model = InteractionModel(config, Placement(shape, serve.transport, int8=serve.int8_experts))
@@ -60,14 +67,14 @@ def make_serving_program(config: Config, shape: MeshShape, platform: str) -> Pro
     trained = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, config.train.param_dtype), InteractionModel(config).specs()
     )
-    given = (
+    arguments = (
         jax.eval_shape(duplex.prepare, trained),
         jax.eval_shape(lambda: duplex.init_state(serve.sessions)),
         jax.eval_shape(lambda: duplex.empty_inputs(serve.sessions)),
     )
     mesh = jax.sharding.get_abstract_mesh()
-    layouts = duplex.layouts() if shape.devices > 1 else jax.tree.map(lambda _: PartitionSpec(), given)
-    given = jax.tree.map(
-        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), given, layouts
+    layouts = duplex.layouts() if shape.devices > 1 else jax.tree.map(lambda _: PartitionSpec(), arguments)
+    arguments = jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), arguments, layouts
     )
-    return Program(duplex.step, given, (1,))
+    return Program(duplex.step, arguments, (1,))

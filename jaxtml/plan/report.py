@@ -1,10 +1,7 @@
-"""From what a program needs to what that means on a chip: memory against what there is, a time that nothing can beat.
+"""Turns the work and memory of a compiled program into the figures of a plan. Pure arithmetic; called by `planning`.
 
-The roofline takes the slowest of three as the time of a step, as if all else were hidden behind it: matrix products at
-the published peak, bytes to other devices at the published rate of all links, and bytes of memory at its published
-rate: of a training step every argument read and every output written once, of a forward pass in serving the weights
-that it needs and what its sessions remember. A real step is slower: no latency of a link or a kernel is in it. Called
-by `plan`; pure arithmetic.
+A training step reads each of its arguments and writes each of its outputs once. A forward pass in serving reads the
+weights that it needs, and what the sessions remember. `roofline` has the rules by which these become seconds.
 """
 
 from __future__ import annotations
@@ -18,50 +15,56 @@ from jaxtml.config import Config
 from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
-from jaxtml.plan.roofline import Memory, roofline
+from jaxtml.plan.roofline import Memory, compute_roofline
 from jaxtml.plan.topology import Topology
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
+
+Report = dict[str, Any]  # what `jaxtml plan --json` prints
+
+LONG_SESSION_TOKENS = 2**24  # a session in which every window has long been full
+WRITTEN_TOKENS = 3  # tokens that a speaking micro-turn writes: SAY and two more, about four words per second
 
 
 def report_training(
     work: Work,
     memory: Memory,
-    held: Mapping[str, int],
+    argument_bytes: Mapping[str, int],
     topology: Topology,
     mesh: MeshShape,
     tokens: int,
     needed_flops: float,
-) -> dict[str, Any]:
-    """The plan of a training step as people and scripts read it.
+) -> Report:
+    """Returns the report of a training step.
 
     Args:
       work: of one device.
       memory: of one device.
-      held: bytes of what its arguments are.
-      topology: what it is compiled for.
-      mesh: over it.
-      tokens: of the whole batch.
-      needed_flops: of the whole step (`jaxtml.model.flops`).
+      argument_bytes: bytes of one device by the name of an argument.
+      topology: the hardware.
+      mesh: the shape of the mesh over its devices.
+      tokens: of the complete batch.
+      needed_flops: of the complete step (`jaxtml.model.flops`).
     """
-    time = roofline(work, memory.arguments + memory.outputs, topology, mesh)
-    kinds = {
-        **held,
+    times = compute_roofline(work, memory.arguments + memory.outputs, topology, mesh)
+    memory_parts = {
+        **argument_bytes,
         "temporaries": memory.temporaries,
-        "other": memory.total - sum(held.values()) - memory.temporaries,
+        "other": memory.total - sum(argument_bytes.values()) - memory.temporaries,
     }
-    return _report(work, memory, topology, time.step, tokens, needed_flops, kinds) | {"bound_by": time.bound}
+    report = _report_common(work, memory, topology, times.step, tokens, needed_flops, memory_parts)
+    return report | {"bound_by": times.bound}
 
 
-def _report(
+def _report_common(
     work: Work,
     memory: Memory,
     topology: Topology,
     seconds: float,
     tokens: float,
     needed_flops: float,
-    kinds: Mapping[str, float],
-) -> dict[str, Any]:
-    """What the plans of both programs have in common; `kinds` are bytes of a device."""
+    memory_parts: Mapping[str, float],
+) -> Report:
+    """Returns the figures that the reports of both programs have; `memory_parts` are bytes of one device."""
     chip = topology.chip
     return {
         "chips": topology.chips,
@@ -73,117 +76,135 @@ def _report(
         "roofline_step_ms": 1e3 * seconds,
         "tokens_per_s_per_chip": tokens / seconds / topology.chips,
         "mfu": needed_flops / (seconds * topology.chips * chip.flops),
-        "memory": {name: size * chip.devices for name, size in kinds.items()},
+        "memory": {name: size * chip.devices for name, size in memory_parts.items()},
     }
-
-
-LONG = 2**24  # tokens of a session, when every window has long been full
-WRITTEN_TOKENS = 3  # tokens that a speaking micro-turn writes: SAY and two more, about four words a second
 
 
 @dataclass(frozen=True)
 class ServingLoad:
-    """What a device of a serving program holds and does.
+    """What a device of a serving program holds and does. Bytes and work are those of one device.
 
     Attributes:
-      sessions: on all devices, a multiple of `parts`.
-      parts: into how many the mesh splits them.
-      experts, weights, state: bytes of its routed experts, of its other parameters, of what its sessions remember.
-      rare: bytes among `weights` of which a token reads a few rows or a frame makes use alone: embedding and vision.
-      flow: bytes among `weights` that are read where a session speaks.
+      sessions: on all devices, a multiple of `session_shards`.
+      session_shards: the number of parts into which the mesh splits the sessions.
+      experts: bytes of routed experts.
+      weights: bytes of all other parameters.
+      state: bytes that the sessions remember.
+      rare: bytes among `weights` that cost no time here: a token reads only a few rows of the embedding, and the vision
+        tower works only on frames.
+      flow: bytes among `weights` that are read only while a session speaks.
       listening: work of a micro-turn in which every session listens.
-      widest: work of one in which every session is given all that fits, before any round.
-      turn: work of one round of the loop: every session writes a token, or speaks 50 ms.
-      given: positions read before any round, where nothing is typed or seen and where all that fits is.
-      longest: the most rounds that a micro-turn can take.
+      fullest: work before the loop in a micro-turn in which every session receives all the input that fits.
+      one_round: work of one round of the loop, in which every session writes a token or speaks 50 ms.
+      prefill: positions of a session before the loop: with nothing typed or seen, and with all the input that fits.
+      max_rounds: the most rounds that a micro-turn can take.
     """
 
     sessions: int
-    parts: int
+    session_shards: int
     experts: float
     weights: float
     state: float
     rare: float
     flow: float
     listening: Work
-    widest: Work
-    turn: Work
-    given: tuple[int, int]
-    longest: int
+    fullest: Work
+    one_round: Work
+    prefill: tuple[int, int]
+    max_rounds: int
 
 
 class _Pass(NamedTuple):
-    """One reading of the weights: what is done, tokens of all sessions in it, whether any session speaks."""
+    """One forward pass, in which the weights are read once.
+
+    Attributes:
+      work: of one device.
+      tokens: of all sessions.
+      speaks: whether any session speaks.
+    """
 
     work: Work
     tokens: int
     speaks: bool
 
 
-def report_serving(
-    config: Config, served: ServingLoad, memory: Memory, topology: Topology, mesh: MeshShape
-) -> dict[str, Any]:
-    """The plan of serving: of a micro-turn in which every session writes `WRITTEN_TOKENS` tokens and speaks.
+def report_serving(config: Config, load: ServingLoad, memory: Memory, topology: Topology, mesh: MeshShape) -> Report:
+    """Returns the report of serving, for a micro-turn in which every session writes `WRITTEN_TOKENS` tokens and speaks.
 
-    `turn_ms` has the roofline of micro-turns in which all listen, all speak, and all take as long as they can;
-    `weight_floor_ms` what reading the weights alone takes in each. `sessions_at_200_ms` is how many sessions memory
-    should hold, and a speaking micro-turn's roofline leave in 200 ms, counted up from those of the plan in proportion.
+    `turn_ms` has the roofline of a micro-turn in which all sessions listen, in which all speak, and which takes the
+    longest possible. `weight_floor_ms` has the time of reading the weights in each of these. `sessions_at_200_ms` is
+    how many sessions fit into memory and have a speaking micro-turn with a roofline of at most 200 ms. It is
+    extrapolated from the sessions of the plan, in proportion.
     """
-    chip, n, (given, wide) = topology.chip, served.sessions, served.given
-    writing, speaking = _Pass(served.turn, n, False), _Pass(served.turn, n, True)
-    spoken = [speaking] * FRAMES_PER_MICRO_TURN
-    turns = {
-        "listening": [_Pass(served.listening, n * given, False)],
-        "speaking": [_Pass(served.listening, n * given, False), *[writing] * (1 + WRITTEN_TOKENS), *spoken],
-        "longest": [
-            _Pass(served.widest, n * wide, False),
-            *[writing] * (served.longest - FRAMES_PER_MICRO_TURN),
-            *spoken,
-        ],
-    }
+    chip, n = topology.chip, load.sessions
+    passes = _micro_turn_passes(load)
 
-    def weights(one: _Pass, share: float = 1.0) -> float:
-        # Experts meet the sessions of their own part of `replica` and `data`.
-        touched = _touched(config, one.tokens * share / (mesh.replica * mesh.data))
-        return served.weights - served.rare - (0 if one.speaks else served.flow) + served.experts * touched
+    def read_bytes(one_pass: _Pass, share: float = 1.0) -> float:
+        """Returns the bytes of weights that a pass reads, with `share` times the sessions of the plan."""
+        # The experts of a device see only the sessions of the device's own part of `replica` and `data`.
+        used = _used_experts(config, one_pass.tokens * share / (mesh.replica * mesh.data))
+        return load.weights - load.rare - (0 if one_pass.speaks else load.flow) + load.experts * used
 
-    def seconds(passes: list[_Pass], share: float = 1.0) -> float:
-        """Of as many sessions as the plan has, times `share`."""
+    def seconds(name: str, share: float = 1.0) -> float:
+        """Returns the roofline of a micro-turn with `share` times the sessions of the plan."""
         return sum(
-            roofline(one.work.scaled(share), weights(one, share) + share * served.state, topology, mesh).step
-            for one in passes
+            compute_roofline(
+                one_pass.work.scaled(share), read_bytes(one_pass, share) + share * load.state, topology, mesh
+            ).step
+            for one_pass in passes[name]
         )
 
     work = Work()
-    for one in turns["speaking"]:
-        work.add(one.work)
-    tokens = n * (given + len(turns["speaking"]) - 1)
+    for one_pass in passes["speaking"]:
+        work.add(one_pass.work)
+    tokens = n * (load.prefill[0] + len(passes["speaking"]) - 1)
     unembed = 2 * config.backbone.d_model * config.backbone.vocab_size
-    needed = tokens * (forward_flops_per_token(config, LONG) - unembed) + n * (1 + WRITTEN_TOKENS) * unembed
-    kinds = {
-        "routed experts": served.experts,
-        "other weights": served.weights,
-        "sessions": served.state,
+    per_token = forward_flops_per_token(config, LONG_SESSION_TOKENS) - unembed
+    needed_flops = tokens * per_token + n * (1 + WRITTEN_TOKENS) * unembed
+    memory_parts = {
+        "routed experts": load.experts,
+        "other weights": load.weights,
+        "sessions": load.state,
         "temporaries": memory.temporaries,
-        "other": memory.total - served.experts - served.weights - served.state - memory.temporaries,
+        "other": memory.total - load.experts - load.weights - load.state - memory.temporaries,
     }
-    report = _report(work, memory, topology, seconds(turns["speaking"]), tokens, needed, kinds)
-    fixed = served.experts + served.weights + memory.code
-    each = (memory.total - fixed) / n
-    room = int((chip.memory / chip.devices - fixed) / each) // served.parts
-    fitting = bisect_right(
-        range(1, room + 1), MICRO_TURN_MS / 1e3, key=lambda parts: seconds(turns["speaking"], parts * served.parts / n)
+    report = _report_common(work, memory, topology, seconds("speaking"), tokens, needed_flops, memory_parts)
+    fixed_bytes = load.experts + load.weights + memory.code
+    bytes_per_session = (memory.total - fixed_bytes) / n
+    # Sessions are counted in units of one session per shard.
+    units_in_memory = int((chip.memory / chip.devices - fixed_bytes) / bytes_per_session) // load.session_shards
+    units_in_time = bisect_right(
+        range(1, units_in_memory + 1),
+        MICRO_TURN_MS / 1e3,
+        key=lambda units: seconds("speaking", units * load.session_shards / n),
     )
     rate = chip.memory_rate / chip.devices
     return report | {
         "sessions": n,
-        "sessions_at_200_ms": fitting * served.parts,
-        "turn_ms": {name: 1e3 * seconds(passes) for name, passes in turns.items()},
-        "weight_floor_ms": {name: 1e3 * sum(map(weights, passes)) / rate for name, passes in turns.items()},
+        "sessions_at_200_ms": units_in_time * load.session_shards,
+        "turn_ms": {name: 1e3 * seconds(name) for name in passes},
+        "weight_floor_ms": {name: 1e3 * sum(map(read_bytes, turn)) / rate for name, turn in passes.items()},
     }
 
 
-def _touched(config: Config, tokens: float) -> float:
-    """The share of a layer's experts that work on any of `tokens` tokens, chosen evenly."""
+def _micro_turn_passes(load: ServingLoad) -> dict[str, list[_Pass]]:
+    """Returns the forward passes of three micro-turns: all sessions listen, all speak, and the longest possible."""
+    n, (narrow, wide) = load.sessions, load.prefill
+    listening = _Pass(load.listening, n * narrow, False)
+    write, speak = _Pass(load.one_round, n, False), _Pass(load.one_round, n, True)
+    speech = [speak] * FRAMES_PER_MICRO_TURN
+    return {
+        "listening": [listening],
+        "speaking": [listening, *[write] * (1 + WRITTEN_TOKENS), *speech],
+        "longest": [
+            _Pass(load.fullest, n * wide, False),
+            *[write] * (load.max_rounds - FRAMES_PER_MICRO_TURN),
+            *speech,
+        ],
+    }
+
+
+def _used_experts(config: Config, tokens: float) -> float:
+    """Returns the share of a layer's experts that work on any of `tokens` tokens, if experts are chosen evenly."""
     b = config.backbone
     return 1 - (1 - b.experts_per_token / b.n_experts) ** tokens

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from jaxtml.plan.report import Report
 from jaxtml.plan.roofline import GIB
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """A report as lines for people."""
+def format_report(report: Report) -> str:
+    """Returns a report as lines for people."""
     memory, limit = report["memory"], report["chip_memory_bytes"]
     if report["program"] == "serve":
-        turns, floors = report["turn_ms"], report["weight_floor_ms"]
-        lines = [
-            f"a micro-turn at best {name} {turns[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
-            for name in turns
+        times, floors = report["turn_ms"], report["weight_floor_ms"]
+        figures = [
+            f"a micro-turn at best {name} {times[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
+            for name in times
         ]
-        lines.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
+        figures.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
     else:
-        lines = [
+        figures = [
             f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
             f"tokens/s per chip  {report['tokens_per_s_per_chip']:8.0f} at best, MFU {report['mfu']:.1%}",
         ]
@@ -29,10 +28,10 @@ def format_report(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
         f"FLOPs per chip     {report['flops_per_chip']:8.3e}, {report['flops_ratio']:.3f} x what the tokens need",
         *(f"sent per device    {size / GIB:8.2f} GiB {kind}" for kind, size in report["collective_bytes"].items()),
-        *lines,
+        *figures,
         *(
-            f"{' '.join(one['set']):40} {one['bytes_per_chip'] / GIB:8.2f} GiB, MFU {one['mfu']:.1%} at best"
-            for one in report.get("searched", ())
+            f"{' '.join(result['set']):40} {result['bytes_per_chip'] / GIB:8.2f} GiB, MFU {result['mfu']:.1%} at best"
+            for result in report.get("searched", ())
         ),
     ]
     return "\n".join(lines)

@@ -1,4 +1,9 @@
-"""The least time that a program can take on a chip, from its work and the chip's public figures. Called by `report`."""
+"""The roofline: the least time that a program can take on a chip, from its work and the chip's published figures.
+
+The time of a step is that of the slowest of four things, as if everything else were hidden behind it: matrix products
+at the published peak, bytes over links, bytes over the network between slices or hosts, and bytes of memory, each at
+its published rate. A real step is slower, because no latency of a link or a kernel is counted. Called by `report`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, as the compiler allots them; `aliased` outputs lie where donated arguments lay."""
+    """Bytes of one device, as the compiler allots them.
+
+    Attributes:
+      arguments: all arguments of the program.
+      outputs: all outputs.
+      aliased: outputs that take the place of donated arguments.
+      temporaries: everything else while the program runs.
+      code: the program itself.
+    """
 
     arguments: int
     outputs: int
@@ -24,12 +37,20 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes that the program needs; what is overwritten counts once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step by what bounds it: products, links inside a slice, network between slices, memory."""
+    """Seconds that a step would take if only one thing bounded it.
+
+    Attributes:
+      compute: matrix products.
+      links: bytes sent over links inside a slice, or between GPUs with fast links.
+      network: bytes sent between slices or hosts.
+      memory: bytes of memory that are read or written.
+    """
 
     compute: float
     links: float
@@ -38,18 +59,26 @@ class Times:
 
     @property
     def step(self) -> float:
+        """Seconds of a step: those of the slowest."""
         return max(self.compute, self.links, self.network, self.memory)
 
     @property
     def bound(self) -> str:
+        """The name of the slowest."""
         return max(("compute", "links", "network", "memory"), key=lambda name: getattr(self, name))
 
 
-def roofline(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Times:
-    """The roofline of one device's program that moves `read` bytes of its memory.
+def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: MeshShape) -> Times:
+    """Computes the roofline of one device's program.
 
-    A topology is one slice of TPUs, in which all have fast links to each other; on GPUs what reaches beyond those that
-    have goes over the network. The last axes of a mesh are neighbours.
+    A topology of TPUs is one slice, in which all chips have fast links to each other. On GPUs, a collective that
+    reaches beyond the GPUs with fast links goes over the network. The last axes of a mesh are neighbours.
+
+    Args:
+      work: of one device.
+      memory_bytes: bytes of memory that the device reads or writes.
+      topology: the hardware.
+      mesh: the shape of the mesh over its devices.
     """
     chip = topology.chip
 
@@ -63,5 +92,5 @@ def roofline(work: Work, read: float, topology: Topology, mesh: MeshShape) -> Ti
         compute=work.flops * chip.devices / chip.flops,
         links=inside * chip.devices / chip.link_rate,
         network=crossing * chip.devices / chip.network_rate,
-        memory=read * chip.devices / chip.memory_rate,
+        memory=memory_bytes * chip.devices / chip.memory_rate,
     )

@@ -1,63 +1,74 @@
-"""`jaxtml plan --search`: the largest batch that fits, for every remat; the largest number of sessions, to serve.
+"""`jaxtml plan --search`: finds the largest batch that fits for every remat, or the largest number of sessions.
 
-Memory grows nearly in proportion to the batch, but small ones may be padded to one size: sizes are doubled, or more
-where the last two say so, until one does not fit, and then narrowed down. Called by `plan`; knows no compiler.
+Called by `planning`; knows no compiler. Memory grows nearly in proportion to the batch, but small batches may be padded
+to one size. So the size is doubled until a program no longer fits, or grows faster where the last two programs allow
+it. Then the limit is narrowed down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-Report = dict[str, Any]
-MAX_TRIES = 10  # compilations of one kind, at most
-MAX_GROWTH = 8  # times the largest size known to fit, at most
+from jaxtml.plan.report import Report
+
+MAX_TRIES = 10  # compilations of one variant
+MAX_GROWTH = 8  # a guess is at most so many times the largest size that is known to fit
 
 
 def find_largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[int, Report] | None:
-    """The largest n, within `MAX_TRIES` tries, for which `measure(n)` finds a program that fits; None: there is none.
+    """Finds the largest n that fits, as far as `MAX_TRIES` tries can tell.
 
     Args:
-      measure: n times the smallest batch -> its report with `bytes_per_chip` and `chip_memory_bytes`; None where it
-        does not fit.
+      measure: compiles n times the smallest batch; returns a report with `bytes_per_chip` and `chip_memory_bytes`, or
+        None where the program does not fit.
       first: the n to begin with.
+
+    Returns:
+      The n and its report; None where nothing fits.
     """
-    fits: dict[int, Report] = {}
-    too_much, guess = None, first
+    fitting: dict[int, Report] = {}
+    too_large, guess = None, first
     for _ in range(MAX_TRIES):
         report = measure(guess)
         if report is None:
-            too_much = guess
+            too_large = guess
         else:
-            fits[guess] = report
-        best = max(fits, default=0)
-        if too_much is not None and too_much - best <= 1:
+            fitting[guess] = report
+        best = max(fitting, default=0)
+        if too_large is not None and too_large - best <= 1:
             break
-        guess = _next(fits, best, too_much)
-    return (best, fits[best]) if fits else None
+        guess = _next_guess(fitting, best, too_large)
+    return (best, fitting[best]) if fitting else None
 
 
-def _next(fits: dict[int, Report], best: int, too_much: int | None) -> int:
-    """The size to try next: what the two largest that fit make likely, within what is known."""
+def _next_guess(fitting: dict[int, Report], best: int, too_large: int | None) -> int:
+    """Returns the size to try next: extrapolated from the two largest that fit, within what is known."""
     likely = 2 * best
-    if len(fits) > 1:
-        before = sorted(fits)[-2]
-        size, smaller = fits[best]["bytes_per_chip"], fits[before]["bytes_per_chip"]
-        slope = (size - smaller) / (best - before)
-        left = fits[best]["chip_memory_bytes"] - size
-        likely = best + int(left / slope) if slope > left / (MAX_GROWTH * best) else MAX_GROWTH * best
-    if too_much is None:
+    if len(fitting) > 1:
+        second = sorted(fitting)[-2]
+        best_bytes, second_bytes = fitting[best]["bytes_per_chip"], fitting[second]["bytes_per_chip"]
+        slope = (best_bytes - second_bytes) / (best - second)
+        room = fitting[best]["chip_memory_bytes"] - best_bytes
+        likely = best + int(room / slope) if slope > room / (MAX_GROWTH * best) else MAX_GROWTH * best
+    if too_large is None:
         return max(best + 1, likely)
-    return likely if best < likely < too_much else (best + too_much) // 2
+    return likely if best < likely < too_large else (best + too_large) // 2
 
 
-def search_kinds(kinds: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:
-    """(kind, n, report) of the largest n of each kind that fits at all, the most tokens a second first; `kinds` are in
-    the order in which they need less memory, or so it is hoped."""
-    found, first = [], 1
-    for kind in kinds:
-        most = find_largest(lambda n, kind=kind: measure(kind, n), first)
-        if most is not None:
-            found.append((kind, *most))
-            first = most[0]
-    return sorted(found, key=lambda one: -one[2]["tokens_per_s_per_chip"])
+def search_variants(variants: list[str], measure: Callable[[str, int], Report | None]) -> list[tuple[str, int, Report]]:
+    """Finds the largest n of each variant.
+
+    Args:
+      variants: in the order of falling memory, as far as that is known.
+      measure: as in `find_largest`, with the variant first.
+
+    Returns:
+      (variant, n, report) for each variant that fits at all, in the order of falling tokens per second.
+    """
+    results, first = [], 1
+    for variant in variants:
+        largest = find_largest(lambda n, variant=variant: measure(variant, n), first)
+        if largest is not None:
+            results.append((variant, *largest))
+            first = largest[0]
+    return sorted(results, key=lambda result: -result[2]["tokens_per_s_per_chip"])

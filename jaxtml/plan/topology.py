@@ -1,7 +1,8 @@
-"""Hardware that is not here: `v5p:4x4x8` or `h100:2x8` as devices to compile for. Called by `plan`.
+"""Hardware that is not here, such as `v5p:4x4x8` or `h100:2x8`, as devices for which programs can be compiled.
 
-TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra `plan`); GPUs from JAX's CUDA plugin and a
-description of the device, which need no GPU (`jax-cuda12-plugin` and `jax-cuda12-pjrt` of JAX's own version).
+Called by `planning` and `compilation`. TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra
+`plan`). GPU topologies come from JAX's CUDA plugin and a description of the device, which need no GPU
+(`jax-cuda12-plugin` and `jax-cuda12-pjrt`, in JAX's own version).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 from jaxtml.errors import InputError
 from jaxtml.parallel.chips import CHIPS, Chip
 
+# The shapes in which Google offers TPUs: flat tori, small cubes, and tori made of cubes of 4 x 4 x 4 chips.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-_CUBE_SIDES = range(4, 25, 4)  # sides of what is put together from cubes of 4 x 4 x 4
-_LARGEST = 9216  # chips
-_HOSTS = re.compile(r"[1-9]\d{0,3}x[1-9]\d?")  # hosts x GPUs of each
-# Without these libtpu asks the cloud who it is, complains of the answer, and refuses a second process.
+_CUBE_SIDES = range(4, 25, 4)
+_MAX_CHIPS = 9216
+_HOSTS = re.compile(r"[1-9]\d{0,3}x[1-9]\d?")  # hosts x GPUs per host
+# Without these variables, libtpu asks the cloud for metadata, complains about the answer, and refuses a second process.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -37,17 +39,22 @@ _LIBTPU = {
 
 @dataclass(frozen=True)
 class Topology:
-    """`chip` in a torus of `shape`, or `shape` hosts with GPUs; JAX sees `devices` devices."""
+    """Chips that are connected to each other.
+
+    Attributes:
+      chip: the kind of chip.
+      shape: the sides of a TPU torus in chips; for GPUs, hosts and GPUs per host.
+    """
 
     chip: Chip
     shape: tuple[int, ...]
 
     @staticmethod
     def parse(text: str) -> Topology:
-        """`"v5p:4x4x8"` -> the topology.
+        """Reads a topology such as "v5p:4x4x8".
 
         Raises:
-          InputError: an unknown chip, or a shape in which it does not come; the message lists what there is.
+          InputError: the chip is unknown, or does not come in this shape; the message lists what there is.
         """
         name, _, shape = text.partition(":")
         chip = next((chip for chip in CHIPS if chip.name == name), None)
@@ -65,60 +72,66 @@ class Topology:
 
     @property
     def chips(self) -> int:
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
+        """The number of JAX devices."""
         return self.chips * self.chip.devices
 
     @property
     def domain(self) -> int | None:
-        """GPUs that have fast links to each other; None: the devices of a slice all have."""
+        """How many GPUs have fast links to each other; None for TPUs, where all chips of a slice have."""
         return None if self.chip.gpu is None else max(self.chip.gpus_per_domain, self.shape[1])
 
     @property
     def platform(self) -> str:
-        """What JAX calls it."""
+        """The name of the platform in JAX."""
         return "tpu" if self.chip.gpu is None else "cuda"
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def find_devices(self) -> Sequence[Any]:
-        """Its devices, to make a mesh of.
+        """Returns the topology's devices, from which a mesh can be made.
 
         Raises:
-          InputError: the compiler is not installed, or does not know the topology.
+          InputError: the compiler is not installed, or does not accept the topology.
         """
         from jax.experimental import topologies
 
-        given = {} if self.chip.gpu is None else {"topology": f"1x{'x'.join(map(str, self.shape))}",
-                                                  "target_config": _target(self.chip)}  # fmt: skip
-        before = dict(os.environ)
-        os.environ.update(_LIBTPU | before)
+        options = {}
+        if self.chip.gpu is not None:
+            options = {
+                "topology": f"1x{'x'.join(map(str, self.shape))}",
+                "target_config": _gpu_target_config(self.chip),
+            }
+        environment = dict(os.environ)
+        os.environ.update(_LIBTPU | environment)
         try:
-            return topologies.get_topology_desc(platform=self.platform, topology_name=str(self), **given).devices
-        except Exception as error:  # plugins raise many kinds
-            said = " ".join(str(error).split())[:200]
-            needs = ("libtpu",) if self.chip.gpu is None else ("jax-cuda12-plugin", "jax-cuda12-pjrt")
-            if all(_installed(name) for name in needs):
-                raise InputError(f"topology {self}: its compiler does not take it: {said}") from error
-            install = f"pip install {' '.join(needs)}"
-            raise InputError(f"topology {self}: no compiler for it here ({install}): {said}") from error
-        finally:  # nobody else should take this process for one of a pod
+            return topologies.get_topology_desc(platform=self.platform, topology_name=str(self), **options).devices
+        except Exception as error:  # plugins raise many kinds of errors
+            message = " ".join(str(error).split())[:200]
+            packages = ("libtpu",) if self.chip.gpu is None else ("jax-cuda12-plugin", "jax-cuda12-pjrt")
+            if all(_is_installed(package) for package in packages):
+                raise InputError(f"topology {self}: the compiler does not accept it: {message}") from error
+            install = f"pip install {' '.join(packages)}"
+            raise InputError(f"topology {self}: no compiler for it here ({install}): {message}") from error
+        finally:  # no other library should take this process for a process of a pod
             os.environ.clear()
-            os.environ.update(before)
+            os.environ.update(environment)
 
 
-def _installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-def _target(chip: Chip) -> str:
-    """A GPU as XLA's `GpuTargetConfigProto` in text: the limits of its kind, and the chip's own figures."""
+def _gpu_target_config(chip: Chip) -> str:
+    """Returns a GPU as XLA's `GpuTargetConfigProto` in text: limits of its generation and the chip's own figures."""
     assert chip.gpu is not None
     gpu = chip.gpu
     device = {
@@ -140,17 +153,17 @@ def _target(chip: Chip) -> str:
 
 @cache
 def _shapes(name: str) -> tuple[str, ...]:
-    """The shapes in which a chip comes, smallest first."""
+    """Returns the shapes in which a TPU chip comes, smallest first; none for a GPU."""
     if name in ("v5e", "v6e"):
         return _FLAT
     if name not in ("v5p", "tpu7x"):
         return ()
-    cubes = (s for s in itertools.combinations_with_replacement(_CUBE_SIDES, 3) if math.prod(s) <= _LARGEST)
+    cubes = (s for s in itertools.combinations_with_replacement(_CUBE_SIDES, 3) if math.prod(s) <= _MAX_CHIPS)
     return (*_SMALL_CUBES, *("x".join(map(str, s)) for s in sorted(cubes, key=math.prod)))
 
 
 def _nearest(name: str, shape: str) -> list[str]:
-    """Four shapes of about as many chips as `shape` asks for."""
+    """Returns the four shapes whose number of chips is nearest to that of `shape`."""
     sides = [int(side[:9]) for side in shape.split("x") if side.isdecimal() and int(side[:9])]
     wanted = math.prod(sides) if sides else 1
 

@@ -17,7 +17,7 @@ from jaxtml.errors import InputError
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import count_work
-from jaxtml.plan import planning as command
+from jaxtml.plan.planning import make_plan, measure_serving_load
 from jaxtml.plan.programs import make_serving_program, make_training_program
 from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
@@ -44,7 +44,7 @@ def test_the_large_models_step_needs_little_more_than_its_tokens_do():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_a_plan_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"no compiler for it here \(pip install libtpu\)") as refused:
-        command.make_plan(configs.load("tiny"), "v5e:2x2", None, "train")
+        make_plan(configs.load("tiny"), "v5e:2x2", None, "train")
     assert "\n" not in str(refused.value)
 
 
@@ -133,11 +133,11 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
         program = make_serving_program(config, shape, "tpu")
         jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
-    served = command._serving_load(config, shape, program, jaxpr, "tpu")
+    load = measure_serving_load(config, shape, program.arguments, jaxpr, "tpu")
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
-    assert served.experts == routed / 8
-    assert served.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
-    assert served.longest == 9 + 12 + 2 + 4 and served.given == (6, 6 + 32 + 153)
+    assert load.experts == routed / 8
+    assert load.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
+    assert load.max_rounds == 9 + 12 + 2 + 4 and load.prefill == (6, 6 + 32 + 153)
     # At most a block of eight rows for each of 96 choices; dense, it would be 128 experts for each of 32 sessions.
-    attention_and_rest = served.turn.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
+    attention_and_rest = load.one_round.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
     assert 96 < attention_and_rest < 16 * 96

@@ -9,7 +9,7 @@ from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
 from jaxtml.plan.report import WRITTEN_TOKENS, ServingLoad, report_serving, report_training
-from jaxtml.plan.roofline import Memory, roofline
+from jaxtml.plan.roofline import Memory, compute_roofline
 from jaxtml.plan.topology import Topology
 
 V5P = Topology.parse("v5p:4x4x8")
@@ -34,7 +34,7 @@ def test_memory_counts_what_is_overwritten_once():
     ],
 )
 def test_the_slowest_part_is_the_time_of_a_step(given, bound, seconds):
-    found = roofline(given, MEMORY.arguments + MEMORY.outputs, V5P, MESH)
+    found = compute_roofline(given, MEMORY.arguments + MEMORY.outputs, V5P, MESH)
     assert found.bound == bound
     assert found.step == pytest.approx(seconds)
 
@@ -66,7 +66,7 @@ def test_a_report_counts_per_chip_also_where_a_chip_is_two_devices():
 )
 def test_what_reaches_beyond_gpus_with_fast_links_goes_over_the_network(topology, mesh, rate):
     sent = Counter({("all_gather", ("expert",)): 1e12})
-    found = roofline(Work(1.0, sent), 0, Topology.parse(topology), mesh)  # pyright: ignore[reportArgumentType]
+    found = compute_roofline(Work(1.0, sent), 0, Topology.parse(topology), mesh)  # pyright: ignore[reportArgumentType]
     assert found.bound == ("network" if rate == 50e9 else "links")
     assert found.step == pytest.approx(1e12 / rate)
 
@@ -76,8 +76,8 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
     config = configs.load("tml_interaction_small")
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
     served = ServingLoad(
-        sessions=32, parts=8, experts=10e9, weights=5e9, state=4e9, rare=1e9, flow=0.5e9,
-        listening=work(459e9), widest=work(4590e9), turn=work(0.0, sent=60e9), given=(6, 191), longest=20,
+        sessions=32, session_shards=8, experts=10e9, weights=5e9, state=4e9, rare=1e9, flow=0.5e9,
+        listening=work(459e9), fullest=work(4590e9), one_round=work(0.0, sent=60e9), prefill=(6, 191), max_rounds=20,
     )  # fmt: skip
     memory = Memory(arguments=int(20e9), outputs=int(4e9), aliased=int(4e9), temporaries=int(4e9))
     report = report_serving(config, served, memory, chips, MeshShape(data=2, expert=4))
@@ -106,12 +106,12 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
 
 def test_sessions_at_200_ms_are_what_memory_and_time_leave_in_whole_parts():
     config = configs.load("tml_interaction_small", ["backbone.experts_per_token=256"])
-    given = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "given": (6, 191), "longest": 20}
+    given = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "prefill": (6, 191), "max_rounds": 20}
     free = work(0.0)
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
 
     def most(state: float) -> int:
-        served = ServingLoad(16, 4, **given, state=state, listening=free, widest=free, turn=free)
+        served = ServingLoad(16, 4, **given, state=state, listening=free, fullest=free, one_round=free)
         report = report_serving(config, served, memory, Topology.parse("v5p:2x2x1"), MeshShape(expert=4))
         return report["sessions_at_200_ms"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtml.plan.search import MAX_TRIES, find_largest, search_kinds
+from jaxtml.plan.search import MAX_TRIES, find_largest, search_variants
 
 
 def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
@@ -63,7 +63,7 @@ def test_the_kind_that_gives_the_most_tokens_comes_first_and_one_that_never_fits
         speed = {"none": 4.0, "outputs": 3.5, "full": 3.0}[kind] * n / (n + 1)
         return {"bytes_per_chip": 50 + n * costs[kind], "chip_memory_bytes": 100, "tokens_per_s_per_chip": speed}
 
-    assert [(kind, n) for kind, n, _ in search_kinds(["none", "outputs", "full"], measure)] == [
+    assert [(kind, n) for kind, n, _ in search_variants(["none", "outputs", "full"], measure)] == [
         ("full", 5),
         ("outputs", 1),
     ]
