@@ -1,4 +1,4 @@
-"""Layers are grouped, stacked and unrolled without changing their order or their numbers."""
+"""Grouping, stacking and unrolling layers changes neither their order nor their numbers."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ TINY = load("tiny").backbone
 SMALL = dataclasses.replace(TINY, d_model=24, d_ff_dense=32, d_ff_expert=16)
 
 
-def _with_layers(n_layers: int, n_dense: int, global_layers: tuple[int, ...]) -> Backbone:
+def _make_backbone(n_layers: int, n_dense: int, global_layers: tuple[int, ...]) -> Backbone:
     return Backbone(dataclasses.replace(SMALL, n_layers=n_layers, n_dense=n_dense, global_layers=global_layers))
 
 
@@ -32,7 +32,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layer_has_one_place_and_its_own_kind(shape):
     n_layers, n_dense, global_layers = SHAPES[shape]
-    backbone = _with_layers(*SHAPES[shape])
+    backbone = _make_backbone(*SHAPES[shape])
     kinds = backbone.kinds()
     assert kinds == [LayerKind(i in global_layers, i >= n_dense) for i in range(n_layers)]
     places = [
@@ -46,12 +46,12 @@ def test_every_layer_has_one_place_and_its_own_kind(shape):
 
 
 def test_inkling_small_compiles_as_five_bodies():
-    backbone = _with_layers(42, 2, tuple(range(5, 42, 6)))
+    backbone = _make_backbone(42, 2, tuple(range(5, 42, 6)))
     assert sum(len(block.runs) for block in backbone.blocks) == 5
 
 
 def test_layers_run_in_the_order_in_which_they_are_unstacked():
-    backbone = _with_layers(8, 2, (2, 5))
+    backbone = _make_backbone(8, 2, (2, 5))
     params = init_params(backbone.specs(), 0)
     layers = backbone.prepare_for_serving(params)
     for b, block in enumerate(backbone.blocks):
@@ -65,7 +65,7 @@ def test_layers_run_in_the_order_in_which_they_are_unstacked():
 
 @pytest.mark.parametrize("remat", ["outputs", "full"])
 def test_computing_layers_again_backwards_changes_no_gradient(remat):
-    backbone = _with_layers(3, 1, (1,))
+    backbone = _make_backbone(3, 1, (1,))
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (2, 40, SMALL.d_model))
 
@@ -77,7 +77,7 @@ def test_computing_layers_again_backwards_changes_no_gradient(remat):
 
 
 def test_padding_at_the_end_changes_nothing_before_it():
-    backbone = _with_layers(3, 1, (1,))
+    backbone = _make_backbone(3, 1, (1,))
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (1, 40, SMALL.d_model))
     padded = jnp.pad(x, ((0, 0), (0, 25), (0, 0)), constant_values=3.0)
@@ -91,7 +91,7 @@ def test_padding_at_the_end_changes_nothing_before_it():
 
 
 def test_bfloat16_stays_near_float32():
-    backbone = _with_layers(3, 1, (1,))
+    backbone = _make_backbone(3, 1, (1,))
     params = init_params(backbone.specs(), 0)
     x = jax.random.normal(jax.random.key(0), (2, 40, SMALL.d_model))
     exact, _ = backbone.forward(params, x)

@@ -1,4 +1,4 @@
-"""Prediction heads give the released logits, look no further than they may, and teach every part that they pass."""
+"""Prediction heads give the released logits, see no position that they must not see, and train every part below."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _text(ids: np.ndarray) -> Inputs:
 
 
 def _head_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
-    """`[H, T - H, unpadded vocabulary]` for the one row of `ids`, and every head's targets are those `ids`, shifted."""
+    """Returns `[H, T - H, unpadded vocabulary]` for the one row of `ids`; checks the shift of each head's targets."""
     model = InteractionModel(config)
     assert model.mtp is not None
 
@@ -105,14 +105,14 @@ def test_transformers_reads_the_heads_that_we_save(released, tmp_path):
     assert _relative_error(_head_logits(config, params, inputs["ids"][:1]), reference) <= BOUND
 
 
-def test_heads_survive_the_way_out_and_back_and_may_stand_in_a_file_of_their_own(released, tmp_path):
+def test_heads_survive_export_and_import_and_may_be_in_a_file_of_their_own(released, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     config, params = released
     write_checkpoint(InMemorySource(config, params), tmp_path, "memory", "hf", "float32")
     weights = load_file(tmp_path / "model.safetensors")
     heads = {name: tensor for name, tensor in weights.items() if name.startswith("model.mtp.")}
-    assert len(heads) == HEADS * 20, "as many tensors a head as the released ones have"
+    assert len(heads) == HEADS * 20, "as many tensors per head as the released heads have"
     save_file({name: t for name, t in weights.items() if name not in heads}, tmp_path / "model.safetensors")
     save_file(heads, tmp_path / "mtp.safetensors")
     again, loaded = read_checkpoint(tmp_path)
@@ -165,7 +165,7 @@ def _loss(config: Config, params: Params, batch: dict[str, np.ndarray]) -> tuple
 
 
 @pytest.mark.parametrize("unrolled", [8, 0], ids=["unrolled", "scanned"])
-def test_every_parameter_of_every_head_learns_and_so_does_what_is_below(unrolled, config, params, batch, monkeypatch):
+def test_every_parameter_of_every_head_learns_and_so_do_the_parts_below(unrolled, config, params, batch, monkeypatch):
     monkeypatch.setattr(mtp, "MAX_UNROLLED_LAYERS", unrolled)
     grads = jax.jit(jax.grad(lambda p: _loss(config, p, batch)[1]["mtp"]))(params)
     found = {path: np.asarray(grad) for path, grad in flatten(grads)}
@@ -189,13 +189,13 @@ def test_every_parameter_of_every_head_learns_and_so_does_what_is_below(unrolled
     assert not any(grad.any() for path, grad in found.items() if path.startswith("flow/"))
 
 
-def test_the_term_is_the_mean_over_heads_of_what_words_further_ahead_weigh(config, params, batch):
+def test_the_loss_term_is_the_mean_over_heads_with_the_weights_of_their_targets(config, params, batch):
     train = dataclasses.replace(config.train, gate_weight=0.5, heard_weight=2.0, text_weight=3.0, mtp_weight=0.25)
     config = dataclasses.replace(config, train=train)
     model = InteractionModel(config)
 
     @jax.jit
-    def foreseen(params: Params) -> Any:
+    def forward(params: Params) -> Any:
         rows = jax.random.split(jax.random.key(0), len(batch["kind"]))
         bins = corrupt_history(batch["bins"], batch["kind"], config.flow, rows)
         inputs = Inputs(batch["kind"], batch["ids"], bins, batch["clock"], batch["patches"])
@@ -203,7 +203,7 @@ def test_the_term_is_the_mean_over_heads_of_what_words_further_ahead_weigh(confi
         hidden, _ = model.hidden_from_embedded(params, embedded, inputs.kind)
         return _loss(config, params, batch), model.mtp_scores(params, hidden, embedded, batch["target"])
 
-    (loss, terms), scores = jax.device_get(foreseen(params))
+    (loss, terms), scores = jax.device_get(forward(params))
     nll, right = scores
     shares = {"gate": 0.5, "heard": 2.0, "text": 3.0, "flow": 1.0, "router_z": train.z_loss, "mtp": 0.25}
     np.testing.assert_allclose(loss, sum(share * terms[name] for name, share in shares.items()), rtol=1e-5)
@@ -218,12 +218,12 @@ def test_the_term_is_the_mean_over_heads_of_what_words_further_ahead_weigh(confi
     np.testing.assert_allclose(terms["mtp_right"], correct / (4 * (batch["term"] != Term.NONE).sum()), rtol=1e-5)
 
 
-def test_serving_reads_no_head(config, params):
+def test_serving_reads_no_prediction_head(config, params):
     ready = jax.eval_shape(Duplex(InteractionModel(config)).prepare, params)
     assert "mtp" in params and "mtp" not in ready
 
 
-def test_heads_count_as_parameters_and_as_work_of_training_alone(config):
+def test_heads_count_as_parameters_and_as_work_of_training_only(config):
     bare = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mtp_heads=0, mtp_global=()))
     (total, active), (fewer, same) = (count_parameters(InteractionModel(c).specs()) for c in (config, bare))
     b, (heads, _) = config.backbone, count_parameters(InteractionModel(config).specs()["mtp"])

@@ -1,7 +1,8 @@
-"""The backbone gives the released forward's logits, for text, audio and images, beyond windows, extents and the floor.
+"""The backbone gives the logits of the released forward pass, for text, audio and images.
 
-Golden files hold it to `transformers` on machines without torch; the tests marked `oracle` run the two side by side on
-checkpoints that `transformers` itself has written.
+The sequences reach beyond windows, relative extents and the floor of log-length scaling. Golden files compare with
+`transformers` on machines without torch. The tests marked `oracle` run both on checkpoints that `transformers` itself
+has written.
 """
 
 import runpy
@@ -34,7 +35,7 @@ def _assert_same(ours: np.ndarray, reference: np.ndarray) -> None:
 
 
 def _our_logits(config: Config, params: Params, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits of the unpadded vocabulary; placeholders become dMel frames and patches."""
+    """Returns our logits over the unpadded vocabulary; placeholder ids become dMel frames and patches."""
     ids = inputs["ids"]
     kind = np.full(ids.shape, PositionKind.TEXT, np.uint8)
     kind[ids == TOOL["AUDIO"]] = PositionKind.USER
@@ -73,7 +74,7 @@ def transformers():
 
 
 def _write_random_checkpoint(transformers, described: dict, folder: Path) -> None:
-    """A checkpoint by `save_pretrained` itself, no parameter at its neutral value."""
+    """Writes a checkpoint with `save_pretrained`, in which no parameter has its neutral value."""
     import torch
 
     torch.manual_seed(1)
@@ -110,7 +111,7 @@ def test_the_released_vision_tower_of_four_folds_gives_its_logits(transformers, 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_loads_what_went_to_ours_and_back_and_finds_the_same_tensors(name, transformers, tmp_path):
+def test_transformers_finds_the_same_tensors_after_conversion_to_ours_and_back(name, transformers, tmp_path):
     from safetensors.numpy import load_file
 
     _write_random_checkpoint(transformers, CASES[name], tmp_path / "hf")
@@ -126,7 +127,7 @@ def test_transformers_loads_what_went_to_ours_and_back_and_finds_the_same_tensor
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     configs = [transformers.InklingConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("hf", "back")]
     for config in configs:
-        del config["_name_or_path"], config["text_config"]["local_layer_ids"]  # said by `layer_types`
+        del config["_name_or_path"], config["text_config"]["local_layer_ids"]  # `layer_types` has the same information
     assert configs[0] == configs[1]
     inputs = TOOL["case_inputs"](name)
     references = [TOOL["reference_logits"](tmp_path / folder, inputs) for folder in ("hf", "back")]

@@ -1,4 +1,4 @@
-"""One declaration per parameter: initial values, counts and both directions of the released layout follow from it."""
+"""Initial values, counts and both directions of the released layout follow from one declaration per parameter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxtml.model.spec import (
 
 
 class Affine(nnx.Module):
-    """A module as the model declares them: shapes and no data."""
+    """A module like those of the model: it declares shapes and holds no data."""
 
     def __init__(self) -> None:
         self.w = param((3, 5), ("in", "out"), normal(0.5), released=linear("w", 3, 5))
@@ -56,7 +56,7 @@ def test_modules_hold_shapes_until_parameters_are_bound():
     assert isinstance(module.w.get_value(), jax.ShapeDtypeStruct)
 
 
-def test_initial_values_depend_on_seed_path_and_layer_alone():
+def test_initial_values_depend_only_on_seed_path_and_layer():
     table = specs(Affine())
     here = init_params({"a": table}, 1)["a"]["w"]
     np.testing.assert_array_equal(here, init_params({"a": table, "another": table}, 1)["a"]["w"])

@@ -1,4 +1,4 @@
-"""Embeddings: the bag of dMel bins and the clock."""
+"""Input embeddings: the bag of dMel bins, and the clock."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks is the cross-entropy of all logits."""
+"""Cross-entropy in chunks equals the cross-entropy of all logits."""
 
 from __future__ import annotations
 
@@ -15,45 +15,47 @@ N, D, V = 20, 16, 60
 
 
 @pytest.fixture(scope="module")
-def given():
+def operands():
     rng = np.random.default_rng(1)
     hidden, unembed = (rng.standard_normal(shape, np.float32) for shape in ((N, D), (D, V)))
     hidden[0] *= 100  # logits of several hundred: no exponential may overflow
     return hidden, unembed, rng.integers(0, V, N)
 
 
-def plain(hidden, unembed, target):
+def cross_entropy(hidden, unembed, target):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ unembed, target)
 
 
 @pytest.mark.parametrize("limit", [10**6, N * V // 2, N * V // 7, N])
-def test_chunks_give_the_loss_and_the_gradients_of_all_logits(given, limit, monkeypatch):
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits(operands, limit, monkeypatch):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", limit)
-    hidden, unembed, target = given
+    hidden, unembed, target = operands
     share = np.random.default_rng(2).random(N)
 
     def ours(h, w):
         return (vocabulary.score_targets(h, w, target, MeshShape()).nll * share).sum()
 
     loss, grads = jax.value_and_grad(ours, (0, 1))(hidden, unembed)
-    expected, known = jax.value_and_grad(lambda h, w: (plain(h, w, target) * share).sum(), (0, 1))(hidden, unembed)
+    expected, known = jax.value_and_grad(lambda h, w: (cross_entropy(h, w, target) * share).sum(), (0, 1))(
+        hidden, unembed
+    )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for a, b in zip(grads, known, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [10**6, N * V // 4])
-def test_a_target_is_right_where_no_word_is_likelier(given, limit, monkeypatch):
+def test_a_target_is_right_where_no_word_is_likelier(operands, limit, monkeypatch):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", limit)
-    hidden, unembed, target = given
+    hidden, unembed, target = operands
     best = (hidden @ unembed).argmax(axis=1)
     target = np.where(np.arange(N) % 2, best, target)
     np.testing.assert_array_equal(vocabulary.score_targets(hidden, unembed, target, MeshShape()).right, target == best)
 
 
-def test_no_chunk_holds_more_than_its_share_of_the_logits(given, monkeypatch):
+def test_no_chunk_holds_more_than_its_share_of_the_logits(operands, monkeypatch):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", N * V // 4)
-    hidden, unembed, target = given
+    hidden, unembed, target = operands
     jaxpr = jax.make_jaxpr(jax.grad(lambda h: vocabulary.score_targets(h, unembed, target, MeshShape()).nll.sum()))(
         hidden
     )

@@ -1,4 +1,4 @@
-"""Where every parameter of the 276B model lies on five pods, and one clear line for a mesh that does not fit."""
+"""Where every parameter of the 276B model lies on five pods, and a clear error for a mesh that does not fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import SERVE, TRAIN, MeshShape, axis_names, make_mesh, partition_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sharding"
-# Devices: v5p-512 and v6e-256 have 256 chips of one device each, tpu7x-512 256 chips of two.
+# v5p-512 and v6e-256 have 256 chips of one device each; tpu7x-512 has 256 chips of two devices each.
 PODS = {
     "v5p-512": (MeshShape(data=32, expert=8), TRAIN),
     "v6e-256": (MeshShape(data=32, expert=8), TRAIN),
@@ -33,44 +33,45 @@ def table():
     return list(flatten(InteractionModel(configs.load("tml_interaction_small")).specs()))
 
 
-def layout(table, mesh: MeshShape, rules) -> dict[str, tuple[tuple[int, ...], PartitionSpec]]:
+def partition(table, mesh: MeshShape, rules) -> dict[str, tuple[tuple[int, ...], PartitionSpec]]:
     return {path: (s.shape, partition_spec(path, s.shape, s.axes, mesh, rules)) for path, s in table}
 
 
 @pytest.mark.parametrize("pod", PODS)
 def test_every_parameter_lies_where_the_golden_file_says(pod, table):
-    text = "".join(f"{path} {list(shape)} {tuple(spec)}\n" for path, (shape, spec) in layout(table, *PODS[pod]).items())
+    places = partition(table, *PODS[pod])
+    text = "".join(f"{path} {list(shape)} {tuple(spec)}\n" for path, (shape, spec) in places.items())
     path = GOLDEN / f"{pod}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert path.is_file(), f"no golden layout of {pod}: run UPDATE_GOLDEN=1 pytest {__file__}"
-    assert text == path.read_text(), "a parameter moved: if it was meant to, run with UPDATE_GOLDEN=1 and commit"
+    assert text == path.read_text(), "a parameter has moved: if this is intended, run with UPDATE_GOLDEN=1 and commit"
 
 
 @pytest.mark.parametrize(("pod", "most"), [("v5p-512", 1.01), ("tpu7x-512", 1.01), ("h100-64", 1.003)])
 def test_training_splits_nearly_all_of_the_model_over_all_devices(pod, most, table):
     mesh, rules = PODS[pod]
-    held = total = 0
-    for shape, spec in layout(table, mesh, rules).values():
+    per_device = total = 0
+    for shape, spec in partition(table, mesh, rules).values():
         ways = math.prod(mesh.sizes[a] for part in spec for a in axis_names(part))
         total += math.prod(shape)
-        held += math.prod(shape) // ways
-    assert 1.0 <= held * mesh.devices / total < most
+        per_device += math.prod(shape) // ways
+    assert 1.0 <= per_device * mesh.devices / total < most
 
 
 def test_jax_takes_the_layout_as_a_sharding(table):
     shape = MeshShape(data=32, expert=8)
     mesh = jax.sharding.AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), (AxisType.Explicit,) * 4)
-    sharding = {p: jax.sharding.NamedSharding(mesh, spec) for p, (_, spec) in layout(table, shape, TRAIN).items()}
+    sharding = {p: jax.sharding.NamedSharding(mesh, spec) for p, (_, spec) in partition(table, shape, TRAIN).items()}
     experts = sharding["layers/block1/run0/mlp/w13"]
     assert experts.shard_shape((7, 3, 256, 2, 4096, 2048)) == (7, 3, 32, 2, 128, 2048)
 
 
 def test_an_axis_that_does_not_divide_is_named_with_a_remedy(table):
     with pytest.raises(InputError, match=r"mlp/w13: its axis 'expert' of 256 does not divide by expert=48.*example 16"):
-        layout(table, MeshShape(expert=48), SERVE)
+        partition(table, MeshShape(expert=48), SERVE)
     with pytest.raises(InputError, match=r"its axis 'embed' of 4096 does not divide by data=3 x expert=8"):
-        layout(table, MeshShape(data=3, expert=8), TRAIN)
+        partition(table, MeshShape(data=3, expert=8), TRAIN)
 
 
 def test_two_axes_on_one_mesh_axis_are_named():
@@ -84,7 +85,7 @@ def test_an_axis_without_a_rule_is_named():
         partition_spec("w", (64, 64), ("embed", "colour"), MeshShape(), TRAIN)
 
 
-def test_vectors_are_whole_everywhere():
+def test_vectors_are_replicated():
     spec = partition_spec("norm", (2, 5, 64), ("block", "layer", "embed"), MeshShape(data=8), TRAIN)
     assert spec == PartitionSpec()
 
@@ -98,7 +99,7 @@ def test_vectors_are_whole_everywhere():
         ("data=-1", "write it as data=16"),
     ],
 )
-def test_a_mesh_that_is_not_one_is_refused(text, message):
+def test_a_malformed_mesh_is_refused(text, message):
     with pytest.raises(InputError, match=message):
         MeshShape.parse(text)
 

@@ -24,14 +24,14 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     assert count_work(forward_and_backward, X, W, platform="cpu").flops == 15 * ONCE
 
 
-def test_what_is_computed_again_counts_again():
+def test_recomputation_counts_again():
     def loss(x, w):
         return jax.checkpoint(lambda x: jnp.tanh(x @ w) @ w)(x).sum()
 
     assert count_work(jax.grad(loss, argnums=1), X, W, platform="cpu").flops >= 5 * ONCE
 
 
-def test_a_loop_without_a_known_length_is_told():
+def test_a_loop_of_unknown_length_is_reported():
     def endless(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
 
@@ -48,7 +48,7 @@ def test_only_the_branch_of_the_platform_counts():
     assert [count_work(split, X, W, platform=p).flops / ONCE for p in ("tpu", "cuda", "cpu")] == [1, 2, 3]
 
 
-def test_collectives_are_told_by_kind_axis_and_bytes():
+def test_collectives_count_by_kind_axis_and_bytes():
     mesh = make_mesh(MeshShape(data=4, expert=2))
 
     def local(x, w):
@@ -62,11 +62,11 @@ def test_collectives_are_told_by_kind_axis_and_bytes():
         local, mesh=mesh, in_specs=(P(("data", "expert")), P("data")), out_specs=P(None, ("data", "expert")),
         check_vma=False,
     )  # fmt: skip
-    given = (
+    arguments = (
         jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=jax.NamedSharding(mesh, P(("data", "expert")))),
         jax.ShapeDtypeStruct(W.shape, W.dtype, sharding=jax.NamedSharding(mesh, P("data"))),
     )
-    work = count_work(program, *given, platform="cpu")
+    work = count_work(program, *arguments, platform="cpu")
     assert dict(work.sent) == {
         ("all_gather", ("data",)): 16 * 16 * 4 * 3 / 4,
         ("all_reduce", ("expert",)): 3 * 2 * 16 * 4 / 2,
@@ -80,8 +80,10 @@ def test_a_kernel_counts_by_its_own_estimate():
 
     tokens, width, rank = 512, 128, 16
     shapes = ((1, 2, tokens, width), (1, 1, tokens, width), (1, 1, tokens, width), (1, 2, tokens, rank), (rank, 64))
-    given = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     scale, segments = np.ones(tokens, np.float32), np.zeros((1, tokens), np.int32)
-    work = count_work(lambda *a: flash_attention(*a, scale, segments, window=128, block=128), *given, platform="tpu")
+    work = count_work(
+        lambda *a: flash_attention(*a, scale, segments, window=128, block=128), *arguments, platform="tpu"
+    )
     blocks = 2 * (1 + 2 + 2 + 2)
     assert work.flops == blocks * 128 * 128 * (4 * width + 4 * rank)

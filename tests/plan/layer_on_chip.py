@@ -1,8 +1,8 @@
-"""Compiles a layer's parts for one device of a topology that is not here and prints what the compiler says, as JSON.
+"""Compiles parts of a layer for one device of a topology that is not here; prints the compiler's figures as JSON.
 
     python tests/plan/layer_on_chip.py v5p:2x2x1
 
-Called by test_chips: a process of its own, the compiler stays in the one that it was loaded into.
+Called by test_chips in a process of its own, because a compiler stays in the process that has loaded it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ LONG = 32_768
 
 
 def moe(shaped: Any, platform: str) -> dict[str, float]:
-    """FLOPs of a MoE layer, forward and backward, against what its tokens need; by the compiler where it says."""
+    """Returns the FLOPs of a MoE layer, forward and backward, as a multiple of what its tokens need.
+
+    `counted` comes from the jaxpr; `compiled` comes from the compiler, where the compiler gives a figure.
+    """
     config = dataclasses.replace(
         configs.load("inkling_small").backbone,
         d_model=1024, d_ff_expert=512, n_experts=16, experts_per_token=2, n_shared_experts=1,
@@ -42,20 +45,20 @@ def moe(shaped: Any, platform: str) -> dict[str, float]:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return bind(layer, params)(x)[0].astype(jnp.float32).sum()
 
-    given = (params, shaped((1, TOKENS, config.d_model), jnp.bfloat16))
+    arguments = (params, shaped((1, TOKENS, config.d_model), jnp.bfloat16))
     jitted = jax.jit(jax.grad(loss, (0, 1)))
-    with jax.default_device(jax.devices("cpu")[0]):  # see `plan`: counted where no library's kernels hide the products
-        counts = count_jaxpr_work(jitted.trace(*given).jaxpr, platform)
-    told = jitted.lower(*given).compile().cost_analysis()
+    with jax.default_device(jax.devices("cpu")[0]):  # for the CPU, no library hides products in kernels
+        counts = count_jaxpr_work(jitted.trace(*arguments).jaxpr, platform)
+    analysis = jitted.lower(*arguments).compile().cost_analysis()
     worked = config.experts_per_token + config.n_shared_experts
     router = config.n_experts + config.n_shared_experts
     needed = 6 * TOKENS * config.d_model * (worked * 3 * config.d_ff_expert + router)
-    found = {"counted": counts.flops / needed}
-    return found | ({"compiled": told["flops"] / needed} if told else {})
+    figures = {"counted": counts.flops / needed}
+    return figures | ({"compiled": analysis["flops"] / needed} if analysis else {})
 
 
 def attention(shaped: Any, window: int, extent: int) -> float:
-    """Bytes that attention over a long sequence needs beside its operands and gradients."""
+    """Returns the bytes that attention over a long sequence needs besides its operands and gradients."""
     config = configs.load("inkling_small").backbone
     kind = dataclasses.replace(config.global_, window=window, rel_extent=extent, n_heads=8, n_kv_heads=2)
     groups, per_group, dim = 2, 4, kind.head_dim
@@ -67,13 +70,16 @@ def attention(shaped: Any, window: int, extent: int) -> float:
     def loss(*operands: jax.Array) -> jax.Array:
         return attend_sequence(kind, *operands).astype(jnp.float32).sum()
 
-    given = [shaped(shape, jnp.bfloat16) for shape in shapes]
-    compiled = jax.jit(jax.grad(loss, range(5))).lower(*given).compile()
+    arguments = [shaped(shape, jnp.bfloat16) for shape in shapes]
+    compiled = jax.jit(jax.grad(loss, range(5))).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
-    """Bytes that serving needs beside its rows to work with one layer of a stack of four, 25 MB each in bfloat16."""
+    """Returns the bytes that serving needs, besides its rows, for one layer of a stack of four layers.
+
+    A layer has 25 MB in bfloat16.
+    """
     stack, count, dim, width = (2, 2), 8, 1024, 512
     kind = jnp.int8 if int8 else jnp.bfloat16
     w13, w2 = shaped((*stack, count, 2, dim, width), kind), shaped((*stack, count, width, dim), kind)
@@ -98,14 +104,14 @@ def main(text: str) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     with jax.default_device(device):
-        found = {
+        figures = {
             "moe": moe(shaped, topology.platform),
             "attention": {"global": attention(shaped, LONG, 4096), "sliding": attention(shaped, 512, 512)},
         }
-        found["in_place"] = {
+        figures["in_place"] = {
             f"{block} {int8}": experts_in_place(shaped, block, int8) for block, int8 in ((8, True), (128, False))
         }
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What the compilers say of one layer, for chips that are not here: no product that nobody needs, no array that a long
-sequence could not afford, no copy of the experts of a stack."""
+"""What the compilers make of one layer, for chips that are not here.
+
+There is no needless matrix product, no array that is too large for a long sequence, and no copy of a stack's experts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
 
-def compiled(topology: str) -> dict:
+def compile_layer(topology: str) -> dict:
     command = [sys.executable, "tests/plan/layer_on_chip.py", topology]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,24 +30,25 @@ def compiled(topology: str) -> dict:
         pytest.param("tpu7x:2x2x1", 1.05e9, marks=pytest.mark.slow),
     ],
 )
-def test_a_tpu_multiplies_what_it_needs_and_keeps_no_more(topology, attended):
-    found = compiled(topology)
-    # FLOPs of a MoE layer, forward and backward: with a dense product over all experts it would be 5.7.
+def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, attended):
+    found = compile_layer(topology)
+    # A dense product over all experts would be 5.7 times the FLOPs that the tokens need.
     assert 1 <= found["moe"]["compiled"] < 1.1
     assert found["moe"]["compiled"] == pytest.approx(found["moe"]["counted"], rel=0.01)
-    # 32,768 tokens: the logits of one head alone are 2.1e9 bytes in bfloat16, as are the profiles of all eight.
-    # The smallest profile of a long sequence, `[T, H, 512]`, would be 0.27e9 more.
+    # With 32,768 tokens, the logits of one head alone are 2.1e9 bytes in bfloat16, and so are the biases by distance of
+    # all eight heads. The smallest such bias of a long sequence, `[T, H, 512]`, would be 0.27e9 more.
     assert max(found["attention"].values()) < attended
-    # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16; what lies between
-    # the two products of the large rows is 4.2e6.
+    # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16. The result of the
+    # first product of the large rows is 4.2e6.
     assert found["in_place"]["8 True"] < 1e6 and found["in_place"]["128 False"] < 6e6
 
 
 @pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
-def test_a_gpu_is_given_little_padding_to_multiply_and_keeps_no_more():
-    """Its compiler says nothing of FLOPs: counted are the rows that tokamax is given, not what its kernels do."""
-    found = compiled("h100:1x8")
+def test_a_gpu_multiplies_little_padding_and_needs_little_memory():
+    """The compiler for GPUs gives no FLOPs: the count is of the rows that tokamax receives, not of its kernels."""
+    found = compile_layer("h100:1x8")
     assert 1 <= found["moe"]["counted"] < 1.1
     assert found["attention"]["global"] < 0.8e9 and found["attention"]["sliding"] < 0.5e9
-    # Rows that are padded to 16, and what lies between the two products; a copy of w2 would be 4.2e6 bytes more.
+    # The memory is for rows that are padded to 16, and the result of the first product. A copy of w2 would be 4.2e6
+    # bytes more.
     assert found["in_place"]["8 True"] < 3e6 and found["in_place"]["128 False"] < 6e6

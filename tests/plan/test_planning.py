@@ -1,4 +1,4 @@
-"""A plan compiles the trainer's own step; where libtpu is not installed it says so in one line."""
+"""A plan compiles the trainer's own step or the server's micro-turn; without a compiler it fails with one line."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops
         "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
 
 
-def test_the_large_models_step_needs_little_more_than_its_tokens_do():
-    """FLOPs with loop trip counts at 4,096 tokens a chip, everything but a layer's input computed again backwards."""
+def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():
+    """Counts FLOPs for 4,096 tokens per chip, with all of a layer computed again in the backward pass."""
     shape = MeshShape(data=16, expert=8)
     config = configs.load("tml_interaction_small", ["train.batch=128", "train.capacity=1.1"])
     axes = (AxisType.Explicit,) * 4
@@ -36,7 +36,7 @@ def test_the_large_models_step_needs_little_more_than_its_tokens_do():
     needed = train_flops_per_token(config) * config.data.tokens
     assert work.open_loops == 0
     assert 4 / 3 <= work.flops / needed < 1.1 * 4 / 3
-    # Each layer's weights are gathered over `data` twice, their gradients scattered once.
+    # Each layer's weights are gathered over `data` twice, and their gradients are scattered once.
     gathered, scattered = (work.sent[kind, ("data",)] for kind in ("all_gather", "reduce_scatter"))
     assert gathered == pytest.approx(2 * scattered, rel=1e-3)
 
@@ -48,8 +48,8 @@ def test_without_libtpu_a_plan_is_refused_in_one_line():
     assert "\n" not in str(refused.value)
 
 
-def planned(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`jaxtml plan` of tiny in bfloat16, in a process of its own: the compiler stays in the one it was loaded into."""
+def run_plan(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `jaxtml plan` of tiny in bfloat16, in its own process: a process keeps the compiler that it has loaded."""
     tiny = configs.load("tiny", ["train.compute_dtype=bfloat16", "serve.compute_dtype=bfloat16"])
     path = tmp_path / "config.json"
     path.write_text(configs.to_json(tiny))
@@ -67,7 +67,7 @@ def planned(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     ids=["train", "serve"],
 )
 def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_path):
-    done = planned(tmp_path, *arguments, "--json")
+    done = run_plan(tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report.keys() >= KEYS
@@ -87,7 +87,7 @@ def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_pat
     ids=["train", "serve"],
 )
 def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_path):
-    done = planned(tmp_path, *arguments, "--json")
+    done = run_plan(tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report.keys() >= KEYS and report["chips"] == 4
@@ -99,7 +99,7 @@ def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_pat
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
 def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
-    given = (
+    arguments = (
         "--topology",
         "v5e:4x4",
         "--mesh",
@@ -109,14 +109,14 @@ def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
         "--set",
         "backbone.n_experts=8",
     )
-    done = planned(tmp_path, *given, "--json")
+    done = run_plan(tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["mesh"] == "data=2,expert=8"
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
 def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
-    done = planned(tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--set", "serve.sessions=40000")
+    done = run_plan(tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--set", "serve.sessions=40000")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
@@ -126,7 +126,7 @@ def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
 
 
 def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_that_it_needs():
-    """The program of eight chips with 32 sessions, traced: what a device holds, and what a round of it multiplies."""
+    """Traces the program of eight chips with 32 sessions: what a device holds, and what it multiplies in a round."""
     shape = MeshShape(expert=2, tensor=4)
     config = configs.load("tml_interaction_small")
     axes = (AxisType.Explicit,) * 4
@@ -138,6 +138,6 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     assert load.experts == routed / 8
     assert load.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
     assert load.max_rounds == 9 + 12 + 2 + 4 and load.prefill == (6, 6 + 32 + 153)
-    # At most a block of eight rows for each of 96 choices; dense, it would be 128 experts for each of 32 sessions.
+    # At most a block of eight rows for each of 96 choices. Dense, it would be 128 experts for each of 32 sessions.
     attention_and_rest = load.one_round.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
     assert 96 < attention_and_rest < 16 * 96

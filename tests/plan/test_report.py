@@ -1,4 +1,4 @@
-"""A plan's figures follow from counts by arithmetic that can be done by hand."""
+"""The figures of a plan follow from counts by arithmetic that can be done by hand."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ def work(flops: float = 459e12, sent: float = 0.0) -> Work:
     return Work(flops, Counter({("all_gather", ("data",)): sent}))  # pyright: ignore[reportArgumentType]
 
 
-def test_memory_counts_what_is_overwritten_once():
+def test_overwritten_memory_counts_once():
     assert MEMORY.total == 32 * 10**9 + 10**6
 
 
@@ -33,8 +33,8 @@ def test_memory_counts_what_is_overwritten_once():
         (work(flops=1.0), "memory", 22e9 / 2765e9),
     ],
 )
-def test_the_slowest_part_is_the_time_of_a_step(given, bound, seconds):
-    found = compute_roofline(given, MEMORY.arguments + MEMORY.outputs, V5P, MESH)
+def test_the_slowest_part_is_the_time_of_a_step(work_done, bound, seconds):
+    found = compute_roofline(work_done, MEMORY.arguments + MEMORY.outputs, V5P, MESH)
     assert found.bound == bound
     assert found.step == pytest.approx(seconds)
 
@@ -42,8 +42,8 @@ def test_the_slowest_part_is_the_time_of_a_step(given, bound, seconds):
 def test_a_report_counts_per_chip_also_where_a_chip_is_two_devices():
     ironwood = Topology.parse("tpu7x:4x4x4")
     needed = 64 * 2307e12 * 0.75
-    held = {"parameters": 4 * 10**9, "moments": 8 * 10**9}
-    report = report_training(work(flops=2307e12 / 2), MEMORY, held, ironwood, MESH, 64 * 1000, needed)
+    argument_bytes = {"parameters": 4 * 10**9, "moments": 8 * 10**9}
+    report = report_training(work(flops=2307e12 / 2), MEMORY, argument_bytes, ironwood, MESH, 64 * 1000, needed)
     assert report["memory"] == {"parameters": 8e9, "moments": 16e9, "temporaries": 40e9, "other": 2e6}
     assert report["chips"] == 64
     assert report["bytes_per_chip"] == 2 * MEMORY.total < report["chip_memory_bytes"]
@@ -64,15 +64,15 @@ def test_a_report_counts_per_chip_also_where_a_chip_is_two_devices():
     ],
     ids=str,
 )
-def test_what_reaches_beyond_gpus_with_fast_links_goes_over_the_network(topology, mesh, rate):
+def test_a_collective_beyond_the_gpus_with_fast_links_goes_over_the_network(topology, mesh, rate):
     sent = Counter({("all_gather", ("expert",)): 1e12})
     found = compute_roofline(Work(1.0, sent), 0, Topology.parse(topology), mesh)  # pyright: ignore[reportArgumentType]
     assert found.bound == ("network" if rate == 50e9 else "links")
     assert found.step == pytest.approx(1e12 / rate)
 
 
-def test_serving_is_what_its_passes_read_multiply_and_send():
-    """By hand: 32 sessions on 8 devices of two groups (`data`), 6 of 256 experts a token, everything else round."""
+def test_a_micro_turn_takes_what_its_passes_read_multiply_and_send():
+    """By hand: 32 sessions on 8 devices in two groups (`data`), 6 of 256 experts per token, round figures elsewhere."""
     config = configs.load("tml_interaction_small")
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
     served = ServingLoad(
@@ -92,7 +92,7 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
               "longest": wide + 16 * written + 4 * spoken}  # fmt: skip
     for name, size in floors.items():
         assert report["weight_floor_ms"][name] == pytest.approx(1e3 * size / 2765e9)
-    # A listening turn is bound by memory, a wide one by products, a round by its links.
+    # A listening micro-turn is bound by memory, one with all the input by products, and a round by its links.
     listening = (first + 4e9) / 2765e9
     assert report["turn_ms"]["listening"] == pytest.approx(1e3 * listening)
     assert report["turn_ms"]["speaking"] == pytest.approx(1e3 * (listening + 8 * 0.1))
@@ -104,17 +104,17 @@ def test_serving_is_what_its_passes_read_multiply_and_send():
     assert report["memory"]["sessions"] == 4e9 and sum(report["memory"].values()) == memory.total
 
 
-def test_sessions_at_200_ms_are_what_memory_and_time_leave_in_whole_parts():
+def test_sessions_at_200_ms_fit_into_memory_and_time_and_divide_by_the_shards():
     config = configs.load("tml_interaction_small", ["backbone.experts_per_token=256"])
-    given = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "prefill": (6, 191), "max_rounds": 20}
+    work_done = {"experts": 10e9, "weights": 5e9, "rare": 0.0, "flow": 0.0, "prefill": (6, 191), "max_rounds": 20}
     free = work(0.0)
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
 
     def most(state: float) -> int:
-        served = ServingLoad(16, 4, **given, state=state, listening=free, fullest=free, one_round=free)
+        served = ServingLoad(16, 4, **work_done, state=state, listening=free, fullest=free, one_round=free)
         report = report_serving(config, served, memory, Topology.parse("v5p:2x2x1"), MeshShape(expert=4))
         return report["sessions_at_200_ms"]
 
-    # 0.75 GB a session: 116 have room. Nine passes over 15 GB and their memories take 200 ms at 92.
+    # With 0.75 GB per session, 116 sessions fit. Nine passes over 15 GB and the state take 200 ms with 92 sessions.
     assert most(8e9) == 92
-    assert most(1e9) == 116  # less to read: the room is the limit
+    assert most(1e9) == 116  # with less state to read, memory is the limit

@@ -1,4 +1,4 @@
-"""The search finds the limit wherever it lies, with few compilations."""
+"""The search finds the largest size that fits, with few compilations."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from jaxtml.plan.search import MAX_TRIES, find_largest, search_variants
 
 
-def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
-    """A compiler for a chip of `limit` bytes, that counts how often it was asked."""
+def make_chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
+    """Returns a stand-in for a compiler, for a chip of `limit` bytes, and the list of sizes that it was asked for."""
     asked: list[int] = []
 
     def measure(n: int):
@@ -33,7 +33,7 @@ def chip(fixed: float, each: float, growth: float = 0.0, limit: float = 100.0):
     ],
 )
 def test_the_largest_batch_that_fits_is_found(fixed, each, growth, expected):
-    measure, asked = chip(fixed, each, growth)
+    measure, asked = make_chip(fixed, each, growth)
     found = find_largest(measure)
     assert (found and found[0]) == expected
     assert len(asked) <= MAX_TRIES
@@ -54,16 +54,16 @@ def test_small_batches_that_are_padded_to_one_size_do_not_mislead(block, expecte
     assert len(asked) <= MAX_TRIES and max(asked) < 10 * expected
 
 
-def test_the_kind_that_gives_the_most_tokens_comes_first_and_one_that_never_fits_is_left_out():
+def test_the_variant_with_the_most_tokens_comes_first_and_a_variant_that_never_fits_is_left_out():
     costs = {"none": 60.0, "outputs": 30.0, "full": 10.0}
 
-    def measure(kind: str, n: int):
-        if 50 + n * costs[kind] > 100:
+    def measure(variant: str, n: int):
+        if 50 + n * costs[variant] > 100:
             return None
-        speed = {"none": 4.0, "outputs": 3.5, "full": 3.0}[kind] * n / (n + 1)
-        return {"bytes_per_chip": 50 + n * costs[kind], "chip_memory_bytes": 100, "tokens_per_s_per_chip": speed}
+        speed = {"none": 4.0, "outputs": 3.5, "full": 3.0}[variant] * n / (n + 1)
+        return {"bytes_per_chip": 50 + n * costs[variant], "chip_memory_bytes": 100, "tokens_per_s_per_chip": speed}
 
-    assert [(kind, n) for kind, n, _ in search_variants(["none", "outputs", "full"], measure)] == [
+    assert [(variant, n) for variant, n, _ in search_variants(["none", "outputs", "full"], measure)] == [
         ("full", 5),
         ("outputs", 1),
     ]

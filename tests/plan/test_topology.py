@@ -1,4 +1,4 @@
-"""Topologies are read as they are written, and one that does not exist is told with what does."""
+"""A topology is read as it is written; for one that does not exist, the error names topologies that do."""
 
 import pytest
 
@@ -31,6 +31,6 @@ def test_a_topology_counts_chips_and_devices(text, chips, devices):
         ("v6e:axb", "v6e comes as 1x1, "),
     ],
 )
-def test_a_topology_that_does_not_exist_is_told_with_its_neighbours(text, message):
+def test_the_error_for_a_topology_that_does_not_exist_names_its_neighbours(text, message):
     with pytest.raises(InputError, match=message):
         Topology.parse(text)

@@ -113,7 +113,8 @@ class MoE(nnx.Module):
         out, dropped = transport(flat, routing, self.experts(x.dtype, layer_index), self.placement)
         out = out + self._shared_experts(flat, routing)
         kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
-        return out.reshape(batch, tokens, dim), collect_stats(routing, kind, dropped)
+        stats = collect_stats(routing, kind, dropped)
+        return out.reshape(batch, tokens, dim), stats
 
     def _shared_experts(self, x: jax.Array, routing: Routing) -> jax.Array:
         """Returns the weighted sum of the shared experts for tokens `x` `[N, D]`; `tensor` splits their width."""

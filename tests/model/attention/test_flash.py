@@ -1,4 +1,4 @@
-"""The attention kernels, interpreted, against attention written down plainly; edges included."""
+"""The attention kernels, interpreted, give what plain attention gives, also at the edges of blocks and windows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxtml.model.numerics import MASKED_LOGIT
 H, G, K, R = 4, 2, 16, 8
 
 
-def plainly(query, keys, values, rel, proj, scale, segments, window):
-    """`[B, H, T, K]`: every logit in one array."""
+def attend_plainly(query, keys, values, rel, proj, scale, segments, window):
+    """Returns attention `[B, H, T, K]`, with every logit in one array."""
     tokens, extent = query.shape[2], proj.shape[1]
     keys, values = (jnp.repeat(a, H // G, axis=1) for a in (keys, values))
     distance = np.arange(tokens)[:, None] - np.arange(tokens)
@@ -39,13 +39,13 @@ def operands(tokens: int, extent: int, seed: int = 0, batch: int = 2):
 @pytest.mark.parametrize(
     ("tokens", "window", "extent"),
     [
-        (384, 100, 100),  # a window within one block
+        (384, 100, 100),  # the window ends within one block
         (384, 150, 200),  # the extent is longer than the window
-        (500, 1000, 130),  # global, the extent ends inside a block; tokens are not a multiple of it
-        (384, 257, 1),  # a bias on the query's own key alone; a window of whole blocks and one
+        (500, 1000, 130),  # global; the extent ends inside a block, and so do the tokens
+        (384, 257, 1),  # a bias only on the query's own key; a window of complete blocks and one token
         (128, 128, 128),  # one block
         (30, 7, 9),  # less than one block
-        (300, 1, 5),  # only itself
+        (300, 1, 5),  # each token sees only itself
     ],
 )
 def test_kernels_equal_plain_attention_forwards_and_backwards(tokens, window, extent):
@@ -61,28 +61,28 @@ def test_kernels_equal_plain_attention_forwards_and_backwards(tokens, window, ex
         return out, *adjoint(grad)
 
     ours = run(lambda *a: flash_attention(*a, scale, segments, window=window, block=128, interpret=True), arrays)
-    plain = run(lambda *a: plainly(*a, scale, segments, window), arrays)
+    plain = run(lambda *a: attend_plainly(*a, scale, segments, window), arrays)
     for name, a, b in zip(("out", "query", "keys", "values", "rel", "proj"), ours, plain, strict=True):
         assert np.isfinite(a).all(), name
         assert jnp.linalg.norm(a - b) <= 2e-5 * jnp.linalg.norm(b) + 1e-4, name
 
 
-@pytest.mark.parametrize(("first", "more"), [(9, 1), (0, 1)])
-def test_what_stands_in_for_the_rotation_is_that_rotation(first, more):
+@pytest.mark.parametrize(("shift", "stride"), [(9, 1), (0, 1)])
+def test_the_gather_equals_the_strided_rotation(shift, stride):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
 
-    def kernel(given, out):
-        out[...] = rotate_rows(given[...], first, more, interpret=False)
+    def kernel(x, out):
+        out[...] = rotate_rows(x[...], shift, stride, interpret=False)
 
     rotated = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
-    np.testing.assert_array_equal(rotate_rows(x, first, more, interpret=True), rotated)
+    np.testing.assert_array_equal(rotate_rows(x, shift, stride, interpret=True), rotated)
 
 
-def test_turning_back_undoes_the_turn():
+def test_rotating_back_undoes_the_rotation():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
 
-    def kernel(given, out):
-        out[...] = rotate_rows_back(given[...], 8)
+    def kernel(x, out):
+        out[...] = rotate_rows_back(x[...], 8)
 
     back = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)
     np.testing.assert_array_equal(back(rotate_rows(x, 9, 1, interpret=True)), x)

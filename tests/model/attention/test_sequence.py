@@ -1,4 +1,4 @@
-"""Blocks, windows, pinned tokens and the bias table give what one masked softmax over all keys gives."""
+"""Chunks, blocks, windows, pinned tokens and the bias table give what one masked softmax over all keys gives."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jaxtml.model.attention.sequence import attend_sequence
 BATCH, GROUPS, PER_GROUP, DIM, RANK = 2, 2, 3, 8, 4
 
 
-def _everything(config: AttentionConfig, query, keys, values, rel, proj):
-    """Definition: all logits, the bias by distance, one mask, one softmax."""
+def _attend_everything(config: AttentionConfig, query, keys, values, rel, proj):
+    """The definition of attention: all logits, the bias by distance, one mask, one softmax."""
     tokens = query.shape[1]
     distance = np.arange(tokens)[:, None] - np.arange(tokens)
     visible = (distance >= 0) & ((distance < config.window) | (np.arange(tokens) < config.pinned))
@@ -25,7 +25,7 @@ def _everything(config: AttentionConfig, query, keys, values, rel, proj):
 
 
 def _bias(profile, distance, inside, extent):
-    """`profile` `[B, T, G, Q, E]` read at each query's distances: `[B, G, Q, T, T]`."""
+    """Returns `profile` `[B, T, G, Q, E]` at each query's distances: `[B, G, Q, T, T]`."""
     profile = profile.transpose(0, 2, 3, 1, 4)
     index = np.broadcast_to(np.clip(distance, 0, extent - 1), (*profile.shape[:-1], len(distance)))
     return jnp.where(inside, jnp.take_along_axis(profile, index, axis=-1), 0)
@@ -43,11 +43,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("bodies", [8, 0], ids=["chunks", "block by block"])
+@pytest.mark.parametrize("max_chunks", [8, 0], ids=["chunks", "block by block"])
 @pytest.mark.parametrize("case", CASES)
-def test_parts_equal_one_masked_softmax_forwards_and_backwards(case, bodies, monkeypatch):
+def test_chunks_and_blocks_equal_one_masked_softmax_forwards_and_backwards(case, max_chunks, monkeypatch):
     monkeypatch.setattr(sequence, "CHUNK", 16)
-    monkeypatch.setattr(sequence, "MAX_UNROLLED_CHUNKS", bodies)
+    monkeypatch.setattr(sequence, "MAX_UNROLLED_CHUNKS", max_chunks)
     monkeypatch.setattr(sequence, "BLOCK", 32)
     tokens, config = CASES[case]
     rng = np.random.default_rng(0)
@@ -72,14 +72,14 @@ def test_parts_equal_one_masked_softmax_forwards_and_backwards(case, bodies, mon
         return jax.jit(both)(operands, grad)
 
     names = ["out", "query", "keys", "values", "rel", "proj"]
-    for name, ours, definition in zip(names, run(attend_sequence), run(_everything), strict=True):
+    for name, ours, definition in zip(names, run(attend_sequence), run(_attend_everything), strict=True):
         scale = max(float(jnp.linalg.norm(definition)), 1.0)  # a gradient may be zero
         assert float(jnp.linalg.norm(ours - definition)) / scale < 5e-6, name
 
 
 @pytest.mark.parametrize(("window", "pinned"), [(512, 0), (16_384, 8), (32_768, 0)])
 def test_a_long_sequence_never_has_all_logits_or_all_profiles_in_memory(window, pinned):
-    """Compiled at 32,768 tokens, forward and backward: 0.13 GB where two heads' logits alone would take 8.6."""
+    """Compiled for 32,768 tokens, forward and backward: 0.13 GB. The logits of two heads alone would take 8.6 GB."""
     tokens, heads, dim = 32_768, 2, 16
     config = AttentionConfig(heads, 1, dim, window=window, rel_extent=1024, pinned=pinned)
     shapes = [(1, tokens, 1, heads, dim), (1, tokens, 1, dim), (1, tokens, 1, dim), (1, tokens, 1, heads, 4), (4, 1024)]
@@ -87,6 +87,6 @@ def test_a_long_sequence_never_has_all_logits_or_all_profiles_in_memory(window, 
     def loss(*operands):
         return attend_sequence(config, *operands).sum()
 
-    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    compiled = jax.jit(jax.grad(loss, range(5))).lower(*given).compile()
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(jax.grad(loss, range(5))).lower(*operands).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 150e6

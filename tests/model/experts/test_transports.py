@@ -1,4 +1,4 @@
-"""Experts on eight devices: every transport that a CPU can run against the oracle, and the trips of `ragged`."""
+"""Experts on eight devices: the transports that a CPU can run against the oracle, and the exchange plan of `ragged`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = ("balanced", "skewed", "all to one", "empty experts", "few tokens")
 
 
 def choices(case: str, tokens: int) -> np.ndarray:
-    """`[N, K]` distinct experts of each token."""
+    """Returns `[N, K]`, distinct experts for each token."""
     rng = np.random.default_rng(0)
     if case == "balanced":
         return (np.arange(tokens)[:, None] * K + np.arange(K)) % E
@@ -47,8 +47,8 @@ def operands(case: str):
     return choices(case, tokens).astype(np.int32), x, np.abs(gate), w13, w2, grad
 
 
-def sharded(transport, mesh_shape: MeshShape, placement: Placement):
-    """Forward (and gradients) of a transport over a mesh, as a function of global arrays."""
+def shard(transport, mesh_shape: MeshShape, placement: Placement):
+    """Returns a transport on a mesh, as a function of global arrays, with its gradients and its dropped choices."""
     mesh = make_mesh(mesh_shape, jax.devices()[: mesh_shape.devices])
     batch = P() if transport is replicated else P(("replica", "data", "expert"))
     weights = (P("expert", None, None, "tensor"), P("expert", "tensor"))
@@ -66,10 +66,10 @@ def sharded(transport, mesh_shape: MeshShape, placement: Placement):
     specs = (batch, batch, batch, *weights, batch)
     outs = (batch, batch, batch, *weights, P("expert"))
     program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False))
-    return lambda *arrays: program(*(placed(mesh, spec, a) for spec, a in zip(specs, arrays, strict=True)))
+    return lambda *arrays: program(*(place_on_mesh(mesh, spec, a) for spec, a in zip(specs, arrays, strict=True)))
 
 
-def placed(mesh: jax.sharding.Mesh, spec: P, array: np.ndarray) -> jax.Array:
+def place_on_mesh(mesh: jax.sharding.Mesh, spec: P, array: np.ndarray) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, spec))
 
 
@@ -80,7 +80,7 @@ def test_transports_equal_the_oracle_forwards_and_backwards(mesh, transport, cas
     index, x, gate, w13, w2, grad = operands(case)
     if transport is replicated and mesh.data > 1:
         mesh = dataclasses.replace(mesh, data=1)
-    run = sharded(transport, mesh, Placement(mesh))
+    run = shard(transport, mesh, Placement(mesh))
     *ours, dropped = run(index, x, gate, w13, w2, grad)
 
     def oracle(x, gate, w13, w2):
@@ -96,28 +96,28 @@ def test_transports_equal_the_oracle_forwards_and_backwards(mesh, transport, cas
 def test_a_ring_with_bounded_room_drops_the_same_rows_each_time_and_counts_them():
     index, x, gate, w13, w2, grad = operands("skewed")
     mesh = MeshShape(expert=8)
-    run = sharded(ring, mesh, Placement(mesh, capacity=1.0))
+    run = shard(ring, mesh, Placement(mesh, capacity=1.0))
     first, again = (run(index, x, gate, w13, w2, grad) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     dropped = np.asarray(first[-1])
     load = np.bincount(index.reshape(-1), minlength=E).reshape(8, 2)
     assert dropped.sum() > 0
-    assert not dropped[(load + 7).sum(axis=1) < len(x) * K // 8].any()  # who has room drops nothing
+    assert not dropped[(load + 7).sum(axis=1) < len(x) * K // 8].any()  # a device that has room drops nothing
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("transport", [ring, replicated])
-def test_beyond_capacity_the_oracle_without_what_is_dropped_is_what_comes_out(case, transport):
+def test_beyond_capacity_the_result_is_that_of_the_oracle_without_the_dropped_choices(case, transport):
     index, x, gate, w13, w2, grad = operands(case)
     mesh, (n, k) = MeshShape(expert=8), index.shape
-    *ours, dropped = sharded(transport, mesh, Placement(mesh, capacity=1.0))(index, x, gate, w13, w2, grad)
-    kept, own = np.ones(n * k, bool), E // 8
-    block = block_rows(n * k // 8, own)
-    for device in range(8 if n * k >= 4 * E else 0):  # fewer are multiplied where the weights stand, without a buffer
+    *ours, dropped = shard(transport, mesh, Placement(mesh, capacity=1.0))(index, x, gate, w13, w2, grad)
+    kept, local = np.ones(n * k, bool), E // 8
+    block = block_rows(n * k // 8, local)
+    for device in range(8 if n * k >= 4 * E else 0):  # fewer choices need no buffer
         start = 0
-        for expert in range(own * device, own * (device + 1)):
+        for expert in range(local * device, local * (device + 1)):
             choices = np.flatnonzero(index.reshape(-1) == expert)
-            kept[choices[max(0, buffer_rows(n * k, 8, own, block, 1.0) - start) :]] = False
+            kept[choices[max(0, buffer_rows(n * k, 8, local, block, 1.0) - start) :]] = False
             start += -(-len(choices) // block) * block
     assert (~kept).any() == (case != "few tokens")
     mask = kept.reshape(n, k)
@@ -135,59 +135,62 @@ def test_beyond_capacity_the_oracle_without_what_is_dropped_is_what_comes_out(ca
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
 @pytest.mark.parametrize("case", CASES)
-def test_the_trips_of_ragged_bring_every_row_to_its_expert_and_home(case, capacity):
-    """`ragged_all_to_all` is not there on a CPU: its definition, played with numpy over the planned offsets."""
+def test_the_exchange_plan_of_ragged_brings_every_row_to_its_expert_and_back(case, capacity):
+    """A CPU has no `ragged_all_to_all`. The test follows its definition with numpy, at the planned offsets."""
     devices, block = 4, 8
     index, *_ = operands(case)
     parts = np.split(index, devices)
-    own = E // devices
+    local = E // devices
     sorts = [sort_by_expert(jnp.asarray(part), E) for part in parts]
     orders, counts = [np.asarray(order) for order, _ in sorts], np.stack([count for _, count in sorts])
-    rows = buffer_rows(index.size, devices, own, block, capacity)
-    trips = [jax.tree.map(np.asarray, plan_exchange(jnp.asarray(counts), me, rows, block)) for me in range(devices)]
-    # a row is (device, flat choice)
-    sent = [np.stack([np.full_like(order, me), order], axis=1) for me, order in enumerate(orders)]
+    rows = buffer_rows(index.size, devices, local, block, capacity)
+    plans = [
+        jax.tree.map(np.asarray, plan_exchange(jnp.asarray(counts), device_index, rows, block))
+        for device_index in range(devices)
+    ]
+    # A row is a pair: its device, and the number of its choice.
+    sent = [np.stack([np.full_like(order, device_index), order], axis=1) for device_index, order in enumerate(orders)]
     buffers = [np.full((rows, 2), -1) for _ in range(devices)]
-    for me, trip in enumerate(trips):
+    for device_index, plan in enumerate(plans):
         for update in range(E):
-            to, size = update // own, trip.sent[update]
-            assert size == trips[to].received.reshape(devices, own)[me, update % own]
-            target = buffers[to][trip.send_to[update] : trip.send_to[update] + size]
+            to, size = update // local, plan.sent[update]
+            assert size == plans[to].received.reshape(devices, local)[device_index, update % local]
+            target = buffers[to][plan.send_to[update] : plan.send_to[update] + size]
             assert (target == -1).all() and len(target) == size
-            target[:] = sent[me][trip.send_from[update] :][:size]
-    homes = [np.full((len(order), 2), -1) for order in orders]
-    for me, (trip, buffer) in enumerate(zip(trips, buffers, strict=True)):
-        ends = np.cumsum(trip.groups)
-        assert (trip.groups % block == 0).all() and ends[-1] <= rows
+            target[:] = sent[device_index][plan.send_from[update] :][:size]
+    returned = [np.full((len(order), 2), -1) for order in orders]
+    for device_index, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
+        ends = np.cumsum(plan.groups)
+        assert (plan.groups % block == 0).all() and ends[-1] <= rows
         for row in np.flatnonzero(buffer[:, 0] >= 0):
             device, choice = buffer[row]
             expert = parts[device].reshape(-1)[choice]
-            assert expert == me * own + np.searchsorted(ends, row, side="right")
-        for update in range(devices * own):
-            device, size = update // own, trip.received[update]
-            homes[device][trip.return_to[update] :][:size] = buffer[trip.return_from[update] :][:size]
-    kept = sum((home[:, 0] >= 0).sum() for home in homes)
-    for me, home in enumerate(homes):
-        there = home[:, 0] >= 0
-        np.testing.assert_array_equal(home[there], sent[me][there])
-    assert kept == index.size if capacity is None else kept == sum(trip.sent.sum() for trip in trips)
+            assert expert == device_index * local + np.searchsorted(ends, row, side="right")
+        for update in range(devices * local):
+            device, size = update // local, plan.received[update]
+            returned[device][plan.return_to[update] :][:size] = buffer[plan.return_from[update] :][:size]
+    kept = sum((rows_back[:, 0] >= 0).sum() for rows_back in returned)
+    for device_index, rows_back in enumerate(returned):
+        there = rows_back[:, 0] >= 0
+        np.testing.assert_array_equal(rows_back[there], sent[device_index][there])
+    assert kept == index.size if capacity is None else kept == sum(plan.sent.sum() for plan in plans)
     if capacity is not None and case in ("skewed", "all to one"):
         assert kept < index.size
 
 
-def test_a_layer_on_a_mesh_is_the_layer_of_one_device():
+def test_a_layer_on_a_mesh_equals_the_layer_on_one_device():
     config = dataclasses.replace(
         load("tiny").backbone, d_model=D, d_ff_expert=F, n_experts=E, experts_per_token=K, n_shared_experts=2
     )
     params = init_params(specs(MoE(config, "mlp")), 0)
     x = np.random.default_rng(0).normal(size=(8, 24, D)).astype(np.float32)
     kind = np.random.default_rng(1).integers(0, 4, (8, 24))
-    one = MoE(config, "mlp")
+    single = MoE(config, "mlp")
 
     def apply(layer, params, x, kind):
         return bind(layer, params)(x, kind)
 
-    out, stats = jax.jit(lambda p: apply(one, p, x, kind))(params)
+    out, stats = jax.jit(lambda p: apply(single, p, x, kind))(params)
     shape = MeshShape(data=2, expert=2, tensor=2)
     layer = MoE(config, "mlp", Placement(shape))
     split = {"w13": P("expert", None, None, "tensor"), "w2": P("expert", "tensor"),
@@ -200,8 +203,8 @@ def test_a_layer_on_a_mesh_is_the_layer_of_one_device():
 
     mesh, layout = make_mesh(shape), {name: split.get(name, P()) for name in params}
     run = jax.shard_map(program, mesh=mesh, in_specs=(layout, batch, batch), out_specs=(batch, P()), check_vma=False)
-    held = {name: placed(mesh, layout[name], array) for name, array in params.items()}
-    ours, ours_stats = jax.jit(run)(held, placed(mesh, batch, x), placed(mesh, batch, kind))
+    sharded_params = {name: place_on_mesh(mesh, layout[name], array) for name, array in params.items()}
+    ours, ours_stats = jax.jit(run)(sharded_params, place_on_mesh(mesh, batch, x), place_on_mesh(mesh, batch, kind))
     np.testing.assert_allclose(ours, out, rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(ours_stats.load, stats.load)
     np.testing.assert_allclose(ours_stats.z_loss, stats.z_loss, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The flow head learns a distribution of frames given a hidden state, and its samples come from it."""
+"""The flow head learns the distribution of frames for a hidden state, and samples from this distribution."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DIM, ROWS = 8, 64
 HEAD = FlowHead(FlowConfig(width=32, depth=2, draws=4), DIM)
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.standard_normal((3, DIM)).astype(np.float32)
-# Three sounds as log-mels; the third hidden state has two of them, equally likely.
+# Four sounds as log-mels. The third hidden state has two of them, which are equally likely.
 SOUNDS = np.clip(-2.5 + np.cumsum(RNG.standard_normal((4, SPEECH_DIM)), axis=1) * 0.2, -6, 1).astype(np.float32)
 
 
-def drawn(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which hidden state, which sound, and the sound's frames with a little noise."""
+def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws `n` times a hidden state, one of its sounds, and the sound's frames with a little noise."""
     state = rng.integers(0, 3, n)
     sound = state + (state == 2) * rng.integers(0, 2, n)
     return state, sound, SOUNDS[sound] + 0.05 * rng.standard_normal((n, SPEECH_DIM)).astype(np.float32)
@@ -32,15 +32,15 @@ def drawn(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Params, np.ndarray]:
-    """Parameters after 600 steps of Adam, and the losses on the way."""
+    """The parameters after 600 steps of Adam, and the loss of each step."""
     rng = np.random.default_rng(1)
-    batches = [drawn(rng, ROWS) for _ in range(600)]
+    batches = [draw(rng, ROWS) for _ in range(600)]
     hidden = jnp.asarray(np.stack([HIDDEN[state] for state, _, _ in batches]))
     target = jnp.asarray(np.stack([frames for _, _, frames in batches]))
     tx = optax.adam(3e-3)
     params = init_params(specs(HEAD), 0)
 
-    def one(carry: Any, batch: Any) -> Any:
+    def train_step(carry: Any, batch: Any) -> Any:
         params, moments = carry
         hidden, target, key = batch
         valid = jnp.ones((ROWS,), bool)
@@ -50,13 +50,13 @@ def trained() -> tuple[Params, np.ndarray]:
         return (optax.apply_updates(params, updates), moments), loss
 
     keys = jax.random.split(jax.random.key(0), len(batches))
-    (params, _), losses = jax.jit(lambda c, b: jax.lax.scan(one, c, b))(
+    (params, _), losses = jax.jit(lambda c, b: jax.lax.scan(train_step, c, b))(
         (params, tx.init(params)), (hidden, target, keys)
     )
     return params, np.asarray(losses)
 
 
-def sampled(params: Params, state: int, n: int, steps: int, temperature: float = 1.0) -> np.ndarray:
+def sample(params: Params, state: int, n: int, steps: int, temperature: float = 1.0) -> np.ndarray:
     noise = temperature * jax.random.normal(jax.random.key(steps), (n, SPEECH_DIM))
     hidden = jnp.broadcast_to(HIDDEN[state], (n, DIM))
     return np.asarray(jax.jit(lambda p, h, x: bind(HEAD, p).sample(h, x, steps))(params, hidden, noise))
@@ -71,17 +71,17 @@ def test_the_loss_falls(trained):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_samples_reach_the_sound_of_their_hidden_state(trained, steps):
     for state in (0, 1):
-        got = sampled(trained[0], state, 16, steps)
+        got = sample(trained[0], state, 16, steps)
         assert got.shape == (16, SPEECH_DIM)
         error = np.abs(got - SOUNDS[state]).mean()
-        # One step is one guess from pure noise: 0.10 to 0.24, by the noise that training happened to draw.
+        # A single step is a guess from pure noise. Its error is 0.10 to 0.24, depending on the noise drawn in training.
         limit = 0.3 if steps == 1 else 0.1
         assert error < limit, f"{error:.3f} in log10"
         assert error < limit * np.abs(got - SOUNDS[1 - state]).mean()
 
 
-def test_where_two_sounds_are_right_samples_are_one_or_the_other_and_both_occur(trained):
-    got = sampled(trained[0], 2, 64, 4)
+def test_where_two_sounds_are_right_each_sample_is_one_of_them_and_both_occur(trained):
+    got = sample(trained[0], 2, 64, 4)
     apart = np.abs(SOUNDS[2] - SOUNDS[3]).mean()
     near = np.stack([np.abs(got - SOUNDS[k]).mean(axis=1) for k in (2, 3)])
     assert np.median(near.min(axis=0)) < 0.2 * apart
@@ -89,20 +89,20 @@ def test_where_two_sounds_are_right_samples_are_one_or_the_other_and_both_occur(
 
 
 def test_without_noise_the_sample_is_always_the_same(trained):
-    one, two = (sampled(trained[0], 0, 2, 2, temperature=0.0) for _ in range(2))
+    one, two = (sample(trained[0], 0, 2, 2, temperature=0.0) for _ in range(2))
     np.testing.assert_array_equal(one[0], one[1])
     np.testing.assert_array_equal(one, two)
 
 
 def test_samples_stay_in_the_range_of_log_mels(trained):
     wild = jax.tree.map(lambda a: 30 * a, trained[0])
-    got = sampled(wild, 0, 8, 4)
+    got = sample(wild, 0, 8, 4)
     assert got.min() >= -7 and got.max() <= 2
 
 
 @pytest.fixture(scope="module")
 def gradients(trained):
-    """`(loss, gradient of the hidden states)` as a function of hidden, target and mask."""
+    """A function of hidden states, target and mask that returns the loss and the gradient of the hidden states."""
     params = trained[0]
 
     def loss(hidden: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
@@ -112,7 +112,7 @@ def gradients(trained):
 
 
 def test_the_gradient_reaches_each_valid_hidden_state_and_no_other(gradients):
-    _, _, target = drawn(np.random.default_rng(2), 12)
+    _, _, target = draw(np.random.default_rng(2), 12)
     hidden = np.tile(HIDDEN, (4, 1))
     valid = np.arange(12) % 3 != 1
     loss, grad = gradients(hidden, target, valid)
@@ -121,8 +121,8 @@ def test_the_gradient_reaches_each_valid_hidden_state_and_no_other(gradients):
     assert not np.asarray(grad)[~valid].any()
 
 
-def test_what_stands_in_masked_rows_changes_nothing(gradients):
-    _, _, target = drawn(np.random.default_rng(2), 12)
+def test_the_content_of_masked_rows_changes_nothing(gradients):
+    _, _, target = draw(np.random.default_rng(2), 12)
     hidden = np.tile(HIDDEN, (4, 1))
     valid = np.arange(12) < 7
     other = np.where(valid[:, None], target, 2.0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The vocoder as a stream: causal, cheap to cut, one row never heard in another."""
+"""The vocoder as a stream: it is causal, may be cut anywhere, and keeps sessions apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def frames() -> jax.Array:
-    """`[2, 80, 80]`: one second of a gliding, pulsating tone complex and of another one."""
+    """`[2, 80, 80]`: one second of two gliding, pulsating tones with harmonics."""
     n = np.arange(SAMPLE_RATE)
     waves = []
     for start, end in ((120, 240), (330, 200)):
@@ -37,35 +37,35 @@ speak = jax.jit(vocode, static_argnums=0)
 
 
 def test_a_stream_of_micro_turns_equals_the_whole_utterance(params, frames):
-    _, whole = speak(CFG, params, init_state(CFG, 2), frames)
+    _, complete = speak(CFG, params, init_state(CFG, 2), frames)
     state, parts = init_state(CFG, 2), []
     for start in range(0, frames.shape[1], FINE_PER_MICRO_TURN):
         state, wave = speak(CFG, params, state, frames[:, start : start + FINE_PER_MICRO_TURN])
         parts.append(wave)
-    assert whole.shape == (2, frames.shape[1] * FINE_HOP)
-    assert float(jnp.std(whole)) > 1e-3
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5, rtol=0)
+    assert complete.shape == (2, frames.shape[1] * FINE_HOP)
+    assert float(jnp.std(complete)) > 1e-3
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), complete, atol=1e-5, rtol=0)
 
 
 def test_any_cut_gives_the_same_sound(params, frames):
-    _, whole = speak(CFG, params, init_state(CFG, 2), frames)
+    _, complete = speak(CFG, params, init_state(CFG, 2), frames)
     state, parts, start = init_state(CFG, 2), [], 0
     for length in (1, 30, 49):
         state, wave = speak(CFG, params, state, frames[:, start : start + length])
         parts.append(wave)
         start += length
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), complete, atol=1e-5, rtol=0)
 
 
 def test_a_frame_changes_nothing_before_its_hop_and_something_in_it(params, frames):
-    _, whole = speak(CFG, params, init_state(CFG, 2), frames)
+    _, complete = speak(CFG, params, init_state(CFG, 2), frames)
     changed = frames.at[:, 40].add(0.5)
     _, other = speak(CFG, params, init_state(CFG, 2), changed)
-    np.testing.assert_array_equal(whole[:, : 40 * FINE_HOP], other[:, : 40 * FINE_HOP])
-    assert float(jnp.abs(whole - other)[:, 40 * FINE_HOP : 41 * FINE_HOP].max()) > 1e-4
+    np.testing.assert_array_equal(complete[:, : 40 * FINE_HOP], other[:, : 40 * FINE_HOP])
+    assert float(jnp.abs(complete - other)[:, 40 * FINE_HOP : 41 * FINE_HOP].max()) > 1e-4
 
 
-def test_rows_of_a_batch_do_not_hear_each_other(params, frames):
+def test_sessions_of_a_batch_do_not_change_each_other(params, frames):
     _, both = speak(CFG, params, init_state(CFG, 2), frames)
     for row in range(2):
         _, alone = speak(CFG, params, init_state(CFG, 1), frames[row : row + 1])
@@ -87,6 +87,6 @@ def test_an_hour_of_session_keeps_its_phase_finite_and_its_noise_fresh(params, f
     assert float(jnp.abs(late - early).max()) > 1e-4
 
 
-def test_it_is_small_enough_to_ship():
+def test_the_vocoder_is_small_enough_to_ship():
     total, _ = count_parameters(param_specs(CFG))
     assert 1.0e6 < total < 2.0e6
