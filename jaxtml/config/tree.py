@@ -48,7 +48,7 @@ class AttentionConfig:
     """Tokens. Beyond this distance the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """First tokens of a session that stay visible at any distance. 512 is one block of `jaxtml.model.attention.blocks`,
+    """First tokens of a session that stay visible at any distance. 512 is one block of `jaxtml.model.attention.blockwise`,
     which has to hold them all. None by default, as released."""
 
     def check(self, path: str) -> None:
@@ -331,7 +331,7 @@ class TrainConfig:
     """Parts into which each device cuts its rows; they are computed one after the other to save memory."""
 
     transport: Annotated[str, OneOf("ring", "ragged")] = "ring"
-    """How tokens reach their experts on a mesh (`jaxtml.model.experts.moe`). "ring" runs everywhere. "ragged" sends a
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`). "ring" runs everywhere. "ragged" sends a
     token only to the devices of its experts; CPUs cannot run it."""
 
     capacity: PositiveFloat | None = None
@@ -385,7 +385,7 @@ class ServeConfig:
     that differ by 0.2 % (`tiny`)."""
 
     transport: Annotated[str, OneOf("replicated", "ring")] = "ring"
-    """How tokens reach their experts on a mesh (`jaxtml.model.experts.moe`)."""
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`)."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def stepped(functions, params, batch) -> tuple[TrainState, TrainState, dict[str,
     return state, after, metrics
 
 
-@pytest.fixture(scope="module", params=[backbone.MAX_UNROLLED_LAYERS, 0], ids=["spelt out", "scanned"])
+@pytest.fixture(scope="module", params=[backbone.MAX_UNROLLED_LAYERS, 0], ids=["unrolled", "scanned"])
 def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np.ndarray]]]:
     """Gradient of each term alone, `{term: {path: array}}`, with layers one by one and in loops."""
     model = InteractionModel(config)
