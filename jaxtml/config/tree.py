@@ -48,8 +48,8 @@ class AttentionConfig:
     """Tokens. Beyond this distance the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """First tokens of a session that stay visible at any distance. 512 is one block of `jaxtml.model.attention.blockwise`,
-    which has to hold them all. None by default, as released."""
+    """First tokens of a session that stay visible at any distance. 512 is one block of
+    `jaxtml.model.attention.blockwise`, which has to hold them all. None by default, as released."""
 
     def check(self, path: str) -> None:
         """Raises `InputError` where query heads cannot share the key heads. `path` leads here, with a dot behind it."""
@@ -331,8 +331,8 @@ class TrainConfig:
     """Parts into which each device cuts its rows; they are computed one after the other to save memory."""
 
     transport: Annotated[str, OneOf("ring", "ragged")] = "ring"
-    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`). "ring" runs everywhere. "ragged" sends a
-    token only to the devices of its experts; CPUs cannot run it."""
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`). "ring" runs everywhere. "ragged"
+    sends a token only to the devices of its experts; CPUs cannot run it."""
 
     capacity: PositiveFloat | None = None
     """Rows that a device's experts have room for, padding included, as a multiple of their share in perfect balance.

@@ -51,8 +51,8 @@ def _project_fwd(x, w):
     return x @ w, (x, w)
 
 
-def _project_bwd(saved, grad):
-    x, w = saved
+def _project_bwd(residuals, grad):
+    x, w = residuals
     grad = jax.lax.optimization_barrier(grad)
     return _contract(grad, w, -1, 1), _contract(_flatten_rows(x), _flatten_rows(grad), 0, 0)
 
@@ -129,8 +129,8 @@ def _short_conv_fwd(padded, weight):
     return _short_conv(padded, weight), (padded, weight)
 
 
-def _short_conv_bwd(saved, grad):
-    padded, weight = saved
+def _short_conv_bwd(residuals, grad):
+    padded, weight = residuals
     kernel = weight.shape[0]
     total = padded.shape[1]
     tokens = total - kernel + 1
@@ -172,8 +172,8 @@ def _swiglu_fwd(x, w13, w2):
     return (jax.nn.silu(gate) * up) @ w2, (x, gate, up, w13, w2)
 
 
-def _swiglu_bwd(saved, grad):
-    x, gate, up, w13, w2 = saved
+def _swiglu_bwd(residuals, grad):
+    x, gate, up, w13, w2 = residuals
     dx, dw1, dw3, dw2 = swiglu_grad(x, gate, up, w13[:, 0], w13[:, 1], w2, grad)
     return dx, jnp.stack([dw1, dw3], axis=1), dw2
 

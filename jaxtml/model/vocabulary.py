@@ -116,8 +116,8 @@ def _products_fwd(hidden, columns):
     return _products(hidden, columns), (hidden, columns)
 
 
-def _products_bwd(saved, grad):
-    hidden, columns = saved
+def _products_bwd(residuals, grad):
+    hidden, columns = residuals
     grad = jax.lax.optimization_barrier(grad.astype(hidden.dtype))
     return grad @ columns.T, hidden.T @ grad
 

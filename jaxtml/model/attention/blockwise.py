@@ -162,8 +162,8 @@ def _attend_fwd(blocks, query, keys, values, rel, table):
     return out, (query, keys, values, rel, table, out, lse)
 
 
-def _attend_bwd(blocks, saved, grad):
-    query, keys, values, rel, table, out, lse = saved
+def _attend_bwd(blocks, residuals, grad):
+    query, keys, values, rel, table, out, lse = residuals
     dtype = query.dtype
     mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 

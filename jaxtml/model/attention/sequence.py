@@ -83,6 +83,7 @@ def attend_sequence(
 
 
 def _attend_flash(config: AttentionConfig, operands: _Operands) -> jax.Array:
+    """Runs the kernels for TPUs: `[B, G, Q, T, K]`."""
     from jaxtml.model.attention.flash import flash_attention  # importing Pallas takes a second
 
     batch, groups, per_group, tokens, _ = operands.query.shape
@@ -94,6 +95,7 @@ def _attend_flash(config: AttentionConfig, operands: _Operands) -> jax.Array:
 
 
 def _attend_chunks(config: AttentionConfig, operands: _Operands) -> jax.Array:
+    """Runs plain operations, in chunks or blocks that suit the window and the length: `[B, G, Q, T, K]`."""
     query, rel = (a * operands.scale[:, None].astype(a.dtype) for a in (operands.query, operands.rel))
     query, keys, values, rel = jax.lax.optimization_barrier((query, operands.keys, operands.values, rel))
     tokens = query.shape[3]
@@ -124,7 +126,7 @@ def _all_chunks_at_once(
     def split(a: jax.Array) -> jax.Array:  # [B, G, Q, T, .] -> [B, G, N, Q, C, .]
         return a.reshape(batch, groups, per_group, count, chunk, -1).transpose(0, 1, 3, 2, 4, 5)
 
-    def near(a: jax.Array) -> jax.Array:  # [B, G, T, K] -> [B, G, N, S, K]
+    def reachable(a: jax.Array) -> jax.Array:  # [B, G, T, K] -> [B, G, N, S, K]
         a = jnp.pad(a, ((0, 0), (0, 0), (before * chunk, pad), (0, 0)))
         a = a.reshape(batch, groups, before + count, chunk, -1)
         return jnp.concatenate([a[:, :, i : i + count] for i in range(before + 1)], axis=3)
@@ -132,10 +134,10 @@ def _all_chunks_at_once(
     reach = (before + 1) * chunk
     distance = np.arange(chunk)[:, None] + before * chunk - np.arange(reach)
     visible = (distance >= 0) & (distance < config.window)
-    started = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S]
-    mask = np.where(visible & started[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
+    exists = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S], not before the sequence
+    mask = np.where(visible & exists[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
     table = bias_table(proj, chunk, reach)
-    out = attend_block(split(query), near(keys), near(values), split(rel), table, jnp.asarray(mask))
+    out = attend_block(split(query), reachable(keys), reachable(values), split(rel), table, jnp.asarray(mask))
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, per_group, count * chunk, -1)
     return out[..., :tokens, :]
 
@@ -160,14 +162,14 @@ def _chunk_by_chunk(
         end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
 
-        def reach(a: jax.Array, low: int = low, stop: int = stop, pins: int = pins) -> jax.Array:
+        def reachable(a: jax.Array, low: int = low, stop: int = stop, pins: int = pins) -> jax.Array:
             near = a[:, :, low:stop]
             return (jnp.concatenate([a[:, :, :pins], near], axis=2) if pins else near)[:, :, None]
 
-        def part(a: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
+        def own(a: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
             return a[:, :, None, :, start:stop]
 
-        outs.append(attend_block(part(query), reach(keys), reach(values), part(rel), bias, mask))
+        outs.append(attend_block(own(query), reachable(keys), reachable(values), own(rel), bias, mask))
     return jnp.concatenate(outs, axis=4)[:, :, 0]
 
 
@@ -191,8 +193,9 @@ def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
     The entry of query i and key j is `proj[:, d]` for the distance d = i + keys - C - j, and zero where d is outside
     `[0, E)`. The last key is the last query's own.
 
-    Needs no gather (after Huang et al., 2018). The rows of `proj`, reversed, are one line. The line is padded to one
-    element more than a row, repeated, and read row by row: in each row it then stands one column further to the right.
+    Needs no gather (after Huang et al., 2018). Each row of `proj`, reversed, is a line. The line is padded to one
+    element more than a row of the result, repeated, and read row by row. In each row it then stands one column further
+    to the right.
 
     Args:
       proj: `[R, E]`.
@@ -253,8 +256,8 @@ def _attend_fwd(query, keys, values, rel, table, mask):
     return out, _Residuals(query, keys, values, rel, table, exponentials, total, out)
 
 
-def _attend_bwd(saved, grad):
-    query, keys, values, rel, table, exponentials, total, out = saved
+def _attend_bwd(residuals, grad):
+    query, keys, values, rel, table, exponentials, total, out = residuals
     dtype = query.dtype
     # The weights are exponentials / total. The incoming gradient is divided instead, because it is smaller.
     grad = jax.lax.optimization_barrier((grad / total).astype(dtype))
