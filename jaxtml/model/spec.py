@@ -1,9 +1,9 @@
 """One declaration per parameter: a `ParamSpec` drives initialisation, sharding, counting, restore and conversion.
 
-Called by every module of the model, and by all who read, write, place or count parameters. A module declares its
-parameters with `param(...)` in its constructor. `param` puts a shape without data into the module, and `specs` reads
-the table of all `ParamSpec`s back from the module tree: declaring a model of 276B parameters costs nothing. At every
-boundary, arrays live in plain nested dicts such as `{"block0": {"run0": {"attn": {"wq": array}}}}`.
+Called by every module of the model, and by all code that reads, writes, places or counts parameters. A module declares
+its parameters with `param(...)` in its constructor. `param` puts a shape without data into the module, and `specs`
+reads the table of all `ParamSpec`s back from the module tree: declaring a model of 276B parameters costs nothing. At
+every boundary, arrays live in plain nested dicts such as `{"block0": {"run0": {"attn": {"wq": array}}}}`.
 
 Stacked dimensions come first in a shape: `[repeats, layers, ...]` for layer parameters (`jaxtml.model.stack`).
 """

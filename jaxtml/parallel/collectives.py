@@ -5,9 +5,9 @@ holds names of mesh axes (`jaxtml.parallel.mesh`). A collective over axes of len
 one device has no axes at all.
 
 All collectives are written for `check_vma=False`, where JAX takes a `psum` as the transpose of a `psum`. That transpose
-is wrong for values that every device of an axis holds alike. `psum_backward` and `psum_forward` are the pair that is
-right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` completes a value that all
-devices then use alike.
+is wrong for a value that is the same on all devices of an axis. `psum_backward` and `psum_forward` are the pair that is
+right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` gathers a value from which all
+devices then compute the same.
 
 On a CPU, sums are taken in the order of the devices. Gloo, which sums over processes, has an order of its own: a run
 that is resumed with another number of processes would then give other numbers.

@@ -1,8 +1,8 @@
 """How the processes of one job find each other, so that they run one program together.
 
 Called by the trainer and by the server's workers. JAX itself finds the processes of a Slurm step and of a TPU pod that
-GKE starts. Everywhere else three environment variables say where process 0 is, how many processes there are and which
-one this is: JAX_COORDINATOR_ADDRESS, NNODES and NODE_RANK.
+GKE starts. Everywhere else, three environment variables give the address of process 0, the number of processes and the
+rank of this process: JAX_COORDINATOR_ADDRESS, NNODES and NODE_RANK.
 """
 
 from __future__ import annotations

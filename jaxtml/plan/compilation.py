@@ -1,7 +1,7 @@
 """Compiles a program for hardware that is not here, and reads how much memory the compiler allots.
 
-Called by `planning`. The one thing to know: `compile_program` changes the configuration of JAX and of the allocator for
-the whole process, so a plan should have a process of its own.
+Called by `planning`. `compile_program` changes the configuration of JAX and of the memory allocator for the complete
+process, so a plan should run in a process of its own.
 """
 
 from __future__ import annotations

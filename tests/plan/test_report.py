@@ -26,7 +26,7 @@ def test_overwritten_memory_counts_once():
 
 
 @pytest.mark.parametrize(
-    ("given", "bound", "seconds"),
+    ("work_done", "bound", "seconds"),
     [
         (work(), "compute", 1.0),
         (work(sent=1200e9), "links", 2.0),

@@ -2,8 +2,8 @@
 
 Axes: N tokens, D model width, E experts of this device, K experts per token. Called by the transports.
 
-Many tokens are sorted by expert and computed in blocks. For few tokens it is faster to multiply each choice with its
-expert where the weights are; a choice is a pair of a token and one of its experts.
+A choice is a pair of a token and one of its experts. Many tokens are sorted by expert and computed in blocks. For few
+tokens it is faster to compute one choice after the other.
 """
 
 from __future__ import annotations

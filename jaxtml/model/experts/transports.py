@@ -142,7 +142,7 @@ class ExchangePlan(NamedTuple):
 
 
 def plan_exchange(counts: jax.Array, device: jax.Array, rows: int, block: int) -> ExchangePlan:
-    """Plans one device's part of the exchange. A pure function: all devices compute the same plan of the whole.
+    """Plans one device's part of the exchange. The parts of all devices fit together, because `counts` is the same.
 
     Args:
       counts: `[P, E]`, the rows that each device has for each expert.

@@ -78,9 +78,9 @@ class FlowHead(nnx.Module):
     def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the squared error of x1: the mean over log-mels and noise draws, summed over the valid positions.
 
-        All flow times have the same weight. The minimum is that of the velocity's error, which has the weight (1 -
-        t)^-2. That weight would put the loss where the noise is nearly gone, and there a head need not know what is
-        being said.
+        All flow times have the same weight. The minimum is that of the velocity's error, which has the weight
+        `(1 - t)^-2`. That weight would put the loss where the noise is nearly gone, and there a head need not know what
+        is being said.
 
         Args:
           hidden: `[N, D]`.
