@@ -1,4 +1,4 @@
-"""Ten thousand messages over each protocol that nobody should send, beside a session that must not notice."""
+"""Ten thousand wrong messages over each protocol, beside a session that must not be disturbed."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ REALTIME = [
 ]
 
 
-def spoilt(message: Any, drawn: random.Random) -> Any:
-    """With something in it that is not what it was."""
+def spoil(message: Any, drawn: random.Random) -> Any:
+    """Returns a copy of `message` in which something is missing, added or of another type."""
     if isinstance(message, dict) and message and drawn.random() < 0.8:
         key = drawn.choice(list(message))
         changed = dict(message)
@@ -80,16 +80,16 @@ def spoilt(message: Any, drawn: random.Random) -> Any:
         elif kind < 0.3:
             changed[drawn.choice(("event_id", "colour", "", "type", "audio"))] = drawn.choice(ODD)
         else:
-            changed[key] = spoilt(message[key], drawn)
+            changed[key] = spoil(message[key], drawn)
         return changed
     if isinstance(message, list) and message and drawn.random() < 0.7:
-        return [spoilt(message[0], drawn)] * drawn.choice((0, 1, 3))
+        return [spoil(message[0], drawn)] * drawn.choice((0, 1, 3))
     return drawn.choice(ODD)
 
 
 def json_frames(kinds: list[dict[str, Any]]) -> Callable[[random.Random], bytes]:
     def frame(drawn: random.Random) -> bytes:
-        message = spoilt(drawn.choice(kinds), drawn)
+        message = spoil(drawn.choice(kinds), drawn)
         try:
             data = json.dumps(message).encode()
         except UnicodeEncodeError:
@@ -115,14 +115,14 @@ PROTOCOLS = {
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_nobody_notices_what_another_sends(slots, engine, protocol, monkeypatch, caplog):
+def test_ten_thousand_wrong_messages_disturb_no_other_session(slots, engine, protocol, monkeypatch, caplog):
     monkeypatch.setattr(connection, "_PER_SECOND", 1_000_000)
     caplog.set_level(logging.ERROR)
     path, frame = PROTOCOLS[protocol]
     drawn = random.Random(7)
 
     async def noise(serving: Serving) -> int:
-        """Sends them all, over as many connections as that takes; how many those were."""
+        """Sends all wrong messages, and connects again when the server closes. Returns the number of connections."""
         sent = connections = 0
         while sent < MESSAGES:
             connections += 1
@@ -151,7 +151,7 @@ def test_nobody_notices_what_another_sends(slots, engine, protocol, monkeypatch,
             turns = session.scheduled.micro_turns
             await eventually(lambda: session.scheduled.micro_turns > turns + 3)
         assert not session.scheduled.end_reason and session.scheduled.attached
-        assert connections == 1, "no message ends its sender's session"
+        assert connections == 1, "a wrong message does not end the session of its sender"
         assert serving.counted("duplex_sessions_ended_total", reason="internal_error") == 0
         assert serving.counted("duplex_malformed_messages_total", protocol=protocol) > MESSAGES / 3
         listening.cancel()
@@ -180,9 +180,9 @@ JSON = st.recursive(
         optional={"event_id": JSON, "session": JSON, "item": JSON, "audio": JSON, "content": JSON, "response": JSON},
     ).map(lambda message: json.dumps(message).encode("utf-8", "surrogatepass"))
 )
-def test_any_bytes_are_a_message_or_an_error_that_says_what_is_wrong(data):
-    for vocabulary in (FIRST_MESSAGES, SESSION_MESSAGES, WEBSOCKET_MESSAGES):
+def test_any_bytes_are_read_as_a_message_or_an_error_with_a_reason(data):
+    for messages in (FIRST_MESSAGES, SESSION_MESSAGES, WEBSOCKET_MESSAGES):
         try:
-            vocabulary.read(data)
+            messages.read(data)
         except InvalidMessage as invalid:
             assert invalid.code and 0 < len(str(invalid)) < 1000

@@ -1,4 +1,4 @@
-"""Moshi's wire, with its own client, and the Opus streams of its own library, on the other end."""
+"""Moshi's wire protocol, with Kyutai's own client and the Opus streams of Kyutai's own library (`sphn`)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
 PCM = SoundFormat("pcm", 24_000)
-PEERS = Path(sys.prefix) / "peers"  # tools/setup.sh
+PEERS = Path(sys.prefix) / "peers"  # where tools/setup.sh installs Kyutai's client
 
 
 async def frames(ws: aiohttp.ClientWebSocketResponse, until: float) -> list[bytes]:
-    """Of so many seconds of sound."""
+    """Returns the frames that the server sends until they have `until` seconds of sound."""
     found: list[bytes] = []
     reader, samples = sphn.OpusStreamReader(24_000), 0
     while samples < until * 24_000:
@@ -53,7 +53,7 @@ def decoded(found: list[bytes]) -> np.ndarray:
     return np.concatenate([reader.append_bytes(frame[1:]) for frame in found if frame[:1] == SOUND])
 
 
-def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(slots, engine, wave):
+def test_sound_and_text_over_opus_are_those_of_converse(slots, engine, wave):
     writer, reader = sphn.OpusStreamWriter(24_000), sphn.OpusStreamReader(24_000)
     loud = soxr.resample(wave, 16_000, 24_000).astype(np.float32)
     pages = [writer.append_pcm(loud[at : at + FRAME]) for at in range(0, len(loud) - FRAME, FRAME)]
@@ -89,7 +89,7 @@ def test_what_is_heard_and_said_over_opus_is_what_the_model_hears_and_says(slots
     serving(slots, engine, test)
 
 
-def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(slots, engine):
+def test_text_is_typed_text_and_wrong_frames_get_errors(slots, engine):
     async def test(serving: Serving) -> None:
         ws = await serving.http.ws_connect(f"{serving.url}/api/chat")
         for frame, word in (
@@ -122,7 +122,7 @@ def test_text_is_typed_and_what_is_wrong_is_an_error_that_costs_nothing(slots, e
 
 
 class Card:
-    """A stream as `sounddevice` has them, on a machine without a sound card.
+    """Stands in for a stream of `sounddevice`, on a machine without a sound card.
 
     Args:
       sound: `[N]` float32 that it gives, block by block; silence after it.
@@ -160,9 +160,9 @@ class Card:
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="needs Kyutai's client, which tools/test installs")
-def test_the_stock_client_talks(slots, engine, wave, monkeypatch):
+def test_kyutais_own_client_talks(slots, engine, wave, monkeypatch):
     package, card = ModuleType("moshi"), ModuleType("sounddevice")
-    package.__path__ = [str(PEERS / "moshi")]  # without the models beside it, which want torch
+    package.__path__ = [str(PEERS / "moshi")]  # not the package itself, which imports torch
     loud, played = soxr.resample(wave, 16_000, 24_000).astype(np.float32), []
     card.InputStream, card.OutputStream = partial(Card, loud, []), partial(Card, loud[:0], played)
     for name, module in (("moshi", package), ("sounddevice", card)):
@@ -187,7 +187,7 @@ def test_the_stock_client_talks(slots, engine, wave, monkeypatch):
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_connection_that_is_cut_ends_the_session_and_a_full_server_refuses_at_once(slots, engine):
+def test_lost_connection_ends_the_session_and_a_key_in_use_is_refused_at_once(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1)])
 
     async def test(serving: Serving) -> None:

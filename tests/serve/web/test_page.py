@@ -1,6 +1,6 @@
-"""The page in a browser, where there is one: a fake microphone plays a real recording to the shipped model.
+"""The page in Chromium, if Chromium is installed. Its fake microphone and camera talk to the small test model.
 
-Chromium is driven over its DevTools protocol (`--remote-debugging-port`), which needs no driver besides.
+The tests drive Chromium over its DevTools protocol (`--remote-debugging-port`), which needs no driver.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.serve.serving import Serving, eventually, serving
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def test_the_page_is_served_whole_and_asks_nobody_else(slots, engine):
+def test_page_is_served_whole_and_loads_nothing_from_elsewhere(slots, engine):
     async def test(serving: Serving) -> None:
         async with serving.http.get(serving.url) as response:
             html = await response.text()
@@ -39,7 +39,7 @@ def test_the_page_is_served_whole_and_asks_nobody_else(slots, engine):
                 async with serving.http.get(f"{serving.url}/{part}") as response:
                     assert response.status == 200 and await response.read()
         for file in PAGE.iterdir():
-            assert not re.search(r"https?://|//cdn", file.read_text()), f"{file.name} asks another server"
+            assert not re.search(r"https?://|//cdn", file.read_text()), f"{file.name} loads from another server"
         async with serving.http.get(f"{serving.url}/../access.py") as response:
             assert response.status == 404
 
@@ -47,7 +47,7 @@ def test_the_page_is_served_whole_and_asks_nobody_else(slots, engine):
 
 
 class Browser:
-    """A tab of Chromium."""
+    """A tab of Chromium. `errors` has the exceptions that the page raised."""
 
     def __init__(self, ws: aiohttp.ClientWebSocketResponse):
         self.ws, self.number, self.errors = ws, 0, []
@@ -63,7 +63,7 @@ class Browser:
                 return answer["result"]
 
     async def press(self, key: str, alt: bool = False) -> None:
-        """Tab, Enter, or a letter."""
+        """Presses Tab, Enter or a letter."""
         key = {"key": key, "code": f"Key{key.upper()}" if len(key) == 1 else key, "modifiers": int(alt)}
         key["windowsVirtualKeyCode"] = {"Tab": 9, "Enter": 13}.get(key["key"], ord(key["key"][0].upper()))
         text = {"text": "\r"} if key["key"] == "Enter" else {}
@@ -127,7 +127,7 @@ def typed(serving: Serving) -> list[int]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
+def test_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking():
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
@@ -159,7 +159,7 @@ def test_a_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(slots, engine, tmp_path):
+def test_page_has_one_conversation_and_a_lost_connection_loses_nothing(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking(0.2):
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
@@ -182,12 +182,12 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(slots, 
             await eventually(lambda: session.scheduled.jitter_buffer.muted)
             taken = session.protocol.intake.received_bytes
             await asyncio.sleep(0.5)
-            assert session.protocol.intake.received_bytes == taken, "who is muted is not even sent"
+            assert session.protocol.intake.received_bytes == taken, "the page sends no sound while it is muted"
             await tab.run("text.value = 'the sky'; typing.requestSubmit()")
             await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
             session.connection.transport._transport.pause_reading()
             await tab.run("text.value = 'a number'; typing.requestSubmit()")
-            await asyncio.sleep(0.2)  # on its way, and never read
+            await asyncio.sleep(0.2)  # the message is on its way, and the server never reads it
             session.connection.transport._transport.abort()
             await tab.until("document.getElementById('state').textContent.startsWith('Connection lost')")
             put, heard = session.scheduled.jitter_buffer.push, []
@@ -200,15 +200,15 @@ def test_there_is_one_conversation_and_a_lost_connection_forgets_nothing(slots, 
             await eventually(lambda: session.protocol.intake.received_bytes > taken + 24_000)
             both = engine.codec.encode("the sky") + engine.codec.encode("a number")
             await eventually(lambda: len(typed(serving)) >= len(both))
-            assert typed(serving) == both, "nothing twice"
-            assert all(heard), "what was said while the server did not know that it was not muted any more"
+            assert typed(serving) == both, "no text reaches the model twice"
+            assert all(heard), "the server unmutes before it takes the sound of that time"
             assert serving.session() is session and session.scheduled.micro_turns and tab.errors == []
 
     serving(slots, engine, test)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(slots, engine, tmp_path):
+def test_camera_that_is_allowed_too_late_does_not_reach_the_next_conversation(slots, engine, tmp_path):
     slow = """
         const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
         window.allow = [];
@@ -244,7 +244,7 @@ def test_a_camera_that_was_allowed_too_late_leaves_the_next_conversation_alone(s
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_keys_are_enough_and_everything_has_a_name(slots, engine, tmp_path):
+def test_keyboard_is_enough_and_every_control_has_a_name(slots, engine, tmp_path):
     focus = "document.activeElement.id"
 
     async def test(serving: Serving) -> None:
@@ -255,7 +255,7 @@ def test_keys_are_enough_and_everything_has_a_name(slots, engine, tmp_path):
             await tab.press("Enter")
             await tab.until("document.getElementById('state').textContent === 'Connected'")
             session = serving.session()
-            assert await tab.run(focus) == "stop", "not nowhere"
+            assert await tab.run(focus) == "stop", "the focus moves to a button that is enabled"
             order = []
             for _ in range(2):
                 await tab.press("Tab")
@@ -267,7 +267,7 @@ def test_keys_are_enough_and_everything_has_a_name(slots, engine, tmp_path):
             await tab.until("document.getElementById('words').textContent.includes('the sky')")
             await tab.press("m", alt=True)
             await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
-            assert await tab.run("text.value") == "", "a shortcut is no letter"
+            assert await tab.run("text.value") == "", "a shortcut types no letter"
             tree = (await tab.ask("Accessibility.getFullAXTree"))["nodes"]
             named = {
                 (node["role"]["value"], node.get("name", {}).get("value", ""))
@@ -286,8 +286,8 @@ def test_keys_are_enough_and_everything_has_a_name(slots, engine, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_camera_is_seen_as_it_is(slots, engine, tmp_path):
-    """Its picture is a file: the left half dark, the right half bright."""
+def test_camera_picture_reaches_the_model_the_right_way_round(slots, engine, tmp_path):
+    """The camera shows a file whose left half is dark and whose right half is bright."""
     luma = np.full((240, 320), 16, np.uint8)
     luma[:, 160:] = 235
     header, grey = b"YUV4MPEG2 W320 H240 F10:1 Ip A1:1 C420jpeg\n", np.full(320 * 240 // 2, 128, np.uint8).tobytes()
@@ -307,7 +307,7 @@ def test_a_camera_is_seen_as_it_is(slots, engine, tmp_path):
                     await asyncio.sleep(0.1)
                     given = serving.model_inputs()
                     seen = [one.patches for one in given if one.patches is not None]
-        (left, right) = seen[-1][:, -1]  # two patches are what this model takes: a picture of 51 x 38 pixels
-        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "in CLIP's units"
+        (left, right) = seen[-1][:, -1]  # this model takes two patches: a picture of 51 x 38 pixels
+        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "pixels are normalised as CLIP's"
 
     serving(slots, engine, test)

@@ -1,4 +1,7 @@
-"""GPT-Live over a real socket: what a client hears is what the model says, whatever happens to its connection."""
+"""GPT-Live over a real socket: a client gets what the model says, whatever happens to its connection.
+
+The server is `tests.serve.serving`: the test makes its ticks, so that a session runs as fast as the test wants.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,22 @@ from tests.serve.serving import Client, Serving, eventually, jpeg, serving
 from tests.serve.stepped import scripted
 
 PCM = SoundFormat("pcm", 16_000)
-TURNS = 14
-FIRST_PARTY = TypeAdapter(ServerEvent)
+MICRO_TURNS = 14
+DELTAS = ("output_audio", "input_transcript", "output_transcript")
+OPENAI_EVENT = TypeAdapter(ServerEvent)  # refuses what is no event of OpenAI's API
 
 
-def text_of(sound: bytes) -> str:
+def as_base64(sound: bytes) -> str:
     return base64.b64encode(sound).decode()
 
 
-async def speak(serving: Serving, client: Client, sound: bytes) -> None:
-    """All of it, in packets of 20 ms, each micro-turn before its tick."""
+async def send_sound(serving: Serving, client: Client, sound: bytes) -> None:
+    """Sends `sound`, 16-bit PCM at 16 kHz, in packets of 20 ms. Makes a tick after the packets of each micro-turn."""
     size = 2 * MICRO_TURN_SAMPLES
     for start in range(0, len(sound), size):
         before = serving.session().scheduled.jitter_buffer.waiting_samples
         for at in range(start, start + size, size // 10):
-            await client.send("session.input_audio.append", audio=text_of(sound[at : at + size // 10]))
+            await client.send("session.input_audio.append", audio=as_base64(sound[at : at + size // 10]))
         await eventually(
             lambda before=before: (
                 serving.session().scheduled.jitter_buffer.waiting_samples == before + MICRO_TURN_SAMPLES
@@ -45,8 +49,8 @@ async def speak(serving: Serving, client: Client, sound: bytes) -> None:
         await serving.advance()
 
 
-def said(engine, sound: bytes, seed: int) -> tuple[list[bytes], str, str]:
-    """What `converse` gives: sound by micro-turn, the text heard and the text said."""
+def expected_output(engine, sound: bytes, seed: int) -> tuple[list[bytes], str, str]:
+    """Returns what `converse` makes of `sound`: its speech by micro-turn, the words heard and the words said."""
     waves, heard, text = [], "", ""
     for outputs, (record,) in converse(engine, [PCM.decode(sound)], seed=seed):
         waves.append(PCM.encode(outputs.wave[0]))
@@ -54,14 +58,11 @@ def said(engine, sound: bytes, seed: int) -> tuple[list[bytes], str, str]:
     return waves, heard, text
 
 
-def given(events: list[dict]) -> tuple[list[bytes], str, str]:
-    """The same, as a client was sent it."""
+def received_output(events: list[dict]) -> tuple[list[bytes], str, str]:
+    """Returns the same as `expected_output`, from the events that a client received."""
     of = {kind: [e["delta"] for e in events if e["type"] == f"session.{kind}.delta"] for kind in DELTAS}
     waves = [base64.b64decode(delta) for delta in of["output_audio"]]
     return waves, "".join(of["input_transcript"]), "".join(of["output_transcript"])
-
-
-DELTAS = ("output_audio", "input_transcript", "output_transcript")
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,18 @@ def sound(wave) -> bytes:
     return PCM.encode(wave)
 
 
-def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_turns(slots, engine, sound):
+def test_client_gets_the_speech_and_words_of_converse_with_their_micro_turns(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         seed = serving.session().scheduled.seed
-        await speak(serving, client, sound)
+        await send_sound(serving, client, sound)
         await client.send("session.close", event_id="bye")
         async with serving.ticking():
             assert await client.closed() == 1000
-        waves, heard, text = given(client.events)
-        expected = said(engine, sound, seed)
-        assert waves[:TURNS] == expected[0] and heard.startswith(expected[1]) and text.startswith(expected[2])
-        assert expected[1] and expected[2], "a test that hears nothing would show nothing"
+        waves, heard, text = received_output(client.events)
+        expected = expected_output(engine, sound, seed)
+        assert waves[:MICRO_TURNS] == expected[0] and heard.startswith(expected[1]) and text.startswith(expected[2])
+        assert expected[1] and expected[2], "without words, this test would prove nothing"
         for event in client.events_of("session.input_transcript.delta") + client.events_of(
             "session.output_transcript.delta"
         ):
@@ -89,12 +90,12 @@ def test_a_client_hears_what_converse_says_and_its_transcripts_lie_on_the_micro_
         closed = client.events[-1]
         assert closed["reason"] == "close_requested" and closed["usage"]["seconds"] == len(waves) // 5
         for event in client.events:
-            FIRST_PARTY.validate_python(event, strict=True)
+            OPENAI_EVENT.validate_python(event, strict=True)
 
     serving(slots, engine, test)
 
 
-def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(slots, engine, sound):
+def test_openai_client_starts_talks_appends_mutes_updates_and_closes(slots, engine, sound):
     async def test(serving: Serving) -> None:
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
         assert [model.id async for model in openai.models.list()] == ["small_test"]
@@ -104,7 +105,7 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(slots, e
             started = await live.recv()
             assert started.type == "session.started" and started.session.audio.format.rate == 24_000
             assert started.session.instructions == "be kind"
-            await live.session.input_audio.append(audio=text_of(sound[:9_600]))
+            await live.session.input_audio.append(audio=as_base64(sound[:9_600]))
             await live.session.thinking.append(content="the number", delegation_id=None, event_id="thought")
             await live.session.input_audio.mute(event_id="hush")
             await live.session.input_audio.unmute()
@@ -133,40 +134,40 @@ def test_the_stock_client_starts_talks_appends_mutes_updates_and_closes(slots, e
 
 
 @pytest.mark.parametrize("cut", ["aborted", "silently"])
-def test_a_client_that_was_cut_off_comes_back_and_has_lost_no_word(slots, engine, sound, cut):
+def test_client_that_lost_its_connection_resumes_without_losing_an_event(slots, engine, sound, cut):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session, half = serving.session(), 6 * 2 * MICRO_TURN_SAMPLES
         for event_id in ("first", "last", None):
             await client.send("session.input_audio.unmute", event_id=event_id)
-        await speak(serving, client, sound[:half])
-        await client.until("session.output_audio.delta")  # and not what came after it
+        await send_sound(serving, client, sound[:half])
+        await client.until("session.output_audio.delta")  # later events are on their way and get lost
         last = client.events[-1]["sequence_number"]
         if cut == "aborted":
             await client.cut_off(session)
             ticks = len(serving.model.ticks)
             await serving.advance(20)
-            assert len(serving.model.ticks) == ticks, "it stands still"
+            assert len(serving.model.ticks) == ticks, "the session is paused"
         back = await serving.open()
         resume = {"session_id": session.id, "resume_token": client.started["resume"]["token"], "after": last}
         await back.send("session.resume", event_id="again", **resume)
         resumed = await back.event()
         assert resumed["type"] == "session.resumed" and resumed["client_event_id"] == "again"
         assert (resumed["input_audio_bytes"], resumed["last_client_event_id"]) == (half, "last")
-        await speak(serving, back, sound[half:])
-        while len(given(back.events)[0]) + 1 < TURNS:
+        await send_sound(serving, back, sound[half:])
+        while len(received_output(back.events)[0]) + 1 < MICRO_TURNS:
             await back.event()
         events = client.events + back.events[1:]
         assert [event["sequence_number"] for event in events] == list(range(1, len(events) + 1))
-        assert given(events) == said(engine, sound, session.scheduled.seed)
+        assert received_output(events) == expected_output(engine, sound, session.scheduled.seed)
         if cut == "silently":
-            assert await client.closed() == 1008, "the connection that was there is told"
+            assert await client.closed() == 1008, "the server closes the old connection"
         assert serving.counted("duplex_resume_total", result="resumed") == 1
 
     serving(slots, engine, test)
 
 
-def test_who_may_not_come_back_is_told_why(slots, engine):
+def test_refused_resume_names_its_reason(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session, token = serving.session(), client.started["resume"]["token"]
@@ -181,12 +182,12 @@ def test_who_may_not_come_back_is_told_why(slots, engine):
             assert (await other.event())["error"]["code"] == code
             assert await other.closed() in (1008,)
         assert session.scheduled.attached and not session.scheduled.end_reason
-        assert token not in str(serving.metrics.text()), "secrets are nobody's"
+        assert token not in str(serving.metrics.text()), "metrics contain no secrets"
 
     serving(slots, engine, test)
 
 
-def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(slots, engine):
+def test_session_ends_if_its_client_does_not_come_back_in_time(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -203,16 +204,16 @@ def test_a_client_that_does_not_come_back_in_time_finds_its_session_closed(slots
     serving(slots, engine, test)
 
 
-def test_who_has_asked_to_close_is_not_heard_again(slots, engine, sound):
+def test_client_that_asked_to_close_stays_muted(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
-        await speak(serving, client, sound[:6_400])
+        await send_sound(serving, client, sound[:6_400])
         await client.send("session.close")
         await client.send("session.input_audio.unmute")
         await client.until("session.input_audio.muted")
         waiting, taken = session.scheduled.jitter_buffer.waiting_samples, session.protocol.intake.received_bytes
-        await client.send("session.input_audio.append", audio=text_of(sound[:6_400]))
+        await client.send("session.input_audio.append", audio=as_base64(sound[:6_400]))
         await eventually(lambda: session.protocol.intake.received_bytes > taken)
         assert session.scheduled.jitter_buffer.waiting_samples == waiting
         async with serving.ticking():
@@ -222,7 +223,7 @@ def test_who_has_asked_to_close_is_not_heard_again(slots, engine, sound):
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_client_that_closes_its_connection_is_done(slots, engine):
+def test_session_ends_when_its_client_closes_the_connection(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -236,6 +237,7 @@ def test_a_client_that_closes_its_connection_is_done(slots, engine):
 
 
 DELEGATION = "delegation_id"
+# Message, expected error code (None: no error) and expected `param`.
 WRONG = [
     (b"", "invalid_json", None),
     (b"{", "invalid_json", None),
@@ -260,7 +262,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_what_is_wrong_is_named_and_costs_nobody_anything(slots, engine, sound):
+def test_wrong_messages_are_named_and_disturb_no_other_session(slots, engine, sound):
     async def test(serving: Serving) -> None:
         bad, good = await serving.start(), None
         for data, code, param in WRONG:
@@ -276,22 +278,22 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(slots, engine, sound):
         assert error["code"] == "string_above_max_length" and error["client_event_id"] == "long"
         assert serving.counted("duplex_malformed_messages_total", protocol="live") == len(WRONG)
         for event in bad.events:
-            FIRST_PARTY.validate_python(event, strict=True)
+            OPENAI_EVENT.validate_python(event, strict=True)
         (first,) = serving.manager.sessions.values()
         good = await serving.start()
         session = next(one for one in serving.manager.sessions.values() if one is not first)
         for at in range(0, len(sound), 2 * MICRO_TURN_SAMPLES):
             await bad.ws.send_bytes(b"noise")
-            await good.send("session.input_audio.append", audio=text_of(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
+            await good.send("session.input_audio.append", audio=as_base64(sound[at : at + 2 * MICRO_TURN_SAMPLES]))
             await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples)
             await serving.advance()
-        while len(given(good.events)[0]) < TURNS:
+        while len(received_output(good.events)[0]) < MICRO_TURNS:
             await good.event()
-        waves, heard, text = given(good.events)
-        expected = said(engine, sound, session.scheduled.seed)
+        waves, heard, text = received_output(good.events)
+        expected = expected_output(engine, sound, session.scheduled.seed)
         assert (heard, text) == expected[1:]
-        # Two sessions run in another bucket than the one of `converse`: other sums of the same numbers, by which, with
-        # one seed in sixty, another bin is sampled somewhere.
+        # Two sessions run in a larger batch bucket than the single session of `converse`. There the same numbers are
+        # summed in another order; with one seed in sixty that changes a sampled bin.
         np.testing.assert_allclose(PCM.decode(b"".join(waves)), PCM.decode(b"".join(expected[0])), atol=1e-3)
 
     serving(slots, engine, test)
@@ -317,7 +319,7 @@ def test_what_is_wrong_is_named_and_costs_nobody_anything(slots, engine, sound):
         ),
     ],
 )  # fmt: skip
-def test_a_session_that_cannot_be_is_refused_and_the_client_may_ask_again(slots, engine, session, code, param):
+def test_impossible_session_is_refused_and_the_client_may_ask_again(slots, engine, session, code, param):
     async def test(serving: Serving) -> None:
         client = await serving.open()
         await client.send("session.start", event_id="first", session=session)
@@ -330,7 +332,7 @@ def test_a_session_that_cannot_be_is_refused_and_the_client_may_ask_again(slots,
     serving(slots, engine, test)
 
 
-def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_all(slots, engine):
+def test_full_server_says_when_to_come_again_and_draining_server_warns_all_clients(slots, engine):
     async def test(serving: Serving) -> None:
         clients = [await serving.start() for _ in range(4)]
         late = await serving.open()
@@ -338,7 +340,9 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
         error = (await late.event())["error"]
         assert error["code"] == "server_full" and error["retry_after_s"] >= 1 and error["type"] == "rate_limit_error"
         assert await late.closed() == 1013
-        draining = asyncio.create_task(serving.manager.drain(3))  # enough for one who closes, on a busy machine too
+        draining = asyncio.create_task(
+            serving.manager.drain(3)
+        )  # s; enough for a client to close its session, even on a busy machine
         for client in clients:
             info = await client.until("info")
             assert info["code"] == "going_away" and 0 < info["time_left_ms"] <= 3000
@@ -358,7 +362,7 @@ def test_a_full_server_says_when_to_come_again_and_one_about_to_end_says_so_to_a
     serving(slots, engine, test)
 
 
-def test_a_session_lasts_as_long_as_it_may_and_says_so_before(slots, engine):
+def test_session_warns_its_client_before_the_time_limit_ends_it(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         async with serving.ticking():
@@ -377,7 +381,7 @@ DELEGATES = scripted(
 )
 
 
-def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background_text(slots, engine):
+def test_delegation_goes_to_the_client_and_its_answer_becomes_background_text(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         await serving.advance(3)
@@ -402,8 +406,8 @@ def test_a_delegation_goes_to_the_client_and_its_answer_comes_back_as_background
     serving(slots, engine, test, model=DELEGATES)
 
 
-def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(slots, engine):
-    picture = text_of(jpeg(200))
+def test_text_history_and_pictures_reach_the_model_at_the_edge_of_a_micro_turn(slots, engine):
+    picture = as_base64(jpeg(200))
 
     async def test(serving: Serving) -> None:
         history = [
@@ -428,7 +432,7 @@ def test_typed_text_history_and_pictures_are_given_at_a_micro_turns_edge(slots, 
     serving(slots, engine, test)
 
 
-def test_someone_beside_a_session_hears_both_voices_and_directs_it(slots, engine, sound):
+def test_sideband_hears_both_voices_and_directs_the_session(slots, engine, sound):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -438,15 +442,17 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(slots, engine
             await beside.session.input_audio.mute()
             assert (await beside.recv()).type == "session.input_audio.muted"
             assert (await client.until("session.input_audio.muted"))["sequence_number"] == 2
-            await client.send("session.input_audio.append", audio=text_of(sound[: 2 * MICRO_TURN_SAMPLES]))
+            await client.send("session.input_audio.append", audio=as_base64(sound[: 2 * MICRO_TURN_SAMPLES]))
             reflected = await beside.recv()
-            assert reflected.type == "session.input_audio.append", "reflected, though it is not heard"
+            assert reflected.type == "session.input_audio.append", (
+                "the sideband hears the user even while the session is muted"
+            )
             assert len(base64.b64decode(reflected.audio)) == 9_600
             await serving.advance()
             while (event := await beside.recv()).type != "session.output_audio.delta":
                 pass
             assert (event.start_ms, event.end_ms, len(base64.b64decode(event.delta))) == (200, 400, 9_600)
-            assert session.scheduled.jitter_buffer.missed_samples == MICRO_TURN_SAMPLES, "it was muted"
+            assert session.scheduled.jitter_buffer.missed_samples == MICRO_TURN_SAMPLES, "the model heard silence"
             await beside.send({"type": "session.input_audio.append", "audio": ""})
             while (event := await beside.recv()).type != "error":
                 pass
@@ -462,7 +468,7 @@ def test_someone_beside_a_session_hears_both_voices_and_directs_it(slots, engine
     serving(slots, engine, test)
 
 
-def test_a_client_that_was_cut_off_while_the_server_drains_gets_what_it_missed(slots, engine):
+def test_client_that_lost_its_connection_resumes_while_the_server_drains(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()

@@ -1,4 +1,4 @@
-"""GPT-Live and clients that send too much, too fast, or nothing, and that take nothing."""
+"""GPT-Live with clients that send too much, too fast or nothing, and with clients that read nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
-from tests.serve.protocols.live.test_live import text_of
+from tests.serve.protocols.live.test_live import as_base64
 from tests.serve.serving import Client, Serving, eventually, serving
 
 
-def test_a_connection_that_says_nothing_or_only_nonsense_is_closed(slots, engine):
+def test_connection_without_a_valid_first_message_is_closed(slots, engine):
     async def test(serving: Serving) -> None:
         silent = await serving.open()
         assert (await silent.event())["error"]["code"] == "timeout" and await silent.closed() == 1008
@@ -27,7 +27,7 @@ def test_a_connection_that_says_nothing_or_only_nonsense_is_closed(slots, engine
     serving(slots, engine, test, limits=Limits(first_message_s=0.5))
 
 
-def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(slots, engine):
+def test_too_large_message_ends_the_connection_but_not_the_session(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -39,11 +39,11 @@ def test_a_message_that_is_too_large_ends_the_connection_and_not_the_session(slo
     serving(slots, engine, test)
 
 
-def test_more_sound_than_there_is_room_for_waits_in_the_network(slots, engine):
+def test_sound_without_room_waits_in_the_network(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        session, chunk = serving.session(), text_of(bytes(2 * MICRO_TURN_SAMPLES))
-        sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds
+        session, chunk = serving.session(), as_base64(bytes(2 * MICRO_TURN_SAMPLES))
+        sending = asyncio.create_task(_flood(client, chunk, 120))  # 24 seconds of sound
         await eventually(lambda: not session.scheduled.jitter_buffer.free_samples())
         await asyncio.sleep(0.3)
         assert (
@@ -54,33 +54,35 @@ def test_more_sound_than_there_is_room_for_waits_in_the_network(slots, engine):
             await eventually(
                 lambda: sending.done() and session.protocol.intake.received_bytes == 120 * 2 * MICRO_TURN_SAMPLES
             )
-        assert session.scheduled.jitter_buffer.missed_samples == 0, "and all of it is heard, one after the other"
+        assert session.scheduled.jitter_buffer.missed_samples == 0, (
+            "the model hears all of it, one micro-turn after the other"
+        )
 
     serving(slots, engine, test)
 
 
-def test_a_connection_that_was_replaced_takes_nothing_of_what_waited(slots, engine):
+def test_replaced_connection_takes_no_sound_that_waited(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
-        session, chunk = serving.session(), text_of(bytes(4 * 16_000))
+        session, chunk = serving.session(), as_base64(bytes(4 * 16_000))
         intake = session.protocol.intake
-        for _ in range(6):  # of two seconds each; there is room for five
+        for _ in range(6):  # two seconds each; the session has room for five of them
             await client.send("session.input_audio.append", audio=chunk)
         await eventually(lambda: intake.received_bytes == 6 * 64_000)
-        client = await _back(serving, client)
-        await client.send("session.input_audio.append", audio=chunk)  # waits, and is not counted
+        client = await _reconnect(serving, client)
+        await client.send("session.input_audio.append", audio=chunk)  # waits for room, and is not counted as received
         await asyncio.sleep(0.2)
-        session.connection.replace()  # which another connection does when it tells its client how much was taken
+        session.connection.replace()  # as a new connection does before it says how much has arrived
         intake.clear()
-        session.micro_turn_done.set()  # in the same moment there is room
+        session.micro_turn_done.set()  # in the same moment the session gets room
         await eventually(lambda: session.connection is None)
         assert intake.received_bytes == 6 * 64_000 and await client.closed() == 1008
 
     serving(slots, engine, test)
 
 
-async def _back(serving: Serving, client: Client) -> Client:
-    """A client that was cut off, over another connection."""
+async def _reconnect(serving: Serving, client: Client) -> Client:
+    """Cuts a client off, and returns a client that resumes its session over another connection."""
     session = serving.session()
     await client.cut_off(session)
     again = await serving.open()
@@ -121,13 +123,13 @@ def test_messages_that_come_too_fast_are_slowed_down(slots, engine, monkeypatch)
     serving(slots, engine, test)
 
 
-def test_a_client_that_takes_nothing_loses_its_session(slots, engine, monkeypatch):
+def test_client_that_reads_nothing_loses_its_session(slots, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
         session.replay_buffer.max_bytes = 100_000
         client.ws._response.connection.transport.pause_reading()
-        for _ in range(100):  # more than all buffers between the two hold
+        for _ in range(100):  # more than all buffers between server and client hold
             session.replay_buffer.append(bytes(90_000))
             await asyncio.sleep(0)
         await eventually(lambda: session.scheduled.end_reason)
@@ -139,7 +141,7 @@ def test_a_client_that_takes_nothing_loses_its_session(slots, engine, monkeypatc
     serving(slots, engine, test)
 
 
-def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(slots, engine, monkeypatch):
+def test_limits_hold_a_client_that_tries_to_fill_memory_or_time(slots, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()
@@ -154,17 +156,17 @@ def test_clients_that_try_to_fill_memory_or_time_are_held_to_their_limits(slots,
         await client.send("session.commentary.append", content="x" * 900_000, delegation_id=None)
         while (await client.until("error"))["error"]["code"] != "string_above_max_length":
             pass
-        assert time.monotonic() - began < 2, "refused by its size, not by its tokens"
-        chunk = text_of(bytes(4 * 16_000))
-        for _ in range(3):  # of two seconds each, over connections that are lost
-            for _ in range(4):
+        assert time.monotonic() - began < 2, "a long text is refused by its size, before it is tokenised"
+        chunk = as_base64(bytes(4 * 16_000))
+        for _ in range(3):  # over connections that are lost
+            for _ in range(4):  # two seconds each
                 await client.send("session.input_audio.append", audio=chunk)
             await asyncio.sleep(0.2)
-            client = await _back(serving, client)
+            client = await _reconnect(serving, client)
         intake = session.protocol.intake
-        assert len(intake._unheard) <= 2 * 16_000, "one message at most is beyond the room"
+        assert len(intake._unheard) <= 2 * 16_000, "at most one message waits outside the jitter buffer"
         assert intake.received_bytes == 2 * (session.scheduled.jitter_buffer.waiting_samples + len(intake._unheard)), (
-            "what is told as taken is there"
+            "everything that is reported as received is kept"
         )
         beside = [await serving.open(f"/v1/live/sessions/{session.id}/attach") for _ in range(4)]
         async with serving.http.get(f"{serving.url}/v1/live/sessions/{session.id}/attach") as refused:

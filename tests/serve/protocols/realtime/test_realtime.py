@@ -18,9 +18,9 @@ from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
 
-EVENTS = TypeAdapter(RealtimeServerEvent)
+OPENAI_EVENT = TypeAdapter(RealtimeServerEvent)
 HEARD, SAY, SPEAK, LISTEN = Control.HEARD, Control.SAY, Control.SPEAK, Control.LISTEN
-# The user says two words, is answered in two micro-turns, and says one more while nobody speaks.
+# The user says two words, the model answers in two micro-turns, and the user says one more word in silence.
 TALK = scripted(
     {
         2: (HEARD, " what", LISTEN),
@@ -30,7 +30,7 @@ TALK = scripted(
         12: (HEARD, " thanks", LISTEN),
     }
 )
-RESPONSE = [
+RESPONSE_EVENTS = [
     "response.created",
     "response.output_item.added",
     "conversation.item.added",
@@ -49,7 +49,7 @@ RESPONSE = [
     "response.done",
     "rate_limits.updated",
 ]
-TURN = [
+USER_TURN_EVENTS = [
     "input_audio_buffer.speech_started",
     "input_audio_buffer.speech_stopped",
     "input_audio_buffer.committed",
@@ -64,11 +64,11 @@ WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object
 EMPTY = {"type": "message", "role": "user", "content": [{"type": "input_text"}]}
 
 
-def updated(**session: Any) -> dict[str, Any]:
+def session_update(**session: Any) -> dict[str, Any]:
     return {"type": "session.update", "session": {"type": "realtime", **session}}
 
 
-async def opened(serving: Serving, **session: Any) -> Client:
+async def open_session(serving: Serving, **session: Any) -> Client:
     client = await serving.open("/v1/realtime?model=small_test")
     client.started = (await client.until("session.created"))["session"]
     if session:
@@ -77,28 +77,31 @@ async def opened(serving: Serving, **session: Any) -> Client:
     return client
 
 
-def kinds(client: Client) -> list[str]:
+def event_types(client: Client) -> list[str]:
     return [event["type"] for event in client.events]
 
 
-def check(client: Client) -> None:
-    """Every event is one of OpenAI's, and none is missing."""
+def check_events(client: Client) -> None:
+    """Asserts that every event is an event of OpenAI's API and that no event is missing."""
     for event in client.events:
-        EVENTS.validate_python(event, strict=True)
+        OPENAI_EVENT.validate_python(event, strict=True)
     assert [event["sequence_number"] for event in client.events] == list(range(1, len(client.events) + 1))
 
 
-def test_the_gate_opens_and_ends_a_response_and_words_heard_are_the_users_turn(slots, engine):
+def test_gate_opens_and_ends_a_response_and_heard_words_become_a_user_turn(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         await serving.advance(20)
-        while kinds(client).count(TURN[-1]) < 3:  # the user's, ours, the user's
+        while event_types(client).count(USER_TURN_EVENTS[-1]) < 3:  # items of the user, the model and the user
             await client.event()
-        assert kinds(client)[1:] == TURN + RESPONSE + TURN
-        check(client)
-        started, stopped = (client.events_of(kind)[0] for kind in TURN[:2])
+        assert event_types(client)[1:] == USER_TURN_EVENTS + RESPONSE_EVENTS + USER_TURN_EVENTS
+        check_events(client)
+        started, stopped = (client.events_of(kind)[0] for kind in USER_TURN_EVENTS[:2])
         assert (started["audio_start_ms"], stopped["audio_end_ms"]) == (200, 600)
-        assert [event["transcript"].strip() for event in client.events_of(TURN[5])] == ["what number", "thanks"]
+        assert [event["transcript"].strip() for event in client.events_of(USER_TURN_EVENTS[5])] == [
+            "what number",
+            "thanks",
+        ]
         done = client.events_of("response.done")[0]["response"]
         assert done["status"] == "completed"
         assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": " it is forty"}]
@@ -110,7 +113,7 @@ def test_the_gate_opens_and_ends_a_response_and_words_heard_are_the_users_turn(s
     serving(slots, engine, test, model=TALK)
 
 
-def test_who_interrupts_is_told_of_when_the_model_yields(slots, engine):
+def test_interruption_is_announced_when_the_model_yields(slots, engine):
     talk = {
         2: (SAY, " it is", SPEAK),
         3: (HEARD, " no", SAY, " a", SPEAK),
@@ -121,29 +124,29 @@ def test_who_interrupts_is_told_of_when_the_model_yields(slots, engine):
     }
 
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         await serving.advance(30)
-        while kinds(client).count("response.done") < 2 or kinds(client)[-1] != TURN[-1]:
+        while event_types(client).count("response.done") < 2 or event_types(client)[-1] != USER_TURN_EVENTS[-1]:
             await client.event()
-        check(client)
+        check_events(client)
         first, second = (event["response"] for event in client.events_of("response.done"))
         assert first["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
         assert first["output"][0]["status"] == "incomplete"
-        at = kinds(client).index("response.done")
-        assert TURN[0] not in kinds(client)[:at] and TURN[0] in kinds(client)[at:]
-        assert second["status"] == "completed", "the model spoke on, and ends long after the user's word"
-        assert kinds(client).count(TURN[0]) == 2
+        at = event_types(client).index("response.done")
+        assert USER_TURN_EVENTS[0] not in event_types(client)[:at] and USER_TURN_EVENTS[0] in event_types(client)[at:]
+        assert second["status"] == "completed", "the model spoke on, long after the user's word"
+        assert event_types(client).count(USER_TURN_EVENTS[0]) == 2
 
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_last(slots, engine):
+def test_without_turn_detection_a_requested_response_has_the_last_speech(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
         await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
         await serving.advance(9)
-        assert kinds(client)[-1] == "session.updated", "nobody asked for anything"
+        assert event_types(client)[-1] == "session.updated", "without turn detection, only the client begins a response"
         await client.send("input_audio_buffer.commit")
         committed = await client.until("input_audio_buffer.committed")
         metadata = {"client_event_id": "ours"}
@@ -151,11 +154,11 @@ def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_l
         done = (await client.until("response.done"))["response"]
         transcript = client.events_of("conversation.item.input_audio_transcription.completed")[0]
         assert transcript["item_id"] == committed["item_id"] and transcript["transcript"].strip() == "what number"
-        assert TURN[0] not in kinds(client)
+        assert USER_TURN_EVENTS[0] not in event_types(client)
         assert done["metadata"] == metadata
         assert done["output"][0]["content"][0]["transcript"] == " it is forty"
         assert len(client.events_of("response.output_audio.delta")) == 4
-        await serving.advance(2)  # to the eleventh
+        await serving.advance(2)  # to tick 11, where the model speaks again
         await client.send("response.create")
         await client.until("response.output_audio.delta")
         await client.send("response.create", event_id="r2")
@@ -163,17 +166,19 @@ def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_l
         assert (error["code"], error["event_id"]) == ("conversation_already_has_active_response", "r2")
         await serving.advance(3)
         done = (await client.until("response.done"))["response"]
-        assert done["output"][0]["content"][0]["transcript"] == " the sky is", "from where its gate opened"
+        assert done["output"][0]["content"][0]["transcript"] == " the sky is", (
+            "the response has everything since the gate opened"
+        )
         await client.send("response.create")
         await client.until("response.created")
         await client.send("response.create")
         done = (await client.until("response.done"))["response"]
-        assert (done["status"], done["output"]) == ("cancelled", []), "it gives way"
+        assert (done["status"], done["output"]) == ("cancelled", []), "a response without speech gives way to the next"
         await client.until("response.created")
         await serving.advance(51)
         done = (await client.until("response.done"))["response"]
-        assert done["status"] == "completed" and done["output"] == [], "it had nothing to say"
-        check(client)
+        assert done["status"] == "completed" and done["output"] == [], "the model had nothing to say"
+        check_events(client)
 
     talk = {
         2: (HEARD, " what", LISTEN),
@@ -186,10 +191,10 @@ def test_without_turn_detection_a_response_that_is_asked_for_has_what_was_said_l
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_what_nobody_asked_for_is_not_the_answer_to_what_is_said_next(slots, engine):
+def test_speech_that_nobody_asked_for_does_not_answer_the_next_words(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
-        await serving.advance(8)  # " it is" is over, and the next words have begun
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
+        await serving.advance(8)  # after " it is", and after the user's next word
         await client.send("response.create")
         await serving.advance(3)
         done = (await client.until("response.done"))["response"]
@@ -198,15 +203,15 @@ def test_what_nobody_asked_for_is_not_the_answer_to_what_is_said_next(slots, eng
         await client.until("response.created")
         await client.send("response.cancel")
         await client.until("response.done")
-        check(client)
+        check_events(client)
 
     talk = {2: (SAY, " it is", SPEAK), 7: (HEARD, " what", LISTEN), 9: (SAY, " forty", SPEAK)}
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_each_commit_is_an_item(slots, engine):
+def test_each_commit_becomes_an_item(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
         await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
         await serving.advance(2)
@@ -223,46 +228,48 @@ def test_each_commit_is_an_item(slots, engine):
             (found[0], "what number"),
             (found[1], ""),
         ]
-        check(client)
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({2: (HEARD, " what", LISTEN), 3: (HEARD, " number", LISTEN)}))
 
 
-def test_words_are_told_of_while_a_response_waits_and_not_as_an_interruption_when_it_begins(slots, engine):
-    """LiveKit's client cancels the response that it has at `speech_started`, Pipecat's what it plays."""
+def test_speech_started_comes_while_a_response_waits_but_not_when_its_speech_begins(slots, engine):
+    """At `speech_started`, LiveKit's client cancels its response, and Pipecat's client stops its playback."""
 
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         await client.send("response.create")
         waits = (await client.until("response.created"))["response"]["id"]
         await serving.advance(2)
-        await client.until(TURN[0])
+        await client.until(USER_TURN_EVENTS[0])
         for name in ("other", waits):
             await client.send("response.cancel", response_id=name)
         error = (await client.until("error"))["error"]
         assert error["code"] == "response_cancel_not_active" and error["message"].startswith("Cancellation failed")
         await client.until("response.done")
         await serving.advance(12)
-        while kinds(client).count("response.done") < 3:
+        while event_types(client).count("response.done") < 3:
             await client.event()
-        check(client)
+        check_events(client)
         said = [one["response"]["output"] for one in client.events_of("response.done")]
         assert [one[0]["content"][0]["transcript"] if one else "" for one in said] == ["", " yes", " forty"]
-        assert kinds(client).count(TURN[0]) == kinds(client).count(TURN[1]) == 1, "the second word came with its answer"
-        assert kinds(client).count(TURN[2]) == 2
+        assert event_types(client).count(USER_TURN_EVENTS[0]) == event_types(client).count(USER_TURN_EVENTS[1]) == 1, (
+            "the second word came in the micro-turn of its answer"
+        )
+        assert event_types(client).count(USER_TURN_EVENTS[2]) == 2
 
     talk = {2: (HEARD, " what", LISTEN), 3: (SAY, " yes", SPEAK), 9: (HEARD, " number", SAY, " forty", SPEAK)}
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(slots, engine):
+def test_function_call_ends_a_waiting_response_and_may_have_an_empty_result(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, tools=[WEATHER], audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, tools=[WEATHER], audio={"input": {"turn_detection": None}})
         await client.send("response.create")
         await client.until("response.created")
         await serving.advance(3)
         call = (await client.until("response.done"))["response"]["output"][0]
-        await serving.advance(3)  # " one" is said and over
+        await serving.advance(3)  # after " one"
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": ""}
         await client.send("conversation.item.create", item=output)
         await client.until("conversation.item.done")
@@ -270,9 +277,11 @@ def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(s
         await client.until("response.created")
         await serving.advance(5)
         done = (await client.until("response.done"))["response"]
-        assert done["output"][0]["content"][0]["transcript"] == " it is", "not what was said before"
+        assert done["output"][0]["content"][0]["transcript"] == " it is", (
+            "speech from before the result is no answer to it"
+        )
         assert not client.events_of("error")
-        check(client)
+        check_events(client)
 
     talk = {
         2: (SAY, Control.DELEGATE, " weather", Control.END, LISTEN),
@@ -282,26 +291,26 @@ def test_a_call_ends_a_response_that_only_waited_and_its_empty_result_is_taken(s
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_recording_that_comes_at_once_is_heard_before_its_answer_is_given_up(slots, engine):
+def test_whole_recording_is_heard_before_its_response_is_given_up(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
         for _ in range(9):
             await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(48_000)).decode())
         await client.send("input_audio_buffer.commit")
         await client.send("response.create")
         await client.until("response.created")
-        async with serving.ticking():  # one after the other, as the clock has them
+        async with serving.ticking():  # the sound is heard micro-turn by micro-turn
             done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"][0]["transcript"] == " forty"
 
     serving(slots, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
 
 
-def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(slots, engine):
+def test_cancelled_response_is_dropped_until_the_gate_closes(slots, engine):
     talk = {at: (SAY, " a", SPEAK) for at in (*range(2, 8), *range(12, 14))}
 
     async def test(serving: Serving) -> None:
-        client = await opened(serving, output_modalities=["text"])
+        client = await open_session(serving, output_modalities=["text"])
         await client.send("response.cancel", event_id="early")
         assert (await client.until("error"))["error"]["code"] == "response_cancel_not_active"
         await serving.advance(3)
@@ -312,17 +321,18 @@ def test_a_response_that_is_cancelled_is_dropped_until_the_gate_closes(slots, en
         await serving.advance(15)
         done = (await client.until("response.done"))["response"]
         assert done["output"][0]["content"] == [{"type": "output_text", "text": " a a"}]
-        assert kinds(client).count("response.created") == 2 and not client.events_of("response.output_audio.delta")
-        check(client)
+        assert event_types(client).count("response.created") == 2 and not client.events_of(
+            "response.output_audio.delta"
+        )
+        check_events(client)
 
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_a_delegation_calls_the_clients_function_and_its_result_is_background_text(slots, engine):
+def test_delegation_calls_the_clients_function_and_its_result_becomes_background_text(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, tools=[WEATHER], instructions="be kind")
-        told = [piece for piece in serving.session().scheduled.text_queue]
-        assert {piece.mark for piece in told} == {Control.BACKGROUND}
+        client = await open_session(serving, tools=[WEATHER], instructions="be kind")
+        assert {piece.mark for piece in serving.session().scheduled.text_queue} == {Control.BACKGROUND}
         await serving.advance(3)
         done = (await client.until("response.done"))["response"]
         call = done["output"][0]
@@ -339,7 +349,7 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
         assert text == engine.codec.encode("the sky is a number")
         await client.send("conversation.item.create", event_id="again", item=output)
         assert (await client.until("error"))["error"]["code"] == "item_call_id_not_found"
-        check(client)
+        check_events(client)
 
     talk = {2: (SAY, Control.DELEGATE, " weather", LISTEN), 3: (SAY, " sky", Control.END, LISTEN)}
     serving(slots, engine, test, model=scripted(talk))
@@ -358,7 +368,7 @@ def test_a_delegation_calls_the_clients_function_and_its_result_is_background_te
         ("weatherman of the sky", ("weather", {"city": "weatherman of the sky"})),
     ],
 )
-def test_which_function_a_task_is_for(task, expected):
+def test_task_selects_a_function_and_its_arguments(task, expected):
     tools = [
         Tool(type="function", name="weather", parameters={"properties": {"city": {"type": "string"}}}),
         Tool(type="function", name="search", parameters={"properties": {"n": {"type": "integer"}}}),
@@ -375,30 +385,30 @@ def test_which_function_a_task_is_for(task, expected):
     ("message", "code", "param"),
     [
         ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty", None),
-        (updated(type="transcription"), "invalid_value", "session.type"),
-        (updated(voice="x"), "unknown_parameter", "session.voice"),
-        (updated(model="x"), "model_not_found", "session.model"),
+        (session_update(type="transcription"), "invalid_value", "session.type"),
+        (session_update(voice="x"), "unknown_parameter", "session.voice"),
+        (session_update(model="x"), "model_not_found", "session.model"),
         ({"type": "output_audio_buffer.clear"}, "unsupported_event", "type"),
         ({"type": "response.create", "response": {"input": [{}]}}, "unsupported_parameter", "response.input"),
         ({"type": "conversation.item.create", "item": EMPTY}, "invalid_value", "item.content[0]"),
         ({"type": "nonsense"}, "invalid_event_type", "type"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(slots, engine, message, code, param):
+def test_wrong_message_is_named(slots, engine, message, code, param):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         await client.ws.send_str(json.dumps({**message, "event_id": "mine"}))
         error = (await client.event())["error"]
         assert (error["code"], error["param"], error["event_id"]) == (code, param, "mine")
-        check(client)
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_format_is_the_clients_until_there_has_been_sound(slots, engine):
+def test_sound_formats_can_change_until_there_has_been_sound(slots, engine):
     async def test(serving: Serving) -> None:
         g711 = {"format": {"type": "audio/pcmu"}}
-        client = await opened(serving, audio={"input": g711, "output": g711})
+        client = await open_session(serving, audio={"input": g711, "output": g711})
         assert client.events[-1]["session"]["audio"]["output"]["format"] == {"type": "audio/pcmu"}
         await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(1_600)).decode())
         await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
@@ -412,9 +422,9 @@ def test_a_format_is_the_clients_until_there_has_been_sound(slots, engine):
     serving(slots, engine, test, model=TALK)
 
 
-def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(slots, engine):
+def test_client_that_lost_its_connection_resumes_without_losing_an_event(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         await serving.advance(5)
         await client.until("response.output_audio.delta")
         session = serving.session()
@@ -427,8 +437,8 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(slots, engine):
             await back.until("response.done")
         assert back.events_of("session.updated")[0]["session"]["resume"]["input_audio_bytes"] == 960
         client.events += back.events
-        check(client)
-        assert kinds(client).count("response.created") == kinds(client).count("response.done") == 1
+        check_events(client)
+        assert event_types(client).count("response.created") == event_types(client).count("response.done") == 1
         for query, status in (
             (f"session_id={session.id}&resume_token=x&after=0", 403),
             (f"session_id={session.id}&resume_token={token}&after=x", 400),
@@ -443,15 +453,15 @@ def test_a_client_that_was_cut_off_goes_on_and_misses_nothing(slots, engine):
     serving(slots, engine, test, model=TALK)
 
 
-def test_a_session_that_lasts_too_long_says_so_and_one_that_fails_too(slots, engine):
+def test_session_that_expires_or_fails_ends_with_an_error(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         async with serving.ticking():
-            told = (await client.until("session.updated"))["session"]["expires_at"]
-            assert told == client.started["expires_at"]
+            announced = (await client.until("session.updated"))["session"]["expires_at"]
+            assert announced == client.started["expires_at"]
             assert (await client.until("error"))["error"]["code"] == "session_expired"
             assert await client.closed() == 1000
-        other = await opened(serving)
+        other = await open_session(serving)
         serving.session().scheduled.end(EndReason.FAILED)
         assert (await other.until("error"))["error"]["type"] == "server_error"
         assert await other.closed() == 1011

@@ -1,4 +1,4 @@
-"""OpenAI's Realtime API with the stock clients, unmodified."""
+"""The Realtime API with OpenAI's own clients, unmodified: `openai` and `openai-agents`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
 
-def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(slots, engine):
+def test_short_lived_key_begins_only_the_session_it_was_made_for(slots, engine):
     access = Access([Key(name="one", key="sk-first-key")])
 
     async def test(serving: Serving) -> None:
@@ -37,7 +37,7 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(slots
         other = {"type": "realtime", "model": "other"}
         key = access.create_short_lived_key(access.authenticate("sk-first-key"), 2**40, ("realtime",), other)
         async with serving.http.get(f"{serving.url}/v1/realtime", params={"auth_id": key}) as refused:
-            assert refused.status == 404, "made for a model that this server had once"
+            assert refused.status == 404, "a key for another model, which this server had before"
         headers = {"Authorization": "Bearer sk-first-key"}
         longer = json.dumps({"session": {"type": "realtime", "instructions": "be kind " * 800}}).encode()
         for body in (b"{", b'{"expires_after": {"seconds": 5}}', b'{"session": {"type": "realtime", "x": 1}}', longer):
@@ -48,7 +48,7 @@ def test_a_short_lived_key_begins_the_session_it_was_made_for_and_no_other(slots
     serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_the_stock_sdk_talks(slots, engine):
+def test_openai_client_talks(slots, engine):
     async def test(serving: Serving) -> None:
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
         async with openai.realtime.connect(model="small_test") as connection:
@@ -65,12 +65,12 @@ def test_the_stock_sdk_talks(slots, engine):
     serving(slots, engine, test, model=TALK)
 
 
-def test_the_strict_client_runs_an_agent_with_a_function(slots, engine):
+def test_openai_agents_client_runs_an_agent_with_a_function(slots, engine):
     asked: list[str] = []
 
     @function_tool
     def weather(city: str) -> str:
-        """Of a city."""
+        """The weather of a city."""
         asked.append(city)
         return "the sky is a number"
 

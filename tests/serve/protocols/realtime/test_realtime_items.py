@@ -1,4 +1,4 @@
-"""Items that clients of OpenAI's Realtime API put into a conversation: given to the model whole, or not at all."""
+"""Items that a client adds to a conversation of the Realtime API: the model gets each of them whole, or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
-from tests.serve.protocols.realtime.test_realtime import LISTEN, SAY, SPEAK, WEATHER, check, opened
+from tests.serve.protocols.realtime.test_realtime import LISTEN, SAY, SPEAK, WEATHER, check_events, open_session
 from tests.serve.serving import Client, Serving, eventually, jpeg, serving, unread
 from tests.serve.stepped import scripted
 
@@ -26,9 +26,9 @@ async def create(client: Client, *parts: dict[str, Any], **fields: Any) -> None:
     await client.send("conversation.item.create", item=item)
 
 
-def test_a_conversation_with_calls_can_be_told_anew(slots, engine):
+def test_earlier_conversation_with_function_calls_can_be_added(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, tools=[WEATHER])
+        client = await open_session(serving, tools=[WEATHER])
         call = {"type": "function_call", "call_id": "c1", "id": "i1", "name": "weather", "arguments": "{}"}
         output = {"type": "function_call_output", "call_id": "c1", "id": "i2", "output": "the sky"}
         for item in (call, output):
@@ -44,14 +44,14 @@ def test_a_conversation_with_calls_can_be_told_anew(slots, engine):
             await client.until("conversation.item.done")
         conversation = serving.session().protocol.conversation
         assert len(conversation.pending_calls) == len(conversation.items) == 256
-        check(client)
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({}))
 
 
 def test_items_are_kept_retrieved_deleted_and_given_to_the_model(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         scheduled = serving.session().scheduled
         for role, kind, mark in (
             ("user", "input_text", Control.TYPED),
@@ -80,14 +80,14 @@ def test_items_are_kept_retrieved_deleted_and_given_to_the_model(slots, engine):
         await client.until("conversation.item.done")
         tokens = unread(scheduled)
         assert tokens == engine.codec.encode("the sky\nthe sky")
-        check(client)
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_message_is_given_whole_or_not_at_all(slots, engine):
+def test_message_reaches_the_model_whole_or_not_at_all(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         scheduled = serving.session().scheduled
         await create(client, TEXT, SECOND, picture(b"no picture"))
         assert "JPEG or PNG" in (await client.until("error"))["error"]["message"]
@@ -100,17 +100,19 @@ def test_a_message_is_given_whole_or_not_at_all(slots, engine):
         await create(client, picture(jpeg(20)), picture(jpeg(200)))
         await client.until("conversation.item.done")
         (before, now) = scheduled.patches[0]
-        assert np.array_equal(before, now), "what was refused, and what was not the last, is not seen beside it"
-        check(client)
+        assert np.array_equal(before, now), (
+            "neither a refused picture nor an earlier one stands beside the last picture"
+        )
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_nothing(slots, engine):
+def test_message_whose_connection_is_lost_reaches_the_model_whole_or_not_at_all(slots, engine):
     later = (SECOND, {"type": "input_text", "text": "a number"}, picture(jpeg(20)))
 
     async def test(serving: Serving) -> None:
-        client = await opened(serving)
+        client = await open_session(serving)
         session, events = serving.session(), []
         intake = session.protocol.intake
 
@@ -124,7 +126,7 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
         assert (await client.until("conversation.item.done"))["item"]["id"] == "long"
         client = await cut(client)
         given = intake.waiting_samples
-        assert abs(given - 15 * 16_000) < 200, "where there is room for ten seconds"
+        assert abs(given - 15 * 16_000) < 200, "the jitter buffer has room for ten seconds; the rest waits outside"
         await create(client, *later, id="later")
         await eventually(lambda: intake.images._before is not None)
         client = await cut(client)
@@ -135,14 +137,14 @@ def test_a_connection_that_is_lost_while_a_message_waits_takes_all_of_it_or_noth
             assert (await client.until("conversation.item.done"))["item"]["id"] == "later"
         client.events = events + client.events
         assert not client.events_of("error")
-        check(client)
+        check_events(client)
 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_what_is_refused_costs_no_answer_that_waits(slots, engine):
+def test_refused_item_drops_no_speech_that_waits_for_its_response(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await serving.advance(6)
         await create(client, {"type": "input_text"})
         await client.until("error")
@@ -153,9 +155,9 @@ def test_what_is_refused_costs_no_answer_that_waits(slots, engine):
     serving(slots, engine, test, model=scripted({2: (SAY, " it is", SPEAK), 3: (LISTEN,)}))
 
 
-def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(slots, engine):
+def test_response_is_given_up_only_after_everything_that_arrived_is_heard_and_read(slots, engine):
     async def test(serving: Serving) -> None:
-        client = await opened(serving, audio={"input": {"turn_detection": None}})
+        client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await create(client, *9 * [SECOND])
         await client.send("response.create")
         await client.until("response.created")
@@ -168,13 +170,17 @@ def test_a_response_is_waited_for_until_what_had_come_is_heard_and_no_longer(slo
         assert session.protocol.responses.current is not None
         await serving.advance(1)
         done = (await client.until("response.done"))["response"]
-        assert done["output"] == [] and session.scheduled.micro_turns == 95, "45 of sound, and 50"
+        assert done["output"] == [] and session.scheduled.micro_turns == 95, (
+            "45 micro-turns of sound, and 50 of patience"
+        )
         await create(client, {"type": "input_text", "text": "the sky " * 60})
         await client.send("response.create")
         await client.until("response.created")
         pieces = len(session.scheduled.text_queue)
         await serving.advance(pieces + 49)
-        assert pieces > 50 and session.protocol.responses.current is not None, "it is read first"
+        assert pieces > 50 and session.protocol.responses.current is not None, (
+            "the model reads all text before the response is given up"
+        )
         await serving.advance(1)
         await client.until("response.done")
 

@@ -1,4 +1,4 @@
-"""Who may use the addresses of a server, by key and by the page that asks."""
+"""Who may use the addresses of a server, by key and by origin, and how long the server waits for a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
 
-def test_keys_and_origins_decide_who_may_begin(slots, engine):
+def test_keys_and_origins_decide_who_may_begin_a_session(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1), Key(name="two", key="sk-second-key")])
 
     async def test(serving: Serving) -> None:
@@ -40,7 +40,7 @@ def test_keys_and_origins_decide_who_may_begin(slots, engine):
         (name,) = serving.manager.sessions
         other = {"Authorization": "Bearer sk-second-key"}
         async with serving.http.get(f"{live}/{name}/attach", headers=other) as refused:
-            assert refused.status == 404, "another key's sessions are not even there"
+            assert refused.status == 404, "for another key the session does not exist"
         async with serving.http.options(live, headers={"Origin": "https://page.example"}) as asked:
             assert asked.headers["Access-Control-Allow-Origin"] == "https://page.example"
         assert serving.counted("duplex_admission_rejected_total", reason="session_limit_exceeded") == 1
@@ -48,7 +48,7 @@ def test_keys_and_origins_decide_who_may_begin(slots, engine):
     serving(slots, engine, test, access=access, origins=("https://page.example",))
 
 
-def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_keys(slots, engine):
+def test_server_without_keys_refuses_pages_under_another_name_of_this_machine(slots, engine):
     async def test(serving: Serving) -> None:
         headers = {"Host": "rebound.example", "Origin": "http://rebound.example"}
         async with serving.http.get(f"{serving.url}/v1/live/sessions", headers=headers) as refused:
@@ -60,7 +60,7 @@ def test_a_page_under_another_name_of_this_machine_may_not_use_a_server_without_
     serving(slots, engine, test)
 
 
-def test_all_sessions_of_a_key_use_the_same_minutes(slots, engine):
+def test_sessions_of_one_key_share_its_minutes(slots, engine):
     clock = [0.0]
     access = Access([Key(name="one", key="sk-first-key", minutes_per_day=10)], now=lambda: clock[0])
 
@@ -70,12 +70,12 @@ def test_all_sessions_of_a_key_use_the_same_minutes(slots, engine):
         clock[0] = 4 * 60.0
         await serving.advance(2)
         await asyncio.sleep(0.1)
-        assert len(serving.manager.sessions) == 2, "eight of ten"
+        assert len(serving.manager.sessions) == 2, "8 of the 10 minutes are used: two sessions of 4 minutes"
         clock[0] = 4.75 * 60.0
         await serving.advance(2)
         for client in clients:
-            told = (await client.until("session.updated"))["session"]["expires_at"]
-            assert 0 <= told - time.time() + 1 <= 16, "a quarter of a minute, in which a key's minutes are used up"
+            expires_at = (await client.until("session.updated"))["session"]["expires_at"]
+            assert 0 <= expires_at - time.time() + 1 <= 16, "two sessions share the last half minute, so each has 15 s"
         clock[0] = 5 * 60.0
         await serving.advance(2)
         for client in clients:
@@ -84,7 +84,7 @@ def test_all_sessions_of_a_key_use_the_same_minutes(slots, engine):
     serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(slots, engine):
+def test_request_whose_body_never_comes_is_refused(slots, engine):
     async def test(serving: Serving) -> None:
         async def slow() -> AsyncIterator[bytes]:
             yield b"{"
@@ -97,7 +97,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(slots, engine):
     serving(slots, engine, test, limits=Limits(first_message_s=0.2))
 
 
-def test_pings_are_answered_no_faster_than_anyone_needs(slots, engine):
+def test_pings_are_answered_at_a_limited_rate(slots, engine):
     async def test(serving: Serving) -> None:
         flood = await serving.http.ws_connect(f"{serving.url}/v1/live/sessions", autoping=False)
         began = time.monotonic()
