@@ -15,8 +15,8 @@ from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape
+from jaxtml.train.parameters import parameter_shapes
 from jaxtml.train.step import make_train_step
-from jaxtml.train.storage import shapes
 
 
 def device_bytes(tree: Any) -> int:
@@ -51,7 +51,7 @@ def make_training_program(config: Config, shape: MeshShape) -> Program:
         name: jax.ShapeDtypeStruct((config.train.batch, *size), dtype, sharding=rows)
         for name, (size, dtype) in row_shapes(config).items()
     }
-    return Program(step, (jax.eval_shape(init, shapes(model, mesh)), batch), (0,))
+    return Program(step, (jax.eval_shape(init, parameter_shapes(model, mesh)), batch), (0,))
 
 
 def make_serving_program(config: Config, shape: MeshShape, platform: str) -> Program:

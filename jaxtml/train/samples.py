@@ -1,6 +1,6 @@
-"""Sample conversations during training: the real step on sessions with voices that training never hears.
+"""Sample conversations during training: the served micro-turn on sessions with voices that training never hears.
 
-Called by `train.loop`. Writes a stereo WAV per session (user left, model right) and returns what was heard and said.
+Called by `jaxtml.train.loop`. The voices are those of the dataset's split "test".
 """
 
 from __future__ import annotations
@@ -13,37 +13,59 @@ import numpy as np
 from jaxtml.config import Config
 from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.model.spec import Params
-from jaxtml.session.engine import Engine, replies
+from jaxtml.session.engine import Engine, Reply, replies
 from jaxtml.stream.audio_file import write_wav
+from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.text import TextCodec
 
 SESSIONS = 4
 
 
 class Sampler:
-    """Four fixed sessions with unseen voices, and the step that is compiled for them once."""
+    """Four fixed sessions, and the micro-turn that is compiled for them once."""
 
     def __init__(self, config: Config, params: Params, codec: TextCodec, data: Path):
+        """Reads the sessions from the dataset in `data`.
+
+        Raises:
+          InputError: the dataset has no test voices.
+        """
         dataset = open_dataset(config, codec, data, split="test")
         assert isinstance(dataset, ConversationDataset)
-        self.talks = [dataset.conversation(i) for i in range(SESSIONS)]
+        self.conversations = [dataset.conversation(i) for i in range(SESSIONS)]
         self.engine = Engine.create(config, params, codec)
 
     def run(self, params: Params, folder: Path) -> str:
-        """Converses with `params`; returns heard and said words against the true ones, and writes them to `folder`."""
+        """Holds the sessions with the model of `params` and writes them to `folder`.
+
+        Each session becomes a stereo WAV (user left, model right). The words go to `samples.txt`.
+
+        Returns:
+          What was heard and said, beside what was right.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.params = jax.jit(self.engine.duplex.prepare)(params)
+        answers = replies(
+            self.engine,
+            [conversation.user for conversation in self.conversations],
+            typed=[conversation.typed for conversation in self.conversations],
+        )
         lines = []
-        said = replies(self.engine, [talk.user for talk in self.talks], typed=[talk.typed for talk in self.talks])
-        for i, (talk, reply) in enumerate(zip(self.talks, said, strict=True)):
-            write_wav(folder / f"{i}.wav", np.stack([talk.user, reply.wave], axis=1))
-            lines += [
-                f"{i} {talk.scenario}",
-                f"  user  {' '.join([*(word.text for word in talk.user_words), *(text for _, text in talk.typed)])}",
-                f"  heard {reply.heard}",
-                f"  right {talk.expected}",
-                f"  said  {reply.text}",
-            ]
+        for number, (conversation, reply) in enumerate(zip(self.conversations, answers, strict=True)):
+            write_wav(folder / f"{number}.wav", np.stack([conversation.user, reply.wave], axis=1))
+            lines += _lines(number, conversation, reply)
         text = "\n".join(lines)
         (folder / "samples.txt").write_text(text + "\n")
         return text
+
+
+def _lines(number: int, conversation: Conversation, reply: Reply) -> list[str]:
+    """One session as text: its scenario, the user's words, and what the model heard and said."""
+    user = [*(word.text for word in conversation.user_words), *(text for _, text in conversation.typed)]
+    return [
+        f"{number} {conversation.scenario}",
+        f"  user  {' '.join(user)}",
+        f"  heard {reply.heard}",
+        f"  right {conversation.expected}",
+        f"  said  {reply.text}",
+    ]

@@ -26,7 +26,7 @@ from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import flatten, init_params
 from jaxtml.stream.tokens import CONTROLS
-from jaxtml.train.storage import shapes, start_from
+from jaxtml.train.parameters import checkpoint_parameters, parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
@@ -127,12 +127,12 @@ def test_what_speech_needs_starts_neutral_and_empty_control_rows_differ(checkpoi
 def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoint, larger, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     model = InteractionModel(larger)
-    params = start_from(checkpoint, model, tmp_path)
-    expected = place_parameters(WarmStart(ReleasedCheckpoint(checkpoint), larger), shapes(model))
+    params = checkpoint_parameters(checkpoint, model, tmp_path)
+    expected = place_parameters(WarmStart(ReleasedCheckpoint(checkpoint), larger), parameter_shapes(model))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     (checkpoint / "tokenizer.json").write_text("another")
     with pytest.raises(InputError, match="its tokenizer.json is not that of"):
-        start_from(checkpoint, model, tmp_path)
+        checkpoint_parameters(checkpoint, model, tmp_path)
 
 
 def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_path):
@@ -140,7 +140,7 @@ def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_pat
     (tmp_path / "tokenizer.json").write_text("{}")
     save_checkpoint(tmp_path / "ours", THEIRS, params, tokenizer_path=tmp_path / "tokenizer.json")
     more = dataclasses.replace(THEIRS, backbone=dataclasses.replace(THEIRS.backbone, mtp_heads=1))
-    begun = start_from(tmp_path / "ours", InteractionModel(more), tmp_path)
+    begun = checkpoint_parameters(tmp_path / "ours", InteractionModel(more), tmp_path)
     heads = begun.pop("mtp")
     jax.tree.map(np.testing.assert_array_equal, begun, params)
     assert (

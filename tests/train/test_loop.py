@@ -1,4 +1,4 @@
-"""The training loop: stopped, killed, fed by any number of workers, it gives the numbers of a run that went through."""
+"""The training loop: a run that is stopped, killed or fed by other workers has the numbers of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.text import TextCodec
-from jaxtml.train import loop
+from jaxtml.train import feed
 from jaxtml.train.loop import train
 from jaxtml.train.step import TrainState
 from jaxtml.train.vocoder.training import trained
 
 STEPS = 6
-# Trains in a process of its own, which is killed while it waits for the sixth batch: a checkpoint is being written.
+# Trains in a process of its own. The process kills itself while it waits for the sixth batch: by then a checkpoint is
+# being written.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 8)  # as in the process that it is compared with
 from jaxtml import config
-from jaxtml.train import loop
+from jaxtml.train import feed, loop
 
-whole = loop.batches
+all_batches = feed.batches
 
 def until_killed(*args, **options):
-    for number, batch in enumerate(whole(*args, **options)):
+    for number, batch in enumerate(all_batches(*args, **options)):
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
-loop.batches = until_killed
+feed.batches = until_killed
 loop.train(config.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), workers=0)
 """
 
@@ -90,9 +91,9 @@ def data(tmp_path_factory, codec) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(config, data, tmp_path_factory) -> tuple[Path, TrainState]:
-    """A run that nothing disturbs, fed by a worker process: its folder and its end."""
-    workdir = tmp_path_factory.mktemp("straight")
+def uninterrupted(config, data, tmp_path_factory) -> tuple[Path, TrainState]:
+    """The folder and the last state of a run that nothing interrupts, fed by a worker process."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     return workdir, jax.device_get(train(config, workdir, data, workers=1))
 
 
@@ -100,8 +101,8 @@ def assert_same(a: object, b: object) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_training_changes_the_parameters_and_leaves_its_last_checkpoints(config, straight):
-    workdir, state = straight
+def test_training_changes_the_parameters_and_leaves_its_last_checkpoints(config, uninterrupted):
+    workdir, state = uninterrupted
     assert int(state.step) == STEPS
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
     start = init_params(InteractionModel(config).specs(), config.train.seed)
@@ -111,22 +112,22 @@ def test_training_changes_the_parameters_and_leaves_its_last_checkpoints(config,
     assert np.mean(jax.tree.leaves(changed)) > 0.8, "a first step leaves a few that stand behind zeros"
 
 
-def test_a_run_that_stops_and_resumes_ends_bit_for_bit_where_a_straight_one_does(
-    config, data, straight, tmp_path, monkeypatch
+def test_a_run_that_stops_and_resumes_ends_bit_for_bit_as_an_uninterrupted_run(
+    config, data, uninterrupted, tmp_path, monkeypatch
 ):
     def interrupted(*args: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
         yield from itertools.islice(pipeline.batches(*args, **options), 5)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "batches", interrupted)
+        patched.setattr(feed, "batches", interrupted)
         train(config, tmp_path, data, workers=0)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     resumed = train(config, tmp_path, data, workers=0)
-    assert_same(resumed, straight[1])
+    assert_same(resumed, uninterrupted[1])
 
 
-def test_a_run_that_was_killed_resumes_and_ends_where_a_straight_one_does(config, data, straight, tmp_path):
+def test_a_run_that_was_killed_resumes_and_ends_as_an_uninterrupted_run(config, data, uninterrupted, tmp_path):
     workdir, resolved = tmp_path / "run", tmp_path / "config.json"
     resolved.write_text(configs.to_json(config))
     root = Path(__file__).parents[2]
@@ -139,33 +140,35 @@ def test_a_run_that_was_killed_resumes_and_ends_where_a_straight_one_does(config
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (workdir / "checkpoints").is_dir() and not (workdir / "samples").exists()
-    assert_same(train(config, workdir, data, workers=0), straight[1])
+    assert_same(train(config, workdir, data, workers=0), uninterrupted[1])
 
 
-def test_a_run_on_eight_devices_goes_on_with_another_mesh_and_ends_where_a_straight_one_does(
+def test_a_run_on_eight_devices_resumes_on_another_mesh_and_ends_as_an_uninterrupted_run(
     config, data, tmp_path, monkeypatch
 ):
     wide = configs.override(config, "train.batch=8")
     first, second = MeshShape(data=4, expert=2), MeshShape(replica=2, data=2, expert=2)
-    straight = jax.device_get(train(wide, tmp_path / "straight", data, workers=0, mesh=MeshShape(data=8)))
+    uninterrupted = jax.device_get(train(wide, tmp_path / "uninterrupted", data, workers=0, mesh=MeshShape(data=8)))
 
     def interrupted(*args: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
         yield from itertools.islice(pipeline.batches(*args, **options), 4)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "batches", interrupted)
+        patched.setattr(feed, "batches", interrupted)
         train(wide, tmp_path / "run", data, workers=0, mesh=first)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
     resumed = jax.device_get(train(wide, tmp_path / "run", data, workers=0, mesh=second))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), resumed.params, straight.params)
-    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("run", "straight")]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), resumed.params, uninterrupted.params
+    )
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("run", "uninterrupted")]
     assert np.isfinite(losses).all()
 
 
-def test_steps_without_a_sound_gradient_end_the_run_and_leave_their_batch(config, data, tmp_path):
+def test_three_skipped_steps_in_a_row_end_the_run_and_save_their_batch(config, data, tmp_path):
     strict = configs.override(configs.override(config, "train.norm_limit=1e-6"), "train.steps=40")
-    with pytest.raises(InputError, match="gave no sound gradient .* the first batch is in") as stopped:
+    with pytest.raises(InputError, match="were skipped: .* the first batch is in") as stopped:
         train(strict, tmp_path, data, workers=0)
     assert "\n" not in str(stopped.value)
     (saved,) = tmp_path.glob("unsound_*.npz")
@@ -174,42 +177,42 @@ def test_steps_without_a_sound_gradient_end_the_run_and_leave_their_batch(config
         assert batch["kind"].shape == (config.train.batch, config.data.tokens) and batch["kind"].any()
 
 
-def test_what_a_cpu_cannot_do_is_refused_before_a_folder_is_made(config, data, tmp_path):
+def test_a_transport_that_cpus_lack_is_refused_before_a_folder_is_made(config, data, tmp_path):
     ragged = configs.override(configs.override(config, "train.transport=ragged"), "train.batch=8")
     with pytest.raises(InputError, match="a CPU has no ragged_all_to_all"):
         train(ragged, tmp_path / "run", data, mesh=MeshShape(data=4, expert=2))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_started_again_stays_as_it_is(config, data, straight):
-    workdir, state = straight
+def test_starting_a_finished_run_again_changes_nothing(config, data, uninterrupted):
+    workdir, state = uninterrupted
     log = (workdir / "log.jsonl").read_bytes()
     assert_same(train(config, workdir, data, workers=0), state)
     assert (workdir / "log.jsonl").read_bytes() == log
 
 
-def test_the_log_tells_every_term_and_the_speed(straight):
-    lines = [json.loads(line) for line in (straight[0] / "log.jsonl").read_text().splitlines()]
+def test_the_log_has_every_term_and_the_speed(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted[0] / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [STEPS]
     names = {"loss", "gate", "heard", "text", "flow", "router_z", "gate_right", "heard_right", "text_right"}
     assert names | {"tokens_per_s", "grad_norm", "skipped", "load_max", "load_min"} <= lines[0].keys()
-    told = [value for name, value in lines[0].items() if name != "load_by_layer"]
-    assert np.isfinite([*told, *lines[0]["load_by_layer"]]).all() and lines[0]["load_by_layer"]
+    figures = [value for name, value in lines[0].items() if name != "load_by_layer"]
+    assert np.isfinite([*figures, *lines[0]["load_by_layer"]]).all() and lines[0]["load_by_layer"]
     assert lines[0]["skipped"] == 0 and lines[0]["tokens_per_s"] > 0
 
 
-def test_the_samples_are_conversations_that_can_be_heard_and_read(config, straight):
-    folder = straight[0] / "samples" / f"{STEPS:06}"
+def test_the_samples_are_conversations_that_can_be_heard_and_read(config, uninterrupted):
+    folder = uninterrupted[0] / "samples" / f"{STEPS:06}"
     text = (folder / "samples.txt").read_text()
     assert text.count("  heard ") == text.count("  right ") == text.count("  said ") == 4
     for i in range(4):
         wave, rate = soundfile.read(folder / f"{i}.wav")
         assert rate == 16_000 and wave.shape == (config.data.turns * 3200, 2)
-    assert any((straight[0] / "tensorboard").iterdir())
+    assert any((uninterrupted[0] / "tensorboard").iterdir())
 
 
-def test_a_run_is_read_back_at_its_newest_step(config, codec, straight):
-    workdir, state = straight
+def test_a_run_is_read_back_at_its_newest_step(config, codec, uninterrupted):
+    workdir, state = uninterrupted
     read_config, params = read_checkpoint(workdir)
     assert read_config == config
     assert TextCodec.load(workdir / "tokenizer.json").encode("forty two") == codec.encode("forty two")
@@ -225,26 +228,26 @@ def test_reading_a_run_without_a_checkpoint_is_one_clear_line(config, tmp_path):
         read_checkpoint(tmp_path)
 
 
-def test_a_run_is_told_apart_from_a_checkpoint_and_from_a_vocoder(straight):
-    workdir, _ = straight
+def test_a_run_is_neither_a_checkpoint_nor_a_vocoder(uninterrupted):
+    workdir, _ = uninterrupted
     with pytest.raises(InputError, match="is a training run: make a checkpoint of it"):
         load_checkpoint(workdir)
     with pytest.raises(InputError, match="holds no vocoder run"):
         trained(workdir)
 
 
-def test_a_run_begins_with_the_parameters_of_a_checkpoint(config, data, straight, tmp_path):
+def test_a_run_starts_from_the_parameters_of_a_checkpoint(config, data, uninterrupted, tmp_path):
     start = tmp_path / "start"
-    save_checkpoint(start, config, straight[1].params, tokenizer_path=data / "tokenizer.json")
+    save_checkpoint(start, config, uninterrupted[1].params, tokenizer_path=data / "tokenizer.json")
     done = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=0.0, bias_rate=0.0))
     state = train(done, tmp_path / "run", data, workers=0, start_from=start)
     assert int(state.step) == STEPS
-    assert_same(state.params, straight[1].params)
+    assert_same(state.params, uninterrupted[1].params)
 
 
-def test_a_checkpoint_of_another_size_or_tokenizer_starts_no_run(config, data, straight, tmp_path):
+def test_a_checkpoint_of_another_size_or_tokenizer_starts_no_run(config, data, uninterrupted, tmp_path):
     start = tmp_path / "start"
-    save_checkpoint(start, config, straight[1].params, tokenizer_path=data / "tokenizer.json")
+    save_checkpoint(start, config, uninterrupted[1].params, tokenizer_path=data / "tokenizer.json")
     wider = dataclasses.replace(config, flow=dataclasses.replace(config.flow, depth=config.flow.depth + 1))
     with pytest.raises(InputError, match="its flow.* is of another size"):
         train(wider, tmp_path / "run", data, workers=0, start_from=start)
@@ -254,8 +257,8 @@ def test_a_checkpoint_of_another_size_or_tokenizer_starts_no_run(config, data, s
 
 
 @pytest.mark.parametrize("change", ["train.learning_rate=0.1", "backbone.d_ff_dense=64", "data.seed=2", "name=other"])
-def test_a_run_of_another_config_is_refused_and_left_alone(config, data, straight, change):
-    workdir, _ = straight
+def test_a_run_of_another_config_is_refused_and_left_alone(config, data, uninterrupted, change):
+    workdir, _ = uninterrupted
     before = (workdir / "config.json").read_bytes()
     with pytest.raises(InputError, match="holds a run of another config .* name a new --workdir"):
         train(configs.override(config, change), workdir, data)
@@ -269,13 +272,13 @@ def test_data_that_are_not_there_are_one_clear_line_and_claim_no_folder(config, 
     with pytest.raises(InputError, match="bank"):
         train(config, tmp_path / "run", tmp_path)
     small_vocabulary = configs.override(config, "duplex.control_base=200")
-    with pytest.raises(InputError, match=f"has {codec.size} entries, small_test 200"):
+    with pytest.raises(InputError, match=f"has {codec.size} entries, small_test has room for 200"):
         train(small_vocabulary, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_data_that_have_changed_is_refused(config, data, straight, monkeypatch):
-    workdir, _ = straight
+def test_a_run_on_data_that_have_changed_is_refused(config, data, uninterrupted, monkeypatch):
+    workdir, _ = uninterrupted
     monkeypatch.setattr(GeneratedConversations, "digest", "of a bank that has grown")
     with pytest.raises(InputError, match="holds a run on other data .* name a new --workdir"):
         train(config, workdir, data)
@@ -292,9 +295,9 @@ def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path)
         train(other, tmp_path / "run", data, workers=0, start_from=start)
 
 
-def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data, straight, tmp_path, capsys):
-    """The user's two commands, on a bank that is there: the rows of the cache are those that `straight` trained on,
-    in another order."""
+def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data, uninterrupted, tmp_path, capsys):
+    """`jaxtml data` and `jaxtml train` on a bank that is built already. The cache has the rows that `uninterrupted`
+    trained on, in another order."""
     resolved, own = tmp_path / "config.json", tmp_path / "data"
     resolved.write_text(configs.to_json(config))
     shutil.copytree(data, own)

@@ -19,8 +19,8 @@ from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
 from jaxtml.stream.layout import encode
 from jaxtml.train.gradients import make_gradients
+from jaxtml.train.parameters import parameter_shapes
 from jaxtml.train.step import make_train_step
-from jaxtml.train.storage import shapes
 
 ROWS = 8
 MESHES = [
@@ -140,7 +140,7 @@ def test_a_batch_without_patches_is_cut_into_parts_too(config, batch):
     )
     model = InteractionModel(blind)
     rows = {**batch, "patches": batch["patches"][:, :0]}
-    terms, *_ = jax.eval_shape(make_gradients(model), shapes(model), rows, jax.random.key(0))
+    terms, *_ = jax.eval_shape(make_gradients(model), parameter_shapes(model), rows, jax.random.key(0))
     assert terms["loss"].shape == ()
 
 
@@ -150,7 +150,7 @@ def test_a_state_in_bfloat16_stays_what_it_is(config, batch, accumulate):
         config.train, param_dtype="bfloat16", moment_dtype="bfloat16", compute_dtype="bfloat16", accumulate=accumulate
     )
     init, step = make_train_step(InteractionModel(dataclasses.replace(config, train=train)))
-    state = jax.eval_shape(init, shapes(InteractionModel(dataclasses.replace(config, train=train))))
+    state = jax.eval_shape(init, parameter_shapes(InteractionModel(dataclasses.replace(config, train=train))))
     after, _ = jax.eval_shape(step, state, batch)
     kinds = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, after)]
     assert kinds[0] == kinds[1]

@@ -20,10 +20,10 @@ from jaxtml.model.spec import Params, flatten
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.layout import encode
 from jaxtml.stream.tokens import PositionKind, Term
+from jaxtml.train.balance import expert_balance
 from jaxtml.train.history import corrupt_history
 from jaxtml.train.loss import count_positions, loss_fn
 from jaxtml.train.optimizer import schedule
-from jaxtml.train.progress import balance_of
 from jaxtml.train.step import TrainState, make_train_step
 
 TERMS = ("gate", "heard", "text", "flow", "router_z")
@@ -185,7 +185,7 @@ def test_the_routers_bias_balances_the_experts(functions, params, batch):
     state, loads = init(crowded), []
     for _ in range(25):
         state, metrics = step(state, batch)
-        balance = balance_of(np.asarray(metrics["load"]))
+        balance = expert_balance(np.asarray(metrics["load"]))
         loads.append((balance["load_max"], balance["load_min"]))
     assert loads[0][0] > 1.9, "nearly every token chose expert 0 as one of its two"
     assert max(most for most, _ in loads[-5:]) < 1.5

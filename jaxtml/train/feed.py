@@ -1,0 +1,79 @@
+"""Batches where the step wants them: each process makes the rows of its own devices, and the rows become global arrays.
+
+A batch depends on the dataset, the batch size and the step alone. On a mesh its rows are split over `BATCH_AXES`; the
+devices of one `tensor` group hold the same rows. Called by `jaxtml.train.loop`, under `jax.set_mesh` on a mesh.
+
+Axes: R rows of the global batch, r rows of this process; the other axes are those of `jaxtml.data.rows`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtml.data.dataset import Dataset
+from jaxtml.data.pipeline import Batch, HostRows, batches
+from jaxtml.parallel.mesh import BATCH_AXES, MeshShape
+
+Index = tuple[slice, ...]
+
+
+class BatchFeed:
+    """An endless iterator over the batches of a run, from one step on."""
+
+    def __init__(self, dataset: Dataset, batch: int, mesh: MeshShape, *, first_step: int, workers: int):
+        """Opens the feed.
+
+        Args:
+          dataset: makes the rows.
+          batch: rows of the global batch.
+          mesh: the mesh that is set; a mesh of one device takes batches as they come.
+          first_step: number of the first batch.
+          workers: processes that make batches in advance; 0 makes them in this process.
+        """
+        self.batch = batch
+        self.sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES)) if mesh.devices > 1 else None
+        self.host_rows = self._host_rows()
+        self.batches = batches(dataset, batch, start=first_step, workers=workers, host_rows=self.host_rows)
+
+    def __next__(self) -> dict[str, Any]:
+        """Returns the next batch: `[R, ...]` each, as global arrays on a mesh, else as NumPy arrays."""
+        local = next(self.batches)
+        return {name: self._global_array(rows) for name, rows in local.items()} if self.sharding else local
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.batches.close()
+
+    def _host_rows(self) -> HostRows:
+        """The rows of the global batch that the devices of this process hold."""
+        if self.sharding is None:
+            return HostRows()
+        indices: Any = self.sharding.addressable_devices_indices_map((self.batch,))
+        rows = {row for index in indices.values() for row in range(self.batch)[index[0]]}
+        return HostRows(tuple(sorted(rows)))
+
+    def _global_array(self, rows: np.ndarray) -> jax.Array:
+        """Makes this process's rows `[r, ...]` its part of a global array `[R, ...]`."""
+        assert self.sharding is not None
+        positions = self.host_rows.positions or range(self.batch)
+        position = {row: i for i, row in enumerate(positions)}
+
+        def device_part(index: Index | None) -> np.ndarray:
+            assert index is not None
+            wanted = range(self.batch)[index[0]]
+            return rows[position[wanted[0]] : position[wanted[-1]] + 1]
+
+        return jax.make_array_from_callback((self.batch, *rows.shape[1:]), self.sharding, device_part)
+
+
+def read_batch(dataset: Dataset, batch: int, step: int) -> Batch:
+    """Returns the whole global batch number `step` as NumPy arrays, made in this process."""
+    feed = batches(dataset, batch, start=step)
+    try:
+        return next(feed)
+    finally:
+        feed.close()

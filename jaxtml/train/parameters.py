@@ -1,0 +1,111 @@
+"""The parameters that a training run begins with, and how parameters lie on the devices of a run.
+
+A run begins with initial parameters or with those of a checkpoint. Each process makes or reads the parts of its own
+devices. `parameter_shapes` also serves `jaxtml.train.storage` and `jaxtml.plan`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxtml.checkpoint.files import CONFIG, TOKENIZER
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.opening import open_checkpoint
+from jaxtml.checkpoint.source import place_parameters, spec_table
+from jaxtml.checkpoint.warm_start import WarmStart
+from jaxtml.config import Config
+from jaxtml.errors import InputError
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.model.placement import partition_specs
+from jaxtml.model.spec import Params, ParamSpec, init_params
+from jaxtml.parallel.mesh import TRAIN
+
+
+def parameter_shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
+    """Returns shape, dtype and sharding of each parameter of the master copy, in the shape of the parameter tree.
+
+    Parameters that the optimizer does not touch are float32: the router's bias moves by less than bfloat16 can hold.
+
+    Args:
+      model: the model.
+      mesh: where the parameters lie. None: on the mesh that is set, or on the first device for a mesh of one.
+    """
+    mesh_shape, dtype = model.placement.mesh, model.config.train.param_dtype
+    if mesh is None and mesh_shape.devices > 1:
+        mesh = jax.sharding.get_mesh()
+
+    def shape(spec: ParamSpec, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, partition)
+        return jax.ShapeDtypeStruct(spec.shape, dtype if spec.trained else "float32", sharding=sharding)
+
+    return jax.tree.map(shape, model.specs(), partition_specs(model.specs(), mesh_shape, TRAIN))
+
+
+def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None, start_from: Path | None) -> Params:
+    """Returns the parameters that a new run begins with, as `parameter_shapes` says.
+
+    Args:
+      model: the model.
+      data: the run's data, with its tokenizer.
+      vocoder: trained vocoder parameters, which take the place of the model's own.
+      start_from: a checkpoint to take the parameters from; None for initial ones.
+
+    Raises:
+      InputError: the checkpoint does not fit, see `checkpoint_parameters`.
+    """
+    shapes = parameter_shapes(model)
+    if start_from:
+        params = checkpoint_parameters(start_from, model, data)
+    else:
+        params = init_params(model.specs(), model.config.train.seed, jax.tree.map(lambda s: s.sharding, shapes))
+        if vocoder is None:
+            logging.warning("no trained vocoder: the voice of this run's checkpoints is noise; give one with --vocoder")
+    if vocoder is not None:
+        params = {**params, "vocoder": vocoder}
+    return jax.tree.map(lambda array, shape: _place(array, shape.sharding).astype(shape.dtype), params, shapes)
+
+
+def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) -> Params:
+    """Returns the parameters of a checkpoint as the start of a run of `model`, as `parameter_shapes` says.
+
+    The checkpoint is one of ours of the same sizes, or a released one with the same backbone. Prediction heads that the
+    checkpoint lacks get initial values.
+
+    Raises:
+      InputError: `directory` is neither, or its tokenizer is not the tokenizer of `data`.
+    """
+    source = open_checkpoint(directory)
+    if not isinstance(source, ReleasedCheckpoint):
+        differing = _differing_shape(source.config, model.config)
+        if differing:
+            raise InputError(
+                f"{directory} cannot start this run: its {differing} is of another size (see its {CONFIG})"
+            )
+    source = WarmStart(source, model.config, model.config.train.seed)
+    if not (directory / TOKENIZER).is_file():
+        logging.warning("%s has no %s: nothing says whether the tokenizer of %s fits it", directory, TOKENIZER, data)
+    elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
+        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
+    return place_parameters(source, parameter_shapes(model))
+
+
+def _differing_shape(a: Config, b: Config) -> str | None:
+    """The path of a parameter whose shape differs between two configs, prediction heads aside; None if all agree."""
+    shapes_a, shapes_b = ({path: spec.shape for path, spec in spec_table(config).items()} for config in (a, b))
+    paths = sorted(shapes_a.keys() | shapes_b.keys())
+    differing = (path for path in paths if shapes_a.get(path) != shapes_b.get(path) and not path.startswith("mtp/"))
+    return next(differing, None)
+
+
+def _place(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """Puts an array onto the devices of `sharding`, those of other processes included, unless it is there already."""
+    if array.sharding == sharding:
+        return array
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
