@@ -79,7 +79,7 @@ def serve(options: ServerOptions) -> None:
     on_mesh = _on_mesh(options)
     if process_rank():
         log.event("runs the model with the first host", process=process_rank())
-        worker.follow(options.checkpoint)
+        worker.follow_leader(options.checkpoint)
         return
     access, tls = _access(options), _tls(options)
     workers = 1 if on_mesh else options.workers or min(_usual_workers(), options.max_sessions)
@@ -210,7 +210,7 @@ class _Orders:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._signalled)
-        loop.add_signal_handler(hosts.DRAIN, self.drain.set)
+        loop.add_signal_handler(hosts.DRAIN_SIGNAL, self.drain.set)
 
     def _signalled(self) -> None:
         if self._told:

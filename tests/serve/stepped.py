@@ -10,8 +10,8 @@ from typing import cast
 import numpy as np
 
 from jaxtml.serve.runtime.scheduler import TICK_S
-from jaxtml.serve.runtime.wire import Tick, TickReply, packed, unpacked
-from jaxtml.serve.runtime.worker import answer
+from jaxtml.serve.runtime.wire import Tick, TickReply, decode, encode
+from jaxtml.serve.runtime.worker import run_tick
 from jaxtml.session.slots import Slots
 from jaxtml.stream.tokens import Control
 
@@ -55,7 +55,7 @@ class InProcessWorker:
     async def tick(self, tick: Tick) -> TickReply:
         self.ticks.append(tick)
         self.clock.time += self.takes_s
-        told = unpacked(packed(answer(self.slots, cast(Tick, unpacked(packed(tick)[4:]))))[4:])
+        told = decode(encode(run_tick(self.slots, cast(Tick, decode(encode(tick)[4:]))))[4:])
         assert isinstance(told, TickReply)
         return told
 

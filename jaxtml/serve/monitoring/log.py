@@ -1,4 +1,7 @@
-"""The server's log: what happened and its fields, as a line of text or of JSON; no key or token is ever among them."""
+"""The server's log: one event with named fields per line, as text or as JSON.
+
+Called by every part of the server. Before changing it, know that an API key or a token must never be a field.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,27 @@ import time
 
 from absl import logging as absl
 
-_FIELDS = "jaxtml_fields"
+_FIELDS = "jaxtml_fields"  # attribute of a log record that holds the event and its fields
 
 
-def event(what: str, **fields: object) -> None:
-    """Something happened, as `session began` with session, key and protocol."""
-    text = " ".join(f"{name}={value}" for name, value in fields.items())
-    absl.info("%s%s", what, f": {text}" if text else "", extra={_FIELDS: {"event": what, **fields}})
+def event(name: str, **fields: object) -> None:
+    """Logs one event, for example `session began` with the fields `session`, `key` and `protocol`."""
+    text = " ".join(f"{field}={value}" for field, value in fields.items())
+    absl.info("%s%s", name, f": {text}" if text else "", extra={_FIELDS: {"event": name, **fields}})
 
 
 def use_json() -> None:
-    """From now on the log is one JSON object a line, on stderr."""
-    absl.get_absl_handler().setFormatter(_Json())
+    """Switches the log to JSON: from now on each line on stderr is one object."""
+    absl.get_absl_handler().setFormatter(_JsonFormatter())
 
 
-class _Json(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
+    """Formats a log record as one JSON object: time, level, event, fields, and the exception if there is one."""
+
     def format(self, record: logging.LogRecord) -> str:
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        time_utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{at}.{int(record.msecs):03d}Z",
+            "time": f"{time_utc}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             **getattr(record, _FIELDS, {"event": record.getMessage()}),
         }

@@ -1,4 +1,8 @@
-"""What a server counts, for Prometheus. One object per server; `text` is what `/metrics` answers."""
+"""The server's Prometheus metrics.
+
+A server has one `Metrics`. The scheduler, the session manager, connections and protocols record into it, and the
+address `/metrics` answers with `Metrics.text`. Metric names are a contract with dashboards: do not change them.
+"""
 
 from __future__ import annotations
 
@@ -8,65 +12,97 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-_OF_A_TICK = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3, 0.5, 1.0)
+_TICK_BUCKETS_S = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3, 0.5, 1.0)
 
 
-class _Counted(Collector):
-    def __init__(self, name: str, about: str, value: Callable[[], float]):
-        self.name, self.about, self.value = name, about, value
+class _ComputedCounter(Collector):
+    """A counter whose value a function returns each time the metric is read."""
+
+    def __init__(self, name: str, help_text: str, value: Callable[[], float]):
+        self.name, self.help_text, self.value = name, help_text, value
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(self.name, self.about, self.value())
+        yield CounterMetricFamily(self.name, self.help_text, self.value())
 
 
 class Metrics:
-    """Counters and histograms of one server, each with its own help text."""
+    """The counters, gauges and histograms of one server.
+
+    Attributes:
+      registry: the Prometheus registry that holds them.
+      ticks: duration of a tick.
+      steps: duration of the compiled step inside a tick.
+      input_lag: audio that waits in a session's jitter buffer.
+      output_gap: time between two writes to one client.
+      sessions_begun: sessions, by protocol.
+      sessions_ended: sessions, by the reason of their end.
+      rejections: requests that were refused, by error code.
+      resumptions: attempts to resume a session, by result.
+      malformed_messages: messages that could not be used, by protocol.
+      delegations: time from a delegation to its first answer.
+    """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        to = self.registry
+        self.registry = registry = CollectorRegistry()
         self.ticks = Histogram(
             "duplex_tick_duration_seconds",
-            "of a tick, from its beginning to its results",
-            buckets=_OF_A_TICK,
-            registry=to,
+            "Duration of a tick, from its start to its results.",
+            buckets=_TICK_BUCKETS_S,
+            registry=registry,
         )
         self.steps = Histogram(
-            "duplex_step_duration_seconds", "of the compiled step inside a tick", buckets=_OF_A_TICK, registry=to
+            "duplex_step_duration_seconds",
+            "Duration of the compiled step inside a tick.",
+            buckets=_TICK_BUCKETS_S,
+            registry=registry,
         )
         self.input_lag = Histogram(
             "duplex_input_lag_seconds",
-            "of sound that waits at a tick's edge, per session",
+            "Seconds of received audio waiting in a session's jitter buffer after a micro-turn.",
             buckets=(0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0, 10.0),
-            registry=to,
+            registry=registry,
         )
         self.output_gap = Histogram(
             "duplex_output_gap_seconds",
-            "between what a client is sent and what it is sent next",
+            "Time between two consecutive writes to one client.",
             buckets=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0),
-            registry=to,
+            registry=registry,
         )
-        self.sessions_begun = Counter("duplex_sessions", "begun", ["protocol"], registry=to)
-        self.sessions_ended = Counter("duplex_sessions_ended", "by reason", ["reason"], registry=to)
-        self.rejections = Counter("duplex_admission_rejected", "by reason", ["reason"], registry=to)
+        self.sessions_begun = Counter(
+            "duplex_sessions", "Sessions begun, by protocol.", ["protocol"], registry=registry
+        )
+        self.sessions_ended = Counter(
+            "duplex_sessions_ended", "Sessions ended, by reason.", ["reason"], registry=registry
+        )
+        self.rejections = Counter(
+            "duplex_admission_rejected", "Requests refused, by error code.", ["reason"], registry=registry
+        )
         self.resumptions = Counter(
-            "duplex_resume", "of sessions by clients that were cut off, by result", ["result"], registry=to
+            "duplex_resume",
+            "Attempts of disconnected clients to resume their session, by result.",
+            ["result"],
+            registry=registry,
         )
-        self.malformed_messages = Counter("duplex_malformed_messages", "by protocol", ["protocol"], registry=to)
+        self.malformed_messages = Counter(
+            "duplex_malformed_messages",
+            "Client messages that could not be used, by protocol.",
+            ["protocol"],
+            registry=registry,
+        )
         self.delegations = Histogram(
             "duplex_delegation_duration_seconds",
-            "from a delegation to its first answer",
+            "Time from a delegation to its first answer.",
             buckets=(0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
-            registry=to,
+            registry=registry,
         )
 
-    def add_gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """A gauge whose value is asked for when it is read."""
-        Gauge(name, about, registry=self.registry).set_function(value)
+    def add_gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
+        """Adds a gauge. Prometheus calls `value` each time it reads the gauge."""
+        Gauge(name, help_text, registry=self.registry).set_function(value)
 
-    def add_counter(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """A counter that somebody else counts, read when it is asked for."""
-        self.registry.register(_Counted(name, about, value))
+    def add_counter(self, name: str, help_text: str, value: Callable[[], float]) -> None:
+        """Adds a counter that is kept elsewhere. `value` returns the current count each time the counter is read."""
+        self.registry.register(_ComputedCounter(name, help_text, value))
 
     def observe_tick(self, tick_s: float, step_s: float) -> None:
         """Records one tick: the seconds it took, and the seconds of the compiled step inside it."""
@@ -74,5 +110,5 @@ class Metrics:
         self.steps.observe(step_s)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,10 +1,14 @@
-"""Traces of sessions, where OpenTelemetry is installed (extra `telemetry`): a span for each, with what happened in it.
+"""OpenTelemetry traces: one span per session, with events such as a lost client or a delegation.
 
-Only its API is called: who wants traces starts the server with `opentelemetry-instrument jaxtml serve ...`, which says
-where they go; without it nothing is recorded. A span begins inside the request that asks for the session, so that it
-is a child of the caller's where HTTP requests are traced; the spans of those have addresses, in which there may be keys
-of Moshi's clients and tokens of Realtime's. Names of attributes are those of OpenTelemetry's conventions for generative
-AI where there are any. Called by `serve.sessions.manager`.
+Called by `serve.sessions.manager`. The extra `telemetry` installs OpenTelemetry. Only its API is used here. To record
+traces, start the server with `opentelemetry-instrument jaxtml serve ...`, whose options say where they go. Without that
+command nothing is recorded.
+
+A span begins inside the HTTP request that asks for the session. Where HTTP requests are traced too, it is a child of
+the request's span. Attribute names follow OpenTelemetry's conventions for generative AI where these have a name.
+
+Before turning on HTTP tracing, know that its spans contain request addresses. These can hold the keys of Moshi clients
+and the tokens of Realtime clients.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ Value = str | int | float | bool
 
 
 class Span(Protocol):
-    """What is used of `opentelemetry.trace.Span`."""
+    """The part of `opentelemetry.trace.Span` that the server uses."""
 
     def set_attribute(self, key: str, value: Value) -> None: ...
 
@@ -30,7 +34,9 @@ class Span(Protocol):
     def end(self) -> None: ...
 
 
-class _Nothing:
+class _NullSpan:
+    """The span where OpenTelemetry is not installed: it records nothing."""
+
     def set_attribute(self, key: str, value: Value) -> None:
         del key, value
 
@@ -42,9 +48,16 @@ class _Nothing:
 
 
 def start_session_span(name: str, protocol: str, model: str, key: str) -> Span:
-    """The span of a session that begins now; whoever has it ends it."""
+    """Starts the span of a session. The caller ends it.
+
+    Args:
+      name: the session's public name.
+      protocol: the name of the session's protocol.
+      model: the name of the served model.
+      key: the name of the API key, never the key itself.
+    """
     if trace is None:
-        return _Nothing()
+        return _NullSpan()
     attributes = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "jaxtml",

@@ -1,13 +1,16 @@
-"""A model on several hosts: the worker of the first one tells the others what it does, and all of them do it.
+"""A model on several hosts: the leader's worker sends every tick to the workers of the other hosts.
 
-A step is one program of all devices: every process has to call it, with the same inputs and in the same order. The
-worker of process 0 gets ticks from the process that has the network (`serve.runtime.wire`) and passes each on, as it
-came, over TCP before it runs it; the workers of the other hosts run it too and keep what it gives to themselves. They
-learn where the first one is over the devices, once, and with it a secret without which nobody is told anything.
+Called by `serve.runtime.worker`. Before changing this file, know that a step is one program on all devices: every
+process must call it with the same inputs, in the same order. A process that stops calling it blocks all the others.
 
-A process that is told to end (by SIGTERM or SIGINT) tells the first one, whose server drains. One that is gone takes
-all others with it, at once: a step would wait for it for ever. Whoever started them starts them again. Called by
-`serve.runtime.worker`.
+The worker of process 0 is the leader. It gets ticks from the network process (`serve.runtime.wire`) and passes each one
+on, unchanged, over TCP before it runs the tick. The other workers are followers: they run the same tick and keep the
+results to themselves. Followers learn the leader's address once, through a broadcast over the devices, together with a
+secret. The leader sends ticks only to connections that show the secret.
+
+- A follower that gets SIGTERM or SIGINT tells the leader, and the leader's server drains.
+- A process that dies takes all others with it at once, because a step would wait for it forever. A supervisor must
+  start them again.
 """
 
 from __future__ import annotations
@@ -31,73 +34,134 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from jaxtml.errors import InputError
 from jaxtml.parallel.processes import first_host
-from jaxtml.serve.runtime.wire import END, LENGTH, exactly, received
+from jaxtml.serve.runtime.wire import END_FRAME, LENGTH, receive_data, receive_exactly
 
-_WORD = 512  # bytes in which the first process says where it is
-_FIND_S, _SHOW_S = 60.0, 5.0  # until the others have found it, and have shown the secret
-DRAIN = signal.SIGUSR1  # to the server: another host is to end, however often that is said
+_INVITATION_BYTES = 512  # size of the broadcast that tells followers where the leader is
+_CONNECT_S = 60.0  # within this time all followers must have connected
+_SECRET_S = 5.0  # within this time a new connection must show the secret
+DRAIN_SIGNAL = signal.SIGUSR1  # asks the server to drain because another host ends; sending it again changes nothing
 
 
 class Leader:
-    """The other hosts, seen from the first one. Use `lead`."""
+    """The followers, as the leader sees them. Use `start_leader`.
 
-    def __init__(self, others: list[socket.socket]):
-        self.others, self.ending, self.server = others, False, os.getppid()
-        for other in others:
-            threading.Thread(target=self._watch, args=(other,), daemon=True).start()
+    Args:
+      followers: one connection per follower.
+    """
 
-    def tell(self, data: bytes) -> None:
-        """What all are to do next."""
-        for other in self.others:
-            other.sendall(LENGTH.pack(len(data)) + data)
+    def __init__(self, followers: list[socket.socket]):
+        self.followers, self.ending, self.server_pid = followers, False, os.getppid()
+        for follower in followers:
+            threading.Thread(target=self._watch, args=(follower,), daemon=True).start()
+
+    def broadcast(self, data: bytes) -> None:
+        """Sends an encoded tick, without its length, to all followers."""
+        for follower in self.followers:
+            follower.sendall(LENGTH.pack(len(data)) + data)
 
     def end(self) -> None:
-        """All are done."""
+        """Tells all followers to finish."""
         self.ending = True
-        for other in self.others:
-            other.sendall(END)
+        for follower in self.followers:
+            follower.sendall(END_FRAME)
 
-    def _watch(self, other: socket.socket) -> None:
-        """One that is told to end says so; one that is gone is read as an end."""
+    def _watch(self, follower: socket.socket) -> None:
+        """Runs in a thread. A byte from the follower means that its host ends; a closed connection, that it is gone."""
         try:
-            while other.recv(1):
-                if os.getppid() == self.server:  # else it is gone
-                    os.kill(self.server, DRAIN)
+            while follower.recv(1):
+                if os.getppid() == self.server_pid:  # another parent means that the server itself is gone
+                    os.kill(self.server_pid, DRAIN_SIGNAL)
         except OSError as error:
             logging.error("another host: %s", error)
         if not self.ending:
-            give_up("a process of another host is gone")
+            exit_now("a process of another host is gone")
 
 
-def lead(word: dict[str, Any]) -> Leader:
-    """On process 0: tells all others a `word` (what JSON can carry), and waits until they have found this one.
+def start_leader(setup: dict[str, Any]) -> Leader:
+    """Called on process 0: tells all followers where it is, and waits until they have connected.
+
+    Args:
+      setup: sent to the followers with the address; anything that JSON can hold, at most 150 characters of JSON.
 
     Raises:
-      InputError: somebody does not come.
+      InputError: a follower does not connect in time.
     """
     host, secret = first_host(), secrets.token_bytes(32)
-    with _listening(host) as listener:
-        told = json.dumps([word, host, listener.getsockname()[1], secret.hex()]).encode()
-        assert len(told) <= _WORD, "names of hosts have 253 characters at most"
-        broadcast_one_to_all(np.frombuffer(told.ljust(_WORD), np.uint8))
-        listener.settimeout(_FIND_S)
-        others: list[socket.socket] = []
-        while len(others) < jax.process_count() - 1:
+    with _listen(host) as listener:
+        invitation = json.dumps([setup, host, listener.getsockname()[1], secret.hex()]).encode()
+        assert len(invitation) <= _INVITATION_BYTES, "host names have at most 253 characters"
+        broadcast_one_to_all(np.frombuffer(invitation.ljust(_INVITATION_BYTES), np.uint8))
+        listener.settimeout(_CONNECT_S)
+        followers: list[socket.socket] = []
+        while len(followers) < jax.process_count() - 1:
             try:
-                other, _ = listener.accept()
+                connection, _ = listener.accept()
             except TimeoutError as error:
-                raise InputError(f"only {len(others) + 1} of {jax.process_count()} hosts are there") from error
-            other.settimeout(_SHOW_S)
-            if _shows(other, secret):
-                _watched(other)
-                others.append(other)
+                raise InputError(f"only {len(followers) + 1} of {jax.process_count()} hosts are there") from error
+            connection.settimeout(_SECRET_S)
+            if _shows_secret(connection, secret):
+                _detect_dead_peer(connection)
+                followers.append(connection)
             else:
-                other.close()
-    return Leader(others)
+                connection.close()
+    return Leader(followers)
 
 
-def _listening(host: str) -> socket.socket:
-    """On the loopback where that is what the host is called by, else wherever the others may come from."""
+def join_leader() -> tuple[dict[str, Any], Iterator[bytes]]:
+    """Called on any other process: connects to the leader and returns its `setup` and an iterator over its ticks.
+
+    The ticks are encoded, without their length. The iterator ends when the leader ends.
+
+    Raises:
+      InputError: the leader cannot be reached.
+    """
+    invitation = broadcast_one_to_all(np.zeros(_INVITATION_BYTES, np.uint8))
+    setup, host, port, secret = json.loads(bytes(invitation))
+    try:
+        leader = socket.create_connection((host, port), _CONNECT_S)
+        leader.sendall(bytes.fromhex(secret))
+        _detect_dead_peer(leader)
+    except OSError as error:
+        raise InputError(f"the first host cannot be reached as {host}:{port}: {error}") from error
+    ticks: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_receive_ticks, args=(leader, ticks.put), daemon=True).start()
+
+    def ask_to_drain(*_: object) -> None:
+        with suppress(OSError):  # if the leader is gone, `_receive_ticks` notices too
+            leader.send(b"\0")
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, ask_to_drain)
+    return setup, iter(ticks.get, b"")
+
+
+def exit_now(reason: str) -> NoReturn:
+    """Logs the reason and ends this process at once with status 1.
+
+    A normal exit would wait for the other processes, and the main thread may be blocked inside a step.
+    """
+    logging.error("%s", reason)
+    logging.flush()
+    os._exit(1)
+
+
+def _receive_ticks(leader: socket.socket, put: Callable[[bytes], None]) -> None:
+    """Runs in a thread, because the main thread cannot notice a dead leader while it is blocked inside a step."""
+    data: bytes | None = None
+    while data != b"":
+        try:
+            data = receive_data(leader)
+        except OSError as error:
+            logging.error("the first host: %s", error)
+            data = None
+        if data is None:
+            exit_now("the first host's process is gone")
+        else:
+            put(data)
+
+
+def _listen(host: str) -> socket.socket:
+    """Listens on the loopback interface if that is the host's name, else on all interfaces, IPv4 and IPv6."""
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, 0))
     if socket.has_dualstack_ipv6():
@@ -105,64 +169,17 @@ def _listening(host: str) -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _watched(connection: socket.socket) -> None:
-    """A machine that is gone says nothing more: then the connection ends after some seconds."""
+def _detect_dead_peer(connection: socket.socket) -> None:
+    """Sets keep-alive so that the connection ends within about ten seconds if the other machine dies without a word."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("NODELAY", 1), ("KEEPIDLE", 5), ("KEEPINTVL", 2), ("KEEPCNT", 3), ("USER_TIMEOUT", 10_000)):
-        if hasattr(socket, f"TCP_{option}"):  # not on every system
+        if hasattr(socket, f"TCP_{option}"):  # not on every operating system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
 
 
-def _shows(other: socket.socket, secret: bytes) -> bool:
+def _shows_secret(connection: socket.socket, secret: bytes) -> bool:
     try:
-        return hmac.compare_digest(exactly(other, len(secret)) or b"", secret)
+        return hmac.compare_digest(receive_exactly(connection, len(secret)) or b"", secret)
     except OSError:
         return False
-
-
-def follow() -> tuple[dict[str, Any], Iterator[bytes]]:
-    """On any other process: the first one's word, and what it tells, one after the other, until the end.
-
-    Raises:
-      InputError: the first one cannot be reached.
-    """
-    word, host, port, secret = json.loads(bytes(broadcast_one_to_all(np.zeros(_WORD, np.uint8))))
-    try:
-        first = socket.create_connection((host, port), _FIND_S)
-        first.sendall(bytes.fromhex(secret))
-        _watched(first)
-    except OSError as error:
-        raise InputError(f"the first host cannot be reached as {host}:{port}: {error}") from error
-    told: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_listen, args=(first, told.put), daemon=True).start()
-
-    def leave(*_: object) -> None:
-        with suppress(OSError):  # it is gone, which `_listen` sees too
-            first.send(b"\0")
-
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, leave)
-    return word, iter(told.get, b"")
-
-
-def _listen(first: socket.socket, put: Callable[[bytes], None]) -> None:
-    """In a thread: while a step waits for the first host, nobody else would see that it is gone."""
-    data: bytes | None = None
-    while data != b"":
-        try:
-            data = received(first)
-        except OSError as error:
-            logging.error("the first host: %s", error)
-            data = None
-        if data is None:
-            give_up("the first host's process is gone")
-        else:
-            put(data)
-
-
-def give_up(why: str) -> NoReturn:
-    """Ends this process at once: in good order it would wait for the others, or it waits inside a step already."""
-    logging.error("%s", why)
-    logging.flush()
-    os._exit(1)

@@ -1,14 +1,17 @@
-"""What a session has sent and not been given yet: sound cut to micro-turns, whatever the network does to its timing.
+"""The jitter buffer: audio that a session has received and not yet given to the model, cut into micro-turns.
 
-The rule, at each tick edge. A micro-turn takes the oldest 200 ms that have arrived. Where there is less, it takes that,
-and silence for the rest: the session waits for nobody. Sound that comes late is heard late, after that silence, so a
-reserve grows as large as the jitter that there was. A reserve of more than 200 ms that stays for five seconds is
-latency: it is taken back from silence, never from speech, a micro-turn in five seconds, which also bounds what a
-client's fast clock piles up. More than two seconds beyond what was missed before were not sent in real time: they are
-heard in their own time and whole. At ten seconds `room` is zero, and whoever reads the network stops until there is
-some.
+The scheduler (`serve.runtime.scheduler`) takes one micro-turn from it at each tick. Protocols push audio into it.
 
-Called by `serve.runtime.scheduler`.
+The rules, which the tests hold:
+
+- A micro-turn takes the oldest 200 ms of audio. If less has arrived, silence fills the rest. A tick waits for nobody.
+- Audio that arrives late is played to the model late, after that silence. So the reserve of waiting audio grows to the
+  size of the network's jitter.
+- A reserve of more than 200 ms that lasts for five seconds is latency. The buffer then removes one micro-turn of
+  silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
+- A reserve larger than two seconds, plus the audio that was missed before, was not sent in real time: it is an upload,
+  for example of a file. The model hears an upload whole and at its own speed.
+- At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 
 from __future__ import annotations
@@ -20,79 +23,89 @@ import numpy as np
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-CAPACITY = 10 * SAMPLE_RATE  # samples that wait
-_UPLOAD = 2 * SAMPLE_RATE
-_PATIENCE = 25  # micro-turns that a reserve must stay
-_SILENT = 10 ** (-50 / 20)  # root mean square, of full scale
+CAPACITY = 10 * SAMPLE_RATE  # samples
+_UPLOAD = 2 * SAMPLE_RATE  # samples; a larger reserve was not sent in real time
+_PATIENCE = 25  # micro-turns (5 s) for which a reserve must last before the buffer removes silence
+_SILENT_RMS = 10 ** (-50 / 20)  # root mean square relative to full scale, -50 dBFS
 
 
 class JitterBuffer:
-    """One session's sound on its way in; one thread calls.
+    """The jitter buffer of one session. Not thread-safe.
 
     Attributes:
-      waiting: samples at 16 kHz that wait.
-      missed: samples of silence that stand where nothing had arrived.
-      cut: samples of silence that were taken out.
-      muted: what arrives now is not heard.
+      waiting_samples: samples at 16 kHz in the buffer.
+      missed_samples: samples of silence that stood in for audio that had not arrived.
+      cut_samples: samples of silence that were removed from the buffer.
+      muted: audio that arrives while this is true is dropped.
     """
 
     def __init__(self) -> None:
         self.stream = DmelStream()
-        self.parts: deque[np.ndarray] = deque()
+        self.chunks: deque[np.ndarray] = deque()
         self.waiting_samples = self.missed_samples = self.cut_samples = 0
         self.muted = False
-        self._least, self._turns = CAPACITY, 0  # the smallest reserve of the last micro-turns, and how many those are
+        # The smallest reserve of the last micro-turns, and the number of those micro-turns.
+        self._smallest_reserve, self._micro_turns = CAPACITY, 0
 
     def free_samples(self) -> int:
-        """Samples that may still be put."""
+        """Returns the number of samples that still fit."""
         return max(0, CAPACITY - self.waiting_samples)
 
     def push(self, samples: np.ndarray) -> None:
-        """`[N]` float32 at 16 kHz, finite. Raises `ValueError` where there is no room for all of them."""
+        """Adds audio.
+
+        Args:
+          samples: `[N]` float32 at 16 kHz, finite.
+
+        Raises:
+          ValueError: not all of the samples fit.
+        """
         if len(samples) > self.free_samples():
-            raise ValueError(f"{len(samples)} samples, and room for {self.free_samples()}")
+            raise ValueError(f"{len(samples)} samples do not fit: the jitter buffer has room for {self.free_samples()}")
         if not self.muted and len(samples):
-            self.parts.append(samples)
+            self.chunks.append(samples)
             self.waiting_samples += len(samples)
 
     def clear(self) -> None:
-        """What waits is never heard."""
-        self.parts.clear()
+        """Drops all waiting audio."""
+        self.chunks.clear()
         self.waiting_samples = 0
 
     def pop_frames(self) -> np.ndarray:
-        """One micro-turn: `[4, 80]` uint8 dMel frames."""
-        self._take_back()
-        found = self._oldest(MICRO_TURN_SAMPLES)
-        self.missed_samples += MICRO_TURN_SAMPLES - len(found)
-        self.stream, bins = self.stream.step(np.pad(found, (0, MICRO_TURN_SAMPLES - len(found))))
+        """Removes one micro-turn of audio and returns its dMel frames, `[4, 80]` uint8."""
+        self._reduce_latency()
+        samples = self._pop_samples(MICRO_TURN_SAMPLES)
+        self.missed_samples += MICRO_TURN_SAMPLES - len(samples)
+        self.stream, bins = self.stream.step(np.pad(samples, (0, MICRO_TURN_SAMPLES - len(samples))))
         return bins
 
-    def _take_back(self) -> None:
-        """Cuts a micro-turn of silence where a reserve has stayed."""
-        self._least, self._turns = min(self._least, self.waiting_samples - MICRO_TURN_SAMPLES), self._turns + 1
-        if self._turns < _PATIENCE:
+    def _reduce_latency(self) -> None:
+        """Removes one micro-turn of silence if a reserve has lasted for `_PATIENCE` micro-turns."""
+        reserve = self.waiting_samples - MICRO_TURN_SAMPLES
+        self._smallest_reserve, self._micro_turns = min(self._smallest_reserve, reserve), self._micro_turns + 1
+        if self._micro_turns < _PATIENCE:
             return
-        # As much as was missed before is no upload: the network had stalled.
-        if MICRO_TURN_SAMPLES < self._least <= _UPLOAD + max(0, self.missed_samples - self.cut_samples):
-            oldest = self._oldest(MICRO_TURN_SAMPLES)
-            if np.sqrt(np.mean(np.square(oldest))) >= _SILENT:  # not yet: someone is speaking
-                self.parts.appendleft(oldest)
+        # Audio that a stalled network delivers at once is no upload: it makes up for audio that was missed before.
+        late_samples = max(0, self.missed_samples - self.cut_samples)
+        if MICRO_TURN_SAMPLES < self._smallest_reserve <= _UPLOAD + late_samples:
+            oldest = self._pop_samples(MICRO_TURN_SAMPLES)
+            if np.sqrt(np.mean(np.square(oldest))) >= _SILENT_RMS:  # someone is speaking: try again next micro-turn
+                self.chunks.appendleft(oldest)
                 self.waiting_samples += len(oldest)
                 return
             self.cut_samples += len(oldest)
-        self._least, self._turns = CAPACITY, 0
+        self._smallest_reserve, self._micro_turns = CAPACITY, 0
 
-    def _oldest(self, count: int) -> np.ndarray:
-        """At most so many samples, taken out."""
-        found: list[np.ndarray] = []
-        left = min(count, self.waiting_samples)
-        self.waiting_samples -= left
-        while left:
-            part = self.parts.popleft()
-            if len(part) > left:
-                self.parts.appendleft(part[left:])
-                part = part[:left]
-            found.append(part)
-            left -= len(part)
-        return np.concatenate(found) if found else np.zeros(0, np.float32)
+    def _pop_samples(self, count: int) -> np.ndarray:
+        """Removes the oldest samples, at most `count`, and returns them as `[N]` float32."""
+        chunks: list[np.ndarray] = []
+        remaining = min(count, self.waiting_samples)
+        self.waiting_samples -= remaining
+        while remaining:
+            chunk = self.chunks.popleft()
+            if len(chunk) > remaining:
+                self.chunks.appendleft(chunk[remaining:])
+                chunk = chunk[:remaining]
+            chunks.append(chunk)
+            remaining -= len(chunk)
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.float32)

@@ -1,9 +1,11 @@
-"""The workers of a server, side by side: a session lives in one of them from its beginning to its end.
+"""The worker pool: the workers of a server, side by side. A session stays in one worker from its beginning to its end.
 
-One worker has all devices of a mesh. On a CPU there are as many as cores, each on its own: the products of a small
-model are too small for two cores to share; and a worker has its sessions in groups (`slots.grouped`), for each of which
-there is a hub. The clocks of hubs are apart by parts of a tick, so that neither a worker nor the process that has the
-network is asked by all at once.
+Called by `serve.serving`, which starts it, and by `serve.sessions.manager`, which admits sessions.
+
+With a mesh there is one worker, which has all devices. On a CPU there is one worker per core, each pinned to its core,
+because the matrix products of a small model are too small for two cores to share. A worker splits its sessions into
+groups (`jaxtml.session.slots.slot_groups`), and each group has a scheduler. The schedulers' clocks are spread evenly
+over a tick, so that neither a worker nor the network process gets the requests of all schedulers at once.
 """
 
 from __future__ import annotations
@@ -20,42 +22,57 @@ from jaxtml.serve.runtime.scheduler import TICK_S, ScheduledSession, Scheduler, 
 from jaxtml.serve.runtime.wire import WorkerReady
 from jaxtml.serve.runtime.worker_process import WorkerProcess
 
-OnTick = Callable[[float, float], None]
+OnTick = Callable[[float, float], None]  # as `Scheduler.on_tick`
 
 
 class WorkerPool:
-    """Sessions over `hubs`, whose workers are at the other ends of `links`."""
+    """The schedulers of a server and the workers that they ask. Use `start_pool`.
 
-    def __init__(self, hubs: Sequence[Scheduler], links: Sequence[WorkerProcess] = ()):
-        self.schedulers, self.workers = tuple(hubs), tuple(links)
+    Args:
+      schedulers: one per group of sessions.
+      workers: the worker processes. When one of them ends, `run` ends.
+    """
+
+    def __init__(self, schedulers: Sequence[Scheduler], workers: Sequence[WorkerProcess] = ()):
+        self.schedulers, self.workers = tuple(schedulers), tuple(workers)
 
     @property
     def capacity(self) -> int:
-        return sum(hub.capacity for hub in self.schedulers)
+        """The number of slots of all schedulers."""
+        return sum(scheduler.capacity for scheduler in self.schedulers)
 
     @property
     def sessions(self) -> list[ScheduledSession]:
-        return list(itertools.chain.from_iterable(hub.sessions.values() for hub in self.schedulers))
+        """The sessions of all schedulers."""
+        return list(itertools.chain.from_iterable(scheduler.sessions.values() for scheduler in self.schedulers))
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
-        """A session where there are fewest. Raises as `check`."""
+        """Returns a new session in the scheduler that has the fewest; arguments as in `Scheduler.admit`.
+
+        Raises:
+          ServerFull: no slot is free.
+        """
         self.check_capacity()
-        return min(filter(Scheduler.free_slots, self.schedulers), key=lambda hub: len(hub.sessions)).admit(
-            seed, grace_s
-        )
+        open_schedulers = filter(Scheduler.free_slots, self.schedulers)
+        return min(open_schedulers, key=lambda scheduler: len(scheduler.sessions)).admit(seed, grace_s)
 
     def check_capacity(self) -> None:
-        """Raises `ServerFull` where there is no room, with the shortest time that any of them names."""
-        if not any(hub.free_slots() for hub in self.schedulers):
-            raise ServerFull(min(hub.retry_after_s() for hub in self.schedulers))
+        """Raises `ServerFull` if no slot is free, with the shortest waiting time of all schedulers."""
+        if not any(scheduler.free_slots() for scheduler in self.schedulers):
+            raise ServerFull(min(scheduler.retry_after_s() for scheduler in self.schedulers))
 
     async def run(self) -> None:
-        """Ticks of all until it is cancelled, or one worker is gone (`ConnectionError`), which ends them all."""
+        """Runs all schedulers until it is cancelled.
+
+        Raises:
+          ConnectionError: a worker is gone. All schedulers are then stopped.
+        """
+        offset_s = TICK_S / len(self.schedulers)
         tasks = [
-            asyncio.create_task(_later(TICK_S * at / len(self.schedulers), hub))
-            for at, hub in enumerate(self.schedulers)
+            asyncio.create_task(_run_after(offset_s * index, scheduler))
+            for index, scheduler in enumerate(self.schedulers)
         ]
-        tasks += [asyncio.create_task(link.gone()) for link in self.workers]
+        tasks += [asyncio.create_task(worker.wait_gone()) for worker in self.workers]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -72,46 +89,49 @@ async def start_pool(
     on_tick: OnTick = lambda tick_s, step_s: None,
     mesh: str = "",
 ) -> AsyncIterator[tuple[WorkerPool, WorkerReady]]:
-    """A pool that has room for `capacity` sessions, and the first word of its workers, which end with it.
+    """Starts workers, yields their pool and the first message of a worker, and ends the workers afterwards.
 
-    Each of the `workers` has one device, or the only one a `mesh` (as `MeshShape.parse` reads it).
+    Args:
+      checkpoint: directory of the model.
+      capacity: number of sessions that the pool has room for.
+      workers: number of worker processes. Each has one device, or the only one has the whole mesh.
+      on_tick: as in `Scheduler`.
+      mesh: the mesh of all devices that share the model, as `MeshShape.parse` reads it; empty: one device.
 
     Raises:
-      InputError: what is wrong with the checkpoint, or more workers than sessions.
+      InputError: the checkpoint cannot be served, or there are more workers than sessions.
     """
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= capacity:
-        raise InputError(f"{workers} workers for {capacity} sessions: each has one at least")
-    shares = _shares(capacity, workers)
-    pinned = [cores[at % len(cores)] if workers > 1 else None for at in range(workers)]
-    begun = await asyncio.gather(
-        *(WorkerProcess.start(checkpoint, share, core, mesh) for share, core in zip(shares, pinned, strict=True)),
+        raise InputError(f"{workers} workers for {capacity} sessions: use at least 1 and at most one per session")
+    capacities = _split_evenly(capacity, workers)
+    pinned = [cores[index % len(cores)] if workers > 1 else None for index in range(workers)]
+    results = await asyncio.gather(
+        *(WorkerProcess.start(checkpoint, size, core, mesh) for size, core in zip(capacities, pinned, strict=True)),
         return_exceptions=True,
     )
-    links = [link for link in begun if isinstance(link, WorkerProcess)]
+    started = [worker for worker in results if isinstance(worker, WorkerProcess)]
     try:
-        for link in begun:
-            if isinstance(link, BaseException):
-                raise link
-        rooms = [
-            (at, link, room)
-            for link, share in zip(links, shares, strict=True)
-            for at, room in enumerate(_shares(share, link.ready.groups))
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        groups = [
+            (group, worker, size)
+            for worker, worker_capacity in zip(started, capacities, strict=True)
+            for group, size in enumerate(_split_evenly(worker_capacity, worker.ready.groups))
         ]
-        rooms.sort(key=lambda room: room[0])  # those of one worker are as far apart as they can be
-        yield (
-            WorkerPool([Scheduler(link, room, on_tick=on_tick, group=at) for at, link, room in rooms], links),
-            links[0].ready,
-        )
+        groups.sort(key=lambda group: group[0])  # ticks of one worker's groups are then as far apart as possible
+        schedulers = [Scheduler(worker, size, on_tick=on_tick, group=group) for group, worker, size in groups]
+        yield WorkerPool(schedulers, started), started[0].ready
     finally:
-        await asyncio.gather(*(link.close() for link in links))
+        await asyncio.gather(*(worker.close() for worker in started))
 
 
-def _shares(whole: int, parts: int) -> list[int]:
-    """Of `parts`, that differ by one at most."""
-    return [whole // parts + (at < whole % parts) for at in range(parts)]
+def _split_evenly(n: int, parts: int) -> list[int]:
+    """Splits `n` into `parts` sizes that differ by at most one."""
+    return [n // parts + (index < n % parts) for index in range(parts)]
 
 
-async def _later(after_s: float, hub: Scheduler) -> None:
-    await asyncio.sleep(after_s)
-    await hub.run()
+async def _run_after(delay_s: float, scheduler: Scheduler) -> None:
+    await asyncio.sleep(delay_s)
+    await scheduler.run()

@@ -1,15 +1,18 @@
-"""The sessions of a server and the clock that they share: a tick every 200 ms, whatever clients and network do.
+"""The scheduler: the sessions of one worker and the clock that they share, one tick every 200 ms.
 
-Runs in the process that has the network; the model is in another one (`serve.runtime.worker`). A session here knows of
-no protocol: sound, text and pictures go in at any time, and every tick that it takes part in adds a `TickResult` to its
-journal, from which whoever speaks its protocol reads.
+The scheduler runs in the network process and asks the worker process (`serve.runtime.worker`) for each tick. It knows
+nothing of protocols. A protocol gives a session audio, text and pictures at any time. Every tick in which the session
+takes part adds a `TickResult` to the session's journal, and the session manager (`serve.sessions.manager`) reads it
+from there for the protocol.
 
-The rules. All attached sessions take part in every tick, with what has arrived (`serve.runtime.jitter_buffer`). A tick
-that ends after the next should have begun is a miss, and the next begins at once; once a second behind, the clock is
-set to now, and the ticks that were lost are counted. A session whose client is gone stands still until it comes back,
-or for `grace_s` at most: it says nothing to nobody. A journal keeps 30 seconds of turns that its reader
-(`serve.sessions.manager`) has not taken; a session whose turns nobody reads is ended, and nothing ever waits without
-bound.
+The rules, which the tests hold:
+
+- Every attached session takes part in every tick, with the audio that has arrived (`serve.runtime.jitter_buffer`).
+- A tick that ends after the next tick's start time is a deadline miss. The next tick then starts at once. If the clock
+  is more than a second behind, it jumps forward to now, and the ticks in between are counted as lost.
+- A session whose client is disconnected is paused until the client is back, for at most `grace_s`. It produces nothing.
+- A journal holds 30 seconds of results. A session whose results nobody reads is ended, so that no queue grows without
+  bound.
 """
 
 from __future__ import annotations
@@ -28,19 +31,28 @@ import numpy as np
 from jaxtml.serve.runtime.jitter_buffer import JitterBuffer
 from jaxtml.serve.runtime.wire import SessionStart, Tick, TickReply
 from jaxtml.session.engine import SlotInput
+from jaxtml.session.slots import SlotOutput
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control
 
 TICK_S = MICRO_TURN_MS / 1000
-KEPT = 150  # turns of a journal
-_LOST_S = 1.0  # behind which the clock is set anew
+MAX_JOURNAL = 150  # micro-turns: 30 s
+_MAX_BEHIND_S = 1.0  # a clock further behind than this jumps forward to now
 
 
 @dataclass(frozen=True)
 class TickResult:
-    """One micro-turn of a session: the input of `[t_ms, t_ms + 200)`; `wave` `[3200]` float32 at 16 kHz is to be heard
-    in `[t_ms + 200, t_ms + 400)`; `tokens` `[n]` int32 as generated."""
+    """What one micro-turn of a session produced.
+
+    Attributes:
+      number: index of the micro-turn in the session, from 0.
+      t_ms: start of the micro-turn; its input is the audio of `[t_ms, t_ms + 200)`.
+      wave: `[3200]` float32 at 16 kHz, to be played in `[t_ms + 200, t_ms + 400)`.
+      tokens: `[n]` int32, in the order in which the model generated them.
+      speaking: the gate is open: the model speaks.
+      p_speak: probability of an open gate.
+    """
 
     number: int
     t_ms: int
@@ -53,17 +65,21 @@ class TickResult:
 class EndReason(StrEnum):
     """Why a session ended."""
 
-    ASKED = "close_requested"
-    EXPIRED = "expired"  # it was as long as sessions may be
-    DRAINED = "drained"  # the server is to end
-    LEFT = "remote_hangup"  # the client closed its connection, as one does who is done
-    GONE = "connection_lost"  # the client did not come back
-    SLOW = "slow_client"  # it does not take what it is sent
-    FAILED = "internal_error"  # ours
+    ASKED = "close_requested"  # the client asked to close it
+    EXPIRED = "expired"  # the session reached its maximum length
+    DRAINED = "drained"  # the server shuts down
+    LEFT = "remote_hangup"  # the client closed its connection normally
+    GONE = "connection_lost"  # the client's connection was lost and the client did not come back in time
+    SLOW = "slow_client"  # the client does not take what the server sends
+    FAILED = "internal_error"  # the server failed
 
 
 class ServerFull(Exception):
-    """There is no slot; one may be free in `retry_after_s`."""
+    """All slots are taken.
+
+    Attributes:
+      retry_after_s: seconds after which a slot may be free.
+    """
 
     def __init__(self, retry_after_s: float):
         super().__init__(f"all sessions are taken; try again in {retry_after_s:.0f} s")
@@ -71,19 +87,27 @@ class ServerFull(Exception):
 
 
 class TickModel(Protocol):
-    """The worker, seen from here."""
+    """The worker, as the scheduler sees it."""
 
-    async def tick(self, tick: Tick) -> TickReply: ...
+    async def tick(self, tick: Tick) -> TickReply:
+        """Runs one tick. Raises `ConnectionError` if the worker is gone."""
+        ...
 
 
 class TickClock(Protocol):
-    def now(self) -> float: ...
+    """The clock of the ticks. Tests replace it."""
 
-    async def until(self, due: float) -> None: ...
+    def now(self) -> float:
+        """Returns the time in seconds, from an arbitrary start."""
+        ...
+
+    async def until(self, due: float) -> None:
+        """Waits until the time `due`."""
+        ...
 
 
 class WallClock:
-    """Real time."""
+    """A `TickClock` of real time."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -93,16 +117,43 @@ class WallClock:
 
 
 class TextPiece(NamedTuple):
-    """Text of one micro-turn: token ids behind their TYPED or BACKGROUND mark. `placed` is told when that began."""
+    """Text for one micro-turn.
+
+    Attributes:
+      mark: TYPED or BACKGROUND, the control token in front of the text.
+      tokens: token ids.
+      on_placed: called with the start of the micro-turn that takes the piece, in ms since the session began.
+    """
 
     mark: Control
     tokens: tuple[int, ...]
-    placed: Callable[[int], None] | None = None
+    on_placed: Callable[[int], None] | None = None
 
 
 @dataclass
 class ScheduledSession:
-    """One session. Its protocol gives it input, waits for results with `results_after`, and ends it."""
+    """One session, as the scheduler runs it. Use `Scheduler.admit`.
+
+    A protocol gives it input with `jitter_buffer.push`, `queue_text` and `set_patches`. The session manager reads its
+    results with `results_after`. Anyone may end it.
+
+    Attributes:
+      number: the session's number in its worker.
+      seed: seed of its sampling.
+      grace_s: seconds for which it waits for a disconnected client.
+      clock: the scheduler's clock.
+      jitter_buffer: audio that waits for its micro-turn.
+      attached: the client is connected. A session that is not attached is paused.
+      end_reason: why it ended; None: it has not ended.
+      text_queue: text that waits for its micro-turn, one piece each.
+      waiting_tokens: number of tokens in `text_queue`.
+      patches: `[P, 2, 40, 40, 3]` float32, the picture for the next micro-turn; None: no picture.
+      journal: results that nobody has read yet.
+      begun: the worker has a slot for it.
+      micro_turns: number of micro-turns that it has had.
+      detached_at: when the client was lost, on `clock`.
+      changed: set when there is a new result or the session has ended.
+    """
 
     number: int
     seed: int
@@ -112,7 +163,7 @@ class ScheduledSession:
     attached: bool = True
     end_reason: EndReason | None = None
     text_queue: deque[TextPiece] = field(default_factory=deque)
-    waiting_tokens: int = 0  # tokens in `typed`
+    waiting_tokens: int = 0
     patches: np.ndarray | None = None
     journal: deque[TickResult] = field(default_factory=deque)
     begun: bool = False
@@ -121,25 +172,34 @@ class ScheduledSession:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def queue_text(
-        self, mark: Control, tokens: Sequence[int], most: int, placed: Callable[[int], None] | None = None
+        self,
+        mark: Control,
+        tokens: Sequence[int],
+        max_tokens: int,
+        on_placed: Callable[[int], None] | None = None,
     ) -> None:
-        """Text for the next micro-turns, in pieces of at most `most` tokens behind their TYPED or BACKGROUND mark.
+        """Queues text for the next micro-turns.
 
-        `placed` gets the time, in ms from the session's beginning, of the micro-turn that has the last piece.
+        Args:
+          mark: TYPED or BACKGROUND.
+          tokens: token ids, of any number.
+          max_tokens: the most that one micro-turn takes. The text is cut into pieces of at most this size.
+          on_placed: called with the start of the micro-turn that takes the last piece, in ms since the session began.
         """
         self.waiting_tokens += len(tokens)
-        for at in range(0, len(tokens), most):
-            last = at + most >= len(tokens)
-            self.text_queue.append(TextPiece(mark, tuple(tokens[at : at + most]), placed if last else None))
+        for start in range(0, len(tokens), max_tokens):
+            is_last = start + max_tokens >= len(tokens)
+            piece = tuple(tokens[start : start + max_tokens])
+            self.text_queue.append(TextPiece(mark, piece, on_placed if is_last else None))
 
     def set_patches(self, patches: np.ndarray) -> None:
-        """`[P, 2, 40, 40, 3]` float32 for the next micro-turn, instead of what waited for it."""
+        """Sets the picture for the next micro-turn, `[P, 2, 40, 40, 3]` float32. It replaces one that still waits."""
         self.patches = patches
 
     async def results_after(self, number: int) -> list[TickResult]:
-        """The turns behind `number`, at least one; none where the session has ended. Those up to it are forgotten.
+        """Waits for results behind micro-turn `number` and returns them; an empty list: the session has ended.
 
-        One reader at a time.
+        Results up to `number` are dropped from the journal, so a session has one reader at a time.
         """
         while True:
             while self.journal and self.journal[0].number <= number:
@@ -150,30 +210,50 @@ class ScheduledSession:
             await self.changed.wait()
 
     def detach(self) -> None:
-        """Its client is gone; it stands still."""
+        """Pauses the session: its client is disconnected."""
         self.attached, self.detached_at = False, self.clock.now()
 
     def attach(self) -> None:
-        """Its client is back."""
+        """Resumes the session: its client is connected again."""
         self.attached = True
 
-    def end(self, why: EndReason) -> None:
-        """Its slot is free at the next tick."""
-        self.end_reason = self.end_reason or why
+    def end(self, reason: EndReason) -> None:
+        """Ends the session. Its slot is free from the next tick on. The first reason stays."""
+        self.end_reason = self.end_reason or reason
         self.changed.set()
 
     def next_input(self) -> SlotInput:
+        """Removes the input of one micro-turn from the queues and returns it."""
         text = self.text_queue.popleft() if self.text_queue else TextPiece(Control.TYPED, ())
         self.waiting_tokens -= len(text.tokens)
-        if text.placed is not None:
-            text.placed(self.micro_turns * MICRO_TURN_MS)
+        if text.on_placed is not None:
+            text.on_placed(self.micro_turns * MICRO_TURN_MS)
         patches, self.patches = self.patches, None
         return SlotInput(self.jitter_buffer.pop_frames(), text.tokens, text.mark, patches)
+
+    def add_output(self, output: SlotOutput) -> None:
+        """Adds the output of one micro-turn to the journal; ends the session if the journal is full."""
+        self.begun = True
+        t_ms = self.micro_turns * MICRO_TURN_MS
+        self.journal.append(
+            TickResult(self.micro_turns, t_ms, output.wave, output.tokens, output.speaking, output.p_speak)
+        )
+        self.micro_turns += 1
+        self.changed.set()
+        if len(self.journal) > MAX_JOURNAL:
+            self.end(EndReason.SLOW)
 
 
 @dataclass
 class TickCounts:
-    """What happened since the start."""
+    """Counts since the scheduler started.
+
+    Attributes:
+      ticks: ticks that ran.
+      misses: ticks that ended after the next tick's start time.
+      lost: ticks that were left out because the clock was too far behind.
+      compilations: programs that the worker compiled in service; anything but 0 is a bug.
+    """
 
     ticks: int = 0
     misses: int = 0
@@ -182,15 +262,15 @@ class TickCounts:
 
 
 class Scheduler:
-    """All sessions of one worker, or of one group of them.
+    """The scheduler of one worker, or of one group of a worker's sessions.
 
     Args:
       model: the worker.
-      capacity: sessions that it has room for; detached ones keep their slot.
-      clock: of the ticks.
+      capacity: number of slots. A session keeps its slot while its client is disconnected.
+      clock: the clock of the ticks; None: real time.
       on_tick: called after each tick with the seconds it took and the seconds of the compiled step inside it.
-      week_ms: the wall clock of the week.
-      group: of the worker's sessions.
+      week_ms: returns the wall-clock time since the beginning of the week, in ms.
+      group: index of the group of the worker's sessions.
     """
 
     def __init__(
@@ -206,47 +286,77 @@ class Scheduler:
         self.on_tick, self.week_ms = on_tick, week_ms
         self.sessions: dict[int, ScheduledSession] = {}
         self.counts = TickCounts()
-        self.numbers = itertools.count(1)
-        self.leaving: list[int] = []
+        self._next_number = itertools.count(1)
+        self._ended: list[int] = []  # numbers of sessions whose end the next tick tells the worker
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
-        """A session that begins at the next tick. Raises `ServerFull`."""
+        """Returns a new session, which begins at the next tick.
+
+        Args:
+          seed: seed of its sampling.
+          grace_s: seconds for which it waits for a disconnected client.
+
+        Raises:
+          ServerFull: no slot is free.
+        """
         if not self.free_slots():
             raise ServerFull(self.retry_after_s())
-        session = ScheduledSession(next(self.numbers), seed, grace_s, self.clock)
+        session = ScheduledSession(next(self._next_number), seed, grace_s, self.clock)
         self.sessions[session.number] = session
         return session
 
     def retry_after_s(self) -> float:
-        """When the first client that is gone will have been gone for too long; a guess where all are there."""
-        detached = [one.detached_at + one.grace_s for one in self.sessions.values() if not one.attached]
-        return max(1.0, min(detached, default=self.clock.now() + 5) - self.clock.now())
+        """Returns the seconds until the first paused session gives up its slot; 5 if no session is paused."""
+        given_up_at = [
+            session.detached_at + session.grace_s for session in self.sessions.values() if not session.attached
+        ]
+        return max(1.0, min(given_up_at, default=self.clock.now() + 5) - self.clock.now())
 
     def free_slots(self) -> int:
-        """Slots that nobody has."""
+        """Returns the number of free slots."""
         return self.capacity - len(self.sessions)
 
     async def run(self) -> None:
-        """Ticks until it is cancelled, or the worker is gone (`ConnectionError`)."""
+        """Ticks until it is cancelled.
+
+        Raises:
+          ConnectionError: the worker is gone.
+        """
         due = self.clock.now() + TICK_S
         while True:
             await self.clock.until(due)
-            began = self.clock.now()
-            told = await self._tick()
+            started_at = self.clock.now()
+            reply = await self._tick()
             now = self.clock.now()
-            if told is not None:
+            if reply is not None:
                 self.counts.ticks += 1
-                self.counts.compilations += told.compilations
+                self.counts.compilations += reply.compilations
                 self.counts.misses += now > due + TICK_S
-                self.on_tick(now - began, told.step_ms / 1000)
+                self.on_tick(now - started_at, reply.step_ms / 1000)
             due += TICK_S
-            if now > due + _LOST_S:
+            if now > due + _MAX_BEHIND_S:
                 lost = int((now - due) / TICK_S)
                 self.counts.lost += lost
                 due += lost * TICK_S
 
     async def _tick(self) -> TickReply | None:
-        """One micro-turn of all; None where there is nothing to do."""
+        """Runs one micro-turn of all attached sessions. Returns the worker's reply; None: there was nothing to do."""
+        self._remove_ended()
+        attached = [session for session in self.sessions.values() if session.attached]
+        begin = tuple(
+            SessionStart(session.number, session.seed, self.week_ms()) for session in attached if not session.begun
+        )
+        end, self._ended = tuple(self._ended), []
+        if not attached and not end:
+            return None
+        inputs = {session.number: session.next_input() for session in attached}
+        reply = await self.model.tick(Tick(begin, end, inputs, self.group))
+        for session in attached:
+            session.add_output(reply.outputs[session.number])
+        return reply
+
+    def _remove_ended(self) -> None:
+        """Ends sessions whose client stayed away too long, and frees the slots of all sessions that have ended."""
         now = self.clock.now()
         for session in list(self.sessions.values()):
             if not session.attached and now > session.detached_at + session.grace_s:
@@ -254,28 +364,4 @@ class Scheduler:
             if session.end_reason:
                 del self.sessions[session.number]
                 if session.begun:
-                    self.leaving.append(session.number)
-        there = [one for one in self.sessions.values() if one.attached]
-        begin = tuple(SessionStart(one.number, one.seed, self.week_ms()) for one in there if not one.begun)
-        end, self.leaving = tuple(self.leaving), []
-        if not there and not end:
-            return None
-        told = await self.model.tick(Tick(begin, end, {one.number: one.next_input() for one in there}, self.group))
-        for one in there:
-            one.begun = True
-            gave = told.outputs[one.number]
-            one.journal.append(
-                TickResult(
-                    one.micro_turns,
-                    one.micro_turns * MICRO_TURN_MS,
-                    gave.wave,
-                    gave.tokens,
-                    gave.speaking,
-                    gave.p_speak,
-                )
-            )
-            one.micro_turns += 1
-            one.changed.set()
-            if len(one.journal) > KEPT:
-                one.end(EndReason.SLOW)
-        return told
+                    self._ended.append(session.number)

@@ -1,8 +1,12 @@
-"""What the server's two processes tell each other: MessagePack, each message behind its length, over a Unix socket.
+"""The messages between the server's two processes: the network process and the worker process that runs the model.
 
-The process that has the network sends a `Tick` and gets a `TickReply`, one at a time; before that, once, a
-`WorkerReady` or a line that says why not. Called by `serve.runtime.worker`, `serve.runtime.worker_process` and
-`serve.runtime.hosts`."""
+A message is MessagePack behind its length, over a Unix socket. The worker first sends one `WorkerReady`, with the
+model's config or with an error. After that the network process sends a `Tick` and gets a `TickReply`, one at a time.
+Between the workers of several hosts (`serve.runtime.hosts`) the same frames travel over TCP.
+
+Called by `serve.runtime.worker`, `serve.runtime.worker_process` and `serve.runtime.hosts`. Both ends run the same
+version of this file, so the format may change freely.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,19 @@ from jaxtml.session.engine import SlotInput
 from jaxtml.session.slots import SlotOutput
 from jaxtml.stream.tokens import Control
 
-LENGTH = struct.Struct("<I")
-END = LENGTH.pack(0)  # a message of nothing: the other end is to end, in good order
+LENGTH = struct.Struct("<I")  # in front of each message: its length in bytes
+END_FRAME = LENGTH.pack(0)  # an empty message asks the other end to finish in good order
 
 
 @dataclass(frozen=True)
 class SessionStart:
-    """A session that begins at this tick: its number, the seed of its sampling, its wall clock (of the week)."""
+    """A session that begins with a tick.
+
+    Attributes:
+      session: the session's number.
+      seed: seed of the session's sampling.
+      week_ms: wall-clock time since the beginning of the week, in ms.
+    """
 
     session: int
     seed: int
@@ -33,8 +43,14 @@ class SessionStart:
 
 @dataclass(frozen=True)
 class Tick:
-    """One micro-turn of those sessions of a `group` that are in `given`; those in `end` leave before it, those in
-    `begin` come."""
+    """A request to the worker: one micro-turn of the sessions of one group.
+
+    Attributes:
+      begin: sessions that begin before the micro-turn.
+      end: numbers of the sessions that end before the micro-turn, and before any session begins.
+      inputs: the input of each session that takes part, by session number.
+      group: index of the worker's group.
+    """
 
     begin: tuple[SessionStart, ...] = ()
     end: tuple[int, ...] = ()
@@ -44,7 +60,13 @@ class Tick:
 
 @dataclass(frozen=True)
 class TickReply:
-    """What came of a tick. `compilations` are those since the one before: none."""
+    """The worker's answer to a `Tick`.
+
+    Attributes:
+      outputs: the output of each session that took part, by session number.
+      step_ms: time that the worker needed, in ms.
+      compilations: programs compiled since the previous reply. In service this is 0; anything else is a bug.
+    """
 
     outputs: dict[int, SlotOutput]
     step_ms: float
@@ -53,7 +75,13 @@ class TickReply:
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """The worker's first word: the config of its model (JSON) and how many groups its sessions are in; or `error`."""
+    """The worker's first message.
+
+    Attributes:
+      config: the model's config as JSON.
+      groups: number of groups that the worker's sessions are in.
+      error: why the worker cannot run; empty: it can.
+    """
 
     config: str = ""
     groups: int = 0
@@ -63,63 +91,63 @@ class WorkerReady:
 Message = Tick | TickReply | WorkerReady
 
 
-def packed(message: Message) -> bytes:
-    """The message with its length in front."""
+def encode(message: Message) -> bytes:
+    """Returns the message as bytes, with its length in front."""
     if isinstance(message, Tick):
-        begin = [(one.session, one.seed, one.week_ms) for one in message.begin]
-        given = [(session, *_packed_given(one)) for session, one in message.inputs.items()]
-        body: Any = ("tick", begin, message.end, given, message.group)
+        begin = [(start.session, start.seed, start.week_ms) for start in message.begin]
+        inputs = [(session, *_encode_input(input)) for session, input in message.inputs.items()]
+        body: Any = ("tick", begin, message.end, inputs, message.group)
     elif isinstance(message, TickReply):
-        gave = [
-            (session, one.wave.tobytes(), one.tokens.tobytes(), one.speaking, one.p_speak)
-            for session, one in message.outputs.items()
+        outputs = [
+            (session, output.wave.tobytes(), output.tokens.tobytes(), output.speaking, output.p_speak)
+            for session, output in message.outputs.items()
         ]
-        body = ("told", gave, message.step_ms, message.compilations)
+        body = ("told", outputs, message.step_ms, message.compilations)
     else:
         body = ("ready", message.config, message.groups, message.error)
     data: Any = msgpack.packb(body)
     return LENGTH.pack(len(data)) + data
 
 
-def received(connection: socket.socket) -> bytes | None:
-    """What the next message has behind its length; None where the other end is closed."""
-    head = exactly(connection, LENGTH.size)
-    return None if head is None else exactly(connection, LENGTH.unpack(head)[0])
+def decode(data: bytes) -> Message:
+    """Returns the message in `data`, which is everything behind the length."""
+    kind, *fields = msgpack.unpackb(data, use_list=False)
+    if kind == "tick":
+        begin, end, inputs, group = fields
+        decoded = {session: _decode_input(*input) for session, *input in inputs}
+        return Tick(tuple(SessionStart(*start) for start in begin), end, decoded, group)
+    if kind == "told":
+        outputs, *rest = fields
+        return TickReply({session: _decode_output(*output) for session, *output in outputs}, *rest)
+    return WorkerReady(*fields)
 
 
-def exactly(connection: socket.socket, size: int) -> bytes | None:
-    """`size` bytes; None where the other end is closed before."""
-    parts = bytearray()
-    while len(parts) < size:
-        part = connection.recv(size - len(parts))
+def receive_data(connection: socket.socket) -> bytes | None:
+    """Returns the next message without its length, or None if the other end has closed the connection."""
+    head = receive_exactly(connection, LENGTH.size)
+    return None if head is None else receive_exactly(connection, LENGTH.unpack(head)[0])
+
+
+def receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+    """Returns `size` bytes, or None if the other end closes the connection before they have arrived."""
+    data = bytearray()
+    while len(data) < size:
+        part = connection.recv(size - len(data))
         if not part:
             return None
-        parts += part
-    return bytes(parts)
+        data += part
+    return bytes(data)
 
 
-def unpacked(data: bytes) -> Message:
-    """The message of which `data` is all behind the length."""
-    kind, *parts = msgpack.unpackb(data, use_list=False)
-    if kind == "tick":
-        begin, end, given, group = parts
-        given = {one[0]: _given(*one[1:]) for one in given}
-        return Tick(tuple(SessionStart(*one) for one in begin), end, given, group)
-    if kind == "told":
-        gave, *rest = parts
-        return TickReply({one[0]: _gave(*one[1:]) for one in gave}, *rest)
-    return WorkerReady(*parts)
+def _encode_input(input: SlotInput) -> tuple[Any, ...]:
+    patches = None if input.patches is None else np.asarray(input.patches, np.float32).tobytes()
+    return input.bins.tobytes(), input.text, int(input.mark), patches
 
 
-def _packed_given(one: SlotInput) -> tuple[Any, ...]:
-    patches = None if one.patches is None else np.asarray(one.patches, np.float32).tobytes()
-    return one.bins.tobytes(), one.text, int(one.mark), patches
+def _decode_input(bins: bytes, text: tuple[int, ...], mark: int, patches: bytes | None) -> SlotInput:
+    grid = None if patches is None else np.frombuffer(patches, np.float32).reshape(-1, 2, 40, 40, 3)
+    return SlotInput(np.frombuffer(bins, np.uint8).reshape(4, -1), text, Control(mark), grid)
 
 
-def _given(bins: bytes, text: tuple[int, ...], mark: int, patches: bytes | None) -> SlotInput:
-    seen = None if patches is None else np.frombuffer(patches, np.float32).reshape(-1, 2, 40, 40, 3)
-    return SlotInput(np.frombuffer(bins, np.uint8).reshape(4, -1), text, Control(mark), seen)
-
-
-def _gave(wave: bytes, tokens: bytes, speaking: bool, p_speak: float) -> SlotOutput:
+def _decode_output(wave: bytes, tokens: bytes, speaking: bool, p_speak: float) -> SlotOutput:
     return SlotOutput(np.frombuffer(wave, np.float32), np.frombuffer(tokens, np.int32), speaking, p_speak)

@@ -1,8 +1,9 @@
-"""The process that has the model, and does nothing but tick: `python -m jaxtml.serve.runtime.worker --checkpoint DIR`.
+"""The worker process, which holds the model and does nothing but run ticks.
 
-Started by `jaxtml serve` with one end of a socket as file descriptor; it ends when it is told to there, or when the
-other end is closed. Transport, codecs and JSON live in the other process: on two cores, they would make ticks late. Of
-a model on several hosts, each has a worker, see `serve.runtime.hosts`.
+`jaxtml serve` starts it as `python -m jaxtml.serve.runtime.worker` (`serve.runtime.worker_process`) and passes one end
+of a socket as a file descriptor. The worker ends when it is asked to over that socket, or when the other end is closed.
+Transport, codecs and JSON live in the network process: on two cores they would make ticks late. If a model lies on
+several hosts, each host has a worker; see `serve.runtime.hosts`.
 """
 
 from __future__ import annotations
@@ -26,115 +27,134 @@ from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import join_processes
 from jaxtml.serve.runtime import hosts
-from jaxtml.serve.runtime.wire import Tick, TickReply, WorkerReady, packed, received, unpacked
+from jaxtml.serve.runtime.wire import Tick, TickReply, WorkerReady, decode, encode, receive_data
 from jaxtml.session.engine import Engine
 from jaxtml.session.slots import Slots, slot_groups
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def work(connection: socket.socket, groups: Sequence[Slots], tell: Callable[[bytes], None] = lambda tick: None) -> bool:
-    """Answers ticks until it is told to end, or (false) the other end is closed; `tell` gets each before it is run."""
+def serve_ticks(
+    connection: socket.socket, groups: Sequence[Slots], on_tick: Callable[[bytes], None] = lambda data: None
+) -> bool:
+    """Sends `WorkerReady` and then answers ticks.
+
+    Args:
+      connection: the socket to the network process.
+      groups: the slots of each group.
+      on_tick: called with each encoded tick before the tick runs.
+
+    Returns:
+      True when the network process asked the worker to end; False when it has closed the connection.
+    """
     compilations = 0
 
-    def count(event: str, duration_secs: float, **_: str | int) -> None:
+    def count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal compilations
         del duration_secs
-        compilations += event == _COMPILED
+        compilations += event == _COMPILE_EVENT
 
-    jax.monitoring.register_event_duration_secs_listener(count)
-    connection.sendall(packed(WorkerReady(to_json(groups[0].engine.config), len(groups))))
-    while data := received(connection):
-        tell(data)
-        tick = unpacked(data)
+    jax.monitoring.register_event_duration_secs_listener(count_compilation)
+    connection.sendall(encode(WorkerReady(to_json(groups[0].engine.config), len(groups))))
+    while data := receive_data(connection):
+        on_tick(data)
+        tick = decode(data)
         assert isinstance(tick, Tick)
-        told = answer(groups[tick.group], tick)
-        connection.sendall(packed(dataclasses.replace(told, compilations=compilations)))
+        reply = run_tick(groups[tick.group], tick)
+        connection.sendall(encode(dataclasses.replace(reply, compilations=compilations)))
         compilations = 0
     return data is not None
 
 
-def answer(slots: Slots, tick: Tick) -> TickReply:
-    """One tick of a group: sessions leave, come, and all have their micro-turn."""
-    began = time.perf_counter()
+def run_tick(slots: Slots, tick: Tick) -> TickReply:
+    """Runs one tick of a group: ends sessions, begins sessions, then runs one micro-turn of all in `tick.inputs`."""
+    started_at = time.perf_counter()
     for session in tick.end:
         slots.end(session)
-    for one in tick.begin:
-        slots.begin(one.session, one.seed, one.week_ms)
-    gave = slots.step(tick.inputs)
-    return TickReply(gave, 1000 * (time.perf_counter() - began))
+    for start in tick.begin:
+        slots.begin(start.session, start.seed, start.week_ms)
+    outputs = slots.step(tick.inputs)
+    return TickReply(outputs, 1000 * (time.perf_counter() - started_at))
 
 
-def follow(checkpoint: str | Path) -> None:
-    """The worker of a host that is not the first: does what the first one does, until that ends.
+def follow_leader(checkpoint: str | Path) -> None:
+    """Runs the worker of a follower host: repeats the leader's ticks until the leader ends.
 
-    Where it cannot, it says why and ends with status 2, and where the first host's process is gone, with 1.
+    The process ends with status 2 and a message if it cannot run the model, and with status 1 if the leader is gone.
 
     Raises:
-      InputError: there is no way to the others.
+      InputError: the leader cannot be reached.
     """
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries write there what is not for who reads our stdout
+    # Libraries print to stdout, and callers parse the server's stdout as JSON.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     join_processes()
-    word, ticks = hosts.follow()
+    setup, ticks = hosts.join_leader()
     try:
-        groups = _groups(checkpoint, word["capacity"], MeshShape(**word["mesh"]))
+        groups = _load_groups(checkpoint, setup["capacity"], MeshShape(**setup["mesh"]))
         for data in ticks:
-            tick = unpacked(data)
+            tick = decode(data)
             assert isinstance(tick, Tick)
-            answer(groups[tick.group], tick)
+            run_tick(groups[tick.group], tick)
     except (InputError, OSError) as error:
         print(f"jaxtml serve: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # in good order it would wait for the first host, which waits for this one
+        os._exit(2)  # a normal exit would wait for the leader, and the leader waits for this process
     except Exception:
         logging.exception("the model failed")
-        hosts.give_up("this host's process ends")
+        hosts.exit_now("this host's process ends")
 
 
-def _groups(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> list[Slots]:
+def _load_groups(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> list[Slots]:
+    """Loads and compiles the model and returns the slots of each group."""
     groups = slot_groups(Engine.load(checkpoint, mesh), capacity)
     gc.collect()
-    gc.freeze()  # what is there now stays: a collection in service need not look at it
+    gc.freeze()  # garbage collections in service then skip everything that was loaded, and ticks stay short
     return groups
 
 
 def _ignore_signals() -> None:
-    """A terminal, or a supervisor, signals all processes: the server drains then, and needs this one to the last."""
+    """Ignores SIGINT and SIGTERM.
+
+    A terminal or a supervisor signals all processes. The server then drains, and needs this process until the end.
+    """
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
 
 
 def main() -> None:
+    """Parses the command line and runs the worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--capacity", type=int, required=True)
-    parser.add_argument("--descriptor", type=int, required=True, help="of the socket")
-    parser.add_argument("--mesh", default="", help="of all devices that share the model, as expert=8")
-    parser.add_argument("--core", type=int, help="to stay on: small products on two cores are slower than on one")
+    parser.add_argument("--checkpoint", required=True, help="directory of the model")
+    parser.add_argument("--capacity", type=int, required=True, help="number of sessions to have room for")
+    parser.add_argument("--descriptor", type=int, required=True, help="file descriptor of the socket to the server")
+    parser.add_argument("--mesh", default="", help="mesh of all devices that share the model, for example expert=8")
+    parser.add_argument(
+        "--core", type=int, help="CPU core to stay on: small matrix products are slower on two cores than on one"
+    )
     args = parser.parse_args()
     _ignore_signals()
     if args.core is not None:
-        os.sched_setaffinity(0, {args.core})  # before JAX counts the cores for its threads
+        os.sched_setaffinity(0, {args.core})  # must come before JAX counts the cores to size its thread pools
     leader = None
     with socket.socket(fileno=args.descriptor) as connection:
         try:
             join_processes()
             mesh = MeshShape.parse(args.mesh)
             if jax.process_count() > 1:
-                leader = hosts.lead({"capacity": args.capacity, "mesh": mesh.sizes})
-            groups = _groups(args.checkpoint, args.capacity, mesh)
+                leader = hosts.start_leader({"capacity": args.capacity, "mesh": mesh.sizes})
+            groups = _load_groups(args.checkpoint, args.capacity, mesh)
         except (InputError, OSError) as error:
-            connection.sendall(packed(WorkerReady(error=str(error))))
+            connection.sendall(encode(WorkerReady(error=str(error))))
             return
         if leader is None:
-            work(connection, groups)
+            serve_ticks(connection, groups)
             return
         try:
-            if not work(connection, groups, leader.tell):
-                hosts.give_up("the server's process is gone")
+            if not serve_ticks(connection, groups, leader.broadcast):
+                hosts.exit_now("the server's process is gone")
             leader.end()
         except Exception:
             logging.exception("the model failed")
-            hosts.give_up("this host's process ends")
+            hosts.exit_now("this host's process ends")
 
 
 if __name__ == "__main__":

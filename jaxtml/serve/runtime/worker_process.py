@@ -1,4 +1,7 @@
-"""The worker, seen from the process that has the network: started, waited for, asked tick by tick, and ended."""
+"""The worker process, as the network process sees it: start it, ask it tick by tick, notice its death, and end it.
+
+Called by `serve.runtime.pool`. The other side is `serve.runtime.worker`.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxtml.errors import InputError
-from jaxtml.serve.runtime.wire import END, LENGTH, Message, Tick, TickReply, WorkerReady, packed, unpacked
+from jaxtml.serve.runtime.wire import END_FRAME, LENGTH, Message, Tick, TickReply, WorkerReady, decode, encode
 
-_END_S = 5.0  # until a worker that was told to end is killed
-_STUCK_S = 20.0  # for the answer to a tick
+_END_S = 5.0  # a worker that was asked to end is killed after this time
+_STUCK_S = 20.0  # a worker that has not answered a tick after this time counts as stuck
 
 
 class WorkerProcess:
-    """A running worker, a `serve.runtime.scheduler.Model`. Use `start`.
+    """A running worker; implements `serve.runtime.scheduler.TickModel`. Use `start`.
 
     Attributes:
-      ready: its first word.
+      process: the operating system's process.
+      ready: the worker's first message.
     """
 
     def __init__(
@@ -31,17 +35,22 @@ class WorkerProcess:
     ):
         self.process, self.reader, self.writer = process, reader, writer
         self.ready = WorkerReady()
-        self._one = asyncio.Lock()
+        self._one_tick_at_a_time = asyncio.Lock()
 
     @classmethod
     async def start(
         cls, checkpoint: str | Path, capacity: int, core: int | None = None, mesh: str = ""
     ) -> WorkerProcess:
-        """Returns when everything is compiled, some ten seconds for a small model. The worker stays on `core`; None:
-        goes where it likes. `mesh`, as `MeshShape.parse` reads it, is that of all devices; empty: one.
+        """Starts a worker and returns when everything is compiled, which takes about ten seconds for a small model.
+
+        Args:
+          checkpoint: directory of the model.
+          capacity: number of sessions that the worker has room for.
+          core: CPU core on which the worker stays; None: the operating system chooses.
+          mesh: the mesh of all devices that share the model, as `MeshShape.parse` reads it; empty: one device.
 
         Raises:
-          InputError: what is wrong with the checkpoint, or that the worker ended without a word.
+          InputError: the checkpoint cannot be served, or the worker ended before its first message.
         """
         ours, theirs = socket.socketpair()
         command = ["-m", "jaxtml.serve.runtime.worker", "--checkpoint", str(checkpoint), "--capacity", str(capacity)]
@@ -56,52 +65,56 @@ class WorkerProcess:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),  # libraries write there what is not for who reads our stdout
+                stdout=sys.stderr.fileno(),  # libraries print to stdout, and callers parse the server's stdout as JSON
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
-        link = cls(process, *await asyncio.open_connection(sock=ours))
+        worker = cls(process, *await asyncio.open_connection(sock=ours))
         try:
-            first = await link._received()
-            assert isinstance(first, WorkerReady)
+            ready = await worker._receive()
+            assert isinstance(ready, WorkerReady)
         except asyncio.CancelledError:
             process.kill()
             await process.wait()
             raise
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            await link.close()  # of several, it may wait for the others
+            await worker.close()  # on a mesh of several hosts the process may still wait for the other hosts
             raise InputError(f"the model's process ended with status {process.returncode} (see its log)") from error
-        if first.error:
-            await link.close()
-            raise InputError(first.error)
-        link.ready = first
-        return link
+        if ready.error:
+            await worker.close()
+            raise InputError(ready.error)
+        worker.ready = ready
+        return worker
 
     async def tick(self, tick: Tick) -> TickReply:
-        """Asks when what others have asked is answered. Raises `ConnectionError` where the worker is gone, or stuck."""
+        """Runs one tick in the worker, after the ticks that other schedulers asked for first.
+
+        Raises:
+          ConnectionError: the worker is gone or stuck.
+        """
         try:
-            async with asyncio.timeout(_STUCK_S), self._one:
-                self.writer.write(packed(tick))
+            async with asyncio.timeout(_STUCK_S), self._one_tick_at_a_time:
+                self.writer.write(encode(tick))
                 await self.writer.drain()
-                told = await self._received()
+                reply = await self._receive()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise ConnectionError("the model's process is gone") from error
         except TimeoutError as error:
             raise ConnectionError(f"the model's process has not answered for {_STUCK_S:.0f} s") from error
-        assert isinstance(told, TickReply)
-        return told
+        assert isinstance(reply, TickReply)
+        return reply
 
-    async def gone(self) -> None:
-        """Raises `ConnectionError` when the worker is gone, also while nobody asks it anything."""
+    async def wait_gone(self) -> None:
+        """Waits for the process to end and then raises `ConnectionError`, also while no tick is running."""
         await self.process.wait()
         raise ConnectionError("the model's process is gone")
 
     async def close(self) -> None:
-        """Ends the worker. Nobody may be asking it anything."""
+        """Ends the worker. No tick may be running."""
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(_END_S):
-                self.writer.write(END)
+                self.writer.write(END_FRAME)
                 self.writer.write_eof()
-                while await self.reader.read(2**16):  # an answer that nobody waits for any more
+                while await self.reader.read(2**16):  # the reply of a tick that was cancelled may still arrive
                     pass
                 await self.process.wait()
         if self.process.returncode is None:
@@ -110,6 +123,6 @@ class WorkerProcess:
             await self.process.wait()
         self.writer.close()
 
-    async def _received(self) -> Message:
+    async def _receive(self) -> Message:
         head = await self.reader.readexactly(LENGTH.size)
-        return unpacked(await self.reader.readexactly(LENGTH.unpack(head)[0]))
+        return decode(await self.reader.readexactly(LENGTH.unpack(head)[0]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
-from jaxtml.serve.transport.images import THREAD, ImageIntake
+from jaxtml.serve.transport.images import IMAGE_EXECUTOR, ImageIntake
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
@@ -109,17 +109,18 @@ class Intake:
     async def read_image(self, image: bytes) -> np.ndarray:
         """The patches of a JPEG or PNG.
 
-        Raises `ValueError` as `ImageIntake.put`, `InvalidMessage` where pictures come too fast.
+        Raises `ValueError` as `ImageIntake.patches_of_image`, `InvalidMessage` where pictures come too fast.
         """
-        if not self._pictures.take():
+        if not self._pictures.try_take():
             raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_IMAGES_PER_SECOND:.0f} a second")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(THREAD, self.images.put, image)
+        return await loop.run_in_executor(IMAGE_EXECUTOR, self.images.patches_of_image, image)
 
     async def show_frame(self, frame: av.VideoFrame) -> None:
         """A frame of a video."""
         loop = asyncio.get_running_loop()
-        self.session.scheduled.set_patches(await loop.run_in_executor(THREAD, self.images.look, frame))
+        patches = await loop.run_in_executor(IMAGE_EXECUTOR, self.images.patches_of_frame, frame)
+        self.session.scheduled.set_patches(patches)
 
     def queue_text(
         self,
@@ -145,7 +146,7 @@ class Intake:
         Raises `InvalidMessage` where there are none, they are too many, came too fast, or too much waits.
         """
         size = len(text.encode())
-        if size <= most * _TOKEN_BYTES and not self._texts.take(size):
+        if size <= most * _TOKEN_BYTES and not self._texts.try_take(size):
             raise InvalidMessage(
                 "rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param
             )

@@ -1,13 +1,15 @@
-"""One connection: reads what its protocol takes, writes what an outbox has, and is watched.
+"""A connection: reads a client's messages for its protocol, writes the frames of a replay buffer, and detects its end.
 
-It runs over a line, which is a WebSocket (`WebSocketTransport`) or the data channel of a peer (`serve.transport.peer`).
+Called by the routes of the protocols. A connection runs over a `Transport`: a WebSocket (`WebSocketTransport`) or the
+data channel of a WebRTC peer (`serve.transport.peer`). A session outlives its connections.
 
-The rules. A client that sends more than the session has room for is not read until there is room: TCP holds it back. So
-is one that sends messages faster than `_PER_SECOND`, or pings and pongs faster than `_PINGS_PER_SECOND`; between two
-messages of one client everyone else has a turn. One that takes nothing for as long as the outbox keeps is given
-up. One from which nothing is heard, answers to pings included, for `_SILENT_S` is taken for gone.
+The rules, which the tests hold:
 
-Called by the handlers of the protocols.
+- A client that sends more audio than its session has room for is not read until there is room. TCP then holds it back.
+- The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
+  clients get a turn.
+- A client that takes nothing for as long as the replay buffer keeps frames is given up.
+- A client from which nothing arrives for `_SILENT_S`, not even the answer to a ping, counts as gone.
 """
 
 from __future__ import annotations
@@ -26,72 +28,83 @@ from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 from jaxtml.serve.transport.token_bucket import TokenBucket
 
-MESSAGE_BYTES = 2**20  # the largest that is read
-_PER_SECOND, _BURST = 250, 1000  # messages; sound in packets of 10 ms are 100
+MESSAGE_BYTES = 2**20  # the largest message that is read
+_MESSAGES_PER_SECOND, _MESSAGES_BURST = 250, 1000  # audio in packets of 10 ms needs 100 per second
 _PINGS_PER_SECOND, _PINGS_BURST = 20, 40
-_UNIT = 2048  # bytes: half a megabyte a second, and two at once, are ten times what sound is
-_LOOK_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0
-GOODBYE_S = 3.0  # for a client to answer that it is closed
+# A message counts as one, plus one for each unit in it. This allows half a megabyte per second, and two at once: ten
+# times what audio needs.
+_UNIT_BYTES = 2048
+_WATCH_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0  # between two checks; between two pings; until a silent client is gone
+CLOSE_TIMEOUT_S = 3.0  # for a client to confirm that its connection is closed
 
 MessageHandler = Callable[[bytes], Awaitable[None]]
 
 
 class ConnectionEnd(Enum):
-    """How a connection came to its end."""
+    """How a connection ended."""
 
-    DONE = auto()  # all was sent, nothing more comes
-    LEFT = auto()  # the client closed it as one does who is done
-    GONE = auto()  # the client is not there any more
+    DONE = auto()  # all frames were sent, and no more will come
+    LEFT = auto()  # the client closed it normally
+    GONE = auto()  # the client is no longer there
     SLOW = auto()  # the client took nothing for too long
-    REPLACED = auto()  # the client is back over another one
+    REPLACED = auto()  # the client is back over another connection
 
 
 class Transport(Protocol):
     """What a connection runs over.
 
     Attributes:
-      heard_at: when anything came from the client, on the monotonic clock.
-      left: the client has closed it as one does who is done.
+      heard_at: when anything last arrived from the client, on the monotonic clock.
+      left: the client closed the transport normally.
     """
 
     heard_at: float
     left: bool
 
     async def receive(self) -> bytes | None:
-        """The next message; None where the client is gone."""
+        """Waits for the next message and returns it; None: the client is gone."""
         ...
 
     async def send(self, frame: bytes) -> None:
-        """Waits where the client does not take it. Raises `ConnectionError` where it is gone."""
+        """Sends a frame, and waits while the client does not take it. Raises `ConnectionError` if it is gone."""
         ...
 
     async def ping(self) -> None:
-        """Asks for a sign of life."""
+        """Asks the client for a sign of life."""
         ...
 
     def unsent(self) -> int:
-        """Bytes that the network has not taken."""
+        """Returns the number of bytes that the network has not taken."""
         ...
 
-    async def close(self, code: int, why: str) -> None:
-        """Says goodbye, with a code of the WebSocket protocol where that can be said; cuts off who does not listen."""
+    async def close(self, code: int, reason: str) -> None:
+        """Closes the transport, with a close code of the WebSocket protocol if it can carry one.
+
+        A client that does not confirm in time is cut off.
+        """
         ...
 
 
 def new_websocket() -> web.WebSocketResponse:
-    """A WebSocket as `WebSocketTransport` wants it: pings and pongs are its own, text comes as bytes."""
+    """Returns a WebSocket for `WebSocketTransport`, which handles pings itself and gets text as bytes."""
     return web.WebSocketResponse(
         autoping=False,
         compress=False,
         max_msg_size=MESSAGE_BYTES,
         decode_text=False,
         protocols=("realtime",),
-        timeout=GOODBYE_S,
+        timeout=CLOSE_TIMEOUT_S,
     )
 
 
 class WebSocketTransport:
-    """A WebSocket, from `new_websocket` and prepared; a `Transport`. `kind` is that of the messages it sends."""
+    """A `Transport` over a WebSocket.
+
+    Args:
+      request: the request that opened the WebSocket.
+      ws: from `new_websocket`, and prepared.
+      kind: the type of the messages that it sends, text or binary.
+    """
 
     def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType):
         self.ws, self.kind = ws, kind
@@ -108,7 +121,7 @@ class WebSocketTransport:
             if message.type in (WSMsgType.PING, WSMsgType.PONG):
                 if message.type is WSMsgType.PING:
                     await self.ws.pong(message.data)
-                await asyncio.sleep(self._pings.wait(1))
+                await asyncio.sleep(self._pings.take(1))
             else:
                 self.left = message.type is WSMsgType.CLOSE and message.data == 1000
                 return None
@@ -122,52 +135,64 @@ class WebSocketTransport:
     def unsent(self) -> int:
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
-    async def close(self, code: int, why: str) -> None:
+    async def close(self, code: int, reason: str) -> None:
         with contextlib.suppress(TimeoutError, ConnectionError):
-            await asyncio.wait_for(self.ws.close(code=code, message=why.encode()[:120]), 2 * GOODBYE_S)
+            await asyncio.wait_for(self.ws.close(code=code, message=reason.encode()[:120]), 2 * CLOSE_TIMEOUT_S)
         if self._transport is not None and self.unsent():
             self._transport.abort()
 
 
 class Connection:
-    """An open line.
+    """An open connection to a client.
 
     Args:
-      line: what it runs over.
-      metrics: what is counted.
+      transport: what it runs over.
+      metrics: records the time between writes.
     """
 
-    def __init__(self, line: Transport, metrics: Metrics):
-        self.transport, self.metrics = line, metrics
-        self._waits = False  # for room: then it is not read, and its silence says nothing
-        self._allowance = TokenBucket(_PER_SECOND, _BURST)
+    def __init__(self, transport: Transport, metrics: Metrics):
+        self.transport, self.metrics = transport, metrics
+        # A message waits for room in the session. The client is then not read, so its silence means nothing.
+        self._handling = False
+        self._messages = TokenBucket(_MESSAGES_PER_SECOND, _MESSAGES_BURST)
         self._replaced = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
-        self._written = 0
+        self._written = 0  # number of the last frame that was written
 
     def replace(self) -> None:
-        """Another connection has taken over: from this moment on, nothing of this one is taken."""
+        """Stops taking messages at once: another connection has taken over the session."""
         self._replaced.set()
         if self._reading is not None:
             self._reading.cancel()
 
     async def receive(self) -> bytes | None:
-        """The next message; None where the client is gone. Those that come too fast wait."""
+        """Waits for the next message and returns it; None: the client is gone. Messages that come too fast wait."""
         message = await self.transport.receive()
         if message is not None:
             await self._pace(len(message))
         return message
 
     async def send(self, frame: bytes) -> None:
-        """Waits where the client does not take it."""
+        """Sends a frame, and waits while the client does not take it."""
         await self.transport.send(frame)
 
-    async def run(self, outbox: ReplayBuffer, after: int, receive: MessageHandler) -> ConnectionEnd:
-        """Writes what the outbox has behind `after` and reads what the client says, until one of them ends."""
+    async def run(self, replay_buffer: ReplayBuffer, after: int, on_message: MessageHandler) -> ConnectionEnd:
+        """Writes frames and reads messages until the connection ends.
+
+        Args:
+          replay_buffer: the frames to write.
+          after: number of the last frame that the client already has.
+          on_message: called with each message. The next message is read when it returns.
+        """
         self._written = after
-        self._reading = asyncio.create_task(self._read(receive))
-        others = (self._write(outbox), self._watch(outbox), self._replaced.wait(), self._last_words(outbox))
-        tasks = [self._reading, *(asyncio.create_task(one) for one in others)]
+        self._reading = asyncio.create_task(self._read(on_message))
+        others = (
+            self._write(replay_buffer),
+            self._watch(replay_buffer),
+            self._replaced.wait(),
+            self._wait_written(replay_buffer),
+        )
+        tasks = [self._reading, *(asyncio.create_task(coroutine) for coroutine in others)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -179,54 +204,55 @@ class Connection:
                 logging.error("a connection failed", exc_info=result)
         if self._replaced.is_set():
             return ConnectionEnd.REPLACED
-        if self._behind(outbox):
+        if self._has_lost_frames(replay_buffer):
             return ConnectionEnd.SLOW
-        if outbox.closed:
+        if replay_buffer.closed:
             return ConnectionEnd.DONE
         return ConnectionEnd.LEFT if self.transport.left else ConnectionEnd.GONE
 
-    async def close(self, code: int, why: str = "") -> None:
-        """Says goodbye; a client that does not listen is cut off."""
-        await self.transport.close(code, why)
+    async def close(self, code: int, reason: str = "") -> None:
+        """Closes the connection. A client that does not confirm in time is cut off."""
+        await self.transport.close(code, reason)
 
-    async def _read(self, receive: MessageHandler) -> None:
+    async def _read(self, on_message: MessageHandler) -> None:
         while (message := await self.receive()) is not None and not self._replaced.is_set():
-            self._waits = True
-            await receive(message)
-            self._waits = False
+            self._handling = True
+            await on_message(message)
+            self._handling = False
             self.transport.heard_at = time.monotonic()
 
-    def _behind(self, outbox: ReplayBuffer) -> bool:
-        """Something that was not written is no longer kept."""
-        return outbox.last_number - self._written > len(outbox.frames)
+    def _has_lost_frames(self, replay_buffer: ReplayBuffer) -> bool:
+        """Returns whether a frame that was not written is no longer kept."""
+        return replay_buffer.last_number - self._written > len(replay_buffer.frames)
 
-    async def _write(self, outbox: ReplayBuffer) -> None:
-        sent_at = None
-        while frames := await outbox.frames_after(self._written):
+    async def _write(self, replay_buffer: ReplayBuffer) -> None:
+        written_at = None
+        while frames := await replay_buffer.frames_after(self._written):
             for frame in frames:
                 await self.send(frame)
                 self._written += 1
             now = time.monotonic()
-            if sent_at is not None:
-                self.metrics.output_gap.observe(now - sent_at)
-            sent_at = now
+            if written_at is not None:
+                self.metrics.output_gap.observe(now - written_at)
+            written_at = now
 
-    async def _last_words(self, outbox: ReplayBuffer) -> None:
-        """Until the outbox was closed, and what was in it should have been taken."""
-        await outbox.wait_closed()
-        await asyncio.sleep(GOODBYE_S)
+    async def _wait_written(self, replay_buffer: ReplayBuffer) -> None:
+        """Waits until the replay buffer is closed, and then as long as the client may take to get the last frames."""
+        await replay_buffer.wait_closed()
+        await asyncio.sleep(CLOSE_TIMEOUT_S)
 
-    async def _watch(self, outbox: ReplayBuffer) -> None:
-        """Until nothing is heard any more, or nothing is taken."""
+    async def _watch(self, replay_buffer: ReplayBuffer) -> None:
+        """Returns when nothing has arrived from the client for too long, or the client has missed frames."""
         pinged_at = time.monotonic()
-        while self._waits or time.monotonic() < self.transport.heard_at + _SILENT_S:
-            await asyncio.sleep(_LOOK_S)
-            if self._behind(outbox):  # the writer itself waits in the midst of a frame
+        while self._handling or time.monotonic() < self.transport.heard_at + _SILENT_S:
+            await asyncio.sleep(_WATCH_S)
+            if self._has_lost_frames(replay_buffer):  # the writing task cannot notice: it waits inside a frame
                 return
             if time.monotonic() > pinged_at + _PING_S and not self.transport.unsent():
                 await self.transport.ping()
                 pinged_at = time.monotonic()
 
     async def _pace(self, size: int) -> None:
-        """A message counts as one, or as many as it has `_UNIT` bytes. Reading what has arrived already never waits."""
-        await asyncio.sleep(self._allowance.wait(1 + size / _UNIT))
+        """Waits as long as the rate limit says for a message of `size` bytes, and lets other clients run."""
+        # Sleeps also for zero seconds: to read a message that has already arrived never yields to the event loop.
+        await asyncio.sleep(self._messages.take(1 + size / _UNIT_BYTES))

@@ -1,4 +1,9 @@
-"""Pictures that a client sends, JPEG, PNG or a video's, as the patches of a micro-turn. Called by the protocols."""
+"""Pictures from clients (JPEG, PNG, or frames of a video) as the patches of a micro-turn.
+
+Called by `serve.sessions.intake`, in the thread of `IMAGE_EXECUTOR`.
+
+Axes: P patches of the pair of pictures, each 40 x 40 pixels, 3 colour channels (RGB).
+"""
 
 from __future__ import annotations
 
@@ -12,48 +17,64 @@ from av.error import FFmpegError
 
 from jaxtml.stream.images import fitted_size, image_patches
 
-PIXELS = 2**22  # of the largest picture that is decoded
-_PAIR_S = 0.5  # how long ago a picture may be to stand before the next one
-# Of all sessions, one picture of each at a time, in the order in which they come: more would make ticks late.
-THREAD = ThreadPoolExecutor(1, "pictures")
+MAX_PIXELS = 2**22  # a larger picture is not decoded
+_MAX_PAIR_S = 0.5  # the most time between the two pictures of a pair
+# One thread for all sessions, one picture at a time, in order of arrival: more threads would make ticks late.
+IMAGE_EXECUTOR = ThreadPoolExecutor(1, "pictures")
 
 
 class ImageIntake:
-    """One session's camera. A picture is seen beside the one before it, or twice where that is too long ago.
+    """The pictures of one session.
+
+    The model sees pairs: each picture with the one before it. If that one is too old, or there is none, the model sees
+    the same picture twice.
 
     Args:
-      max_patches: of a micro-turn; 0: the model does not see.
+      max_patches: the most patches of a micro-turn; 0: the model takes no pictures.
     """
 
     def __init__(self, max_patches: int):
         self.max_patches = max_patches
-        self._before: tuple[float, np.ndarray] | None = None
+        self._previous: tuple[float, np.ndarray] | None = None  # when it came, and the picture `[H, W, 3]` uint8
 
-    def put(self, data: bytes) -> np.ndarray:
-        """`[P, 2, 40, 40, 3]` float32. Raises `ValueError` on what is no picture, or one too large or too long."""
+    def patches_of_image(self, data: bytes) -> np.ndarray:
+        """Decodes a JPEG or PNG and returns its patches, as `patches_of_frame`.
+
+        Raises:
+          ValueError: the model takes no pictures, `data` is no picture, or the picture is too large or too long.
+        """
         if not self.max_patches:
-            raise ValueError("this model does not see")
-        return self.look(self._decoded(data))
+            raise ValueError("this model does not take pictures")
+        return self.patches_of_frame(self._decode(data))
 
-    def look(self, picture: av.VideoFrame) -> np.ndarray:
-        """The same of a picture that is decoded already."""
-        height, width = fitted_size(picture.height, picture.width, self.max_patches)
-        now, frame = time.monotonic(), picture.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        before = frame
-        if self._before is not None and now - self._before[0] < _PAIR_S and self._before[1].shape == frame.shape:
-            before = self._before[1]
-        self._before = now, frame
-        return image_patches(np.stack([before, frame]))
+    def patches_of_frame(self, frame: av.VideoFrame) -> np.ndarray:
+        """Returns the patches of a decoded picture paired with the one before it, `[P, 2, 40, 40, 3]` float32.
 
-    def _decoded(self, data: bytes) -> av.VideoFrame:
+        Raises:
+          ValueError: the picture's shape cannot be cut into patches.
+        """
+        height, width = fitted_size(frame.height, frame.width, self.max_patches)
+        now, picture = time.monotonic(), frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        before = picture
+        if self._previous is not None:
+            previous_at, previous = self._previous
+            if now - previous_at < _MAX_PAIR_S and previous.shape == picture.shape:
+                before = previous
+        self._previous = now, picture
+        return image_patches(np.stack([before, picture]))
+
+    def _decode(self, data: bytes) -> av.VideoFrame:
         kind = "png_pipe" if data.startswith(b"\x89PNG") else "jpeg_pipe" if data.startswith(b"\xff\xd8") else None
         if kind is None:
-            raise ValueError("a picture is JPEG or PNG")
+            raise ValueError("a picture must be JPEG or PNG")
         try:
             with av.open(io.BytesIO(data), "r", format=kind) as container:
-                shape = container.streams.video[0].codec_context
-                if not 0 < shape.width * shape.height <= PIXELS:
-                    raise ValueError(f"a picture of {shape.width} x {shape.height} pixels is too large")
+                header = container.streams.video[0].codec_context
+                if not 0 < header.width * header.height <= MAX_PIXELS:
+                    raise ValueError(
+                        f"a picture of {header.width} x {header.height} pixels is too large: "
+                        f"the limit is {MAX_PIXELS} pixels"
+                    )
                 return next(container.decode(video=0))
         except (FFmpegError, StopIteration, IndexError) as error:
             raise ValueError("this picture cannot be read") from error

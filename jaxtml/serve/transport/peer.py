@@ -1,14 +1,21 @@
-"""A client over WebRTC: sound and pictures on its tracks, events on its data channel. Needs the extra `webrtc`.
+"""A client over WebRTC: audio and pictures on its tracks, events on its data channel. Needs the extra `webrtc`.
 
-The rules. A peer makes one offer, with a data channel, at most one track of sound (Opus) and one of pictures (VP8), all
-over one port; it is answered once. It is found at the address at which the request for it came in, no other server is
-asked for one (no STUN, no TURN), and nothing is sent to anyone who has not reached that address with the answer's
-password: the candidates of an offer are not looked at. Datagrams of strangers are not read, and of a peer no more than
-`_PER_SECOND`; of those that look for a way (STUN) fewer. UDP cannot hold back who sends too much, so a peer whose
-messages are not taken as fast as they come, cost too much time, or come from too many sources, is given up. There is no
-way back to a session over WebRTC; over a WebSocket there is, and then its sound is in the events.
+`serve.protocols.signalling` makes a `Peer` from a client's offer. Before changing this file, know that it reaches into
+private parts of aiortc, which has no other way to limit what a peer may cost.
 
-Called by the server's addresses, when the first offer comes.
+The rules, which the tests hold:
+
+- A peer makes one offer, with one data channel, at most one audio track (Opus) and at most one video track (VP8), all
+  over one port. The offer is answered once.
+- The answer names the address at which the peer's HTTP request arrived. No other server is asked for an address: there
+  is no STUN server and no TURN server.
+- The server sends nothing to anyone who has not reached that address with the answer's password. It ignores the
+  addresses (candidates) in an offer.
+- Datagrams from unknown addresses are not read. From a peer at most `_DATAGRAMS_PER_SECOND` are read. Connection checks
+  (STUN) have a lower limit of their own.
+- UDP cannot hold back a fast sender. So a peer is given up if its messages arrive faster than they are handled, if they
+  cost too much time, or if its tracks have too many sources.
+- A session cannot be resumed over WebRTC. It can be resumed over a WebSocket, and then its audio is in the events.
 """
 
 from __future__ import annotations
@@ -36,90 +43,93 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
-from jaxtml.serve.transport.connection import GOODBYE_S, MESSAGE_BYTES
+from jaxtml.serve.transport.connection import CLOSE_TIMEOUT_S, MESSAGE_BYTES
 from jaxtml.serve.transport.sound import MediaSink
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, VideoJitterBuffer
 from jaxtml.stream.timebase import MICRO_TURN_MS
 
-_SDP_BYTES = 2**15  # of an offer; browsers' have 2 to 10 KB
-_KINDS = {"audio": "audio/opus", "video": "video/VP8", "application": None}
-_NOT_READ = ("a=candidate", "a=end-of-candidates", "a=ice-lite")
-_PER_SECOND, _BURST = 1000, 2000  # datagrams: sound is 50, a camera's pictures 300
+_MAX_SDP_BYTES = 2**15  # of an offer; browsers' offers have 2 to 10 KB
+_CODECS = {"audio": "audio/opus", "video": "video/VP8", "application": None}  # by kind of media
+_IGNORED_LINES = ("a=candidate", "a=end-of-candidates", "a=ice-lite")  # of an offer
+_DATAGRAMS_PER_SECOND, _DATAGRAMS_BURST = 1000, 2000  # audio needs 50, a camera 300
 _STUN_PER_SECOND, _STUN_BURST = 20, 100
-_STUN_ANSWER = b"\1\1"  # begins a binding's success response (RFC 8489)
-_BUSY, _BUSY_S = 0.1, 0.3  # of the time, and at once, for putting messages together: tiny parts of them cost much
-_SOURCES = 8  # of one track: aiortc forgets none
-_UNDECODED = 4  # pictures that wait for the decoder, or to be looked at: those that come then are dropped
-_MESSAGES = 512  # that wait to be taken, beside their bytes
-_UNSENT = 2**16  # bytes that a data channel is given in advance
-_LOOK_S = 0.02
-_CHUNK = 1200  # bytes of SCTP's, at most
+_STUN_SUCCESS = b"\1\1"  # begins a Binding success response (RFC 8489)
+# The share of time, and the seconds at once, that reassembling messages may take: tiny fragments cost much.
+_BUSY_SHARE, _BUSY_BURST_S = 0.1, 0.3
+_MAX_SOURCES = 8  # of one track (SSRCs): aiortc keeps state for each one for ever
+_MAX_UNDECODED = 4  # frames that may wait to be decoded, or to be shown to the model; further frames are dropped
+_MAX_MESSAGES = 512  # messages that may wait to be handled; their bytes have a limit too
+_MAX_UNSENT = 2**16  # bytes that may wait in a data channel before `send` waits
+_POLL_S = 0.02
+_SCTP_CHUNK_BYTES = 1200  # size of an SCTP chunk at most
 
 
 class Peer:
-    """One peer, a `connection.Line`. Use `offered`.
+    """One WebRTC peer; a `connection.Transport`. Use `from_offer`.
 
     Attributes:
-      voice: the track on which it hears the model.
+      voice: the track on which the peer hears the model.
+      heard_at: when anything last arrived from the peer, on the monotonic clock.
+      left: the peer closed the connection normally.
     """
 
     def __init__(self) -> None:
         self.voice, self.heard_at, self.left = OutgoingTrack(), time.monotonic(), False
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-        self._ear = IncomingTrack(PacketReorderer())
+        self._microphone = IncomingTrack(PacketReorderer())
         self._channel: RTCDataChannel | None = None
         self._camera: RTCRtpReceiver | None = None
         self._inbox: deque[bytes] = deque()
-        self._waiting = 0  # bytes in it
+        self._inbox_bytes = 0
         self._over = False
         self._changed = asyncio.Event()
-        self._datagrams, self._stun, self._time = (
-            TokenBucket(*rate) for rate in ((_PER_SECOND, _BURST), (_STUN_PER_SECOND, _STUN_BURST), (_BUSY, _BUSY_S))
-        )
+        self._datagrams = TokenBucket(_DATAGRAMS_PER_SECOND, _DATAGRAMS_BURST)
+        self._stun = TokenBucket(_STUN_PER_SECOND, _STUN_BURST)
+        self._busy_s = TokenBucket(_BUSY_SHARE, _BUSY_BURST_S)
 
     @classmethod
-    async def from_offer(cls, sdp: str, address: str, sees: bool) -> Peer:
-        """One that has made an offer. No port is open yet.
+    async def from_offer(cls, sdp: str, address: str, takes_pictures: bool) -> Peer:
+        """Returns the peer that made an offer. No port is open yet.
 
         Args:
           sdp: the offer.
-          address: of this server, where the peer will find it.
-          sees: the model does; else pictures are declined.
+          address: the server's address, at which the peer will find it.
+          takes_pictures: the model takes pictures; if not, a video track is declined.
 
         Raises:
-          ValueError: what is wrong with the offer.
+          ValueError: the offer cannot be read or cannot be answered.
         """
         peer = cls()
         try:
-            await peer._negotiate(sdp, address, sees)
+            await peer._negotiate(sdp, address, takes_pictures)
         except BaseException as error:
             await peer._pc.close()
             if isinstance(error, ValueError) or not isinstance(error, Exception):
                 raise
-            # aiortc's reading of what is no SDP fails in many ways.
-            raise ValueError("this offer cannot be read, or has nothing in it that this server speaks") from error
+            # aiortc raises many kinds of errors on text that is no SDP.
+            raise ValueError("this offer cannot be read, or offers nothing that this server speaks") from error
         return peer
 
     async def create_answer(self) -> str:
-        """The answer to the offer; from now on the peer can connect."""
+        """Returns the answer to the offer. From now on the peer can connect."""
         await self._pc.setLocalDescription(await self._pc.createAnswer())
         for port in self._ice()._protocols:
-            port.datagram_received = partial(self._arrived, port.datagram_received)
+            port.datagram_received = partial(self._on_datagram, port.datagram_received)
         return self._pc.localDescription.sdp
 
     async def wait_open(self) -> None:
-        """Returns when the peer is connected and its data channel open. Raises `ConnectionError` where that fails."""
-        await self._until(lambda: self._channel is not None)
+        """Waits until the peer is connected and its data channel is open. Raises `ConnectionError` if that fails."""
+        await self._wait_until(lambda: self._channel is not None)
         self.heard_at = time.monotonic()
 
     @contextlib.asynccontextmanager
-    async def feed_tracks(self, to: MediaSink) -> AsyncIterator[None]:
-        """Meanwhile what the peer's tracks have goes to its protocol."""
-        self._ear.arrivals.ready.clear()
-        tasks = [asyncio.create_task(self._hear(to))]
+    async def feed_tracks(self, sink: MediaSink) -> AsyncIterator[None]:
+        """While the context is open, passes the audio and the pictures of the peer's tracks to `sink`."""
+        self._microphone.packets.ready.clear()
+        tasks = [asyncio.create_task(self._feed_audio(sink))]
         if self._camera is not None:
-            tasks.append(asyncio.create_task(self._see(self._camera, to)))
+            tasks.append(asyncio.create_task(self._feed_pictures(self._camera, sink)))
         try:
             yield
         finally:
@@ -129,141 +139,127 @@ class Peer:
                 if isinstance(result, Exception):
                     logging.error("a track failed", exc_info=result)
 
-    # --- the line
+    # --- the methods of a Transport
 
     async def receive(self) -> bytes | None:
         with contextlib.suppress(ConnectionError):
-            await self._until(lambda: self._inbox)
+            await self._wait_until(lambda: self._inbox)
         if not self._inbox:
             return None
         message = self._inbox.popleft()
-        self._waiting -= len(message)
+        self._inbox_bytes -= len(message)
         return message
 
     async def send(self, frame: bytes) -> None:
-        while not self._over and self.unsent() > _UNSENT:
-            await asyncio.sleep(_LOOK_S)
+        while not self._over and self.unsent() > _MAX_UNSENT:
+            await asyncio.sleep(_POLL_S)
         if self._over or self._channel is None or self._channel.readyState != "open":
             raise ConnectionError("the data channel is closed")
         try:
             self._channel.send(frame.decode())
-        except ValueError as error:  # it has said how much it takes at once; and nothing may be left out
+        except ValueError as error:  # larger than the peer's limit for one message; no event may be left out
             logging.error("a peer does not take an event of %d bytes", len(frame))
             raise ConnectionError(str(error)) from error
 
     async def ping(self) -> None:
-        """ICE does, every five seconds (RFC 7675), and the answer is heard."""
+        """Does nothing: ICE asks every five seconds (RFC 7675), and its answers count as signs of life."""
 
     def unsent(self) -> int:
         sctp, channel = self._pc.sctp, self._channel
         if sctp is None or channel is None:
             return 0
-        return channel.bufferedAmount + _CHUNK * (len(sctp._outbound_queue) + len(sctp._sent_queue))
+        return channel.bufferedAmount + _SCTP_CHUNK_BYTES * (len(sctp._outbound_queue) + len(sctp._sent_queue))
 
-    async def close(self, code: int, why: str) -> None:
-        del code, why  # WebRTC has no words for it
-        until = time.monotonic() + GOODBYE_S
-        while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < until:
-            await asyncio.sleep(_LOOK_S)
-        # aiortc's own may be under way: it fails where we are cancelled.
+    async def close(self, code: int, reason: str) -> None:
+        del code, reason  # WebRTC cannot carry them
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+        # In a task of its own: aiortc may already be closing, and would fail if this task were cancelled.
         closing = asyncio.ensure_future(self._pc.close())
-        done, _ = await asyncio.wait([closing], timeout=GOODBYE_S)
-        if not done:  # a task of its own has failed, which it waits for
+        done, _ = await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
+        if not done:  # aiortc waits for a task of its own that has failed
             logging.error("a peer's connection does not close; it is cut off")
             for port in self._ice()._protocols:
                 port.transport.abort()
 
-    # --- inside
+    # --- negotiation
 
-    async def _negotiate(self, sdp: str, address: str, sees: bool) -> None:
-        if len(sdp) > _SDP_BYTES:
-            raise ValueError(f"an offer has {_SDP_BYTES} bytes at most")
-        sdp = "".join(f"{line}\r\n" for line in sdp.splitlines() if line and not line.startswith(_NOT_READ))
-        offer = SessionDescription.parse(sdp).media
-        kinds = [media.kind for media in offer]
-        if kinds.count("application") != 1 or len(kinds) > len(set(kinds)) or not set(kinds) <= set(_KINDS):
-            raise ValueError("an offer has one data channel, and one track of sound and one of pictures at most")
-        if not all(media.dtls is not None and media.dtls.fingerprints for media in offer):
-            raise ValueError("an offer has the fingerprint of its certificate")
+    async def _negotiate(self, sdp: str, address: str, takes_pictures: bool) -> None:
+        sdp, kinds = _check_offer(sdp)
         for kind in kinds:
             if kind == "audio":
-                self._prefer(self._pc.addTransceiver(self.voice, "sendrecv"), kind)
+                _prefer_codec(self._pc.addTransceiver(self.voice, "sendrecv"), kind)
             elif kind == "video":
-                self._prefer(self._pc.addTransceiver(kind, "recvonly" if sees else "inactive"), kind)
+                _prefer_codec(self._pc.addTransceiver(kind, "recvonly" if takes_pictures else "inactive"), kind)
         self._pc.on("datachannel", self._on_channel)
         self._pc.on("connectionstatechange", self._on_state)
         await self._pc.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
         sctp = self._pc.sctp
         assert sctp is not None
-        transports = {one.receiver.transport for one in self._pc.getTransceivers()} | {sctp.transport}
-        if len(transports) > 1:
-            raise ValueError("an offer has all of it in one bundle")
-        for transceiver in self._pc.getTransceivers():
-            sound = transceiver.kind == "audio"
-            # aiortc has no way to be given one.
-            buffer = self._ear.arrivals if sound else VideoJitterBuffer(partial(self._piled_up, transceiver.receiver))
-            add = partial(self._added, buffer.add, set())
-            setattr(transceiver.receiver, "_RTCRtpReceiver__jitter_buffer", SimpleNamespace(add=add))  # noqa: B010
-            if not sound and sees:
+        transceivers = self._pc.getTransceivers()
+        if len({transceiver.receiver.transport for transceiver in transceivers} | {sctp.transport}) > 1:
+            raise ValueError("all parts of an offer must be in one bundle")
+        for transceiver in transceivers:
+            self._replace_jitter_buffer(transceiver)
+            if transceiver.kind == "video" and takes_pictures:
                 self._camera = transceiver.receiver
         ice = self._ice()
-        gathered, handle = ice.get_component_candidates, sctp._handle_data
-        ice.get_component_candidates = lambda component, addresses: gathered(component, [address])
-        sctp._handle_data = partial(self._handled, handle)
+        gather, handle_data = ice.get_component_candidates, sctp._handle_data
+        ice.get_component_candidates = lambda component, addresses: gather(component, [address])
+        sctp._handle_data = partial(self._on_sctp_data, handle_data)
 
-    def _prefer(self, transceiver: RTCRtpTransceiver, kind: str) -> None:
-        known = RTCRtpReceiver.getCapabilities(kind)
-        codecs = [] if known is None else known.codecs
-        transceiver.setCodecPreferences([one for one in codecs if one.mimeType in (_KINDS[kind], f"{kind}/rtx")])
+    def _replace_jitter_buffer(self, transceiver: RTCRtpTransceiver) -> None:
+        """Puts our own buffer in the place of aiortc's. aiortc has no public way to do so."""
+        receiver = transceiver.receiver
+        if transceiver.kind == "audio":
+            buffer = self._microphone.packets
+        else:
+            buffer = VideoJitterBuffer(partial(_decoder_is_behind, receiver))
+        add = partial(self._on_packet, buffer.add, set())
+        setattr(receiver, "_RTCRtpReceiver__jitter_buffer", SimpleNamespace(add=add))  # noqa: B010
 
     def _ice(self) -> Any:
+        """Returns aioice's connection, below aiortc."""
         sctp = self._pc.sctp
         assert sctp is not None
         return sctp.transport.transport._connection
 
-    def _arrived(self, received: Callable[[bytes, Any], None], data: bytes, address: Any) -> None:
-        """A datagram, of anyone. Those of STUN begin with a byte below 4 (RFC 7983)."""
-        known = any(pair.remote_addr[:2] == address[:2] for pair in self._ice()._check_list)
-        stun = data[:1] < b"\4"
-        if known and (not stun or data[:2] == _STUN_ANSWER):
-            self.heard_at = time.monotonic()
-        allowance = self._stun if stun else self._datagrams
-        if (stun or known) and not self._over and allowance.take():
-            received(data, address)
+    # --- what arrives
 
-    async def _handled(self, handle: Callable[[bytes], Awaitable[None]], data: bytes) -> None:
-        """What the data channel's transport (SCTP) gets."""
+    def _on_datagram(self, receive: Callable[[bytes, Any], None], data: bytes, address: Any) -> None:
+        """Passes a datagram on if its sender is known, or may become known, and is within its rate limit."""
+        known = any(pair.remote_addr[:2] == address[:2] for pair in self._ice()._check_list)
+        stun = data[:1] < b"\4"  # a STUN message begins with a byte below 4 (RFC 7983)
+        if known and (not stun or data[:2] == _STUN_SUCCESS):
+            self.heard_at = time.monotonic()
+        bucket = self._stun if stun else self._datagrams
+        if (stun or known) and not self._over and bucket.try_take():
+            receive(data, address)
+
+    async def _on_sctp_data(self, handle_data: Callable[[bytes], Awaitable[None]], data: bytes) -> None:
+        """Passes on data for SCTP, the data channel's transport, and gives the peer up if it costs too much."""
         if self._over:
             return
-        began = time.thread_time()
-        await handle(data)
+        started_at = time.thread_time()
+        await handle_data(data)
         sctp = self._pc.sctp
-        # Parts of a message that never ends wait there.
-        endless = sctp is not None and sctp._advertised_rwnd < -MESSAGE_BYTES
-        if endless or not self._time.take(time.thread_time() - began):
-            self._flooded()
+        # The fragments of a message that never ends use up the receive window.
+        never_ends = sctp is not None and sctp._advertised_rwnd < -MESSAGE_BYTES
+        if never_ends or not self._busy_s.try_take(time.thread_time() - started_at):
+            self._give_up()
 
-    def _added(
+    def _on_packet(
         self, add: Callable[[RtpPacket], Any], sources: set[int], packet: RtpPacket
     ) -> tuple[bool, JitterFrame | None]:
-        """A packet of a track."""
+        """Passes on a packet of a track, and gives the peer up if the track has too many sources."""
         sources.add(packet.ssrc)
-        if len(sources) > _SOURCES:
-            self._flooded()
+        if len(sources) > _MAX_SOURCES:
+            self._give_up()
         return (False, None) if self._over else add(packet)
 
-    def _piled_up(self, receiver: RTCRtpReceiver) -> bool:
-        """Whether pictures come faster than they are decoded and looked at."""
-        undecoded: Any = getattr(receiver, "_RTCRtpReceiver__decoder_queue")  # noqa: B009
-        unseen: Any = receiver.track
-        return undecoded.qsize() > _UNDECODED or unseen._queue.qsize() > _UNDECODED
-
-    def _flooded(self) -> None:
-        self._inbox.clear()
-        self._end()
-
     def _on_channel(self, channel: RTCDataChannel) -> None:
-        """The first one is for events, whatever its name."""
+        """Takes the first data channel for events, whatever its name, and closes any other."""
         if self._channel is not None:
             channel.close()
             return
@@ -277,10 +273,10 @@ class Peer:
             return
         data = message.encode() if isinstance(message, str) else message
         self._inbox.append(data)
-        self._waiting += len(data)
+        self._inbox_bytes += len(data)
         self._changed.set()
-        if len(self._inbox) > _MESSAGES or self._waiting > MESSAGE_BYTES:
-            self._flooded()
+        if len(self._inbox) > _MAX_MESSAGES or self._inbox_bytes > MESSAGE_BYTES:
+            self._give_up()
 
     def _on_close(self) -> None:
         ice = None if self._pc.sctp is None else self._pc.sctp.transport.transport
@@ -291,24 +287,31 @@ class Peer:
         if self._pc.connectionState in ("failed", "closed"):
             self._end()
 
+    def _give_up(self) -> None:
+        """Ends the connection and drops the messages that wait."""
+        self._inbox.clear()
+        self._end()
+
     def _end(self) -> None:
         self._over = True
         self._changed.set()
 
-    async def _until(self, what: Callable[[], object]) -> None:
-        """Until `what` is true; raises `ConnectionError` where the peer is gone before."""
-        while not what():
+    async def _wait_until(self, condition: Callable[[], object]) -> None:
+        """Waits until the condition is true. Raises `ConnectionError` if the peer is gone before."""
+        while not condition():
             if self._over:
                 raise ConnectionError("the peer is gone")
             self._changed.clear()
             await self._changed.wait()
 
-    async def _hear(self, to: MediaSink) -> None:
-        while True:
-            await to.receive_track(await self._ear.next_samples())
+    # --- media
 
-    async def _see(self, camera: RTCRtpReceiver, to: MediaSink) -> None:
-        """A picture a micro-turn. All are decoded, as each is told by those before it, but few are looked at."""
+    async def _feed_audio(self, sink: MediaSink) -> None:
+        while True:
+            await sink.receive_track(await self._microphone.next_samples())
+
+    async def _feed_pictures(self, camera: RTCRtpReceiver, sink: MediaSink) -> None:
+        """Passes on one picture per micro-turn. aiortc decodes all pictures, because each builds on those before it."""
         due = 0.0
         with contextlib.suppress(MediaStreamError):
             track: Any = camera.track
@@ -318,5 +321,37 @@ class Peer:
                     frame = await track.recv()
                 if (now := time.monotonic()) >= due:
                     due = now + MICRO_TURN_MS / 1000
-                    with contextlib.suppress(ValueError):  # of a shape that has no patches
-                        await to.show_frame(frame)
+                    with contextlib.suppress(ValueError):  # a shape that cannot be cut into patches
+                        await sink.show_frame(frame)
+
+
+def _check_offer(sdp: str) -> tuple[str, list[str]]:
+    """Returns the offer without the lines that the server ignores, and the kinds of its media.
+
+    Raises:
+      ValueError: the offer is too long, or asks for something that this server does not have.
+    """
+    if len(sdp) > _MAX_SDP_BYTES:
+        raise ValueError(f"an offer may have at most {_MAX_SDP_BYTES} bytes")
+    sdp = "".join(f"{line}\r\n" for line in sdp.splitlines() if line and not line.startswith(_IGNORED_LINES))
+    offered_media = SessionDescription.parse(sdp).media
+    kinds = [media.kind for media in offered_media]
+    if kinds.count("application") != 1 or len(kinds) > len(set(kinds)) or not set(kinds) <= set(_CODECS):
+        raise ValueError("an offer must have one data channel, at most one audio track and at most one video track")
+    if not all(media.dtls is not None and media.dtls.fingerprints for media in offered_media):
+        raise ValueError("an offer must have the fingerprint of its certificate")
+    return sdp, kinds
+
+
+def _prefer_codec(transceiver: RTCRtpTransceiver, kind: str) -> None:
+    """Restricts a track to its codec of `_CODECS`, and to the retransmissions of that codec."""
+    capabilities = RTCRtpReceiver.getCapabilities(kind)
+    codecs = [] if capabilities is None else capabilities.codecs
+    transceiver.setCodecPreferences([codec for codec in codecs if codec.mimeType in (_CODECS[kind], f"{kind}/rtx")])
+
+
+def _decoder_is_behind(receiver: RTCRtpReceiver) -> bool:
+    """Returns whether pictures arrive faster than they are decoded, or faster than they are passed on."""
+    undecoded: Any = getattr(receiver, "_RTCRtpReceiver__decoder_queue")  # noqa: B009
+    decoded: Any = receiver.track
+    return undecoded.qsize() > _MAX_UNDECODED or decoded._queue.qsize() > _MAX_UNDECODED

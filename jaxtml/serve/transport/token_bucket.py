@@ -1,4 +1,4 @@
-"""A rate that somebody is held to. Called by what reads from clients."""
+"""The token bucket: limits a rate, and allows short bursts. Called by everything that reads from clients."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import time
 
 
 class TokenBucket:
-    """So much a second, and a burst of so much at once (a token bucket)."""
+    """A token bucket, which is full at the start.
+
+    The units are the caller's: messages, bytes, seconds of computing time.
+
+    Args:
+      per_second: tokens that flow in per second.
+      burst: tokens that the bucket holds at most.
+    """
 
     def __init__(self, per_second: float, burst: float):
         self.per_second, self.burst = per_second, burst
-        self._left, self._counted_at = burst, time.monotonic()
+        self._tokens, self._refilled_at = burst, time.monotonic()
 
-    def take(self, amount: float = 1.0) -> bool:
-        """Whether there was as much; only then it is used."""
-        self._count()
-        if self._left < amount:
+    def try_take(self, amount: float = 1.0) -> bool:
+        """Takes `amount` tokens if there are as many, and returns whether there were. Else it takes none."""
+        self._refill()
+        if self._tokens < amount:
             return False
-        self._left -= amount
+        self._tokens -= amount
         return True
 
-    def wait(self, amount: float) -> float:
-        """Uses it in any case: seconds until there is as much again."""
-        self._count()
-        self._left -= amount
-        return max(0.0, -self._left / self.per_second)
+    def take(self, amount: float) -> float:
+        """Takes `amount` tokens in any case, and returns the seconds after which the bucket is out of debt again."""
+        self._refill()
+        self._tokens -= amount
+        return max(0.0, -self._tokens / self.per_second)
 
-    def _count(self) -> None:
+    def _refill(self) -> None:
         now = time.monotonic()
-        self._left = min(self.burst, self._left + (now - self._counted_at) * self.per_second)
-        self._counted_at = now
+        self._tokens = min(self.burst, self._tokens + (now - self._refilled_at) * self.per_second)
+        self._refilled_at = now

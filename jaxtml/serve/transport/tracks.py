@@ -1,14 +1,18 @@
-"""Sound and pictures of a peer: Opus both ways in packets of 20 ms, and VP8 of its camera. Called by `peer`.
+"""The media tracks of a WebRTC peer: Opus both ways in packets of 20 ms, and VP8 from its camera.
 
-aiortc has a thread for each track that it decodes, and hands what is to be encoded to others. Where tracks are many, so
-are those that wait for Python's lock, and a packet is a tenth of a second late with eight sessions. So Opus is decoded
-and encoded here, in the one thread there is, and aiortc gets and gives packets alone.
+Called by `serve.transport.peer`.
 
-The rule for what is said. A micro-turn comes all at once, every 200 ms, now and then late. The first one waits for
-`_LEAD_MS`, and so does the first after the track ran dry; while it is dry it sends silence. What was late stays late:
-where silence waits when more comes, no more of it than the lead is kept, and never more than `_MOST_MS` of anything, of
-which the oldest goes. The rule for what is heard is that of `serve.runtime.jitter_buffer`; here packets are only put in
-order. One that is missing is waited for until two others are there, and then is silence.
+aiortc starts a thread for each track that it decodes and encodes in other threads. With many tracks, many threads wait
+for Python's global lock: with eight sessions a packet is a tenth of a second late. So this module decodes and encodes
+Opus itself, in the event loop's thread, and aiortc only carries packets.
+
+The rule for the model's voice. A micro-turn arrives all at once every 200 ms, and sometimes late. The first one waits
+for `_LEAD_MS`, and so does the first one after the track ran dry. A dry track sends silence. Audio that was late stays
+late. The delay shrinks only when a micro-turn arrives while other audio still waits. If the waiting audio is silence,
+only its last `_LEAD_MS` are kept. If it is not, only its last `_MAX_WAITING_MS` are kept.
+
+The rule for the user's voice is that of `serve.runtime.jitter_buffer`. Here packets are only put in order. A missing
+packet is waited for until two later packets have arrived; then silence takes its place.
 """
 
 from __future__ import annotations
@@ -27,153 +31,174 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from av.error import FFmpegError
 
-from jaxtml.serve.transport.images import PIXELS
+from jaxtml.serve.transport.images import MAX_PIXELS
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.stream.timebase import SAMPLE_RATE
 
-_CLOCK = 48_000  # of Opus in RTP, whatever is in it
+_RTP_RATE = 48_000  # Hz, the clock of Opus in RTP whatever the audio's own rate
 _PACKET_MS = 20
-_PIECE = SAMPLE_RATE * _PACKET_MS // 1000  # samples
-_LEAD_MS, _MOST_MS = 40, 200
-_LEAD, _MOST = (SAMPLE_RATE * ms // 1000 for ms in (_LEAD_MS, _MOST_MS))
-_QUIET = 10 ** (-50 / 20)  # root mean square, of full scale
-_STALLED_S = 0.2  # behind which packets are not made up for
-_BITS = "32000"  # a second: speech of 8 kHz is not better with more
-_EFFORT = "5"  # of the encoder's 10: half the time
-_EARLY = 2  # packets that wait for one before them
-_LOST = 10  # packets in a row that are silence: where more are missing, it is another stream
-_WAITING = 50  # packets that nobody has taken: the oldest go
+_PACKET_SAMPLES = SAMPLE_RATE * _PACKET_MS // 1000
+_LEAD_MS, _MAX_WAITING_MS = 40, 200
+_LEAD_SAMPLES, _MAX_WAITING_SAMPLES = (SAMPLE_RATE * ms // 1000 for ms in (_LEAD_MS, _MAX_WAITING_MS))
+_QUIET_RMS = 10 ** (-50 / 20)  # root mean square relative to full scale, -50 dBFS
+_STALLED_S = 0.2  # a sender further behind than this does not make up for the packets that it missed
+_BIT_RATE = "32000"  # bits per second: more does not improve speech with a bandwidth of 8 kHz
+_COMPRESSION_LEVEL = "5"  # of 10: half of the computing time
+_MAX_EARLY = 2  # packets that may wait for a missing one before them
+_MAX_LOST = 10  # missing packets in a row that become silence; if more are missing, it is another stream
+_MAX_READY = 50  # packets in order that nobody has taken yet; beyond this the oldest are dropped
 
 
 class OutgoingTrack(MediaStreamTrack):
-    """What the model says, a `sound.VoiceTrack`."""
+    """The model's voice on its way to a peer; a `sound.VoiceTrack`.
+
+    Attributes:
+      waiting: `[N]` float32 at 16 kHz, the audio that is not sent yet.
+    """
 
     kind = "audio"
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting = np.zeros(0, np.float32)
-        self._hold = 0  # pieces of silence before what waits
+        self._lead_packets = 0  # packets of silence to send before `waiting`
         self._dry = True
-        self._due, self._number = time.monotonic(), 0
+        self._due, self._packet_number = time.monotonic(), 0
         self._codec = av.AudioCodecContext.create("libopus", "w")
         self._codec.sample_rate, self._codec.format, self._codec.layout = SAMPLE_RATE, "s16", "mono"
         self._codec.time_base = fractions.Fraction(1, SAMPLE_RATE)
-        self._codec.options = {"application": "voip", "compression_level": _EFFORT, "b": _BITS}
+        self._codec.options = {"application": "voip", "compression_level": _COMPRESSION_LEVEL, "b": _BIT_RATE}
 
     def put(self, wave: np.ndarray) -> None:
-        quiet = np.square(self.waiting).sum() < len(self.waiting) * _QUIET**2
-        kept = self.waiting[max(0, len(self.waiting) - (_LEAD if quiet else _MOST)) :]
+        """Adds one micro-turn, `[3200]` float32 at 16 kHz."""
+        quiet = np.square(self.waiting).sum() < len(self.waiting) * _QUIET_RMS**2
+        kept = self.waiting[max(0, len(self.waiting) - (_LEAD_SAMPLES if quiet else _MAX_WAITING_SAMPLES)) :]
         if self._dry:
-            self._hold, self._dry = _LEAD_MS // _PACKET_MS, False
+            self._lead_packets, self._dry = _LEAD_MS // _PACKET_MS, False
         self.waiting = np.concatenate([kept, wave])
 
     def clear(self) -> None:
+        """Drops all audio that is not sent yet."""
         self.waiting = self.waiting[:0]
 
-    def piece(self) -> np.ndarray:
-        """`[320]` float32 at 16 kHz: the next 20 ms."""
+    def next_samples(self) -> np.ndarray:
+        """Returns the samples of the next packet, `[320]` float32 at 16 kHz."""
         self._dry = self._dry or not len(self.waiting)
-        if self._hold or self._dry:
-            self._hold = max(0, self._hold - 1)
-            return np.zeros(_PIECE, np.float32)
-        piece, self.waiting = self.waiting[:_PIECE], self.waiting[_PIECE:]
-        return piece
+        if self._lead_packets or self._dry:
+            self._lead_packets = max(0, self._lead_packets - 1)
+            return np.zeros(_PACKET_SAMPLES, np.float32)
+        samples, self.waiting = self.waiting[:_PACKET_SAMPLES], self.waiting[_PACKET_SAMPLES:]
+        return samples
 
     async def recv(self) -> av.Packet:
-        """The next packet, when it is due. Raises `MediaStreamError` where the track has ended."""
+        """Waits until the next packet is due and returns it. Raises `MediaStreamError` when the track has ended."""
         while self.readyState == "live":
             now = time.monotonic()
             self._due = max(self._due + _PACKET_MS / 1000, now - _STALLED_S)
             await asyncio.sleep(self._due - now)
-            frame = av.AudioFrame.from_ndarray(
-                np.clip(np.round(self.piece() * 2**15), -(2**15), 2**15 - 1).astype(np.int16)[None], "s16", "mono"
-            )
-            frame.sample_rate, frame.pts = SAMPLE_RATE, self._number * _PIECE
-            self._number += 1
+            pcm = np.clip(np.round(self.next_samples() * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(pcm[None], "s16", "mono")
+            frame.sample_rate, frame.pts = SAMPLE_RATE, self._packet_number * _PACKET_SAMPLES
+            self._packet_number += 1
             for packet in self._codec.encode(frame):
-                packet.pts, packet.time_base = self._number * _CLOCK * _PACKET_MS // 1000, fractions.Fraction(1, _CLOCK)
+                packet.pts = self._packet_number * _RTP_RATE * _PACKET_MS // 1000
+                packet.time_base = fractions.Fraction(1, _RTP_RATE)
                 return packet
         raise MediaStreamError
 
 
 class PacketReorderer:
-    """Packets of Opus in the order in which they were sent; stands where aiortc has its jitter buffer, and decoder."""
+    """Puts the RTP packets of an Opus track in the order in which they were sent.
+
+    It takes the place of aiortc's jitter buffer and never hands a frame to aiortc's decoder.
+
+    Attributes:
+      due: sequence number of the next packet in order; None: no packet has arrived.
+      early: payloads that wait for a packet before them, by sequence number.
+      ready: payloads in order; None stands for a lost packet.
+      changed: set when a packet arrives.
+    """
 
     def __init__(self) -> None:
-        self.next: int | None = None  # number of the packet that is due
+        self.due: int | None = None
         self.early: dict[int, bytes] = {}
-        self.ready: deque[bytes | None] = deque(maxlen=_WAITING)  # None: lost
+        self.ready: deque[bytes | None] = deque(maxlen=_MAX_READY)
         self.changed = asyncio.Event()
 
     def add(self, packet: RtpPacket) -> tuple[bool, None]:
-        """As `JitterBuffer.add`, which has the packet's payload in `_data`; never gives a frame to decode."""
+        """Takes a packet; the signature is that of `JitterBuffer.add`. aiortc has put the payload into `_data`."""
         number = packet.sequence_number
-        ahead = 0 if self.next is None else (number - self.next) % 2**16
-        if ahead >= 2**16 - 2 * _LOST:  # it is too late
+        ahead = 0 if self.due is None else (number - self.due) % 2**16
+        if ahead >= 2**16 - 2 * _MAX_LOST:  # it arrives too late
             return False, None
-        if self.next is None or ahead > _LOST:
+        if self.due is None or ahead > _MAX_LOST:
             self.early.clear()
-            self.next = number
+            self.due = number
         self.early[number] = packet._data  # type: ignore[attr-defined]
-        while self.next in self.early or len(self.early) >= _EARLY:
-            self.ready.append(self.early.pop(self.next, None))
-            self.next = (self.next + 1) % 2**16
+        while self.due in self.early or len(self.early) >= _MAX_EARLY:
+            self.ready.append(self.early.pop(self.due, None))
+            self.due = (self.due + 1) % 2**16
         self.changed.set()
         return False, None
 
 
 class IncomingTrack:
-    """What a peer's microphone has, as the model hears it."""
+    """The audio of a peer's microphone, decoded for the model.
 
-    def __init__(self, arrivals: PacketReorderer):
-        self.arrivals = arrivals
+    Args:
+      packets: the track's packets.
+    """
+
+    def __init__(self, packets: PacketReorderer):
+        self.packets = packets
         self._codec = av.AudioCodecContext.create("libopus", "r")
-        self._codec.layout, self._codec.sample_rate = "mono", _CLOCK
-        self._incoming = SoundDecoder(SoundFormat("pcm", _CLOCK))
-        self._length = _CLOCK * _PACKET_MS // 1000  # samples of the packet before
+        self._codec.layout, self._codec.sample_rate = "mono", _RTP_RATE
+        self._decoder = SoundDecoder(SoundFormat("pcm", _RTP_RATE))
+        self._packet_samples = _RTP_RATE * _PACKET_MS // 1000  # length of the last packet, at 48 kHz
 
     async def next_samples(self) -> np.ndarray:
-        """`[N]` float32 at 16 kHz, as soon as there is any."""
-        while not self.arrivals.ready:
-            self.arrivals.changed.clear()
-            await self.arrivals.changed.wait()
-        found = self._decoded(self.arrivals.ready.popleft())
-        self._length = len(found)
-        return self._incoming.resample(found)
+        """Waits for the next packet and returns its audio, `[N]` float32 at 16 kHz."""
+        while not self.packets.ready:
+            self.packets.changed.clear()
+            await self.packets.changed.wait()
+        samples = self._decode(self.packets.ready.popleft())
+        self._packet_samples = len(samples)
+        return self._decoder.resample(samples)
 
-    def _decoded(self, data: bytes | None) -> np.ndarray:
-        """`[N]` float32 at 48 kHz; of what is lost, or no Opus, silence."""
+    def _decode(self, data: bytes | None) -> np.ndarray:
+        """Returns a packet's audio, `[N]` float32 at 48 kHz. A packet that is lost, or is not Opus, becomes silence."""
         try:
             frames = self._codec.decode(av.Packet(data)) if data else []
         except FFmpegError:
             frames = []
         if not frames:
-            return np.zeros(self._length, np.float32)
+            return np.zeros(self._packet_samples, np.float32)
         return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames]).astype(np.float32) / 2**15
 
 
 class VideoJitterBuffer(JitterBuffer):
-    """Frames of VP8 of a size that is decoded at all.
+    """aiortc's jitter buffer for VP8, which drops frames that are too large and frames that nobody will decode in time.
 
     Args:
-      piled_up: so many wait already that the next ones are dropped; the peer is then asked to begin anew.
+      decoder_is_behind: returns whether so many frames wait already that the next one is dropped. aiortc then asks the
+        peer for a new key frame.
     """
 
-    def __init__(self, piled_up: Callable[[], bool]):
+    def __init__(self, decoder_is_behind: Callable[[], bool]):
         super().__init__(capacity=512, is_video=True)
-        self.piled_up = piled_up
+        self.decoder_is_behind = decoder_is_behind
 
     def add(self, packet: RtpPacket) -> tuple[bool, JitterFrame | None]:
+        """Takes a packet; returns whether to ask for a key frame, and a frame to decode if one is complete."""
         lost, frame = super().add(packet)
-        if frame is None or _size(frame.data) > PIXELS:
+        if frame is None or _frame_pixels(frame.data) > MAX_PIXELS:
             return lost, None
-        return (True, None) if self.piled_up() else (lost, frame)
+        return (True, None) if self.decoder_is_behind() else (lost, frame)
 
 
-def _size(frame: bytes) -> int:
-    """Pixels of a key frame (RFC 6386, 9.1); 0 of one that has the size of those before it."""
+def _frame_pixels(frame: bytes) -> int:
+    """Returns the pixels of a VP8 key frame (RFC 6386, section 9.1); 0 for a frame that repeats the size before it."""
     if len(frame) < 10 or frame[0] & 1:
         return 0
-    width, height = (int.from_bytes(frame[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    width, height = (int.from_bytes(frame[start : start + 2], "little") & 0x3FFF for start in (6, 8))
     return width * height

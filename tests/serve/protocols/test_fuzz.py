@@ -116,7 +116,7 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_ten_thousand_wrong_messages_disturb_no_other_session(slots, engine, protocol, monkeypatch, caplog):
-    monkeypatch.setattr(connection, "_PER_SECOND", 1_000_000)
+    monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 1_000_000)
     caplog.set_level(logging.ERROR)
     path, frame = PROTOCOLS[protocol]
     drawn = random.Random(7)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtml.serve.runtime.scheduler import KEPT, EndReason, ScheduledSession, Scheduler, ServerFull, TickResult
+from jaxtml.serve.runtime.scheduler import MAX_JOURNAL, EndReason, ScheduledSession, Scheduler, ServerFull, TickResult
 from jaxtml.session.engine import converse
 from jaxtml.session.slots import Slots
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
@@ -160,10 +160,10 @@ def test_more_than_a_second_behind_the_clock_is_set_anew(slots):
 def test_a_client_that_takes_nothing_is_ended_before_it_takes_memory(slots):
     async def test(hub: Scheduler, clock: SteppedClock, model: InProcessWorker) -> None:
         deaf, other = hub.admit(1), hub.admit(2)
-        for _ in range(KEPT + 2):
+        for _ in range(MAX_JOURNAL + 2):
             await clock.advance(1)
             other.journal.clear()
-        assert deaf.end_reason == EndReason.SLOW and len(deaf.journal) == KEPT + 1
+        assert deaf.end_reason == EndReason.SLOW and len(deaf.journal) == MAX_JOURNAL + 1
         assert not other.end_reason and list(hub.sessions) == [other.number]
 
     hubbed(slots, test)

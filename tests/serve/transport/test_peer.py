@@ -33,7 +33,7 @@ from aiortc import VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
 from jaxtml.serve.transport import peer
-from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, _size
+from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, _frame_pixels
 from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
 
 SPEAKS = {n: (Control.SAY, "yes", Control.SPEAK) for n in range(1, 100)}
@@ -70,7 +70,7 @@ def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(slots, engine):
             session = serving.session()
             assert started["id"] == session.id and started["instructions"] == "be kind"
             await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples > 2 * MICRO_TURN_SAMPLES)
-            heard = np.concatenate(session.scheduled.jitter_buffer.parts)[-MICRO_TURN_SAMPLES:]
+            heard = np.concatenate(session.scheduled.jitter_buffer.chunks)[-MICRO_TURN_SAMPLES:]
             assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
             async with serving.ticking(0.2):
@@ -215,7 +215,7 @@ def test_a_peer_that_does_not_come_back_is_ended(slots, engine, monkeypatch):
 
 
 def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(slots, engine, monkeypatch):
-    monkeypatch.setattr(connection, "_LOOK_S", 0.05)
+    monkeypatch.setattr(connection, "_WATCH_S", 0.05)
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
     monkeypatch.setattr("aioice.ice.CONSENT_INTERVAL", 0.1)
 
@@ -233,8 +233,8 @@ def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(slots, engine, 
 @pytest.mark.parametrize("flood", ["messages", "parts", "sources"])
 def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(slots, engine, monkeypatch, flood):
     if flood == "messages":  # more than are taken
-        monkeypatch.setattr(connection, "_PER_SECOND", 1)
-        monkeypatch.setattr(connection, "_BURST", 10)
+        monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 1)
+        monkeypatch.setattr(connection, "_MESSAGES_BURST", 10)
 
     async def test(serving: Serving) -> None:
         async with calling(Mouth(500)) as caller:
@@ -249,7 +249,7 @@ def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(slots, engine, m
                 await eventually(lambda: not serving.session().scheduled.attached)
                 return
             if flood == "parts":  # that take longer to put together than they may
-                line._time.burst = 1e-4
+                line._busy_s.burst = 1e-4
             for _ in range(1000):
                 caller.send("session.input_audio.mute")
             async with serving.ticking():
@@ -316,12 +316,12 @@ def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(slots, eng
             "hello": "data channel",
             "v=0\r\nm=audio": "cannot be read",
             offer[: offer.index("m=application")]: "data channel",
-            two: "one track",
+            two: "one audio track",
             offer.replace("a=ice-pwd", "a=nothing"): "ICE",
-            offer.replace("opus/48000/2", "speex/8000"): "nothing in it that this server speaks",
+            offer.replace("opus/48000/2", "speex/8000"): "offers nothing that this server speaks",
             offer.replace("a=group:BUNDLE 0 1", "a=group:BUNDLE 0"): "bundle",
             offer.replace("a=fingerprint", "a=nothing"): "fingerprint",
-            offer + "a=x\r\n" * 8_000: "bytes at most",
+            offer + "a=x\r\n" * 8_000: "at most 32768 bytes",
         }
         before = await at_rest(serving)
         for sdp, word in wrong.items():
@@ -387,7 +387,7 @@ def test_where_the_extra_is_not_installed_it_is_said(slots, engine, monkeypatch)
 
 def pieces(voice: OutgoingTrack, count: int) -> list[bool]:
     """Which of the next 20 ms have sound."""
-    return [bool(voice.piece().any()) for _ in range(count)]
+    return [bool(voice.next_samples().any()) for _ in range(count)]
 
 
 def turn(loud: bool = True) -> np.ndarray:
@@ -454,7 +454,7 @@ def test_what_is_no_opus_is_silence_and_what_follows_is_heard():
 
 def test_a_picture_says_its_size_before_it_is_decoded():
     key = bytes([0x10, 0, 0, 0x9D, 0x01, 0x2A]) + (1280).to_bytes(2, "little") + (720).to_bytes(2, "little")
-    assert _size(key) == 1280 * 720 and _size(b"\x11" + key[1:]) == 0 and _size(b"") == 0
+    assert _frame_pixels(key) == 1280 * 720 and _frame_pixels(b"\x11" + key[1:]) == 0 and _frame_pixels(b"") == 0
 
 
 # --- a browser

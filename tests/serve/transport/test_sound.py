@@ -49,7 +49,7 @@ def test_pieces_of_any_size_are_heard_as_the_whole(format, tone):
 
 def test_bytes_that_are_no_samples_are_refused_and_cost_nothing():
     incoming = SoundDecoder(FORMATS[0])
-    with pytest.raises(ValueError, match="3 bytes are no samples of 16 bits"):
+    with pytest.raises(ValueError, match="3 bytes are no whole samples of 16 bits"):
         incoming.decode(b"abc")
     assert len(incoming.decode(b"")) == 0
     assert all(len(SoundDecoder(format).decode(b"")) == 0 for format in FORMATS)

@@ -108,8 +108,8 @@ async def _flood(client: Client, chunk: str, count: int) -> None:
 
 
 def test_messages_that_come_too_fast_are_slowed_down(slots, engine, monkeypatch):
-    monkeypatch.setattr(connection, "_BURST", 10)
-    monkeypatch.setattr(connection, "_PER_SECOND", 100)
+    monkeypatch.setattr(connection, "_MESSAGES_BURST", 10)
+    monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 100)
 
     async def test(serving: Serving) -> None:
         client = await serving.start()
@@ -174,6 +174,6 @@ def test_limits_hold_a_client_that_tries_to_fill_memory_or_time(slots, engine, m
         for one in beside:
             await one.ws.close()
 
-    monkeypatch.setattr(connection, "_PER_SECOND", 100_000)
-    monkeypatch.setattr(connection, "_BURST", 100_000)
+    monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 100_000)
+    monkeypatch.setattr(connection, "_MESSAGES_BURST", 100_000)
     serving(slots, engine, test)

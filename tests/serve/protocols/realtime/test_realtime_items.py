@@ -128,7 +128,7 @@ def test_message_whose_connection_is_lost_reaches_the_model_whole_or_not_at_all(
         given = intake.waiting_samples
         assert abs(given - 15 * 16_000) < 200, "the jitter buffer has room for ten seconds; the rest waits outside"
         await create(client, *later, id="later")
-        await eventually(lambda: intake.images._before is not None)
+        await eventually(lambda: intake.images._previous is not None)
         client = await cut(client)
         assert intake.waiting_samples == given and session.scheduled.patches is None
         assert unread(session.scheduled) == engine.codec.encode("the sky")
