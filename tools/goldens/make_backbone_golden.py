@@ -1,15 +1,14 @@
-"""Makes tests/golden/backbone.npz: the released forward's logits for weights and inputs that anyone can make again, and
-those of prediction heads.
+#!/usr/bin/env python3
+"""Makes tests/golden/backbone.npz: logits of the released forward pass and of its prediction heads.
 
-    python tools/goldens/make_backbone_golden.py
-
-Needs the `oracle` extra (torch, transformers). The tests then compare to the released logits on machines that have
-neither; weights and inputs come from `released_weights` and `case_inputs` of this file, by NumPy from a seed, and are
-not stored.
+Needs the `oracle` extra (torch, transformers). The tests compare our logits with the file where neither is installed.
+The file does not hold weights or inputs. `released_weights` and `case_inputs` of this file make them again from a seed,
+with NumPy alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import zlib
@@ -18,24 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from safetensors.numpy import save_file
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
 from jaxtml.checkpoint.inkling.mapping import released_tensors
+from jaxtml.commands.arguments import run_tool, tool_parser
 from jaxtml.config import Config
+from jaxtml.errors import InputError
 
 SEED = 20261123
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "backbone.npz"
-AUDIO, IMAGE = 11, 10  # placeholder ids
-FIRST_TEXT = 14
-TOKENS = 72  # past the windows (16), both relative extents (16, 24) and the floor of the logarithm (8)
+AUDIO, IMAGE = 11, 10  # ids of the placeholders of audio and images
+FIRST_TEXT = 14  # ids from here on are text
+TOKENS = 72  # more than the windows (16), both relative extents (16, 24) and the floor of the log scaling (8)
 
 
 def released_config(**text: Any) -> dict[str, Any]:
-    """A released `config.json` of a small model; `text` replaces fields of its text part.
+    """Returns the `config.json` of a small model as released. `text` replaces fields of the text part.
 
-    Spelled as released: `dense_intermediate_size` makes `intermediate_size` the experts' width.
+    The spelling is the released one: where `dense_intermediate_size` is present, `intermediate_size` is the width of
+    the experts.
     """
     return {
         "architectures": ["InklingForConditionalGeneration"],
@@ -82,7 +83,7 @@ CASES = {
     "text": released_config(),
     "audio": released_config(dense_mlp_idx=2, n_shared_experts=1, num_experts_per_tok=3),
     "image": released_config(log_scaling_n_floor=None, local_layer_ids=[0, 1, 2]),
-    "odd": released_config(  # heads that no power of two counts, one key head for all, every layer but one global
+    "odd": released_config(  # head counts that are no power of two, one key head, all layers but one global
         num_attention_heads=5, num_key_value_heads=1, swa_num_attention_heads=9, swa_num_key_value_heads=3,
         hidden_size=40, num_hidden_layers=3, local_layer_ids=[1], n_routed_experts=5, num_experts_per_tok=4,
     ),
@@ -94,7 +95,10 @@ HEADS_CASE = released_config() | {"mtp_config": {"num_nextn_predict_layers": HEA
 
 
 def released_weights(config: Config) -> dict[str, np.ndarray]:
-    """Every tensor of the released layout, float32, each from its own stream; norms and scales near one."""
+    """Returns every tensor of the released layout by name, float32. Norms and scales are near one.
+
+    Each tensor has its own random stream, so a tensor's numbers do not depend on which others there are.
+    """
     weights = {}
     for place in released_tensors(config):
         assert place.spec.released is not None
@@ -102,7 +106,7 @@ def released_weights(config: Config) -> dict[str, np.ndarray]:
         noise = rng.standard_normal(place.spec.released.shape, np.float32)
         if "norm" in place.name or "scale" in place.name:
             weights[place.name] = 1 + 0.2 * noise
-        elif noise.ndim == 1:  # the router's correction bias
+        elif noise.ndim == 1:  # the correction bias of the router
             weights[place.name] = 0.2 * noise
         else:
             weights[place.name] = noise / np.float32(np.sqrt(noise.shape[-1]))
@@ -110,7 +114,8 @@ def released_weights(config: Config) -> dict[str, np.ndarray]:
 
 
 def case_inputs(name: str) -> dict[str, np.ndarray]:
-    """`ids` `[2, T]`, `bins` `[F, 80]` of the audio positions, `patches` `[P, 2, 40, 40, 3]` of the image's."""
+    """Returns the inputs of a case: `ids` `[2, T]`, `bins` `[F, 80]` of the F audio positions, and `patches`
+    `[P, 2, 40, 40, 3]` of the P image positions."""
     rng = np.random.default_rng((SEED, zlib.crc32(name.encode())))
     ids = rng.integers(FIRST_TEXT, 100, (2, TOKENS))
     if name == "audio":
@@ -127,7 +132,7 @@ def case_inputs(name: str) -> dict[str, np.ndarray]:
 
 
 def reference_logits(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits `[2, T, unpadded vocabulary]` of the released forward: eager attention, no cache, float32."""
+    """Returns logits `[2, T, unpadded vocabulary]` of the released forward pass: eager attention, no cache, float32."""
     import torch
     from transformers import InklingForConditionalGeneration
 
@@ -142,11 +147,11 @@ def reference_logits(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarr
 
 
 def reference_heads(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits `[HEADS, T - HEADS, unpadded vocabulary]` of the heads for the first row, text alone.
+    """Returns logits `[HEADS, T - HEADS, unpadded vocabulary]` of the prediction heads for the first row, text alone.
 
-    `transformers` 5.24 gives the heads the embedding before its norm, which the released weights want normed (see
-    `jaxtml.model.mtp`), and local heads a mask without a window: its layers are called one by one, with what they
-    should read and see.
+    `transformers` 5.24 runs the heads differently from what the released weights need (see `jaxtml.model.mtp`): it
+    passes the embedding before its norm, and a mask without a window to local heads. This function therefore calls the
+    layers of the heads one by one, with the normed embedding and the right mask.
     """
     import torch
     from transformers import InklingForConditionalGeneration
@@ -171,24 +176,29 @@ def reference_heads(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarra
 
 
 def write_checkpoint(directory: Path, described: dict[str, Any]) -> None:
+    """Writes a released checkpoint with the config `described` and the weights of `released_weights`."""
     save_file(released_weights(config_from_inkling(described)), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(described))
 
 
-def main() -> None:
+def make(args: argparse.Namespace) -> None:
     logits = {}
-    for name, described in CASES.items():
+    try:
+        for name, described in CASES.items():
+            with tempfile.TemporaryDirectory() as folder:
+                write_checkpoint(Path(folder), described)
+                logits[name] = reference_logits(Path(folder), case_inputs(name)).astype(np.float32)
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), described)
-            logits[name] = reference_logits(Path(folder), case_inputs(name)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), HEADS_CASE)
-        logits["heads"] = reference_heads(Path(folder), case_inputs("text")).astype(np.float32)
-    made = json.dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
-    np.savez_compressed(GOLDEN, made_by=made, **logits)
-    logging.info("%s: %.0f KB, %s", GOLDEN, GOLDEN.stat().st_size / 1e3, made)
+            write_checkpoint(Path(folder), HEADS_CASE)
+            logits["heads"] = reference_heads(Path(folder), case_inputs("text")).astype(np.float32)
+    except ImportError as error:
+        raise InputError(f"{error}: pip install -e .[oracle]") from error
+    made_by = json.dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
+    np.savez_compressed(args.out, allow_pickle=False, made_by=made_by, **logits)
+    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} KB, {made_by}")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    main()
+    parser = tool_parser(__doc__, "tools/goldens/make_backbone_golden.py --out /tmp/backbone.npz")
+    parser.add_argument("--out", type=Path, default=GOLDEN, metavar="NPZ", help="default: tests/golden/backbone.npz")
+    run_tool(parser, make)
