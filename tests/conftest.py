@@ -1,8 +1,10 @@
-"""One small model for all tests: every kind of layer, windows that wrap within a second, compiled once per run.
+"""Fixtures that all tests share: one small model, its codec, conversations, and compiled steps.
 
-Programs that several tests (or several processes of one test) compile come from one persistent cache per run. Two
-thirds of a run were XLA's and LLVM's optimisers, over programs that then run for milliseconds: without them the suite
-takes half as long. Set `XLA_FLAGS` yourself (to nothing) to test the programs as users run them.
+The small model has every kind of layer, and attention windows that wrap within a second. It is compiled once per run.
+Compiled programs are kept in one persistent cache per run, which several tests and several processes read.
+
+The tests compile without the optimisers of XLA and LLVM. These took two thirds of a run, for programs that then run for
+milliseconds. `XLA_FLAGS= tools/test` tests the programs as users run them.
 """
 
 from __future__ import annotations
@@ -39,18 +41,25 @@ from jaxtml.session.slots import Slots
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
+from tests.not_run import (  # noqa: F401  # hooks of pytest
+    pytest_deselected,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+from tests.oracle import pytest_runtest_setup  # noqa: F401
 
-jax.config.update("jax_num_cpu_devices", 8)  # meshes; a program without one runs on the first
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; a program without a mesh runs on the first device
 
 WAVE_TURNS = 14
-SLOTS = 4  # sessions of the shared compiled step
-WORDS = ("the", "number", "is", "forty", "two", "a", "sky", "café")  # two or more tokens each, café six
+SLOTS = 4  # slots of the shared compiled step
+WORDS = ("the", "number", "is", "forty", "two", "a", "sky", "café")  # each is two or more tokens; café is six
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory) -> Iterator[None]:
-    """Compiled programs of this run, shared by its processes and with those that they start."""
-    base = tmp_path_factory.getbasetemp()  # of pytest-xdist's processes each has its own, in one that they share
+    """A folder for the compiled programs of this run, shared by its processes and by the processes that tests start."""
+    base = tmp_path_factory.getbasetemp()  # each process of pytest-xdist has its own, inside a folder that they share
     folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -59,7 +68,10 @@ def compilation_cache(tmp_path_factory) -> Iterator[None]:
 
 
 def small_config() -> Config:
-    """Sliding and global layers, dense and MoE, a stack that repeats; a micro-turn is about as long as a window."""
+    """Returns the small model's config: sliding and global layers, dense and MoE layers, a stack that repeats.
+
+    The window of the sliding layers is about as long as a micro-turn.
+    """
     return Config(
         name="small_test",
         backbone=BackboneConfig(
@@ -90,8 +102,11 @@ def small_config() -> Config:
 
 
 def lively_params(config: Config, seed: int = 0) -> Params:
-    """Initial parameters with noise on all but the vocoder: what starts at zero or one (clock, own voice, gates of the
-    flow head, scales, biases) must show in the outputs, or a test could not see it missing."""
+    """Returns initial parameters with noise on all of them except the vocoder's.
+
+    Some parameters start at zero or one: the clock, the own voice, the gates of the flow head, scales, biases. With the
+    noise they change the outputs, so a test notices if one of them is not used.
+    """
     params = init_params(InteractionModel(config).specs(), seed)
     rng = np.random.default_rng(seed)
 
@@ -105,7 +120,7 @@ def lively_params(config: Config, seed: int = 0) -> Params:
 
 @pytest.fixture(scope="session")
 def compilations() -> list[str]:
-    """Grows by one with every program that XLA compiles, or takes from the persistent cache, from now on."""
+    """A list that grows by one with every program that XLA compiles or takes from the persistent cache."""
     seen: list[str] = []
 
     def listen(event: str, duration_s: float, **_: Any) -> None:
@@ -126,24 +141,24 @@ def small() -> Config:
 
 @pytest.fixture(scope="session")
 def lively() -> Callable[[Config], Params]:
-    """`lively_params`, for tests that need another config than the small one."""
+    """`lively_params`, for tests that need a config other than the small one."""
     return lively_params
 
 
 @pytest.fixture(scope="session")
 def params(small) -> Params:
-    """Float32 parameters, stacked as training has them."""
+    """Float32 parameters of the small model, stacked as in training."""
     return lively_params(small)
 
 
 @pytest.fixture(scope="session")
 def codec() -> TextCodec:
-    """A token a byte, but for the commonest pairs: any text can be written, words are long."""
+    """A codec with one token per byte, except for the commonest pairs. It can write any text; words are long."""
     return TextCodec.train(["the number is forty two"] * 3, 270)
 
 
 def random_talk(seed: int, turns: int = 16) -> Conversation:
-    """A conversation of noise with random words, stretches of speech, typed text and frames, in the rules of one."""
+    """Returns a valid conversation of noise, with random words, stretches of speech, typed text and frames."""
     rng = np.random.default_rng(seed)
     samples = turns * MICRO_TURN_SAMPLES
     user = (0.1 * rng.standard_normal(samples) * np.repeat(rng.random(turns) < 0.5, MICRO_TURN_SAMPLES)).astype(
@@ -177,31 +192,32 @@ def random_talk(seed: int, turns: int = 16) -> Conversation:
 
 @pytest.fixture(scope="session")
 def talk() -> Callable[..., Conversation]:
-    """`talk(seed, turns)`: see `random_talk`."""
+    """`random_talk`, called as `talk(seed, turns)`."""
     return random_talk
 
 
 @pytest.fixture(scope="session")
 def engine(small, params, codec) -> Engine:
-    """The small model, greedy; its compiled steps keep the logits and are shared by all tests."""
+    """The small model with greedy sampling. All tests share its compiled steps, which also return the logits."""
     duplex = Duplex(InteractionModel(small), trace=True)
     return Engine(small, codec, jax.jit(duplex.prepare)(params), duplex)
 
 
 @pytest.fixture(scope="session")
 def step(engine):
-    """One micro-turn of `SLOTS` sessions, compiled."""
+    """The compiled step of one micro-turn of `SLOTS` sessions."""
     return engine.step(SLOTS)
 
 
 @pytest.fixture(scope="session")
 def compiled(engine) -> Slots:
-    """Slots of the small model in buckets of 1, 2 and 4, compiled once."""
+    """The slots of the small model, in buckets of 1, 2 and 4, compiled once per run. Tests use `slots` instead."""
     return Slots(engine, 4, (1, 2))
 
 
 @pytest.fixture
 def slots(compiled) -> Iterator[Slots]:
+    """Four empty slots of the small model. The sessions that a test leaves are ended after it."""
     yield compiled
     for session in list(compiled.live):
         compiled.end(session)

