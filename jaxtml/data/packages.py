@@ -1,6 +1,7 @@
-"""Third-party model files used to make data: found in their installed package, pinned by sha256, read as data only.
+"""Files of third-party packages, found where they are installed, checked against a pinned sha256 and read as data.
 
-None of them is needed to train on a finished bank or to serve. Called by `kokoro`, `piper` and `espeak`.
+Speech engines (`jaxtml.data.voices`) and the speech judge of the evaluations read their model files from here. Nobody
+needs them to train on a finished bank, or to serve.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from pathlib import Path
 from jaxtml.errors import InputError
 
 INSTALL = "run tools/install_voices"
+"""The remedy that error messages name."""
 
 
 def package_file(package: str, name: str) -> Path:
-    """Path of a file inside an installed package, without importing (running) the package."""
+    """Returns the path of a file inside an installed package. The package is not imported, so none of its code runs.
+
+    Raises:
+      InputError: the package is not installed, or lacks the file.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"the speech package {package.replace('_', '-')} is not installed: {INSTALL}")
@@ -27,7 +33,11 @@ def package_file(package: str, name: str) -> Path:
 
 
 def cached_file(name: str) -> Path:
-    """Path of a file that `tools/install_voices` fetched into the user's cache folder."""
+    """Returns the path of a file that `tools/install_voices` fetched into the user's cache folder.
+
+    Raises:
+      InputError: the file is not there.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtml"
     if not (cache / name).is_file():
         raise InputError(f"{cache / name} is missing: {INSTALL}")
@@ -35,7 +45,11 @@ def cached_file(name: str) -> Path:
 
 
 def read_pinned(paths: list[Path], sha256: str) -> bytes:
-    """The files' bytes, joined; refused unless their sha256 is the pinned one."""
+    """Returns the bytes of the files, one after the other.
+
+    Raises:
+      InputError: the sha256 of these bytes is not the pinned one.
+    """
     data = b"".join(path.read_bytes() for path in paths)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:

@@ -16,24 +16,28 @@ import numpy as np
 
 from jaxtml.stream.timebase import SAMPLE_RATE
 
-_TAIL = 6400  # samples behind the session that keep the circular convolution from wrapping into it
-_DECAY = 13.8  # nepers of energy in 60 dB
+_TAIL = 6400  # samples of padding behind the session, so that the circular convolution does not wrap into its start
+_DECAY = 13.8  # 60 dB as a natural logarithm of energy
 
 
 @dataclass(frozen=True)
 class Channel:
-    """The way from the user's mouth to our samples. Levels in dB; `None`: the part is absent.
+    """The channel from the user's mouth to our samples. None means that a part is absent.
 
     Attributes:
-      level_dbfs: the voice's speech level; near -10 its peaks clip.
-      rt60_s, direct_db: decay time of the room, and how far its sound lies below the direct one.
-      noise_db, noise_tilt: noise below the voice, and its slope in dB per octave (0 white, -6 brown).
-      babble_db: other people's talk below the voice.
-      hum_db, hum_hz: mains hum below the voice and its frequency.
-      echo_db, echo_delay: the assistant's own voice from the loudspeaker, below the user's, and its delay in samples.
+      level_dbfs: level of the speech in dB of full scale. Near -10 its peaks clip.
+      rt60_s: seconds in which the sound of the room decays by 60 dB.
+      direct_db: dB by which the sound of the room lies below the direct sound.
+      noise_db: dB by which noise lies below the voice.
+      noise_tilt: slope of the noise's spectrum in dB per octave (0 white, -6 brown).
+      babble_db: dB by which the talk of other people lies below the voice.
+      hum_db: dB by which mains hum lies below the voice.
+      hum_hz: frequency of the hum.
+      echo_db: dB by which the assistant's voice from the loudspeaker lies below the user's.
+      echo_delay: samples by which that echo is late.
       low_cut_hz, high_cut_hz: the band that passes.
-      tilt: slope of the microphone, dB per octave around 1 kHz.
-      dc: constant offset.
+      tilt: slope of the microphone in dB per octave around 1 kHz.
+      dc: constant offset of the samples.
     """
 
     level_dbfs: float = -26.0
@@ -53,10 +57,11 @@ class Channel:
 
 
 CLEAN = Channel()
+"""Leaves the voice as it is, at -26 dBFS."""
 
 
 def draw_channel(rng: np.random.Generator) -> Channel:
-    """A random channel: from clean studio to a noisy telephone."""
+    """Draws a channel, from a clean studio to a noisy telephone."""
 
     def maybe(chance: float, low: float, high: float) -> float | None:
         value = float(rng.uniform(low, high))
@@ -69,7 +74,7 @@ def draw_channel(rng: np.random.Generator) -> Channel:
         level = rng.uniform(-33, -17)
     else:
         level = rng.uniform(-17, -10)
-    # 8 kHz prompts and telephones end at 3.4-3.9 kHz; cheap microphones and codecs anywhere above.
+    # Telephones and 8 kHz prompts pass nothing above 3.4 to 3.9 kHz. Cheap microphones and codecs end anywhere above.
     narrow, high_cut = rng.random(), None
     if narrow < 0.35:
         high_cut = float(rng.uniform(3300, 3950))
@@ -94,23 +99,23 @@ def draw_channel(rng: np.random.Generator) -> Channel:
 
 
 def _fast_length(n: int) -> int:
-    """The next length at or above `n` whose transform is fast: a power of two times 1, 3, 5, 9 or 15."""
+    """Returns the next length from `n` on whose transform is fast: a power of two times 1, 3, 5, 9 or 15."""
     return min(odd << max((-(-n // odd) - 1).bit_length(), 0) for odd in (1, 3, 5, 9, 15))
 
 
 def _response(channel: Channel, freqs: np.ndarray) -> np.ndarray:
-    """`[F]` float32 gain of the microphone and the line at `freqs` in Hz."""
+    """Returns `[F]` float32 the gain of the microphone and the telephone line at `freqs` in Hz."""
     octaves = np.log2(np.maximum(freqs, 50.0) / 1000.0)
     gain = 10 ** (channel.tilt * octaves / 20)
     if channel.low_cut_hz is not None:
-        gain = gain / np.sqrt(1 + (channel.low_cut_hz / np.maximum(freqs, 1.0)) ** 4)  # second order
+        gain = gain / np.sqrt(1 + (channel.low_cut_hz / np.maximum(freqs, 1.0)) ** 4)  # a second-order filter
     if channel.high_cut_hz is not None:
         gain = gain / np.sqrt(1 + (freqs / channel.high_cut_hz) ** 40)  # as steep as a resampler
     return gain.astype(np.float32)
 
 
 def _room(rng: np.random.Generator, rt60_s: float, direct_db: float) -> np.ndarray:
-    """`[R]` float32 impulse response: the direct sound, then noise that decays by 60 dB in `rt60_s`."""
+    """Draws `[R]` float32 an impulse response: the direct sound, then noise that decays by 60 dB in `rt60_s`."""
     n = min(int(rt60_s * SAMPLE_RATE), _TAIL)
     t = np.arange(n, dtype=np.float32) / SAMPLE_RATE
     tail = rng.standard_normal(n, dtype=np.float32) * np.exp(-_DECAY / 2 * t / rt60_s)
@@ -121,7 +126,7 @@ def _room(rng: np.random.Generator, rt60_s: float, direct_db: float) -> np.ndarr
 
 
 def _noise_spectrum(rng: np.random.Generator, tilt: float, freqs: np.ndarray, n: int) -> np.ndarray:
-    """`[F]` complex64 spectrum of `n` samples of noise with unit power and `tilt` dB per octave above 50 Hz."""
+    """Draws `[F]` complex64 the spectrum of `n` samples of noise: unit power, `tilt` dB per octave above 50 Hz."""
     shape = (np.maximum(freqs, 50.0) / 1000.0) ** np.float32(tilt / 6.02)
     shape = shape * np.float32(n / np.sqrt(2 * np.sum(shape**2, dtype=np.float64)))
     phase = rng.standard_normal((2, len(freqs)), dtype=np.float32)
@@ -129,8 +134,8 @@ def _noise_spectrum(rng: np.random.Generator, tilt: float, freqs: np.ndarray, n:
 
 
 def _swell(rng: np.random.Generator, n: int) -> np.ndarray:
-    """`[N]` float32 slow change of a noise's loudness, within about +-4 dB."""
-    steps = -(-n // 16)  # a step every millisecond is smooth enough, and sixteen times as fast as one every sample
+    """Draws `[N]` float32 a gain that changes the loudness of noise slowly, within about +-4 dB."""
+    steps = -(-n // 16)  # One step per millisecond is smooth enough, and 16 times as fast as one per sample.
     knots = rng.uniform(-4, 4, size=max(n // 24_000, 2))
     gain = 10 ** (np.interp(np.arange(steps), np.linspace(0, steps, len(knots)), knots) / 20)
     return np.repeat(gain.astype(np.float32), 16)[:n]
@@ -143,43 +148,42 @@ def apply_channel(
     assistant: np.ndarray | None = None,
     babble: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What the microphone hears.
+    """Returns what the microphone hears.
 
     Args:
-      rng: draws the room's tail and the noises.
-      channel: what to do.
+      rng: draws the impulse response of the room and the noises.
+      channel: what is done to the voice.
       voice: `[N]` float32, the user's clean voice with its speech at unit level (root mean square 1).
-      assistant: `[N]` float32 the assistant's voice as played, for the echo.
-      babble: `[N]` float32 other people's talk at unit level.
+      assistant: `[N]` float32, the assistant's voice as played, for the echo.
+      babble: `[N]` float32, the talk of other people at unit level.
 
     Returns:
-      `[N]` float32 within [-1, 1], in steps of 16 bits.
+      `[N]` float32 within [-1, 1], rounded to 16 bits.
     """
     n = len(voice)
     length = _fast_length(n + _TAIL)
     freqs = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).astype(np.float32)
-    line = _response(channel, freqs)
+    gain = _response(channel, freqs)
 
     dry = voice.astype(np.float32, copy=True)
     if babble is not None and channel.babble_db is not None:
         dry += babble * np.float32(10 ** (-channel.babble_db / 20))
     if assistant is not None and channel.echo_db is not None:
-        loud = max(float(np.abs(assistant).max()), 1e-6) / 6  # a voice peaks at about six times its level
-        dry[channel.echo_delay :] += assistant[: n - channel.echo_delay] * np.float32(
-            10 ** (-channel.echo_db / 20) / loud
-        )
-    spectrum = np.fft.rfft(dry, length) * line
+        level = max(float(np.abs(assistant).max()), 1e-6) / 6  # a voice peaks at about six times its level
+        echo_gain = np.float32(10 ** (-channel.echo_db / 20) / level)
+        dry[channel.echo_delay :] += assistant[: n - channel.echo_delay] * echo_gain
+    spectrum = np.fft.rfft(dry, length) * gain
     if channel.rt60_s is not None:
         spectrum *= np.fft.rfft(_room(rng, channel.rt60_s, channel.direct_db), length)
     heard = np.fft.irfft(spectrum, length)[:n].astype(np.float32)
 
     if channel.noise_db is not None:
-        noise = np.fft.irfft(_noise_spectrum(rng, channel.noise_tilt, freqs, length) * line, length)[:n]
+        noise = np.fft.irfft(_noise_spectrum(rng, channel.noise_tilt, freqs, length) * gain, length)[:n]
         heard += noise.astype(np.float32) * _swell(rng, n) * np.float32(10 ** (-channel.noise_db / 20))
     if channel.hum_db is not None:
         phase = np.arange(n, dtype=np.float32) * np.float32(2 * np.pi * channel.hum_hz / SAMPLE_RATE)
         hum = sum(np.sin(k * phase + np.float32(rng.uniform(0, 6.28))) / np.float32(k) for k in (1, 2, 3))
         heard += hum * np.float32(10 ** (-channel.hum_db / 20))
     heard *= np.float32(10 ** (channel.level_dbfs / 20))
-    # Every recording and every connection comes in 16 bits: its steps are the quietest noise there is.
+    # Every recording and every connection has samples of 16 bits. Their rounding is the quietest noise there is.
     return np.round(np.clip(heard + np.float32(channel.dc), -1.0, 1.0) * np.float32(32767)) / np.float32(32767)

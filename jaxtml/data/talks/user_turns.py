@@ -13,7 +13,14 @@ from jaxtml.data.talks import edits
 from jaxtml.data.talks.edits import Clip
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.weights import ScenarioWeights
-from jaxtml.data.tasks.scenarios import bare_list, incomplete_after, is_complete, nonsense, reply_to, sample_user_text
+from jaxtml.data.tasks.scenarios import (
+    draw_bare_list,
+    draw_nonsense,
+    incomplete_after,
+    is_complete,
+    reply_to,
+    sample_user_text,
+)
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 _JOIN_ATTEMPTS = 4
@@ -58,8 +65,7 @@ def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str,
     """
     places = speakers.single_words.get(voice, {})
     for _ in range(_JOIN_ATTEMPTS):
-        text = nonsense(rng) if is_nonsense else bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]
-        words = text.split()
+        words = _text_of_single_words(rng, is_nonsense).split()
         if all(word in places for word in words):
             break
     else:
@@ -74,6 +80,12 @@ def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str,
         for k in range(1, len(words))
     ]
     return edits.join(clips, [int(gap_s * SAMPLE_RATE) for gap_s in gaps_s])
+
+
+def _text_of_single_words(rng: np.random.Generator, is_nonsense: bool) -> str:
+    if is_nonsense:
+        return draw_nonsense(rng)
+    return draw_bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]
 
 
 def hesitate(rng: np.random.Generator, clip: Clip) -> Clip | None:

@@ -1,9 +1,12 @@
-"""The first task as text: what users say, and the one right reply to what was heard. Pure: no audio, no state.
+"""The first task as text: what users say, and the one right reply to the words that were heard. No audio, no state.
 
-`sample_user_text` draws what a user says, `reply_to` is the answer that is right for a sequence of heard words, and
-`assistant_texts` lists every reply that training needs, so that each is synthesised once, as a whole utterance, in the
-one model voice. Called by `jaxtml.data.voices.registry` (what to synthesise), `jaxtml.data.talks.mix` (what to answer),
-`jaxtml.evals` (which answer is right) and the trainer of the tokenizer (`corpus`).
+`sample_user_text` draws what a user says. `reply_to` gives the right reply to a sequence of heard words.
+`assistant_texts` lists every reply that training needs, so that each is synthesised once, as a whole, in the model's
+one voice. `corpus` is what the tokenizer is trained on. Called by `jaxtml.data.bank_plan` (what to synthesise),
+`jaxtml.data.talks` (what to say and answer), `jaxtml.evals` (which reply is right) and `jaxtml data`.
+
+To change the task, keep `sample_user_text`, `reply_to` and `assistant_texts` in step: the tests hold that the reply to
+every drawn text is among the listed replies.
 
 | intent | the user says | the reply |
 |---|---|---|
@@ -39,8 +42,10 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "black", "white", "brown"
 ANIMALS = ("cat", "dog", "cow", "horse", "pig", "bird", "fish", "mouse")
 
 KINDS = {"day": DAYS, "month": MONTHS, "colour": COLOURS, "animal": ANIMALS}
+"""The names of each kind, for questions like "is july a month"."""
+
 _NAMES = frozenset((*PHONETIC, *DAYS, *MONTHS, *COLOURS, *ANIMALS))
-_ARTICLE = {"day": "a", "month": "a", "colour": "a", "animal": "an"}
+_ARTICLES = {"day": "a", "month": "a", "colour": "a", "animal": "an"}
 
 GREETINGS = {
     "hello": "hello",
@@ -55,22 +60,25 @@ GREETINGS = {
     "thank you": "you are welcome",
     "goodbye": "goodbye",
 }
+"""The reply to each greeting."""
+
 YES, NO, I_SEE = "yes it is", "no it is not", "i see"
 
-# Longest first: the first carrier that opens the sentence is the one that was meant.
-_SAY = (("repeat", "after", "me"), ("please", "repeat"), ("please", "say"), ("repeat",), ("say",))
+# Longest first, so that the first one that matches is the one that was meant.
+_REPEAT_REQUESTS = (("repeat", "after", "me"), ("please", "repeat"), ("please", "say"), ("repeat",), ("say",))
 _OWNERS = ("the", "my")
-_MAX_OPERAND = 12  # of sums
-_MAX_COMPARED = 20
+_MAX_OPERAND = 12  # the largest number in a sum
+_MAX_COMPARED = 20  # the largest number in "is A more than B"
 
 INTENT_WEIGHTS = {"greet": 0.08, "repeat": 0.30, "number": 0.22, "sum": 0.17, "yes_no": 0.16, "other": 0.07}
+"""Share of the user turns of each intent; they add up to 1."""
 
 
-# --- numbers and the closed set of things that get said back
+# --- numbers, and the closed set of texts that are said back
 
 
 def number_words(value: int) -> str:
-    """0..99 in words, the tens and the ones apart: 42 -> "forty two"."""
+    """Returns a number from 0 to 99 in words, the tens and the ones apart: 42 -> "forty two"."""
     if value < 20:
         return _TO_NINETEEN[value]
     tens, ones = divmod(value, 10)
@@ -83,19 +91,19 @@ def _number_values() -> dict[tuple[str, ...], int]:
 
 
 def _first_by_hash(texts: Sequence[str], count: int) -> tuple[str, ...]:
-    """A fixed, evenly mixed choice of `count` texts that no library's random stream can change."""
+    """Returns a fixed choice of `count` texts, evenly mixed. No library's random stream can change it."""
     return tuple(sorted(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]))
 
 
 @cache
 def codes() -> tuple[str, ...]:
-    """The 250 three-digit codes that are spoken back, in training and in evaluation alike."""
+    """Returns the 250 three-digit codes that are said back, in training and in evaluation alike."""
     return _first_by_hash([f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS], 250)
 
 
 @cache
 def lists() -> tuple[str, ...]:
-    """The lists of two or three different names of one kind that are spoken back."""
+    """Returns the lists of two or three different names of one kind that are said back."""
     chosen: list[str] = []
     for names, pairs, triples in (
         (PHONETIC, 90, 30),
@@ -122,7 +130,7 @@ def _other_texts() -> tuple[str, ...]:
 
 
 def assistant_texts() -> list[str]:
-    """Every reply that training and evaluation need, each once (under 700)."""
+    """Returns every reply that training and evaluation need, each once (fewer than 700)."""
     texts = [
         *GREETINGS.values(),
         *sorted(_NAMES),
@@ -137,25 +145,32 @@ def assistant_texts() -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-# --- what was heard -> the right reply
+# --- the right reply to what was heard
 
 
-def _said_after_carrier(words: tuple[str, ...]) -> tuple[str, ...] | None:
-    """What "say", "repeat after me" ... asks to be said; None without such an opening; () while nothing follows it."""
-    for carrier in _SAY:
-        if words[: len(carrier)] == carrier:
-            return words[len(carrier) :]
+def _words_to_repeat(words: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Returns the words that follow "say", "repeat after me" and the like.
+
+    Returns None if the words begin with no such request, and () if nothing follows it yet.
+    """
+    for request in _REPEAT_REQUESTS:
+        if words[: len(request)] == request:
+            return words[len(request) :]
     return None
 
 
-def _told(words: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
-    """("number" | "code", the words told) of "my number is ...", "the code is ..."."""
+def _stated_number(words: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """Returns "number" or "code", and the words that follow, for "my number is ..." and "the code is ...".
+
+    Returns None for any other opening.
+    """
     if len(words) >= 3 and words[0] in _OWNERS and words[1] in ("number", "code") and words[2] == "is":
         return words[1], words[3:]
     return None
 
 
-def _sum(words: tuple[str, ...]) -> str | None:
+def _answer_to_sum(words: tuple[str, ...]) -> str | None:
+    """Returns "it is seven" for "what is three plus four" or "nine minus two"; None for what is no sum."""
     if words[:2] == ("what", "is"):
         words = words[2:]
     for sign, name in ((1, "plus"), (-1, "minus")):
@@ -169,7 +184,8 @@ def _sum(words: tuple[str, ...]) -> str | None:
     return None
 
 
-def _yes_no(words: tuple[str, ...]) -> str | None:
+def _answer_to_yes_no(words: tuple[str, ...]) -> str | None:
+    """Returns `YES` or `NO` for "is four more than two" or "is july a month"; None for what is no such question."""
     if words[:1] != ("is",):
         return None
     for name, sign in (("more", 1), ("less", -1)):
@@ -186,22 +202,23 @@ def _yes_no(words: tuple[str, ...]) -> str | None:
 
 
 def reply_to(words: Sequence[str]) -> str:
-    """The one right reply to a user's turn, from its heard words (lower case).
+    """Returns the one right reply to a user turn, from the words that were heard (lower case).
 
-    Wider than what `sample_user_text` draws, so that it also judges an answer to a mishearing: whatever naming words
-    were heard are the ones to say back.
+    More texts than those that `sample_user_text` draws have a reply, so that the answer to a misheard turn can be
+    judged too. Names and numbers are said back as they were heard.
     """
     words = tuple(words)
     greeting = GREETINGS.get(" ".join(words))
     if greeting is not None:
         return greeting
-    asked = _said_after_carrier(words)
-    if asked is not None:
-        return " ".join(asked) if asked else I_SEE
-    told = _told(words)
-    if told is not None:
-        return " ".join(told[1]) if told[1] and _NUMBER_WORDS.issuperset(told[1]) else I_SEE
-    for answer in (_sum(words), _yes_no(words)):
+    to_repeat = _words_to_repeat(words)
+    if to_repeat is not None:
+        return " ".join(to_repeat) if to_repeat else I_SEE
+    stated = _stated_number(words)
+    if stated is not None:
+        _, value = stated
+        return " ".join(value) if value and _NUMBER_WORDS.issuperset(value) else I_SEE
+    for answer in (_answer_to_sum(words), _answer_to_yes_no(words)):
         if answer is not None:
             return answer
     if len(words) >= 2 and (_NAMES | _NUMBER_WORDS).issuperset(words):
@@ -210,25 +227,25 @@ def reply_to(words: Sequence[str]) -> str:
 
 
 def is_complete(words: Sequence[str]) -> bool:
-    """Whether a user may be done after these words: they are a sentence of the grammar as they stand."""
+    """Returns whether a user may be done after these words: they are a sentence of the grammar as they stand."""
     words = tuple(words)
     text = " ".join(words)
     if text in GREETINGS or text in _other_texts():
         return True
     three_digits = len(words) == 3 and set(DIGITS).issuperset(words)
-    asked, told = _said_after_carrier(words), _told(words)
-    if asked is not None:
-        return bool(asked) and (_NAMES.issuperset(asked) or _NUMBER_WORDS.issuperset(asked))
-    if told is not None:
-        what, said = told
-        return said in _number_values() if what == "number" else len(said) == 3 and set(DIGITS).issuperset(said)
-    if _sum(words) is not None or _yes_no(words) is not None or three_digits:
+    to_repeat, stated = _words_to_repeat(words), _stated_number(words)
+    if to_repeat is not None:
+        return bool(to_repeat) and (_NAMES.issuperset(to_repeat) or _NUMBER_WORDS.issuperset(to_repeat))
+    if stated is not None:
+        what, value = stated
+        return value in _number_values() if what == "number" else len(value) == 3 and set(DIGITS).issuperset(value)
+    if _answer_to_sum(words) is not None or _answer_to_yes_no(words) is not None or three_digits:
         return True
     return len(words) in (2, 3) and _NAMES.issuperset(words)
 
 
 def incomplete_after(words: Sequence[str], k: int) -> bool:
-    """Whether a pause after the first `k` of `words` leaves the sentence open, so that nobody may take over there."""
+    """Returns whether the sentence is open after its first `k` words, so that nobody may take over in a pause there."""
     return 0 < k < len(words) and not is_complete(words[:k])
 
 
@@ -249,7 +266,7 @@ def _repeat_text(rng: np.random.Generator) -> str:
         said = _pick(rng, sorted(_NAMES))
     else:
         said = number_words(int(rng.integers(100)))
-    return f"{' '.join(_SAY[int(rng.integers(len(_SAY)))])} {said}"
+    return f"{' '.join(_REPEAT_REQUESTS[int(rng.integers(len(_REPEAT_REQUESTS)))])} {said}"
 
 
 def _number_text(rng: np.random.Generator) -> str:
@@ -263,24 +280,24 @@ def _number_text(rng: np.random.Generator) -> str:
 def _sum_text(rng: np.random.Generator) -> str:
     left, right = sorted(rng.integers(_MAX_OPERAND + 1, size=2).tolist())
     plus = rng.random() < 0.6
-    if not plus or rng.random() < 0.5:  # take away the smaller from the larger; add in either order
+    if not plus or rng.random() < 0.5:  # A smaller number is taken from a larger one. Sums have either order.
         left, right = right, left
-    question = "what is " if rng.random() < 0.5 else ""
-    return f"{question}{number_words(left)} {'plus' if plus else 'minus'} {number_words(right)}"
+    opening = "what is " if rng.random() < 0.5 else ""
+    return f"{opening}{number_words(left)} {'plus' if plus else 'minus'} {number_words(right)}"
 
 
 def _yes_no_text(rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         left, right = rng.integers(_MAX_COMPARED + 1, size=2).tolist()
         return f"is {number_words(left)} {_pick(rng, ('more', 'less'))} than {number_words(right)}"
-    own, other = _pick(rng, list(KINDS)), _pick(rng, list(KINDS))
-    name = _pick(rng, KINDS[own])
-    asked = own if rng.random() < 0.4 else other  # near one half of the questions is true
-    return f"is {'a ' if own == 'animal' else ''}{name} {_ARTICLE[asked]} {asked}"
+    own_kind, other_kind = _pick(rng, list(KINDS)), _pick(rng, list(KINDS))
+    name = _pick(rng, KINDS[own_kind])
+    asked = own_kind if rng.random() < 0.4 else other_kind  # about half of the questions have the answer yes
+    return f"is {'a ' if own_kind == 'animal' else ''}{name} {_ARTICLES[asked]} {asked}"
 
 
 def sample_user_text(rng: np.random.Generator) -> tuple[str, str]:
-    """Draw `(intent, text)` of one user turn; its `reply_to` is always among `assistant_texts`."""
+    """Draws `(intent, text)` of one user turn. The reply to the text is always among `assistant_texts`."""
     intent = list(INTENT_WEIGHTS)[int(rng.choice(len(INTENT_WEIGHTS), p=list(INTENT_WEIGHTS.values())))]
     draw = {
         "greet": lambda: _pick(rng, list(GREETINGS)),
@@ -293,25 +310,25 @@ def sample_user_text(rng: np.random.Generator) -> tuple[str, str]:
     return intent, draw[intent]()
 
 
-def bare_list(rng: np.random.Generator) -> str:
-    """A list of names, or a code, without a carrier: what single recorded words can be joined into."""
+def draw_bare_list(rng: np.random.Generator) -> str:
+    """Draws a list of names, or a code, without a request before it: what single recorded words are joined into."""
     return _pick(rng, lists() if rng.random() < 0.55 else codes())
 
 
 @cache
 def _openings() -> frozenset[tuple[str, ...]]:
-    """The two words that sentences of the grammar begin with."""
+    """Returns the pairs of words with which sentences of the grammar begin."""
     rng = np.random.default_rng(0)
     return frozenset(tuple(sample_user_text(rng)[1].split()[:2]) for _ in range(20_000))
 
 
 def is_nonsense(words: Sequence[str]) -> bool:
-    """Whether these two or more words begin no sentence: there is no rest to wait for, and the reply is `I_SEE`."""
+    """Returns whether two or more words begin no sentence, so that nothing may follow and the reply is `I_SEE`."""
     return tuple(words[:2]) not in _openings() and reply_to(words) == I_SEE
 
 
-def nonsense(rng: np.random.Generator) -> str:
-    """Two to four words of the task that are `is_nonsense`."""
+def draw_nonsense(rng: np.random.Generator) -> str:
+    """Draws two to four words of the task for which `is_nonsense` holds."""
     while True:
         words = [_pick(rng, VOCABULARY) for _ in range(int(rng.integers(2, 5)))]
         if is_nonsense(words):
@@ -324,14 +341,15 @@ VOCABULARY: tuple[str, ...] = tuple(
         | _NAMES
         | set(KINDS)
         | {word for text in (*GREETINGS, *_other_texts()) for word in text.split()}
-        | {word for carrier in _SAY for word in carrier}
+        | {word for request in _REPEAT_REQUESTS for word in request}
         | {"the", "my", "number", "code", "is", "what", "plus", "minus", "more", "less", "than", "a", "an"}
     )
 )
+"""Every word of the task, in alphabetical order."""
 
 
 def corpus(user_texts: int = 5000) -> Iterator[str]:
-    """Example texts of both sides for training a tokenizer, the same at every call: words, replies, user turns."""
+    """Yields example texts for training a tokenizer: words, replies, user turns. They are the same at every call."""
     yield from VOCABULARY
     yield from assistant_texts()
     rng = np.random.default_rng(0)

@@ -1,33 +1,41 @@
 """eSpeak NG through ctypes: about a hundred voice variants in several English accents, word times, and phonemes.
 
-The library (package espeakng-loader, GPL-3, used as a tool at data-making time) keeps one global voice and is not
-thread-safe: use it from one thread of a process. It also carries the phase of its oscillators from one utterance into
-the next: samples repeat exactly only when a fresh process says the same things in the same order. Called by `voices`
-(speech) and by `kokoro` and `piper` (phonemes).
+The library (package espeakng-loader, GPL-3) is a tool that is used while data is made. It keeps one global voice and is
+not thread-safe: use it from one thread of a process. It also carries the phase of its oscillators from one utterance
+into the next. Samples repeat exactly only when a fresh process says the same texts in the same order. Called by
+`registry` (speech) and by `phoneme_line` (phonemes for the neural voices).
+
+Axis glossary: N samples.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from jaxtml.data.packages import package_file, read_pinned
 from jaxtml.data.voices.utterance import Rendering, plain, words_of
 
-# espeakng-loader 0.2.4 (eSpeak NG 1.52), linux x86-64.
 LIBRARY_SHA256 = "b15ce0803b26254e8a0d088c6b9281a2637b2b02613147cc320cfdefaf2c3ccf"
-NORMAL_WPM = 165  # words per minute at rate 1; eSpeak's own default of 175 is faster than people answer
+"""The library of espeakng-loader 0.2.4 (eSpeak NG 1.52) for Linux on x86-64."""
 
-_SYNCHRONOUS, _UTF8, _IPA = 2, 1, 0x02
-_TIE = ord("͡")  # written between the letters of one phoneme (t͡ʃ, a͡ɪ), so that they can be told from two
-_RATE, _PITCH = 1, 3  # espeak_PARAMETER
-_END_OF_EVENTS, _WORD = 0, 1
+NORMAL_WPM = 165
+"""Words per minute at rate 1. eSpeak's own default of 175 is faster than people answer."""
+
+# Values of speak_lib.h.
+_SYNCHRONOUS, _UTF8, _IPA, _USE_TIE = 2, 1, 0x02, 0x80
+_RATE, _PITCH = 1, 3  # of espeak_PARAMETER
+_END_OF_EVENTS, _WORD = 0, 1  # of espeak_EVENT_TYPE
+
+_TIE = ord("͡")  # Between the letters of one phoneme (t͡ʃ, a͡ɪ): without it they would look like two phonemes.
 
 
 class _Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h."""
+    """The struct `espeak_EVENT` of speak_lib.h."""
 
     _fields_ = [
         ("type", ctypes.c_int),
@@ -45,7 +53,13 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class _Engine:
-    """The one loaded library of this process, its callback and what the callback has gathered."""
+    """The loaded library of this process, its callback, and what the callback has collected.
+
+    Attributes:
+      rate_hz: sample rate of eSpeak's output.
+      chunks: int16 samples of the utterance being spoken.
+      words: `(character, sample)` at which each word of that utterance starts.
+    """
 
     def __init__(self) -> None:
         path = package_file("espeakng_loader", "libespeak-ng.so")
@@ -54,13 +68,14 @@ class _Engine:
         self.lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
         self.rate_hz = self.lib.espeak_Initialize(_SYNCHRONOUS, 200, str(path.parent / "espeak-ng-data").encode(), 0)
         self.chunks: list[np.ndarray] = []
-        self.words: list[tuple[int, int]] = []  # (character, sample)
-        self.callback = _Callback(self._gather)  # kept: ctypes does not hold a reference
+        self.words: list[tuple[int, int]] = []
+        self.callback = _Callback(self._collect)  # An attribute, because ctypes does not hold a reference.
         self.lib.espeak_SetSynthCallback(self.callback)
         self.lib.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
         self.libc = ctypes.CDLL(None)
 
-    def _gather(self, samples, count: int, events) -> int:
+    def _collect(self, samples: Any, count: int, events: Any) -> int:
+        """Called by eSpeak with each piece of sound. Returns 0: go on."""
         if count > 0:
             self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         index = 0
@@ -81,14 +96,25 @@ def _engine() -> _Engine:
 
 
 def render(text: str, voice: str, rate: float, pitch: float) -> Rendering:
-    """Speak `text` with `voice` (as `en-us+f3`). `rate` 1 is `NORMAL_WPM`; `pitch` 1 is the variant's own."""
+    """Speaks a text.
+
+    Args:
+      text: English, numbers as words.
+      voice: accent and variant, as `en-us+f3`.
+      rate: speed of speech; 1 is `NORMAL_WPM`.
+      pitch: factor on the fundamental frequency; 1 is the variant's own.
+
+    Raises:
+      InputError: espeakng-loader is not installed, or is another version.
+      ValueError: eSpeak has no such voice.
+    """
     engine = _engine()
     engine.set_voice(voice)
     engine.chunks, engine.words = [], []
-    engine.lib.espeak_ng_SetRandSeed(1)  # it starts from the clock
+    engine.lib.espeak_ng_SetRandSeed(1)  # the default seed is the time of day
     engine.libc.srand(1)
     engine.lib.espeak_SetParameter(_RATE, round(NORMAL_WPM * rate), 0)
-    # eSpeak's pitch runs 0..99 with 50 the variant's own; 50 steps are about an octave.
+    # eSpeak's pitch runs from 0 to 99, and 50 is the variant's own. 50 steps are about an octave.
     engine.lib.espeak_SetParameter(_PITCH, int(np.clip(round(50 + 50 * np.log2(pitch)), 0, 99)), 0)
     line = plain(text)
     raw = line.encode() + b"\0"
@@ -99,59 +125,80 @@ def render(text: str, voice: str, rate: float, pitch: float) -> Rendering:
 
 
 def _starts(line: str, events: list[tuple[int, int]], length_s: float, rate_hz: int) -> tuple[float, ...]:
-    """Start of every word of `line` in seconds. eSpeak speaks some pairs ("of the") as one word with one event: the
-    second of a pair starts part of the way to the next event, by its share of the letters."""
-    position, where = 0, []
+    """Returns the start of every word in seconds.
+
+    eSpeak speaks some pairs ("of the") as one word with one event. The second word of a pair then starts between this
+    event and the next one, in proportion to the letters.
+
+    Args:
+      line: the text that was spoken.
+      events: `(character, sample)` of each event.
+      length_s: length of the sound.
+      rate_hz: sample rate of the events.
+    """
+    position, characters = 0, []
     for word in words_of(line):
         position = line.index(word, position)
-        where.append(position)
+        characters.append(position)
         position += len(word)
-    known = {character: sample / rate_hz for character, sample in events}
-    anchors = sorted((where.index(c), c, t) for c, t in known.items() if c in where)
-    anchors.append((len(where), len(line), length_s))
-    starts = [0.0] * len(where)
-    for (index, at, time), (next_index, next_at, next_time) in zip(anchors, anchors[1:], strict=False):
-        for word in range(index, next_index):
-            starts[word] = time + (next_time - time) * (where[word] - at) / (next_at - at)
+    times_s = {character: sample / rate_hz for character, sample in events}
+    anchors = sorted((characters.index(c), c, time_s) for c, time_s in times_s.items() if c in characters)
+    anchors.append((len(characters), len(line), length_s))
+    starts = [0.0] * len(characters)
+    for (word, character, time_s), (next_word, next_character, next_time_s) in pairwise(anchors):
+        for index in range(word, next_word):
+            letters = characters[index] - character
+            starts[index] = time_s + (next_time_s - time_s) * letters / (next_character - character)
     return tuple(starts)
 
 
 def phonemes(words: list[str], voice: str) -> list[str]:
-    """IPA of each word, spoken together as one clause ("the" before a vowel, unstressed "a"), ties as `t͡ʃ`."""
+    """Returns the IPA of each word, with ties as in `t͡ʃ`.
+
+    The words are read together as one clause, so that "the" fits the vowel after it and "a" is unstressed.
+    """
     engine = _engine()
     engine.set_voice(voice)
-    groups = _clause(engine, " ".join(words)).split()
+    groups = _clause_phonemes(engine, " ".join(words)).split()
     if len(groups) == len(words):
         return groups
-    return _share(groups, [_clause(engine, word).replace(" ", "") for word in words])
+    return _split_clause("".join(groups), [_clause_phonemes(engine, word).replace(" ", "") for word in words])
 
 
-def _clause(engine: _Engine, text: str) -> str:
+def _clause_phonemes(engine: _Engine, text: str) -> str:
     pointer = ctypes.c_char_p(text.encode())
-    heard = []
+    mode = _IPA | _USE_TIE | _TIE << 8
+    clauses = []
     while pointer.value is not None:
-        heard.append(engine.lib.espeak_TextToPhonemes(ctypes.byref(pointer), _UTF8, _IPA | 0x80 | _TIE << 8).decode())
-    return " ".join(heard)
+        clauses.append(engine.lib.espeak_TextToPhonemes(ctypes.byref(pointer), _UTF8, mode).decode())
+    return " ".join(clauses)
 
 
-def _share(groups: list[str], alone: list[str]) -> list[str]:
-    """Cut the phonemes of a clause into its words where eSpeak wrote two as one ("ʌvðə"): align them, by edit distance,
-    with the words spoken alone, and cut where the words' borders fall."""
-    joined, spoken = "".join(groups), "".join(alone)
-    cost = np.zeros((len(spoken) + 1, len(joined) + 1))
-    cost[0], cost[:, 0] = np.arange(len(joined) + 1), np.arange(len(spoken) + 1)
-    for i, a in enumerate(spoken, 1):
-        for j, b in enumerate(joined, 1):
+def _split_clause(clause: str, words: list[str]) -> list[str]:
+    """Splits the phonemes of a clause into words, where eSpeak wrote two words as one ("ʌvðə").
+
+    The clause is aligned, by edit distance, with the phonemes of each word spoken alone. It is cut where the borders of
+    the words fall.
+
+    Args:
+      clause: phonemes of all words, without spaces.
+      words: phonemes of each word spoken alone.
+    """
+    alone = "".join(words)
+    cost = np.zeros((len(alone) + 1, len(clause) + 1))
+    cost[0], cost[:, 0] = np.arange(len(clause) + 1), np.arange(len(alone) + 1)
+    for i, a in enumerate(alone, 1):
+        for j, b in enumerate(clause, 1):
             cost[i, j] = min(cost[i - 1, j - 1] + (a != b), cost[i - 1, j] + 1, cost[i, j - 1] + 1)
-    at = {len(spoken): len(joined)}
-    i, j = len(spoken), len(joined)
+    position_in_clause = {len(alone): len(clause)}
+    i, j = len(alone), len(clause)
     while i > 0:
         if j > 0 and cost[i, j] == cost[i, j - 1] + 1:
             j -= 1
-        elif j > 0 and cost[i, j] == cost[i - 1, j - 1] + (spoken[i - 1] != joined[j - 1]):
+        elif j > 0 and cost[i, j] == cost[i - 1, j - 1] + (alone[i - 1] != clause[j - 1]):
             i, j = i - 1, j - 1
         else:
             i -= 1
-        at[i] = j
-    edges = [0, *(at[n] for n in np.cumsum([len(word) for word in alone]))]
-    return [joined[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+        position_in_clause[i] = j
+    edges = [0, *(position_in_clause[n] for n in np.cumsum([len(word) for word in words]))]
+    return [clause[low:high] for low, high in pairwise(edges)]

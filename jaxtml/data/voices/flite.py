@@ -1,13 +1,14 @@
 """Flite through ctypes: four American and Scottish voices made from recordings of people, with word times.
 
-Uses the shared libraries of Debian's flite package (BSD-like licence). Word times come from the utterance's own
-segments. Called by `voices`.
+The shared libraries are those of Debian's flite package (BSD-like licence). Word times come from the segments that
+Flite keeps of each utterance. Called by `registry`.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +17,11 @@ from jaxtml.data.voices.utterance import Rendering, plain
 from jaxtml.errors import InputError
 
 NAMES = ("kal16", "slt", "rms", "awb")
+"""The voices."""
 
 
 class _Wave(ctypes.Structure):
-    """cst_wave of cst_wave.h."""
+    """The struct `cst_wave` of cst_wave.h."""
 
     _fields_ = [
         ("type", ctypes.c_char_p),
@@ -31,7 +33,7 @@ class _Wave(ctypes.Structure):
 
 
 class _Voice(ctypes.Structure):
-    """The first fields of cst_voice of cst_voice.h."""
+    """The first fields of the struct `cst_voice` of cst_voice.h."""
 
     _fields_ = [("name", ctypes.c_char_p), ("features", ctypes.c_void_p)]
 
@@ -68,7 +70,8 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def _voice(name: str):
+def _voice(name: str) -> Any:
+    """Returns a pointer to the registered voice."""
     if name not in NAMES:
         raise ValueError(f"Flite has no voice {name!r}")
     _library()
@@ -78,9 +81,19 @@ def _voice(name: str):
 
 
 def render(text: str, voice: str, rate: float) -> Rendering:
-    """Speak `text` with one of `NAMES`; `rate` 1 is the voice's own."""
+    """Speaks a text.
+
+    Args:
+      text: English, numbers as words.
+      voice: one of `NAMES`.
+      rate: speed of speech; 1 is the voice's own.
+
+    Raises:
+      InputError: Flite is not installed.
+      ValueError: Flite has no such voice.
+    """
     lib, speaker = _library(), _voice(voice)
-    _libc().srand(1)  # the excitation is drawn with C's rand
+    _libc().srand(1)  # Flite draws its excitation with C's rand.
     lib.feat_set_float(speaker.contents.features, b"duration_stretch", 1.0 / rate)
     utterance = lib.flite_synth_text(plain(text).encode(), ctypes.cast(speaker, ctypes.c_void_p))
     spoken = lib.utt_wave(utterance).contents

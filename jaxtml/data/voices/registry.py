@@ -1,8 +1,11 @@
-"""Every voice we can speak with, who may be heard in training and who is kept for the test, and `synthesise`.
+"""Every synthetic voice, its split (training or test), and `synthesise`, which speaks with it.
 
 A voice is named `engine:name`: `espeak:en-us+f3`, `flite:slt`, `kokoro:af_bella`, `kokoro:af_bella+am_adam` (the mean
-of two), `piper:joe`. The split is by voice and stands here alone: no test voice, nor a mixture with one, is ever heard
-in training. Called by `bank` and by whoever needs a single utterance.
+of two), `piper:joe`. Voices belong to one split, and only this file says which: no test voice, nor a mixture with one,
+is ever heard in training. Called by `jaxtml.data.bank`, `jaxtml.data.bank_plan` and the tools that need one utterance.
+
+How to add an engine: a module beside this one with `render(text, name, rate) -> Rendering`, a line in `synthesise`, and
+its voices in the lists below. The tests of this file hold every engine to the same rules.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ from jaxtml.data.voices import espeak, flite, kokoro, piper
 from jaxtml.data.voices.utterance import Rendering, Utterance, finish
 from jaxtml.errors import InputError
 
-OWN_VOICE = "kokoro:af_heart"  # the model's one voice (Apache-2.0); never a user's
+OWN_VOICE = "kokoro:af_heart"
+"""The one voice of the model (Apache-2.0). No user has it."""
 
-_ESPEAK_ACCENTS = ("en", "gmw/en-US-nyc", "en", "gmw/en-GB-scotland", "gmw/en-GB-x-gbclan")  # each beside "en-us"
-# Left out: whispers, croaks and robots, which no person sounds like, and whatever Whisper misreads every other word of.
+_ESPEAK_ACCENTS = ("en", "gmw/en-US-nyc", "en", "gmw/en-GB-scotland", "gmw/en-GB-x-gbclan")
+"""Accents beside "en-us", dealt to the variants in turn."""
+
+# Whispers, croaks and robots are left out, because no person sounds like them. So are variants of which Whisper
+# misreads every second word.
 _ESPEAK_TRAIN = (
     "Alex", "Andy", "Annie", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky", "Marco", "Mario", "Michael",
     "Mike", "Nguyen", "Reed", "Storm", "adam", "anika", "announcer", "antonio", "aunty", "benjamin", "caleb", "ed",
@@ -41,7 +48,7 @@ _KOKORO_TEST = (
 
 
 def _accented(variants: tuple[str, ...]) -> tuple[str, ...]:
-    """Each variant as an American, and then each with one further accent."""
+    """Returns each variant with the accent "en-us", and then each variant with one further accent."""
     others = tuple(_ESPEAK_ACCENTS[i % len(_ESPEAK_ACCENTS)] for i in range(len(variants)))
     return tuple(
         f"espeak:{accent}+{variant}"
@@ -56,7 +63,7 @@ FLITE_TRAIN = ("flite:slt", "flite:awb", "flite:kal16")
 FLITE_TEST = ("flite:rms",)
 KOKORO_TRAIN = tuple(f"kokoro:{name}" for name in _KOKORO_TRAIN)
 KOKORO_TEST = tuple(f"kokoro:{name}" for name in _KOKORO_TEST)
-# Means of two training voices of one accent: further speakers, as natural as their parents.
+# Means of two training voices of one accent. They are further voices, as natural as the two.
 KOKORO_MIXED = tuple(f"kokoro:{a}+{b}" for a, b in combinations(_KOKORO_TRAIN, 2) if a[0] == b[0])
 PIPER_TRAIN = ("piper:joe",)
 
@@ -65,16 +72,21 @@ TEST_VOICES = (*ESPEAK_TEST, *FLITE_TEST, *KOKORO_TEST)
 
 
 def synthesise(voice: str, text: str, *, rate: float = 1.0, pitch: float = 1.0) -> Utterance:
-    """Speak `text` once, as an `Utterance` (16 kHz, trimmed, word-timed).
+    """Speaks a text once, as an `Utterance` (16 kHz, trimmed, with word times).
 
-    The same call gives the same samples, except with eSpeak, where that holds from process start (see `espeak`).
+    The same call gives the same samples. With eSpeak that holds only for the same calls from the start of a process
+    (see `espeak`).
 
     Args:
-      voice: `engine:name`, any voice of the engine (also outside the splits).
-      text: English, numbers as words; punctuation shapes the intonation and is no word.
+      voice: `engine:name`, any voice of the engine, also one outside the splits.
+      text: English, numbers as words. Punctuation shapes the intonation and is no word.
       rate: speed of speech; 1 is the voice's own.
-      pitch: factor on the fundamental. eSpeak moves the fundamental alone; for the recorded and neural voices the whole
-        spectrum is scaled (as a shorter or longer vocal tract), with the speed of speech kept.
+      pitch: factor on the fundamental frequency. eSpeak moves the fundamental alone. Recorded and neural voices scale
+        the whole spectrum, as a shorter or longer vocal tract does, and keep the speed of speech.
+
+    Raises:
+      InputError: there is no such engine, the engine is not installed, or the text has digits or signs.
+      ValueError: the engine has no such voice.
     """
     engine, _, name = voice.partition(":")
     if engine == "espeak":
@@ -82,10 +94,10 @@ def synthesise(voice: str, text: str, *, rate: float = 1.0, pitch: float = 1.0) 
     renderers = {"flite": flite.render, "kokoro": kokoro.render, "piper": piper.render}
     if engine not in renderers:
         raise InputError(f"no speech engine {engine!r}: use espeak, flite, kokoro or piper, as in {OWN_VOICE}")
-    return finish(_shifted(renderers[engine](text, name, rate / pitch), pitch), voice, text)
+    return finish(_scale_pitch(renderers[engine](text, name, rate / pitch), pitch), voice, text)
 
 
-def _shifted(rendering: Rendering, pitch: float) -> Rendering:
-    """The same samples played `pitch` times as fast."""
+def _scale_pitch(rendering: Rendering, pitch: float) -> Rendering:
+    """Returns the same samples, to be played `pitch` times as fast."""
     starts = tuple(start / pitch for start in rendering.starts_s)
     return replace(rendering, rate_hz=rendering.rate_hz * pitch, starts_s=starts)

@@ -106,7 +106,7 @@ def test_the_corpus_covers_the_vocabulary_and_repeats_itself_exactly():
 
 def test_nonsense_begins_no_sentence_and_gets_i_see():
     rng = np.random.default_rng(5)
-    drawn = [scenarios.nonsense(rng).split() for _ in range(300)]
+    drawn = [scenarios.draw_nonsense(rng).split() for _ in range(300)]
     assert len({" ".join(words) for words in drawn}) > 290
     openings = {tuple(scenarios.sample_user_text(rng)[1].split()[:2]) for _ in range(3000)}
     for words in drawn:
