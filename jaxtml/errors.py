@@ -1,18 +1,22 @@
-"""The one exception for bad input from a user.
+"""The exception for bad input, and how an error message lists many names.
 
-Raised wherever something of the user's enters (a file, a flag, a config, a checkpoint); the command line turns it
-into one line on stderr and exit status 2.
+Everything that checks what a user gave raises `InputError`: files, options, configs, checkpoints. The command line
+turns the error into one line on stderr and exit status 2 (`jaxtml.commands.arguments.exit_status`).
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST_NAMED = 5
+"""How many names `join_names` lists."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do about it."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do about it."""
 
 
-MOST_NAMED = 5  # names listed in an error before "and N more"
-
-
-def join_names(names: list[str]) -> str:
-    """The first of them, and how many there are more."""
+def join_names(names: Sequence[str]) -> str:
+    """Returns the first `MOST_NAMED` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more

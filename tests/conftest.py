@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -137,6 +138,14 @@ def small() -> Config:
     config = small_config()
     validate(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def releasable(small) -> Config:
+    """The small config, changed so that a released config can express it, and with two prediction heads."""
+    # Inkling has one number for the window and the relative extent of sliding layers.
+    sliding = replace(small.backbone.sliding, rel_extent=small.backbone.sliding.window)
+    return replace(small, backbone=replace(small.backbone, sliding=sliding, mtp_heads=2, mtp_global=(1,)))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,11 @@
-"""The chunks in which parameters are converted, in order."""
+"""Cuts parameters into chunks: the parts that a conversion reads, writes and notes as done.
+
+A chunk is also one file of a jaxtml checkpoint that `jaxtml convert` wrote. The chunks of a layer follow each other as
+their bytes do in the released tensor, so the checksum of the chunks is the checksum of the tensor.
+
+Called by `jaxtml.convert` and `checkpoint.orbax.sink`. Before you change how parameters are cut: an interrupted
+conversion goes on after the number of chunks that are done, and the checksums in a manifest follow the order of chunks.
+"""
 
 from __future__ import annotations
 
@@ -8,85 +15,101 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtml.checkpoint.source import Index
+from jaxtml.checkpoint.source import Index, Position
 from jaxtml.model.spec import ParamSpec
 
-CHUNK_BYTES = 2**23  # bytes of a file, at most
+CHUNK_BYTES = 2**23  # of a chunk, at most
+
+
+@dataclass(frozen=True)
+class LayerChunks:
+    """The chunks of one layer's part of a parameter, in order: all of one released tensor.
+
+    Attributes:
+      path: of the parameter.
+      position: of the layer in the parameter.
+      indices: of the chunks in the parameter.
+    """
+
+    path: str
+    position: Position
+    indices: tuple[Index, ...]
+
+    @property
+    def name(self) -> str:
+        return layer_name(self.path, self.position)
+
+
+def layer_name(path: str, position: Position) -> str:
+    """Returns our name for one layer's part of a parameter, for example "layers/block0/run1/attn/wq/3/0"."""
+    return "/".join([path, *map(str, position)])
 
 
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
-    """How much of a parameter one file holds: of one layer as many rows of the released tensor (experts, where it has
-    them) as `CHUNK_BYTES` has room for; where one row is larger, a part of it that lies together there too. Of what is
-    not released, of the longest axis."""
+    """Returns the shape of the chunks of a parameter whose elements have `itemsize` bytes.
+
+    A chunk is a part of one layer. It has as many rows of the released tensor as `CHUNK_BYTES` has room for (where the
+    tensor holds experts, as many experts). Where one row is larger, a chunk is a part of a row. Either way, the bytes
+    of a chunk lie together in the released tensor. A parameter that is not released is cut along its longest axis.
+    """
     inner = list(spec.shape[spec.stacked :])
-    for axis in _order(spec):
-        row = itemsize * math.prod(inner) // inner[axis]
-        inner[axis] = _share(inner[axis], max(1, CHUNK_BYTES // row))
+    for axis in _cut_order(spec):
+        row_bytes = itemsize * math.prod(inner) // inner[axis]
+        inner[axis] = _cut_length(inner[axis], max(1, CHUNK_BYTES // row_bytes))
         if inner[axis] > 1:
             break
     return (1,) * spec.stacked + tuple(inner)
 
 
-def chunk_indices(spec: ParamSpec, size: Sequence[int]) -> Iterator[Index]:
-    """Every chunk of this size of a parameter, layer by layer; within one as they follow each other in the released
-    tensor, whose bytes they are, one after the other."""
-    order = [*range(spec.stacked), *(spec.stacked + axis for axis in _order(spec))]
-    counts = [-(-whole // part) for whole, part in zip(spec.shape, size, strict=True)]
-    for turned in np.ndindex(*(counts[axis] for axis in order)):
-        at = [turned[order.index(axis)] for axis in range(len(order))]
+def chunk_indices(spec: ParamSpec, shape: Sequence[int]) -> Iterator[Index]:
+    """Yields the index of every chunk of `shape` in a parameter, layer by layer.
+
+    Within a layer, the chunks follow each other as their bytes do in the released tensor.
+    """
+    order = [*range(spec.stacked), *(spec.stacked + axis for axis in _cut_order(spec))]
+    counts = [-(-size // length) for size, length in zip(spec.shape, shape, strict=True)]
+    for ordered in np.ndindex(*(counts[axis] for axis in order)):
+        chunk = [ordered[order.index(axis)] for axis in range(len(order))]
         yield tuple(
-            slice(i * part, min((i + 1) * part, whole)) for i, part, whole in zip(at, size, spec.shape, strict=True)
+            slice(i * length, min((i + 1) * length, size))
+            for i, length, size in zip(chunk, shape, spec.shape, strict=True)
         )
 
 
-def _order(spec: ParamSpec) -> Sequence[int]:
-    """The axes of one layer, the first to be cut first."""
+def layer_chunks(specs: Mapping[str, ParamSpec], shape: Callable[[str], Sequence[int]]) -> Iterator[LayerChunks]:
+    """Yields the chunks of every layer of every parameter. `shape(path)` is the shape of a parameter's chunks."""
+    for path, spec in specs.items():
+        layers: dict[Position, list[Index]] = {}
+        for index in chunk_indices(spec, shape(path)):
+            layers.setdefault(tuple(cut.start for cut in index[: spec.stacked]), []).append(index)
+        for position, indices in layers.items():
+            yield LayerChunks(path, position, tuple(indices))
+
+
+def conversion_chunks(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[LayerChunks]:
+    """Returns the chunks in which a conversion writes parameters. `dtype(path)` is the dtype that it writes."""
+    return list(layer_chunks(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
+
+
+def parameter_bytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
+    """Returns the size of all parameters in bytes. `dtype(path)` is the dtype of a parameter."""
+    return sum(int(np.prod(spec.shape, dtype=np.int64)) * dtype(path).itemsize for path, spec in specs.items())
+
+
+def _cut_order(spec: ParamSpec) -> Sequence[int]:
+    """Returns the axes of one layer's part of a parameter in the order in which they are cut."""
     if spec.released is not None:
         return spec.released.order
     return [int(axis) for axis in np.argsort(spec.shape[spec.stacked :])[::-1]]
 
 
-def _share(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is at most `at_most`; where that is less than half of it, a power of two, and the
-    last share is smaller."""
-    if n <= at_most:
-        return n
-    even = next(size for size in range(at_most, 0, -1) if n % size == 0)
-    return even if 2 * even >= at_most else 1 << at_most.bit_length() - 1
+def _cut_length(size: int, at_most: int) -> int:
+    """Returns the length, at most `at_most`, into which an axis of `size` is cut.
 
-
-@dataclass(frozen=True)
-class LayerChunks:
-    """One layer's part of a parameter, or all of one that is in no layer: a tensor of a release."""
-
-    path: str
-    at: tuple[int, ...]
-    indices: tuple[Index, ...]
-
-    @property
-    def name(self) -> str:
-        return layer_name(self.path, self.at)
-
-
-def layer_chunks(specs: Mapping[str, ParamSpec], size: Callable[[str], Sequence[int]]) -> Iterator[LayerChunks]:
-    """All of them, each with its chunks of the size that a parameter has, in order."""
-    for path, spec in specs.items():
-        found: dict[tuple[int, ...], list[Index]] = {}
-        for index in chunk_indices(spec, size(path)):
-            found.setdefault(tuple(cut.start for cut in index[: spec.stacked]), []).append(index)
-        for at, indices in found.items():
-            yield LayerChunks(path, at, tuple(indices))
-
-
-def conversion_chunks(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> list[LayerChunks]:
-    """All of them in the chunks in which a conversion works."""
-    return list(layer_chunks(specs, lambda path: chunk_shape(specs[path], dtype(path).itemsize)))
-
-
-def parameter_bytes(specs: Mapping[str, ParamSpec], dtype: Callable[[str], np.dtype]) -> int:
-    return sum(int(np.prod(spec.shape, dtype=np.int64)) * dtype(path).itemsize for path, spec in specs.items())
-
-
-def layer_name(path: str, at: tuple[int, ...]) -> str:
-    """Ours, of one layer's part of a parameter: "layers/block0/run1/attn/wq/3/0"."""
-    return "/".join([path, *map(str, at)])
+    The length is the largest divisor of `size`. Where it is less than half of `at_most`, the length is a power of two
+    instead, and the last part is shorter than the others.
+    """
+    if size <= at_most:
+        return size
+    divisor = next(length for length in range(at_most, 0, -1) if size % length == 0)
+    return divisor if 2 * divisor >= at_most else 1 << at_most.bit_length() - 1

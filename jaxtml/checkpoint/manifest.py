@@ -1,8 +1,11 @@
-"""`manifest.json` of a conversion: what it was made of, and all that it holds, to be held to it later.
+"""`manifest.json` of a converted checkpoint: what the checkpoint was made from, and a record of all that it holds.
 
-A tensor has its dtype, its shape and a CRC-32: in a release, of its bytes in its shard, by its released name; in a
-checkpoint of ours, of one layer's part of a parameter: of its chunks in the order of `store.chunks`, each in C order.
-Other files have a CRC-32 too. Called by `convert.streaming` and `convert.inspection`.
+The manifest has dtype, shape and CRC-32 of each tensor, and the CRC-32 of each other file. So `jaxtml info --verify`
+can tell later whether anything has changed (`convert.inspection`). The conversion writes it (`convert.streaming`).
+
+- In a released checkpoint, a tensor has its released name. Its CRC-32 is that of its bytes in the shard.
+- In a jaxtml checkpoint, a tensor is one layer's part of a parameter (`checkpoint.chunks.layer_name`). Its CRC-32 is
+  that of its chunks in the order of `checkpoint.chunks.chunk_indices`, each in C order.
 """
 
 from __future__ import annotations
@@ -19,25 +22,31 @@ from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
 
 _VERSION = 1
-_TENSORS = (".safetensors", ".jsonl")
+_TENSOR_SUFFIXES = (".safetensors", ".jsonl")  # of files without a checksum of their own; .jsonl: the journal
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """`crc32` is eight hexadecimal digits."""
+    """The manifest's record of one tensor. `crc32` is eight hexadecimal digits."""
 
     dtype: str
     shape: tuple[int, ...]
     crc32: str
 
     @classmethod
-    def of(cls, dtype: str, shape: Sequence[int], crc32: int) -> TensorRecord:
+    def create(cls, dtype: str, shape: Sequence[int], crc32: int) -> TensorRecord:
         return cls(dtype, tuple(shape), f"{crc32:08x}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` is the checksums of all files but those of tensors."""
+    """The content of a manifest.
+
+    Attributes:
+      source: identifies what the checkpoint was made from, and how.
+      tensors: the record of each tensor by its name.
+      files: the CRC-32 of each file that holds no tensors, as eight hexadecimal digits.
+    """
 
     source: str
     tensors: dict[str, TensorRecord]
@@ -45,34 +54,42 @@ class Manifest:
 
 
 def write_manifest(folder: Path, source: str, tensors: Mapping[str, TensorRecord]) -> None:
+    """Writes the manifest of the checkpoint in `folder`, with checksums of the files that are there now."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    beside = [path for path in (*folder.glob("*"), *folder.glob(f"{RELEASE_FILES}/*")) if path.is_file()]
-    names = [str(path.relative_to(folder)) for path in sorted(beside) if path.suffix not in _TENSORS]
-    found = Manifest(source, dict(sorted(tensors.items())), file_checksums(folder, names))
-    (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
+    files = [path for path in (*folder.glob("*"), *folder.glob(f"{RELEASE_FILES}/*")) if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in sorted(files) if path.suffix not in _TENSOR_SUFFIXES]
+    manifest = Manifest(source, dict(sorted(tensors.items())), file_checksums(folder, names))
+    (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `InputError` where there is none, or none that `write` wrote."""
+    """Reads the manifest of the checkpoint in `folder`.
+
+    Raises:
+      InputError: the checkpoint has no manifest, or `write_manifest` did not write it.
+    """
     file = folder / MANIFEST
     if not file.is_file():
-        raise InputError(f"{folder} has no {MANIFEST}: what `jaxtml convert` wrote has one")
+        raise InputError(f"{folder} has no {MANIFEST}: only a checkpoint that `jaxtml convert` wrote can be verified")
     try:
-        held = json.loads(file.read_text())
-        if held["version"] != _VERSION:
-            raise InputError(f"{file} is of another version than this jaxtml writes: convert again")
-        tensors = {name: TensorRecord(**one | {"shape": tuple(one["shape"])}) for name, one in held["tensors"].items()}
-        return Manifest(str(held["source"]), tensors, dict(held["files"]))
+        fields = json.loads(file.read_text())
+        if fields["version"] != _VERSION:
+            raise InputError(f"{file} was written by another version of jaxtml: convert the checkpoint again")
+        tensors = {
+            name: TensorRecord(**record | {"shape": tuple(record["shape"])})
+            for name, record in fields["tensors"].items()
+        }
+        return Manifest(str(fields["source"]), tensors, dict(fields["files"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} is none that `jaxtml convert` wrote") from error
+        raise InputError(f"{file} is not a manifest that `jaxtml convert` wrote: convert again") from error
 
 
 def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Those of the files that are there."""
-    found = {name: folder / name for name in names}
-    return {name: f"{isal_zlib.crc32(file.read_bytes()):08x}" for name, file in found.items() if file.is_file()}
+    """Returns the CRC-32 of each file of `folder` by its name. Files that are missing are left out."""
+    files = {name: folder / name for name in names}
+    return {name: f"{isal_zlib.crc32(file.read_bytes()):08x}" for name, file in files.items() if file.is_file()}
 
 
 def crc32(values: np.ndarray, before: int = 0) -> int:
-    """That of the bytes of `values` in C order, behind others of which it is `before`."""
+    """Returns the CRC-32 of the bytes of `values` in C order. `before` is the CRC-32 of the bytes that precede them."""
     return isal_zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)

@@ -1,4 +1,4 @@
-"""Any checkpoint that the project knows, opened by its directory. Called by `session`, `train` and `convert`."""
+"""Opens any checkpoint by its directory. Called by `session`, `train` and `convert`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from pathlib import Path
 from jaxtml.checkpoint.inkling.directory import INDEX
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
-from jaxtml.checkpoint.source import ParameterSource, first_device_shapes, place_parameters
+from jaxtml.checkpoint.source import read_parameters
 from jaxtml.config import Config
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
 
 
 def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoint:
-    """Any checkpoint that we know as a source. Raises `InputError` where it is none."""
+    """Opens a jaxtml checkpoint, a training run or a released Inkling checkpoint as a parameter source.
+
+    Raises:
+      InputError: the directory is missing, is no such checkpoint, or the checkpoint is damaged.
+    """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"no checkpoint directory {directory}")
+        raise InputError(f"no checkpoint directory {directory}: give that of a checkpoint or a training run")
     if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
         return ReleasedCheckpoint(directory)
     return OrbaxCheckpoint(directory)
 
 
 def read_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
-    """Config and parameters of any checkpoint that we know, on the first device. Raises `InputError` as
-    `open_checkpoint`."""
-    return read_parameters(open_checkpoint(directory), dtype)
+    """Reads the config and all parameters of any checkpoint, the parameters onto the first device as `dtype`.
 
-
-def read_parameters(source: ParameterSource, dtype: str = "float32") -> tuple[Config, Params]:
-    return source.config, place_parameters(source, first_device_shapes(source.config, dtype))
+    Raises:
+      InputError: as `open_checkpoint`.
+    """
+    source = open_checkpoint(directory)
+    return source.config, read_parameters(source, dtype)

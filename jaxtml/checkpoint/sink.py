@@ -1,4 +1,8 @@
-"""Where parameters go."""
+"""Where parameters go: the `ParameterSink` protocol, a checkpoint that is being written.
+
+The conversion (`convert.streaming`) fills a sink. The sinks are a jaxtml checkpoint (`checkpoint.orbax.sink`) and a
+released Inkling checkpoint (`checkpoint.inkling.sink`).
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,36 @@ from typing import Protocol
 import numpy as np
 
 from jaxtml.checkpoint.manifest import TensorRecord
-from jaxtml.checkpoint.source import Index
+from jaxtml.checkpoint.source import Index, Position
 from jaxtml.model.spec import ParamSpec
 
 
 class ParameterSink(Protocol):
-    """Where parameters go: a checkpoint in the making."""
+    """A checkpoint that is being written. `specs` has the parameters that the checkpoint gets."""
 
     specs: dict[str, ParamSpec]
 
-    def dtype(self, path: str) -> np.dtype: ...
+    def dtype(self, path: str) -> np.dtype:
+        """Returns the dtype in which the parameter is written."""
+        ...
 
     def prepare(self, folder: Path) -> None:
-        """Makes everything but the numbers in `folder`; one that a killed conversion prepared is kept."""
+        """Makes the whole checkpoint in `folder` except for the numbers.
+
+        Keeps a folder that an interrupted conversion has prepared, and the numbers in it.
+        """
         ...
 
     def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
-        """Writes one of `store.chunks` and returns it as it lies there, contiguous; threads write different ones side
-        by side."""
+        """Writes one chunk (`checkpoint.chunks`) and returns its values as they lie in the file, contiguous.
+
+        Several threads may write different chunks at the same time.
+        """
         ...
 
-    def manifest_record(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, TensorRecord]:
-        """What one layer's part of a parameter is called there, and is."""
+    def manifest_record(self, path: str, position: Position, crc32: int) -> tuple[str, TensorRecord]:
+        """Returns the name and the record of one layer's part of a parameter for the manifest.
+
+        `crc32` is the checksum of all that `write` has returned for this part, in the order of the chunks.
+        """
         ...

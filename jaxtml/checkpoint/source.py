@@ -1,8 +1,11 @@
-"""Where parameters come from, whatever holds them: any part of any of them, in our layout, without the rest.
+"""Where parameters come from: the `ParameterSource` protocol, and how parameters get from a source onto devices.
 
-`ParameterSource` is what a conversion reads and what a run or a server starts from: a released checkpoint
-(`checkpoint.inkling.source`), one of ours (`checkpoint.orbax.source`), a larger model that begins with a smaller one's
-weights (`checkpoint.warm_start`). An index is a tuple of slices, one per dimension of the parameter.
+A conversion reads from a source, and a training run or a server starts from one. The sources are a released Inkling
+checkpoint (`checkpoint.inkling.source`), a jaxtml checkpoint (`checkpoint.orbax.source`), a larger model that starts
+with the weights of a smaller one (`checkpoint.warm_start`), and parameters in memory (`InMemorySource`).
+
+A source gives any part of any parameter in our layout without reading the rest. The path of a parameter is its place in
+the tree of parameters, for example "layers/block0/run1/attn/wq".
 """
 
 from __future__ import annotations
@@ -17,74 +20,89 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, ParamSpec, flatten
 
 Index = tuple[slice, ...]
+"""A part of a parameter: one slice for each of its dimensions."""
+
+Position = tuple[int, ...]
+"""A layer's place `(repeat, layer)` in the stacked dimensions of a parameter. Outside the layers it is `()`."""
 
 
 class ParameterSource(Protocol):
-    """Parameters of a model of `config`."""
+    """The parameters of a model whose config is `config`."""
 
     config: Config
 
     def dtype(self, path: str) -> np.dtype:
-        """What the parameter is held as."""
+        """Returns the dtype in which `read` gives the parameter."""
         ...
 
     def holds(self, path: str) -> bool:
-        """Whether it is here; if not, `read` draws it as for a new model."""
+        """Returns whether the source has the parameter. If not, `read` draws the initial values of a new model."""
         ...
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """A part of it, contiguous, as it is held. Threads may read side by side."""
+        """Returns a part of a parameter, contiguous in memory. Several threads may read at the same time."""
         ...
 
 
 class InMemorySource:
-    """Parameters in memory as a `ParameterSource`."""
+    """A `ParameterSource` of parameters that are in memory."""
 
     def __init__(self, config: Config, params: Params):
         self.config = config
-        self.leaves = {path: np.asarray(array) for path, array in flatten(params)}
+        self.arrays = {path: np.asarray(array) for path, array in flatten(params)}
 
     def dtype(self, path: str) -> np.dtype:
-        return self.leaves[path].dtype
+        return self.arrays[path].dtype
 
     def holds(self, path: str) -> bool:
         return True
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        return np.ascontiguousarray(self.leaves[path][index])
+        return np.ascontiguousarray(self.arrays[path][index])
 
 
 def spec_table(config: Config) -> dict[str, ParamSpec]:
-    """The spec of every parameter by its path."""
+    """Returns the spec of every parameter of a model by its path."""
     return dict(flatten(InteractionModel(config).specs()))
 
 
 def full_index(spec: ParamSpec) -> Index:
+    """Returns the index of the whole parameter."""
     return (slice(None),) * len(spec.shape)
 
 
 def index_shape(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what an index cuts out."""
+    """Returns the shape of the part that `index` cuts out of an array of `shape`."""
     return tuple(len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True))
 
 
 def place_parameters(source: ParameterSource, shapes: dict[str, Any]) -> Params:
-    """The parameters where and as `shapes`, a tree of `jax.ShapeDtypeStruct`s with shardings, says: each process reads
-    what its own devices hold."""
+    """Reads all parameters onto devices. Each process reads the parts of its own devices and nothing else.
 
-    def one(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
-        name = "/".join(str(key.key) for key in path)
+    Args:
+      source: to read from.
+      shapes: the tree of parameters with a `jax.ShapeDtypeStruct` for each: its dtype and sharding are those of the
+        result.
+    """
 
-        def part(index: Index | None) -> np.ndarray:
-            return source.read(name, index or (slice(None),) * len(shape.shape)).astype(shape.dtype, copy=False)
+    def place(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        path = "/".join(str(key.key) for key in keys)
 
-        return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+        def read_part(index: Index | None) -> np.ndarray:
+            return source.read(path, index or (slice(None),) * len(shape.shape)).astype(shape.dtype, copy=False)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+        return jax.make_array_from_callback(shape.shape, shape.sharding, read_part)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def read_parameters(source: ParameterSource, dtype: str = "float32") -> Params:
+    """Reads all parameters onto the first device as `dtype`."""
+    return place_parameters(source, first_device_shapes(source.config, dtype))
 
 
 def first_device_shapes(config: Config, dtype: str) -> dict[str, Any]:
-    """Shapes of all parameters as `dtype` on the first device."""
+    """Returns the tree of parameters with a `jax.ShapeDtypeStruct` for each, as `dtype` on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = InteractionModel(config).specs()
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=device), specs)

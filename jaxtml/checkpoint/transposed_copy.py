@@ -1,46 +1,58 @@
-"""Copies of arrays whose axes are permuted."""
+"""Copies arrays whose axes are permuted, several times faster than NumPy.
+
+Called by the sources and sinks of released checkpoints, whose matrices are the transposes of ours, and by warm starts.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Blocks in which a matrix is turned: less than half a megabyte, which a core's second cache holds.
-_BLOCK_ROWS, _BLOCK_BYTES, _PADDING = 512, 768, 8
-_SMALLEST = 32  # sides of matrices that are not worth a buffer
+# A matrix is transposed in blocks of less than half a megabyte, which fit into the second-level cache of a core.
+_BLOCK_ROWS = 512
+_BLOCK_BYTES = 768  # of a row
+_PADDING = 8  # elements
+_SMALLEST = 32  # the side of a matrix from which on blocks are worth their cost
 
 
 def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """`view` copied to `out` (None: a new array) in its own order of axes.
+    """Copies `view`, in its own order of axes, to `out` (None: to a new contiguous array), and returns the copy.
 
-    A matrix that lies turned is copied block by block through a buffer whose rows are not a power of two apart: NumPy's
-    own copy goes to lines of a cache that all belong in the same few places of it, and takes three to eight times as
-    long. Numbers are copied as integers: NumPy calls `ml_dtypes` for each of theirs.
+    A transposed matrix is copied block by block through a buffer. NumPy's own copy takes three to eight times as long:
+    its writes are a power of two apart, so that they fall into the same few sets of the cache. The rows of the buffer
+    are padded against this. Elements are copied as integers, because NumPy calls `ml_dtypes` for every element of its
+    types.
+
+    Raises:
+      TypeError: `out` has another dtype than `view`.
     """
     if out is None:
         out = np.empty(view.shape, view.dtype)
     if out.dtype != view.dtype:
-        raise TypeError(f"{view.dtype} is not {out.dtype}: numbers are copied as they are")
-    result, plain = out, np.dtype(f"u{view.itemsize}")
-    view, out = view.view(plain), out.view(plain)
-    fast = next(
-        (i for i, step in enumerate(view.strides) if step == view.itemsize and view.shape[i] > 1), view.ndim - 1
-    )
+        raise TypeError(f"cannot copy {view.dtype} to {out.dtype}: convert the elements first")
+    result, integers = out, np.dtype(f"u{view.itemsize}")
+    view, out = view.view(integers), out.view(integers)
     last = view.ndim - 1
+    # The axis along which neighbours in memory lie.
+    fast = next((i for i, stride in enumerate(view.strides) if stride == view.itemsize and view.shape[i] > 1), last)
     if fast == last or min(view.shape[fast], view.shape[last]) < _SMALLEST:
         out[...] = view
         return result
-    width = _BLOCK_BYTES // view.itemsize
-    buffer = np.empty((_BLOCK_ROWS, width + _PADDING), plain)
-    others = [i for i in range(view.ndim) if i not in (fast, last)]
-    order = (*others, last, fast)
+    columns = _BLOCK_BYTES // view.itemsize
+    buffer = np.empty((_BLOCK_ROWS, columns + _PADDING), integers)
+    outer = [i for i in range(view.ndim) if i not in (fast, last)]
+    order = (*outer, last, fast)
     view, out = view.transpose(order), out.transpose(order)
-    for at in np.ndindex(view.shape[: len(others)]):
-        matrix, turned = view[at], out[at]
-        for row in range(0, matrix.shape[0], _BLOCK_ROWS):
-            for column in range(0, matrix.shape[1], width):
-                block = np.s_[row : row + _BLOCK_ROWS, column : column + width]
-                part = matrix[block]
-                held = buffer[: part.shape[0], : part.shape[1]]
-                held[...] = part
-                turned[block] = held
+    for at in np.ndindex(view.shape[: len(outer)]):
+        _copy_matrix(view[at], out[at], buffer, columns)
     return result
+
+
+def _copy_matrix(matrix: np.ndarray, out: np.ndarray, buffer: np.ndarray, columns: int) -> None:
+    """Copies a matrix whose rows are contiguous to one whose columns are."""
+    for row in range(0, matrix.shape[0], _BLOCK_ROWS):
+        for column in range(0, matrix.shape[1], columns):
+            block = np.s_[row : row + _BLOCK_ROWS, column : column + columns]
+            part = matrix[block]
+            buffered = buffer[: part.shape[0], : part.shape[1]]
+            buffered[...] = part
+            out[block] = buffered

@@ -1,8 +1,9 @@
-"""A model that begins as another one: layers that the other lacks change nothing, what speech needs starts neutral.
+"""A larger model that starts with the weights of a smaller one. On text, its logits are those of the smaller model.
 
-So `tml_interaction_small` begins with Inkling-Small's weights: layers 42 and 43 are copies of the last ones of their
-kind whose output projections are zero, so that on text its logits are Inkling's. The clock and the own-voice embedding
-are zero, control tokens whose rows are empty get random ones. Called by `convert.conversion` and `train.storage`.
+So `tml_interaction_small` starts with the weights of Inkling-Small. Layers 42 and 43 are copies of the last layers of
+their kinds, and their output projections are zero, so that they add nothing. The clock and the own-voice embedding are
+zero. Control tokens whose rows of the embedding are empty get random rows. Called by `convert.conversion` and
+`train.storage`.
 """
 
 from __future__ import annotations
@@ -21,120 +22,166 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import initial_values
 from jaxtml.stream.tokens import CONTROLS
 
-# What a warm start may change; all else is the shape of the weights.
+# Fields of the backbone that may differ. All others decide the shapes of the weights.
 _FREE = ("n_layers", "global_layers", "unpadded_vocab_size", "init_std", "mtp_heads", "mtp_global")
-_OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # zero, a layer adds nothing
-_SAMPLED = 4096  # rows of the embedding whose size control tokens take
+_OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # a layer where these are zero adds nothing
+_SAMPLE_ROWS = 4096  # rows of the embedding from which the size of new control rows is taken
 
-Where = tuple[str, tuple[int, int]]  # "layers/block0/run1", (repeat, layer)
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer stands in the stacks of a model: the path of its run, and its position in it.
+
+    Example: `LayerPlace("layers/block0/run1", (3, 0))`.
+    """
+
+    run: str
+    position: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOrigin:
+    """The layer of the smaller model that a layer is copied from. An added layer changes nothing at first."""
+
+    place: LayerPlace
+    added: bool
 
 
 class WarmStart:
-    """A `checkpoint.source.ParameterSource` for `config` over one of a model with the same backbone and no more layers.
+    """A `ParameterSource` for the model of `config`, over a source of a model with the same backbone and fewer layers.
+
+    Args:
+      source: of the smaller model; it may have as many layers, but no more.
+      config: of the larger model.
+      seed: of what is drawn at random.
+
+    Attributes:
+      layers: the origin of each layer.
 
     Raises:
-      InputError: the backbones differ in more than their number of layers; the first difference is named.
+      InputError: the backbones differ in more than their layers. The message names the first difference.
     """
 
     def __init__(self, source: ParameterSource, config: Config, seed: int = 0):
         self.source, self.config, self.seed = source, config, seed
-        self.table, self.theirs = spec_table(config), spec_table(source.config)
-        _check(source.config, config)
-        kinds = InteractionModel(source.config).backbone.kinds()
-        self.held = _places(source.config)
-        self.layers: dict[Where, tuple[Where, bool]] = {}  # ours -> theirs, and whether it is to change nothing
-        for index, (kind, where) in enumerate(
-            zip(InteractionModel(config).backbone.kinds(), _places(config), strict=True)
-        ):
-            new = index >= len(kinds)
-            alike = [i for i, other in enumerate(kinds) if other == kind]
-            if not alike or (not new and kinds[index] != kind):
-                raise InputError(
-                    f"{config.name} has a layer {index} of a kind that {source.config.name} has none of there"
-                )
-            self.layers[where] = self.held[alike[-1] if new else index], new
-        self._dtypes = {path: self._joined(path) for path in self.table}
+        self.specs, self.source_specs = spec_table(config), spec_table(source.config)
+        _check_backbones(source.config, config)
+        self.layers = _layer_origins(source.config, config)
+        self._dtypes = {path: self._choose_dtype(path) for path in self.specs}
 
     def dtype(self, path: str) -> np.dtype:
         return self._dtypes[path]
 
-    def _joined(self, path: str) -> np.dtype:
-        """That of a parameter; of one in layers, which need not be alike (a release is float32 in places), the least
-        that holds all that are copied."""
-        if not path.startswith("layers/"):
-            return self.source.dtype(path) if self._copied(path) else np.dtype(np.float32)
-        _, block, run, name = path.split("/", 3)
-        ours = f"layers/{block}/{run}"
-        copied = sorted({theirs[0] for (where, _), (theirs, _) in self.layers.items() if where == ours})
-        return reduce(jnp.promote_types, (self.source.dtype(f"{prefix}/{name}") for prefix in copied))
-
     def holds(self, path: str) -> bool:
-        return path.startswith("layers/") or (self._copied(path) and self.source.holds(path))
+        return path.startswith("layers/") or (self._is_copied(path) and self.source.holds(path))
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        if not path.startswith("layers/"):
-            if not self._copied(path):
-                return initial_values(path, self.table[path], self.seed, index)
-            found = self.source.read(path, index)
-            return self._with_controls(found, index) if path == "embed/weight" else found
-        _, block, run, name = path.split("/", 3)
-        out = np.empty(index_shape(index, self.table[path].shape), self.dtype(path))
-        spans = [range(*cut.indices(n)) for cut, n in zip(index[:2], self.table[path].shape[:2], strict=True)]
-        for i, repeat in enumerate(spans[0]):
-            for j, layer in enumerate(spans[1]):
-                (prefix, at), new = self.layers[f"layers/{block}/{run}", (repeat, layer)]
-                if new and name in _OUTPUTS:
+        if path.startswith("layers/"):
+            return self._read_layers(path, index)
+        if not self._is_copied(path):
+            return initial_values(path, self.specs[path], self.seed, index)
+        values = self.source.read(path, index)
+        return self._fill_control_rows(values, index) if path == "embed/weight" else values
+
+    def _read_layers(self, path: str, index: Index) -> np.ndarray:
+        run, name = _split_layer_path(path)
+        shape = self.specs[path].shape
+        out = np.empty(index_shape(index, shape), self.dtype(path))
+        repeats, layers = (range(*cut.indices(size)) for cut, size in zip(index[:2], shape[:2], strict=True))
+        for i, repeat in enumerate(repeats):
+            for j, layer in enumerate(layers):
+                origin = self.layers[LayerPlace(run, (repeat, layer))]
+                if origin.added and name in _OUTPUTS:
                     out[i, j] = 0
-                else:
-                    place = (*(slice(n, n + 1) for n in at), *index[2:])
-                    part = self.source.read(f"{prefix}/{name}", place)[0, 0]
-                    copy_contiguous(part.astype(out.dtype, copy=False), out[i, j])
+                    continue
+                source_index = (*(slice(n, n + 1) for n in origin.place.position), *index[2:])
+                values = self.source.read(f"{origin.place.run}/{name}", source_index)[0, 0]
+                copy_contiguous(values.astype(out.dtype, copy=False), out[i, j])
         return out
 
-    def _copied(self, path: str) -> bool:
-        """Whether a parameter outside the layers is the source's."""
-        return path in self.theirs and self.theirs[path].shape == self.table[path].shape
+    def _is_copied(self, path: str) -> bool:
+        """Returns whether a parameter outside the layers has the shape that it has in the source."""
+        return path in self.source_specs and self.source_specs[path].shape == self.specs[path].shape
 
-    def _with_controls(self, rows: np.ndarray, index: Index) -> np.ndarray:
-        """Some rows of the embedding. All-zero ones would make every control token the same after the norm."""
-        first, last, _ = index[0].indices(self.table["embed/weight"].shape[0])
+    def _choose_dtype(self, path: str) -> np.dtype:
+        """Returns the dtype of a parameter: the smallest that holds what is copied from all layers.
+
+        Layers of the source may have different dtypes, because some tensors of a release are float32.
+        """
+        if not path.startswith("layers/"):
+            return self.source.dtype(path) if self._is_copied(path) else np.dtype(np.float32)
+        run, name = _split_layer_path(path)
+        source_runs = {origin.place.run for place, origin in self.layers.items() if place.run == run}
+        return reduce(jnp.promote_types, (self.source.dtype(f"{run}/{name}") for run in sorted(source_runs)))
+
+    def _fill_control_rows(self, rows: np.ndarray, index: Index) -> np.ndarray:
+        """Draws the rows of control tokens that are all zero in the embedding. `rows` is the part at `index` of it.
+
+        Zeros would make all control tokens the same after the norm.
+        """
+        first, last, _ = index[0].indices(self.specs["embed/weight"].shape[0])
         base = self.config.duplex.control_base
         for token in range(max(first, base), min(last, base + CONTROLS)):
             if not rows[token - first].any():
-                spec = self.theirs["embed/weight"]
-                sample = self.source.read("embed/weight", (slice(min(_SAMPLED, base)), *full_index(spec)[1:]))
+                spec = self.source_specs["embed/weight"]
+                sample = self.source.read("embed/weight", (slice(min(_SAMPLE_ROWS, base)), *full_index(spec)[1:]))
                 scale = float(np.sqrt(np.mean(np.square(sample.astype(np.float32)))))
-                drawn = np.random.default_rng((self.seed, token)).normal(0.0, scale, spec.shape[1])
-                rows[token - first] = drawn[index[1]].astype(rows.dtype)
+                row = np.random.default_rng((self.seed, token)).normal(0.0, scale, spec.shape[1])
+                rows[token - first] = row[index[1]].astype(rows.dtype)
         return rows
 
 
-def _places(config: Config) -> list[Where]:
-    """Where each layer stands in the stacks, in the order of execution."""
+def _split_layer_path(path: str) -> tuple[str, str]:
+    """Returns the path of a layer's run, and the parameter's name in the layer."""
+    _, block, run, name = path.split("/", 3)
+    return f"layers/{block}/{run}", name
+
+
+def _check_backbones(source: Config, target: Config) -> None:
+    """Raises `InputError` unless the weights of `source` fit into `target`."""
+    refused = f"{target.name} cannot start with the weights of {source.name}"
+    if target.backbone.n_layers < source.backbone.n_layers:
+        raise InputError(
+            f"{refused}: it has {target.backbone.n_layers} layers, and {source.name} has {source.backbone.n_layers}"
+        )
+    for field in dataclasses.fields(BackboneConfig):
+        if field.name in _FREE:
+            continue
+        theirs, ours = getattr(source.backbone, field.name), getattr(target.backbone, field.name)
+        if field.name in ("sliding", "global_"):  # a window and pinned tokens decide no shape
+            theirs = dataclasses.replace(theirs, window=ours.window, pinned=ours.pinned)
+        if theirs != ours:
+            raise InputError(f"{refused}: backbone.{field.name} is {ours}, and {theirs} in {source.name}")
+    if source.vision != target.vision:
+        raise InputError(f"{refused}: their vision towers differ")
+
+
+def _layer_origins(source: Config, target: Config) -> dict[LayerPlace, LayerOrigin]:
+    """Returns the origin of each layer of `target`. A layer that `source` lacks comes from the last one of its kind."""
+    source_kinds = InteractionModel(source).backbone.kinds()
+    source_places = _layer_places(source)
+    kinds = InteractionModel(target).backbone.kinds()
+    origins: dict[LayerPlace, LayerOrigin] = {}
+    for number, (kind, place) in enumerate(zip(kinds, _layer_places(target), strict=True)):
+        added = number >= len(source_kinds)
+        same_kind = [i for i, source_kind in enumerate(source_kinds) if source_kind == kind]
+        if not same_kind or (not added and source_kinds[number] != kind):
+            raise InputError(
+                f"{target.name} cannot start with the weights of {source.name}: "
+                f"its layer {number} is of a kind that {source.name} does not have there"
+            )
+        origins[place] = LayerOrigin(source_places[same_kind[-1] if added else number], added)
+    return origins
+
+
+def _layer_places(config: Config) -> list[LayerPlace]:
+    """Returns where each layer stands in the stacks, in the order in which layers run."""
     backbone = InteractionModel(config).backbone
-    found: dict[int, Where] = {}
+    places: dict[int, LayerPlace] = {}
     for b, block in enumerate(backbone.blocks):
         for r, run in enumerate(block.runs):
             for repeat in range(block.repeats):
                 for layer in range(run.layers):
-                    found[backbone.layer_index(b, r, repeat, layer)] = f"layers/block{b}/run{r}", (repeat, layer)
-    return [found[i] for i in range(len(found))]
-
-
-def _check(theirs: Config, ours: Config) -> None:
-    def compared(b: BackboneConfig) -> BackboneConfig:
-        return dataclasses.replace(b, **{name: getattr(ours.backbone, name) for name in _FREE})
-
-    if ours.backbone.n_layers < theirs.backbone.n_layers:
-        raise InputError(f"{ours.name} has {ours.backbone.n_layers} layers, {theirs.name} {theirs.backbone.n_layers}")
-    a, b = compared(theirs.backbone), ours.backbone
-    for field in dataclasses.fields(a):
-        one, other = getattr(a, field.name), getattr(b, field.name)
-        if field.name in ("sliding", "global_"):  # a window and pinned tokens are no shape of a weight
-            one = dataclasses.replace(one, window=other.window, pinned=other.pinned)
-        if one != other:
-            raise InputError(
-                f"{ours.name} cannot begin as {theirs.name}: backbone.{field.name} is {other}, theirs {one}"
-            )
-    if theirs.vision != ours.vision:
-        raise InputError(f"{ours.name} cannot begin as {theirs.name}: their vision towers differ")
+                    number = backbone.layer_index(b, r, repeat, layer)
+                    places[number] = LayerPlace(f"layers/block{b}/run{r}", (repeat, layer))
+    return [places[number] for number in range(len(places))]

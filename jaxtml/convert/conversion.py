@@ -1,7 +1,8 @@
-"""`jaxtml convert`: checkpoints in and out, streamed, whatever their size.
+"""`jaxtml convert`: converts checkpoints of any size between our format and Inkling's.
 
-A source is one of our checkpoints, a released Inkling directory (bfloat16, NVFP4, MXFP8), or the workdir of a training
-run (its newest step).
+The source is a jaxtml checkpoint, a released Inkling checkpoint (bfloat16, NVFP4, MXFP8), or a training run, whose
+newest step is read. This module decides what is read and what is written, in which dtype, and with which files.
+`convert.streaming` copies, and `convert.verification` verifies. Called by `commands.convert`, tools and tests.
 """
 
 from __future__ import annotations
@@ -24,29 +25,11 @@ from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
-from jaxtml.convert import streaming
 from jaxtml.convert.extra_files import find_extra_files
+from jaxtml.convert.streaming import copy_parameters
 from jaxtml.convert.verification import verify_conversion
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
-
-
-def write_checkpoint(
-    source: ParameterSource,
-    destination: Path,
-    source_id: str,
-    to: str = "orbax",
-    dtype: str | None = None,
-    extra_files: Mapping[str, Path] = MappingProxyType({}),
-    check: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Writes all of a source (to="hf": what Inkling has) as `dtype`, None: as it is held, with the files `extra_files`
-    (by name). What `check` raises of the folder keeps it from its name."""
-    dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
-    if dtype is not None:
-        dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
-    kind = ReleasedSink if to == "hf" else OrbaxSink
-    streaming.copy_parameters(source, kind(source.config, dtypes, extra_files), destination, source_id, check)
 
 
 def convert(
@@ -58,15 +41,16 @@ def convert(
     begin_as: str | None = None,
     verify: bool = False,
 ) -> str:
-    """Writes `source` to `destination` as an Orbax checkpoint of ours or in the released layout; returns a summary.
+    """Converts the checkpoint `source` to `destination`, and returns a summary in one line.
 
     Args:
-      source: a directory.
-      destination: one that is not there, or is empty; to be verified, the result of the same conversion too.
-      to: "orbax" or "hf".
-      dtype: what parameters become; None: nothing else than they are.
-      begin_as: a config that begins with the source's weights (`checkpoint.warm_start`).
-      verify: read the result and hold it to the source, before it gets its name.
+      source: the directory of a checkpoint or a training run.
+      destination: the directory to make; it must be new or empty. With `verify`, it may also be the result of the same
+        conversion: then the result is verified again.
+      to: "orbax" for a jaxtml checkpoint, "hf" for a released one.
+      dtype: to write parameters as "float32" or "bfloat16"; None keeps each parameter's own.
+      begin_as: a config that starts with the weights of the source (`checkpoint.warm_start`); None keeps the config.
+      verify: compare the result with the source before the result gets its name.
 
     Raises:
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
@@ -77,49 +61,83 @@ def convert(
         raise InputError(f"{destination} is in {source}: name a directory outside it")
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
-    held = open_checkpoint(source)
-    given = held if begin_as is None else WarmStart(held, configs.load(begin_as))
-    step = held.step if isinstance(held, OrbaxCheckpoint) else None
-    asked = hashlib.sha256(to_json(given.config).encode()).hexdigest()[:16]
-    source_id = json.dumps([str(source.resolve()), fingerprint(source, step), asked, to, dtype])
-    said = [f"{source} -> {destination} ({to}): {given.config.name}, {_counted(given, to)}"]
+    original = open_checkpoint(source)
+    parameters = original if begin_as is None else WarmStart(original, configs.load(begin_as))
+    step = original.step if isinstance(original, OrbaxCheckpoint) else None
+    source_id = _source_id(source, step, parameters, to, dtype)
+    summary = [f"{source} -> {destination} ({to}): {parameters.config.name}, {_count_parameters(parameters, to)}"]
 
     def check(folder: Path) -> None:
         if verify:
-            said.append(verify_conversion(held, given, open_checkpoint(folder), to))
+            summary.append(verify_conversion(original, parameters, open_checkpoint(folder), to))
 
     if verify and (destination / MANIFEST).is_file():
         if read_manifest(destination).source != source_id:
-            raise InputError(f"{destination} was made of another {source} than it is now, or by another conversion")
+            raise InputError(
+                f"{destination} was made by another conversion, or {source} has changed since: name a new directory"
+            )
         check(destination)
     else:
-        write_checkpoint(given, destination, source_id, to, dtype, find_extra_files(source), check)
-    return "; ".join(said)
+        write_checkpoint(parameters, destination, source_id, to, dtype, find_extra_files(source), check)
+    return "; ".join(summary)
 
 
-def _counted(source: ParameterSource, to: str) -> str:
-    """How many parameters a conversion wrote, which of them the source did not hold, and which it left out."""
-    specs = spec_table(source.config)
-    missing = {path for path in specs if not source.holds(path)}
-    unwanted = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
+def write_checkpoint(
+    source: ParameterSource,
+    destination: Path,
+    source_id: str,
+    to: str = "orbax",
+    dtype: str | None = None,
+    extra_files: Mapping[str, Path] = MappingProxyType({}),
+    check: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes the parameters of a source as a new checkpoint.
 
-    def of(paths: set[str]) -> int:
-        return count_parameters({path: specs[path] for path in paths})[0]
+    Args:
+      source: to read from.
+      destination: the directory to make; it must be new or empty.
+      source_id: identifies the source and the conversion, so that the same conversion can be resumed.
+      to: "orbax" for a jaxtml checkpoint, "hf" for a released one, which has only released parameters.
+      dtype: to write parameters as; None keeps each parameter's own. Some released parameters are always float32.
+      extra_files: files to copy into the checkpoint, by name.
+      check: called with the folder before it gets its name; see `copy_parameters`.
+    """
+    dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
+    sink = ReleasedSink if to == "hf" else OrbaxSink
+    copy_parameters(source, sink(source.config, dtypes, extra_files), destination, source_id, check)
 
-    def told(paths: set[str]) -> str:
-        return f"{of(paths):,} ({', '.join(sorted({path.split('/')[0] for path in paths}))})"
 
-    said = f"{of(specs.keys() - unwanted):,} parameters"
-    if missing - unwanted:
-        said += f", {told(missing - unwanted)} of them new, drawn as for training"
-    if unwanted - missing:
-        said += f"; {told(unwanted - missing)} left out, for which Inkling has no place"
-    return said
+def _source_id(source: Path, step: int | None, parameters: ParameterSource, to: str, dtype: str | None) -> str:
+    """Returns what identifies a conversion. It changes with any file of the source, the config and the options."""
+    config_digest = hashlib.sha256(to_json(parameters.config).encode()).hexdigest()[:16]
+    return json.dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])
 
 
 def fingerprint(directory: Path, step: int | None = None) -> str:
-    """Changes with any file of a checkpoint, or of a run's step: of names, sizes and times."""
+    """Returns a digest of the names, sizes and times of all files of a checkpoint, or of one step of a training run."""
     folder = directory if step is None else directory / RUN_CHECKPOINTS / str(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    seen = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    states = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+def _count_parameters(source: ParameterSource, to: str) -> str:
+    """Returns a phrase: how many parameters are written, which of them the source lacks, and which are left out."""
+    specs = spec_table(source.config)
+    new = {path for path in specs if not source.holds(path)}
+    left_out = {path for path, spec in specs.items() if to == "hf" and spec.released is None}
+
+    def count(paths: set[str]) -> int:
+        return count_parameters({path: specs[path] for path in paths})[0]
+
+    def describe(paths: set[str]) -> str:
+        return f"{count(paths):,} ({', '.join(sorted({path.split('/')[0] for path in paths}))})"
+
+    phrase = f"{count(specs.keys() - left_out):,} parameters"
+    if new - left_out:
+        phrase += f", {describe(new - left_out)} of them new, drawn as for training"
+    if left_out - new:
+        phrase += f"; {describe(left_out - new)} left out, for which Inkling has no place"
+    return phrase

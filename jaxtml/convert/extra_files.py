@@ -1,4 +1,8 @@
-"""Files beside the weights."""
+"""Finds the extra files of a checkpoint: all that is neither its weights nor made from them.
+
+Examples are the tokenizer, settings of processors, the model card and the license. A conversion copies them, so that a
+release that was converted to ours and back has them again. Called by `convert.conversion`.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,36 @@ from absl import logging
 from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES, TOKENIZER
 from jaxtml.checkpoint.inkling.directory import INDEX
 
-LARGEST = 2**26  # bytes of a file that comes along
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+LARGEST = 2**26  # bytes of an extra file; a larger file holds weights
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def find_extra_files(directory: Path) -> dict[str, Path]:
-    """The files of a checkpoint that are neither its weights nor made of them, by their names in a release: what
-    tokenizes and prepares, model cards, licenses; of a release its `config.json` too. What is left out is logged."""
-    released = any(directory.glob("*.safetensors"))
-    folder = directory if released else directory / RELEASE_FILES
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    kept = [file for file in found if file.is_file() and not _is_of_weights(file)]
-    left = [file.name for file in found if file not in kept and not file.name.startswith(".")]
-    left = [name for name in left if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST)]
-    if left:
-        logging.info("left out, as no part of the new checkpoint: %s", ", ".join(left))
-    if not released and (directory / TOKENIZER).is_file():
+    """Returns the extra files of a checkpoint by their names in a release. A release's `config.json` is among them.
+
+    The log names the files that are left out.
+    """
+    is_release = any(directory.glob("*.safetensors"))
+    folder = directory if is_release else directory / RELEASE_FILES
+    files = [file for file in sorted(folder.iterdir())] if folder.is_dir() else []
+    kept = [file for file in files if file.is_file() and not _belongs_to_weights(file)]
+    left_out = [file.name for file in files if file not in kept and not file.name.startswith(".")]
+    left_out = [name for name in left_out if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST)]
+    if left_out:
+        logging.info("not copied to the new checkpoint: %s", ", ".join(left_out))
+    if not is_release and (directory / TOKENIZER).is_file():
         kept.append(directory / TOKENIZER)
     return {file.name: file for file in kept}
 
 
-def _is_of_weights(file: Path) -> bool:
-    """Whether a file beside a release's shards has weights, or says how those are numbered or quantised."""
-    about = file.suffix == ".json" and "quant" in file.name
-    large = file.stat().st_size > LARGEST
-    return about or large or file.suffix in _WEIGHTS or file.name in (INDEX, MANIFEST) or file.name.startswith(".")
+def _belongs_to_weights(file: Path) -> bool:
+    """Returns whether a file has weights, or says how weights are numbered or quantised. Hidden files count as well."""
+    about_quantisation = file.suffix == ".json" and "quant" in file.name
+    is_large = file.stat().st_size > LARGEST
+    return (
+        about_quantisation
+        or is_large
+        or file.suffix in _WEIGHT_SUFFIXES
+        or file.name in (INDEX, MANIFEST)
+        or file.name.startswith(".")
+    )

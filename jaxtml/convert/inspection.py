@@ -1,4 +1,7 @@
-"""`jaxtml info DIR`: what a checkpoint is, without reading its numbers; `--verify`: whether they are still there."""
+"""`jaxtml info DIR`: says what a checkpoint is, without reading its numbers. With `--verify`, checks all of them.
+
+Called by `commands.info`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from jaxtml.checkpoint.chunks import layer_chunks, parameter_bytes
+from jaxtml.checkpoint.chunks import LayerChunks, layer_chunks, parameter_bytes
 from jaxtml.checkpoint.files import RUN_CHECKPOINTS, TOKENIZER
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.manifest import TensorRecord, crc32, file_checksums, read_manifest
@@ -26,81 +31,104 @@ from jaxtml.convert.threads import run_in_threads
 from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import ParamSpec
 
-_BLOCK = 2**23  # bytes that are summed at once
+_BLOCK_BYTES = 2**23  # of a released tensor that are read at a time
 
 
 def describe_checkpoint(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict[str, Any]]:
-    """The config of a checkpoint, the parameters that it holds, and `kind`, `step` (of a run; else None), `dtypes`
-    (numbers of each, as held), `bytes` on disk and `uses`: what can be done with it. Raises `InputError` where it is
-    none."""
+    """Describes a checkpoint.
+
+    Returns:
+      The config, the specs of the parameters that the checkpoint has, and a description for JSON: its `kind`; its
+      `step` (None unless it is a training run); `dtypes`, how many numbers of each dtype it has; its size on disk in
+      `bytes`; and `uses`, the commands that can use it.
+
+    Raises:
+      InputError: the directory has no checkpoint that can be read.
+    """
     directory = Path(directory)
     source = open_checkpoint(directory)
-    held = _held(source)
+    specs = _held_specs(source)
     dtypes: Counter[str] = Counter()
-    for path, spec in held.items():
+    for path, spec in specs.items():
         dtypes[source.dtype(path).name] += math.prod(spec.shape)
     folder, step, uses = directory, None, ["logits", "convert"]
     if isinstance(source, ReleasedCheckpoint):
-        formats = sorted({"NVFP4" if ".scale2" in parts else "MXFP8" for parts in source.parts.values()})
+        formats = sorted({"NVFP4" if ".scale2" in scales else "MXFP8" for scales in source.scales.values()})
         kind = f"Inkling checkpoint{', routed experts in ' + ' and '.join(formats) if formats else ''}"
+    elif source.step is not None:
+        kind, step, folder = "training run", source.step, directory / RUN_CHECKPOINTS / str(source.step)
+        uses.append("train (goes on)")
     else:
-        step = source.step
-        kind = "training run" if step is not None else "jaxtml checkpoint"
-        folder = directory / RUN_CHECKPOINTS / str(step) if step is not None else directory
-        uses += ["train (goes on)"] if step is not None else []
-    uses += ["train --start-from", *(["converse"] if (directory / TOKENIZER).is_file() else [])]
+        kind = "jaxtml checkpoint"
+    uses.append("train --start-from")
+    if (directory / TOKENIZER).is_file():
+        uses.append("converse")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return source.config, held, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
+    return source.config, specs, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
 
 
-def _held(source: ParameterSource) -> dict[str, ParamSpec]:
+def _held_specs(source: ParameterSource) -> dict[str, ParamSpec]:
     return {path: spec for path, spec in spec_table(source.config).items() if source.holds(path)}
 
 
 def verify_manifest(directory: str | Path) -> int:
-    """Reads all of what a conversion wrote and holds it to the checksums in its manifest; returns how many tensors.
+    """Reads a converted checkpoint and compares every tensor and file with the checksums in its manifest.
+
+    Returns:
+      How many tensors there are.
 
     Raises:
-      InputError: the directory is no checkpoint or has no manifest, or tensors or files are others than were written
-        (five are named).
+      InputError: the directory has no checkpoint or no manifest, or tensors or files have changed. The message names
+        five of them, and the log all.
     """
     directory = Path(directory)
-    wanted, source = read_manifest(directory), open_checkpoint(directory)
-    parts = dict(_parts(source))
-    progress = CopyProgress(parameter_bytes(_held(source), source.dtype), 0, "verified ")
+    manifest, source = read_manifest(directory), open_checkpoint(directory)
+    tensors = list(_recorded_tensors(source))
+    progress = CopyProgress(parameter_bytes(_held_specs(source), source.dtype), 0, "verified ")
 
-    def one(name: str, stop: threading.Event) -> tuple[str, TensorRecord | None]:
-        dtype, shape, blocks = parts[name]
-        found = 0
+    def record(tensor: _RecordedTensor, stop: threading.Event) -> tuple[str, TensorRecord | None]:
+        checksum = 0
         try:
-            for values in blocks():
+            for values in tensor.blocks():
                 if stop.is_set():
                     raise CancelledError
-                found = crc32(values, found)
+                checksum = crc32(values, checksum)
                 progress.add(values.nbytes)
-        except InputError:  # a chunk that is not there, or damaged
-            return name, None
-        return name, TensorRecord.of(dtype, shape, found)
+        except InputError:  # a chunk is missing or damaged
+            return tensor.name, None
+        return tensor.name, TensorRecord.create(tensor.dtype, tensor.shape, checksum)
 
-    files = file_checksums(directory, wanted.files)
-    changed = [name for name, checksum in wanted.files.items() if files.get(name) != checksum]
-    found = dict(run_in_threads(one, list(parts), None))
-    changed += [name for name in sorted({*found, *wanted.tensors}) if found.get(name) != wanted.tensors.get(name)]
+    files = file_checksums(directory, manifest.files)
+    changed = [name for name, checksum in manifest.files.items() if files.get(name) != checksum]
+    records = dict(run_in_threads(record, tensors))
+    names = sorted({*records, *manifest.tensors})
+    changed += [name for name in names if records.get(name) != manifest.tensors.get(name)]
     if changed:
-        logging.info("all that differ:\n%s", "\n".join(changed))
-        raise InputError(f"{directory} is not as it was written: {join_names(changed)} differ")
-    return len(found)
+        logging.info("all that has changed:\n%s", "\n".join(changed))
+        raise InputError(f"{directory} has changed since it was converted, convert again: {join_names(changed)} differ")
+    return len(records)
 
 
-def _parts(
-    source: ReleasedCheckpoint | OrbaxCheckpoint,
-) -> Iterator[tuple[str, tuple[str, tuple[int, ...], Callable[[], Iterator[np.ndarray]]]]]:
-    """What a manifest has a checksum of, by name: dtype, shape, and its bytes as they lie there."""
+@dataclass(frozen=True)
+class _RecordedTensor:
+    """A tensor that a manifest has a record of. `blocks()` yields its values in the order of its checksum."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+
+def _recorded_tensors(source: ReleasedCheckpoint | OrbaxCheckpoint) -> Iterator[_RecordedTensor]:
     if isinstance(source, ReleasedCheckpoint):
-        for name, stored in source.tensors.items():
-            yield name, (stored.dtype, stored.shape, lambda stored=stored: stored.blocks(_BLOCK))
-    else:
-        for layer in layer_chunks(source.specs, source.chunk_shape):
-            spec = source.specs[layer.path]
-            blocks = lambda layer=layer: (source.read(layer.path, index) for index in layer.indices)  # noqa: E731
-            yield layer.name, (source.dtype(layer.path).name, spec.shape[spec.stacked :], blocks)
+        for name, stored in source.stored.items():
+            yield _RecordedTensor(name, stored.dtype, stored.shape, partial(stored.blocks, _BLOCK_BYTES))
+        return
+    for layer in layer_chunks(source.specs, source.chunk_shape):
+        spec = source.specs[layer.path]
+        dtype, shape = source.dtype(layer.path).name, spec.shape[spec.stacked :]
+        yield _RecordedTensor(layer.name, dtype, shape, partial(_read_chunks, source, layer))
+
+
+def _read_chunks(source: OrbaxCheckpoint, layer: LayerChunks) -> Iterator[np.ndarray]:
+    return (source.read(layer.path, index) for index in layer.indices)

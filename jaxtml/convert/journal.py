@@ -1,4 +1,8 @@
-"""Journal of a conversion."""
+"""The journal of a conversion: which chunks are written, so that an interrupted conversion can go on.
+
+The journal is a file of JSON lines in the folder that the conversion writes to. The first line says which conversion it
+is and when the machine was started. Each other line is one chunk. Called by `convert.streaming`.
+"""
 
 from __future__ import annotations
 
@@ -8,70 +12,104 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxtml.errors import InputError
 
 JOURNAL = "journal.jsonl"
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
-    """Which chunks of a conversion are written. One from before the machine last started is worth nothing: what was not
-    yet on the disk then is lost. As long as it is not closed, the folder is its own."""
+    """The journal of the conversion that writes to `folder`.
+
+    A journal of another conversion, or from before the machine was last started, is worth nothing: its chunks may not
+    have reached the disk. Then the folder is emptied, and the conversion begins anew.
+
+    Until it is closed, a journal locks its folder against other conversions.
+
+    Args:
+      folder: that the conversion writes to; made if it is missing.
+      identity: of the conversion.
+
+    Attributes:
+      done: for each layer, the number of chunks that are written, and the CRC-32 of all of them.
+      bytes_written: of these chunks.
+
+    Raises:
+      InputError: another conversion writes to the folder.
+    """
 
     def __init__(self, folder: Path, identity: str):
+        self.file = folder / JOURNAL
+        self.done: dict[str, tuple[int, int]] = {}
+        self.bytes_written = 0
+        self._lock = threading.Lock()
+        self._opened: TextIO | None = None
+        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
+        self._head = {"identity": identity, "boot": boot}
         folder.mkdir(exist_ok=True)
-        self.folder = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self.folder)
-            raise InputError(f"{folder} is being written by another conversion") from error
-        self.file, self.lock = folder / JOURNAL, threading.Lock()
-        boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
-        self.head = {"identity": identity, "boot": boot}
-        self.done: dict[str, tuple[int, int]] = {}  # layer -> chunks, CRC-32 of them
-        self.written = 0
-        self.opened: Any = None
+        self._folder = _lock_folder(folder)
         lines = self.file.read_text(errors="replace").splitlines() if self.file.is_file() else []
-        if not lines or _parsed(lines[0]) != self.head:
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not lines or _parse(lines[0]) != self._head:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             return
         for line in lines[1:]:
-            entry = _parsed(line)
-            if entry is None:  # the last, half written
+            entry = _parse(line)
+            if entry is None:  # the last line of a conversion that was killed while writing it
                 continue
             self.done[entry["layer"]] = (entry["chunks"], entry["crc32"])
-            self.written += entry["bytes"]
+            self.bytes_written += entry["bytes"]
 
     def forget(self) -> None:
-        """The next conversion begins anew."""
+        """Makes the next conversion begin anew."""
         self.file.unlink()
 
     def begin(self) -> None:
-        """The folder is prepared: chunks will be noted."""
-        begun = self.file.is_file()
-        self.opened = open(self.file, "a")  # noqa: SIM115 (closed by `close`)
-        self._append(None if begun else self.head)
+        """Opens the journal for entries. Called when the folder is prepared for chunks."""
+        is_new = not self.file.is_file()
+        self._opened = open(self.file, "a")  # noqa: SIM115 (closed by `close`)
+        # An old journal may end in the middle of a line: end that line.
+        self._append(json.dumps(self._head) if is_new else "")
 
-    def note(self, layer: str, count: int, checksum: int, size: int) -> None:
-        self._append({"layer": layer, "chunks": count, "crc32": checksum, "bytes": size})
+    def note(self, layer: str, chunks: int, crc32: int, nbytes: int) -> None:
+        """Notes that one more chunk of a layer is written. Several threads may call it at the same time.
 
-    def _append(self, entry: dict[str, Any] | None) -> None:
-        """None ends a line that may have been cut off."""
-        with self.lock:
-            self.opened.write("\n" if entry is None else json.dumps(entry) + "\n")
-            self.opened.flush()
+        Args:
+          layer: the name of the layer's part of a parameter.
+          chunks: how many chunks of it are written.
+          crc32: of all of them.
+          nbytes: the size of the last one.
+        """
+        self._append(json.dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))
+
+    def _append(self, line: str) -> None:
+        assert self._opened is not None, "begin() comes first"
+        with self._lock:
+            self._opened.write(line + "\n")
+            self._opened.flush()
 
     def close(self) -> None:
-        if self.opened is not None:
-            self.opened.close()
-        os.close(self.folder)
+        """Closes the file and unlocks the folder."""
+        if self._opened is not None:
+            self._opened.close()
+        os.close(self._folder)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _lock_folder(folder: Path) -> int:
+    """Locks a folder and returns its descriptor. The lock ends with the descriptor, also if the process is killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"{folder} is being written by another conversion: wait until it ends") from error
+    return descriptor
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Returns a line's JSON, or None for a line that was cut off."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:

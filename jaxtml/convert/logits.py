@@ -1,4 +1,7 @@
-"""`jaxtml logits`: teacher-forced text logits of a checkpoint, for anyone who wants to check the model."""
+"""`jaxtml logits`: the text logits of a checkpoint for given tokens, so that anyone can check the model.
+
+Axes: B sequences, T tokens, V vocabulary. Also called by `convert.verification`.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,32 @@ from jaxtml.stream.tokens import PositionKind
 
 
 def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path) -> None:
-    """Writes `[B, T, V]` float32 logits for the int ids `[B, T]` (or `[T]`) in the .npy file `tokens`.
+    """Writes the logits of a checkpoint, float32 `[B, T, V]`, to the .npy file `out`.
+
+    Args:
+      checkpoint: the directory of the checkpoint.
+      tokens: a .npy file of token ids, integers `[B, T]` or `[T]`.
+      out: the file to write.
 
     Raises:
-      InputError: no checkpoint or token file there, ids of another type or shape or outside the vocabulary, or `out`
-        cannot be written.
+      InputError: there is no such checkpoint or token file; the ids have another type or shape, or are outside the
+        vocabulary; or `out` cannot be written.
     """
     ids = _read_ids(tokens)
     config, params = read_checkpoint(checkpoint)
     vocab = config.backbone.vocab_size
     if ids.size == 0 or ids.min() < 0 or ids.max() >= vocab:
-        raise InputError(f"{tokens}: ids must lie in 0..{vocab - 1} and be at least one")
-    result = text_logits(config, params, ids)
+        raise InputError(f"{tokens}: token ids must lie in 0..{vocab - 1}, and there must be at least one")
+    logits = text_logits(config, params, ids)
     try:
         with open(out, "wb") as file:
-            np.save(file, result)
+            np.save(file, logits)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from error
 
 
 def text_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
-    """`[B, T, V]` float32 for `ids` `[B, T]`, all of them text."""
+    """Returns the logits, float32 `[B, T, V]`, for token ids `[B, T]` that are all text (teacher forcing)."""
     model = InteractionModel(config)
 
     def forward(params: Params, ids: jax.Array) -> jax.Array:
@@ -59,12 +67,13 @@ def text_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
 
 
 def _read_ids(path: str | Path) -> np.ndarray:
+    """Reads token ids as an array `[B, T]`."""
     try:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"no token file {path}") from error
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a .npy file of token ids") from error
+        raise InputError(f"{path} is not a .npy file: write the token ids with numpy.save") from error
     if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise InputError(f"{path}: token ids are an integer array [B, T] or [T]")
+        raise InputError(f"{path}: token ids must be an integer array [B, T] or [T]")
     return np.atleast_2d(ids)

@@ -1,4 +1,4 @@
-"""Progress of a conversion."""
+"""The progress of a long copy in the log. Called by the conversion, the verification and `jaxtml info --verify`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ import time
 
 from absl import logging
 
-REPORT_S = 5.0  # seconds between lines of progress
+REPORT_S = 5.0  # seconds between two lines
 
 
 class CopyProgress:
-    """A line every few seconds: bytes, rate, time left."""
+    """Writes a line to the log every few seconds: bytes, rate and time left.
 
-    def __init__(self, total: int, done: int, what: str = ""):
-        self.total, self.done, self.before, self.what = total, done, done, what
-        self.began = self.told = time.monotonic()
+    Args:
+      total: how many bytes there are.
+      done: how many bytes an earlier, interrupted conversion has done. They do not count for the rate.
+      prefix: how each line begins.
+    """
+
+    def __init__(self, total: int, done: int, prefix: str = ""):
+        self.total, self.done, self.done_before, self.prefix = total, done, done, prefix
+        self.started_s = self.reported_s = time.monotonic()
         self.lock = threading.Lock()
 
-    def add(self, size: int) -> None:
+    def add(self, nbytes: int) -> None:
+        """Counts bytes that are done. Several threads may call it at the same time."""
         with self.lock:
-            self.done += size
-            now = time.monotonic()
-            if now - self.told < REPORT_S and self.done < self.total:
+            self.done += nbytes
+            now_s = time.monotonic()
+            if now_s - self.reported_s < REPORT_S and self.done < self.total:
                 return
-            self.told = now
-            rate = (self.done - self.before) / max(now - self.began, 1e-9)
-            left = (self.total - self.done) / rate
+            self.reported_s = now_s
+            rate = (self.done - self.done_before) / max(now_s - self.started_s, 1e-9)
+            minutes, seconds = divmod(round((self.total - self.done) / rate), 60)
             unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
             logging.info(
                 "%s%.1f of %.1f %s  %.2f %s/s  %d:%02d left",
-                self.what, self.done / unit, self.total / unit, name, rate / unit, name, *divmod(round(left), 60),
+                self.prefix, self.done / unit, self.total / unit, name, rate / unit, name, minutes, seconds,
             )  # fmt: skip

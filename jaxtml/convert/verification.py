@@ -1,4 +1,7 @@
-"""Verifies a conversion."""
+"""Verifies a conversion: compares the result with its source, tensor by tensor, and then their logits.
+
+Called by `convert.conversion` for `jaxtml convert --verify`.
+"""
 
 from __future__ import annotations
 
@@ -14,87 +17,111 @@ from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
 from jaxtml.checkpoint.manifest import crc32
-from jaxtml.checkpoint.opening import read_parameters
-from jaxtml.checkpoint.source import ParameterSource, spec_table
+from jaxtml.checkpoint.source import ParameterSource, read_parameters, spec_table
+from jaxtml.convert.logits import text_logits
 from jaxtml.convert.progress import CopyProgress
 from jaxtml.convert.threads import run_in_threads
 from jaxtml.errors import InputError
 from jaxtml.model.spec import ParamSpec
 
-PROMPT = 64  # tokens of which logits are compared
-ROUNDING = 1e-4  # by which those of equal numbers may differ, of their norm
+PROMPT_TOKENS = 64  # tokens whose logits are compared
+ROUNDING = 1e-4  # how far logits of equal parameters may differ, as a share of their norm
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class VerificationFailed(InputError):
-    """A result is not what it was made of."""
+    """The result of a conversion differs from its source."""
+
+
+def verify_conversion(original: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
+    """Compares the tensors of a result with the source that it was made from, and its logits with the original's.
+
+    Logits are compared where memory allows. They must be equal within rounding if both models compute the same:
+    the same dtypes, and the same windows of global layers.
+
+    Args:
+      original: the checkpoint that was converted.
+      source: what the conversion read: `original`, or a warm start from it.
+      result: the checkpoint that was written.
+      to: "orbax" or "hf". An "hf" result has only released parameters.
+
+    Returns:
+      What was verified, a phrase for the summary.
+
+    Raises:
+      VerificationFailed: tensors or logits differ.
+    """
+    specs = {
+        path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
+    }
+    verified = f"verified, {compare_tensors(source, result, specs)} tensors equal"
+    # An estimate: twice the parameters as float32.
+    needed, free = 2 * parameter_bytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
+    if needed > free:
+        return f"{verified}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+    ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT_TOKENS))
+    theirs, ours = (
+        text_logits(checkpoint.config, read_parameters(checkpoint), ids) for checkpoint in (original, result)
+    )
+    if np.array_equal(theirs, ours, equal_nan=True):
+        return f"{verified}, logits of {PROMPT_TOKENS} tokens too"
+    difference = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
+    if not np.isfinite(difference) or (_compute_alike(original, result, specs) and difference > ROUNDING):
+        raise VerificationFailed(f"all tensors are equal, and the logits differ by {difference:.2e} of their norm")
+    return f"{verified}, logits of {PROMPT_TOKENS} tokens differ by {difference:.2e} of their norm"
 
 
 def compare_tensors(
     source: ParameterSource, result: ParameterSource, specs: Mapping[str, ParamSpec], workers: int | None = None
 ) -> int:
-    """Holds every layer of `result` to the source, in the dtype of the result, by checksums; returns how many.
+    """Compares every layer of the parameters in `specs`, in the result's dtype, by checksums.
+
+    Returns:
+      How many tensors were compared.
 
     Raises:
-      Differs: the first layer is named, all of them in the log.
+      VerificationFailed: tensors differ. The message names the first, and the log all of them.
     """
 
-    def checksum(of: ParameterSource, layer: LayerChunks, stop: threading.Event) -> int:
-        found = 0
+    def checksum(parameters: ParameterSource, layer: LayerChunks, stop: threading.Event) -> int:
+        crc = 0
         for index in layer.indices:
             if stop.is_set():
                 raise CancelledError
-            values = of.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
-            found = crc32(values, found)
+            values = parameters.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
+            crc = crc32(values, crc)
             progress.add(values.nbytes)
-        return found
+        return crc
 
-    def one(layer: LayerChunks, stop: threading.Event) -> str | None:
+    def compare(layer: LayerChunks, stop: threading.Event) -> str | None:
         return None if checksum(source, layer, stop) == checksum(result, layer, stop) else layer.name
 
-    work, progress = (
-        conversion_chunks(specs, result.dtype),
-        CopyProgress(2 * parameter_bytes(specs, result.dtype), 0, "verified "),
-    )
-    wrong = sorted(name for name in run_in_threads(one, work, workers) if name)
-    if wrong:
-        logging.info("all that differ:\n%s", "\n".join(wrong))
+    work = conversion_chunks(specs, result.dtype)
+    progress = CopyProgress(2 * parameter_bytes(specs, result.dtype), 0, "verified ")
+    different = sorted(name for name in run_in_threads(compare, work, workers) if name)
+    if different:
+        logging.info("all tensors that differ:\n%s", "\n".join(different))
         raise VerificationFailed(
-            f"the result differs from its source in {len(wrong)} of {len(work)} layers, first in {wrong[0]}"
+            f"the result differs from its source in {len(different)} of {len(work)} tensors, first in {different[0]}"
         )
     return len(work)
 
 
-def verify_conversion(held: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
-    """Holds a result to the source that it was made of, and its logits to those of the checkpoint as it was held."""
-    specs = {
-        path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
-    }
-    said = f"verified, {compare_tensors(source, result, specs)} tensors equal"
-    needed, free = 2 * parameter_bytes(spec_table(source.config), lambda path: np.dtype(np.float32)), _free_memory()
-    if needed > free:
-        return f"{said}, logits not compared: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-    from jaxtml.convert.logits import text_logits
-
-    ids = np.random.default_rng(0).integers(0, result.config.duplex.control_base, (1, PROMPT))
-    theirs, ours = (text_logits(*read_parameters(checkpoint), ids) for checkpoint in (held, result))
-    if np.array_equal(theirs, ours, equal_nan=True):
-        return f"{said}, logits of {PROMPT} tokens too"
-    apart = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
-    before = spec_table(held.config)
-    alike = held.config.backbone.global_ == result.config.backbone.global_ and all(
-        path in before and held.dtype(path) == result.dtype(path) for path in specs
+def _compute_alike(original: ParameterSource, result: ParameterSource, specs: Mapping[str, ParamSpec]) -> bool:
+    """Returns whether two checkpoints with equal tensors should give the same logits."""
+    paths = spec_table(original.config)
+    return original.config.backbone.global_ == result.config.backbone.global_ and all(
+        path in paths and original.dtype(path) == result.dtype(path) for path in specs
     )
-    if not np.isfinite(apart) or (alike and apart > ROUNDING):
-        raise VerificationFailed(f"all tensors are equal, and the logits differ by {apart:.2e} of their norm")
-    return f"{said}, logits of {PROMPT} tokens differ by {apart:.2e} of their norm"
 
 
 def _free_memory() -> int:
-    """Bytes that the first device has left, the host, and the control group that this process is in."""
-    held = jax.devices()[0].memory_stats() or {}
-    found = [held["bytes_limit"] - held["bytes_in_use"]] if "bytes_limit" in held else []
+    """Returns how many bytes are free: the least of the first device, the host and this process's control group."""
+    stats = jax.devices()[0].memory_stats() or {}
+    free = [psutil.virtual_memory().available]
+    if "bytes_limit" in stats:
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
     limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min([*found, psutil.virtual_memory().available])
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free)

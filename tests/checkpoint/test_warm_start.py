@@ -18,7 +18,7 @@ from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.source import full_index, place_parameters, spec_table
-from jaxtml.checkpoint.warm_start import WarmStart
+from jaxtml.checkpoint.warm_start import LayerPlace, WarmStart
 from jaxtml.config import Config, DuplexConfig, FlowConfig
 from jaxtml.convert.conversion import convert, write_checkpoint
 from jaxtml.convert.logits import text_logits
@@ -84,11 +84,12 @@ def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
     warm = WarmStart(source, larger)
     model = InteractionModel(larger)
     for layer, (alike, kind) in {4: (3, "sliding"), 5: (2, "global")}.items():
-        prefix, at = next((where for where, _ in warm.layers.items() if where == _where(model, layer)))
-        (theirs, there), new = warm.layers[prefix, at]
-        assert new and there == _where(InteractionModel(THEIRS), alike)[1], kind
+        prefix, at = _where(model, layer)
+        origin = warm.layers[LayerPlace(prefix, at)]
+        theirs, there = origin.place.run, origin.place.position
+        assert origin.added and (theirs, there) == _where(InteractionModel(THEIRS), alike), kind
         for name in ("attn/wq", "attn/wo", "mlp/w13", "mlp/w2", "mlp/shared_w2", "mlp/router"):
-            spec = warm.table[f"{prefix}/{name}"]
+            spec = warm.specs[f"{prefix}/{name}"]
             ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *full_index(spec)[2:]))[0, 0]
             held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *full_index(spec)[2:]))[0, 0]
             if name in ("attn/wo", "mlp/w2", "mlp/shared_w2"):
@@ -151,10 +152,13 @@ def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"n_layers": 3, "global_layers": (2,)}, "larger has 3 layers, inkling 4"),
-        ({"d_ff_expert": 32}, "cannot begin as inkling: backbone.d_ff_expert is 32, theirs 24"),
-        ({"global_layers": (1, 5)}, "a layer 1 of a kind that inkling has none of there"),
-        ({"n_dense": 2}, "cannot begin as inkling: backbone.n_dense is 2, theirs 1"),
+        ({"n_layers": 3, "global_layers": (2,)}, "it has 3 layers, and inkling has 4"),
+        (
+            {"d_ff_expert": 32},
+            "cannot start with the weights of inkling: backbone.d_ff_expert is 32, and 24 in inkling",
+        ),
+        ({"global_layers": (1, 5)}, "its layer 1 is of a kind that inkling does not have there"),
+        ({"n_dense": 2}, "inkling: backbone.n_dense is 2, and 1 in inkling"),
     ],
     ids=str,
 )
@@ -172,5 +176,5 @@ def test_every_tensor_that_the_model_shares_is_copied(checkpoint, larger):
             np.testing.assert_array_equal(
                 warm.read(path, full_index(spec)), source.read(path, full_index(spec)), err_msg=path
             )
-    assert {p for p, _ in flatten(InteractionModel(larger).specs())} == set(warm.table)
+    assert {p for p, _ in flatten(InteractionModel(larger).specs())} == set(warm.specs)
     assert json.loads((checkpoint / "config.json").read_text()) == DESCRIBED

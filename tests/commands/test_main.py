@@ -211,7 +211,7 @@ def test_converse_refuses_a_checkpoint_of_another_size(capsys, checkpoint, recor
     config["backbone"]["d_ff_dense"] *= 2
     (other / "config.json").write_text(json.dumps(config))
     argv = ("converse", "--checkpoint", other, "--in", recording, "--out", tmp_path / "reply.wav")
-    assert "of another size" in refused(capsys, *argv)
+    assert "does not have the sizes of its config.json" in refused(capsys, *argv)
 
 
 def test_logits_are_those_of_the_model_and_bad_tokens_are_refused(capsys, checkpoint, small, params, tmp_path):

@@ -117,7 +117,7 @@ def _damage(folder: Path) -> str:
 def test_what_is_as_it_was_written_passes_and_a_changed_bit_or_file_is_named(result):
     assert verify_manifest(result) == len(json.loads((result / "manifest.json").read_text())["tensors"])
     name = _damage(result)
-    with pytest.raises(InputError, match=f"is not as it was written: {name} differ"):
+    with pytest.raises(InputError, match=f"has changed since it was converted, convert again: {name} differ"):
         verify_manifest(result)
     (result / "config.json").write_text((result / "config.json").read_text() + " ")
     with pytest.raises(InputError, match=f"config.json, {name} differ"):
@@ -145,10 +145,10 @@ def test_all_that_is_lost_is_told(ours, tmp_path, caplog):
 def test_a_manifest_that_is_none_is_one_line(text, ours, tmp_path):
     shutil.copytree(ours, tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match="manifest.json is none that `jaxtml convert` wrote"):
+    with pytest.raises(InputError, match="manifest.json is not a manifest that `jaxtml convert` wrote"):
         verify_manifest(tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").write_text('{"version": 0}')
-    with pytest.raises(InputError, match="is of another version"):
+    with pytest.raises(InputError, match="another version of jaxtml"):
         verify_manifest(tmp_path / "ck")
     (tmp_path / "ck" / "manifest.json").unlink()
     with pytest.raises(InputError, match="has no manifest.json"):
@@ -177,7 +177,7 @@ def test_a_result_can_be_verified_again_by_the_same_conversion_alone(result, rel
     assert (result / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="exists: name a new directory"):
         convert(source, result, to=to)
-    with pytest.raises(InputError, match="was made of another .* or by another conversion"):
+    with pytest.raises(InputError, match="was made by another conversion, or .* has changed since"):
         convert(source, result, to=to, dtype="float32", verify=True)
     _damage(result)
     with pytest.raises(InputError, match="differs from its source in 1 of"):
@@ -195,7 +195,7 @@ def test_a_result_that_is_not_its_source_gets_no_name_and_the_next_conversion_be
 
     with monkeypatch.context() as patched:
         patched.setattr(OrbaxSink, "write", wrong)
-        with pytest.raises(InputError, match="in 1 of .* in norm/weight; the result is left as .*.out.converting"):
+        with pytest.raises(InputError, match="in 1 of .* in norm/weight; the result is in .*.out.converting"):
             convert(release, tmp_path / "out", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == [".out.converting"]
     assert "tensors equal" in convert(release, tmp_path / "out", verify=True)
@@ -227,7 +227,7 @@ def test_numbers_that_give_no_logits_are_verified_all_the_same(value, config, li
 
 def test_logits_that_are_others_than_the_same_numbers_give_fail(release, tmp_path, monkeypatch):
     given = iter([np.ones((1, 64, 3), np.float32), np.ones((1, 64, 3), np.float32) * 1.01])
-    monkeypatch.setattr("jaxtml.convert.logits.text_logits", lambda *_: next(given))
+    monkeypatch.setattr("jaxtml.convert.verification.text_logits", lambda *_: next(given))
     with pytest.raises(InputError, match="all tensors are equal, and the logits differ by 1.00e-02"):
         convert(release, tmp_path / "out", verify=True)
 

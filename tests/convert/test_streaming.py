@@ -224,7 +224,7 @@ def test_another_source_or_another_boot_begins_anew(released, tmp_path, monkeypa
     assert interrupted() > first, "the second went on"
     boot = tmp_path / "boot"
     boot.write_text("another")
-    monkeypatch.setattr(journal, "_BOOT", boot)
+    monkeypatch.setattr(journal, "_BOOT_ID", boot)
     assert interrupted() <= first
     boot.write_text("")
     os.utime(released / "model.safetensors")
@@ -391,8 +391,10 @@ def test_verification_names_what_differs(released, tmp_path, monkeypatch):
     assert compare_tensors(source, result, specs) == len(
         json.loads((tmp_path / "ours" / "manifest.json").read_text())["tensors"]
     )
-    (path, at), _ = next((key, place) for key, place in source.places.items() if place.name == name)
-    with pytest.raises(InputError, match=f"differs from its source in 1 of .* layers, first in {path}/{at[0]}/{at[1]}"):
+    (path, at), _ = next((key, place) for key, place in source.tensors.items() if place.name == name)
+    with pytest.raises(
+        InputError, match=f"differs from its source in 1 of .* tensors, first in {path}/{at[0]}/{at[1]}"
+    ):
         compare_tensors(ReleasedCheckpoint(copied), result, specs)
 
 

@@ -81,7 +81,7 @@ def released() -> tuple[Config, Params]:
     params = jax.tree.map(np.array, init_params(InteractionModel(config).specs(), 0))
     leaves, weights = dict(flatten(params)), TOOL["released_weights"](config)
     for place in released_tensors(config):
-        leaves[place.path][place.index] = place.spec.released.load(weights[place.name])
+        leaves[place.path][place.position] = place.spec.released.load(weights[place.name])
     return config, params
 
 

@@ -62,7 +62,7 @@ def test_logits_equal_the_released_ones(name):
     params = jax.tree.map(np.array, init_params(InteractionModel(config).specs(), 0))
     leaves, weights = dict(flatten(params)), TOOL["released_weights"](config)
     for place in released_tensors(config):
-        leaves[place.path][place.index] = place.spec.released.load(weights[place.name])
+        leaves[place.path][place.position] = place.spec.released.load(weights[place.name])
     with np.load(TOOL["GOLDEN"]) as golden:
         _assert_same(_our_logits(config, params, TOOL["case_inputs"](name)), golden[name])
 

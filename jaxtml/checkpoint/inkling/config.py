@@ -1,7 +1,10 @@
-"""The released Inkling `config.json` <-> our config tree. Called by the source and the sink beside it.
+"""Translates Inkling's `config.json` to our config tree and back. Called by the source and the sink beside this module.
 
-Two spellings are read: the released one (`dense_mlp_idx`, `local_layer_ids`, `dense_intermediate_size` ...) and what
-`transformers` writes (`mlp_layer_types`, `layer_types`, `moe_intermediate_size` ...). The second is written.
+There are two spellings of `config.json`. The released one has `dense_mlp_idx`, `local_layer_ids`,
+`dense_intermediate_size`. The one that `transformers` writes has `mlp_layer_types`, `layer_types`,
+`moe_intermediate_size`. Both are read, and the second is written.
+
+The order of the fields in `inkling_config` is the order in the file: converted checkpoints are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -12,135 +15,217 @@ from typing import Any
 
 from absl import logging
 
-from jaxtml.checkpoint.inkling.config_section import ConfigSection, short
+from jaxtml.checkpoint.inkling.config_section import ConfigSection, short_repr
 from jaxtml.checkpoint.inkling.vision_folds import default_folds
 from jaxtml.config import AttentionConfig, BackboneConfig, Config, DuplexConfig, FlowConfig, VisionConfig, validate
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import N_BINS, N_MELS
 from jaxtml.stream.tokens import CONTROLS
 
-# What our model does not vary: another value means another architecture.
-_FIXED_TEXT = {
-    **{"hidden_act": "silu", "shared_expert_sink": True, "use_embed_norm": True, "attention_dropout": 0.0},
+# Fields that our model does not vary. Another value means another architecture.
+_TEXT_CONSTANTS = {
+    "hidden_act": "silu",
+    "shared_expert_sink": True,
+    "use_embed_norm": True,
+    "attention_dropout": 0.0,
     "tie_word_embeddings": False,
 }
-_FIXED_AUDIO = {"n_mel_bins": N_MELS, "mel_vocab_size": N_BINS, "rms_norm_eps": 1e-6}
-_FIXED_MTP = {"chain_hidden_post_norm": False, "mtp_hidden_states_first": True}
-_FIXED_VISION = {"patch_size": 40, "temporal_patch_size": 2, "num_channels": 3, "rms_norm_eps": 1e-6}
+_AUDIO_CONSTANTS = {"n_mel_bins": N_MELS, "mel_vocab_size": N_BINS, "rms_norm_eps": 1e-6}
+_VISION_CONSTANTS = {"patch_size": 40, "temporal_patch_size": 2, "num_channels": 3, "rms_norm_eps": 1e-6}
+_MTP_CONSTANTS = {"chain_hidden_post_norm": False, "mtp_hidden_states_first": True}
 
-# What changes no number of the reference's forward pass; of a vision tower, sizes that Inkling's does not have.
-_IDLE = (
-    *("model_type", "initializer_range", "number_of_conv_states", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *(
-        "rms_norm_eps_moe_gate",
-        "use_cache",
-        "dtype",
-        "torch_dtype",
-        "architectures",
-        "text_hidden_size",
-        "hidden_size",
-        "num_attention_heads",
-    ),
-)
-_DERIVED = ("text_config", "audio_config", "vision_config", "mtp_config", "quantization_config")
-_DERIVED += ("dtype", "torch_dtype", "transformers_version")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+# Fields that change no number of the reference's forward pass. The last two stand in a vision section: `transformers`
+# writes sizes there that Inkling's tower does not have.
+_UNUSED = (
+    *("model_type", "initializer_range", "number_of_conv_states", *_TOKENS),
+    *("rms_norm_eps_moe_gate", "use_cache", "dtype", "torch_dtype", "architectures"),
+    *("text_hidden_size", "hidden_size", "num_attention_heads"),
+)
+# Fields of an original `config.json` that a new one does not copy: they follow from the new model.
+_NOT_COPIED = (
+    *("text_config", "audio_config", "vision_config", "mtp_config", "quantization_config"),
+    *("dtype", "torch_dtype", "transformers_version"),
+)
 _MOST_LAYERS = 4096
+_WIDEST_FLOW_HEAD = 2048
 
 
-def config_from_inkling(released: dict[str, Any], name: str = "inkling") -> Config:
-    """The config tree of a released checkpoint, from the content of its `config.json`.
+def config_from_inkling(released: Mapping[str, Any], name: str = "inkling") -> Config:
+    """Returns the config tree of a released checkpoint. `released` is the content of its `config.json`.
 
-    Parts that Inkling lacks get sizes that follow from the backbone's width: control tokens in the vocabulary's unused
-    tail, a flow head as wide as the model (at most 2,048). Fields that are not known here are named in the log.
+    The parts that Inkling lacks follow from its sizes: control tokens stand in the unused tail of the vocabulary, and
+    the flow head is as wide as the model (at most 2,048). The log names the fields that are not known here.
 
     Raises:
-      InputError: a field is missing, is no number where one belongs, or has a value that this backbone does not have.
+      InputError: a field is missing, is not a number where it has to be, or has a value that our backbone cannot have.
     """
     text, audio, vision = (ConfigSection(released, part) for part in ("text_config", "audio_config", "vision_config"))
-    heads, local_heads = _mtp(released, text)
-    text.fixed(_FIXED_TEXT)
-    audio.fixed(_FIXED_AUDIO)
-    vision.fixed(_FIXED_VISION)
-
-    layers = text.whole("num_hidden_layers", most=_MOST_LAYERS)
-    vocab = text.whole("vocab_size")
-    dense_width, expert_width = _widths(text)
-    window = text.whole("sliding_window_size", "sliding_window")
-    backbone = BackboneConfig(
-        vocab_size=vocab,
-        d_model=text.whole("hidden_size"),
-        n_layers=layers,
-        n_dense=_dense_layers(text, layers),
-        global_layers=_global_layers(text, layers),
-        sliding=AttentionConfig(
-            n_heads=text.whole("swa_num_attention_heads"),
-            n_kv_heads=text.whole("swa_num_key_value_heads"),
-            head_dim=text.whole("swa_head_dim"),
-            window=window,
-            rel_extent=window,
-        ),
-        global_=AttentionConfig(
-            n_heads=text.whole("num_attention_heads"),
-            n_kv_heads=text.whole("num_key_value_heads"),
-            head_dim=text.whole("head_dim"),
-            window=text.whole("model_max_length", "max_position_embeddings"),
-            rel_extent=text.whole("rel_extent"),
-        ),
-        d_ff_dense=dense_width,
-        d_ff_expert=expert_width,
-        n_experts=text.whole("n_routed_experts"),
-        experts_per_token=text.whole("num_experts_per_tok"),
-        n_shared_experts=text.whole("n_shared_experts"),
-        logits_divisor=text.number("logits_mup_width_multiplier"),
-        unpadded_vocab_size=text.whole("unpadded_vocab_size", default=0, most=vocab) or None,
-        d_rel=text.whole("d_rel"),
-        route_scale=text.number("route_scale", default=8.0),
-        conv_kernel=text.whole("conv_kernel_size", "sconv_kernel_size"),
-        norm_eps=text.number("rms_norm_eps", default=1e-6),
-        log_scaling_floor=text.whole("log_scaling_n_floor", default=0) or None,
-        log_scaling_alpha=text.number("log_scaling_alpha", default=0.1),
-        init_std=text.number("initializer_range", default=0.02),
-        mtp_heads=heads,
-        mtp_global=tuple(i for i in range(heads) if i not in local_heads),
-    )
-    free = backbone.unpadded_vocab_size if backbone.unpadded_vocab_size is not None else vocab
+    mtp_heads, mtp_local = _mtp_heads(released, text)
+    text.require(_TEXT_CONSTANTS)
+    audio.require(_AUDIO_CONSTANTS)
+    vision.require(_VISION_CONSTANTS)
+    backbone = _backbone(text, mtp_heads, mtp_local)
+    vocab = backbone.vocab_size
+    first_unused = vocab if backbone.unpadded_vocab_size is None else backbone.unpadded_vocab_size
     config = Config(
         name=name,
         backbone=backbone,
-        # Without a tail that is long enough, the last rows of the vocabulary serve.
-        duplex=DuplexConfig(control_base=max(0, min(free, vocab - CONTROLS))),
-        flow=FlowConfig(width=min(backbone.d_model, 2048), depth=3),
+        # A vocabulary whose unused tail is too short gives its last rows to the control tokens.
+        duplex=DuplexConfig(control_base=max(0, min(first_unused, vocab - CONTROLS))),
+        flow=FlowConfig(width=min(backbone.d_model, _WIDEST_FLOW_HEAD), depth=3),
         vision=VisionConfig(_vision_folds(vision)),
     )
     validate(config)
     for section in (text, audio, vision):
-        section.tell_unread(_IDLE)
+        section.warn_unread(_UNUSED)
     return config
 
 
-def inkling_config(config: Config, said: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The `config.json` that `transformers` reads for this backbone (`InklingForConditionalGeneration`).
+def _mtp_heads(released: Mapping[str, Any], text: ConfigSection) -> tuple[int, list[int]]:
+    """Returns the number of prediction heads (0 without a field for them), and the indices of those that are local.
 
-    `said` is the one that the model came with: what it says that is not of the model's shape (ids of placeholders and
-    of special tokens, whatever else it has beside its sections) is said again. Pinned tokens and a window on global
-    layers have no word there: the reference sees everything.
+    The released spelling has them in a section of their own, `transformers` in the text section.
+    """
+    heads = text.integer("num_mtp_layers", default=0, most=_MOST_LAYERS)
+    local = text.indices("mtp_local_layer_ids", heads)
+    text.require(_MTP_CONSTANTS)
+    if released.get("mtp_config") is not None:
+        section = ConfigSection(released, "mtp_config")
+        section.require(_MTP_CONSTANTS)
+        heads = section.integer("num_nextn_predict_layers", default=heads, most=_MOST_LAYERS)
+        local = section.indices("local_layer_ids", heads) or local
+        section.warn_unread(_UNUSED)
+    return heads, local or []
+
+
+def _backbone(text: ConfigSection, mtp_heads: int, mtp_local: list[int]) -> BackboneConfig:
+    layers = text.integer("num_hidden_layers", most=_MOST_LAYERS)
+    vocab = text.integer("vocab_size")
+    dense_width, expert_width = _feed_forward_widths(text)
+    window = text.integer("sliding_window_size", "sliding_window")
+    return BackboneConfig(
+        vocab_size=vocab,
+        d_model=text.integer("hidden_size"),
+        n_layers=layers,
+        n_dense=_dense_layers(text, layers),
+        global_layers=_global_layers(text, layers),
+        sliding=AttentionConfig(
+            n_heads=text.integer("swa_num_attention_heads"),
+            n_kv_heads=text.integer("swa_num_key_value_heads"),
+            head_dim=text.integer("swa_head_dim"),
+            window=window,
+            rel_extent=window,
+        ),
+        global_=AttentionConfig(
+            n_heads=text.integer("num_attention_heads"),
+            n_kv_heads=text.integer("num_key_value_heads"),
+            head_dim=text.integer("head_dim"),
+            window=text.integer("model_max_length", "max_position_embeddings"),
+            rel_extent=text.integer("rel_extent"),
+        ),
+        d_ff_dense=dense_width,
+        d_ff_expert=expert_width,
+        n_experts=text.integer("n_routed_experts"),
+        experts_per_token=text.integer("num_experts_per_tok"),
+        n_shared_experts=text.integer("n_shared_experts"),
+        logits_divisor=text.number("logits_mup_width_multiplier"),
+        unpadded_vocab_size=text.integer("unpadded_vocab_size", default=0, most=vocab) or None,
+        d_rel=text.integer("d_rel"),
+        route_scale=text.number("route_scale", default=8.0),
+        conv_kernel=text.integer("conv_kernel_size", "sconv_kernel_size"),
+        norm_eps=text.number("rms_norm_eps", default=1e-6),
+        log_scaling_floor=text.integer("log_scaling_n_floor", default=0) or None,
+        log_scaling_alpha=text.number("log_scaling_alpha", default=0.1),
+        init_std=text.number("initializer_range", default=0.02),
+        mtp_heads=mtp_heads,
+        mtp_global=tuple(i for i in range(mtp_heads) if i not in mtp_local),
+    )
+
+
+def _feed_forward_widths(text: ConfigSection) -> tuple[int, int]:
+    """Returns the widths of the feed-forward part of a dense layer, and of one expert.
+
+    `intermediate_size` is the expert's width where `dense_intermediate_size` is there, and else the dense layer's.
+    """
+    if text.value("dense_intermediate_size") is not None:
+        return text.integer("dense_intermediate_size"), text.integer("intermediate_size")
+    return text.integer("intermediate_size"), text.integer("moe_intermediate_size")
+
+
+def _dense_layers(text: ConfigSection, layers: int) -> int:
+    """Returns how many layers are dense. They come first."""
+    count = text.integer("dense_mlp_idx", default=0, most=layers)
+    kinds = text.layer_kinds("mlp_layer_types", ("dense", "sparse"), layers)
+    if kinds is None:
+        return count
+    count = kinds.count("dense")
+    if kinds != ["dense"] * count + ["sparse"] * (layers - count):
+        raise InputError("config.json: jaxtml supports mlp_layer_types with all dense layers before the sparse ones")
+    return count
+
+
+def _global_layers(text: ConfigSection, layers: int) -> tuple[int, ...]:
+    """Returns the indices of the layers with global attention. Without a field for them, every sixth layer has it."""
+    local = text.indices("local_layer_ids", layers)
+    kinds = text.layer_kinds("layer_types", ("hybrid", "hybrid_sliding"), layers)
+    if kinds is not None:
+        return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
+    if local is None:
+        return tuple(i for i in range(layers) if (i + 1) % 6 == 0)
+    return tuple(i for i in range(layers) if i not in set(local))
+
+
+def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
+    """Returns the layers of the vision tower. `folds` is our field, for towers that are not as Inkling plans them."""
+    depth = vision.integer("n_layers", "num_hidden_layers", most=_MOST_LAYERS)
+    folds = vision.value("folds")
+    if folds is None:
+        return default_folds(depth)
+    if not isinstance(folds, list) or any(
+        not isinstance(fold, list) or len(fold) != 3 or any(type(n) is not int for n in fold) for fold in folds
+    ):
+        raise InputError(f"config.json: folds is {short_repr(folds)}, not a list of [time, side, width]")
+    return tuple((time, side, width) for time, side, width in folds)
+
+
+def inkling_config(config: Config, original: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Returns the `config.json` with which `transformers` reads this backbone (`InklingForConditionalGeneration`).
+
+    Pinned tokens and a window on global layers cannot be expressed: the reference's global layers see every token.
+
+    Args:
+      config: of our model.
+      original: the `config.json` that the model came with. Its fields are copied where they do not follow from the
+        sizes of the model: the ids of placeholders and special tokens, and whatever stands beside its sections.
 
     Raises:
-      InputError: the backbone is none that Inkling's config can describe.
+      InputError: Inkling's config cannot express the backbone.
     """
     b = config.backbone
     if b.sliding.rel_extent != b.sliding.window:
-        sizes = f"{b.sliding.rel_extent} of {b.sliding.window}"
-        raise InputError(f"backbone.sliding: Inkling's relative extent is its window, not {sizes}")
-    vision: dict[str, Any] = {"model_type": "inkling_vision", "text_hidden_size": b.d_model, **_FIXED_VISION}
-    depth = len(config.vision.folds)
-    vision |= {"num_hidden_layers": depth, "n_layers": depth}
-    if config.vision.folds != default_folds(depth):
-        # transformers computes the widths itself and has no field for others
-        logging.warning("Inkling has vision widths of its own: transformers will read all but the vision tower")
-        vision["folds"] = [list(fold) for fold in config.vision.folds]
-    text: dict[str, Any] = {
+        raise InputError(
+            "backbone.sliding: in Inkling's config the relative extent is the window, and here "
+            f"rel_extent is {b.sliding.rel_extent} and window {b.sliding.window}; make them equal"
+        )
+    text = _text_config(b)
+    original_text = original.get("text_config")
+    if isinstance(original_text, dict):
+        text |= {name: original_text[name] for name in _TOKENS if name in original_text}
+    ours = {
+        **({"mtp_config": _mtp_config(b)} if b.mtp_heads else {}),
+        "architectures": ["InklingForConditionalGeneration"],
+        "model_type": "inkling_mm_model",
+        "text_config": text,
+        "audio_config": {"model_type": "inkling_audio", "text_hidden_size": b.d_model, **_AUDIO_CONSTANTS},
+        "vision_config": _vision_config(config),
+    }
+    return ours | {key: value for key, value in original.items() if key not in {*ours, *_NOT_COPIED}}
+
+
+def _text_config(b: BackboneConfig) -> dict[str, Any]:
+    return {
         "model_type": "inkling_text",
         "vocab_size": b.vocab_size,
         "unpadded_vocab_size": b.unpadded_vocab_size,
@@ -173,75 +258,27 @@ def inkling_config(config: Config, said: Mapping[str, Any] = MappingProxyType({}
         "hidden_act": "silu",
         "shared_expert_sink": True,
     }
-    mtp = {
+
+
+def _mtp_config(b: BackboneConfig) -> dict[str, Any]:
+    return {
         "num_nextn_predict_layers": b.mtp_heads,
         "local_layer_ids": [i for i in range(b.mtp_heads) if i not in b.mtp_global],
-        **_FIXED_MTP,
+        **_MTP_CONSTANTS,
     }
-    ours = {
-        **({"mtp_config": mtp} if b.mtp_heads else {}),
-        "architectures": ["InklingForConditionalGeneration"],
-        "model_type": "inkling_mm_model",
-        "text_config": text,
-        "audio_config": {"model_type": "inkling_audio", "text_hidden_size": b.d_model, **_FIXED_AUDIO},
-        "vision_config": vision,
+
+
+def _vision_config(config: Config) -> dict[str, Any]:
+    folds = config.vision.folds
+    vision: dict[str, Any] = {
+        "model_type": "inkling_vision",
+        "text_hidden_size": config.backbone.d_model,
+        **_VISION_CONSTANTS,
+        "num_hidden_layers": len(folds),
+        "n_layers": len(folds),
     }
-    said_text = said.get("text_config")
-    if isinstance(said_text, dict):
-        text |= {name: said_text[name] for name in _TOKENS if name in said_text}
-    return ours | {key: value for key, value in said.items() if key not in {*ours, *_DERIVED}}
-
-
-def _mtp(released: dict[str, Any], text: ConfigSection) -> tuple[int, list[int]]:
-    """How many prediction heads there are, none where the config has none, and which are local. `transformers` moves
-    them into the text section."""
-    heads = text.whole("num_mtp_layers", default=0, most=_MOST_LAYERS)
-    local = text.indices("mtp_local_layer_ids", heads)
-    text.fixed(_FIXED_MTP)
-    if released.get("mtp_config") is not None:
-        given = ConfigSection(released, "mtp_config")
-        given.fixed(_FIXED_MTP)
-        heads = given.whole("num_nextn_predict_layers", default=heads, most=_MOST_LAYERS)
-        local = given.indices("local_layer_ids", heads) or local
-        given.tell_unread(_IDLE)
-    return heads, local or []
-
-
-def _widths(text: ConfigSection) -> tuple[int, int]:
-    """Feed-forward widths (dense, expert). Beside `dense_intermediate_size`, `intermediate_size` is the experts'."""
-    if text.get("dense_intermediate_size") is not None:
-        return text.whole("dense_intermediate_size"), text.whole("intermediate_size")
-    return text.whole("intermediate_size"), text.whole("moe_intermediate_size")
-
-
-def _dense_layers(text: ConfigSection, layers: int) -> int:
-    first = text.whole("dense_mlp_idx", default=0, most=layers)
-    kinds = text.kinds("mlp_layer_types", ("dense", "sparse"), layers)
-    if kinds is None:
-        return first
-    dense = kinds.count("dense")
-    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise InputError("config.json: mlp_layer_types must be dense layers first, then sparse ones")
-    return dense
-
-
-def _global_layers(text: ConfigSection, layers: int) -> tuple[int, ...]:
-    local = text.indices("local_layer_ids", layers)
-    kinds = text.kinds("layer_types", ("hybrid", "hybrid_sliding"), layers)
-    if kinds is not None:
-        return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
-    if local is None:
-        return tuple(i for i in range(layers) if (i + 1) % 6 == 0)
-    return tuple(i for i in range(layers) if i not in set(local))
-
-
-def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
-    depth = vision.whole("n_layers", "num_hidden_layers", most=_MOST_LAYERS)
-    given = vision.get("folds")
-    if given is None:
-        return default_folds(depth)
-    if not isinstance(given, list) or any(
-        not isinstance(fold, list) or len(fold) != 3 or any(type(n) is not int for n in fold) for fold in given
-    ):
-        raise InputError(f"config.json: folds is {short(given)}, not a list of [time, side, width]")
-    return tuple((time, side, width) for time, side, width in given)
+    if folds != default_folds(len(folds)):
+        # `transformers` computes the widths itself and has no field for others.
+        logging.warning("Inkling plans its vision tower otherwise: transformers can read all but the vision tower")
+        vision["folds"] = [list(fold) for fold in folds]
+    return vision

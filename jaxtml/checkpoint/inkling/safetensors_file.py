@@ -1,8 +1,10 @@
-"""Safetensors as they lie on disk: headers read, tensors mapped whatever their dtype, files written piece by piece.
+"""Safetensors files: reads their headers, maps their tensors, and writes new files piece by piece.
 
-The library's NumPy reader knows no floats of 8 bits, and its writer wants all tensors of a file in memory. A file is 8
-bytes of length, a JSON header `{name: {dtype, shape, data_offsets}}`, and the tensors, little-endian
-(github.com/huggingface/safetensors). Called by `checkpoint.inkling.source`, `checkpoint.inkling.sink` and tests.
+The `safetensors` library is not enough here: its NumPy reader knows no floats of 8 bits, and its writer wants all
+tensors of a file in memory. A file is 8 bytes with the length of the header, a JSON header
+`{name: {dtype, shape, data_offsets}}`, and the tensors in little-endian order (github.com/huggingface/safetensors).
+
+Called by the other modules of `checkpoint.inkling` and by tests.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ import numpy as np
 
 from jaxtml.errors import InputError
 
-_LENGTH = 8
-_LONGEST = 100 * 2**20  # of a header; the library's own limit
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -32,11 +32,21 @@ DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LENGTH_BYTES = 8  # of the length of a header
+_LONGEST_HEADER = 100 * 2**20  # bytes; the library's own limit
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor: where it lies, and as what. `dtype` is the file's name for it."""
+    """Where one tensor is stored.
+
+    Attributes:
+      file: the safetensors file.
+      dtype: the file's name for the dtype: a key of `DTYPES`, if it is known here.
+      shape: of the tensor.
+      start: of the tensor in the file, in bytes.
+      nbytes: the size of the tensor in bytes.
+    """
 
     file: Path
     dtype: str
@@ -45,77 +55,86 @@ class StoredTensor:
     nbytes: int
 
     def mapped(self) -> np.ndarray:
-        """The tensor, read as it is used; none of it counts as memory of this process."""
+        """Maps the tensor into memory. It is read when it is used, and does not count as memory of this process."""
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
-        """Its bytes, so many at a time."""
-        for start in range(self.start, self.start + self.nbytes, size):
-            yield np.memmap(self.file, np.uint8, "r", start, min(size, self.start + self.nbytes - start))
+        """Yields the bytes of the tensor, mapped, in blocks of at most `size` bytes."""
+        end = self.start + self.nbytes
+        for start in range(self.start, end, size):
+            yield np.memmap(self.file, np.uint8, "r", start, min(size, end - start))
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file.
+    """Returns the tensors of a file by name.
 
     Raises:
-      InputError: it is no safetensors file, or not all of one.
+      InputError: the file is missing, is damaged, or is no safetensors file.
     """
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(_LENGTH), "little")
-            if size < _LENGTH or length > min(_LONGEST, size - _LENGTH):
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(_LONGEST_HEADER, size - _LENGTH_BYTES):
                 raise ValueError("it is too short")
             header = json.loads(opened.read(length))
-        found = {
-            name: _stored(file, size, _LENGTH + length, entry)
-            for name, entry in header.items()
-            if name != "__metadata__"
+        start = _LENGTH_BYTES + length
+        tensors = {
+            name: _parse_entry(file, size, start, entry) for name, entry in header.items() if name != "__metadata__"
         }
-        end = _LENGTH + length
-        for tensor in sorted(found.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
-            if tensor.start != end:
-                raise ValueError("its tensors overlap or leave gaps")
-            end += tensor.nbytes
-        if end != size:
-            raise ValueError(f"{size - end} bytes follow its tensors")
+        _check_that_tensors_fill(tensors.values(), start, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{file} is not a readable safetensors file: {said}") from error
-    return found
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file} is not a readable safetensors file, download it again: {cause}") from error
+    return tensors
 
 
-def _stored(file: Path, size: int, data: int, entry: Mapping[str, Any]) -> StoredTensor:
-    first, last = entry["data_offsets"]
+def _parse_entry(file: Path, size: int, start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    """Returns the tensor of one entry of a header. `start` is the offset in the file of the first tensor."""
+    begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
-    if any(type(n) is not int for n in (first, last, *shape)) or min(shape, default=0) < 0 or type(dtype) is not str:
-        raise ValueError("an entry of its header is no tensor's")
-    if not 0 <= first <= last <= size - data:
+    if any(type(n) is not int for n in (begin, end, *shape)) or min(shape, default=0) < 0 or type(dtype) is not str:
+        raise ValueError("an entry of its header does not describe a tensor")
+    if not 0 <= begin <= end <= size - start:
         raise ValueError("it ends before its tensors do")
-    if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{last - first} bytes are no {dtype} of {shape}")
-    return StoredTensor(file, dtype, shape, data + first, last - first)
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"a tensor {dtype} of {shape} cannot have {end - begin} bytes")
+    return StoredTensor(file, dtype, shape, start + begin, end - begin)
+
+
+def _check_that_tensors_fill(tensors: Iterable[StoredTensor], start: int, size: int) -> None:
+    """Raises `ValueError` unless the tensors follow each other without gaps from `start` to the end of the file."""
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end += tensor.nbytes
+    if end != size:
+        raise ValueError(f"{size - end} bytes follow its tensors")
 
 
 def create_file(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, StoredTensor]:
-    """A file with room for `(name, shape, dtype)` tensors, in this order, all of them zero: to be filled with
-    `write_at`. One that is there already and has the same header is kept as it is."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Makes a file of zeros for tensors `(name, shape, dtype)` in this order, to be filled with `write_at`.
+
+    Keeps a file that is there already and has the same header.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)
-    whole = len(text).to_bytes(_LENGTH, "little") + text
-    if not _begins_with(file, whole, len(whole) + end):
+        entries[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    if not _begins_with(file, header, len(header) + end):
         with open(file, "wb") as opened:
-            opened.write(whole)
-            opened.truncate(len(whole) + end)
+            opened.write(header)
+            opened.truncate(len(header) + end)
     return read_header(file)
 
 
 def _begins_with(file: Path, content: bytes, size: int) -> bool:
+    """Returns whether there is a file of `size` bytes that begins with `content`."""
     if not file.is_file() or file.stat().st_size != size:
         return False
     with open(file, "rb") as opened:
@@ -123,7 +142,7 @@ def _begins_with(file: Path, content: bytes, size: int) -> bool:
 
 
 def write_at(stored: StoredTensor, offset: int, values: np.ndarray) -> None:
-    """Writes contiguous numbers `offset` bytes behind the beginning of a tensor of a file from `create`."""
+    """Writes contiguous values into a tensor of a file from `create_file`, `offset` bytes after the tensor's start."""
     left = values.reshape(-1).view(np.uint8).data
     with open(stored.file, "r+b", buffering=0) as opened:
         opened.seek(stored.start + offset)

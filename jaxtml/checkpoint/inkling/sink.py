@@ -1,7 +1,7 @@
-"""Our parameters as a released Inkling checkpoint in the making: shards of safetensors that `transformers` reads.
+"""A released Inkling checkpoint that is written chunk by chunk: safetensors that `transformers` reads.
 
-What Inkling lacks (clock, own voice, flow head, vocoder) is left out: keep our own checkpoint for it. Called by
-`convert.conversion`.
+Inkling has no place for the clock, the own voice, the flow head and the vocoder. A release is written without them, so
+keep the jaxtml checkpoint too. Called by `convert.conversion`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from jaxtml.checkpoint.inkling.directory import INDEX, WEIGHTS, read_json
 from jaxtml.checkpoint.inkling.mapping import ReleasedTensor, released_tensors
 from jaxtml.checkpoint.inkling.safetensors_file import StoredTensor, create_file, write_at
 from jaxtml.checkpoint.manifest import TensorRecord
-from jaxtml.checkpoint.source import Index, spec_table
+from jaxtml.checkpoint.source import Index, Position, spec_table
 from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
 
-SHARD_BYTES = 5 * 10**9
-EXACT = (".gate.bias", ".gate.global_scale")  # float32 in every release
+SHARD_BYTES = 5 * 10**9  # of the tensors in one file; one larger tensor has a file of its own
+_FLOAT32 = (".gate.bias", ".gate.global_scale")  # endings of the tensors that are float32 in every release
 
 
 class ReleasedSink:
-    """A `convert.streaming.ParameterSink`.
+    """A `ParameterSink` that makes a released checkpoint.
 
     Args:
       config: of the model.
-      dtypes: what each parameter is written as.
-      extra_files: files that come along, by name. A `config.json` among them is a release's own: what it says that is
-        not of the model's shape is said again.
+      dtypes: the dtype in which each parameter is written.
+      extra_files: files to copy into the checkpoint, by name. A `config.json` among them is the original release's: the
+        new one repeats its fields that do not follow from the sizes of the model.
 
     Raises:
-      InputError: a config that Inkling cannot describe.
+      InputError: Inkling's config cannot express the model.
     """
 
     def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], extra_files: Mapping[str, Path]):
         self.specs = {path: spec for path, spec in spec_table(config).items() if spec.released is not None}
-        said = read_json(extra_files["config.json"]) if "config.json" in extra_files else {}
-        b = config.backbone
-        if b.global_.pinned:
+        original = read_json(extra_files["config.json"]) if "config.json" in extra_files else {}
+        window = config.backbone.global_.window
+        if config.backbone.global_.pinned:
             logging.warning(
-                "Inkling has no word for pinned tokens: beyond %d tokens its global layers see what ours do not",
-                b.global_.window,
+                "Inkling has no pinned tokens: beyond %d tokens its global layers attend to other tokens than ours",
+                window,
             )
-        self.described = inkling_config(config, said) | {"dtype": _commonest(self.specs, dtypes).name}
+        self.inkling_config = inkling_config(config, original) | {"dtype": _main_dtype(self.specs, dtypes).name}
         self.dtypes, self.extra_files = dtypes, extra_files
-        self.places = {(place.path, place.index): place for place in released_tensors(config)}
+        self.tensors = {(tensor.path, tensor.position): tensor for tensor in released_tensors(config)}
         self.stored: dict[str, StoredTensor] = {}
 
     def dtype(self, path: str) -> np.dtype:
@@ -62,67 +62,62 @@ class ReleasedSink:
     def prepare(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         shards = self._shards()
-        names = [WEIGHTS]
         if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            weight_map = {place.name: name for name, shard in zip(names, shards, strict=True) for place in shard}
-            size = sum(self._nbytes(place) for place in self.places.values())
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+            total = sum(self._nbytes(tensor) for tensor in self.tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        for name, shard in zip(names, shards, strict=True):
-            tensors = ((place.name, _shape(place), self.dtypes[place.path]) for place in shard)
-            self.stored |= create_file(folder / name, tensors)
+        for file, shard in shards.items():
+            tensors = ((tensor.name, tensor.layout.shape, self.dtypes[tensor.path]) for tensor in shard)
+            self.stored |= create_file(folder / file, tensors)
         for name, file in self.extra_files.items():
             shutil.copyfile(file, folder / name)
-        (folder / "config.json").write_text(json.dumps(self.described, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.inkling_config, indent=2) + "\n")
 
     def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
         spec = self.specs[path]
-        released = spec.released
-        assert released is not None
-        stored = self.stored[self.places[path, tuple(cut.start for cut in index[: spec.stacked])].name]
-        ours = values.reshape(values.shape[spec.stacked :])
-        view = released.view or released.shape
-        begins = np.ravel_multi_index([index[spec.stacked + axis].start for axis in released.order], view)
-        turned = copy_contiguous(ours.transpose(released.order))
-        write_at(stored, int(begins) * values.itemsize, turned)
-        return turned
+        tensor = self.tensors[path, tuple(cut.start for cut in index[: spec.stacked])]
+        layout = tensor.layout
+        layer_index = index[spec.stacked :]
+        released = copy_contiguous(values.reshape(values.shape[spec.stacked :]).transpose(layout.order))
+        # A chunk's bytes lie together in the released tensor: the place of its first element is enough.
+        first = np.ravel_multi_index([layer_index[axis].start for axis in layout.order], layout.view or layout.shape)
+        write_at(self.stored[tensor.name], int(first) * values.itemsize, released)
+        return released
 
-    def manifest_record(self, path: str, at: tuple[int, ...], crc32: int) -> tuple[str, TensorRecord]:
-        name = self.places[path, at].name
-        return name, TensorRecord.of(self.stored[name].dtype, self.stored[name].shape, crc32)
+    def manifest_record(self, path: str, position: Position, crc32: int) -> tuple[str, TensorRecord]:
+        name = self.tensors[path, position].name
+        return name, TensorRecord.create(self.stored[name].dtype, self.stored[name].shape, crc32)
 
-    def _shards(self) -> list[list[ReleasedTensor]]:
+    def _shards(self) -> dict[str, list[ReleasedTensor]]:
+        """Returns the tensors of each file by the file's name."""
         shards: list[list[ReleasedTensor]] = [[]]
         size = 0
-        for place in self.places.values():
-            step = self._nbytes(place)
-            if shards[-1] and size + step > SHARD_BYTES:
+        for tensor in self.tensors.values():
+            nbytes = self._nbytes(tensor)
+            if shards[-1] and size + nbytes > SHARD_BYTES:
                 shards.append([])
                 size = 0
-            shards[-1].append(place)
-            size += step
-        return shards
+            shards[-1].append(tensor)
+            size += nbytes
+        if len(shards) == 1:
+            return {WEIGHTS: shards[0]}
+        return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
-    def _nbytes(self, place: ReleasedTensor) -> int:
-        return math.prod(_shape(place)) * self.dtypes[place.path].itemsize
+    def _nbytes(self, tensor: ReleasedTensor) -> int:
+        return math.prod(tensor.layout.shape) * self.dtypes[tensor.path].itemsize
 
 
 def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
-    """`dtype` for all, but float32 for what is float32 in every release."""
-    found: dict[str, np.dtype] = {}
-    for place in released_tensors(config):
-        found[place.path] = np.dtype(np.float32) if place.name.endswith(EXACT) else np.dtype(dtype)
-    return found
+    """Returns the dtype of each released parameter: `dtype`, or float32 where every release has float32."""
+    return {
+        tensor.path: np.dtype(np.float32) if tensor.name.endswith(_FLOAT32) else np.dtype(dtype)
+        for tensor in released_tensors(config)
+    }
 
 
-def _shape(place: ReleasedTensor) -> tuple[int, ...]:
-    assert place.spec.released is not None
-    return place.spec.released.shape
-
-
-def _commonest(specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> np.dtype:
-    """That of most numbers."""
+def _main_dtype(specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> np.dtype:
+    """Returns the dtype of most numbers."""
     sizes: dict[np.dtype, int] = {}
     for path, spec in specs.items():
         sizes[dtypes[path]] = sizes.get(dtypes[path], 0) + math.prod(spec.shape)

@@ -1,4 +1,7 @@
-"""Inkling's plan of folds."""
+"""The layers ("folds") of Inkling's vision tower, which follow from the number of layers alone.
+
+Called by `checkpoint.inkling.config`: a released config has no field for them.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,47 @@ import math
 
 from jaxtml.errors import InputError
 
+# (time, side, width) of what one position of a tower has seen: `time` frames of `side` x `side` pixels. Sides grow by
+# the prime factors of 40, then time grows. A width is the number of values seen, rounded up to a multiple of 64.
+_STAGES = [(1, 1, 3), (1, 5, 128), (1, 10, 320), (1, 20, 1216), (1, 40, 4800), (2, 40, 9600)]
+_PIXELS = 2 * 40 * 40
+
 
 def default_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
-    """Inkling's own plan of `depth` folds of 2 x 40 x 40 x 3 pixels: `(time, side, width)` each, the last width 0.
+    """Returns the folds `(time, side, width)` of a vision tower of `depth` layers. The last width is 0: the model's.
 
-    The sides grow by prime factors, then time; widths are the pixels seen, rounded up to 64. `depth` of these six
-    stages are kept: the ones whose logarithms lie nearest to even steps, the first and the last always.
+    A layer goes from one of six stages to a later one, the first layer from the first stage and the last layer to the
+    last. Inkling takes the `depth + 1` stages that are nearest to even steps in the logarithm of what was seen.
+
+    Raises:
+      InputError: there is no such tower.
     """
-    stages = [(1, 1, 3), (1, 5, 128), (1, 10, 320), (1, 20, 1216), (1, 40, 4800), (2, 40, 9600)]
-    if not 1 <= depth < len(stages):
-        raise InputError(f"config.json: a vision tower of {depth} layers is not supported; Inkling's has 4")
-    total = math.log(2 * 40 * 40 * 3)
-    cost = [[abs(total * i / depth - math.log(t * side * side)) for t, side, _ in stages] for i in range(depth + 1)]
-    # Both rows and columns rise, so a cheapest assignment never crosses: best[j] = cheapest with row i on stage <= j.
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(stages) + 1)
-    for i in range(depth + 1):
-        row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for j in range(len(stages)):
-            before, chosen = best[j]
-            row.append(min(row[-1], (before + cost[i][j], (*chosen, j))))
-        best = row
-    chosen = (0, *best[-1][1][1:-1], len(stages) - 1)
-    kept = [stages[j] for j in chosen]
-    folds = [(b[0] // a[0], b[1] // a[1], b[2]) for a, b in zip(kept[:-1], kept[1:], strict=True)]
+    if not 1 <= depth < len(_STAGES):
+        raise InputError(
+            f"config.json: jaxtml supports vision towers of 1 to {len(_STAGES) - 1} layers; this one has {depth}"
+        )
+    kept = [_STAGES[stage] for stage in _nearest_stages(depth)]
+    folds = [
+        (later[0] // earlier[0], later[1] // earlier[1], later[2])
+        for earlier, later in zip(kept[:-1], kept[1:], strict=True)
+    ]
     return (*folds[:-1], (*folds[-1][:2], 0))
+
+
+def _nearest_stages(depth: int) -> tuple[int, ...]:
+    """Returns the indices of the `depth + 1` stages that are nearest to even logarithmic steps."""
+    total = math.log(_PIXELS * 3)
+    distance = [
+        [abs(total * step / depth - math.log(time * side * side)) for time, side, _ in _STAGES]
+        for step in range(depth + 1)
+    ]
+    # Targets and stages both rise, so the nearest choice never crosses. best[j] is the choice of the steps so far with
+    # the least distance whose stages lie before stage j.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(_STAGES) + 1)
+    for step in range(depth + 1):
+        row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
+        for stage in range(len(_STAGES)):
+            before, chosen = best[stage]
+            row.append(min(row[-1], (before + distance[step][stage], (*chosen, stage))))
+        best = row
+    return (0, *best[-1][1][1:-1], len(_STAGES) - 1)

@@ -1,4 +1,8 @@
-"""The arrays of a checkpoint of ours, opened through TensorStore."""
+"""The arrays of a jaxtml checkpoint, opened through TensorStore instead of Orbax.
+
+TensorStore reads and writes any part of an array, and it opens arrays in milliseconds. Called by the source and the
+sink beside this module.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,31 @@ from typing import Any
 import tensorstore as ts
 
 
-def open_array(state: Path, path: str, context: ts.Context) -> Any:
-    """The array of a parameter, to be read or written in part. Raises `ValueError` where it is not there."""
-    name = path.replace("/", ".")
-    store: dict[str, Any] = {"driver": "file", "path": f"{state / name}/"}
+def array_folder(state: Path, path: str) -> Path:
+    """Returns the folder of a parameter's array, where each parameter has files of its own (no OCDBT)."""
+    return state / path.replace("/", ".")
+
+
+def open_array(state: Path, path: str, context: ts.Context) -> ts.TensorStore:
+    """Opens the array of a parameter in the folder `state` of a checkpoint.
+
+    Raises:
+      ValueError: the array is missing or damaged.
+    """
+    folder = array_folder(state, path)
+    store: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
     if (state / "manifest.ocdbt").is_file():
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"}
-    # A chunk that is not there is a damaged one, to Orbax too, though all zeros need no file.
-    whole = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
-    how = {"driver": "zarr3", "kvstore": store, **whole}
-    return ts.open(how, context=context).result()
+        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{folder.name}/"}
+    # By default, TensorStore takes a missing chunk for zeros. Here a missing chunk is damage, as it is for Orbax.
+    chunks = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+    return ts.open({"driver": "zarr3", "kvstore": store, **chunks}, context=context).result()
 
 
 def uncached_context() -> ts.Context:
-    """For arrays whose every chunk is read or written once: files are mapped to be read, which saves a copy, and synced
-    by who wants them to be."""
-    mapped = {"file_io_mode": {"mode": "memmap"}, "file_io_sync": False}
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **mapped})
+    """Returns a TensorStore context for arrays whose every chunk is read or written once.
+
+    Nothing is cached. Files are mapped into memory to be read, which saves a copy. Written files are not synced: a
+    caller who needs the data on the disk calls `os.sync`.
+    """
+    file_io = {"file_io_mode": {"mode": "memmap"}, "file_io_sync": False}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **file_io})

@@ -1,4 +1,8 @@
-"""Saves parameters as a checkpoint of ours."""
+"""Saves parameters that are in memory as a jaxtml checkpoint. Called by tools and tests.
+
+A checkpoint is written to a folder beside its place and then renamed. Therefore a folder with the right name is always
+complete. A checkpoint that does not fit into memory is written with `checkpoint.orbax.sink` instead.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,22 @@ def save_checkpoint(
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
 ) -> None:
-    """Writes a checkpoint, replacing one of the same name; `dtype` ("bfloat16", "float32") casts, None keeps."""
-    from orbax.checkpoint import v1 as ocp  # half a second, which only saving and loading pay
+    """Writes a checkpoint, and replaces a checkpoint of the same name.
+
+    Args:
+      directory: of the checkpoint.
+      config: of the model.
+      params: the tree of parameters.
+      dtype: "float32" or "bfloat16", to which parameters are cast; None keeps each parameter's own.
+      tokenizer_path: a `tokenizer.json` that is copied into the checkpoint; None leaves the tokenizer out.
+    """
+    from orbax.checkpoint import v1 as ocp  # takes half a second, so only callers that save pay for the import
 
     directory = Path(os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     try:
-        ocp.save(str(fresh), jax.tree.map(lambda a: jnp.asarray(a, dtype or a.dtype), params))
+        ocp.save(str(fresh), jax.tree.map(lambda array: jnp.asarray(array, dtype or array.dtype), params))
         (fresh / CONFIG).write_text(to_json(config))
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, fresh / TOKENIZER)

@@ -82,9 +82,9 @@ def test_experts_are_what_the_format_says_in_bfloat16_and_in_our_layout(kind, tm
     meant = checkpoint(tmp_path, kind)
     source = ReleasedCheckpoint(tmp_path)
     checked = 0
-    for (path, at), place in source.places.items():
+    for (path, at), place in source.tensors.items():
         if place.name in meant:
-            spec = source.table[path]
+            spec = source.specs[path]
             index = (*(slice(i, i + 1) for i in at), *full_index(spec)[2:])
             ours = source.read(path, index)[0, 0]
             assert ours.dtype == ml_dtypes.bfloat16
@@ -121,7 +121,7 @@ def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None
 @pytest.mark.parametrize(
     ("kind", "suffix", "shape", "dtype", "said"),
     [
-        ("nvfp4", ".scale", (6, 64, 2), "F8_E4M3", "no format that is known"),
+        ("nvfp4", ".scale", (6, 64, 2), "F8_E4M3", "no quantised format that jaxtml knows"),
         ("nvfp4", ".scale", (6, 64, 4), "F32", ".scale is F32, not F8_E4M3"),
         ("nvfp4", ".scale2", (1,), "F32", r".scale2 is \(1,\), not \(6,\)"),
         ("mxfp8", ".scale", (6, 64, 2), "F32", ".scale is F32, not F8_E8M0 or U8"),

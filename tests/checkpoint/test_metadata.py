@@ -73,9 +73,9 @@ def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> 
 
 
 @pytest.fixture(scope="module")
-def release(config, lively, tmp_path_factory) -> Path:
+def release(releasable, lively, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("metadata") / "hf"
-    write_checkpoint(InMemorySource(config, lively(config)), folder, "memory", "hf", "bfloat16")
+    write_checkpoint(InMemorySource(releasable, lively(releasable)), folder, "memory", "hf", "bfloat16")
     return folder
 
 
@@ -86,8 +86,8 @@ def silent(caplog) -> None:
 
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("spelling", ["released", "ours"])
-def test_the_config_of_a_release(spelling, config, tmp_path):
-    described = inkling_config(config)
+def test_the_config_of_a_release(spelling, releasable, tmp_path):
+    described = inkling_config(releasable)
     if spelling == "released":
         text = described["text_config"]
         text |= {
@@ -98,7 +98,7 @@ def test_the_config_of_a_release(spelling, config, tmp_path):
         for name in ("layer_types", "mlp_layer_types", "moe_intermediate_size"):
             del text[name]
     read = _rewritten(tmp_path / "config.json", lambda: config_from_inkling(read_json(tmp_path / "config.json")))
-    assert read(described).backbone.global_layers == config.backbone.global_layers
+    assert read(described).backbone.global_layers == releasable.backbone.global_layers
     assert _every(described, read) > 500
 
 

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_size_names_the_parameter_and_both_shapes(checkp
 def test_a_checkpoint_of_fewer_layers_names_the_parameter(checkpoint):
     deeper = dataclasses.replace(CONFIG, flow=dataclasses.replace(CONFIG.flow, depth=4))
     (checkpoint / "config.json").write_text(to_json(deeper))
-    assert "flow/down_3 is no such parameter in the checkpoint, (64, 32) by the config" in _one_line(checkpoint)
+    assert "flow/down_3 is missing in the checkpoint, and (64, 32) in the config" in _one_line(checkpoint)
 
 
 def test_a_truncated_data_file_is_refused(checkpoint):
