@@ -16,7 +16,7 @@ from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.spec import flatten
-from jaxtml.train.vocoder.training import trained
+from jaxtml.train.vocoder.storage import load_vocoder
 
 LIMIT_BYTES = 25_000_000
 VOCODER_LOG = "vocoder_training.jsonl"
@@ -36,7 +36,7 @@ def main() -> int:
         config, params = read_checkpoint(args.workdir)
         logs = {"training.jsonl": (args.workdir / "log.jsonl").read_text()}
         if args.vocoder is not None:
-            other, vocoder = trained(args.vocoder)
+            other, vocoder = load_vocoder(args.vocoder)
             if other.vocoder != config.vocoder:
                 raise InputError(f"{args.vocoder} trained another vocoder than {args.workdir} has")
             params = {**params, "vocoder": vocoder}

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxtml.parallel.mesh import MeshShape
     from jaxtml.parallel.processes import join_processes
     from jaxtml.train.loop import train
-    from jaxtml.train.vocoder.training import train_vocoder, trained
+    from jaxtml.train.vocoder.storage import load_vocoder
+    from jaxtml.train.vocoder.training import train_vocoder
 
     join_processes()
     workdir = Path(args.workdir)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     config = configs.load(args.config, overrides)
     vocoder = None
     if args.vocoder:
-        vocoder_config, vocoder = trained(args.vocoder)
+        vocoder_config, vocoder = load_vocoder(args.vocoder)
         if vocoder_config.vocoder != config.vocoder:
             raise InputError(
                 f"the vocoder in {args.vocoder} does not fit {config.name}: its sizes differ; "

@@ -37,7 +37,7 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.train import feed
 from jaxtml.train.loop import train
 from jaxtml.train.step import TrainState
-from jaxtml.train.vocoder.training import trained
+from jaxtml.train.vocoder.storage import load_vocoder
 
 STEPS = 6
 # Trains in a process of its own. The process kills itself while it waits for the sixth batch: by then a checkpoint is
@@ -233,7 +233,7 @@ def test_a_run_is_neither_a_checkpoint_nor_a_vocoder(uninterrupted):
     with pytest.raises(InputError, match="is a training run: make a checkpoint of it"):
         load_checkpoint(workdir)
     with pytest.raises(InputError, match="holds no vocoder run"):
-        trained(workdir)
+        load_vocoder(workdir)
 
 
 def test_a_run_starts_from_the_parameters_of_a_checkpoint(config, data, uninterrupted, tmp_path):

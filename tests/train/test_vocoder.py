@@ -1,4 +1,4 @@
-"""Training the vocoder: labels, losses, and a loop that continues as if it had never stopped."""
+"""Training the vocoder: pitch labels, loss terms, and a run that resumes with the same numbers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from jaxtml.model.spec import init_params
 from jaxtml.model.speech.vocoder import param_specs
 from jaxtml.stream.dmel import fine_log_mel
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
-from jaxtml.train.vocoder.data import batch_at, prepare, recordings
+from jaxtml.train.vocoder.data import join_recordings, make_batch, read_recordings
 from jaxtml.train.vocoder.loss import mel_loss, stft_loss
-from jaxtml.train.vocoder.pitch import pitch_track
-from jaxtml.train.vocoder.training import VocoderTraining, losses, train_vocoder, trained
+from jaxtml.train.vocoder.pitch import track_pitch
+from jaxtml.train.vocoder.storage import load_vocoder
+from jaxtml.train.vocoder.training import VocoderTraining, loss_fn, train_vocoder
 
 SMALL = VocoderConfig(width=16, depth=1, expansion=2, kernel=3)
 QUICK = VocoderTraining(rows=2, length=24, warm=8, report_every=2, checkpoint_every=2)
 
 
 def spoken(hz: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A buzz with the pitch `hz` `[N]`, shaped by two resonances, with a little breath: `[N]` float32."""
+    """Returns a buzz `[N]` float32 with the pitch `hz` `[N]`, a falling spectrum and a little noise."""
     phase = 2 * np.pi * np.cumsum(hz) / SAMPLE_RATE
     buzz = sum(np.cos(k * phase) * (1 / (1 + (k * hz / 700) ** 2)) for k in range(1, 15))
     noise = np.random.default_rng(seed).standard_normal(len(hz))
@@ -39,7 +40,7 @@ def spoken(hz: np.ndarray, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def voice():
     seconds = np.linspace(0, 1, SAMPLE_RATE)
-    return prepare([spoken(180 + 60 * np.sin(5 * seconds)), spoken(np.full(SAMPLE_RATE, 140.0), 1)])
+    return join_recordings([spoken(180 + 60 * np.sin(5 * seconds)), spoken(np.full(SAMPLE_RATE, 140.0), 1)])
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_pitch_follows_a_glide_and_is_absent_in_silence_and_noise():
     hz = np.linspace(100, 300, SAMPLE_RATE)
     noise = 0.05 * np.random.default_rng(1).standard_normal(SAMPLE_RATE)
     wave = np.concatenate([spoken(hz), np.zeros(SAMPLE_RATE), noise]).astype(np.float32)
-    found, voiced = pitch_track(wave)
+    found, voiced = track_pitch(wave)
     middle = slice(4, 76)
     truth = hz[(np.arange(80) + 1) * FINE_HOP - 1]
     assert voiced[middle].all()
@@ -83,17 +84,17 @@ def test_pitch_follows_a_glide_and_is_absent_in_silence_and_noise():
     assert voiced[164:236].mean() < 0.1
 
 
-def test_batches_depend_on_seed_and_step_alone_and_frames_belong_to_their_wave(voice):
-    one, again = (batch_at(voice, 3, 7, 8, 40) for _ in range(2))
-    other = batch_at(voice, 3, 8, 8, 40)
+def test_a_batch_depends_on_seed_and_step_alone_and_its_frames_belong_to_its_wave(voice):
+    one, again = (make_batch(voice, 3, 7, 8, 40) for _ in range(2))
+    other = make_batch(voice, 3, 8, 8, 40)
     for a, b in zip(one, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(one.frames, other.frames)
-    # Away from the cuts a row's frames are those of its wave; about half of the rows are disturbed on purpose.
-    heard = np.stack([fine_log_mel(np.asarray(wave)) for wave in one.wave])[:, 4:-4]
-    miss = np.median(np.abs(heard - np.asarray(one.frames)[:, 4:-4]), axis=(1, 2))
-    assert (miss < 1.0).all()
-    assert 2 <= (miss < 1e-3).sum() <= 6
+    # Away from the ends of the segment, a row's frames are those of its wave; about half of the rows are disturbed.
+    recomputed = np.stack([fine_log_mel(np.asarray(wave)) for wave in one.wave])[:, 4:-4]
+    difference = np.median(np.abs(recomputed - np.asarray(one.frames)[:, 4:-4]), axis=(1, 2))
+    assert (difference < 1.0).all()
+    assert 2 <= (difference < 1e-3).sum() <= 6
 
 
 def test_equal_waves_cost_nothing_and_half_the_level_costs_log_two():
@@ -111,51 +112,51 @@ def test_silence_has_a_gradient():
     assert bool(jnp.isfinite(grad).all())
 
 
-def test_the_voice_is_learnt_at_three_speeds_and_users_are_a_quarter_at_most(bank):
-    waves = recordings([bank])
+def test_the_voice_is_read_at_three_speeds_and_users_are_a_quarter_at_most(bank):
+    waves = read_recordings([bank])
     assert sorted(round(len(wave) / SAMPLE_RATE, 1) for wave in waves) == [0.9, 0.9, 1.0, 1.0, 1.0, 1.1, 1.1]
 
 
 def test_every_parameter_learns_from_every_batch(voice):
     params = init_params(param_specs(SMALL), 0)
-    grads = jax.jit(jax.grad(lambda p, b: losses(SMALL, QUICK, p, b)[0]))(params, batch_at(voice, 0, 0, 2, 24))
+    grads = jax.jit(jax.grad(lambda p, b: loss_fn(SMALL, QUICK, p, b)[0]))(params, make_batch(voice, 0, 0, 2, 24))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, jax.tree_util.keystr(path)
 
 
-def test_a_stopped_run_continues_with_the_same_numbers(bank, tmp_path, monkeypatch):
-    whole = train_vocoder(config(), [bank], tmp_path / "whole", 6, QUICK)
+def test_a_stopped_run_resumes_with_the_same_numbers(bank, tmp_path, monkeypatch):
+    uninterrupted = train_vocoder(config(), [bank], tmp_path / "uninterrupted", 6, QUICK)
     import jaxtml.train.vocoder.training as module
 
     def stop_at_five(voice, seed, step, rows, length):
         if step == 5:
             raise KeyboardInterrupt
-        return batch_at(voice, seed, step, rows, length)
+        return make_batch(voice, seed, step, rows, length)
 
-    monkeypatch.setattr(module, "batch_at", stop_at_five)
+    monkeypatch.setattr(module, "make_batch", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
-        train_vocoder(config(), [bank], tmp_path / "cut", 6, QUICK)
+        train_vocoder(config(), [bank], tmp_path / "stopped", 6, QUICK)
     monkeypatch.undo()
-    resumed = train_vocoder(config(), [bank], tmp_path / "cut", 6, QUICK)
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "cut")[1])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    resumed = train_vocoder(config(), [bank], tmp_path / "stopped", 6, QUICK)
+    jax.tree.map(np.testing.assert_array_equal, uninterrupted, resumed)
+    jax.tree.map(np.testing.assert_array_equal, uninterrupted, load_vocoder(tmp_path / "stopped")[1])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
 
 
 def test_a_models_checkpoint_gives_its_vocoder(small, params, tmp_path):
     save_checkpoint(tmp_path / "model", small, params)
-    config, vocoder = trained(tmp_path / "model")
+    config, vocoder = load_vocoder(tmp_path / "model")
     assert config == small
     jax.tree.map(np.testing.assert_array_equal, vocoder, params["vocoder"])
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="jaxtml train vocoder"):
-        trained(tmp_path)
+        load_vocoder(tmp_path)
 
 
-def test_a_workdir_of_other_settings_and_a_bank_without_the_voice_are_refused(bank, tmp_path):
+def test_other_settings_a_damaged_checkpoint_and_a_bank_without_the_voice_are_refused(bank, tmp_path):
     train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)
     with pytest.raises(InputError, match="other settings"):
         train_vocoder(config(), [bank], tmp_path / "run", 1, dataclasses.replace(QUICK, seed=1))
@@ -163,7 +164,7 @@ def test_a_workdir_of_other_settings_and_a_bank_without_the_voice_are_refused(ba
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(b"")
     with pytest.raises(InputError, match="the checkpoint of step 1 is damaged"):
-        trained(tmp_path / "run")
+        load_vocoder(tmp_path / "run")
     index = bank / "00000.jsonl"
     index.write_text(index.read_text().replace('"assistant"', '"user"'))
     with pytest.raises(InputError, match="assistant"):

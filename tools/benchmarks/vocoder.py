@@ -35,7 +35,7 @@ from jaxtml.model.speech.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_PER_MICRO_TURN, FINE_WINDOW, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.train.vocoder.data import disturb
-from jaxtml.train.vocoder.training import trained
+from jaxtml.train.vocoder.storage import load_vocoder
 
 SENTENCES = (
     "The birch canoe slid on the smooth planks.", "Glue the sheet to the dark blue background.",
@@ -156,7 +156,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.workdir is not None:
-            config, params = trained(args.workdir)
+            config, params = load_vocoder(args.workdir)
         else:
             config, params = load_checkpoint(args.checkpoint)
             params = params["vocoder"]

@@ -1,9 +1,9 @@
-"""Training material for the vocoder: the voice's recordings with their frames and pitch, and batches addressed by step.
+"""Training material for the vocoder: recordings with their frames and pitch, and batches addressed by step.
 
-`batch_at(voice, seed, step, ...)` depends on nothing else, so resuming needs one integer. Called by
-`train.vocoder.training`.
+`make_batch(voice, seed, step, ...)` depends on its arguments alone, so a run resumes from one integer. Called by
+`jaxtml.train.vocoder.training`.
 
-Axes: B rows, F fine frames of a segment, 80 mels.
+Axes: B rows, N samples, F fine frames (12.5 ms, 200 samples each) of all recordings or of a segment, 80 mel channels.
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ from jaxtml.data.bank import Bank
 from jaxtml.errors import InputError
 from jaxtml.stream.dmel import fine_log_mel
 from jaxtml.stream.timebase import FINE_HOP, LOG_MEL_MAX, LOG_MEL_MIN, N_MELS, SAMPLE_RATE
-from jaxtml.train.vocoder.pitch import LOW_HZ, pitch_track
+from jaxtml.train.vocoder.pitch import LOW_HZ, track_pitch
 
-_SILENCE = SAMPLE_RATE // 2  # before and after each recording, so that onsets from silence are learnt
-_NOISY = 0.5  # share of rows whose frames are disturbed: in service they come from the flow head, not from a recording
+_SILENCE = SAMPLE_RATE // 2  # samples before and after each recording, so that onsets from silence are learnt
+_SPEEDS = (0.88, 1.13)  # at which the assistant's utterances are learnt besides their own
 _GAIN_DB = (-18.0, 6.0)
-_SPEEDS = (0.88, 1.13)
-_NEURAL = ("kokoro:", "piper:")
+# Share of rows whose frames are disturbed. In service frames come from the flow head, not from a recording.
+_DISTURBED = 0.5
+_NEURAL_VOICES = ("kokoro:", "piper:")
 
 
 class VoiceRecordings(NamedTuple):
-    """Recordings end to end, on the frame grid: `wave` [200 F], `frames` [F, 80], `octaves` [F] pitch, `voiced` [F]."""
+    """Recordings end to end, on the frame grid.
+
+    Attributes:
+      wave: `[200 F]` float32.
+      frames: `[F, 80]` float32, fine log-mels.
+      octaves: `[F]` float32, pitch as log2 of Hz over 60.
+      voiced: `[F]` bool.
+    """
 
     wave: np.ndarray
     frames: np.ndarray
@@ -42,8 +50,13 @@ class VoiceRecordings(NamedTuple):
 class VocoderBatch(NamedTuple):
     """Segments to learn from.
 
-    `frames` [B, F, 80]; `wave` [B, 200 F]; `octaves` [B, F], log2 of Hz over 60; `voiced` [B, F], 0 or 1; `start` [B]
-    uint32, a number for the first frame: it addresses the noise source, so that every row hears its own.
+    Attributes:
+      frames: `[B, F, 80]` float32, fine log-mels, some of them disturbed.
+      wave: `[B, 200 F]` float32, the target.
+      octaves: `[B, F]` float32, pitch as log2 of Hz over 60.
+      voiced: `[B, F]` float32, 0 or 1.
+      start: `[B]` uint32, a number for the first frame. It addresses the noise source, so that every row has its own
+        noise.
     """
 
     frames: jax.Array
@@ -53,39 +66,46 @@ class VocoderBatch(NamedTuple):
     start: jax.Array
 
 
-def recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
-    """What to learn from in some banks (`jaxtml.data.bank`): `[N]` float32 each, at 16 kHz.
+def read_recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
+    """Reads from speech banks (`jaxtml.data.bank`) what the vocoder learns from.
 
-    Every utterance of the assistant, also slower and faster, pitch and all; and, up to a quarter of the whole, neural
-    users of the training split: what is learnt from more voices than one reads imperfect frames of the one better.
+    Every utterance of the assistant is learnt at its own speed, slower and faster, with its pitch changed accordingly.
+    Neural users of the training split make up to a quarter of the whole: what has learnt more than one voice reads
+    imperfect frames of that one voice better.
+
+    Returns:
+      Recordings `[N]` float32 at 16 kHz.
+
+    Raises:
+      InputError: no bank there, or no utterance of the assistant in the banks.
     """
     opened = [Bank.open(folder) for folder in banks]
     own = [bank.utterance(int(index)).wave for bank in opened for index in bank.select(role="assistant")]
     if not own:
         raise InputError("the vocoder has nothing to train on: the banks hold no utterance of the assistant's voice")
     waves = [*own, *(soxr.resample(wave, SAMPLE_RATE * speed, SAMPLE_RATE) for wave in own for speed in _SPEEDS)]
-    room = sum(map(len, waves)) // 3
+    room = sum(map(len, waves)) // 3  # samples of users: a third of the assistant's is a quarter of the whole
     for bank in opened:
         for index in bank.select(split="train", role="user"):
-            if bank.entries[index].planned.voice.startswith(_NEURAL) and room > 0:
+            if bank.entries[index].planned.voice.startswith(_NEURAL_VOICES) and room > 0:
                 waves.append(bank.utterance(int(index)).wave)
                 room -= len(waves[-1])
     return waves
 
 
-def prepare(waves: Sequence[np.ndarray]) -> VoiceRecordings:
-    """Joins recordings (`[N]` float32, 16 kHz) with silence between them and computes frames and pitch."""
+def join_recordings(waves: Sequence[np.ndarray]) -> VoiceRecordings:
+    """Joins recordings (`[N]` float32 at 16 kHz) with silence between them, and computes their frames and pitch."""
     pieces = [np.zeros(_SILENCE, np.float32)]
     for wave in waves:
         pieces += [wave.astype(np.float32), np.zeros(_SILENCE + -len(wave) % FINE_HOP, np.float32)]
     wave = np.concatenate(pieces)
-    hz, voiced = pitch_track(wave)
+    hz, voiced = track_pitch(wave)
     octaves = np.log2(np.maximum(hz, LOW_HZ) / LOW_HZ).astype(np.float32)
     return VoiceRecordings(wave, fine_log_mel(wave), octaves, voiced)
 
 
-def batch_at(voice: VoiceRecordings, seed: int, step: int, rows: int, length: int) -> VocoderBatch:
-    """Batch number `step`: `rows` segments of `length` frames at random places, gains and disturbances."""
+def make_batch(voice: VoiceRecordings, seed: int, step: int, rows: int, length: int) -> VocoderBatch:
+    """Returns batch number `step`: `rows` segments of `length` frames, at random places, gains and disturbances."""
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(0, len(voice.frames) - length, rows)
     index = starts[:, None] + np.arange(length)
@@ -94,7 +114,7 @@ def batch_at(voice: VoiceRecordings, seed: int, step: int, rows: int, length: in
     gain = np.minimum(10.0 ** (rng.uniform(*_GAIN_DB, (rows, 1)) / 20), 0.98 / np.maximum(loudest, 1e-3))
     frames = voice.frames[index] + np.log10(gain)[..., None]
     disturbed = disturb(frames, rng)
-    frames = np.where(rng.random((rows, 1, 1)) < _NOISY, disturbed, frames)
+    frames = np.where(rng.random((rows, 1, 1)) < _DISTURBED, disturbed, frames)
     return VocoderBatch(
         frames=jnp.asarray(np.clip(frames, LOG_MEL_MIN, LOG_MEL_MAX), jnp.float32),
         wave=jnp.asarray(wave * gain, jnp.float32),
@@ -105,7 +125,7 @@ def batch_at(voice: VoiceRecordings, seed: int, step: int, rows: int, length: in
 
 
 def disturb(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Frames as an imperfect generator gives them: blurred over neighbours in mel and time, and noisy."""
+    """Returns frames `[B, F, 80]` as an imperfect generator gives them: blurred over mel and time, and noisy."""
     rows = len(frames)
     over_mel = 0.5 * (np.roll(frames, 1, axis=2) + np.roll(frames, -1, axis=2))
     over_mel[..., [0, N_MELS - 1]] = frames[..., [0, N_MELS - 1]]
