@@ -1,15 +1,17 @@
-// The page: a microphone, a camera and a line of text on one side of a session, and what comes of it.
+// The page: a microphone, a camera and a line of text for one side of a session, and the model's answers.
+//
+// live.js keeps the session over lost connections, sound.js has the audio worklets, timeline.js draws.
 
-import { Live, decoded, encoded } from "./live.js";
+import { Live, decode, encode } from "./live.js";
 import { Timeline, drawHistory } from "./timeline.js";
 
-const FRAME_MS = 200; // between two pictures of the camera
-const LOUD = 0.006; // root mean square above which someone is heard
-const ANSWER_S = 3; // after which it was no answer
-const SHOWN = 12; // latencies
-const OVER = new Error("the conversation is over"); // which nobody needs to be told
+const PICTURE_MS = 200; // between two pictures of the camera: one each micro-turn
+const LOUD = 0.006; // root mean square above which the user is speaking
+const ANSWER_S = 3; // what the model says later than this is no answer to the user's last sound
+const SHOWN_LATENCIES = 12;
+const OVER = new Error("the conversation is over"); // ends `startCamera`; the user is not told
 
-// What any model of the family does, and what the shipped one was trained to answer: it knows few words.
+// What a person may try: with every model of this project, and with the shipped model, which knows few words.
 const CARDS = {
   all: [
     ["Talk while it talks", "It hears you, and stops when you mean it to."],
@@ -25,119 +27,128 @@ const CARDS = {
 
 const $ = (id) => document.getElementById(id);
 const timeline = new Timeline($("timeline"));
-let live = null;
-let context = null;
-let mouth = null;
-let source = null; // what is heard: a microphone or a recording
+let live = null; // the conversation
+let context = null; // the browser's audio context
+let speaker = null; // worklet that plays the model's voice
+let source = null; // what the model hears: { worklet, release } of a microphone or a recording
 let muted = false;
-let byKeys = false; // whoever has only keys needs a place to go on from when a button goes
-let camera = null;
+let usesKeyboard = false; // a person without a mouse needs the focus moved when the focused button is disabled
+let camera = null; // { stream, timer }
 let lastLoud = null; // context time of the user's last sound
-let latencies = [];
+let latencies = []; // seconds
 let models = [];
-let line = { you: null, model: null }; // list items that words are still added to
+let openLine = { you: null, model: null }; // { item, ms }: list items to which words are still added
 
-function tell(text, bad = false) {
+// Shows the state of the connection, or an error, to the user.
+function showState(text, bad = false) {
   $("state").textContent = text;
   $("state").classList.toggle("bad", bad);
 }
 
-async function look() {
+// Asks the server for its model, and the user for a key if the server wants one.
+async function loadModels() {
   const key = $("key").value;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const answer = await fetch("v1/models", { headers });
   $("access").hidden = answer.status !== 401;
-  if (!answer.ok) return tell(answer.status === 401 ? "This server asks for a key" : "The server does not answer", true);
+  if (!answer.ok) {
+    return showState(answer.status === 401 ? "This server asks for a key" : "The server does not answer", true);
+  }
   models = (await answer.json()).data;
   $("model").textContent = models[0].id;
-  $("cards").replaceChildren(...[...(CARDS[models[0].id] ?? []), ...CARDS.all].map(card));
-  tell("Ready");
+  $("cards").replaceChildren(...[...(CARDS[models[0].id] ?? []), ...CARDS.all].map(cardItem));
+  showState("Ready");
 }
 
-async function open() {
+// Starts the audio and a new session.
+async function openConversation() {
   context ??= new AudioContext({ sampleRate: 24000 });
   await context.resume();
   await context.audioWorklet.addModule("sound.js");
-  mouth = new AudioWorkletNode(context, "mouth", { numberOfInputs: 0, outputChannelCount: [1] });
-  mouth.connect(context.destination);
-  mouth.port.onmessage = ({ data }) => data.audible && answered(data.audible);
+  speaker = new AudioWorkletNode(context, "speaker", { numberOfInputs: 0, outputChannelCount: [1] });
+  speaker.connect(context.destination);
+  speaker.port.onmessage = ({ data }) => data.audible && onAudible(data.audible);
   timeline.clear();
   $("words").replaceChildren();
   $("asked").replaceChildren();
   $("delegations").hidden = true;
-  line = { you: null, model: null };
+  openLine = { you: null, model: null };
   lastLoud = null;
-  tell("Connecting …");
+  showState("Connecting …");
   live = new Live(models[0].id, $("key").value);
-  live.addEventListener("state", ({ detail }) => tell(detail.text, detail.bad));
-  live.addEventListener("event", ({ detail }) => happened(detail));
-  live.addEventListener("over", finish);
-  controls("on");
+  live.addEventListener("state", ({ detail }) => showState(detail.text, detail.bad));
+  live.addEventListener("event", ({ detail }) => onEvent(detail));
+  live.addEventListener("over", onOver);
+  setControls("on");
 }
 
-async function talk() {
+async function startTalking() {
   let stream = null;
-  controls("opening");
+  setControls("opening");
   try {
     // The model was trained on voices of any level: gain control makes most of them clip.
     const wants = { echoCancellation: true, noiseSuppression: true, autoGainControl: false, channelCount: 1 };
     stream = await navigator.mediaDevices.getUserMedia({ audio: wants });
-    await open();
-    hear(context.createMediaStreamSource(stream), () => stream.getTracks().forEach((track) => track.stop()));
+    await openConversation();
+    connectSource(context.createMediaStreamSource(stream), () => stream.getTracks().forEach((track) => track.stop()));
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
     if (live) live.close();
-    else controls("idle");
-    tell(error.name === "NotAllowedError" ? "The microphone was not allowed" : `No microphone: ${error.message}`, true);
+    else setControls("idle");
+    const refused = error.name === "NotAllowedError";
+    showState(refused ? "The microphone was not allowed" : `No microphone: ${error.message}`, true);
   }
 }
 
-async function play() {
+// Plays the demo recording to the model, and ends the conversation three seconds after it.
+async function playRecording() {
   let node = null;
-  controls("opening");
+  setControls("opening");
   try {
     const data = await (await fetch("demo.flac")).arrayBuffer();
     context ??= new AudioContext({ sampleRate: 24000 });
     node = new AudioBufferSourceNode(context, { buffer: await context.decodeAudioData(data) });
-    await open();
+    await openConversation();
   } catch (error) {
-    controls("idle");
-    return tell(`No recording: ${error.message}`, true);
+    setControls("idle");
+    return showState(`No recording: ${error.message}`, true);
   }
   const ours = live;
   node.onended = () => setTimeout(() => live === ours && live.close(), 3000);
-  hear(node, () => node.disconnect());
+  connectSource(node, () => node.disconnect());
   node.connect(context.destination);
   node.start(context.currentTime + 1);
 }
 
-function hear(node, release) {
-  const ears = new AudioWorkletNode(context, "ears", { numberOfOutputs: 0 });
-  node.connect(ears);
-  source = { ears, release };
-  ears.port.onmessage = ({ data: { packet, at } }) => {
+// Sends the sound of an audio node to the model. `release` frees the node when the conversation is over.
+function connectSource(node, release) {
+  const worklet = new AudioWorkletNode(context, "microphone", { numberOfOutputs: 0 });
+  node.connect(worklet);
+  source = { worklet, release };
+  worklet.port.onmessage = ({ data: { packet, at } }) => {
     if (!live) return;
     const power = Math.sqrt(packet.reduce((sum, x) => sum + x * x, 0) / packet.length);
     if (timeline.began !== null) timeline.level("you", timeline.now - 20, timeline.now, muted ? 0 : power);
     if (muted) return;
     if (power > LOUD) lastLoud = at;
-    live.send({ type: "session.input_audio.append", audio: encoded(packet) });
+    live.send({ type: "session.input_audio.append", audio: encode(packet) });
   };
 }
 
-function happened(event) {
+// Shows an event of the server.
+function onEvent(event) {
   switch (event.type) {
     case "session.started":
       timeline.began = performance.now();
       $("camera").disabled = !event.session.sees;
       $("camera").title = event.session.sees ? "" : "This model does not see";
       break;
-    case "session.resumed": // what was pressed while the connection was about to be lost
+    case "session.resumed": // the user may have muted or unmuted while the connection was lost
       live.send({ type: `session.input_audio.${muted ? "mute" : "unmute"}` });
       break;
     case "session.output_audio.delta": {
-      const samples = decoded(event.delta);
-      mouth.port.postMessage(samples);
+      const samples = decode(event.delta);
+      speaker.port.postMessage(samples);
       if (event.speaking) timeline.gate(event.start_ms, event.end_ms);
       for (let at = 0; at < samples.length; at += 480) {
         const part = samples.subarray(at, at + 480);
@@ -145,28 +156,28 @@ function happened(event) {
         const start = event.start_ms + at / 24;
         timeline.level("model", start, start + 20, power);
       }
-      if (!event.speaking) line.model = null;
+      if (!event.speaking) openLine.model = null;
       break;
     }
     case "session.input_transcript.delta":
-      say("you", event.start_ms, event.delta);
+      addWords("you", event.start_ms, event.delta);
       break;
     case "session.output_transcript.delta":
-      say("model", event.start_ms, event.delta);
-      line.you = null;
+      addWords("model", event.start_ms, event.delta);
+      openLine.you = null;
       break;
     case "session.delegation.created":
-      delegated(event.delegation);
+      showDelegation(event.delegation);
       break;
     case "info":
-      tell(event.message, true);
+      showState(event.message, true);
       break;
     case "error":
-      if (live?.ready) tell(event.error.message, true);
+      if (live?.ready) showState(event.error.message, true);
   }
 }
 
-function card([what, about]) {
+function cardItem([what, about]) {
   const item = document.createElement("li");
   const bold = document.createElement("b");
   bold.textContent = what;
@@ -174,9 +185,10 @@ function card([what, about]) {
   return item;
 }
 
-function say(who, ms, text) {
+// Adds words to the list of what was heard and said: to the open line of `who`, or to a new line.
+function addWords(who, ms, text) {
   timeline.word(who, ms, text);
-  const last = line[who];
+  const last = openLine[who];
   if (last && ms - last.ms < 2500) {
     last.item.lastChild.textContent += text;
     last.ms = ms;
@@ -191,10 +203,11 @@ function say(who, ms, text) {
   item.append(time, name, document.createTextNode(text));
   $("words").append(item);
   $("words").scrollTop = $("words").scrollHeight;
-  line[who] = { item, ms };
+  openLine[who] = { item, ms };
 }
 
-function delegated({ id, task }) {
+// Shows a delegation of the model, with a field for the user's answer.
+function showDelegation({ id, task }) {
   $("delegations").hidden = false;
   const item = document.createElement("li");
   const form = document.createElement("form");
@@ -211,22 +224,24 @@ function delegated({ id, task }) {
     event.preventDefault();
     if (!input.value || !live) return;
     live.send({ type: "session.commentary.append", content: input.value, delegation_id: id });
-    input.readOnly = button.disabled = true; // the focus stays
+    input.readOnly = button.disabled = true; // a read-only field keeps the focus, a disabled one would not
   };
   item.append(form);
   $("asked").append(item);
 }
 
-function answered(at) {
+// Shows the latency of an answer. `at`: context time at which the model's voice becomes audible.
+function onAudible(at) {
   const heard = at + (context.outputLatency || 0);
   if (lastLoud === null || heard - lastLoud > ANSWER_S || heard < lastLoud) return;
-  latencies = [...latencies, heard - lastLoud].slice(-SHOWN);
+  latencies = [...latencies, heard - lastLoud].slice(-SHOWN_LATENCIES);
   $("latency").textContent = `${latencies.at(-1).toFixed(2)} s`;
   drawHistory($("history"), latencies);
 }
 
-async function film() {
-  if (camera) return unfilm();
+// Starts the camera, or stops it if it is on. The user may allow the camera only after the conversation is over.
+async function startCamera() {
+  if (camera) return stopCamera();
   const ours = live;
   let stream = null;
   $("camera").disabled = true;
@@ -245,19 +260,19 @@ async function film() {
       canvas.getContext("2d").drawImage($("view"), 0, 0);
       const image = canvas.toDataURL("image/jpeg", 0.7).split(",")[1];
       live.send({ type: "session.input_image.append", image });
-    }, FRAME_MS);
+    }, PICTURE_MS);
     camera = { stream, timer };
     $("camera").setAttribute("aria-pressed", "true");
   } catch (error) {
     stream?.getTracks().forEach((track) => track.stop());
     if ($("view").srcObject === stream) $("view").hidden = true;
-    if (live === ours) tell(`No camera: ${error.message}`, true);
+    if (live === ours) showState(`No camera: ${error.message}`, true);
   } finally {
     if (live === ours) $("camera").disabled = false;
   }
 }
 
-function unfilm() {
+function stopCamera() {
   if (!camera) return;
   clearInterval(camera.timer);
   camera.stream.getTracks().forEach((track) => track.stop());
@@ -266,54 +281,56 @@ function unfilm() {
   $("camera").setAttribute("aria-pressed", "false");
 }
 
-function mute() {
+function toggleMute() {
   muted = !muted;
   $("mute").setAttribute("aria-pressed", String(muted));
   $("mute").textContent = muted ? "Muted" : "Mute";
   live?.send({ type: muted ? "session.input_audio.mute" : "session.input_audio.unmute" });
 }
 
-function finish() {
-  unfilm();
+// Releases everything when the conversation is over.
+function onOver() {
+  stopCamera();
   source?.release();
-  source?.ears.disconnect();
-  mouth?.disconnect();
-  source = mouth = live = null;
+  source?.worklet.disconnect();
+  speaker?.disconnect();
+  source = speaker = live = null;
   if (muted) {
     muted = false;
     $("mute").setAttribute("aria-pressed", "false");
     $("mute").textContent = "Mute";
   }
-  controls("idle");
+  setControls("idle");
 }
 
-// "idle"; "opening", from a click until there is a session that can be ended; "on".
-function controls(state) {
-  if (state !== "on") byKeys = document.activeElement.matches(":focus-visible");
+// Enables the controls of a state: "idle" (no conversation), "opening" (from the click until there is a session that
+// can be ended) or "on" (a conversation).
+function setControls(state) {
+  if (state !== "on") usesKeyboard = document.activeElement.matches(":focus-visible");
   for (const id of ["talk", "play"]) $(id).disabled = state !== "idle";
   for (const id of ["mute", "stop", "text", "send"]) $(id).disabled = state !== "on";
   if (state !== "on") $("camera").disabled = true;
   const lost = document.activeElement.matches("body, :disabled");
-  if (byKeys && lost && state !== "opening") $(state === "on" ? "stop" : "talk").focus();
+  if (usesKeyboard && lost && state !== "opening") $(state === "on" ? "stop" : "talk").focus();
 }
 
-$("talk").onclick = talk;
-$("play").onclick = play;
-$("mute").onclick = mute;
-$("camera").onclick = film;
+$("talk").onclick = startTalking;
+$("play").onclick = playRecording;
+$("mute").onclick = toggleMute;
+$("camera").onclick = startCamera;
 $("stop").onclick = () => live?.close();
 $("typing").onsubmit = (event) => {
   event.preventDefault();
   const text = $("text").value.trim();
   if (!text || !live) return;
   live.send({ type: "session.input_text.append", content: text });
-  say("you", timeline.now, text);
-  line.you = null;
+  addWords("you", timeline.now, text);
+  openLine.you = null;
   $("text").value = "";
 };
 $("access").onsubmit = (event) => {
   event.preventDefault();
-  look();
+  loadModels();
 };
 addEventListener("keydown", (event) => {
   const id = event.altKey && { KeyT: "talk", KeyP: "play", KeyM: "mute", KeyS: "stop" }[event.code];
@@ -322,4 +339,4 @@ addEventListener("keydown", (event) => {
     $(id).click();
   }
 });
-look();
+loadModels();

@@ -1,12 +1,19 @@
-// The two worklets of the page: what the microphone hears goes out in packets, what comes is played in order.
+// The two audio worklets of the page, which run in the browser's audio thread. Loaded by page.js.
+//
+// "microphone" cuts what the microphone hears into packets of 20 ms at 24 kHz. "speaker" plays the model's voice in
+// order, with a small reserve against packets that come late.
 
 const RATE = 24000;
-const PACKET = RATE / 50; // 20 ms
-const AHEAD = 0.12; // seconds that wait before playing begins: as much as packets may be late
-const LATE = 0.5; // that wait only where the connection had stalled: silence is left out until they do not
-const SILENT = 0.003; // root mean square
+const PACKET = RATE / 50; // samples: 20 ms
+const RESERVE_S = 0.12; // sound that waits before playback begins, so packets may be this late
+// More sound than this waits only after the connection has stalled. Then silence is left out until less waits.
+const LATE_S = 0.5;
+const SILENT = 0.003; // root mean square below which sound is silence
+const AUDIBLE = 0.006; // root mean square above which the model is heard
+const PAUSE_S = 0.3; // silence after which the model is heard anew
 
-// Windowed-sinc resampling of a stream from `from` to `to` Hz, for browsers whose context has the microphone's rate.
+// Resamples a stream from `from` to `to` Hz with a windowed sinc, for browsers whose audio context has another rate
+// than 24 kHz.
 class Resampler {
   constructor(from, to) {
     this.step = from / to;
@@ -43,7 +50,8 @@ function loudness(samples) {
   return Math.sqrt(samples.reduce((sum, x) => sum + x * x, 0) / samples.length);
 }
 
-class Ears extends AudioWorkletProcessor {
+// Posts { packet, at }: 20 ms of sound, and the context time of its end.
+class Microphone extends AudioWorkletProcessor {
   constructor() {
     super();
     this.resampler = sampleRate === RATE ? null : new Resampler(sampleRate, RATE);
@@ -66,7 +74,8 @@ class Ears extends AudioWorkletProcessor {
   }
 }
 
-class Mouth extends AudioWorkletProcessor {
+// Takes Float32Arrays at 24 kHz. Posts { audible }: the context time at which the model is heard after a pause.
+class Speaker extends AudioWorkletProcessor {
   constructor() {
     super();
     this.resampler = sampleRate === RATE ? null : new Resampler(RATE, sampleRate);
@@ -74,12 +83,12 @@ class Mouth extends AudioWorkletProcessor {
     this.offset = 0;
     this.waiting = 0;
     this.playing = false;
-    this.quiet = Infinity; // seconds since it was loud
+    this.quiet = Infinity; // seconds since the model was heard
     this.port.onmessage = ({ data }) => {
       const samples = this.resampler ? this.resampler.put(data) : data;
       this.queue.push(samples);
       this.waiting += samples.length;
-      for (let i = 1; i < this.queue.length && this.waiting > LATE * sampleRate; ) {
+      for (let i = 1; i < this.queue.length && this.waiting > LATE_S * sampleRate; ) {
         if (loudness(this.queue[i]) > SILENT) i++;
         else this.waiting -= this.queue.splice(i, 1)[0].length;
       }
@@ -88,11 +97,10 @@ class Mouth extends AudioWorkletProcessor {
 
   process(_, [output]) {
     const out = output[0];
-    if (!this.playing && this.waiting >= AHEAD * sampleRate) this.playing = true;
+    if (!this.playing && this.waiting >= RESERVE_S * sampleRate) this.playing = true;
     for (let i = 0; i < out.length && this.playing; i++) {
       if (!this.queue.length) {
-        this.playing = false; // nothing came in time: a gap, and then as much ahead as at the beginning
-        this.port.postMessage({ gap: true });
+        this.playing = false; // nothing came in time: pause until the reserve is full again
         break;
       }
       out[i] = this.queue[0][this.offset++];
@@ -103,8 +111,8 @@ class Mouth extends AudioWorkletProcessor {
       }
     }
     for (let c = 1; c < output.length; c++) output[c].set(out);
-    if (loudness(out) > 0.006) {
-      if (this.quiet > 0.3) this.port.postMessage({ audible: currentTime });
+    if (loudness(out) > AUDIBLE) {
+      if (this.quiet > PAUSE_S) this.port.postMessage({ audible: currentTime });
       this.quiet = 0;
     } else {
       this.quiet += out.length / sampleRate;
@@ -113,5 +121,5 @@ class Mouth extends AudioWorkletProcessor {
   }
 }
 
-registerProcessor("ears", Ears);
-registerProcessor("mouth", Mouth);
+registerProcessor("microphone", Microphone);
+registerProcessor("speaker", Speaker);

@@ -1,6 +1,7 @@
-// The last seconds of a conversation as a picture: both voices, the model's gate, and the words where they were said.
+// Draws the last seconds of a conversation: both voices, the model's gate, and the words where they were said. Also
+// draws the history of latencies. Used by page.js. All times are in ms since the conversation began.
 
-const SHOWN_MS = 20000;
+const SHOWN_MS = 20000; // width of the picture
 
 export class Timeline {
   constructor(canvas) {
@@ -14,26 +15,29 @@ export class Timeline {
   }
 
   clear() {
-    this.levels = { you: [], model: [] }; // [ms, ms, level]
-    this.gates = [];
-    this.words = []; // [ms, who, text]
-    this.began = null;
+    this.levels = { you: [], model: [] }; // [start, end, root mean square]
+    this.gates = []; // [start, end] of each time in which the gate was open
+    this.words = []; // [start, who, text]
+    this.began = null; // time at which the conversation began, by performance.now()
   }
 
   get now() {
     return this.began === null ? 0 : performance.now() - this.began;
   }
 
+  // Adds a piece of a voice; `value` is its root mean square.
   level(who, start, end, value) {
     this.levels[who].push([start, end, value]);
   }
 
+  // Adds a time in which the gate was open.
   gate(start, end) {
     const last = this.gates.at(-1);
     if (last && last[1] >= start) last[1] = end;
     else this.gates.push([start, end]);
   }
 
+  // Adds words at the time at which they were said.
   word(who, start, text) {
     this.words.push([start, who, text]);
   }
@@ -92,6 +96,7 @@ export class Timeline {
   }
 }
 
+// Draws latencies, in seconds, as bars. Bars end at 2 s.
 export function drawHistory(canvas, latencies) {
   const scale = devicePixelRatio || 1;
   const width = canvas.clientWidth;
