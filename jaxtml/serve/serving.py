@@ -1,4 +1,9 @@
-"""`jaxtml serve`: the workers, the addresses, and an end in good order."""
+"""`jaxtml serve`: starts the workers and the HTTP server, runs until a signal, and drains the sessions before it ends.
+
+Called by `jaxtml.commands.serve`. The process that runs `serve` is the network process: it never touches an
+accelerator. The model runs in worker processes (`serve.runtime`). Before changing this file, know that everything that
+takes long or can fail on bad input must happen before the server prints its address.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import contextlib
 import gc
 import ipaddress
 import json
-import logging as standard
+import logging as standard_logging
 import os
 import re
 import signal
@@ -42,80 +47,110 @@ from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.web.application import application
 from jaxtml.stream.text import TextCodec
 
+_REQUESTS_END_S = 5.0  # open HTTP requests are cut off this long after the sessions have ended
+
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What `jaxtml serve` is told; see its `--help`."""
+    """The options of `jaxtml serve`."""
 
     checkpoint: Path
+    """Directory of the model."""
     host: str = "127.0.0.1"
+    """Address to listen on. The default is the loopback interface, which is safe without keys. Any other address needs
+    `keys`."""
     port: int = 8080
+    """TCP port, 0 to 65535. 0 takes a free port. The default is a usual one for a service that is not public."""
     max_sessions: int = 8
-    workers: int = 0  # as many as are good for this machine
-    replica: str = ""  # this server's name among others behind the same address
-    mesh: str = ""  # of the devices that share the model, as `MeshShape.parse` reads it; empty: one
+    """Sessions at a time, 1 or more. The default is that of the config's `serve.sessions`."""
+    workers: int = 0
+    """Worker processes, 0 to `max_sessions`. 0, the default, takes one per CPU core if the model runs on CPUs, else
+    one."""
+    replica: str = ""
+    """Name of this server among several behind one router, at most 16 small letters and digits. Empty, the default, is
+    for a server that stands alone."""
+    mesh: str = ""
+    """Mesh of the devices that share the model, as `MeshShape.parse` reads it. Empty, the default, is one device."""
     keys: Path | None = None
+    """File of API keys, see `serve.sessions.access`. None, the default: no keys, and everyone may do everything."""
     origins: Sequence[str] = ()
+    """Origins of the web pages that may use the server besides its own page; "*" stands for all. The default is none,
+    because a page could use the server through the browser of any visitor."""
     certificate: Path | None = None
+    """TLS certificate chain, PEM. None, the default: plain HTTP, for the loopback or behind a proxy that does TLS."""
     private_key: Path | None = None
+    """Private key of the certificate, PEM. None, the default: it is in the certificate's file."""
     limits: Limits = Limits()
+    """Time limits of sessions and connections."""
     drain_s: float = 30.0
+    """Seconds that sessions have to end after SIGTERM, 0 or more. The default is the grace period of Kubernetes."""
     json: bool = False
+    """Print the server's address on stdout as one JSON object. The default is a line for people."""
     log_json: bool = False
+    """Write each log entry as one JSON object. The default is a line for people."""
 
 
 def serve(options: ServerOptions) -> None:
-    """Serves until SIGTERM or SIGINT, then until the sessions are over, `drain_s` at most; a second one ends it now.
+    """Serves until SIGTERM or SIGINT, then until the sessions have ended, for at most `drain_s` more seconds.
 
-    Where JAX finds several processes, the first of them takes the traffic, and the others run the model with it.
+    A second signal ends the server at once. If JAX finds several processes, the first one serves clients, and the
+    others run the model with it.
 
     Raises:
-      InputError: what is wrong with the options, the checkpoint, the keys or the certificate, or a port that is taken.
-      SystemExit: with status 1, a worker is gone, or another host.
+      InputError: the options, the checkpoint, the keys or the certificate cannot be used, or the port is taken.
+      SystemExit: with status 1, because a worker or another host is gone.
     """
     if options.log_json:
         log.use_json()
     session_prefix(options.replica)
-    on_mesh = _on_mesh(options)
+    has_mesh = _has_mesh(options)
     if process_rank():
         log.event("runs the model with the first host", process=process_rank())
         worker.follow_leader(options.checkpoint)
         return
-    access, tls = _access(options), _tls(options)
-    workers = 1 if on_mesh else options.workers or min(_usual_workers(), options.max_sessions)
-    jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to its workers
+    access, tls = _load_access(options), _load_tls(options)
+    workers = 1 if has_mesh else options.workers or min(_default_workers(), options.max_sessions)
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the workers
     try:
-        with _bound(options) as place:
-            asyncio.run(_serve(options, access, tls, workers, place))
+        with _bind(options) as listener:
+            asyncio.run(_serve(options, access, tls, workers, listener))
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
 
 
 def session_prefix(replica: str) -> str:
-    """Of the names of sessions: a router finds the server of a session by it. Raises `InputError`."""
+    """Returns the beginning of the public names of a server's sessions. A router finds a session's server by it.
+
+    Raises:
+      InputError: the name of the replica has other characters than small letters and digits, or too many.
+    """
     if not re.fullmatch("[a-z0-9]{0,16}", replica):
-        raise InputError(f"--replica {replica!r}: 16 small letters and digits at most")
+        raise InputError(f"--replica {replica!r}: use 16 small letters and digits at most")
     return f"sess_{replica}." if replica else "sess_"
 
 
-def _access(options: ServerOptions) -> Access:
+def _load_access(options: ServerOptions) -> Access:
+    """Reads the keys. Raises `InputError` if a server that others can reach has none."""
     if options.keys is not None:
         return Access.load(options.keys, PROTOCOLS)
     if not _is_loopback(options.host):
-        raise InputError(f"--host {options.host} is seen by others: give --keys FILE, so that not everyone may use it")
+        raise InputError(
+            f"--host {options.host} can be reached by other machines: give --keys FILE, else anyone may use it"
+        )
     return Access()
 
 
-def _tls(options: ServerOptions) -> ssl.SSLContext | None:
+def _load_tls(options: ServerOptions) -> ssl.SSLContext | None:
+    """Reads the certificate; None: there is none. Raises `InputError` if it cannot be used."""
     if options.certificate is None:
         if options.private_key is not None:
-            raise InputError("--tls-key without --tls-cert")
+            raise InputError("--tls-key needs --tls-cert too")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(options.certificate, options.private_key)
-    except OSError as error:  # an ssl.SSLError too
+    except OSError as error:  # includes ssl.SSLError
         raise InputError(f"--tls-cert {options.certificate}: {error}") from error
     return context
 
@@ -127,48 +162,57 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _on_mesh(options: ServerOptions) -> bool:
-    """Whether one worker has several devices. Raises `InputError` where the options do not go together."""
+def _has_mesh(options: ServerOptions) -> bool:
+    """Returns whether one worker has several devices. Raises `InputError` if the options contradict each other."""
     mesh = MeshShape.parse(options.mesh)
     if mesh.devices == 1 and process_rank() is not None:
         raise InputError("there are several processes: say with --mesh how their devices share the model")
     if mesh.devices > 1 and options.workers > 1:
-        raise InputError(f"--mesh {options.mesh} is one worker's: leave --workers out")
+        raise InputError(f"--mesh {options.mesh} gives all devices to one worker: leave --workers out")
     return mesh.devices > 1
 
 
-def _usual_workers() -> int:
-    """One per core where the model runs on CPUs: its products are too small for two to share."""
-    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asking takes an accelerator's memory
-    platform = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+def _default_workers() -> int:
+    """Returns the number of CPU cores if the model runs on CPUs, else 1.
+
+    The matrix products of a small model are too small for two cores to share, so each core gets a worker. A process of
+    its own asks JAX for the platform, because asking reserves the memory of an accelerator.
+    """
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    platform = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return len(os.sched_getaffinity(0)) if platform == "cpu" else 1
 
 
-def _bound(options: ServerOptions) -> socket.socket:
-    """The server's place, before the long work; nobody can connect to it yet."""
+def _bind(options: ServerOptions) -> socket.socket:
+    """Takes the server's address, before the long work begins. Nobody can connect to it yet.
+
+    Raises:
+      InputError: the address or the port cannot be used.
+    """
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        place = socket.socket(family, socket.SOCK_STREAM)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot listen on {options.host}:{options.port}: {why}") from error
-    return place
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {reason}") from error
+    return listener
 
 
 async def _serve(
-    options: ServerOptions, access: Access, tls: ssl.SSLContext | None, workers: int, place: socket.socket
+    options: ServerOptions, access: Access, tls: ssl.SSLContext | None, workers: int, listener: socket.socket
 ) -> None:
-    metrics, orders = Metrics(), _Orders()
-    began = time.monotonic()
+    """Starts everything, tells the user where the server is, and serves until it is told to end."""
+    metrics, signals = Metrics(), _ShutdownSignals()
+    started_at = time.monotonic()
     log.event("loading and compiling, which takes longer the first time", workers=workers)
-    places = (options.max_sessions, workers, metrics.observe_tick, options.mesh)
     async with contextlib.AsyncExitStack() as stack:
-        starting = asyncio.create_task(stack.enter_async_context(start_pool(options.checkpoint, *places)))
-        told = asyncio.create_task(orders.drain.wait())
-        await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
-        told.cancel()
+        pool_context = start_pool(options.checkpoint, options.max_sessions, workers, metrics.observe_tick, options.mesh)
+        starting = asyncio.create_task(stack.enter_async_context(pool_context))
+        signalled = asyncio.create_task(signals.drain.wait())
+        await asyncio.wait([starting, signalled], return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
         if not starting.done():
             log.event("told to end before it was ready")
             starting.cancel()
@@ -176,78 +220,129 @@ async def _serve(
             return
         pool, ready = starting.result()
         config = from_json(ready.config)
-        served = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
-        manager = SessionManager(pool, access, served, options.limits, metrics, session_prefix(options.replica))
-        _watched(metrics, pool, manager)
-        app = application(Service(manager, access, served, metrics), options.origins)
-        # aiohttp would log requests that it cannot parse with all that is in them, keys too.
-        unheard = standard.getLogger("jaxtml.http")
-        unheard.disabled = True
-        patience = {"keepalive_timeout": options.limits.first_message_s, "shutdown_timeout": 5}
-        runner = web.AppRunner(app, access_log=None, logger=unheard, handle_signals=False, **patience)
+        model = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
+        manager = SessionManager(pool, access, model, options.limits, metrics, session_prefix(options.replica))
+        _add_server_metrics(metrics, pool, manager)
+        runner = _runner(application(Service(manager, access, model, metrics), options.origins), options)
         await runner.setup()
         try:
-            gc.collect()
-            gc.freeze()  # all that is loaded: to look through it takes longer than there is between two ticks
-            gc.collect()  # Python looks through old objects when there are a quarter more than at the last time
-            await web.SockSite(runner, place, ssl_context=tls).start()
+            _freeze_loaded_objects()
+            await web.SockSite(runner, listener, ssl_context=tls).start()
             host = f"[{options.host}]" if ":" in options.host else options.host
-            url = f"{'https' if tls else 'http'}://{host}:{place.getsockname()[1]}"
-            log.event("ready", after_s=round(time.monotonic() - began, 1), url=url)
-            said = {"url": url, "model": served.name, "sessions": pool.capacity, "workers": workers}
-            print(json.dumps(said) if options.json else f"talk to {served.name}: {url} (Ctrl-C ends it)", flush=True)
-            await _until_told(orders, pool, manager, options.drain_s)
+            url = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
+            log.event("ready", after_s=round(time.monotonic() - started_at, 1), url=url)
+            summary = {"url": url, "model": model.name, "sessions": pool.capacity, "workers": workers}
+            print(json.dumps(summary) if options.json else f"talk to {model.name}: {url} (Ctrl-C ends it)", flush=True)
+            await _run_until_shutdown(signals, pool, manager, options.drain_s)
         finally:
             await runner.cleanup()
 
 
-class _Orders:
-    """What signals say, from now on: to `drain`, by SIGTERM, SIGINT, or another host; `now`, by another one."""
+def _runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
+    """Returns aiohttp's runner of the application."""
+    # aiohttp logs a request that it cannot parse with everything in it, also with its key.
+    logger = standard_logging.getLogger("jaxtml.http")
+    logger.disabled = True
+    return web.AppRunner(
+        app,
+        access_log=None,
+        logger=logger,
+        handle_signals=False,
+        keepalive_timeout=options.limits.first_message_s,
+        shutdown_timeout=_REQUESTS_END_S,
+    )
+
+
+def _freeze_loaded_objects() -> None:
+    """Takes all loaded objects out of garbage collection: to scan them takes longer than the time between ticks."""
+    gc.collect()
+    gc.freeze()
+    # Python scans old objects again when their number has grown by a quarter since the last full collection. This call
+    # sets that number to the few objects that are not frozen.
+    gc.collect()
+
+
+class _ShutdownSignals:
+    """Listens to signals from now on.
+
+    Attributes:
+      drain: set by SIGTERM or SIGINT, or by another host that ends: end when the sessions have ended.
+      now: set by a second SIGTERM or SIGINT: end at once.
+    """
 
     def __init__(self) -> None:
         self.drain, self.now = asyncio.Event(), asyncio.Event()
-        self._told = False
+        self._signalled = False
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, self._signalled)
+            loop.add_signal_handler(name, self._on_signal)
         loop.add_signal_handler(hosts.DRAIN_SIGNAL, self.drain.set)
 
-    def _signalled(self) -> None:
-        if self._told:
+    def _on_signal(self) -> None:
+        if self._signalled:
             self.now.set()
         self.drain.set()
-        self._told = True
+        self._signalled = True
 
 
-async def _until_told(orders: _Orders, pool: WorkerPool, manager: SessionManager, drain_s: float) -> None:
-    """Ticks until a signal comes and the sessions are over; raises `ConnectionError` where a worker is gone."""
+async def _run_until_shutdown(
+    signals: _ShutdownSignals, pool: WorkerPool, manager: SessionManager, drain_s: float
+) -> None:
+    """Runs the ticks until a signal comes and the sessions have ended.
+
+    Raises:
+      ConnectionError: a worker is gone.
+    """
     running = asyncio.create_task(pool.run())
-    waiting, hurrying = asyncio.create_task(orders.drain.wait()), asyncio.create_task(orders.now.wait())
+    drain, now = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.now.wait())
     try:
-        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([running, drain], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             log.event("draining", sessions=len(manager.sessions), at_most_s=drain_s)
             draining = asyncio.create_task(manager.drain(drain_s))
-            await asyncio.wait([running, draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([running, draining, now], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
         await manager.end_all(EndReason.FAILED if running.done() else EndReason.DRAINED)
         if running.done():
             running.result()
     finally:
-        for task in (waiting, hurrying, running):
+        for task in (drain, now, running):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             await running
 
 
-def _watched(metrics: Metrics, pool: WorkerPool, manager: SessionManager) -> None:
-    """Gauges, read when they are asked for."""
-    counts = [hub.counts for hub in pool.schedulers]
-    watch, count = metrics.add_gauge, metrics.add_counter
-    watch("duplex_sessions_active", "with a slot, clients that are gone included", lambda: len(pool.sessions))
-    watch("duplex_sessions_detached", "whose client is gone", lambda: sum(not one.attached for one in pool.sessions))
-    watch("duplex_sessions_capacity", "there is room for", lambda: pool.capacity)
-    count("duplex_deadline_miss", "ticks that ended late", lambda: sum(one.misses for one in counts))
-    count("duplex_ticks_lost", "ticks that were left out", lambda: sum(one.lost for one in counts))
-    count("duplex_compilations", "since ready: a bug", lambda: sum(one.compilations for one in counts))
-    watch("duplex_draining", "about to end", lambda: manager.drain_deadline is not None)
+def _add_server_metrics(metrics: Metrics, pool: WorkerPool, manager: SessionManager) -> None:
+    """Adds the metrics that are read from the pool and the session manager when Prometheus asks for them."""
+    counts = [scheduler.counts for scheduler in pool.schedulers]
+    metrics.add_gauge(
+        "duplex_sessions_active",
+        "Sessions that have a slot, including sessions whose client is disconnected.",
+        lambda: len(pool.sessions),
+    )
+    metrics.add_gauge(
+        "duplex_sessions_detached",
+        "Sessions whose client is disconnected.",
+        lambda: sum(not session.attached for session in pool.sessions),
+    )
+    metrics.add_gauge("duplex_sessions_capacity", "Slots for sessions.", lambda: pool.capacity)
+    metrics.add_counter(
+        "duplex_deadline_miss",
+        "Ticks that ended after the next tick should have started.",
+        lambda: sum(count.misses for count in counts),
+    )
+    metrics.add_counter(
+        "duplex_ticks_lost",
+        "Ticks that were left out because the clock was more than a second behind.",
+        lambda: sum(count.lost for count in counts),
+    )
+    metrics.add_counter(
+        "duplex_compilations",
+        "Programs compiled since the server was ready. Anything but 0 is a bug.",
+        lambda: sum(count.compilations for count in counts),
+    )
+    metrics.add_gauge(
+        "duplex_draining",
+        "1 while the server waits for its sessions to end, else 0.",
+        lambda: manager.drain_deadline is not None,
+    )

@@ -129,10 +129,10 @@ def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--host", "0.0.0.0"), "--host 0.0.0.0 is seen by others: give --keys FILE"),
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached by other machines: give --keys FILE"),
         (("--keys", "missing.json"), "no keys in missing.json"),
         (("--tls-cert", "missing.pem"), "--tls-cert missing.pem: "),
-        (("--tls-key", "missing.pem"), "--tls-key without --tls-cert"),
+        (("--tls-key", "missing.pem"), "--tls-key needs --tls-cert too"),
         (("--checkpoint", "missing"), "missing"),
         (("--workers", "9", "--max-sessions", "2"), "9 workers for 2 sessions"),
     ],

@@ -1,9 +1,18 @@
-"""Who may use a server, and how much: keys from a file, short-lived ones made from them, quotas. Knows of no network.
+"""Access to a server: API keys from a file, short-lived keys made from them, and quotas. It knows nothing of networks.
 
-The file is JSON: `{"secret": "...", "keys": [{"name": "team-a", "key": "sk-...", "sessions": 8}]}`. A key stands there
-itself or as `sha256:` and the hex digest of it. Short-lived keys are JSON Web Tokens (RFC 7519) signed with the secret,
-so that every replica that has the file knows them; without a secret, only the server that made one does. Without a
-file, everyone may do everything: `jaxtml serve` does that on the machine's own loopback alone.
+Called by `serve.protocols.service`, which authenticates requests, by the routes, which count them, and by
+`serve.sessions.manager`, which counts sessions.
+
+The file of keys is JSON:
+
+    {"secret": "...", "keys": [{"name": "team-a", "key": "sk-...", "sessions": 8}]}
+
+`Key` lists the fields of a key. Its `key` is the API key itself, or `sha256:` and the key's SHA-256 digest in hex.
+
+A short-lived key is a JSON Web Token (RFC 7519), signed with the secret, so every server with the same file accepts it.
+Without a secret in the file, a server signs with a random secret, and only that server accepts its short-lived keys.
+
+Without a file, everyone may do everything. `jaxtml serve` allows this on the machine's loopback interface only.
 """
 
 from __future__ import annotations
@@ -23,20 +32,24 @@ import msgspec
 from jaxtml.errors import InputError
 from jaxtml.serve.sessions.errors import Refused
 
-PREFIX = "ek_"  # of short-lived keys, as OpenAI's have it
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+SHORT_LIVED_PREFIX = "ek_"  # of short-lived keys, as in OpenAI's API
+_DIGEST_PREFIX = "sha256:"
+_MIN_KEY_LENGTH, _MIN_SECRET_LENGTH = 8, 32  # characters
+# Browsers send the key as a WebSocket subprotocol, which must be a token (RFC 9110, section 5.6.2).
+_HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 
 
 class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the holder of a key may do.
+    """An API key and what its holder may do. The field names are those of the file of keys.
 
     Attributes:
-      name: stands in logs, the key never does.
-      key: itself, or `sha256:` and its digest.
-      sessions: at a time.
-      minutes_per_day: of sessions, in the last 24 hours.
-      requests_per_minute: for sessions, for places beside them, and for short-lived keys.
+      name: name of the key in logs and traces, where the key itself never appears.
+      key: the API key, or `sha256:` and its digest.
+      sessions: sessions at a time, at most. The default is no limit in practice.
+      minutes_per_day: minutes of sessions in any 24 hours, at most. The default is no limit.
+      requests_per_minute: requests for sessions, for sidebands and for short-lived keys, at most. The default is no
+        limit in practice.
       scopes: names of the protocols that the key may use; None: all protocols.
     """
 
@@ -48,75 +61,93 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
     scopes: tuple[str, ...] | None = None
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
+class _KeysFile(msgspec.Struct, forbid_unknown_fields=True):
     keys: tuple[Key, ...]
     secret: str = ""
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What someone who asks is known as. `session` is what a short-lived key fixes of the session.
+    """What the sender of a request may do.
 
-    `scopes` are the names of the protocols that the client may use; None: all protocols.
+    Attributes:
+      key: the API key, also of a short-lived key that was made from it.
+      scopes: names of the protocols that the sender may use; None: all protocols.
+      session: the session's configuration, which a short-lived key may carry; None: the sender is free to choose.
+      expired: the short-lived key has expired. It begins nothing more, but what it has begun goes on.
     """
 
     key: Key
     scopes: frozenset[str] | None
     session: dict[str, Any] | None = None
-    expired: bool = False  # nothing begins any more; what was begun goes on
+    expired: bool = False
 
 
 EVERYONE = Key(name="everyone")
 
 
 class Access:
-    """The keys of a server and what they have used; one thread calls.
+    """The keys of a server and what they have used. Not thread-safe.
 
     Args:
-      keys: empty: everyone may do everything.
-      secret: signs short-lived keys; empty: a random one.
-      now: seconds since the epoch.
+      keys: the API keys; empty: everyone may do everything.
+      secret: signs short-lived keys; empty: a random secret.
+      now: returns the Unix time in seconds.
     """
 
     def __init__(self, keys: Iterable[Key] = (), secret: str = "", now: Callable[[], float] = time.time):
-        self.keys = {
-            key.key.removeprefix("sha256:") if key.key.startswith("sha256:") else _digest(key.key): key for key in keys
-        }
-        self.names = {key.name: key for key in self.keys.values()} or {EVERYONE.name: EVERYONE}
+        self.keys = {_key_digest(key): key for key in keys}
+        self.keys_by_name = {key.name: key for key in self.keys.values()} or {EVERYONE.name: EVERYONE}
         self.secret, self.now = secret or secrets.token_urlsafe(32), now
-        self._asked: dict[str, deque[float]] = {name: deque() for name in self.names}
-        self._used: dict[str, deque[tuple[float, float]]] = {name: deque() for name in self.names}
-        self._begun: dict[str, dict[str, float]] = {name: {} for name in self.names}
+        # All by the key's name: times of requests; (first end, seconds) of ended sessions; begin of each live session.
+        self._requests: dict[str, deque[float]] = {name: deque() for name in self.keys_by_name}
+        self._used: dict[str, deque[tuple[float, float]]] = {name: deque() for name in self.keys_by_name}
+        self._live: dict[str, dict[str, float]] = {name: {} for name in self.keys_by_name}
 
     @classmethod
     def load(cls, path: str | Path, protocols: Collection[str]) -> Access:
-        """Reads a file of keys, whose scopes may name `protocols`.
+        """Reads a file of keys.
+
+        Args:
+          path: the file.
+          protocols: names of the protocols, which the scopes of a key may name.
 
         Raises:
-          InputError: the file is missing, or says anything else than keys.
+          InputError: the file cannot be read, or something in it is wrong. The message never quotes a key.
         """
         try:
-            found = msgspec.json.decode(Path(path).read_bytes(), type=_File)
+            file = msgspec.json.decode(Path(path).read_bytes(), type=_KeysFile)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InputError(f"no keys in {path}: {error}") from error
-        for key in found.keys:
-            if not key.key.startswith("sha256:") and not _TOKEN.fullmatch(key.key):
-                # Browsers send it as a WebSocket's subprotocol, which is a token (RFC 9110, section 5.6.2).
+        for key in file.keys:
+            if not key.key.startswith(_DIGEST_PREFIX) and not _HTTP_TOKEN.fullmatch(key.key):
                 raise InputError(f"{path}: key {key.name!r} has characters that HTTP headers cannot carry as they are")
-            if len(key.key) < 8 or not key.name or not set(key.scopes or ()) <= set(protocols):
+            if len(key.key) < _MIN_KEY_LENGTH or not key.name or not set(key.scopes or ()) <= set(protocols):
                 known = ", ".join(sorted(protocols))
-                raise InputError(f"{path}: key {key.name!r} needs a name, 8 characters and scopes of {known}")
-        access = cls(found.keys, found.secret)
-        if not found.keys or len(access.keys) < len(found.keys) or len(access.names) < len(found.keys):
-            raise InputError(f"{path} has no keys, or two with one name, or one twice")
-        if found.secret and len(found.secret) < 32:
-            raise InputError(f"{path}: the secret needs 32 characters")
+                raise InputError(
+                    f"{path}: key {key.name!r} needs a name, at least {_MIN_KEY_LENGTH} characters, and scopes out of "
+                    f"{known}"
+                )
+        access = cls(file.keys, file.secret)
+        if not file.keys:
+            raise InputError(f"{path} has no keys")
+        if len(access.keys) < len(file.keys) or len(access.keys_by_name) < len(file.keys):
+            raise InputError(f"{path} has the same key twice, or two keys with the same name")
+        if file.secret and len(file.secret) < _MIN_SECRET_LENGTH:
+            raise InputError(f"{path}: the secret needs at least {_MIN_SECRET_LENGTH} characters")
         return access
 
     def authenticate(self, token: str | None) -> Grant:
-        """Raises `Refused` where the token is none of ours."""
-        if token is not None and token.startswith(PREFIX):
-            claims = self._claims(token)
-            key = self.names.get(claims["sub"])
+        """Returns what the sender of a request may do.
+
+        Args:
+          token: the API key or short-lived key in the request; None: there is none.
+
+        Raises:
+          Refused: the server does not know the key.
+        """
+        if token is not None and token.startswith(SHORT_LIVED_PREFIX):
+            claims = self._read_claims(token)
+            key = self.keys_by_name.get(claims["sub"])
             if key is None:
                 raise Refused(401, "invalid_api_key", "the key that this one was made from is no longer known")
             scopes = frozenset(claims["scopes"])
@@ -135,19 +166,27 @@ class Access:
     def create_short_lived_key(
         self, grant: Grant, expires_at: int, scopes: Iterable[str], session: dict[str, Any] | None
     ) -> str:
-        """A key of at most the same scopes, good until `expires_at` (Unix time) for beginning sessions."""
+        """Returns a new short-lived key.
+
+        Args:
+          grant: the grant of the sender. The new key gets no more scopes than this grant has.
+          expires_at: Unix time in seconds until which the new key may begin sessions.
+          scopes: names of the protocols that the new key may use.
+          session: the configuration that sessions of the new key get; None: the client is free to choose.
+        """
         claims = {
             "sub": grant.key.name,
             "exp": expires_at,
             "scopes": sorted(set(scopes) if grant.scopes is None else grant.scopes & set(scopes)),
             "session": session,
         }
-        return PREFIX + jwt.encode(claims, self.secret, algorithm="HS256")
+        return SHORT_LIVED_PREFIX + jwt.encode(claims, self.secret, algorithm="HS256")
 
-    def _claims(self, token: str) -> dict[str, Any]:
+    def _read_claims(self, token: str) -> dict[str, Any]:
+        """Returns what a short-lived key says, also if it has expired. Raises `Refused` on a wrong signature."""
         try:
             return jwt.decode(
-                token[len(PREFIX) :].encode(errors="replace"),
+                token[len(SHORT_LIVED_PREFIX) :].encode(errors="replace"),
                 self.secret,
                 algorithms=["HS256"],
                 options={"verify_exp": False, "require": ["exp", "sub", "scopes", "session"]},
@@ -156,57 +195,75 @@ class Access:
             raise Refused(401, "invalid_api_key", "this short-lived key is not one of this server's") from error
 
     def count_request(self, grant: Grant) -> None:
-        """Counts a request. Raises `Refused` where there were too many in the last minute, or the key has expired."""
+        """Counts a request.
+
+        Raises:
+          Refused: the key sent too many requests in the last minute, or has expired.
+        """
         if grant.expired:
             raise Refused(401, "expired_api_key", "this short-lived key has expired")
-        asked, now = self._asked[grant.key.name], self.now()
-        while asked and asked[0] <= now - _MINUTE_S:
-            asked.popleft()
-        if len(asked) >= grant.key.requests_per_minute:
-            after_s = asked[0] + _MINUTE_S - now
-            raise Refused(429, "rate_limit_exceeded", "too many requests with this key in a minute", after_s)
-        asked.append(now)
+        requests, now = self._requests[grant.key.name], self.now()
+        while requests and requests[0] <= now - _MINUTE_S:
+            requests.popleft()
+        if len(requests) >= grant.key.requests_per_minute:
+            retry_after_s = requests[0] + _MINUTE_S - now
+            raise Refused(429, "rate_limit_exceeded", "too many requests with this key in a minute", retry_after_s)
+        requests.append(now)
 
     def check_session(self, grant: Grant, scope: str) -> None:
-        """Raises `Refused` where the key is not for this protocol, or is used up."""
+        """Checks whether a session may begin.
+
+        Args:
+          grant: what the sender of the request may do.
+          scope: name of the session's protocol.
+
+        Raises:
+          Refused: the key is not for this protocol, or has used up its sessions or its minutes.
+        """
         name = grant.key.name
         if grant.scopes is not None and scope not in grant.scopes:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
-        begun = self._begun[name]
-        if len(begun) >= grant.key.sessions:
-            raise Refused(429, "session_limit_exceeded", f"this key has its {len(begun)} sessions", 5.0)
+        live = self._live[name]
+        if len(live) >= grant.key.sessions:
+            raise Refused(429, "session_limit_exceeded", f"this key has its {len(live)} sessions", 5.0)
         if self.minutes_used(name) >= grant.key.minutes_per_day:
-            after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S
-            raise Refused(429, "quota_exceeded", "this key has had its minutes of the last 24 hours", after_s)
+            retry_after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S
+            text = "this key has used its minutes of the last 24 hours"
+            raise Refused(429, "quota_exceeded", text, retry_after_s)
 
     def begin_session(self, grant: Grant, session: str, scope: str) -> None:
-        """Counts a session from now on. Raises as `check`."""
+        """Starts to count a session; `session` is its public name. Raises `Refused` as `check_session`."""
         self.check_session(grant, scope)
-        self._begun[grant.key.name][session] = self.now()
+        self._live[grant.key.name][session] = self.now()
 
     def end_session(self, name: str, session: str) -> None:
-        """The session of that key is over."""
-        began = self._begun[name].pop(session, None)
-        if began is None:
+        """Stops to count a session of the key `name`. Does nothing if the session was not counted."""
+        began_at = self._live[name].pop(session, None)
+        if began_at is None:
             return
         used, now = self._used[name], self.now()
-        if used and now < used[-1][0] + _MINUTE_S:  # one entry a minute, however many sessions
-            used[-1] = (used[-1][0], used[-1][1] + now - began)
+        if used and now < used[-1][0] + _MINUTE_S:  # one entry per minute, so that short sessions take no memory
+            used[-1] = (used[-1][0], used[-1][1] + now - began_at)
         else:
-            used.append((now, now - began))
+            used.append((now, now - began_at))
 
     def remaining_s(self, grant: Grant) -> float:
-        """Seconds that each session of the key has left today, if there are as many as now."""
+        """Returns the seconds that each live session of the key has left, if the number of sessions stays as it is."""
         name = grant.key.name
-        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes_used(name))) / max(1, len(self._begun[name]))
+        return max(0.0, 60 * (grant.key.minutes_per_day - self.minutes_used(name))) / max(1, len(self._live[name]))
 
     def minutes_used(self, name: str) -> float:
-        """Minutes of sessions that ended in the last 24 hours or go on."""
+        """Returns the minutes of the key's live sessions and of its sessions that ended in the last 24 hours."""
         used, now = self._used[name], self.now()
         while used and used[0][0] <= now - _DAY_S:
             used.popleft()
-        return (sum(lasted for _, lasted in used) + sum(now - began for began in self._begun[name].values())) / 60
+        return (sum(lasted for _, lasted in used) + sum(now - began for began in self._live[name].values())) / 60
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+def _key_digest(key: Key) -> str:
+    """Returns the digest by which a key is found, whether the file has the key or its digest."""
+    return key.key.removeprefix(_DIGEST_PREFIX) if key.key.startswith(_DIGEST_PREFIX) else _digest(key.key)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -1,4 +1,8 @@
-"""What one client gives its session: sound, text and pictures, within the limits that all protocols share."""
+"""The intake of a session: everything that its client gives it (audio, text, pictures), within limits that all share.
+
+Each protocol has one `Intake` per session. Limits on text and pictures raise `InvalidMessage`, which the protocol sends
+as its own error. A client that sends too much audio is not refused: it is held back, because `push` waits for room.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,25 @@ from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
-_WAITING, _PIECES = 24_576, 4096  # tokens, and pieces of text, that wait for their micro-turn
-_TOKEN_BYTES = 8  # of a token, in the mean of any text that is one
-_IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # a micro-turn sees two
-_TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes: to find the tokens of a megabyte takes half a second
+_MAX_WAITING_TOKENS, _MAX_WAITING_PIECES = 24_576, 4096  # of text that waits for its micro-turn
+_BYTES_PER_TOKEN = 8  # real text has fewer bytes per token than this, on average
+_IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # a micro-turn takes two pictures
+_TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes; tokenising a megabyte takes half a second
 
 
 class Intake:
-    """One session's.
+    """Everything that the client of one session gives it; a `serve.transport.sound.MediaSink`.
 
     Args:
-      session: whose it is.
+      session: the session.
       model: the model that is served.
-      format: of the sound.
-      observe: called with all sound that comes, `[N]` float32 at 16 kHz, whether the session is muted or not.
+      format: format of the client's audio.
+      observe: called with all audio that arrives, `[N]` float32 at 16 kHz, whether the session is muted or not.
 
     Attributes:
-      taken: bytes of sound that came; of a track, as if it were 16 bits at 16 kHz.
+      decoder: decodes the client's audio.
+      images: the client's pictures.
+      received_bytes: bytes of audio that have arrived. Audio from a track counts as 16 bits at 16 kHz.
     """
 
     def __init__(
@@ -46,15 +52,19 @@ class Intake:
         self.session, self.model, self.observe = session, model, observe
         self.decoder, self.images = SoundDecoder(format), ImageIntake(model.config.duplex.max_patches)
         self.received_bytes = 0
-        self._pictures = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
-        self._texts = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
-        self._unheard = np.zeros(0, np.float32)  # waits for room
+        self._image_rate = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
+        self._text_rate = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
+        self._overflow = np.zeros(0, np.float32)  # audio that does not fit into the jitter buffer yet
+
+    # --- audio
 
     async def receive_audio(self, data: bytes) -> None:
-        """Sound in the client's format, as `push`.
+        """Takes audio in the client's format, and returns when there was room for it.
 
-        What is counted as taken is heard, also where the connection is lost meanwhile. Raises `ValueError` on what is
-        not whole samples.
+        All audio that is counted in `received_bytes` reaches the model, even if the connection is lost meanwhile.
+
+        Raises:
+          ValueError: `data` does not hold whole samples.
         """
         await self.wait_for_room()
         samples = self.decoder.decode(data)
@@ -63,110 +73,139 @@ class Intake:
         await self.push(samples)
 
     async def receive_track(self, samples: np.ndarray) -> None:
-        """As `push`, of a track."""
+        """Takes audio from a track, `[N]` float32 at 16 kHz, and returns when there was room for it."""
         self.observe(samples)
         await self.wait_for_room()
         self.received_bytes += 2 * len(samples)
         await self.push(samples)
 
     async def push(self, samples: np.ndarray) -> None:
-        """Returns when there was room for all of them, which is what holds a client back that sends too much."""
+        """Adds audio, `[N]` float32 at 16 kHz, and returns when there was room for all of it.
+
+        Protocols await this method before they read the next message. So a client that sends too much is held back.
+        """
         await self.wait_for_room()
         self.push_nowait(samples)
         await self.wait_for_room()
 
     def push_nowait(self, samples: np.ndarray) -> None:
-        """As `hear`, and waits for nothing: what there is no room for waits here, so wait for `settled` before."""
-        self._unheard = np.concatenate([self._unheard, samples])
+        """Adds audio without waiting. Audio without room waits here, so await `wait_for_room` first."""
+        self._overflow = np.concatenate([self._overflow, samples])
         self.flush()
 
     @property
     def waiting_samples(self) -> int:
-        """Samples that came and were not heard yet."""
-        return len(self._unheard) + self.session.scheduled.jitter_buffer.waiting_samples
+        """Samples that have arrived and have not reached the model."""
+        return len(self._overflow) + self.session.scheduled.jitter_buffer.waiting_samples
 
     async def wait_for_room(self) -> None:
-        """When all that has come, over a connection that was lost too, had room."""
-        while len(self._unheard) and await self.session.wait_for_room():
+        """Waits until all audio that has arrived is in the jitter buffer, also audio from a connection that is lost."""
+        while len(self._overflow) and await self.session.wait_for_room():
             self.flush()
 
     def flush(self) -> None:
-        """Of the sound that came, what there is room for: the rest waits, even where its connection is lost."""
-        room = self.session.scheduled.jitter_buffer.free_samples()
-        if len(self._unheard) and room:
-            self.session.scheduled.jitter_buffer.push(self._unheard[:room])
-            self._unheard = self._unheard[room:]
+        """Moves waiting audio into the jitter buffer, as much as fits.
+
+        Protocols call this at each micro-turn, so that audio from a lost connection moves on too.
+        """
+        free_samples = self.session.scheduled.jitter_buffer.free_samples()
+        if len(self._overflow) and free_samples:
+            self.session.scheduled.jitter_buffer.push(self._overflow[:free_samples])
+            self._overflow = self._overflow[free_samples:]
 
     def clear(self) -> None:
-        """What came and was not heard yet is never heard."""
-        self._unheard = self._unheard[:0]
+        """Drops all audio that has not reached the model."""
+        self._overflow = self._overflow[:0]
         self.session.scheduled.jitter_buffer.clear()
 
+    # --- pictures
+
     async def show_image(self, image: bytes) -> None:
-        """JPEG or PNG. Raises as `seen`."""
+        """Shows a JPEG or PNG to the model in the next micro-turn. Raises as `read_image`."""
         self.session.scheduled.set_patches(await self.read_image(image))
 
     async def read_image(self, image: bytes) -> np.ndarray:
-        """The patches of a JPEG or PNG.
+        """Returns the patches of a JPEG or PNG, `[P, 2, 40, 40, 3]` float32.
 
-        Raises `ValueError` as `ImageIntake.patches_of_image`, `InvalidMessage` where pictures come too fast.
+        Raises:
+          ValueError: as `ImageIntake.patches_of_image`.
+          InvalidMessage: pictures arrive too fast.
         """
-        if not self._pictures.try_take():
+        if not self._image_rate.try_take():
             raise InvalidMessage("rate_limit_exceeded", f"pictures come faster than {_IMAGES_PER_SECOND:.0f} a second")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(IMAGE_EXECUTOR, self.images.patches_of_image, image)
 
     async def show_frame(self, frame: av.VideoFrame) -> None:
-        """A frame of a video."""
+        """Shows a frame of a video to the model in the next micro-turn. Raises as `ImageIntake.patches_of_frame`."""
         loop = asyncio.get_running_loop()
         patches = await loop.run_in_executor(IMAGE_EXECUTOR, self.images.patches_of_frame, frame)
         self.session.scheduled.set_patches(patches)
+
+    # --- text
 
     def queue_text(
         self,
         mark: Control,
         text: str,
         param: str,
-        most: int = _WAITING,
-        placed: Callable[[int], None] | None = None,
+        max_tokens: int = _MAX_WAITING_TOKENS,
+        on_placed: Callable[[int], None] | None = None,
     ) -> None:
-        """Text of at most so many tokens for the next micro-turns, behind its mark. Raises as `read`.
+        """Queues text for the next micro-turns.
 
-        `placed` as `hub.Session.queue_text` has it.
+        Args:
+          mark: TYPED or BACKGROUND.
+          text: the text.
+          param: path of the text in the client's message, for errors.
+          max_tokens: the most tokens that the text may have.
+          on_placed: as in `ScheduledSession.queue_text`.
+
+        Raises:
+          InvalidMessage: as `read_text`.
         """
-        self.queue_tokens(mark, self.read_text(text, param, most), placed)
+        self.queue_tokens(mark, self.read_text(text, param, max_tokens), on_placed)
 
-    def queue_tokens(self, mark: Control, tokens: list[int], placed: Callable[[int], None] | None = None) -> None:
-        """As `say`, of a text that was read."""
-        self.session.scheduled.queue_text(mark, tokens, self.model.config.duplex.max_typed - 1, placed)
+    def queue_tokens(self, mark: Control, tokens: list[int], on_placed: Callable[[int], None] | None = None) -> None:
+        """Queues tokens from `read_text` for the next micro-turns; arguments as in `queue_text`."""
+        # The mark takes one of the positions that a micro-turn has for text.
+        self.session.scheduled.queue_text(mark, tokens, self.model.config.duplex.max_typed - 1, on_placed)
 
-    def read_text(self, text: str, param: str, most: int = _WAITING) -> list[int]:
-        """The tokens of a text that may be said now.
+    def read_text(self, text: str, param: str, max_tokens: int = _MAX_WAITING_TOKENS) -> list[int]:
+        """Returns the tokens of a text, if the session has room for the text now.
 
-        Raises `InvalidMessage` where there are none, they are too many, came too fast, or too much waits.
+        Args:
+          text: the text.
+          param: path of the text in the client's message, for errors.
+          max_tokens: the most tokens that the text may have.
+
+        Raises:
+          InvalidMessage: the text is empty or too long, text arrives too fast, or too much text waits already.
         """
         size = len(text.encode())
-        if size <= most * _TOKEN_BYTES and not self._texts.try_take(size):
+        if size <= max_tokens * _BYTES_PER_TOKEN and not self._text_rate.try_take(size):
             raise InvalidMessage(
                 "rate_limit_exceeded", f"text comes faster than {_TEXT_PER_SECOND} bytes a second", param
             )
-        check_length(self.model, text, most, param)
-        tokens = _tokens(self.model.codec, text)
+        check_length(self.model, text, max_tokens, param)
+        tokens = _encode(self.model.codec, text)
         if not tokens:
             raise InvalidMessage("invalid_value", "there is no text", param)
-        session = self.session.scheduled
-        if session.waiting_tokens + len(tokens) > _WAITING or len(session.text_queue) >= _PIECES:
+        scheduled = self.session.scheduled
+        too_many_tokens = scheduled.waiting_tokens + len(tokens) > _MAX_WAITING_TOKENS
+        if too_many_tokens or len(scheduled.text_queue) >= _MAX_WAITING_PIECES:
             raise InvalidMessage("rate_limit_exceeded", "too much text waits for its micro-turn", param)
         return tokens
 
 
-def check_length(model: ServedModel, text: str, most: int, param: str) -> None:
-    """Raises `InvalidMessage` where a text has more than `most` tokens."""
+def check_length(model: ServedModel, text: str, max_tokens: int, param: str) -> None:
+    """Raises `InvalidMessage` if a text has more than `max_tokens` tokens; `param` is its path in the message."""
     size = len(text.encode())
-    if size > most * _TOKEN_BYTES or size >= most and len(_tokens(model.codec, text)) > most:  # a token has a byte
-        raise InvalidMessage("string_above_max_length", f"{param} has more than {most} tokens", param)
+    # A token has at least one byte, so a text with fewer bytes than `max_tokens` need not be tokenised.
+    if size > max_tokens * _BYTES_PER_TOKEN or size >= max_tokens and len(_encode(model.codec, text)) > max_tokens:
+        raise InvalidMessage("string_above_max_length", f"{param} has more than {max_tokens} tokens", param)
 
 
-@lru_cache(maxsize=1)  # what is counted is said next
-def _tokens(codec: TextCodec, text: str) -> list[int]:
+@lru_cache(maxsize=1)  # a text is tokenised once to check its length, and again just after that to queue it
+def _encode(codec: TextCodec, text: str) -> list[int]:
     return codec.encode(text)

@@ -184,7 +184,7 @@ def test_what_is_wrong_on_another_host_ends_all(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--mesh", "data=2", "--workers", "2"), "--mesh data=2 is one worker's: leave --workers out"),
+        (("--mesh", "data=2", "--workers", "2"), "--mesh data=2 gives all devices to one worker: leave --workers out"),
         (("--mesh", "experts=2"), "no axis 'experts'"),
         ((), "there are several processes: say with --mesh how their devices share the model"),
     ],

@@ -48,7 +48,7 @@ def test_sound_without_room_waits_in_the_network(slots, engine):
         await asyncio.sleep(0.3)
         assert (
             session.scheduled.jitter_buffer.waiting_samples == 160_000
-            and len(session.protocol.intake._unheard) <= MICRO_TURN_SAMPLES
+            and len(session.protocol.intake._overflow) <= MICRO_TURN_SAMPLES
         )
         async with serving.ticking():
             await eventually(
@@ -164,8 +164,8 @@ def test_limits_hold_a_client_that_tries_to_fill_memory_or_time(slots, engine, m
             await asyncio.sleep(0.2)
             client = await _reconnect(serving, client)
         intake = session.protocol.intake
-        assert len(intake._unheard) <= 2 * 16_000, "at most one message waits outside the jitter buffer"
-        assert intake.received_bytes == 2 * (session.scheduled.jitter_buffer.waiting_samples + len(intake._unheard)), (
+        assert len(intake._overflow) <= 2 * 16_000, "at most one message waits outside the jitter buffer"
+        assert intake.received_bytes == 2 * (session.scheduled.jitter_buffer.waiting_samples + len(intake._overflow)), (
             "everything that is reported as received is kept"
         )
         beside = [await serving.open(f"/v1/live/sessions/{session.id}/attach") for _ in range(4)]
