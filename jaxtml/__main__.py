@@ -1,4 +1,4 @@
-"""`python -m jaxtml` is `jaxtml`."""
+"""Runs the command line: `python -m jaxtml` is the same as `jaxtml`."""
 
 from jaxtml.commands.main import run
 

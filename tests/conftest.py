@@ -215,7 +215,7 @@ def engine(small, params, codec) -> Engine:
 @pytest.fixture(scope="session")
 def step(engine):
     """The compiled step of one micro-turn of `SLOTS` sessions."""
-    return engine.step(SLOTS)
+    return engine.compiled_step(SLOTS)
 
 
 @pytest.fixture(scope="session")

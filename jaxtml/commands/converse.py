@@ -38,20 +38,24 @@ def run(args: argparse.Namespace) -> None:
       InputError: the recording, the video or the checkpoint cannot be used, or an output cannot be written.
     """
     from jaxtml.session import recording
-    from jaxtml.session.engine import Engine
-    from jaxtml.session.timeline import print_turn
+    from jaxtml.session.library import load
+    from jaxtml.session.picture import draw
+    from jaxtml.session.summary import summarise
+    from jaxtml.session.timeline import print_micro_turn
 
     wave = recording.read_recording(args.input)
     check_outputs(args.out, args.events, args.stereo, args.picture, source=args.input)
-    engine = Engine.load(args.checkpoint)
-    on_turn = (lambda record: None) if args.json else print_turn
-    reply = recording.run(engine, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_turn=on_turn)
-    recording.write_wav(args.out, reply.wave)
+    model = load(args.checkpoint)
+    show = (lambda turn: None) if args.json else print_micro_turn
+    reply = recording.converse_with(
+        model, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_micro_turn=show
+    )
+    recording.write_reply(args.out, reply)
     if args.events:
         recording.write_events(args.events, reply)
     if args.stereo:
         recording.write_stereo(args.stereo, wave, reply)
     if args.picture:
-        recording.draw(args.picture, wave, reply)
-    summary = recording.summarise(wave, reply)
+        draw(args.picture, wave, reply)
+    summary = summarise(wave, reply)
     print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())

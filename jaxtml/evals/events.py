@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxtml.data.tasks.scenarios import DIGITS, GREETINGS, I_SEE, number_words, reply_to
-from jaxtml.session.engine import MicroTurn, Reply
+from jaxtml.session.records import MicroTurn, Reply
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 

@@ -28,7 +28,9 @@ from jaxtml.evals.events import ObservedSession, from_json, observe, sound_of, t
 from jaxtml.evals.judge import Judge
 from jaxtml.evals.material import EvaluationTalk
 from jaxtml.evals.outcomes import uninterrupted
-from jaxtml.session.engine import Engine, Reply, replies
+from jaxtml.session.converse import replies
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import Reply
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.conversation import Conversation
 

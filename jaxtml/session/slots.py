@@ -1,22 +1,25 @@
-"""Live sessions in the slots of a batch: begun and ended at tick edges, in the smallest compiled batch that has room.
+"""`Slots`: the live sessions of a server, which begin and end between micro-turns, in the slots of a batch.
 
-There is one compiled step per bucket. Sessions are moved to another bucket when one begins that has no room, or when
-those left fill no more than half of the next smaller one. In a bucket, what a session gives does not depend by a bit on
-the slot or on who else is there. In another one sums are rounded otherwise: sound by 1e-4 at most, in the tests, and
-where something was sampled as near as that to something else, the session goes on with that (EXPERIMENTS.md says how
-often). Everything is compiled at the start: from then on nothing is. Called by the server.
+There is one compiled step per bucket (a batch size), and the sessions are in the smallest bucket that has room. They
+move to a larger bucket when a session begins that has no room. They move to the next smaller bucket when they fill no
+more than half of it. The server calls this module. Everything is compiled at the start; nothing compiles later.
 
-On a CPU the sessions are in several groups, each with a clock of its own: a step of twice as many takes twice as long
-there, all of them wait for its end, and a tick in which many speak is late before the next can begin. A group has one
-bucket, as slots that nobody has cost next to nothing there: who else is connected never changes a bit.
+Within a bucket, what a session gives does not depend, to the bit, on its slot or on other sessions. Another bucket
+rounds sums differently. In the tests the sound then differs by 1e-4 at most. Where two tokens were that close to each
+other in sampling, the session may go on with the other token (EXPERIMENTS.md says how often).
+
+On a CPU the sessions are in several groups (`slot_groups`), each with a clock of its own. There a step of twice as many
+sessions takes twice as long, and all of them wait for its end; a tick in which many speak would end too late for the
+next tick. A group has one bucket, because free slots cost next to nothing on a CPU. So other sessions never change a
+bit of what a session gives.
+
+Axes: n generated tokens.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,97 +28,114 @@ import numpy as np
 from jaxtml.errors import InputError
 from jaxtml.model.duplex.cpu_batches import CPU_BATCH
 from jaxtml.model.duplex.state import DuplexState
-from jaxtml.session.engine import Engine, SlotInput
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import SlotInput, SlotOutput
 
-BUCKETS = (1, 4, 16, 64)  # below the capacity; each is compiled at the start
+BUCKETS = (1, 4, 16, 64)
+"""Batch sizes below the capacity. The step is compiled for each of them at the start."""
 
-
-@dataclass(frozen=True)
-class SlotOutput:
-    """What one session gave: `wave` `[3200]` float32 at 16 kHz, to be heard one micro-turn later; the generated
-    `tokens` `[n]` int32, the gate last."""
-
-    wave: np.ndarray
-    tokens: np.ndarray
-    speaking: bool
-    p_speak: float
+StateProgram = Callable[..., DuplexState]
+"""A compiled function that returns a state."""
 
 
 class Slots:
-    """The sessions of one engine; one thread calls.
+    """The live sessions of one engine. Only one thread may call it.
 
     Args:
       engine: the loaded model.
-      capacity: sessions at most.
-      buckets: below the capacity, for each part of the mesh that has sessions of its own.
+      capacity: the most sessions at a time.
+      buckets: batch sizes below the capacity, per part of the mesh that has sessions of its own.
+
+    Attributes:
+      live: the slot of each session, by its number.
+      bucket: the present batch size.
+      state: of all slots.
 
     Raises:
-      InputError: a capacity below one, or that the mesh cannot share.
+      InputError: the capacity is below one, or the mesh cannot share it.
     """
 
     def __init__(self, engine: Engine, capacity: int, buckets: Sequence[int] = BUCKETS):
         if capacity < 1:
-            raise InputError(f"{capacity} sessions: a server has room for one at least")
+            raise InputError(f"{capacity} sessions: give room for one session at least")
         self.engine, self.capacity = engine, capacity
         engine.duplex.check_sessions(capacity)
         parts = engine.duplex.model.placement.session_shards
         self.buckets = (*(parts * size for size in buckets if parts * size < capacity), capacity)
-        self._empty = {size: engine.empty(size) for size in self.buckets}
-        self._begins, self._moves = self._compiled()
-        self._clear()
+        self._empty = {size: engine.empty_inputs(size) for size in self.buckets}
+        self._begin_programs, self._move_programs = self._compile_programs()
+        self._reset()
 
-    def _clear(self) -> None:
-        self.live: dict[int, int] = {}  # session -> slot
+    def _reset(self) -> None:
+        self.live: dict[int, int] = {}
         self.bucket = self.buckets[0]
-        self.state: DuplexState = self.engine.state(self.bucket)
+        self.state: DuplexState = self.engine.init_state(self.bucket)
 
-    def another(self) -> Slots:
-        """As many slots for other sessions, with the same compiled programs."""
+    def empty_copy(self) -> Slots:
+        """Returns as many slots for other sessions, with the same compiled programs."""
         other = copy.copy(self)
-        other._clear()
+        other._reset()
         return other
 
-    def _compiled(self) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
-        """All programs that will ever run, beside the engine's steps; each step has run once."""
-        engine, begins, moves = self.engine, {}, {}
-        shapes = {size: engine.duplex.shapes(size, engine.mesh)[0] for size in self.buckets}
+    def _compile_programs(self) -> tuple[dict[int, StateProgram], dict[tuple[int, int], StateProgram]]:
+        """Compiles the step of every bucket and runs it once, and compiles what begins and moves sessions.
+
+        Returns:
+          By bucket, the program that begins a session. By (bucket, other bucket), the program that moves all sessions.
+        """
+        engine, duplex = self.engine, self.engine.duplex
+        begins: dict[int, StateProgram] = {}
+        moves: dict[tuple[int, int], StateProgram] = {}
+        shapes = {size: duplex.shapes(size, engine.mesh)[0] for size in self.buckets}
         for size in self.buckets:
-            begins[size] = engine.compiled(
-                engine.duplex.begin_session, shapes[size], *_beginning(0, 0, 0), donated=(0,)
+            begins[size] = engine.compile_for_state(
+                duplex.begin_session, shapes[size], *_begin_arguments(0, 0, 0), donated=(0,)
             )
-            _, outputs = engine.step(size)(engine.params, engine.state(size), self._empty[size])
+            _, outputs = engine.compiled_step(size)(engine.params, engine.init_state(size), self._empty[size])
             jax.block_until_ready(outputs)
         for pair in zip(self.buckets, self.buckets[1:], strict=False):
             for before, after in (pair, pair[::-1]):
-                rows = jax.ShapeDtypeStruct((after,), jnp.int32)
-                moves[before, after] = engine.compiled(engine.duplex.take_slots, shapes[before], rows)
+                slots = jax.ShapeDtypeStruct((after,), jnp.int32)
+                moves[before, after] = engine.compile_for_state(duplex.take_slots, shapes[before], slots)
         return begins, moves
 
     def begin(self, session: int, seed: int, week_ms: int) -> None:
-        """Begins one at the next step. Raises `ValueError` where there is no room or it is there already."""
+        """Begins a session with the next step.
+
+        Args:
+          session: the number by which callers know the session.
+          seed: of its sampling.
+          week_ms: wall clock, in milliseconds since Monday, 00:00 UTC.
+
+        Raises:
+          ValueError: there is no room, or the session has begun already.
+        """
         if session in self.live or len(self.live) >= self.capacity:
             raise ValueError(f"session {session} cannot begin beside {len(self.live)} of {self.capacity}")
         if len(self.live) == self.bucket:
             self._move_to(self.buckets[self.buckets.index(self.bucket) + 1])
         slot = min(set(range(self.bucket)) - set(self.live.values()))
-        self.state = self._begins[self.bucket](self.state, *_beginning(slot, seed, week_ms))
+        self.state = self._begin_programs[self.bucket](self.state, *_begin_arguments(slot, seed, week_ms))
         self.live[session] = slot
 
     def end(self, session: int) -> None:
-        """Its slot is free from the next step on."""
+        """Ends a session. Its slot is free from the next step on."""
         del self.live[session]
-        # Not as soon as it would fit: sessions that come and go at the edge would be moved each time.
-        while (at := self.buckets.index(self.bucket)) and len(self.live) <= max(1, self.buckets[at - 1] // 2):
-            self._move_to(self.buckets[at - 1])
+        # Moving as soon as the smaller bucket has room would move all sessions each time that one comes or goes.
+        while (index := self.buckets.index(self.bucket)) and len(self.live) <= max(1, self.buckets[index - 1] // 2):
+            self._move_to(self.buckets[index - 1])
 
     def step(self, given: Mapping[int, SlotInput]) -> dict[int, SlotOutput]:
-        """One micro-turn of the sessions in `given`; the others stay as they are."""
+        """Computes one micro-turn of the sessions in `given`, and returns their outputs. Other sessions stand still."""
         if not given:
             return {}
         slots = {session: self.live[session] for session in given}
-        inputs = self.engine.inputs(self._empty[self.bucket], {slots[session]: one for session, one in given.items()})
-        self.state, outputs = self.engine.step(self.bucket)(self.engine.params, self.state, inputs)
-        host = jax.device_get(outputs._replace(frames=None, logits=None))
+        inputs = self.engine.make_inputs(
+            self._empty[self.bucket], {slots[session]: slot_input for session, slot_input in given.items()}
+        )
+        step = self.engine.compiled_step(self.bucket)
+        self.state, outputs = step(self.engine.params, self.state, inputs)
+        host = jax.device_get(outputs._replace(frames=None, logits=None))  # pyright: ignore[reportArgumentType]
         return {
             session: SlotOutput(
                 host.wave[slot],
@@ -127,24 +147,30 @@ class Slots:
         }
 
     def _move_to(self, bucket: int) -> None:
-        """Moves all sessions, in the order of their slots, to the first ones of another bucket."""
+        """Moves all sessions to the first slots of another bucket, in their present order."""
         order = sorted(self.live, key=self.live.__getitem__)
-        rows = np.zeros(bucket, np.int32)
-        rows[: len(order)] = [self.live[session] for session in order]
-        self.state = self._moves[self.bucket, bucket](self.state, rows)
+        slots = np.zeros(bucket, np.int32)
+        slots[: len(order)] = [self.live[session] for session in order]
+        self.state = self._move_programs[self.bucket, bucket](self.state, slots)
         self.live = {session: slot for slot, session in enumerate(order)}
         self.bucket = bucket
 
 
 def slot_groups(engine: Engine, capacity: int) -> list[Slots]:
-    """Slots for `capacity` sessions or a few more: on a CPU in groups of `CPU_BATCH` at most, else in one group."""
+    """Returns groups of slots with room for `capacity` sessions, or a few more.
+
+    On a CPU a group has at most `CPU_BATCH` slots. Elsewhere there is one group. Raises `InputError` as `Slots` does.
+    """
     if not engine.duplex.one_cpu:
         return [Slots(engine, capacity)]
     groups = max(1, -(-capacity // CPU_BATCH))
     first = Slots(engine, -(-capacity // groups), ())
-    return [first, *(first.another() for _ in range(groups - 1))]
+    return [first, *(first.empty_copy() for _ in range(groups - 1))]
 
 
-def _beginning(slot: int, seed: int, week_ms: int) -> Sequence[np.ndarray]:
-    """Slot, key and wall clock as `Duplex.begin_session` takes them. A session samples as `converse` does alone."""
+def _begin_arguments(slot: int, seed: int, week_ms: int) -> Sequence[np.ndarray]:
+    """Returns slot, key and wall clock as `Duplex.begin_session` takes them.
+
+    With the key (seed, 0) a session samples like the first session of `converse` with this seed.
+    """
     return np.asarray(slot, np.int32), np.array([seed, 0], np.uint32), np.asarray(week_ms, np.int32)

@@ -1,17 +1,17 @@
-"""A session as lines of text while it happens. Called by `jaxtml converse`."""
+"""A session on the console, one line per micro-turn while it happens. Called by `jaxtml converse`."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxtml.session.engine import MicroTurn
+from jaxtml.session.records import MicroTurn
 
 _console = Console(highlight=False)
 
 
-def print_turn(turn: MicroTurn) -> None:
-    """One line per micro-turn: clock, gate, time of the step, what was heard and what is said."""
+def print_micro_turn(turn: MicroTurn) -> None:
+    """Prints the clock, the gate, the time of the step, what was heard and what is said."""
     speaking = turn.gate == "speak"
     line = Text(f"{turn.t_ms / 1000:7.1f} s  ")
     line.append("■ speak  " if speaking else "· listen ", style="bold red" if speaking else "dim")

@@ -13,7 +13,9 @@ import numpy as np
 from jaxtml.config import Config
 from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.model.spec import Params
-from jaxtml.session.engine import Engine, Reply, replies
+from jaxtml.session.converse import replies
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import Reply
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.text import TextCodec

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtml.data.tasks.scenarios import sample_user_text
 from jaxtml.evals import events
-from jaxtml.session.engine import MicroTurn, Reply
+from jaxtml.session.records import MicroTurn, Reply
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 

@@ -27,7 +27,8 @@ from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.web.application import application
-from jaxtml.session.engine import Engine, SlotInput
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import SlotInput
 from jaxtml.session.slots import Slots
 from tests.serve.stepped import InProcessWorker, SteppedClock
 

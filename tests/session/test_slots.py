@@ -1,4 +1,4 @@
-"""What a session hears does not depend on who else is there, on its slot, or on the size of the batch."""
+"""What a session hears does not depend on other sessions, on its slot, or (almost) on the size of the batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 
 from jaxtml.errors import InputError
 from jaxtml.session import slots as slots_module
-from jaxtml.session.engine import SlotInput, converse
-from jaxtml.session.slots import SlotOutput, Slots, slot_groups
+from jaxtml.session.converse import converse
+from jaxtml.session.records import SlotInput, SlotOutput
+from jaxtml.session.slots import Slots, slot_groups
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
@@ -16,16 +17,7 @@ from jaxtml.stream.tokens import Control
 
 @pytest.fixture(scope="module")
 def bins(wave) -> list[np.ndarray]:
-    return _bins(wave)
-
-
-@pytest.fixture
-def four(engine) -> Slots:
-    """Four slots and no smaller bucket."""
-    return Slots(engine, 4, ())
-
-
-def _bins(wave: np.ndarray) -> list[np.ndarray]:
+    """The dMel frames of the shared waveform, by micro-turn."""
     stream, found = DmelStream(), []
     for turn in range(len(wave) // MICRO_TURN_SAMPLES):
         stream, frames = stream.step(wave[turn * MICRO_TURN_SAMPLES : (turn + 1) * MICRO_TURN_SAMPLES])
@@ -33,107 +25,114 @@ def _bins(wave: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def _noise(seed: int) -> SlotInput:
+@pytest.fixture
+def one_bucket(engine) -> Slots:
+    """Four slots and no smaller bucket."""
+    return Slots(engine, 4, ())
+
+
+def noise(seed: int) -> SlotInput:
     return SlotInput(np.random.default_rng(seed).integers(0, 16, (4, 80)).astype(np.uint8))
 
 
-def _alone(slots: Slots, bins: list[np.ndarray], seed: int = 7) -> list[SlotOutput]:
+def run_alone(slots: Slots, bins: list[np.ndarray], seed: int = 7) -> list[SlotOutput]:
     slots.begin(0, seed, 0)
-    gave = [slots.step({0: SlotInput(frames)})[0] for frames in bins]
+    outputs = [slots.step({0: SlotInput(frames)})[0] for frames in bins]
     slots.end(0)
-    return gave
+    return outputs
 
 
-def _same(one: list[SlotOutput], other: list[SlotOutput]) -> None:
-    for a, b in zip(one, other, strict=True):
+def assert_equal(expected: list[SlotOutput], outputs: list[SlotOutput]) -> None:
+    for a, b in zip(expected, outputs, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.wave, b.wave)
         assert (a.speaking, a.p_speak) == (b.speaking, b.p_speak)
 
 
-def test_one_session_is_what_converse_gives(slots, engine, wave, bins):
-    gave = _alone(slots, bins)
-    assert {turn.speaking for turn in gave} == {True, False}, "nothing of interest is compared"
-    for turn, (outputs, _) in zip(gave, converse(engine, [wave], seed=7), strict=True):
-        np.testing.assert_array_equal(turn.wave, outputs.wave[0])
-        np.testing.assert_array_equal(turn.tokens, outputs.tokens[0, : outputs.count[0]])
+def test_one_session_gives_what_converse_gives(slots, engine, wave, bins):
+    outputs = run_alone(slots, bins)
+    assert {output.speaking for output in outputs} == {True, False}, "nothing of interest is compared"
+    for output, (expected, _) in zip(outputs, converse(engine, [wave], seed=7), strict=True):
+        np.testing.assert_array_equal(output.wave, expected.wave[0])
+        np.testing.assert_array_equal(output.tokens, expected.tokens[0, : expected.count[0]])
 
 
-def test_neighbours_and_slots_change_no_bit(four, bins):
-    expected = _alone(four, bins)
+def test_neighbours_and_slots_change_no_bit(one_bucket, bins):
+    slots = one_bucket
+    expected = run_alone(slots, bins)
     for neighbour in (1, 2):
-        four.begin(neighbour, seed=neighbour, week_ms=99)
-    four.step({1: _noise(0), 2: _noise(1)})
-    four.begin(0, seed=7, week_ms=0)
-    assert four.live[0] == 2
-    gave = []
+        slots.begin(neighbour, seed=neighbour, week_ms=99)
+    slots.step({1: noise(0), 2: noise(1)})
+    slots.begin(0, seed=7, week_ms=0)
+    assert slots.live[0] == 2
+    outputs = []
     for turn, frames in enumerate(bins):
         if turn == 4:
-            four.begin(3, seed=3, week_ms=5)
+            slots.begin(3, seed=3, week_ms=5)
         if turn == 8:
-            four.end(1)
-        others = {session: _noise(10 * turn + session) for session in four.live if session}
-        gave.append(four.step({**others, 0: SlotInput(frames)})[0])
-    _same(expected, gave)
+            slots.end(1)
+        others = {session: noise(10 * turn + session) for session in slots.live if session}
+        outputs.append(slots.step({**others, 0: SlotInput(frames)})[0])
+    assert_equal(expected, outputs)
 
 
 def test_moving_between_buckets_changes_no_token_and_hardly_the_sound(slots, bins):
-    expected = _alone(slots, bins)
+    expected = run_alone(slots, bins)
     slots.begin(0, seed=7, week_ms=0)
-    gave, seen = [], set()
+    outputs, buckets = [], set()
     for turn, frames in enumerate(bins):
         if turn in (2, 4, 6):
             slots.begin(turn, seed=turn, week_ms=0)
         if turn in (8, 9, 10):
             slots.end(2 * (turn - 7))
-        seen.add(slots.bucket)
-        others = {session: _noise(10 * turn + session) for session in slots.live if session}
-        gave.append(slots.step({**others, 0: SlotInput(frames)})[0])
-    assert seen == {1, 2, 4} and slots.bucket == 1
+        buckets.add(slots.bucket)
+        others = {session: noise(10 * turn + session) for session in slots.live if session}
+        outputs.append(slots.step({**others, 0: SlotInput(frames)})[0])
+    assert buckets == {1, 2, 4} and slots.bucket == 1
     slots.end(0)
-    for a, b in zip(expected, gave, strict=True):
+    for a, b in zip(expected, outputs, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.wave, b.wave, atol=1e-4)
 
 
-def test_a_session_that_is_given_nothing_waits(slots, bins):
-    expected = _alone(slots, bins)
+def test_a_session_without_input_stands_still(slots, bins):
+    expected = run_alone(slots, bins)
     slots.begin(0, seed=7, week_ms=0)
     slots.begin(1, seed=1, week_ms=0)
     slots.begin(2, seed=1, week_ms=0)
-    slots.end(2)  # two in a bucket of four
+    slots.end(2)  # two sessions in a bucket of four
     slots.end(1)
-    gave = []
+    outputs = []
     for frames in bins:
         slots.step({})
-        gave.append(slots.step({0: SlotInput(frames)})[0])
+        outputs.append(slots.step({0: SlotInput(frames)})[0])
     slots.end(0)
-    _same(expected, gave)
+    assert_equal(expected, outputs)
 
 
-def test_a_slot_keeps_nothing_of_who_had_it(four, bins):
-    expected = _alone(four, bins)
-    four.begin(5, seed=5, week_ms=12345)
+def test_a_slot_keeps_nothing_of_its_former_session(one_bucket, bins):
+    expected = run_alone(one_bucket, bins)
+    one_bucket.begin(5, seed=5, week_ms=12345)
     for turn in range(6):
-        four.step({5: _noise(turn)})
-    four.end(5)
-    _same(expected, _alone(four, bins))
+        one_bucket.step({5: noise(turn)})
+    one_bucket.end(5)
+    assert_equal(expected, run_alone(one_bucket, bins))
 
 
-def test_text_and_background_reach_the_session_they_are_for(slots, bins, codec):
+def test_typed_and_background_text_reach_their_session_only(slots, bins, codec):
     words = tuple(codec.encode("forty two"))[: slots.engine.config.duplex.max_typed - 1]
-    quiet = _alone(slots, bins)
+    quiet = run_alone(slots, bins)
 
-    def told(given: SlotInput) -> float:
+    def p_speak(slot_input: SlotInput) -> float:
         slots.begin(0, seed=7, week_ms=0)
         slots.begin(1, seed=7, week_ms=0)
-        gave = slots.step({0: given, 1: SlotInput(bins[0])})
+        outputs = slots.step({0: slot_input, 1: SlotInput(bins[0])})
         slots.end(0)
         slots.end(1)
-        assert gave[1].p_speak == pytest.approx(quiet[0].p_speak, rel=1e-4)
-        return gave[0].p_speak
+        assert outputs[1].p_speak == pytest.approx(quiet[0].p_speak, rel=1e-4)
+        return outputs[0].p_speak
 
-    typed, background = told(SlotInput(bins[0], words)), told(SlotInput(bins[0], words, Control.BACKGROUND))
+    typed, background = p_speak(SlotInput(bins[0], words)), p_speak(SlotInput(bins[0], words, Control.BACKGROUND))
     assert len({round(p, 6) for p in (quiet[0].p_speak, typed, background)}) == 3
 
 
@@ -151,24 +150,24 @@ def test_nothing_compiles_in_service(slots, bins, compilations):
 def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations, monkeypatch):
     monkeypatch.setattr(slots_module, "CPU_BATCH", 2)
     groups = slot_groups(engine, 5)
-    assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "who comes and goes moves nobody"
-    expected = _alone(groups[0], bins)
-    before, gave = len(compilations), []
+    assert [group.buckets for group in groups] == [(2,), (2,), (2,)], "with one bucket, sessions never move"
+    expected = run_alone(groups[0], bins)
+    before, outputs = len(compilations), []
     for turn, frames in enumerate(bins):
-        for seed, group in enumerate(groups):
-            if turn == seed:  # the same number in each, at another time
-                group.begin(0, 7 + seed, 0)
+        for index, group in enumerate(groups):
+            if turn == index:  # every group has a session 0, each begins at another time
+                group.begin(0, 7 + index, 0)
             if turn == 4:
                 group.begin(1, 9, 0)
             if 0 in group.live:
-                given = {session: _noise(turn + session) for session in group.live}
-                told = group.step(given if seed else given | {0: SlotInput(frames)})
-                gave += [told[0]] if not seed else []
+                inputs = {session: noise(turn + session) for session in group.live}
+                stepped = group.step(inputs if index else inputs | {0: SlotInput(frames)})
+                outputs += [] if index else [stepped[0]]
     assert len(compilations) == before
-    _same(expected, gave)
+    assert_equal(expected, outputs)
 
 
-def test_there_is_no_room_for_more_than_was_said(slots, engine):
+def test_sessions_beyond_the_capacity_are_refused(slots, engine):
     for session in range(4):
         slots.begin(session, 0, 0)
     with pytest.raises(ValueError, match="cannot begin beside 4 of 4"):
@@ -178,5 +177,5 @@ def test_there_is_no_room_for_more_than_was_said(slots, engine):
         slots.begin(2, 0, 0)
     for session in range(3):
         slots.end(session)
-    with pytest.raises(InputError, match="room for one at least"):
+    with pytest.raises(InputError, match="room for one session at least"):
         Slots(engine, 0)

@@ -26,7 +26,7 @@ import psutil
 from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
-from jaxtml.session.engine import SlotInput
+from jaxtml.session.records import SlotInput
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES

@@ -30,8 +30,7 @@ import numpy as np
 
 from jaxtml.serve.runtime.jitter_buffer import JitterBuffer
 from jaxtml.serve.runtime.wire import SessionStart, Tick, TickReply
-from jaxtml.session.engine import SlotInput
-from jaxtml.session.slots import SlotOutput
+from jaxtml.session.records import SlotInput, SlotOutput
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control

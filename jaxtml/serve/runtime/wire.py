@@ -18,8 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from jaxtml.session.engine import SlotInput
-from jaxtml.session.slots import SlotOutput
+from jaxtml.session.records import SlotInput, SlotOutput
 from jaxtml.stream.tokens import Control
 
 LENGTH = struct.Struct("<I")  # in front of each message: its length in bytes

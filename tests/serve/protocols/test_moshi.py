@@ -23,7 +23,7 @@ from jaxtml.serve.protocols.moshi.protocol import ERROR, READY, SOUND, TEXT
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder, SoundFormat
-from jaxtml.session.engine import converse
+from jaxtml.session.converse import converse
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control

@@ -23,8 +23,9 @@ from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.session.engine import Engine, SlotInput
-from jaxtml.session.slots import SlotOutput, Slots
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import SlotInput, SlotOutput
+from jaxtml.session.slots import Slots
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from tests.serve.serving import Client

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtml.serve.runtime.scheduler import MAX_JOURNAL, EndReason, ScheduledSession, Scheduler, ServerFull, TickResult
-from jaxtml.session.engine import converse
+from jaxtml.session.converse import converse
 from jaxtml.session.slots import Slots
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control

@@ -15,7 +15,8 @@ from jaxtml.serve.runtime.pool import WorkerPool
 from jaxtml.serve.runtime.scheduler import Scheduler
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
-from jaxtml.session.engine import SlotInput, converse
+from jaxtml.session.converse import converse
+from jaxtml.session.records import SlotInput
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
@@ -69,7 +70,10 @@ def test_a_worker_that_dies_ends_the_ticks_and_one_whose_server_dies_ends(checkp
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_here(checkpoint, tmp_path):
-    for folder, capacity, said in ((tmp_path, 1, "has no config.json"), (checkpoint, 0, "room for one at least")):
+    for folder, capacity, said in (
+        (tmp_path, 1, "has no config.json"),
+        (checkpoint, 0, "room for one session at least"),
+    ):
         with pytest.raises(InputError, match=said):
             asyncio.run(WorkerProcess.start(folder, capacity))
     assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "serve.worker"], capture_output=True).stdout

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport.sound import SoundFormat
-from jaxtml.session.engine import converse
+from jaxtml.session.converse import converse
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Client, Serving, eventually, jpeg, serving

@@ -1,0 +1,76 @@
+"""`converse` and `replies`: sessions over waveforms that are known from the beginning, side by side.
+
+The trainer's samples, the evaluations and the tests call them. The model hears each waveform micro-turn by micro-turn,
+as it would hear a microphone: nothing that comes later changes what was said before.
+
+Axes: N samples at 16 kHz, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxtml.model.duplex.state import MicroTurnOutputs
+from jaxtml.session.batch import SessionBatch, SessionInput
+from jaxtml.session.engine import Engine
+from jaxtml.session.records import MicroTurn, Reply
+from jaxtml.stream.layout import plan_typed
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
+
+
+def micro_turns_of(samples: int) -> int:
+    """Returns the number of micro-turns that `samples` samples fill; the last may be filled in part."""
+    return -(-samples // MICRO_TURN_SAMPLES)
+
+
+def converse(
+    engine: Engine,
+    waves: Sequence[np.ndarray],
+    seed: int = 0,
+    week_ms: int = 0,
+    patches: Sequence[np.ndarray] | None = None,
+    typed: Sequence[Sequence[tuple[int, str]]] | None = None,
+) -> Iterator[tuple[MicroTurnOutputs, tuple[MicroTurn, ...]]]:
+    """Runs one session per wave, side by side, a micro-turn at a time.
+
+    Args:
+      engine: the loaded model.
+      waves: `[N]` float32 each. Shorter waves end in silence.
+      seed: of the sampling.
+      week_ms: wall clock at the beginning, in milliseconds since Monday, 00:00 UTC.
+      patches: `[P, 2, 40, 40, 3]` float32 per micro-turn, for the micro-turns that have video. All sessions see them.
+      typed: per session, `(micro-turn, text)` as the user types it. Text that does not fit into its micro-turn goes on
+        in the next.
+
+    Yields:
+      The outputs as host arrays, and one record per session.
+    """
+    turns = micro_turns_of(max(map(len, waves)))
+    padded = [np.pad(wave, (0, turns * MICRO_TURN_SAMPLES - len(wave))) for wave in waves]
+    plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * len(waves)]
+    sessions = SessionBatch(engine, len(waves), seed, week_ms)
+    for turn in range(turns):
+        samples = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
+        seen = patches[turn] if patches is not None and turn < len(patches) else None
+        yield sessions.step(
+            [
+                SessionInput(wave[samples], tuple(plan[turn]), patches=seen)
+                for wave, plan in zip(padded, plans, strict=True)
+            ]
+        )
+
+
+def replies(
+    engine: Engine,
+    waves: Sequence[np.ndarray],
+    seed: int = 0,
+    typed: Sequence[Sequence[tuple[int, str]]] | None = None,
+) -> list[Reply]:
+    """Runs whole sessions side by side. A reply has the length and the clock of its wave. Arguments: see `converse`."""
+    records = [records for _, records in converse(engine, waves, seed, typed=typed)]
+    return [
+        Reply.join([turn[i] for turn in records[: micro_turns_of(len(wave))]], len(wave))
+        for i, wave in enumerate(waves)
+    ]
