@@ -36,7 +36,7 @@ MAX_UNROLLED_LAYERS = 8
 
 # What a layer's forward pass keeps for its backward pass, by the name in `TrainConfig.remat`.
 _OUTPUTS = jax.checkpoint_policies.save_only_these_names("attention", "feed_forward")
-REMAT: dict[str, Callable[[Any], Any]] = {
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda layer: layer,
     "outputs": partial(jax.checkpoint, policy=_OUTPUTS),
     "full": jax.checkpoint,
@@ -57,6 +57,12 @@ class LayerState(NamedTuple):
     v_tail: jax.Array
     attn_tail: jax.Array
     mlp_tail: jax.Array
+
+
+# Of all layers: one `LayerState` per layer if `Backbone.unrolled`; otherwise, for each block, a list of one per run.
+BackboneState = list[Any]
+# Parameters in service: one tree per layer if `Backbone.unrolled`; otherwise the stacked parameters.
+ServingLayers = Any
 
 
 class Layer(nnx.Module):
@@ -185,7 +191,7 @@ class Backbone(LayerStack):
         """
         return self.config.n_layers <= MAX_UNROLLED_LAYERS and self.placement.mesh.devices == 1
 
-    def prepare_for_serving(self, params: Params) -> Any:
+    def prepare_for_serving(self, params: Params) -> ServingLayers:
         """Returns the parameters as `forward_cached` takes them: a list in the order of execution if `unrolled`."""
         if not self.unrolled:
             return params
@@ -198,11 +204,10 @@ class Backbone(LayerStack):
                         layers[self.layer_index(b, r, i, j)] = jax.tree.map(lambda a, i=i, j=j: a[i, j], stacked)
         return layers
 
-    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> Any:
+    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> BackboneState:
         """Returns the empty state of `batch` sessions, for calls of at most `max_tokens` tokens.
 
-        The state is a list of one `LayerState` per layer if `unrolled`; otherwise it is a list with, for each block, a
-        list of one stacked `LayerState` per run. Keys and values have the dtype `dtype`.
+        Keys and values have the dtype `dtype`.
         """
         c = self.config
         past = c.conv_kernel - 1
@@ -233,8 +238,8 @@ class Backbone(LayerStack):
         return jax.tree.unflatten(structure, leaves * (structure.num_leaves // len(leaves)))
 
     def forward_cached(
-        self, layers: Any, x: jax.Array, state: Any, position: jax.Array, length: jax.Array
-    ) -> tuple[jax.Array, Any]:
+        self, layers: ServingLayers, x: jax.Array, state: BackboneState, position: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, BackboneState]:
         """Runs all layers over T tokens that continue sessions.
 
         Args:
@@ -253,19 +258,43 @@ class Backbone(LayerStack):
             is_global: plan_cache_step(self._attention_config(is_global), slots, position, length, tokens)
             for is_global, slots in self._ring_slots(state).items()
         }
-        if self.unrolled:
-            new_state = []
-            for kind, params, old in zip(self.kinds(), layers, state, strict=True):
-                x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
-                new_state.append(new)
-            return x, new_state
+        run = self._forward_unrolled if self.unrolled else self._forward_scanned
+        return run(layers, x, state, steps, present)
+
+    def _forward_unrolled(
+        self,
+        layers: list[Params],
+        x: jax.Array,
+        state: list[LayerState],
+        steps: dict[bool, CacheStep],
+        present: jax.Array,
+    ) -> tuple[jax.Array, list[LayerState]]:
+        """Runs `forward_cached` layer by layer; `steps` is by kind of attention (True: global)."""
+        new_state = []
+        for kind, params, old in zip(self.kinds(), layers, state, strict=True):
+            x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
+            new_state.append(new)
+        return x, new_state
+
+    def _forward_scanned(
+        self,
+        layers: Params,
+        x: jax.Array,
+        state: list[list[LayerState]],
+        steps: dict[bool, CacheStep],
+        present: jax.Array,
+    ) -> tuple[jax.Array, list[list[LayerState]]]:
+        """Runs `forward_cached` in loops over stacked layers; each layer writes its state in place."""
         new_state = []
         for b, (block, old) in enumerate(zip(self.blocks, state, strict=True)):
             weights = layers[f"block{b}"]
 
             def run_block(
-                carry: tuple[jax.Array, Any], i: jax.Array, block: LayerBlock = block, weights: Params = weights
-            ) -> tuple[tuple[jax.Array, Any], None]:
+                carry: tuple[jax.Array, list[LayerState]],
+                i: jax.Array,
+                block: LayerBlock = block,
+                weights: Params = weights,
+            ) -> tuple[tuple[jax.Array, list[LayerState]], None]:
                 x, states = carry
                 new_states = []
                 for r, (run, state) in enumerate(zip(block.runs, states, strict=True)):
@@ -294,7 +323,7 @@ class Backbone(LayerStack):
         """Returns one layer's parameters from the stack of its run; the routed experts remain a stack."""
         return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[index], self.tables[kind], stacked)
 
-    def _ring_slots(self, state: Any) -> dict[bool, int]:
+    def _ring_slots(self, state: BackboneState) -> dict[bool, int]:
         """Returns the slots of a ring buffer of global layers (True) and of sliding layers (False)."""
         if self.unrolled:
             pairs = list(zip(self.kinds(), state, strict=True))

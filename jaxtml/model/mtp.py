@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +115,9 @@ class MTP(LayerStack):
                         return bind(self.modules[kind], layer)(hidden, ahead)
 
                     def score_head(
-                        hidden: jax.Array, inputs: tuple[Params, jax.Array], run_head: Any = run_head
+                        hidden: jax.Array,
+                        inputs: tuple[Params, jax.Array],
+                        run_head: Callable[..., jax.Array] = run_head,
                     ) -> tuple[jax.Array, Scores]:
                         layer, offset = inputs
                         hidden = run_head(hidden, layer, offset)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.stages
 from jax.extend.core import ClosedJaxpr
 
 from jaxtml.errors import InputError
@@ -84,8 +85,8 @@ def _return_freed_memory() -> None:
         mallopt(-3, 2**17)  # M_MMAP_THRESHOLD; to set it, even to its initial value, keeps it from rising
 
 
-def _compile_memory(traced: Any, topology: Topology, name: str, remedy: str) -> Memory:
-    """Compiles a traced program (`jax.stages.Traced`) and returns its memory.
+def _compile_memory(traced: jax.stages.Traced, topology: Topology, name: str, remedy: str) -> Memory:
+    """Compiles a traced program and returns its memory.
 
     Some compilers refuse a program that is too large, others compile it all the same.
 
@@ -106,6 +107,7 @@ def _compile_memory(traced: Any, topology: Topology, name: str, remedy: str) -> 
         if needs is not None:
             raise does_not_fit(f"a device has {needs.group(2)} and would need {needs.group(1)}") from error
         raise does_not_fit(f"by {over.group(1)} per device" if over else f"({message[:160]})") from error
+    assert analysis is not None, "the compiler gives no memory analysis"
     memory = Memory(
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes,

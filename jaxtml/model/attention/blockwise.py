@@ -11,7 +11,7 @@ al., 2022, as plain operations). A block of queries visits only blocks of keys t
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,9 @@ def _block(a: jax.Array, blocks: Blocks, i: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, i * blocks.size, blocks.size, axis)
 
 
-def _logits(blocks: Blocks, i: jax.Array, visit: _Visit, query: Any, key: Any, rel: Any, table: Any) -> jax.Array:
+def _logits(
+    blocks: Blocks, i: jax.Array, visit: _Visit, query: jax.Array, key: jax.Array, rel: jax.Array, table: jax.Array
+) -> jax.Array:
     """Returns the masked logits `[B, G, Q, C, C]` float32 of block i of queries and the visited block of keys."""
     logits = einsum_float32("bgqik,bgjk->bgqij", query, key)
     columns = _table_columns(blocks, visit, table)

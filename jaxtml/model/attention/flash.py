@@ -30,6 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtml.model.numerics import MASKED_LOGIT
 from jaxtml.parallel.chips import TPU_LANES
 
+Ref = Any  # a reference to a block of an array in the memory of a kernel; the class `jax.Ref` is not typed as one
+
 
 class FlashPlan(NamedTuple):
     """The sizes of one call, all static.
@@ -173,14 +175,14 @@ class _OperandRefs(NamedTuple):
       key_segment: `[1, 8, C]`, the same in all rows.
     """
 
-    query: Any
-    keys: Any
-    values: Any
-    rel: Any
-    band: Any
-    scale: Any
-    query_segment: Any
-    key_segment: Any
+    query: Ref
+    keys: Ref
+    values: Ref
+    rel: Ref
+    band: Ref
+    scale: Ref
+    query_segment: Ref
+    key_segment: Ref
 
 
 def _logits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs) -> jax.Array:
@@ -221,7 +223,7 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+def _forward_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     """Adds one block of keys to the softmax of a block of queries.
 
     `largest`, `total` and `weighted` are scratch memory: the largest logit so far, the sum of exp(logit - largest), and
@@ -254,7 +256,9 @@ def _forward_kernel(plan: FlashPlan, *all_refs: Any) -> None:
         lse[0, 0] = largest[...] + jnp.log(total[...])
 
 
-def _dlogits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs, grad: Any, lse: Any, mean: Any) -> tuple[Any, Any]:
+def _dlogits(
+    plan: FlashPlan, n: jax.Array, refs: _OperandRefs, grad: Ref, lse: Ref, mean: Ref
+) -> tuple[jax.Array, jax.Array]:
     """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
     logits = _logits(plan, n, refs)
     weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
@@ -262,7 +266,7 @@ def _dlogits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs, grad: Any, lse: 
     return weights, weights * (dweights - mean[0, 0][:, :1]) * refs.scale[:, :1]
 
 
-def _queries_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+def _queries_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     """Adds one block of keys to the gradients of a block of queries: to `dquery`, `drel` and `dbands`.
 
     `sum_query` and `sum_rel` are scratch memory.
@@ -283,7 +287,7 @@ def _queries_kernel(plan: FlashPlan, *all_refs: Any) -> None:
 
     @pl.when(pl.program_id(2) >= n)
     def _():
-        _, dlogits = _dlogits(plan, n, refs, grad, lse, mean)
+        dlogits = _dlogits(plan, n, refs, grad, lse, mean)[1]
         sum_query[...] += _dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
 
         @pl.when(n < plan.bias_distances)
@@ -300,7 +304,7 @@ def _queries_kernel(plan: FlashPlan, *all_refs: Any) -> None:
         drel[0, 0] = sum_rel[...]
 
 
-def _keys_kernel(plan: FlashPlan, *all_refs: Any) -> None:
+def _keys_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     """Adds one block of queries to the gradients of a block of keys: to `dkeys` and `dvalues`.
 
     `sum_keys` and `sum_values` are scratch memory.
@@ -337,7 +341,7 @@ def _operand_specs(plan: FlashPlan, query, keys, rel, bands, by_keys: bool) -> l
     """
     c, per_group = plan.block, query.shape[1] // keys.shape[1]
 
-    def indices(i: Any, j: Any) -> tuple[Any, Any, Any]:
+    def indices(i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the block of queries, the block of keys and the distance between them."""
         if by_keys:
             return jnp.minimum(i + j, plan.blocks - 1), i, j

@@ -22,6 +22,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxtml.parallel.chips import TPU_LANES
 
+Ref = Any  # a reference to a block of an array in the memory of a kernel; the class `jax.Ref` is not typed as one
+
 MAX_TILE_BYTES = 2**22  # bytes of a tile of weights; a TPU has two tiles on their way into its fast memory
 GPU_TILE = 64  # the edge of a tile of weights on a GPU
 GPU_ROWS = 16  # the fewest rows that a GPU's matrix units take
@@ -89,7 +91,7 @@ def _on_tpu(expert: jax.Array, used: jax.Array, operands: list[jax.Array], **opt
     # A block that is not in use has the index of the last block in use, so nothing is fetched for it.
     place = jnp.minimum(jnp.arange(len(expert)), jnp.maximum(used - 1, 0)).astype(jnp.int32)
 
-    def of_expert(n: Any, g: Any, place: Any, expert: Any, used: Any) -> tuple[Any, ...]:
+    def of_expert(n: jax.Array, g: jax.Array, place: Ref, expert: Ref, used: Ref) -> tuple[Any, ...]:
         return expert[g], 0, 0, n
 
     specs = [
@@ -119,14 +121,14 @@ def _tile(columns: int, column_bytes: int) -> int:
     return next(fitting, 1) * TPU_LANES
 
 
-def _tpu_kernel(halves: int, place: Any, expert: Any, used: Any, rows: Any, weights: Any, *rest: Any) -> None:
+def _tpu_kernel(halves: int, place: Ref, expert: Ref, used: Ref, rows: Ref, weights: Ref, *rest: Ref) -> None:
     """Multiplies one block of rows with one tile of columns; `rest` is the scale, if any, and the output."""
     del place, expert
     *scale, out = rest
 
     @pl.when(pl.program_id(1) < used[0])
     def _():
-        def product(half: int) -> Any:
+        def product(half: int) -> jax.Array:
             tile = weights[0, half].astype(rows.dtype)
             result = jax.lax.dot(rows[...], tile, preferred_element_type=jnp.float32)
             return result * scale[0][0, half] if scale else result
@@ -158,7 +160,7 @@ def _on_gpu(expert: jax.Array, used: jax.Array, operands: list[jax.Array], **opt
     )(expert.astype(jnp.int32), used.reshape(1).astype(jnp.int32), *operands)
 
 
-def _gpu_kernel(block: int, expert: Any, used: Any, rows: Any, weights: Any, *rest: Any) -> None:
+def _gpu_kernel(block: int, expert: Ref, used: Ref, rows: Ref, weights: Ref, *rest: Ref) -> None:
     """Multiplies one block of rows with one tile of columns; `rest` is the scale, if any, and the output."""
     *scale, out = rest
     _, halves, depth, _ = weights.shape
@@ -168,11 +170,11 @@ def _gpu_kernel(block: int, expert: Any, used: Any, rows: Any, weights: Any, *re
     def _():
         block_rows, columns = pl.ds(g * block, block), pl.ds(n * GPU_TILE, GPU_TILE)
 
-        def add_part(k: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        def add_part(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             depths = pl.ds(k * GPU_TILE, GPU_TILE)
             row_part = rows[block_rows, depths]
 
-            def product(half: int) -> Any:
+            def product(half: int) -> jax.Array:
                 tile = weights[expert[g], half, depths, columns].astype(row_part.dtype)
                 return jax.lax.dot(row_part, tile, preferred_element_type=jnp.float32)
 
