@@ -165,7 +165,7 @@ class AppendInstructions(_Context, tag="session.instructions.append"):
 
 
 class AppendThinking(_Context, tag="session.thinking.append"):
-    """Gives the model a thought of whoever assists it."""
+    """Gives the model a thought, for example of the program that works on a delegation."""
 
 
 class AppendCommentary(_Context, tag="session.commentary.append"):
