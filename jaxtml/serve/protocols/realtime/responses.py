@@ -91,7 +91,7 @@ class Responses:
         speaks = result.speaking or bool(text)
         self._dropping = self._dropping and speaks
         response = self._response_for(text, sound, speaks)
-        audible = response is not None and self._continue(response, result, text, sound, speaks)
+        audible = response is not None and self._extend_response(response, result, text, sound, speaks)
         if self.track is not None:
             self.track.put(result.wave if audible else np.zeros_like(result.wave))
 
@@ -115,7 +115,7 @@ class Responses:
         """Returns the response that takes the output of this micro-turn. Begins a response if the gate opens one."""
         if self.current is None:
             if not self.configuration.responds_by_itself:
-                self._keep(text, sound, speaks)
+                self._keep_speech(text, sound, speaks)
                 return None
             if not speaks or self._dropping:
                 return None
@@ -123,7 +123,9 @@ class Responses:
             self.current = self._begin(None)
         return self.current
 
-    def _continue(self, response: Response, result: TickResult, text: str, sound: bytes | None, speaks: bool) -> bool:
+    def _extend_response(
+        self, response: Response, result: TickResult, text: str, sound: bytes | None, speaks: bool
+    ) -> bool:
         """Adds one micro-turn to a response, and ends the response if it is over.
 
         Returns:
@@ -146,9 +148,11 @@ class Responses:
             self.end()
         return audible
 
-    def _keep(self, text: str, sound: bytes | None, speaks: bool) -> None:
-        """Keeps speech for a `response.create` that may follow. A track plays only what is said now, so nothing is
-        kept for a track."""
+    def _keep_speech(self, text: str, sound: bytes | None, speaks: bool) -> None:
+        """Keeps speech for a `response.create` that may follow.
+
+        Nothing is kept for a track: a track plays only what is said now.
+        """
         if speaks:
             self.drop_stale_speech()  # this is a new stretch of speech
         self._silent = 0 if speaks else self._silent + 1
