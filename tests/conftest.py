@@ -15,6 +15,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import (
     AttentionConfig,
     BackboneConfig,
@@ -34,6 +36,7 @@ from jaxtml.config import (
     VocoderConfig,
     validate,
 )
+from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
@@ -146,6 +149,14 @@ def releasable(small) -> Config:
     # Inkling has one number for the window and the relative extent of sliding layers.
     sliding = replace(small.backbone.sliding, rel_extent=small.backbone.sliding.window)
     return replace(small, backbone=replace(small.backbone, sliding=sliding, mtp_heads=2, mtp_global=(1,)))
+
+
+@pytest.fixture(scope="session")
+def release(releasable, lively, tmp_path_factory) -> Path:
+    """The directory of a released checkpoint in bfloat16, of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("release") / "hf"
+    write_checkpoint(InMemorySource(releasable, lively(releasable)), folder, "memory", "hf", "bfloat16")
+    return folder
 
 
 @pytest.fixture(scope="session")

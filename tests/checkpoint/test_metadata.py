@@ -1,4 +1,4 @@
-"""Whatever stands in the JSON of a checkpoint, it is read or refused in one line."""
+"""Wrong JSON in any file of a checkpoint is either read or refused in one line, never a traceback."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from jaxtml.checkpoint.inkling.directory import read_json
 from jaxtml.checkpoint.manifest import read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax import sink
-from jaxtml.checkpoint.source import InMemorySource
-from jaxtml.convert.conversion import convert, write_checkpoint
+from jaxtml.convert.conversion import convert
 from jaxtml.errors import InputError
 
-WRONG: tuple[Any, ...] = (
+WRONG_VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 2**31, 2**70, 10**400, 0.5, float("nan"), float("inf"), -1e300),
     *("", "x", "../x", [], [[]], [-1], ["x"], [1, 2, 3], {}, {"x": 1}, [[1, 2]], [[1, 1, "x"]]),
 )
 
 
-def _changed(value: Any, each: int) -> Iterator[tuple[str, Any]]:
-    """The document with one place of it, at any depth, wrong in one of so many ways (in turn others), or missing."""
-    ways = itertools.cycle(WRONG)
+def _wrong_documents(document: Any, each: int) -> Iterator[tuple[str, Any]]:
+    """Yields the document with one wrong value, or with one key missing, and says which.
+
+    Every position at any depth gets `each` wrong values. Positions take turns through `WRONG_VALUES`.
+    """
+    wrong_values = itertools.cycle(WRONG_VALUES)
 
     def positions(node: Any, at: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield at
@@ -41,16 +43,16 @@ def _changed(value: Any, each: int) -> Iterator[tuple[str, Any]]:
         elif isinstance(node, list) and node:
             yield from positions(node[0], (*at, 0))
 
-    for at in positions(value, ()):
-        for wrong in itertools.islice(ways, each):
-            changed = [copy.deepcopy(value)]
+    for at in positions(document, ()):
+        for wrong in itertools.islice(wrong_values, each):
+            changed = [copy.deepcopy(document)]
             node: Any = changed
             for key in (0, *at)[:-1]:
                 node = node[key]
             node[(0, *at)[-1]] = wrong
             yield f"{at} = {wrong!r:.40}", changed[0]
         if at and isinstance(at[-1], str):
-            changed = copy.deepcopy(value)
+            changed = copy.deepcopy(document)
             node = changed
             for key in at[:-1]:
                 node = node[key]
@@ -58,12 +60,12 @@ def _changed(value: Any, each: int) -> Iterator[tuple[str, Any]]:
             yield f"without {at}", changed
 
 
-def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> int:
-    """Opens every wrong document; how many were refused."""
+def _count_refused(document: Any, read: Callable[[Any], Any], each: int = len(WRONG_VALUES)) -> int:
+    """Reads every wrong document, and returns how many were refused. Each refusal must be one line."""
     refused = 0
-    for what, changed in _changed(value, each):
+    for what, changed in _wrong_documents(document, each):
         try:
-            opened(changed)
+            read(changed)
         except InputError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, what
             refused += 1
@@ -72,21 +74,14 @@ def _every(value: Any, opened: Callable[[Any], Any], each: int = len(WRONG)) -> 
     return refused
 
 
-@pytest.fixture(scope="module")
-def release(releasable, lively, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("metadata") / "hf"
-    write_checkpoint(InMemorySource(releasable, lively(releasable)), folder, "memory", "hf", "bfloat16")
-    return folder
-
-
 @pytest.fixture
-def silent(caplog) -> None:
+def no_log(caplog) -> None:
     caplog.set_level(logging.CRITICAL, "absl")
 
 
-@pytest.mark.usefixtures("silent")
+@pytest.mark.usefixtures("no_log")
 @pytest.mark.parametrize("spelling", ["released", "ours"])
-def test_the_config_of_a_release(spelling, releasable, tmp_path):
+def test_wrong_configs_of_a_release(spelling, releasable, tmp_path):
     described = inkling_config(releasable)
     if spelling == "released":
         text = described["text_config"]
@@ -99,28 +94,30 @@ def test_the_config_of_a_release(spelling, releasable, tmp_path):
             del text[name]
     read = _rewritten(tmp_path / "config.json", lambda: config_from_inkling(read_json(tmp_path / "config.json")))
     assert read(described).backbone.global_layers == releasable.backbone.global_layers
-    assert _every(described, read) > 500
+    assert _count_refused(described, read) > 500
 
 
 def _rewritten(file: Path, read: Callable[[], Any]) -> Callable[[Any], Any]:
-    def one(document: Any) -> Any:
+    """Returns a function that writes a document to the file and calls `read`."""
+
+    def write_and_read(document: Any) -> Any:
         file.write_text(json.dumps(document))
         return read()
 
-    return one
+    return write_and_read
 
 
-def test_the_index_of_a_release(release, tmp_path):
+def test_wrong_indexes_of_a_release(release, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     index = {
         "metadata": {"total_size": 1},
         "weight_map": {"model.llm.norm.weight": "model.safetensors", "model.llm.embed.weight": "model.safetensors"},
     }
     file = tmp_path / "hf" / "model.safetensors.index.json"
-    assert _every(index, _rewritten(file, lambda: open_checkpoint(tmp_path / "hf"))) > 50
+    assert _count_refused(index, _rewritten(file, lambda: open_checkpoint(tmp_path / "hf"))) > 50
 
 
-def test_the_header_of_a_shard(release, tmp_path):
+def test_wrong_headers_of_a_shard(release, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     raw = file.read_bytes()
@@ -134,10 +131,10 @@ def test_the_header_of_a_shard(release, tmp_path):
         open_checkpoint(tmp_path / "hf")
 
     read(few)
-    assert _every(few, read) > 50
+    assert _count_refused(few, read) > 50
 
 
-def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
+def test_wrong_documents_of_a_jaxtml_checkpoint(release, tmp_path, monkeypatch):
     monkeypatch.setattr(sink, "PIECE_BYTES", 512)
     folder = tmp_path / "ours"
     convert(release, folder)
@@ -148,13 +145,13 @@ def test_the_documents_of_a_checkpoint_of_ours(release, tmp_path, monkeypatch):
             document["tree_metadata"] = dict(list(tree.items())[:1])
         good = (folder / name).read_text()
         read = _rewritten(folder / name, lambda: open_checkpoint(folder).read("norm/weight", (slice(None),)))
-        assert _every(document, read, 1 if name == "config.json" else 7) > 20  # a model is built for each
+        assert _count_refused(document, read, 1 if name == "config.json" else 7) > 20  # each config builds a model
         (folder / name).write_text(good)
     open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a": ' * 100_000, b"1" * 10_000, b'"\xff"', b"NaN", b""])
-def test_json_that_python_gives_up_on(text, release, tmp_path):
+def test_json_that_python_cannot_parse(text, release, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     shutil.copytree(release, tmp_path / "index")
     for place in ("hf/config.json", "index/model.safetensors.index.json", "ours/config.json", "made/manifest.json"):

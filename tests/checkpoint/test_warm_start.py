@@ -1,4 +1,4 @@
-"""A larger model begins as a smaller one: the same logits on text, everything new neutral, anything else refused."""
+"""A larger model starts with the weights of a smaller one: the same logits on text, and neutral new parts."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ from jaxtml.stream.tokens import CONTROLS
 from jaxtml.train.parameters import checkpoint_parameters, parameter_shapes
 
 ROOT = Path(__file__).parents[2]
-TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
-DESCRIBED = TOOL["released_config"]()
-THEIRS = config_from_inkling(DESCRIBED, "inkling")
+GOLDENS = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
+DESCRIBED = GOLDENS["released_config"]()
+SMALLER = config_from_inkling(DESCRIBED, "inkling")
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "inkling"
     folder.mkdir()
-    TOOL["write_checkpoint"](folder, DESCRIBED)
+    GOLDENS["write_checkpoint"](folder, DESCRIBED)
     return folder
 
 
 @pytest.fixture
 def larger() -> Config:
-    """Two layers more, micro-turn extensions of other sizes, a window on global layers with pinned tokens."""
-    b = THEIRS.backbone
+    """Two layers more, other limits of a micro-turn, another flow head, and pinned tokens on global layers."""
+    b = SMALLER.backbone
     globals_ = dataclasses.replace(b.global_, window=256, pinned=4)
     backbone = dataclasses.replace(b, n_layers=6, global_layers=(2, 5), global_=globals_)
     duplex = DuplexConfig(control_base=100, max_typed=2, max_heard=3, max_text=3)
     return dataclasses.replace(
-        THEIRS, name="larger", backbone=backbone, duplex=duplex, flow=FlowConfig(width=32, depth=2)
+        SMALLER, name="larger", backbone=backbone, duplex=duplex, flow=FlowConfig(width=32, depth=2)
     )
 
 
-def test_on_text_its_logits_are_those_of_the_smaller_model(checkpoint, larger, tmp_path):
+def test_on_text_the_logits_are_those_of_the_smaller_model(checkpoint, larger, tmp_path):
     path = tmp_path / "larger.json"
     path.write_text(configs.to_json(larger))
-    said = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
-    assert "tensors equal, logits of 64 tokens too" in said
+    summary = convert(checkpoint, tmp_path / "ours", begin_as=str(path), verify=True)
+    assert "tensors equal, logits of 64 tokens too" in summary
     config, params = read_checkpoint(tmp_path / "ours")
     assert config == larger
     ids = np.random.default_rng(0).integers(0, 100, (2, 96))
     np.testing.assert_array_equal(text_logits(config, params, ids), text_logits(*read_checkpoint(checkpoint), ids))
 
 
-def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, larger, tmp_path):
-    """Scales of dense layers are bfloat16 in a release, those of routers float32; here both go into one stack."""
+def test_layers_with_different_dtypes_in_a_release_get_one_dtype(checkpoint, larger, tmp_path):
+    """A release has scales of dense layers in bfloat16 and of routers in float32. Here, they share a stack."""
     write_checkpoint(ReleasedCheckpoint(checkpoint), tmp_path / "release", "float32", "hf", "bfloat16")
     release = ReleasedCheckpoint(tmp_path / "release")
     scales = {release.dtype(path) for path in spec_table(release.config) if path.endswith("mlp/global_scale")}
@@ -79,29 +79,31 @@ def test_layers_that_a_release_holds_in_several_dtypes_are_joined(checkpoint, la
         assert source.read(path, full_index(spec)).dtype == source.dtype(path), path
 
 
-def test_new_layers_are_copies_that_add_nothing(checkpoint, larger):
-    source, warm = ReleasedCheckpoint(checkpoint), None
+def test_added_layers_are_copies_that_change_nothing(checkpoint, larger):
+    source = ReleasedCheckpoint(checkpoint)
     warm = WarmStart(source, larger)
-    model = InteractionModel(larger)
-    for layer, (alike, kind) in {4: (3, "sliding"), 5: (2, "global")}.items():
-        prefix, at = _where(model, layer)
-        origin = warm.layers[LayerPlace(prefix, at)]
-        theirs, there = origin.place.run, origin.place.position
-        assert origin.added and (theirs, there) == _where(InteractionModel(THEIRS), alike), kind
+    for layer, (same_kind, kind) in {4: (3, "sliding"), 5: (2, "global")}.items():
+        place = _place(InteractionModel(larger), layer)
+        origin = warm.layers[place]
+        assert origin.added and origin.place == _place(InteractionModel(SMALLER), same_kind), kind
         for name in ("attn/wq", "attn/wo", "mlp/w13", "mlp/w2", "mlp/shared_w2", "mlp/router"):
-            spec = warm.specs[f"{prefix}/{name}"]
-            ours = warm.read(f"{prefix}/{name}", (*(slice(i, i + 1) for i in at), *full_index(spec)[2:]))[0, 0]
-            held = source.read(f"{theirs}/{name}", (*(slice(i, i + 1) for i in there), *full_index(spec)[2:]))[0, 0]
+            rest = full_index(warm.specs[f"{place.run}/{name}"])[2:]
+            index, origin_index = (
+                (*(slice(i, i + 1) for i in position), *rest) for position in (place.position, origin.place.position)
+            )
+            ours = warm.read(f"{place.run}/{name}", index)[0, 0]
+            theirs = source.read(f"{origin.place.run}/{name}", origin_index)[0, 0]
             if name in ("attn/wo", "mlp/w2", "mlp/shared_w2"):
-                assert not ours.any() and held.any()
+                assert not ours.any() and theirs.any()
             else:
-                np.testing.assert_array_equal(ours, held)
+                np.testing.assert_array_equal(ours, theirs)
 
 
-def _where(model: InteractionModel, layer: int) -> tuple[str, tuple[int, int]]:
+def _place(model: InteractionModel, layer: int) -> LayerPlace:
+    """Returns where the layer of this number stands in the stacks."""
     backbone = model.backbone
     return next(
-        (f"layers/block{b}/run{r}", (i, j))
+        LayerPlace(f"layers/block{b}/run{r}", (i, j))
         for b, block in enumerate(backbone.blocks)
         for r, run in enumerate(block.runs)
         for i in range(block.repeats)
@@ -110,7 +112,7 @@ def _where(model: InteractionModel, layer: int) -> tuple[str, tuple[int, int]]:
     )
 
 
-def test_what_speech_needs_starts_neutral_and_empty_control_rows_differ(checkpoint, larger):
+def test_clock_and_own_voice_start_at_zero_and_empty_control_rows_get_different_values(checkpoint, larger):
     file = checkpoint / "model.safetensors"
     stored = read_header(file)["model.llm.embed.weight"]
     write_at(stored, 100 * stored.mapped()[:1].nbytes, np.zeros_like(stored.mapped()[100:]))
@@ -137,20 +139,20 @@ def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoin
 
 
 def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_path):
-    params = init_params(InteractionModel(THEIRS).specs(), 5)
+    params = init_params(InteractionModel(SMALLER).specs(), 5)
     (tmp_path / "tokenizer.json").write_text("{}")
-    save_checkpoint(tmp_path / "ours", THEIRS, params, tokenizer_path=tmp_path / "tokenizer.json")
-    more = dataclasses.replace(THEIRS, backbone=dataclasses.replace(THEIRS.backbone, mtp_heads=1))
-    begun = checkpoint_parameters(tmp_path / "ours", InteractionModel(more), tmp_path)
-    heads = begun.pop("mtp")
-    jax.tree.map(np.testing.assert_array_equal, begun, params)
+    save_checkpoint(tmp_path / "ours", SMALLER, params, tokenizer_path=tmp_path / "tokenizer.json")
+    more = dataclasses.replace(SMALLER, backbone=dataclasses.replace(SMALLER.backbone, mtp_heads=1))
+    started = checkpoint_parameters(tmp_path / "ours", InteractionModel(more), tmp_path)
+    heads = started.pop("mtp")
+    jax.tree.map(np.testing.assert_array_equal, started, params)
     assert (
         all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(heads)) and heads["block0"]["run0"]["input_proj"].any()
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"n_layers": 3, "global_layers": (2,)}, "it has 3 layers, and inkling has 4"),
         (
@@ -162,13 +164,13 @@ def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_pat
     ],
     ids=str,
 )
-def test_another_backbone_is_refused_by_what_differs(changes, said, checkpoint, larger):
+def test_another_backbone_is_refused_by_the_field_that_differs(changes, message, checkpoint, larger):
     other = dataclasses.replace(larger, backbone=dataclasses.replace(larger.backbone, **changes))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         WarmStart(ReleasedCheckpoint(checkpoint), other)
 
 
-def test_every_tensor_that_the_model_shares_is_copied(checkpoint, larger):
+def test_every_tensor_that_both_models_have_is_copied(checkpoint, larger):
     source = ReleasedCheckpoint(checkpoint)
     warm = WarmStart(source, larger)
     for path, spec in spec_table(larger).items():

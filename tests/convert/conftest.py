@@ -1,25 +1,102 @@
-"""A model that both layouts can hold, in files of a few kilobytes."""
+"""Releases with all that lies beside their weights, and conversions of them. Models have files of a few kilobytes."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxtml.checkpoint import chunks
+from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
 from jaxtml.checkpoint.orbax import sink
-from jaxtml.config import Config
+from jaxtml.convert.conversion import convert
 
-
-@pytest.fixture(scope="session")
-def config(small) -> Config:
-    """Inkling knows one number for window and relative extent of sliding layers."""
-    sliding = dataclasses.replace(small.backbone.sliding, rel_extent=small.backbone.sliding.window)
-    backbone = dataclasses.replace(small.backbone, sliding=sliding, mtp_heads=2, mtp_global=(1,))
-    return dataclasses.replace(small, backbone=backbone)
+EXTRA_FILES = {
+    "generation_config.json": '{"temperature": 0.7}\n',
+    "preprocessor_config.json": '{"feature_size": 80}\n',
+    "tokenizer_config.json": "{}\n",
+    "chat_template.jinja": "{{ messages }}\n",
+    "LICENSE": "Apache-2.0\n",
+    "vocab.tiktoken": "YQ== 0\n",
+}
+FILES_OF_WEIGHTS = {"hf_quant_config.json": "{}", "quantize_config.json": "{}", "manifest.json": "[]", ".cache": ""}
+TOKEN_IDS = {"audio_token_id": 17, "image_token_id": 16, "audio_bos_token_id": 19, "image_bos_token_id": 18}
 
 
 @pytest.fixture
 def many_chunks(monkeypatch) -> None:
+    """Cuts even the small models of the tests into many chunks."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 8192)
     monkeypatch.setattr(sink, "PIECE_BYTES", 512)
+
+
+@pytest.fixture(scope="session")
+def extra_files() -> dict[str, str]:
+    """The text of the files of `full_release` that a conversion copies, by name."""
+    return EXTRA_FILES
+
+
+@pytest.fixture(scope="session")
+def files_of_weights() -> dict[str, str]:
+    """The text of the files of `full_release` that belong to its weights, by name."""
+    return FILES_OF_WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> dict[str, int]:
+    """The ids of placeholders in the `config.json` of `full_release`."""
+    return TOKEN_IDS
+
+
+@pytest.fixture(scope="session")
+def full_release(release, tmp_path_factory) -> Path:
+    """A release with all that lies beside the weights of one."""
+    folder = tmp_path_factory.mktemp("full_release") / "hf"
+    shutil.copytree(release, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"eos_token_id": 7, "bos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config | TOKEN_IDS))
+    for name, text in (EXTRA_FILES | FILES_OF_WEIGHTS).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ours(full_release, tmp_path_factory) -> Path:
+    """`full_release`, converted to a jaxtml checkpoint."""
+    folder = tmp_path_factory.mktemp("ours") / "ours"
+    convert(full_release, folder)
+    return folder
+
+
+@pytest.fixture
+def result(request, ours, tmp_path) -> Path:
+    """A converted checkpoint of the test's own, in the format that the test's parameter says."""
+    if request.param == "hf":
+        convert(ours, tmp_path / "result", to="hf")
+    else:
+        shutil.copytree(ours, tmp_path / "result")
+    return tmp_path / "result"
+
+
+@pytest.fixture(scope="session")
+def damage() -> Callable[[Path], str]:
+    """`damage(folder)` changes one bit of one tensor and returns the tensor's name in the manifest."""
+
+    def flip_a_bit(folder: Path) -> str:
+        if (folder / "model.safetensors").is_file():
+            name = "model.llm.layers.2.attn.wq_du.weight"
+            stored = read_header(folder / "model.safetensors")[name]
+            write_at(stored, 5, np.array([stored.mapped().view(np.uint8).reshape(-1)[5] ^ 1], np.uint8))
+            return name
+        file = next(file for file in (folder / "state" / "embed.weight" / "c").rglob("*") if file.is_file())
+        raw = bytearray(file.read_bytes())
+        raw[9] ^= 1
+        file.write_bytes(raw)
+        return "embed/weight"
+
+    return flip_a_bit

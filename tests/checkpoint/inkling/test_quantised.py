@@ -1,4 +1,4 @@
-"""Quantised experts become the numbers that their formats say, and what is of neither format is refused by name."""
+"""Quantised experts become the numbers that their formats define, and tensors in no known format are named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, read_header, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.source import full_index
@@ -22,14 +22,14 @@ from jaxtml.model.spec import flatten
 
 ROOT = Path(__file__).parents[3]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
-# Widths that groups of 16 and 32 divide.
+# Widths that are multiples of both groups, 16 and 32.
 DESCRIBED = TOOL["released_config"](hidden_size=64, intermediate_size=32, dense_intermediate_size=48)
 PREFIX = "model.llm.layers.{}.mlp.experts.{}_weight"
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 
 
 def nvfp4(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Random codes of the shape of `weight` `[E, N, K]`, and by loops over single numbers what they mean."""
+    """Returns random NVFP4 codes for `weight` `[E, N, K]`, and the numbers that they mean, computed one by one."""
     e, n, k = weight.shape
     codes = rng.integers(0, 16, weight.shape)
     scale = rng.uniform(0.1, 2, (e, n, k // 16)).astype(ml_dtypes.float8_e4m3fn)
@@ -44,6 +44,7 @@ def nvfp4(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.nd
 
 
 def mxfp8(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns random MXFP8 codes for `weight` `[E, N, K]`, and the numbers that they mean, computed one by one."""
     e, n, k = weight.shape
     codes = rng.normal(size=weight.shape).astype(ml_dtypes.float8_e4m3fn)
     exponent = rng.integers(120, 130, (e, n, k // 32)).astype(np.uint8)
@@ -57,7 +58,7 @@ FORMATS = {"nvfp4": nvfp4, "mxfp8": mxfp8}
 
 
 def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarray]:
-    """Writes a release whose routed experts are quantised but for layer `left_out`; returns them as they are meant."""
+    """Writes a release with quantised experts in all layers but `left_out`. Returns the numbers that they mean."""
     config = config_from_inkling(DESCRIBED)
     weights = {name: np.asarray(w, ml_dtypes.bfloat16) for name, w in TOOL["released_weights"](config).items()}
     meant, rng = {}, np.random.default_rng(3)
@@ -78,18 +79,18 @@ def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_experts_are_what_the_format_says_in_bfloat16_and_in_our_layout(kind, tmp_path):
+def test_experts_are_read_as_bfloat16_in_our_layout(kind, tmp_path):
     meant = checkpoint(tmp_path, kind)
     source = ReleasedCheckpoint(tmp_path)
     checked = 0
-    for (path, at), place in source.tensors.items():
-        if place.name in meant:
+    for (path, position), tensor in source.tensors.items():
+        if tensor.name in meant:
             spec = source.specs[path]
-            index = (*(slice(i, i + 1) for i in at), *full_index(spec)[2:])
+            index = (*(slice(i, i + 1) for i in position), *full_index(spec)[2:])
             ours = source.read(path, index)[0, 0]
             assert ours.dtype == ml_dtypes.bfloat16
-            expected = place.spec.released.load(meant[place.name]).astype(ml_dtypes.bfloat16)
-            np.testing.assert_array_equal(ours, expected, err_msg=place.name)
+            expected = tensor.layout.load(meant[tensor.name]).astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(ours, expected, err_msg=tensor.name)
             part = (*index[:2], slice(1, 4), *[slice(1, None)] * (len(index) - 3))
             np.testing.assert_array_equal(source.read(path, part)[0, 0], expected[part[2:]])
             checked += 1
@@ -99,27 +100,25 @@ def test_experts_are_what_the_format_says_in_bfloat16_and_in_our_layout(kind, tm
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_quantised_release_is_converted_and_verified(kind, tmp_path):
     checkpoint(tmp_path / "hf", kind)
-    said = convert(tmp_path / "hf", tmp_path / "ours", verify=True)
-    assert "verified" in said and "logits of 64 tokens too" in said
+    summary = convert(tmp_path / "hf", tmp_path / "ours", verify=True)
+    assert "verified" in summary and "logits of 64 tokens too" in summary
     (_, theirs), (_, ours) = read_checkpoint(tmp_path / "hf"), read_checkpoint(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, theirs, ours)
     assert {open_checkpoint(tmp_path / "ours").dtype(path).name for path, _ in flatten(ours)} == {"bfloat16", "float32"}
 
 
 def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Rewrites the file with another shape and dtype for one tensor, zeros in it."""
-    from jaxtml.checkpoint.inkling.safetensors_file import read_header
-
+    """Rewrites the file with zeros of another shape and dtype for one tensor."""
     path = folder / "model.safetensors"
-    held = {n: np.array(t.mapped()) for n, t in read_header(path).items()}
-    held[name] = np.zeros(shape, DTYPES[dtype])
+    weights = {n: np.array(tensor.mapped()) for n, tensor in read_header(path).items()}
+    weights[name] = np.zeros(shape, DTYPES[dtype])
     path.unlink()
-    for n, tensor in create_file(path, [(n, w.shape, w.dtype) for n, w in held.items()]).items():
-        write_at(tensor, 0, np.ascontiguousarray(held[n]))
+    for n, tensor in create_file(path, [(n, w.shape, w.dtype) for n, w in weights.items()]).items():
+        write_at(tensor, 0, np.ascontiguousarray(weights[n]))
 
 
 @pytest.mark.parametrize(
-    ("kind", "suffix", "shape", "dtype", "said"),
+    ("kind", "suffix", "shape", "dtype", "message"),
     [
         ("nvfp4", ".scale", (6, 64, 2), "F8_E4M3", "no quantised format that jaxtml knows"),
         ("nvfp4", ".scale", (6, 64, 4), "F32", ".scale is F32, not F8_E4M3"),
@@ -128,9 +127,9 @@ def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None
         ("mxfp8", "", (6, 64, 64), "U8", "weight is U8, not F8_E4M3"),
     ],
 )
-def test_what_is_of_neither_format_is_named(kind, suffix, shape, dtype, said, tmp_path):
+def test_a_tensor_in_no_known_format_is_named(kind, suffix, shape, dtype, message, tmp_path):
     checkpoint(tmp_path, kind)
     name = PREFIX.format(2, "w13")
     _change(tmp_path, name + suffix, shape, dtype)
-    with pytest.raises(InputError, match=f"1 misfitting tensors: {name} is .*{said}"):
+    with pytest.raises(InputError, match=f"1 misfitting tensors: {name} is .*{message}"):
         ReleasedCheckpoint(tmp_path)

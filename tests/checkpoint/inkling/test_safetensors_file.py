@@ -1,4 +1,4 @@
-"""Safetensors are read as the library writes them, written as it reads them, and refused where they are damaged."""
+"""Files are read as the library writes them, written so that the library reads them, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tensors() -> dict[str, np.ndarray]:
     }
 
 
-def test_what_the_library_wrote_is_mapped(tensors, tmp_path):
+def test_tensors_that_the_library_wrote_are_mapped(tensors, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     found = read_header(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
@@ -32,7 +32,7 @@ def test_what_the_library_wrote_is_mapped(tensors, tmp_path):
         assert found[name].mapped().dtype == tensor.dtype and found[name].nbytes == tensor.nbytes
 
 
-def test_the_library_reads_what_was_written_piece_by_piece(tensors, tmp_path):
+def test_the_library_reads_a_file_that_was_written_piece_by_piece(tensors, tmp_path):
     path = tmp_path / "x.safetensors"
     stored = create_file(path, [(name, t.shape, t.dtype) for name, t in tensors.items()])
     for name, tensor in tensors.items():
@@ -42,7 +42,7 @@ def test_the_library_reads_what_was_written_piece_by_piece(tensors, tmp_path):
         np.testing.assert_array_equal(tensor, tensors[name])
 
 
-def test_a_file_with_the_same_header_is_kept_and_one_with_another_is_not(tmp_path):
+def test_a_file_with_the_same_header_is_kept_and_another_file_is_replaced(tmp_path):
     path, layout = tmp_path / "x.safetensors", [("a", (4,), np.dtype(np.float32))]
     write_at(create_file(path, layout)["a"], 0, np.full(4, 3, np.float32))
     assert (create_file(path, layout)["a"].mapped() == 3).all()
@@ -50,7 +50,7 @@ def test_a_file_with_the_same_header_is_kept_and_one_with_another_is_not(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E8M0"])
-def test_floats_of_eight_bits_that_the_library_cannot_read_are_mapped(name, tmp_path):
+def test_floats_of_8_bits_that_the_library_cannot_read_are_mapped(name, tmp_path):
     codes = np.arange(1, 121, dtype=np.uint8)
     save_file({"x": codes}, tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes().replace(b'"U8"', f'"{name}"'.encode())
@@ -60,6 +60,8 @@ def test_floats_of_eight_bits_that_the_library_cannot_read_are_mapped(name, tmp_
 
 
 def _damaged(raw: bytes) -> dict[str, bytes]:
+    """Returns files that are damaged, by what is wrong with them. `raw` is a good file."""
+
     def header(**changes: object) -> bytes:
         entry = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]} | changes
         text = json.dumps({"x": entry}).encode()
@@ -70,8 +72,8 @@ def _damaged(raw: bytes) -> dict[str, bytes]:
         "a few bytes": b"abc",
         "cut off": raw[:-4],
         "header longer than the file": (2**40).to_bytes(8, "little") + raw[8:],
-        "header that is no JSON": raw[:8] + b"#" + raw[9:],
-        "header that is no object": (2).to_bytes(8, "little") + b"[]",
+        "header that is not JSON": raw[:8] + b"#" + raw[9:],
+        "header that is not an object": (2).to_bytes(8, "little") + b"[]",
         "tensor beyond the end": header(data_offsets=[0, 400]),
         "tensor before the beginning": header(data_offsets=[-4, 8]),
         "shape of another size": header(shape=[4]),
@@ -82,7 +84,7 @@ def _damaged(raw: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", _damaged(b"0123456789abc"))
-def test_a_damaged_file_is_one_clear_line(how, tmp_path):
+def test_a_damaged_file_is_refused_in_one_line(how, tmp_path):
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     path = tmp_path / "x.safetensors"
     path.write_bytes(_damaged(path.read_bytes())[how])

@@ -1,4 +1,4 @@
-"""Our checkpoint directories: what goes in comes out, and each way to be wrong has one clear line."""
+"""A jaxtml checkpoint gives back what was saved, and each way in which it can be wrong has one clear message."""
 
 import dataclasses
 import shutil
@@ -43,7 +43,7 @@ def test_saving_in_bfloat16_rounds_each_parameter_once(params, tmp_path):
         np.testing.assert_array_equal(ours, saved.astype(jnp.bfloat16).astype(jnp.float32), err_msg=path)
 
 
-def test_the_tokenizer_travels_with_the_checkpoint(params, tmp_path):
+def test_the_tokenizer_is_saved_with_the_checkpoint(params, tmp_path):
     (tmp_path / "t.json").write_text("{}")
     save_checkpoint(tmp_path / "ck", CONFIG, params, tokenizer_path=tmp_path / "t.json")
     assert (tmp_path / "ck" / "tokenizer.json").read_text() == "{}"
@@ -64,7 +64,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(checkpoint, params, tmp_pat
     assert [p.name for p in checkpoint.parent.iterdir()] == ["ck"]
 
 
-def _one_line(checkpoint) -> str:
+def _refusal(checkpoint) -> str:
     with pytest.raises(InputError) as caught:
         load_checkpoint(checkpoint)
     message = str(caught.value)
@@ -73,40 +73,40 @@ def _one_line(checkpoint) -> str:
 
 
 def test_a_missing_directory_is_named(tmp_path):
-    assert "no checkpoint directory" in _one_line(tmp_path / "nowhere")
+    assert "no checkpoint directory" in _refusal(tmp_path / "nowhere")
 
 
-def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
-    assert "has no config.json" in _one_line(tmp_path)
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
+    assert "has no config.json" in _refusal(tmp_path)
 
 
-def test_a_foreign_config_is_refused(checkpoint):
+def test_the_config_of_another_program_is_refused(checkpoint):
     (checkpoint / "config.json").write_text('{"model_type": "llama"}')
-    assert "not the config of a jaxtml checkpoint" in _one_line(checkpoint)
+    assert "not the config of a jaxtml checkpoint" in _refusal(checkpoint)
 
 
 def test_a_checkpoint_without_parameters_is_refused(checkpoint):
     for path in checkpoint.iterdir():
         if path.name != "config.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert "incomplete" in _one_line(checkpoint)
+    assert "incomplete" in _refusal(checkpoint)
 
 
 def test_a_checkpoint_of_another_size_names_the_parameter_and_both_shapes(checkpoint):
     wider = dataclasses.replace(CONFIG, flow=dataclasses.replace(CONFIG.flow, width=48))
     (checkpoint / "config.json").write_text(to_json(wider))
-    message = _one_line(checkpoint)
+    message = _refusal(checkpoint)
     assert "flow/down_0" in message and "(64, 32)" in message and "(96, 48)" in message
 
 
 def test_a_checkpoint_of_fewer_layers_names_the_parameter(checkpoint):
     deeper = dataclasses.replace(CONFIG, flow=dataclasses.replace(CONFIG.flow, depth=4))
     (checkpoint / "config.json").write_text(to_json(deeper))
-    assert "flow/down_3 is missing in the checkpoint, and (64, 32) in the config" in _one_line(checkpoint)
+    assert "flow/down_3 is missing in the checkpoint, and (64, 32) in the config" in _refusal(checkpoint)
 
 
 def test_a_truncated_data_file_is_refused(checkpoint):
     files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
     largest = max(files, key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    assert "is damaged or incomplete" in _one_line(checkpoint)
+    assert "is damaged or incomplete" in _refusal(checkpoint)

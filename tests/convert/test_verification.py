@@ -1,0 +1,122 @@
+"""A result gets its name only after it was verified, and can be verified again later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import psutil
+import pytest
+
+from jaxtml.checkpoint.chunks import parameter_bytes
+from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
+from jaxtml.checkpoint.opening import open_checkpoint
+from jaxtml.checkpoint.orbax.sink import OrbaxSink
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
+from jaxtml.checkpoint.source import InMemorySource, spec_table
+from jaxtml.convert import conversion, verification
+from jaxtml.convert.conversion import convert, write_checkpoint
+from jaxtml.convert.verification import compare_tensors
+from jaxtml.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("many_chunks")
+
+
+def test_verification_names_the_tensor_that_differs(release, tmp_path):
+    convert(release, tmp_path / "ours")
+    source = ReleasedCheckpoint(release)
+    result, specs = OrbaxCheckpoint(tmp_path / "ours"), spec_table(source.config)
+    manifest = json.loads((tmp_path / "ours" / "manifest.json").read_text())
+    assert compare_tensors(source, result, specs) == len(manifest["tensors"])
+
+    shutil.copytree(release, tmp_path / "changed")
+    name = "model.llm.layers.3.attn.wq_du.weight"
+    stored = read_header(tmp_path / "changed" / "model.safetensors")[name]
+    values = np.array(stored.mapped())
+    values[2, 3] += 1
+    write_at(stored, 0, values)
+    path, (repeat, layer) = next(key for key, tensor in source.tensors.items() if tensor.name == name)
+    with pytest.raises(InputError, match=f"from its source in 1 of .* tensors, first in {path}/{repeat}/{layer}"):
+        compare_tensors(ReleasedCheckpoint(tmp_path / "changed"), result, specs)
+
+
+@pytest.mark.parametrize("result", ["orbax", "hf"], indirect=True)
+def test_only_the_conversion_that_made_a_result_can_verify_it_again(result, full_release, ours, damage):
+    to = "hf" if (result / "model.safetensors").is_file() else "orbax"
+    source = ours if to == "hf" else full_release
+    if to == "orbax":
+        shutil.rmtree(result)
+        convert(source, result)
+    before = (result / "manifest.json").stat().st_mtime_ns
+    assert "tensors equal" in convert(source, result, to=to, verify=True)
+    assert (result / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="exists: name a new directory"):
+        convert(source, result, to=to)
+    with pytest.raises(InputError, match="was made by another conversion, or .* has changed since"):
+        convert(source, result, to=to, dtype="float32", verify=True)
+    damage(result)
+    with pytest.raises(InputError, match="differs from its source in 1 of"):
+        convert(source, result, to=to, verify=True)
+    assert result.is_dir()
+
+
+def test_a_result_that_differs_gets_no_name_and_the_next_conversion_begins_anew(release, tmp_path, monkeypatch):
+    write = OrbaxSink.write
+
+    def write_one_tensor_wrong(self, path, index, values):
+        return write(self, path, index, values + 1 if path == "norm/weight" else values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OrbaxSink, "write", write_one_tensor_wrong)
+        with pytest.raises(InputError, match="in 1 of .* in norm/weight; the result is in .*.out.converting"):
+            convert(release, tmp_path / "out", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.converting"]
+    assert "tensors equal" in convert(release, tmp_path / "out", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_source_that_goes_away_before_verification_costs_no_work(release, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise InputError("the source is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "verify_conversion", fail)
+        with pytest.raises(InputError, match="the source is gone"):
+            convert(release, tmp_path / "out", verify=True)
+    written: list[str] = []
+    monkeypatch.setattr(OrbaxSink, "write", lambda self, path, *_: written.append(path))
+    assert "tensors equal" in convert(release, tmp_path / "out", verify=True)
+    assert not written
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_a_model_whose_logits_are_all_nan_or_zero_is_verified_too(value, releasable, lively, tmp_path):
+    params = lively(releasable)
+    params["norm"]["weight"] = np.full_like(params["norm"]["weight"], value)
+    write_checkpoint(InMemorySource(releasable, params), tmp_path / "source", "memory")
+    assert "logits of 64 tokens too" in convert(tmp_path / "source", tmp_path / "out", verify=True)
+
+
+def test_equal_tensors_with_other_logits_fail(release, tmp_path, monkeypatch):
+    logits = iter([np.ones((1, 64, 3), np.float32), np.ones((1, 64, 3), np.float32) * 1.01])
+    monkeypatch.setattr(verification, "text_logits", lambda *_: next(logits))
+    with pytest.raises(InputError, match="all tensors are equal, and the logits differ by 1.00e-02"):
+        convert(release, tmp_path / "out", verify=True)
+
+
+def test_logits_are_compared_where_memory_allows(release, tmp_path, monkeypatch):
+    needed = 2 * parameter_bytes(spec_table(open_checkpoint(release).config), lambda path: np.dtype(np.float32))
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(verification.psutil, "virtual_memory", lambda: memory._replace(available=needed - 1))
+    summary = convert(release, tmp_path / "out", verify=True)
+    assert "tensors equal, logits not compared: that takes" in summary
+    monkeypatch.setattr(verification.psutil, "virtual_memory", lambda: memory._replace(available=needed))
+    monkeypatch.setattr(verification, "CGROUP", tmp_path / "group")
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "memory.current").write_text("1000\n")
+    (tmp_path / "group" / "memory.max").write_text(f"{needed + 999}\n")
+    assert "logits not compared" in convert(release, tmp_path / "out", verify=True)
+    (tmp_path / "group" / "memory.max").write_text("max\n")
+    assert "logits of 64 tokens too" in convert(release, tmp_path / "out", verify=True)
