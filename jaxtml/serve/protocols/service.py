@@ -35,7 +35,7 @@ _CLOSE_CODES = {
     EndReason.SLOW: 1008,
     EndReason.FAILED: 1011,
 }
-# Connections whose end is the end of the session too, even if the protocol can resume sessions.
+# Ends of a connection with which its session ends too, even if the protocol can resume sessions.
 _FINAL = {ConnectionEnd.SLOW: EndReason.SLOW, ConnectionEnd.LEFT: EndReason.LEFT}
 
 

@@ -56,7 +56,8 @@ async def answer_offer(
     try:
         session = service.manager.admit(grant, lambda session: make_protocol(session, peer.voice), scope)
         session.scheduled.detach()
-        # The grace period is for clients that were there. Until the first connection, the time for it comes on top.
+        # The session waits for the client as after a lost connection: for the grace period, and additionally for the
+        # time that a first connection may take.
         session.scheduled.detached_at += service.manager.limits.first_message_s
         answer = await peer.create_answer()
     except BaseException as error:

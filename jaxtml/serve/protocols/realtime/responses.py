@@ -1,6 +1,6 @@
 """The responses of one session: when a response begins and ends, and what it gets of the model's output.
 
-The rules, for which the API was not made, are in the docstring of `protocol`. Called by `protocol`.
+The docstring of `protocol` has the rules. Called by `protocol`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxtml.serve.transport.sound import VoiceTrack
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
-_SILENT_MICRO_TURNS = 2  # with the gate closed, which end a response
+_SILENT_MICRO_TURNS = 2  # of silence that end a response
 _PATIENCE_MICRO_TURNS = 50  # until a response that the client asked for is given up, and for which speech is kept
 
 

@@ -27,7 +27,7 @@ class _UserTurn:
       end_ms: end of the micro-turn with the last word, or of the sound that the client committed.
       text: the words.
       announced: the client knows that the turn has begun.
-      committed: the client, or the end of the turn, has made it an item of the conversation.
+      committed: the turn is an item of the conversation, because the client has committed it or because it has ended.
     """
 
     def __init__(self, start_ms: int):
