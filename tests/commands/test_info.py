@@ -1,0 +1,51 @@
+"""`jaxtml info` counts parameters without making them, and names what is wrong with a config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_info_counts_parameters_by_group(jaxtml):
+    status, out, _ = jaxtml("info", "tiny", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["params_total"] <= 12_000_000
+    assert report["params_total"] == sum(group["total"] for group in report["groups"].values())
+    assert report["params_active"] < report["params_total"]
+    assert report["config"]["backbone"]["d_model"] == 192
+
+
+def test_set_overrides_a_field(jaxtml):
+    _, out, _ = jaxtml("info", "tiny", "--json", "--set", "backbone.n_experts=16")
+    _, before, _ = jaxtml("info", "tiny", "--json")
+    assert json.loads(out)["config"]["backbone"]["n_experts"] == 16
+    assert json.loads(out)["params_total"] > json.loads(before)["params_total"]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("tml_interaction_small", (276e9, 0.005), (12e9, 0.04)), ("inkling_small", (263.85e9, 0.001), (11.2e9, 0.01))],
+)
+def test_info_counts_the_large_models_without_their_weights(jaxtml, name, total, active):
+    status, out, _ = jaxtml("info", name, "--json")
+    report = json.loads(out)
+    assert status == 0
+    for key, (expected, tolerance) in (("params_total", total), ("params_active", active)):
+        assert abs(report[key] / expected - 1) <= tolerance, (key, report[key])
+    assert {"routed experts", "shared experts", "attention", "towers", "flow head"} <= report["groups"].keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("nosuch",), "no config 'nosuch'"),
+        (("tiny", "--set", "backbone.depth=3"), "no field 'depth'"),
+        (("tiny", "--set", "train.steps=soon"), "'soon' is not int"),
+        (("tiny", "--set", "train.steps"), "path.to.field=value"),
+        (("tiny", "--set", "backbone.experts_per_token=9"), "there are 8 experts"),
+    ],
+)
+def test_info_refuses_a_bad_config(refusal, argv, message):
+    assert message in refusal("info", *argv)

@@ -1,0 +1,24 @@
+"""`jaxtml logits` writes the logits of the model, and refuses tokens that are none of its vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def test_logits_depend_on_earlier_tokens_alone_and_bad_tokens_are_refused(jaxtml, refusal, checkpoint, small, tmp_path):
+    ids = np.random.default_rng(0).integers(0, small.backbone.vocab_size, (2, 30))
+    np.save(tmp_path / "ids.npy", ids)
+    argv = ("logits", "--checkpoint", checkpoint, "--out", tmp_path / "logits.npy", "--tokens")
+    status, _, _ = jaxtml(*argv, tmp_path / "ids.npy")
+    logits = np.load(tmp_path / "logits.npy")
+    assert status == 0
+    assert logits.shape == (2, 30, small.backbone.vocab_size)
+    assert logits.dtype == np.float32
+    np.save(tmp_path / "one.npy", ids[0, :10])
+    jaxtml(*argv, tmp_path / "one.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy")[0], logits[0, :10], atol=1e-4)
+    np.save(tmp_path / "big.npy", ids + 1000)
+    assert "must lie in 0..299" in refusal(*argv, tmp_path / "big.npy")
+    np.save(tmp_path / "float.npy", ids * 1.0)
+    assert "integer array" in refusal(*argv, tmp_path / "float.npy")
+    assert "no token file" in refusal(*argv, tmp_path / "absent.npy")
