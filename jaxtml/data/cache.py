@@ -6,7 +6,7 @@ rows for each epoch. A cache holds the digest of its original dataset and is ref
 `jaxtml data --rows N` and `jaxtml.train.loop`.
 
     cache.json                    digest of the original dataset, and number of rows
-    00012-of-00040.array_record   one record per row: the arrays of an encoded sequence, without padding
+    00012-of-00040.array_record   one record per row: the arrays of an encoded conversation, without padding
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ from jaxtml.config import Config
 from jaxtml.data.dataset import ConversationDataset, Dataset
 from jaxtml.data.rows import Row, pad
 from jaxtml.errors import InputError
-from jaxtml.stream.layout import Sequence
+from jaxtml.stream.layout import EncodedConversation
 
 CACHE_FOLDER = "cache"
 """The row cache inside the folder that `jaxtml data` writes."""
 
-SHARD_ROWS = 64  # about six seconds of work for one core
+SHARD_ROWS = 64
+"""Rows of a shard: about six seconds of work for one core."""
+
+_FIELDS = dataclasses.fields(EncodedConversation)
+_STORED_NAMES = {"micro_turn": "turn"}
+"""Names of arrays in a record, where they differ from the field's name. Existing caches have these names."""
 
 
 class CacheHead(TypedDict):
@@ -87,22 +92,24 @@ def _build_shard(dataset: ConversationDataset, folder: Path, shard: int, shards:
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     writer = ArrayRecordWriter(str(partial), "group_size:1")  # one row can be read without its neighbours
     for index in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS):
-        writer.write(_to_bytes(dataset.sequence(index)))
+        writer.write(_to_bytes(dataset.encoded(index)))
     writer.close()
     partial.replace(path)
 
 
-def _to_bytes(sequence: Sequence) -> bytes:
-    arrays = {field.name: getattr(sequence, field.name) for field in dataclasses.fields(sequence)}
+def _to_bytes(encoded: EncodedConversation) -> bytes:
+    arrays = {_STORED_NAMES.get(field.name, field.name): getattr(encoded, field.name) for field in _FIELDS}
     arrays["speech"] = arrays["speech"].astype(np.float16)  # the dtype of a row, see `rows.row_shapes`
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _from_bytes(record: bytes) -> Sequence:
+def _from_bytes(record: bytes) -> EncodedConversation:
     with np.load(io.BytesIO(record)) as arrays:
-        return Sequence(**{name: arrays[name] for name in arrays.files})
+        return EncodedConversation(
+            **{field.name: arrays[_STORED_NAMES.get(field.name, field.name)] for field in _FIELDS}
+        )
 
 
 def _shard_path(folder: Path, shard: int, shards: int) -> Path:

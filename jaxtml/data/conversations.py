@@ -25,7 +25,8 @@ from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import VOCABULARY
 from jaxtml.stream.conversation import Conversation
-from jaxtml.stream.layout import Sequence, encode
+from jaxtml.stream.encoding import encode
+from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Term
 
@@ -94,10 +95,10 @@ class GeneratedConversations:
         rng = np.random.default_rng((data.seed, index))
         return make_conversation(rng, self.speakers, self.weights, data.turns)
 
-    def sequence(self, index: int) -> Sequence:
+    def encoded(self, index: int) -> EncodedConversation:
         """Returns the session of row `index`, encoded and cut at `config.data.tokens` positions."""
         data = self.config.data
-        sequence = encode(
+        encoded = encode(
             self.conversation(index),
             self.codec,
             self.config.duplex,
@@ -108,12 +109,12 @@ class GeneratedConversations:
         )
         rng = np.random.default_rng((data.seed, index, 1))
         if rng.random() >= data.misheard:
-            return sequence
-        return with_misheard_words(rng, sequence, self.config, self._vocabulary)
+            return encoded
+        return with_misheard_words(rng, encoded, self.config, self._vocabulary)
 
     def row(self, index: int) -> Row:
         """Returns the arrays of row `index` (see `jaxtml.data.rows.row_shapes`)."""
-        return pad(self.sequence(index), self.config)
+        return pad(self.encoded(index), self.config)
 
     @cached_property
     def _vocabulary(self) -> np.ndarray:
@@ -122,19 +123,19 @@ class GeneratedConversations:
 
 
 def with_misheard_words(
-    rng: np.random.Generator, sequence: Sequence, config: Config, other_tokens: np.ndarray
-) -> Sequence:
-    """Returns the sequence with some tokens of its transcript replaced by random ones of `other_tokens`.
+    rng: np.random.Generator, encoded: EncodedConversation, config: Config, other_tokens: np.ndarray
+) -> EncodedConversation:
+    """Returns the conversation with some tokens of its transcript replaced by random ones of `other_tokens`.
 
     Only what the model reads of its own past changes. Targets stay what the user said, so that the next word has to be
     found in the sound. A model that has only seen flawless transcripts believes its own (exposure bias). The text of
     the assistant answers what was really said, so such a row does not train it.
     """
-    heard = 1 + np.flatnonzero((sequence.term == Term.HEARD) & (sequence.target < config.duplex.control_base))
-    heard = heard[heard < len(sequence.ids)]
+    heard = 1 + np.flatnonzero((encoded.term == Term.HEARD) & (encoded.target < config.duplex.control_base))
+    heard = heard[heard < len(encoded.ids)]
     wrong = heard[rng.random(len(heard)) < rng.uniform(*_MISHEARD_SHARE)]
     if not len(wrong):
-        return sequence
-    ids = sequence.ids.copy()
+        return encoded
+    ids = encoded.ids.copy()
     ids[wrong] = rng.choice(other_tokens, len(wrong))
-    return replace(sequence, ids=ids, term=np.where(sequence.term == Term.TEXT, Term.NONE, sequence.term))
+    return replace(encoded, ids=ids, term=np.where(encoded.term == Term.TEXT, Term.NONE, encoded.term))

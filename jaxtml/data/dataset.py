@@ -7,11 +7,11 @@ How to add a dataset:
 
 1. Write a module beside this one with a class that has `row` and `digest`. Nothing has to be inherited.
    `jaxtml.data.conversations` is an example. To make a row from a two-channel recording, fill a
-   `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.layout.encode`, and bring it to the fixed
+   `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
 2. Add its name to `_KINDS` at the end of this file, with one function that makes what the dataset needs on disk and
    one that opens it.
-3. Train with `--set data.dataset=NAME`. With `conversation` and `sequence` the class also serves `jaxtml data --show`
+3. Train with `--set data.dataset=NAME`. With `conversation` and `encoded` the class also serves `jaxtml data --show`
    and `--rows`, and the trainer writes sample conversations.
 4. Copy the tests of `tests/data/test_dataset.py` that hold a dataset to its protocol.
 """
@@ -27,7 +27,7 @@ from jaxtml.data import conversations
 from jaxtml.data.rows import Row
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Conversation
-from jaxtml.stream.layout import Sequence
+from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
 
 
@@ -68,7 +68,7 @@ class ConversationDataset(Dataset, Protocol):
         """Returns the conversation behind row `index`."""
         ...
 
-    def sequence(self, index: int, /) -> Sequence:
+    def encoded(self, index: int, /) -> EncodedConversation:
         """Returns the conversation of row `index`, encoded but not padded."""
         ...
 

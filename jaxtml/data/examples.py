@@ -24,7 +24,7 @@ _USER, _OWN, _TAKEOVER, _PAUSE = "tab:blue", "tab:green", "tab:red", "gold"
 
 def takeovers(conversation: Conversation) -> list[tuple[float, float]]:
     """`(end_s, heard_s)` for each turn of the user that is answered: its end, and when the answer is first heard."""
-    heard = [(speech.start_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE for speech in conversation.speech]
+    heard = [(speech.start_micro_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE for speech in conversation.speech]
     pairs = []
     for end in conversation.user_end_s:
         later = [start for start in heard if start > end]
@@ -62,8 +62,8 @@ def summary(conversation: Conversation) -> str:
     for end, heard in takeovers(conversation):
         lines.append((end, f"           (taken over after {1000 * (heard - end):.0f} ms)"))
     for speech in conversation.speech:
-        start = (speech.start_turn + 1) * MICRO_TURN_MS / 1000
-        stop = (speech.end_turn + 1) * MICRO_TURN_MS / 1000
+        start = (speech.start_micro_turn + 1) * MICRO_TURN_MS / 1000
+        stop = (speech.end_micro_turn + 1) * MICRO_TURN_MS / 1000
         lines.append((start, f"assistant  {' '.join(word.text for word in speech.words)}   (silent from {stop:.1f} s)"))
     seconds = len(conversation.user) / SAMPLE_RATE
     head = (
@@ -115,7 +115,7 @@ def draw(conversation: Conversation, title: str) -> Figure:
     said = [word for speech in conversation.speech for word in speech.words]
     _spectrogram(own, conversation.assistant, said, _OWN, "assistant")
     for speech in conversation.speech:
-        start, end = speech.start_turn * MICRO_TURN_MS / 1000, speech.end_turn * MICRO_TURN_MS / 1000
+        start, end = speech.start_micro_turn * MICRO_TURN_MS / 1000, speech.end_micro_turn * MICRO_TURN_MS / 1000
         gate.broken_barh([(start, end - start)], (0, 1), facecolors=_OWN)
     gate.set_ylim(0, 1)
     gate.set_yticks([])

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from jaxtml.config import Config
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.images import PATCH
-from jaxtml.stream.layout import SPEECH_DIM, Sequence
+from jaxtml.stream.layout import SPEECH_DIM, EncodedConversation
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, N_MELS
 
 Row = dict[str, np.ndarray]
@@ -62,14 +62,14 @@ def max_own_speech(tokens: int) -> int:
     return FRAMES_PER_MICRO_TURN * (tokens // (FRAMES_PER_MICRO_TURN * _POSITIONS_PER_OWN_SPEECH))
 
 
-def pad(sequence: Sequence, config: Config) -> Row:
+def pad(encoded: EncodedConversation, config: Config) -> Row:
     """Returns an encoded conversation in the fixed shapes of `row_shapes`, with PAD positions at the end.
 
     Raises:
-      ValueError: the sequence has more positions, or more own-speech positions, than a row.
+      ValueError: the conversation has more positions, or more own-speech positions, than a row.
     """
     shapes = row_shapes(config)
-    length, spoken = len(sequence.kind), len(sequence.speech_at)
+    length, spoken = len(encoded.kind), len(encoded.speech_at)
     (tokens,), (own_speech,) = shapes["kind"][0], shapes["speech_at"][0]
     if length > tokens or spoken > own_speech:
         raise ValueError(f"{length} positions with {spoken} of own speech do not fit {tokens} and {own_speech}")
@@ -78,11 +78,11 @@ def pad(sequence: Sequence, config: Config) -> Row:
         shape, dtype = shapes[name]
         array = np.zeros(shape, dtype)
         if name == "clock":
-            array[:length] = sequence.clock[sequence.turn]
+            array[:length] = encoded.clock[encoded.micro_turn]
         elif name == "speech_valid":
             array[:spoken] = True
         else:
-            values = getattr(sequence, name)
+            values = getattr(encoded, name)
             array[: len(values)] = values
         return array
 

@@ -57,7 +57,7 @@ def group_of(path: str, spec: ParamSpec) -> str:
 
 
 class Inputs(NamedTuple):
-    """A batch of sequences as the model reads them (see `jaxtml.stream.layout.Sequence`).
+    """A batch of sequences as the model reads them (see `jaxtml.stream.layout.EncodedConversation`).
 
     Attributes:
       kind: `[B, T]` uint8, the `PositionKind` of each position.

@@ -16,7 +16,7 @@ from jaxtml.model.duplex.state import MicroTurnOutputs
 from jaxtml.session.batch import SessionBatch, SessionInput
 from jaxtml.session.engine import Engine
 from jaxtml.session.records import MicroTurn, Reply
-from jaxtml.stream.layout import plan_typed
+from jaxtml.stream.text_plan import plan_typed
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 

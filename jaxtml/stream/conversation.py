@@ -1,7 +1,9 @@
-"""A two-channel conversation with everything that is known about it: what data makers build and the layout encodes.
+"""A two-channel conversation with everything that is known about it.
 
-Times are seconds on the clock of the recording; both waveforms share it and have the same length. Called by
-`jaxtml.data` (which makes conversations) and `jaxtml.stream.layout` (which turns them into tokens and back).
+`jaxtml.data` makes conversations, `jaxtml.stream.encoding` turns them into tokens, and the evaluations hold a model to
+them. Times are seconds on the clock of the recording. Both waveforms share that clock and have the same length.
+
+Axes: N samples, H x W pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Word:
-    """One spoken word: its text and where it is heard, in seconds."""
+    """One spoken word.
+
+    Attributes:
+      text: the word, lower case.
+      start_s, end_s: where it is heard, in seconds.
+    """
 
     text: str
     start_s: float
@@ -22,35 +29,39 @@ class Word:
 
 @dataclass(frozen=True)
 class Speech:
-    """One stretch in which the assistant speaks.
+    """One stretch of micro-turns in which the assistant speaks.
 
-    The stretch starts and ends at micro-turn edges: the output of micro-turns `[start_turn, end_turn)`, heard one
-    micro-turn later. `words` carry absolute times on the conversation's clock. Words that an interruption cut off are
-    in `unsaid` with the times that they would have had: text is written before it is said.
+    The stretch starts and ends at micro-turn edges. It is the output of the micro-turns
+    `[start_micro_turn, end_micro_turn)`, which is heard one micro-turn later.
+
+    Attributes:
+      start_micro_turn, end_micro_turn: the stretch.
+      words: the words that are heard, with times on the clock of the conversation.
+      unsaid: words that an interruption cut off, with the times that they would have had. Text is written before it is
+        said.
     """
 
-    start_turn: int
-    end_turn: int
+    start_micro_turn: int
+    end_micro_turn: int
     words: tuple[Word, ...]
     unsaid: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What both sides said, and when.
+    """What both sides say, and when.
 
     Attributes:
-      user: `[N]` float32, what the microphone hears (speech, noise, room), 16 kHz; N is a whole number of micro-turns.
-      assistant: `[N]` float32, the assistant's clean voice on the same clock (silence outside `speech`).
-      user_words: the user's words in order of their end, as they should be transcribed.
-      speech: the assistant's stretches of speech, in order, not overlapping.
-      typed: `(turn, text)`: text that the user typed, known at the start of that micro-turn.
-      frames: `(turn, [2, H, W, 3] uint8)`: video known at the start of that micro-turn.
-      clock_s: seconds since the session began at the first sample (a conversation may be cut from a longer session).
-      wall_clock_s: seconds since the epoch at the first sample.
-      scenario: which scenario it was made from; for evaluation and inspection.
-      expected: for evaluation: the reply text that is right, or "" where silence is right.
-      user_end_s: ends of the user's complete turns, in seconds; for the gate's latency.
+      user: `[N]` float32, what the microphone hears (speech, noise, room) at 16 kHz. N is a whole number of
+      micro-turns. assistant: `[N]` float32, the assistant's clean voice on the same clock; silence outside `speech`.
+      user_words: the user's words as they should be transcribed, in the order of their ends. speech: the assistant's
+      stretches of speech, in order. They do not overlap. typed: `(micro-turn, text)` of what the user typed; the text
+      is known when the micro-turn starts. frames: `(micro-turn, [2, H, W, 3] uint8)` of the video that is known when
+      the micro-turn starts. clock_s: seconds since the session began, at the first sample. A conversation may be cut
+      from a longer session. wall_clock_s: seconds since the epoch, at the first sample. scenario: names of the
+      scenarios that it was made from, for evaluation and inspection. expected: for evaluation, the text of the right
+      reply; "" where silence is right. user_end_s: end of each complete user turn, in seconds. The latency of the gate
+      is measured from there.
     """
 
     user: np.ndarray

@@ -12,7 +12,8 @@ from jaxtml import config as configs
 from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.tasks import scenarios
-from jaxtml.stream.layout import decode, encode
+from jaxtml.stream.decoding import decode
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Term
 
@@ -29,7 +30,7 @@ def test_a_row_reads_back_as_its_conversation(dataset):
     decoded = decode(encode(talk, dataset.codec, duplex), dataset.codec, duplex)
     heard = " ".join(word.text for word in decoded.heard)
     assert " ".join(word.text for word in talk.user_words).startswith(heard)
-    assert [speech.start_turn for speech in decoded.speech] == [speech.start_turn for speech in talk.speech]
+    assert [speech.start_micro_turn for speech in decoded.speech] == [speech.start_micro_turn for speech in talk.speech]
 
 
 def test_another_seed_gives_other_rows(dataset):
@@ -45,8 +46,8 @@ def test_a_misheard_row_differs_in_heard_words_of_the_past_alone_and_trains_no_t
     )
     changed = heard = 0
     for index in range(12):
-        true, wrong = never.sequence(index), always.sequence(index)
-        for name in ("kind", "bins", "turn", "target", "speech_at", "speech"):
+        true, wrong = never.encoded(index), always.encoded(index)
+        for name in ("kind", "bins", "micro_turn", "target", "speech_at", "speech"):
             np.testing.assert_array_equal(getattr(true, name), getattr(wrong, name))
         differs = np.flatnonzero(true.ids != wrong.ids)
         assert (true.term[differs - 1] == Term.HEARD).all() and (true.ids[differs] < base).all()

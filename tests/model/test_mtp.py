@@ -28,7 +28,7 @@ from jaxtml.model.spec import Params, count_parameters, flatten, init_params
 from jaxtml.model.vocabulary import Scores
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.clock import CLOCK_FEATURES
-from jaxtml.stream.layout import encode
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.history import corrupt_history
 from jaxtml.train.loss import count_positions, loss_fn

@@ -17,7 +17,7 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
-from jaxtml.stream.layout import encode
+from jaxtml.stream.encoding import encode
 from jaxtml.train.gradients import make_gradients
 from jaxtml.train.parameters import parameter_shapes
 from jaxtml.train.step import make_train_step

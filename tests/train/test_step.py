@@ -18,7 +18,7 @@ from jaxtml.model import backbone
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.stream.layout import encode
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.balance import expert_balance
 from jaxtml.train.history import corrupt_history

@@ -25,7 +25,7 @@ from jaxtml.model.placement import Placement
 from jaxtml.model.spec import Params
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.conversation import Conversation
-from jaxtml.stream.layout import encode
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control, PositionKind

@@ -89,7 +89,7 @@ class SessionDraft:
         speech = self.speech[-1]
         said = sum(word.end_s * SAMPLE_RATE <= stop for word in speech.words)
         self.speech[-1] = replace(
-            speech, end_turn=micro_turn + 1, words=speech.words[:said], unsaid=speech.words[said:]
+            speech, end_micro_turn=micro_turn + 1, words=speech.words[:said], unsaid=speech.words[said:]
         )
         self.assistant[stop - _FADE_OUT : stop] *= np.linspace(1, 0, _FADE_OUT, dtype=np.float32)
         self.assistant[stop:] = 0

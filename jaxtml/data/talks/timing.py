@@ -102,7 +102,7 @@ def fill_with_typing(rng: np.random.Generator, draft: SessionDraft, speakers: Sp
         draft.place_reply(reply, micro_turn)
         draft.place_typed(text, micro_turn)
         draft.scenarios.append("typed")
-        micro_turn = draft.speech[-1].end_turn + 1 + int(rng.exponential(1.0))
+        micro_turn = draft.speech[-1].end_micro_turn + 1 + int(rng.exponential(1.0))
 
 
 def _place_exchange(

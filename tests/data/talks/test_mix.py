@@ -51,7 +51,7 @@ def test_the_reply_is_heard_200_to_400_ms_after_the_users_end(speakers):
     for talk in talks:
         assert len(talk.user_end_s) == len(talk.speech)
         for end_s, speech in zip(talk.user_end_s, talk.speech, strict=True):
-            latencies.append((speech.start_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE - end_s)
+            latencies.append((speech.start_micro_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE - end_s)
             heard = sounding(talk.user[: round(end_s * SAMPLE_RATE)])
             assert len(talk.user) and round(end_s * SAMPLE_RATE) - heard[-1] < 400, "the end is the end of the sound"
     assert len(latencies) > 60
@@ -66,9 +66,10 @@ def test_the_assistant_is_heard_only_inside_its_stretches(speakers, name):
         spoken = np.zeros(len(talk.assistant), bool)
         last = -1
         for speech in talk.speech:
-            assert last < speech.start_turn < speech.end_turn, "stretches are in order with a listening turn between"
-            last = speech.end_turn
-            spoken[(speech.start_turn + 1) * MICRO_TURN_SAMPLES : (speech.end_turn + 1) * MICRO_TURN_SAMPLES] = True
+            start, end = speech.start_micro_turn, speech.end_micro_turn
+            assert last < start < end, "stretches are in order, with a micro-turn that listens between them"
+            last = end
+            spoken[(start + 1) * MICRO_TURN_SAMPLES : (end + 1) * MICRO_TURN_SAMPLES] = True
             for word in speech.words:
                 assert spoken[int(word.start_s * SAMPLE_RATE)] and spoken[int(word.end_s * SAMPLE_RATE) - 1]
         assert spoken[sounding(talk.assistant)].all()
@@ -124,11 +125,11 @@ def test_an_interrupted_assistant_has_stopped_within_400_ms_and_then_answers(spe
             interrupted += 1
             before, after = talk.speech[n - 1], talk.speech[n]
             start_s = min(w.start_s for w in talk.user_words if talk.user_end_s[n - 1] < w.start_s)
-            stop = (before.end_turn + 1) * MICRO_TURN_SAMPLES
+            stop = (before.end_micro_turn + 1) * MICRO_TURN_SAMPLES
             # a clip begins up to 10 ms before its first word, and the micro-turn is that of the clip
             assert 0.19 <= stop / SAMPLE_RATE - start_s <= 0.4
-            assert (before.start_turn + 1) * MICRO_TURN_SAMPLES < start_s * SAMPLE_RATE, "it was speaking"
-            assert np.abs(talk.assistant[stop : (after.start_turn + 1) * MICRO_TURN_SAMPLES]).max() == 0
+            assert (before.start_micro_turn + 1) * MICRO_TURN_SAMPLES < start_s * SAMPLE_RATE, "it was speaking"
+            assert np.abs(talk.assistant[stop : (after.start_micro_turn + 1) * MICRO_TURN_SAMPLES]).max() == 0
             assert np.abs(talk.assistant[stop - 8 : stop]).max() < 0.02, "it fades, it does not click"
             assert " ".join(word.text for word in before.words) != talk.expected.split(" | ")[n - 1]
     assert interrupted > 20
@@ -139,7 +140,8 @@ def test_an_interrupted_stretch_keeps_only_words_that_were_said_to_their_end(spe
         for speech, reply in zip(talk.speech, talk.expected.split(" | "), strict=True):
             said = [word.text for word in speech.words]
             assert said == reply.split()[: len(said)]
-            assert all(word.end_s * SAMPLE_RATE <= (speech.end_turn + 1) * MICRO_TURN_SAMPLES for word in speech.words)
+            end = (speech.end_micro_turn + 1) * MICRO_TURN_SAMPLES
+            assert all(word.end_s * SAMPLE_RATE <= end for word in speech.words)
             assert [*said, *(word.text for word in speech.unsaid)] == reply.split()
 
 
@@ -147,12 +149,12 @@ def test_what_is_typed_is_answered_in_the_micro_turn_in_which_it_is_read(speaker
     replies = set()
     for talk in made(speakers, "typed"):
         assert talk.user_words == () and talk.user_end_s == ()
-        assert [turn for turn, _ in talk.typed] == [speech.start_turn for speech in talk.speech]
+        assert [turn for turn, _ in talk.typed] == [speech.start_micro_turn for speech in talk.speech]
         expected = [reply_to(text.split()) for _, text in talk.typed]
         assert expected == [" ".join(word.text for word in speech.words) for speech in talk.speech]
         assert talk.expected == " | ".join(expected)
         replies.update(expected)
-        spoken = sum(speech.end_turn - speech.start_turn for speech in talk.speech)
+        spoken = sum(speech.end_micro_turn - speech.start_micro_turn for speech in talk.speech)
         assert spoken > 0.5 * len(talk.user) / MICRO_TURN_SAMPLES, "little else but the model's own voice"
     assert len(replies) > 100
 

@@ -1,18 +1,21 @@
-"""The micro-turn layout: what stands where, what predicts what, and what a sequence still knows of its conversation."""
+"""An encoded conversation: what stands where, which position predicts which, and what can be read back."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from jaxtml.stream.clock import clock_features, week_ms
 from jaxtml.stream.conversation import Conversation, Speech, Word
+from jaxtml.stream.decoding import decode
 from jaxtml.stream.dmel import SILENT_BINS, fine_log_mel, log_mel, quantise
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.images import image_patches
-from jaxtml.stream.layout import Sequence, decode, encode, plan_text
+from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control, PositionKind, Term
 
@@ -26,61 +29,65 @@ def limits(small):
 
 
 @pytest.fixture(scope="module")
-def encoded(talk, codec, limits) -> list[tuple[Conversation, Sequence]]:
+def encoded(talk, codec, limits) -> list[tuple[Conversation, EncodedConversation]]:
     talks = [talk(seed) for seed in SEEDS]
     return [(t, encode(t, codec, limits, heard_delay_ms=DELAY_MS, lead_ms=LEAD_MS)) for t in talks]
 
 
-def silence(turns: int, **parts) -> Conversation:
-    return Conversation(
-        np.zeros(turns * MICRO_TURN_SAMPLES, np.float32), np.zeros(turns * MICRO_TURN_SAMPLES, np.float32), **parts
-    )
+def silence(micro_turns: int, **known) -> Conversation:
+    wave = np.zeros(micro_turns * MICRO_TURN_SAMPLES, np.float32)
+    return Conversation(wave, wave, **known)
 
 
-def spelled(sequence: Sequence, base: int) -> list[str]:
-    """Each micro-turn as a string of one letter a position.
+def positions(sequence: EncodedConversation) -> Iterator[tuple[int, int, int]]:
+    """Yields kind, token and micro-turn of each position."""
+    return zip(sequence.kind.tolist(), sequence.ids.tolist(), sequence.micro_turn.tolist(), strict=True)
+
+
+def letters_of(sequence: EncodedConversation, base: int) -> list[str]:
+    """Returns each micro-turn as a string with one letter per position.
 
     T turn, Y typed, x text, p patch, u user frame, H heard, S say, L listen, K speak, o own frame.
     """
     controls = {Control.TYPED: "Y", Control.HEARD: "H", Control.SAY: "S", Control.LISTEN: "L", Control.SPEAK: "K"}
     kinds = {PositionKind.TURN: "T", PositionKind.PATCH: "p", PositionKind.USER: "u", PositionKind.OWN: "o"}
-    turns = [""] * (int(sequence.turn[-1]) + 1 if len(sequence.turn) else 0)
-    for kind, token, turn in zip(sequence.kind.tolist(), sequence.ids.tolist(), sequence.turn.tolist(), strict=True):
+    micro_turns = [""] * (int(sequence.micro_turn[-1]) + 1 if len(sequence.micro_turn) else 0)
+    for kind, token, micro_turn in positions(sequence):
         text = controls[Control(token - base)] if kind == PositionKind.TEXT and token >= base else "x"
-        turns[turn] += kinds.get(PositionKind(kind), text)
-    return turns
+        micro_turns[micro_turn] += kinds.get(PositionKind(kind), text)
+    return micro_turns
 
 
-def parts(sequence: Sequence, base: int, opens: Control) -> list[list[int]]:
-    """Per micro-turn, the text tokens after the control `opens`."""
-    turns: list[list[int]] = [[] for _ in range(int(sequence.turn[-1]) + 1)]
+def tokens_after(sequence: EncodedConversation, base: int, control: Control) -> list[list[int]]:
+    """Returns for each micro-turn the text tokens that follow `control`."""
+    micro_turns: list[list[int]] = [[] for _ in range(int(sequence.micro_turn[-1]) + 1)]
     inside = False
-    for kind, token, turn in zip(sequence.kind.tolist(), sequence.ids.tolist(), sequence.turn.tolist(), strict=True):
+    for kind, token, micro_turn in positions(sequence):
         if kind != PositionKind.TEXT or token >= base:
-            inside = kind == PositionKind.TEXT and token == base + opens
+            inside = kind == PositionKind.TEXT and token == base + control
         elif inside:
-            turns[turn].append(token)
-    return turns
+            micro_turns[micro_turn].append(token)
+    return micro_turns
 
 
 def test_every_micro_turn_keeps_the_order_of_its_parts(encoded, limits):
     for talk, sequence in encoded:
-        turns = spelled(sequence, limits.control_base)
-        assert len(turns) == len(talk.user) // MICRO_TURN_SAMPLES
-        for turn in turns:
-            assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(L|Ko{4})", turn), turn
+        micro_turns = letters_of(sequence, limits.control_base)
+        assert len(micro_turns) == len(talk.user) // MICRO_TURN_SAMPLES
+        for letters in micro_turns:
+            assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(L|Ko{4})", letters), letters
 
 
 def test_own_speech_stands_where_the_conversation_speaks(encoded, limits):
     for talk, sequence in encoded:
-        spoken = {turn for speech in talk.speech for turn in range(speech.start_turn, speech.end_turn)}
-        assert {i for i, turn in enumerate(spelled(sequence, limits.control_base)) if "K" in turn} == spoken
+        speaks = {i for speech in talk.speech for i in range(speech.start_micro_turn, speech.end_micro_turn)}
+        assert {i for i, letters in enumerate(letters_of(sequence, limits.control_base)) if "K" in letters} == speaks
 
 
 def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothing_else_is(encoded, limits):
     base = limits.control_base
     for _, sequence in encoded:
-        letters = "".join(spelled(sequence, base))
+        letters = "".join(letters_of(sequence, base))
         term = Term.NONE
         for i, letter in enumerate(letters):
             if letter in "TYpu":
@@ -89,7 +96,7 @@ def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothin
             if letter in "HSLK" or (letter == "x" and term != Term.NONE):
                 assert sequence.term[i - 1] == term
                 assert sequence.target[i - 1] == sequence.ids[i]
-                assert sequence.turn[i - 1] == sequence.turn[i]
+                assert sequence.micro_turn[i - 1] == sequence.micro_turn[i]
             elif i:
                 assert sequence.term[i - 1] == Term.NONE and sequence.target[i - 1] == 0
         assert sequence.term[-1] == Term.NONE
@@ -101,7 +108,7 @@ def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
         coarse = np.concatenate([log_mel(talk.assistant), log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
-            heard = 4 * (int(sequence.turn[at]) + 1) + order % 4
+            heard = 4 * (int(sequence.micro_turn[at]) + 1) + order % 4
             # The last micro-turn is heard after the recording: its first frame still sees the recording's end.
             if heard < 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(target[:80], coarse[heard])
@@ -113,12 +120,12 @@ def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
 def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
     starts = 0
     for _, sequence in encoded:
-        turns = spelled(sequence, limits.control_base)
+        micro_turns = letters_of(sequence, limits.control_base)
         for at in sequence.speech_at[::4]:
-            turn = int(sequence.turn[at])
-            if turn == 0 or "K" not in turns[turn - 1]:
-                # A frame's window reaches 50 ms back: right after a stretch it still holds its end.
-                if turn < 2 or "K" not in turns[turn - 2]:
+            i = int(sequence.micro_turn[at])
+            if i == 0 or "K" not in micro_turns[i - 1]:
+                # A frame's window reaches 50 ms back: right after a stretch it still holds the end of the stretch.
+                if i < 2 or "K" not in micro_turns[i - 2]:
                     assert (sequence.bins[at] == SILENT_BINS).all()
                 starts += 1
     assert starts > 10
@@ -126,9 +133,9 @@ def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
 
 def test_user_frames_read_back_within_half_a_quantisation_step(encoded, codec, limits):
     for talk, sequence in encoded:
-        got = decode(sequence, codec, limits).user_log_mel
-        assert np.abs(got - log_mel(talk.user)).max() <= 0.3 + 1e-6
-        np.testing.assert_array_equal(quantise(got), quantise(log_mel(talk.user)))
+        read = decode(sequence, codec, limits).user_log_mel
+        assert np.abs(read - log_mel(talk.user)).max() <= 0.3 + 1e-6
+        np.testing.assert_array_equal(quantise(read), quantise(log_mel(talk.user)))
 
 
 def test_heard_words_read_back_in_order_and_late_only_where_a_micro_turn_was_full(encoded, codec, limits):
@@ -136,12 +143,12 @@ def test_heard_words_read_back_in_order_and_late_only_where_a_micro_turn_was_ful
     for talk, sequence in encoded:
         words = decode(sequence, codec, limits).heard
         assert [w.text for w in words] == [w.text for w in talk.user_words[: len(words)]]
-        used = [len(tokens) for tokens in parts(sequence, limits.control_base, Control.HEARD)]
-        for said, got in zip(talk.user_words, words, strict=False):
-            due, at = int((said.end_s * 1000 + DELAY_MS) // 200), round(got.start_s / 0.2)
+        used = [len(tokens) for tokens in tokens_after(sequence, limits.control_base, Control.HEARD)]
+        for said, read in zip(talk.user_words, words, strict=False):
+            due, at = int((said.end_s * 1000 + DELAY_MS) // 200), round(read.start_s / 0.2)
             assert at >= due and all(n == limits.max_heard for n in used[due:at])
         lost, kept = lost + len(talk.user_words) - len(words), kept + len(words)
-        for word in talk.user_words[len(words) :][:1]:  # the first that is lost did not fit before the end
+        for word in talk.user_words[len(words) :][:1]:  # The first lost word did not fit before the end.
             due = int((word.end_s * 1000 + DELAY_MS) // 200)
             assert sum(limits.max_heard - n for n in used[due:]) < len(codec.encode(word.text))
     assert lost and kept > 5 * lost
@@ -151,37 +158,30 @@ def test_said_words_read_back_inside_their_stretch_and_before_their_sound(encode
     late = 0
     for talk, sequence in encoded:
         decoded = decode(sequence, codec, limits).speech
-        used = [len(tokens) for tokens in parts(sequence, limits.control_base, Control.SAY)]
-        edges = [(s.start_turn, s.end_turn) for s in talk.speech]
-        joined: list[list[int]] = []
+        used = [len(tokens) for tokens in tokens_after(sequence, limits.control_base, Control.SAY)]
+        edges = [(s.start_micro_turn, s.end_micro_turn) for s in talk.speech]
+        merged: list[list[int]] = []
         for start, end in edges:
-            if joined and joined[-1][1] == start:
-                joined[-1][1] = end
+            if merged and merged[-1][1] == start:
+                merged[-1][1] = end
             else:
-                joined.append([start, end])
-        assert [[s.start_turn, s.end_turn] for s in decoded] == joined
-        got = [word for speech in decoded for word in speech.words]
+                merged.append([start, end])
+        assert [[s.start_micro_turn, s.end_micro_turn] for s in decoded] == merged
+        words = [word for speech in decoded for word in speech.words]
         for speech in talk.speech:
-            here = [w for w in got if speech.start_turn <= round(w.start_s / 0.2) < speech.end_turn]
-            assert [w.text for w in here] == [w.text for w in speech.words[: len(here)]]
-            for said, word in zip(speech.words, here, strict=False):
-                due = max(speech.start_turn, int((said.start_s * 1000 - 200 - LEAD_MS) // 200))
-                at = round(word.start_s / 0.2)
+            start, end = speech.start_micro_turn, speech.end_micro_turn
+            inside = [word for word in words if start <= round(word.start_s / 0.2) < end]
+            assert [w.text for w in inside] == [w.text for w in speech.words[: len(inside)]]
+            for said, read in zip(speech.words, inside, strict=False):
+                due = max(start, int((said.start_s * 1000 - 200 - LEAD_MS) // 200))
+                at = round(read.start_s / 0.2)
                 assert at >= due and all(n == limits.max_text for n in used[due:at])
                 late += at > due
         assert all(n == 0 or any(a <= i < b for a, b in edges) for i, n in enumerate(used))
     assert late
 
 
-def test_a_long_word_runs_on_into_the_next_micro_turns(codec, limits):
-    long = "abcdefg"  # a space and seven letters
-    talk = silence(8, user_words=(Word(long, 0.0, 0.3), Word("xy", 0.3, 0.35)))
-    heard = [t.heard for t in plan_text(talk, codec, limits, heard_delay_ms=DELAY_MS, lead_ms=LEAD_MS)]
-    assert [len(h) for h in heard] == [0, 0, 3, 3, 3, 2, 0, 0]
-    assert [token for h in heard for token in h] == codec.encode(long) + codec.encode("xy")
-
-
-def test_a_word_that_does_not_fit_before_the_end_is_left_out_whole(codec, limits):
+def test_a_word_that_does_not_fit_before_the_end_is_left_out_uncut(codec, limits):
     talk = silence(4, user_words=(Word("xy", 0.0, 0.3), Word("abcdefg", 0.3, 0.4)))
     sequence = encode(talk, codec, limits)
     assert [w.text for w in decode(sequence, codec, limits).heard] == ["xy"]
@@ -192,78 +192,70 @@ def test_a_word_that_does_not_fit_before_the_end_is_left_out_whole(codec, limits
 
 def test_nothing_is_heard_before_it_was_said(codec, limits):
     talk = silence(10, user_words=(Word("hi", 0.5, 0.79),))
-    for delay, turn in ((0, 3), (9, 3), (10, 4), (120, 4), (211, 5)):
+    for delay, micro_turn in ((0, 3), (9, 3), (10, 4), (120, 4), (211, 5)):
         sequence = encode(talk, codec, limits, heard_delay_ms=delay)
-        assert [w.start_s / 0.2 for w in decode(sequence, codec, limits).heard] == [pytest.approx(turn)]
+        assert [w.start_s / 0.2 for w in decode(sequence, codec, limits).heard] == [pytest.approx(micro_turn)]
 
 
 def test_a_config_without_transcript_has_none(codec, limits):
     talk = silence(10, user_words=(Word("hi", 0.5, 0.79),))
     sequence = encode(talk, codec, dataclasses.replace(limits, heard=False))
-    assert set(spelled(sequence, limits.control_base)) == {"TuuuuL"}
+    assert set(letters_of(sequence, limits.control_base)) == {"TuuuuL"}
 
 
 def test_typed_text_and_frames_stand_in_their_micro_turn(encoded, codec, limits):
     for talk, sequence in encoded:
-        typed = parts(sequence, limits.control_base, Control.TYPED)
+        typed = tokens_after(sequence, limits.control_base, Control.TYPED)
         assert {i: codec.decode(t).strip() for i, t in enumerate(typed) if t} == dict(talk.typed)
         patches = [image_patches(pair) for _, pair in sorted(talk.frames, key=lambda f: f[0])]
-        where = sequence.turn[sequence.kind == PositionKind.PATCH]
+        where = sequence.micro_turn[sequence.kind == PositionKind.PATCH]
         assert where.tolist() == sorted(t for t, pair in talk.frames for _ in image_patches(pair))
         if patches:
             np.testing.assert_array_equal(sequence.patches, np.concatenate(patches))
 
 
-def test_typed_text_without_room_goes_on_in_the_next_micro_turn(codec, limits):
+def test_typed_text_without_room_continues_in_the_next_micro_turn(codec, limits):
     ids, room = codec.encode("too long to type"), limits.max_typed - 1
     assert len(ids) > room
-    turns = -(-len(ids) // room) + 2
-    typed = parts(
-        encode(silence(turns, typed=((1, "too long to type"),)), codec, limits), limits.control_base, Control.TYPED
-    )
-    assert [len(t) for t in typed] == [
-        0,
-        *([room] * (len(ids) // room)),
-        *([len(ids) % room] * (len(ids) % room > 0)),
-        0,
-    ]
-    assert [token for t in typed for token in t] == ids
+    sequence = encode(silence(-(-len(ids) // room) + 2, typed=((1, "too long to type"),)), codec, limits)
+    typed = tokens_after(sequence, limits.control_base, Control.TYPED)
+    full, rest = divmod(len(ids), room)
+    assert [len(tokens) for tokens in typed] == [0, *([room] * full), *([rest] * (rest > 0)), 0]
+    assert [token for tokens in typed for token in tokens] == ids
     cut = encode(silence(2, typed=((1, "too long to type"),)), codec, limits)
-    assert parts(cut, limits.control_base, Control.TYPED) == [[], ids[:room]], "the session ends first"
+    assert tokens_after(cut, limits.control_base, Control.TYPED) == [[], ids[:room]], "the session ends first"
     twice = encode(silence(9, typed=((1, "a"), (1, "b"))), codec, limits)
-    typed = parts(twice, limits.control_base, Control.TYPED)
+    typed = tokens_after(twice, limits.control_base, Control.TYPED)
     assert [token for t in typed for token in t] == codec.encode("a") + codec.encode("b")
 
 
 def test_the_clock_counts_from_the_session_and_from_the_wall(encoded):
     for talk, sequence in encoded:
-        turns = len(talk.user) // MICRO_TURN_SAMPLES
-        expected = clock_features(
-            round(talk.clock_s * 5) + np.arange(turns), week_ms(talk.wall_clock_s) + 200 * np.arange(turns)
-        )
+        count = np.arange(len(talk.user) // MICRO_TURN_SAMPLES)
+        expected = clock_features(round(talk.clock_s * 5) + count, week_ms(talk.wall_clock_s) + 200 * count)
         np.testing.assert_array_equal(sequence.clock, expected)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_cut_falls_on_a_micro_turn_edge_and_keeps_all_that_fits(talk, codec, limits, seed):
-    whole = encode(talk(seed), codec, limits)
-    ends = np.append(np.flatnonzero(np.diff(whole.turn)) + 1, len(whole.kind))
-    spoken = np.array([(whole.speech_at < end).sum() for end in ends])
-    for most, speech in ((0, None), (40, None), (77, None), (ends[3], None), (None, 0), (None, 7), (100, 8)):
-        cut = encode(talk(seed), codec, limits, max_tokens=most, max_speech=speech)
-        fits = ends[
-            (ends <= (most if most is not None else 10**6)) & (spoken <= (speech if speech is not None else 10**6))
-        ]
+    uncut = encode(talk(seed), codec, limits)
+    ends = np.append(np.flatnonzero(np.diff(uncut.micro_turn)) + 1, len(uncut.kind))
+    spoken = np.array([(uncut.speech_at < end).sum() for end in ends])
+    limitless = 10**6
+    for tokens, speech in ((0, None), (40, None), (77, None), (ends[3], None), (None, 0), (None, 7), (100, 8)):
+        cut = encode(talk(seed), codec, limits, max_tokens=tokens, max_speech=speech)
+        most_tokens, most_speech = (limitless if limit is None else limit for limit in (tokens, speech))
+        fits = ends[(ends <= most_tokens) & (spoken <= most_speech)]
         length = int(fits[-1]) if len(fits) else 0
-        for name in ("kind", "ids", "bins", "turn", "target", "term"):
-            np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:length])
-        np.testing.assert_array_equal(cut.speech_at, whole.speech_at[whole.speech_at < length])
-        np.testing.assert_array_equal(cut.speech, whole.speech[: len(cut.speech_at)])
+        for name in ("kind", "ids", "bins", "micro_turn", "target", "term"):
+            np.testing.assert_array_equal(getattr(cut, name), getattr(uncut, name)[:length])
+        np.testing.assert_array_equal(cut.speech_at, uncut.speech_at[uncut.speech_at < length])
+        np.testing.assert_array_equal(cut.speech, uncut.speech[: len(cut.speech_at)])
         assert len(cut.patches) == (cut.kind == PositionKind.PATCH).sum()
-        assert len(cut.clock) == (cut.turn[-1] + 1 if length else 0)
+        assert len(cut.clock) == (cut.micro_turn[-1] + 1 if length else 0)
 
 
-def test_what_is_said_goes_on_behind_a_delegation_and_unknown_controls_are_passed_over(codec, limits):
+def test_text_continues_behind_a_delegation_and_unknown_controls_are_skipped(codec, limits):
     said = encode(silence(3, speech=(Speech(0, 2, (Word("a", 0.3, 0.4),)),)), codec, limits, lead_ms=2000)
     at = int(np.flatnonzero(said.ids == limits.control_base + Control.SAY)[0])
     base, (red, blue) = limits.control_base, (codec.encode(word) for word in ("x", "b"))
@@ -273,7 +265,7 @@ def test_what_is_said_goes_on_behind_a_delegation_and_unknown_controls_are_passe
         said,
         kind=np.insert(said.kind, [behind] * len(more), PositionKind.TEXT),
         ids=np.insert(said.ids, [behind] * len(more), more),
-        turn=np.insert(said.turn, [behind] * len(more), said.turn[at]),
+        micro_turn=np.insert(said.micro_turn, [behind] * len(more), said.micro_turn[at]),
         bins=np.insert(said.bins, [behind] * len(more), 0, axis=0),
     )
     (speech,) = decode(longer, codec, limits).speech
@@ -297,6 +289,6 @@ def test_an_empty_conversation_is_an_empty_sequence(codec, limits):
         (lambda: silence(4, frames=((2, np.zeros((80, 80, 3), np.uint8)),)), "micro-turn 2: 6 patches, at most 2"),
     ],
 )
-def test_what_cannot_be_encoded_is_refused_with_a_clear_message(codec, limits, broken, message):
+def test_a_conversation_that_cannot_be_encoded_is_refused_with_a_clear_message(codec, limits, broken, message):
     with pytest.raises(ValueError, match=message):
         encode(broken(), codec, limits)
