@@ -26,7 +26,7 @@ from jaxtml.session.batch import SessionBatch, SessionInput
 from jaxtml.session.converse import micro_turns_of
 from jaxtml.session.engine import Engine
 from jaxtml.session.records import MicroTurn, Reply
-from jaxtml.stream import layout
+from jaxtml.stream import decoding, encoding, layout
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
@@ -139,10 +139,10 @@ class Model:
             for i, chunk in enumerate(chunks)
         )
 
-    def encode(self, conversation: Conversation) -> layout.Sequence:
+    def encode(self, conversation: Conversation) -> layout.EncodedConversation:
         """Encodes a conversation as the tokens and frames that the model is trained on, micro-turn by micro-turn.
 
-        `jaxtml.stream.layout` has the order of the positions, and what encoding loses.
+        `jaxtml.stream.layout` has the order of the positions, `jaxtml.stream.encoding` what encoding loses.
 
         Raises:
           InputError: the waveforms differ in length or are not whole micro-turns, stretches of speech overlap, or a
@@ -150,7 +150,7 @@ class Model:
         """
         config = self.config
         try:
-            return layout.encode(
+            return encoding.encode(
                 conversation,
                 self.engine.codec,
                 config.duplex,
@@ -160,9 +160,9 @@ class Model:
         except ValueError as error:
             raise InputError(f"the conversation cannot be encoded: {error}") from error
 
-    def decode(self, sequence: layout.Sequence) -> layout.Decoded:
+    def decode(self, sequence: layout.EncodedConversation) -> decoding.DecodedConversation:
         """Reads an encoded conversation back: words with their times, and the user's log-mels."""
-        return layout.decode(sequence, self.engine.codec, self.config.duplex)
+        return decoding.decode(sequence, self.engine.codec, self.config.duplex)
 
 
 class Session:
