@@ -1,4 +1,4 @@
-"""A peer as aiortc makes one, beside `serving`: it says a tone and keeps what it hears."""
+"""A WebRTC client for tests, made with aiortc: it sends a tone and keeps what it hears. Used beside `serving`."""
 
 from __future__ import annotations
 
@@ -22,87 +22,100 @@ from jaxtml.session.slots import Slots
 from tests.serve.serving import WAIT_S
 from tests.serve.stepped import InProcessWorker, Script, SteppedClock, scripted
 
-RATE = 48_000
+RATE = 48_000  # Hz, as aiortc plays and records
 
 
 def tone(hz: float, start: int, count: int, rate: int) -> np.ndarray:
+    """Returns `count` samples of a tone from sample `start` on, `[count]` float32."""
     return (0.3 * np.sin(2 * np.pi * hz * (start + np.arange(count)) / rate)).astype(np.float32)
 
 
-def loudest(samples: np.ndarray, rate: int) -> float:
-    """Hz."""
+def loudest_hz(samples: np.ndarray, rate: int) -> float:
+    """Returns the frequency of the loudest tone in `samples`."""
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
     return float(np.argmax(spectrum)) * rate / len(samples)
 
 
-class Mouth(MediaStreamTrack):
-    """A tone in packets of 20 ms."""
+class ToneTrack(MediaStreamTrack):
+    """A microphone that records a tone, in packets of 20 ms."""
 
     kind = "audio"
 
     def __init__(self, hz: float):
         super().__init__()
-        self.hz, self.sent, self.began = hz, 0, time.monotonic()
+        self.hz, self.sent, self.began_at = hz, 0, time.monotonic()
 
     async def recv(self) -> av.AudioFrame:
-        await asyncio.sleep(self.began + self.sent / RATE - time.monotonic())
+        await asyncio.sleep(self.began_at + self.sent / RATE - time.monotonic())
         samples = tone(self.hz, self.sent, 960, RATE)
-        both = np.repeat((samples * 2**15).astype(np.int16), 2)[None]
-        frame = av.AudioFrame.from_ndarray(both, "s16", "stereo")
+        stereo = np.repeat((samples * 2**15).astype(np.int16), 2)[None]
+        frame = av.AudioFrame.from_ndarray(stereo, "s16", "stereo")
         frame.sample_rate, frame.pts, frame.time_base = RATE, self.sent, fractions.Fraction(1, RATE)
         self.sent += 960
         return frame
 
 
-class Caller:
-    """A peer, all events that came over its data channel, and the last two seconds that it heard."""
+class PeerClient:
+    """A WebRTC client.
+
+    Attributes:
+      events: all events that it has read from its data channel.
+    """
 
     def __init__(self, *tracks: MediaStreamTrack):
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.channel = self.pc.createDataChannel("oai-events")
         self.events: list[dict[str, Any]] = []
-        self._pieces: deque[np.ndarray] = deque(maxlen=100)
-        self._new: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._heard: deque[np.ndarray] = deque(maxlen=100)  # the last two seconds, in packets of 20 ms
+        self._unread: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self.channel.on("message", lambda text: self._new.put_nowait(json.loads(text)))
-        self.channel.on("close", lambda: self._new.put_nowait(None))
+        self.channel.on("message", lambda text: self._unread.put_nowait(json.loads(text)))
+        self.channel.on("close", lambda: self._unread.put_nowait(None))
         self.pc.on("track", lambda track: self._tasks.append(asyncio.create_task(self._listen(track))))
         for track in tracks:
             self.pc.addTrack(track)
 
     async def offer(self) -> str:
+        """Returns its offer, in SDP."""
         await self.pc.setLocalDescription(await self.pc.createOffer())
         return self.pc.localDescription.sdp
 
-    async def answered(self, sdp: str) -> None:
+    async def take_answer(self, sdp: str) -> None:
+        """Takes the server's answer and connects."""
         await self.pc.setRemoteDescription(RTCSessionDescription(sdp, "answer"))
 
     def heard(self) -> np.ndarray:
-        """`[N]` float32 at 48 kHz."""
-        return np.concatenate([np.zeros(0, np.float32), *self._pieces])
+        """Returns the last two seconds that it heard, `[N]` float32 at 48 kHz."""
+        return np.concatenate([np.zeros(0, np.float32), *self._heard])
 
     def send(self, kind: str, **fields: Any) -> None:
+        """Sends an event of type `kind`."""
         self.channel.send(json.dumps({"type": kind, **fields}))
 
     async def until(self, kind: str) -> dict[str, Any]:
-        """The next event of that type. Raises `ConnectionError` where the data channel was closed."""
+        """Reads events up to the next one of type `kind`, and returns that one.
+
+        Raises:
+          ConnectionError: the data channel was closed.
+        """
         async with asyncio.timeout(WAIT_S):
-            while (event := await self._new.get()) is not None:
+            while (event := await self._unread.get()) is not None:
                 self.events.append(event)
                 if event["type"] == kind:
                     return event
         raise ConnectionError("closed")
 
     async def closed(self) -> None:
-        """Reads until the data channel was closed."""
-        while (event := await asyncio.wait_for(self._new.get(), WAIT_S)) is not None:
+        """Reads events until the data channel is closed."""
+        while (event := await asyncio.wait_for(self._unread.get(), WAIT_S)) is not None:
             self.events.append(event)
 
     def kinds(self) -> list[str]:
+        """Returns the types of the events that were read so far."""
         return [event["type"] for event in self.events]
 
     def vanish(self) -> None:
-        """Is gone without a word, as where the network is."""
+        """Disappears without closing anything, as if the network had failed."""
         for protocol in self.pc.sctp.transport.transport._connection._protocols:
             protocol.transport.abort()
 
@@ -111,11 +124,12 @@ class Caller:
             while True:
                 frame = await track.recv()
                 samples = frame.to_ndarray().reshape(-1, 2)[:, 0].astype(np.float32) / 2**15
-                self._pieces.append(samples)
+                self._heard.append(samples)
         except MediaStreamError:
             pass
 
     async def close(self) -> None:
+        """Closes the connection normally."""
         await self.pc.close()
         for task in self._tasks:
             task.cancel()
@@ -123,24 +137,26 @@ class Caller:
 
 
 @asynccontextmanager
-async def calling(*tracks: MediaStreamTrack) -> AsyncIterator[Caller]:
-    caller = Caller(*tracks)
+async def open_peer_client(*tracks: MediaStreamTrack) -> AsyncIterator[PeerClient]:
+    """Yields a WebRTC client with these tracks, and closes it afterwards."""
+    client = PeerClient(*tracks)
     try:
-        yield caller
+        yield client
     finally:
-        await caller.close()
+        await client.close()
 
 
-def singing(hz: float, script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
-    """As `scripted`, and all its sound is a tone."""
+def scripted_tone(hz: float, script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
+    """Returns a kind of worker as `scripted` does, whose audio is always a tone."""
 
-    class Singing(scripted(script)):
+    class ScriptedTone(scripted(script)):
         async def tick(self, tick: Tick) -> TickReply:
-            told = await super().tick(tick)
+            reply = await super().tick(tick)
             start = 3200 * len(self.ticks)
             outputs = {
-                session: replace(one, wave=tone(hz, start, 3200, 16_000)) for session, one in told.outputs.items()
+                session: replace(output, wave=tone(hz, start, 3200, 16_000))
+                for session, output in reply.outputs.items()
             }
-            return replace(told, outputs=outputs)
+            return replace(reply, outputs=outputs)
 
-    return Singing
+    return ScriptedTone

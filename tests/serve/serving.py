@@ -1,4 +1,8 @@
-"""A server on the loopback whose ticks a test makes, and a client that speaks JSON to it."""
+"""`serving` runs a test beside a real server on the loopback interface; `Client` speaks JSON to it over a WebSocket.
+
+The server has no worker process and no real time: the test advances its clock tick by tick (`tests.serve.stepped`).
+Called by the tests of the protocols, the transports and the web server.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +36,21 @@ from jaxtml.session.records import SlotInput
 from jaxtml.session.slots import Slots
 from tests.serve.stepped import InProcessWorker, SteppedClock
 
-WAIT_S = 20.0
+WAIT_S = 20.0  # a test fails if something that it waits for takes longer
 
 
 @dataclass
 class Serving:
-    """What a test has of a server."""
+    """A running server, as a test sees it.
+
+    Attributes:
+      url: the server's address.
+      http: an HTTP client.
+      manager: the server's session manager.
+      clock: the clock of its scheduler.
+      model: its worker.
+      metrics: its metrics.
+    """
 
     url: str
     http: aiohttp.ClientSession
@@ -47,17 +60,18 @@ class Serving:
     metrics: Metrics
 
     async def advance(self, ticks: int = 1) -> None:
+        """Runs that many ticks."""
         await self.clock.advance(ticks)
 
     @asynccontextmanager
-    async def ticking(self, every_s: float = 0.0) -> AsyncIterator[None]:
-        """Tick after tick meanwhile; as a server has them, every 0.2 s."""
+    async def ticking(self, period_s: float = 0.0) -> AsyncIterator[None]:
+        """Runs tick after tick while the context is open, one every `period_s` seconds. A real server has 0.2 s."""
 
         async def forever() -> None:
             due = time.monotonic()
             while True:
                 await self.advance()
-                due += every_s
+                due += period_s
                 await asyncio.sleep(max(0.005, due - time.monotonic()))
 
         task = asyncio.create_task(forever())
@@ -68,23 +82,25 @@ class Serving:
             await asyncio.gather(task, return_exceptions=True)
 
     def session(self) -> ClientSession:
-        """The only one."""
+        """Returns the only session of the server."""
         (session,) = self.manager.sessions.values()
         return session
 
     def model_inputs(self) -> list[SlotInput]:
-        """What the model was given, tick by tick."""
-        return [one for tick in self.model.ticks for one in tick.inputs.values()]
+        """Returns the inputs that the model got, tick by tick."""
+        return [input for tick in self.model.ticks for input in tick.inputs.values()]
 
     def counted(self, sample: str, **labels: str) -> float:
+        """Returns the value of a metric; 0 if it was never counted."""
         return self.metrics.registry.get_sample_value(sample, labels) or 0.0
 
     async def open(self, path: str = "/v1/live/sessions", **options: Any) -> Client:
+        """Returns a client with an open WebSocket and no session yet."""
         ws = await self.http.ws_connect(self.url + path, **options)
         return Client(ws)
 
     async def start(self, audio: dict[str, Any] | None = None, **session: Any) -> Client:
-        """A client whose session has started."""
+        """Returns a client whose GPT-Live session has started. The keywords go into `session.start`."""
         client = await self.open()
         pcm = {"type": "audio/pcm", "rate": 16000}
         await client.send(
@@ -95,7 +111,12 @@ class Serving:
 
 
 class Client:
-    """One WebSocket, and all events that came over it."""
+    """A client with one WebSocket.
+
+    Attributes:
+      events: all events that it has read.
+      started: the session in its `session.started` event.
+    """
 
     def __init__(self, ws: aiohttp.ClientWebSocketResponse):
         self.ws = ws
@@ -103,10 +124,11 @@ class Client:
         self.started: dict[str, Any] = {}
 
     async def send(self, kind: str, **fields: Any) -> None:
+        """Sends an event of type `kind`."""
         await self.ws.send_str(json.dumps({"type": kind, **fields}))
 
     async def event(self) -> dict[str, Any]:
-        """The next one. Raises `ConnectionError` where the server has closed."""
+        """Waits for the next event and returns it. Raises `ConnectionError` if the server has closed the connection."""
         message = await asyncio.wait_for(self.ws.receive(), WAIT_S)
         if message.type is not aiohttp.WSMsgType.TEXT:
             raise ConnectionError(f"closed with {self.ws.close_code}")
@@ -114,13 +136,13 @@ class Client:
         return self.events[-1]
 
     async def until(self, kind: str) -> dict[str, Any]:
-        """The next event of that type."""
+        """Reads events up to the next one of type `kind`, and returns that one."""
         while (event := await self.event())["type"] != kind:
             pass
         return event
 
     async def closed(self) -> int:
-        """Reads until the server has closed; the code."""
+        """Reads events until the server closes the connection, and returns the close code."""
         while True:
             try:
                 await self.event()
@@ -129,13 +151,14 @@ class Client:
                 return self.ws.close_code
 
     async def cut_off(self, session: ClientSession) -> None:
-        """Loses its connection, without a word, and the server knows."""
+        """Loses the connection without closing it, and waits until the server has noticed."""
         connection = self.ws._response.connection
         assert connection is not None and connection.transport is not None
         connection.transport.abort()
         await eventually(lambda: not session.scheduled.attached)
 
     def events_of(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the events of type `kind` that were read so far."""
         return [event for event in self.events if event["type"] == kind]
 
 
@@ -148,18 +171,28 @@ def serving(
     origins: tuple[str, ...] = (),
     model: Callable[[Slots, SteppedClock], InProcessWorker] = InProcessWorker,
 ) -> None:
-    """Runs `test` beside a server of the small model, whose sessions have the same seeds in each run."""
-    seeds = itertools.count(7)  # a model of that hears and speaks
+    """Runs `test` beside a server of the small model. Its sessions have the same seeds in each run.
+
+    Args:
+      slots: the compiled model.
+      engine: its engine.
+      test: gets the running server.
+      access: the keys; None: no keys, so everyone may do everything.
+      limits: the time limits; None: the defaults.
+      origins: web pages that may use the server.
+      model: makes the worker.
+    """
+    seeds = itertools.count(7)  # with these seeds the small model hears words and speaks
 
     async def main() -> None:
         clock = SteppedClock()
         worker = model(slots, clock)
         metrics = Metrics()
         pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
-        chosen = access or Access()
-        served = ServedModel(engine.config.name, engine.config, engine.codec)
-        manager = SessionManager(pool, chosen, served, limits or Limits(), metrics)
-        runner = web.AppRunner(application(Service(manager, chosen, served, metrics), origins), access_log=None)
+        keys = access or Access()
+        served_model = ServedModel(engine.config.name, engine.config, engine.codec)
+        manager = SessionManager(pool, keys, served_model, limits or Limits(), metrics)
+        runner = web.AppRunner(application(Service(manager, keys, served_model, metrics), origins), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         running = asyncio.create_task(pool.run())
@@ -179,7 +212,7 @@ def serving(
 
 
 def jpeg(shade: int) -> bytes:
-    """A picture of one grey."""
+    """Returns a JPEG of one shade of grey, 20 x 30 pixels."""
     picture = io.BytesIO()
     with av.open(picture, "w", format="mjpeg") as container:
         stream = container.add_stream("mjpeg", rate=1, width=20, height=30, pix_fmt="yuvj420p")
@@ -190,12 +223,12 @@ def jpeg(shade: int) -> bytes:
 
 
 def unread(session: ScheduledSession) -> list[int]:
-    """The tokens of the text that waits for its micro-turns."""
+    """Returns the tokens of the text that waits for its micro-turns."""
     return [token for piece in session.text_queue for token in piece.tokens]
 
 
-async def eventually(what: Callable[[], object]) -> None:
-    """Until `what` is true."""
+async def eventually(condition: Callable[[], object]) -> None:
+    """Waits until the condition is true."""
     async with asyncio.timeout(WAIT_S):
-        while not what():
+        while not condition():
             await asyncio.sleep(0.005)

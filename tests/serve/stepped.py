@@ -1,4 +1,4 @@
-"""A hub without real time and without another process: the clock goes on when a test says so."""
+"""A clock that a test advances, and workers without a process: the real one, and one that says what a script says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from jaxtml.stream.tokens import Control
 
 
 class SteppedClock:
-    """A clock that stands still until it is told to `go`."""
+    """A scheduler's clock that stands still until a test calls `advance`.
+
+    Attributes:
+      time: the current time in seconds.
+      end: the time up to which it may run.
+      running: the tasks that run on it. If one of them fails, `advance` raises its error.
+    """
 
     def __init__(self) -> None:
         self.time = self.end = 0.0
-        self.more, self.idle = asyncio.Event(), asyncio.Event()
+        self._advanced, self._idle = asyncio.Event(), asyncio.Event()
         self.running: list[asyncio.Task[None]] = []
 
     def now(self) -> float:
@@ -29,16 +35,17 @@ class SteppedClock:
 
     async def until(self, due: float) -> None:
         while due > self.end + 1e-6:
-            self.idle.set()
-            self.more.clear()
-            await self.more.wait()
+            self._idle.set()
+            self._advanced.clear()
+            await self._advanced.wait()
         self.time = max(self.time, due)
 
     async def advance(self, ticks: float) -> None:
+        """Moves the clock on by that many ticks, and returns when all work up to then is done."""
         self.end += ticks * TICK_S
-        self.idle.clear()
-        self.more.set()
-        idle = asyncio.create_task(self.idle.wait())
+        self._idle.clear()
+        self._advanced.set()
+        idle = asyncio.create_task(self._idle.wait())
         await asyncio.wait({idle, *self.running}, return_when=asyncio.FIRST_COMPLETED)
         for task in self.running:
             if task.done():
@@ -46,7 +53,12 @@ class SteppedClock:
 
 
 class InProcessWorker:
-    """The worker without its process. A tick takes `takes_s` of the clock."""
+    """A worker without a process. Its messages go through the encoding that a real worker's messages go through.
+
+    Attributes:
+      takes_s: seconds of the clock that a tick takes.
+      ticks: all ticks that it was asked for.
+    """
 
     def __init__(self, slots: Slots, clock: SteppedClock):
         self.slots, self.clock, self.takes_s = slots, clock, 0.0
@@ -55,33 +67,35 @@ class InProcessWorker:
     async def tick(self, tick: Tick) -> TickReply:
         self.ticks.append(tick)
         self.clock.time += self.takes_s
-        told = decode(encode(run_tick(self.slots, cast(Tick, decode(encode(tick)[4:]))))[4:])
-        assert isinstance(told, TickReply)
-        return told
+        reply = decode(encode(run_tick(self.slots, cast(Tick, decode(encode(tick)[4:]))))[4:])
+        assert isinstance(reply, TickReply)
+        return reply
 
 
-Script = Mapping[int, tuple[Control | str, ...]]
+Script = Mapping[int, tuple[Control | str, ...]]  # what the model says, by the number of the tick, from 1 on
 
 
 def scripted(script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
-    """A worker whose model says what is written: controls and texts by the number of the tick, from 1 on; silence in
-    all others. Its sound is the model's own."""
+    """Returns a kind of worker whose model says what the script says, and listens in all other ticks.
+
+    The audio is the model's own. Only the tokens and the gate come from the script.
+    """
 
     class Scripted(InProcessWorker):
         async def tick(self, tick: Tick) -> TickReply:
-            told = await super().tick(tick)
+            reply = await super().tick(tick)
             config, codec = self.slots.engine.config.duplex, self.slots.engine.codec
-            said = script.get(len(self.ticks), (Control.LISTEN,))
+            items = script.get(len(self.ticks), (Control.LISTEN,))
             tokens = [
                 token
-                for one in said
-                for token in (codec.encode(one) if isinstance(one, str) else [config.control_base + one])
+                for item in items
+                for token in (codec.encode(item) if isinstance(item, str) else [config.control_base + item])
             ]
-            speaking = said[-1] is Control.SPEAK
+            speaking = items[-1] is Control.SPEAK
             outputs = {
-                session: dataclasses.replace(one, tokens=np.array(tokens, np.int32), speaking=speaking)
-                for session, one in told.outputs.items()
+                session: dataclasses.replace(output, tokens=np.array(tokens, np.int32), speaking=speaking)
+                for session, output in reply.outputs.items()
             }
-            return dataclasses.replace(told, outputs=outputs)
+            return dataclasses.replace(reply, outputs=outputs)
 
     return Scripted

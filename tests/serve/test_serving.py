@@ -1,4 +1,4 @@
-"""`jaxtml serve` as its user has it: a process that says where it is, serves, and ends in good order."""
+"""Tests of `jaxtml serve` as a process: it prints its address, serves, and ends in good order or with one line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from tests.serve.serving import Client
 
 
 def command(*arguments: str | Path) -> list[str]:
+    """Returns a command line of `jaxtml serve`."""
     return [sys.executable, "-m", "jaxtml", "serve", "--json", *map(str, arguments)]
 
 
-def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
+def test_server_ends_after_sigint_when_its_sessions_have_ended(checkpoint):
     process = subprocess.Popen(
         command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1", "--log-json"),
         stdout=subprocess.PIPE,
@@ -32,9 +33,9 @@ def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
     )
     try:
         assert process.stdout is not None and process.stderr is not None
-        said = json.loads(process.stdout.readline() or process.stderr.read())
-        assert said["model"] == "small_test" and said["sessions"] == 1 and said["workers"] == 1
-        asyncio.run(_talked(said["url"], process))
+        summary = json.loads(process.stdout.readline() or process.stderr.read())
+        assert summary["model"] == "small_test" and summary["sessions"] == 1 and summary["workers"] == 1
+        asyncio.run(_talk_and_drain(summary["url"], process))
         assert process.wait(20) == 0
         log = process.stderr.read()
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
@@ -49,7 +50,8 @@ def test_it_serves_and_on_sigterm_ends_when_its_sessions_have(checkpoint):
         process.wait()
 
 
-async def _talked(url: str, process: subprocess.Popen[str]) -> None:
+async def _talk_and_drain(url: str, process: subprocess.Popen[str]) -> None:
+    """Talks to the server, signals it, and checks that the session may still end in its own time."""
     async with aiohttp.ClientSession() as http:
         async with http.get(f"{url}/ready") as ready:
             assert (await ready.json())["capacity"] == 1
@@ -59,12 +61,12 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
         began = time.monotonic()
         for _ in range(6):
             await client.until("session.output_audio.delta")
-        assert 0.9 < time.monotonic() - began < 3, "in real time"
+        assert 0.9 < time.monotonic() - began < 3, "six micro-turns in real time"
         async with http.get(f"{url}/metrics") as metrics:
             text = await metrics.text()
         assert 'duplex_sessions_total{protocol="live"} 1.0' in text and "duplex_compilations_total 0.0" in text
         assert "duplex_sessions_active 1.0" in text and token not in text
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+        os.killpg(process.pid, signal.SIGINT)  # a terminal does the same: the workers get the signal too
         assert (await client.until("info"))["code"] == "going_away"
         async with http.get(f"{url}/ready") as ready:
             assert ready.status == 503
@@ -72,7 +74,7 @@ async def _talked(url: str, process: subprocess.Popen[str]) -> None:
         assert (await client.until("session.closed"))["reason"] == "close_requested"
 
 
-def test_who_is_told_to_end_while_it_loads_ends_at_once_and_leaves_nothing(checkpoint):
+def test_server_that_is_told_to_end_while_it_loads_ends_at_once_with_its_workers(checkpoint):
     process = subprocess.Popen(
         command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "2", "--workers", "2"),
         stdout=subprocess.PIPE,
@@ -95,7 +97,7 @@ def test_who_is_told_to_end_while_it_loads_ends_at_once_and_leaves_nothing(check
         process.wait()
 
 
-def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
+def test_server_whose_worker_dies_tells_its_clients_and_ends(checkpoint):
     process = subprocess.Popen(
         command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1"),
         stdout=subprocess.PIPE,
@@ -137,7 +139,7 @@ def test_a_server_whose_worker_dies_says_so_and_ends(checkpoint):
         (("--workers", "9", "--max-sessions", "2"), "9 workers for 2 sessions"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments, line, tmp_path):
+def test_wrong_options_are_one_line_on_stderr(arguments, line, tmp_path):
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment()
     )
@@ -146,7 +148,7 @@ def test_what_cannot_be_is_one_line(arguments, line, tmp_path):
     assert last.startswith("jaxtml serve: ") and line in last and "Traceback" not in done.stderr
 
 
-def test_a_port_that_is_taken_is_one_line(checkpoint, tmp_path):
+def test_port_that_is_taken_is_one_line_on_stderr(checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         options = ("--checkpoint", checkpoint, "--max-sessions", "1", "--port", port)

@@ -1,4 +1,4 @@
-"""A session is a span, with what happened in it; without OpenTelemetry there is none."""
+"""Tests of traces: a session is a span with events. Without OpenTelemetry nothing is recorded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from tests.serve.serving import serving
 
 @pytest.fixture(scope="module")
 def exported() -> InMemorySpanExporter:
+    """Returns the exporter that gets all spans of this test process."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)  # of this process, once
+    trace.set_tracer_provider(provider)  # OpenTelemetry allows this once per process
     return exporter
 
 
-def test_a_session_is_a_span_with_what_happened_in_it(slots, engine, exported):
+def test_session_is_a_span_with_its_events(slots, engine, exported):
     async def test(server):
         client = await server.start()
         await server.advance(2)
@@ -43,7 +44,7 @@ def test_a_session_is_a_span_with_what_happened_in_it(slots, engine, exported):
     serving(slots, engine, test)
 
 
-def test_without_opentelemetry_a_span_is_nothing(monkeypatch):
+def test_without_opentelemetry_a_span_records_nothing(monkeypatch):
     monkeypatch.setattr(tracing, "trace", None)
     span = tracing.start_session_span("sess_1", "live", "small_test", "everyone")
     span.add_event("client gone")

@@ -1,4 +1,7 @@
-"""A model on a mesh, and on the devices of two processes: sessions are those of one device; all end together."""
+"""Tests of a model on a mesh of one process, and of a model on the devices of two processes.
+
+The outputs are those of one device, and all processes end together.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +36,29 @@ from tests.serve.serving import Client
 MESH = MeshShape(data=2, expert=4)
 
 
-def gave(slots: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
-    """What each micro-turn gives to sessions of which the second begins later and the first ends sooner."""
-    streams, found = [DmelStream() for _ in waves], []
-    for turn in range(len(waves[0]) // MICRO_TURN_SAMPLES):
-        if turn == 0:
+def run_sessions(slots: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
+    """Returns the outputs of each micro-turn, of one session per wave. The first session begins and ends first."""
+    streams, outputs = [DmelStream() for _ in waves], []
+    for index in range(len(waves[0]) // MICRO_TURN_SAMPLES):
+        if index == 0:
             slots.begin(0, 7, 0)
-        if turn == 3:
+        if index == 3:
             for session in range(1, len(waves)):
                 slots.begin(session, session, 0)
-        if turn == 10:
+        if index == 10:
             slots.end(0)
-        given = {}
+        inputs = {}
         for session in slots.live:
-            rows = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
-            streams[session], bins = streams[session].step(waves[session][rows])
-            given[session] = SlotInput(bins)
-        found.append(slots.step(given))
-    return found
+            samples = slice(index * MICRO_TURN_SAMPLES, (index + 1) * MICRO_TURN_SAMPLES)
+            streams[session], bins = streams[session].step(waves[session][samples])
+            inputs[session] = SlotInput(bins)
+        outputs.append(slots.step(inputs))
+    return outputs
 
 
 @pytest.fixture(scope="module")
 def shared(checkpoint, tmp_path_factory) -> Path:
-    """The small model with sessions that devices of one group have in common."""
+    """Returns a checkpoint of the small model whose config shares each session among the devices of a group."""
     config, params = read_checkpoint(checkpoint)
     config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, transport="replicated"))
     folder = tmp_path_factory.mktemp("shared") / "ck"
@@ -63,35 +66,35 @@ def shared(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-def test_sessions_on_a_mesh_are_those_of_one_device(shared, slots, wave):
+def test_sessions_on_a_mesh_match_those_of_one_device(shared, slots, wave):
     waves = [np.roll(wave, 999 * n) for n in range(3)]
-    spread = Slots(Engine.load(shared, MESH), 4, (1,))
-    assert spread.buckets == (2, 4), "each part of the mesh has as many sessions"
-    ours, theirs = gave(spread, waves), gave(slots, waves)
-    assert spread.bucket == 4
-    assert any(one.speaking for turn in theirs for one in turn.values()), "nothing of interest is compared"
-    for turn, expected in zip(ours, theirs, strict=True):
-        assert turn.keys() == expected.keys()
-        for session, one in turn.items():
-            np.testing.assert_array_equal(one.tokens, expected[session].tokens)
-            np.testing.assert_allclose(one.wave, expected[session].wave, atol=1e-4)
+    on_mesh = Slots(Engine.load(shared, MESH), 4, (1,))
+    assert on_mesh.buckets == (2, 4), "a bucket has as many sessions for each part of the mesh"
+    on_mesh_outputs, expected_outputs = run_sessions(on_mesh, waves), run_sessions(slots, waves)
+    assert on_mesh.bucket == 4
+    assert any(output.speaking for outputs in expected_outputs for output in outputs.values()), "a test of silence"
+    for outputs, expected in zip(on_mesh_outputs, expected_outputs, strict=True):
+        assert outputs.keys() == expected.keys()
+        for session, output in outputs.items():
+            np.testing.assert_array_equal(output.tokens, expected[session].tokens)
+            np.testing.assert_allclose(output.wave, expected[session].wave, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("shape", "capacity", "said"),
+    ("shape", "capacity", "message"),
     [
         (MeshShape(data=3), 3, "needs 3 devices, there are 8"),
         (MeshShape(data=2, expert=4), 12, "12 sessions do not divide into 8 parts"),
         (MeshShape(tensor=8), 8, "tensor=8 does not divide 1 kv heads"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_one_line(checkpoint, shape, capacity, said):
-    with pytest.raises(InputError, match=said):
+def test_mesh_that_does_not_fit_is_refused(checkpoint, shape, capacity, message):
+    with pytest.raises(InputError, match=message):
         Slots(Engine.load(checkpoint, shape), capacity)
 
 
-def command(rank: int, port: int, checkpoint: Path, *more: str) -> subprocess.Popen[str]:
-    """A server of two processes, each with two devices."""
+def start_server(rank: int, port: int, checkpoint: Path, *options: str) -> subprocess.Popen[str]:
+    """Starts one of the two processes of a server. Each has two devices."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[3]),
@@ -100,9 +103,12 @@ def command(rank: int, port: int, checkpoint: Path, *more: str) -> subprocess.Po
         "NNODES": "2",
         "NODE_RANK": str(rank),
     }
-    given = ["--checkpoint", str(checkpoint), "--port", "0", "--max-sessions", "4", "--mesh", "data=2,expert=2", *more]
+    all_options = [
+        *("--checkpoint", str(checkpoint), "--port", "0", "--max-sessions", "4", "--mesh", "data=2,expert=2"),
+        *options,
+    ]
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxtml", "serve", "--json", *given],
+        [sys.executable, "-m", "jaxtml", "serve", "--json", *all_options],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,10 +117,13 @@ def command(rank: int, port: int, checkpoint: Path, *more: str) -> subprocess.Po
 
 
 @contextlib.contextmanager
-def two(checkpoint: Path, other: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+def two_processes(
+    checkpoint: Path, other: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Yields the two processes of a server. The second one loads `other`, if given."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    both = command(0, port, checkpoint), command(1, port, other or checkpoint)
+    both = start_server(0, port, checkpoint), start_server(1, port, other or checkpoint)
     try:
         yield both
     finally:
@@ -123,10 +132,10 @@ def two(checkpoint: Path, other: Path | None = None) -> Iterator[tuple[subproces
             process.communicate()
 
 
-async def talked(
-    url: str, wave: np.ndarray, turns: int, first: subprocess.Popen[str], second: subprocess.Popen[str]
+async def talk(
+    url: str, wave: np.ndarray, micro_turns: int, first: subprocess.Popen[str], second: subprocess.Popen[str]
 ) -> np.ndarray:
-    """What a client hears, of a server whose hosts are told to end meanwhile, the second before the first."""
+    """Returns what a client hears from a server whose hosts are told to end meanwhile, the second host first."""
     async with aiohttp.ClientSession() as http:
         client = Client(await http.ws_connect(f"{url}/v1/live/sessions"))
         pcm = {"format": {"type": "audio/pcm", "rate": 16000}}
@@ -134,66 +143,69 @@ async def talked(
         await client.until("session.started")
         sound = base64.b64encode((wave * 32767).astype("<i2").tobytes()).decode()
         await client.send("session.input_audio.append", audio=sound)
-        heard = [await client.until("session.output_audio.delta") for _ in range(turns)]
+        heard = [await client.until("session.output_audio.delta") for _ in range(micro_turns)]
         second.send_signal(signal.SIGTERM)
-        assert (await client.until("info"))["code"] == "going_away", "a host that is to go ends no session at once"
+        assert (await client.until("info"))["code"] == "going_away", (
+            "a host that is told to end lets the sessions end first"
+        )
         first.send_signal(signal.SIGTERM)
         heard += [await client.until("session.output_audio.delta") for _ in range(2)]
         await client.send("session.close")
         await client.until("session.closed")
-        return np.concatenate([np.frombuffer(base64.b64decode(one["delta"]), "<i2") for one in heard])
+        chunks = [np.frombuffer(base64.b64decode(event["delta"]), "<i2") for event in heard]
+        return np.concatenate(chunks)
 
 
 def test_two_processes_serve_one_model_and_end_together(checkpoint, wave):
-    with two(checkpoint) as (first, second):
+    with two_processes(checkpoint) as (first, second):
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
-        said = json.loads(first.stdout.readline() or first.stderr.read())
-        assert said["sessions"] == 4 and said["workers"] == 1
-        heard = asyncio.run(talked(said["url"], wave, 8, first, second))
-        assert np.abs(heard).max() > 0, "it speaks"
+        summary = json.loads(first.stdout.readline() or first.stderr.read())
+        assert summary["sessions"] == 4 and summary["workers"] == 1
+        heard = asyncio.run(talk(summary["url"], wave, 8, first, second))
+        assert np.abs(heard).max() > 0, "the model speaks"
         assert (first.wait(30), second.wait(30)) == (0, 0)
         assert "Traceback" not in first.stderr.read() + second.stderr.read()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "server", "other host"])
-def test_a_host_that_dies_takes_the_others_with_it(checkpoint, victim):
-    with two(checkpoint) as both:
+def test_host_that_dies_takes_the_others_with_it(checkpoint, victim):
+    with two_processes(checkpoint) as both:
         first, second = both
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
         assert first.stdout.readline()
-        (model,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill({"worker": int(model), "server": first.pid, "other host": second.pid}[victim], signal.SIGKILL)
+        (worker,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill({"worker": int(worker), "server": first.pid, "other host": second.pid}[victim], signal.SIGKILL)
         assert first.wait(20) == (-signal.SIGKILL if victim == "server" else 1)
         assert second.wait(20) == (-signal.SIGKILL if victim == "other host" else 1)
-        said = {"worker": "the model's process", "server": "the server's process", "other host": "the model's process"}
-        assert f"{said[victim]} is gone" in first.stderr.read()
+        gone = {"worker": "the model's process", "server": "the server's process", "other host": "the model's process"}
+        assert f"{gone[victim]} is gone" in first.stderr.read()
         if victim != "other host":
             assert "the first host's process is gone" in second.stderr.read()
 
 
-def test_what_is_wrong_on_another_host_ends_all(checkpoint, tmp_path):
-    with two(checkpoint, tmp_path / "missing") as (first, second):
+def test_failure_on_another_host_ends_all_hosts(checkpoint, tmp_path):
+    with two_processes(checkpoint, tmp_path / "missing") as (first, second):
         assert (second.wait(60), first.wait(60)) == (2, 2)
         assert first.stderr is not None and second.stderr is not None
-        said = second.stderr.read().splitlines()[-1]
-        assert said.startswith("jaxtml serve: ") and "missing" in said
+        message = second.stderr.read().splitlines()[-1]
+        assert message.startswith("jaxtml serve: ") and "missing" in message
         assert "a process of another host is gone" in (log := first.stderr.read())
         assert log.splitlines()[-1].startswith("jaxtml serve: the model's process ended with status 1")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--mesh", "data=2", "--workers", "2"), "--mesh data=2 gives all devices to one worker: leave --workers out"),
         (("--mesh", "experts=2"), "no axis 'experts'"),
         ((), "there are several processes: say with --mesh how their devices share the model"),
     ],
 )
-def test_options_that_do_not_go_together_are_one_line(options, said):
-    alone = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "NNODES": "2", "NODE_RANK": "1"} if not options else {}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **alone}
+def test_contradicting_options_are_one_line_on_stderr(options, message):
+    processes = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "NNODES": "2", "NODE_RANK": "1"} if not options else {}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **processes}
     done = subprocess.run(
         [sys.executable, "-m", "jaxtml", "serve", *options], capture_output=True, text=True, timeout=60, env=environment
     )
-    assert done.returncode == 2 and said in done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and message in done.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Workers side by side: who gets a new session, and what happens when one of them is gone."""
+"""Tests of the worker pool: which worker gets a new session, and what happens when a worker is gone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtml.serve.runtime.pool import start_pool
 from jaxtml.serve.runtime.scheduler import EndReason, ServerFull
 
 
-def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkpoint):
+def test_sessions_go_to_the_emptiest_worker_and_end_with_it(checkpoint):
     async def main() -> None:
         async with start_pool(checkpoint, 3, 2) as (pool, ready):
-            assert [hub.capacity for hub in pool.schedulers] == [2, 1] and pool.capacity == 3
+            assert [scheduler.capacity for scheduler in pool.schedulers] == [2, 1] and pool.capacity == 3
             assert '"name": "small_test"' in ready.config
             running = asyncio.create_task(pool.run())
             sessions = [pool.admit(seed) for seed in range(3)]
-            assert [len(hub.sessions) for hub in pool.schedulers] == [2, 1]
+            assert [len(scheduler.sessions) for scheduler in pool.schedulers] == [2, 1]
             assert sorted(map(id, pool.sessions)) == sorted(map(id, sessions))
             with pytest.raises(ServerFull):
                 pool.admit(3)
@@ -37,28 +37,32 @@ def test_sessions_go_where_there_is_room_and_live_as_long_as_their_worker(checkp
     asyncio.run(main())
 
 
-def test_groups_of_one_worker_have_clocks_of_their_own(checkpoint):
-    ended: list[float] = []
+def test_groups_of_one_worker_tick_half_a_tick_apart(checkpoint):
+    tick_ends: list[float] = []
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        async with start_pool(checkpoint, 7, 1, lambda *_: ended.append(loop.time())) as (pool, ready):
-            assert ready.groups == 2 and [hub.capacity for hub in pool.schedulers] == [4, 3] and len(pool.workers) == 1
+        async with start_pool(checkpoint, 7, 1, lambda *_: tick_ends.append(loop.time())) as (pool, ready):
+            assert (
+                ready.groups == 2
+                and [scheduler.capacity for scheduler in pool.schedulers] == [4, 3]
+                and len(pool.workers) == 1
+            )
             running = asyncio.create_task(pool.run())
             first, second = pool.admit(0), pool.admit(0)
-            assert [len(hub.sessions) for hub in pool.schedulers] == [1, 1]
+            assert [len(scheduler.sessions) for scheduler in pool.schedulers] == [1, 1]
             for session in (first, second):
                 assert (await session.results_after(4))[0].number == 5
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())
-    apart = np.diff(ended)
-    assert len(ended) > 9 and 0.05 < np.median(apart) < 0.15, "half a tick"
+    gaps_s = np.diff(tick_ends)
+    assert len(tick_ends) > 9 and 0.05 < np.median(gaps_s) < 0.15, "half a tick"
 
 
 @pytest.mark.parametrize("workers", [0, 2, 10_000])
-def test_a_number_of_workers_that_does_not_fit_is_refused(checkpoint, workers):
+def test_more_workers_than_sessions_or_none_are_refused(checkpoint, workers):
     async def main() -> None:
         async with start_pool(checkpoint, 1, workers):
             pass
@@ -67,7 +71,7 @@ def test_a_number_of_workers_that_does_not_fit_is_refused(checkpoint, workers):
         asyncio.run(main())
 
 
-def test_what_is_wrong_with_a_checkpoint_is_said_and_no_worker_is_left(tmp_path):
+def test_wrong_checkpoint_is_refused_and_leaves_no_worker(tmp_path):
     async def main() -> None:
         async with start_pool(tmp_path, 2, min(2, len(os.sched_getaffinity(0)))):
             pass

@@ -1,4 +1,4 @@
-"""Who may use a server, and how much of it."""
+"""Tests of access: keys, short-lived keys and quotas."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from jaxtml.serve.sessions.errors import Refused
 
 
 class Clock:
+    """A clock in Unix time that a test sets."""
+
     def __init__(self) -> None:
         self.time = 1_000_000.0
 
@@ -21,22 +23,23 @@ class Clock:
         return self.time
 
 
-def refused(*arguments, of) -> str:
+def refusal(*arguments, of) -> str:
+    """Returns the code of the error with which `of` refuses the arguments."""
     with pytest.raises(Refused) as error:
         of(*arguments)
     return error.value.code
 
 
-def test_a_key_is_known_by_itself_or_by_its_digest_and_the_digest_is_no_key():
+def test_key_is_known_by_itself_or_by_its_digest_and_the_digest_is_no_key():
     digest = "sha256:" + hashlib.sha256(b"sk-hidden-key").hexdigest()
     access = Access([Key(name="plain", key="sk-plain-key"), Key(name="hidden", key=digest)])
     assert access.authenticate("sk-plain-key").key.name == "plain"
     assert access.authenticate("sk-hidden-key").key.name == "hidden"
-    assert refused(digest, of=access.authenticate) == "invalid_api_key"
-    assert refused("", of=access.authenticate) == refused(None, of=access.authenticate) == "missing_api_key"
+    assert refusal(digest, of=access.authenticate) == "invalid_api_key"
+    assert refusal("", of=access.authenticate) == refusal(None, of=access.authenticate) == "missing_api_key"
 
 
-def test_without_keys_everyone_may():
+def test_without_keys_everyone_may_do_everything():
     access = Access()
     assert access.authenticate(None).key is EVERYONE and access.authenticate("anything").key is EVERYONE
     for n in range(1000):
@@ -44,7 +47,7 @@ def test_without_keys_everyone_may():
         access.begin_session(access.authenticate(None), f"s{n}", "live")
 
 
-def test_a_short_lived_key_has_the_scopes_of_its_maker_and_an_end():
+def test_short_lived_key_has_its_makers_scopes_and_expires():
     clock = Clock()
     maker = Key(name="maker", key="sk-maker-key", scopes=("live", "realtime"))
     access = Access([maker], "s" * 32, clock)
@@ -53,21 +56,21 @@ def test_a_short_lived_key_has_the_scopes_of_its_maker_and_an_end():
     )
     grant = access.authenticate(value)
     assert (grant.key, grant.scopes, grant.session) == (maker, {"realtime"}, {"a": 1})
-    assert refused(grant, "s1", "live", of=access.begin_session) == "insufficient_scope"
+    assert refusal(grant, "s1", "live", of=access.begin_session) == "insufficient_scope"
     access.begin_session(grant, "s1", "realtime")
     replica = Access([maker], "s" * 32, clock)
-    assert replica.authenticate(value).key == maker, "replicas with the file know it"
+    assert replica.authenticate(value).key == maker, "a server with the same file accepts it"
     for other in (Access([maker], "t" * 32, clock), Access([maker], "", clock)):
-        assert refused(value, of=other.authenticate) == "invalid_api_key"
-    assert refused(value[:-3] + "abc", of=access.authenticate) == "invalid_api_key"
-    assert refused("ek_nonsense", of=access.authenticate) == "invalid_api_key"
+        assert refusal(value, of=other.authenticate) == "invalid_api_key"
+    assert refusal(value[:-3] + "abc", of=access.authenticate) == "invalid_api_key"
+    assert refusal("ek_nonsense", of=access.authenticate) == "invalid_api_key"
     without = Access([Key(name="other", key="sk-other-key")], "s" * 32, clock)
-    assert refused(value, of=without.authenticate) == "invalid_api_key", "its maker was taken away"
+    assert refusal(value, of=without.authenticate) == "invalid_api_key", "its maker is no longer in the file"
     clock.time += 61
-    assert refused(access.authenticate(value), of=access.count_request) == "expired_api_key"
+    assert refusal(access.authenticate(value), of=access.count_request) == "expired_api_key"
 
 
-def test_requests_sessions_and_minutes_are_counted_by_key():
+def test_requests_sessions_and_minutes_are_counted_per_key():
     clock = Clock()
     key = Key(name="one", key="sk-first-key", sessions=2, minutes_per_day=10, requests_per_minute=3)
     access = Access([key, Key(name="two", key="sk-second-key")], now=clock)
@@ -82,12 +85,12 @@ def test_requests_sessions_and_minutes_are_counted_by_key():
     access.count_request(grant)
     access.begin_session(grant, "a", "live")
     access.begin_session(grant, "b", "live")
-    assert refused(grant, "c", "live", of=access.begin_session) == "session_limit_exceeded"
+    assert refusal(grant, "c", "live", of=access.begin_session) == "session_limit_exceeded"
     access.begin_session(access.authenticate("sk-second-key"), "d", "live")
     clock.time += 240
     assert access.minutes_used("one") == pytest.approx(8)
     access.end_session("one", "a")
-    access.end_session("one", "a")  # once
+    access.end_session("one", "a")  # a second time counts nothing
     access.end_session("one", "b")
     access.begin_session(grant, "e", "live")
     clock.time += 180
@@ -100,7 +103,7 @@ def test_requests_sessions_and_minutes_are_counted_by_key():
     assert access.minutes_used("one") == 0 and access.remaining_s(grant) == pytest.approx(600)
 
 
-def test_a_million_short_sessions_take_no_memory():
+def test_thousands_of_short_sessions_take_no_memory():
     clock = Clock()
     access = Access([Key(name="one", key="sk-first-key")], now=clock)
     grant = access.authenticate("sk-first-key")
@@ -126,14 +129,14 @@ def test_a_million_short_sessions_take_no_memory():
         '{"keys": [{"name": "a", "key": "sk-long-enough"}], "secret": "short"}',
     ],
 )
-def test_a_file_that_says_anything_else_is_refused_without_telling_keys(tmp_path, text):
+def test_wrong_file_of_keys_is_refused_without_quoting_a_key(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(InputError) as error:
         Access.load(tmp_path / "keys.json", PROTOCOLS)
     assert "sk-" not in str(error.value) and "keys.json" in str(error.value)
 
 
-def test_a_file_is_read(tmp_path):
+def test_file_of_keys_is_read(tmp_path):
     with pytest.raises(InputError, match="no keys in"):
         Access.load(tmp_path / "missing.json", PROTOCOLS)
     keys = [{"name": "a", "key": "sk-long-enough", "sessions": 3}]

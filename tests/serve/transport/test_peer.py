@@ -1,4 +1,7 @@
-"""WebRTC over real ports of the loopback: a peer hears what is said, is heard, and costs nothing when it is gone."""
+"""Tests of WebRTC over real ports of the loopback interface, with aiortc and with Chromium as clients.
+
+A peer hears the model and is heard, keeps to the rules of `serve.transport.peer`, and leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from aiortc.rtp import RtpPacket
 
 from jaxtml.serve.transport import peer
 from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, _frame_pixels
-from tests.serve.peering import Caller, Mouth, calling, loudest, singing, tone
+from tests.serve.peering import PeerClient, ToneTrack, loudest_hz, open_peer_client, scripted_tone, tone
 
 SPEAKS = {n: (Control.SAY, "yes", Control.SPEAK) for n in range(1, 100)}
 MODEL = {"model": "small_test"}
@@ -43,104 +46,102 @@ LIVE, REALTIME = TypeAdapter(ServerEvent), TypeAdapter(RealtimeServerEvent)
 
 @pytest.fixture(autouse=True)
 def loopback(monkeypatch):
-    """aioice leaves the loopback out of where a client may be found."""
+    """Lets clients offer the loopback interface, which aioice leaves out."""
     monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
 
 
-async def live(serving: Serving, caller: Caller, **session) -> dict:
-    """A GPT-Live session of this caller, started."""
+async def start_live(serving: Serving, client: PeerClient, **session) -> dict:
+    """Starts a GPT-Live session for this client, and returns the session of its `session.started` event."""
     openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
-    transport = {"type": "webrtc", "sdp": await caller.offer()}
+    transport = {"type": "webrtc", "sdp": await client.offer()}
     created = await openai.live.create(session=MODEL | session, transport=transport)
     assert created.transport.type == "webrtc" and created.session.id == serving.session().id
-    await caller.answered(created.transport.sdp)
-    return (await caller.until("session.started"))["session"]
+    await client.take_answer(created.transport.sdp)
+    return (await client.until("session.started"))["session"]
 
 
 async def at_rest(serving: Serving) -> set[asyncio.Task]:
-    """The tasks that there are when nothing happens."""
-    async with serving.http.get(f"{serving.url}/health"):  # whose connection stays
+    """Returns the tasks that run when nothing happens."""
+    async with serving.http.get(f"{serving.url}/health"):  # keeps the connection of the HTTP client open
         return asyncio.all_tasks()
 
 
-def test_a_peer_is_heard_and_hears_and_its_events_have_no_sound(slots, engine):
+def test_peer_hears_and_is_heard_and_its_events_carry_no_audio(slots, engine):
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            started = await live(serving, caller, instructions="be kind")
+        async with open_peer_client(ToneTrack(500)) as client:
+            started = await start_live(serving, client, instructions="be kind")
             session = serving.session()
             assert started["id"] == session.id and started["instructions"] == "be kind"
             await eventually(lambda: session.scheduled.jitter_buffer.waiting_samples > 2 * MICRO_TURN_SAMPLES)
             heard = np.concatenate(session.scheduled.jitter_buffer.chunks)[-MICRO_TURN_SAMPLES:]
-            assert loudest(heard, 16_000) == pytest.approx(500, abs=10)
+            assert loudest_hz(heard, 16_000) == pytest.approx(500, abs=10)
             assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
             async with serving.ticking(0.2):
-                await eventually(lambda: len(caller.heard()) > 48_000)
-                caller.send("session.commentary.append", content="abc", delegation_id=None, event_id="a")
-                assert (await caller.until("session.commentary.appended"))["client_event_id"] == "a"
-                said = caller.heard()[-24_000:]
-                assert loudest(said, 48_000) == pytest.approx(300, abs=10), "the model's tone"
-                assert np.sqrt(np.mean(said**2)) > 0.1, "with few holes, even on a busy machine"
-                caller.send("session.input_audio.append", audio="AAAA")
-                assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
-                caller.send("session.close")
+                await eventually(lambda: len(client.heard()) > 48_000)
+                client.send("session.commentary.append", content="abc", delegation_id=None, event_id="a")
+                assert (await client.until("session.commentary.appended"))["client_event_id"] == "a"
+                heard = client.heard()[-24_000:]
+                assert loudest_hz(heard, 48_000) == pytest.approx(300, abs=10), "the model's tone"
+                assert np.sqrt(np.mean(heard**2)) > 0.1, "few gaps, even on a busy machine"
+                client.send("session.input_audio.append", audio="AAAA")
+                assert (await client.until("error"))["error"]["code"] == "invalid_event_order"
+                client.send("session.close")
                 await eventually(lambda: session.closing_at)
-                session.closing_at -= 10  # it speaks on and on
-                closed = await caller.until("session.closed")
+                session.closing_at -= 10  # the model of this test never stops speaking, so let the time for it run out
+                closed = await client.until("session.closed")
             assert closed["reason"] == "close_requested"
-            assert "session.output_transcript.delta" in caller.kinds()
-            assert "session.output_audio.delta" not in caller.kinds()
-            for event in caller.events:
+            assert "session.output_transcript.delta" in client.kinds()
+            assert "session.output_audio.delta" not in client.kinds()
+            for event in client.events:
                 LIVE.validate_python(event, strict=True)
-            await caller.closed()
+            await client.closed()
 
-    serving(slots, engine, test, model=singing(300, SPEAKS))
+    serving(slots, engine, test, model=scripted_tone(300, SPEAKS))
 
 
-def test_the_realtime_api_over_webrtc_says_when_its_sound_begins_and_ends(slots, engine):
+def test_realtime_over_webrtc_tells_when_its_audio_begins_and_ends(slots, engine):
     script = {n: (Control.SAY, "yes", Control.SPEAK) for n in (2, 3, 4, 20, 21, 22, 23, 24, 25, 26, 27)}
 
     async def test(serving: Serving) -> None:
         openai = AsyncOpenAI(api_key="any", base_url=f"{serving.url}/v1")
-        async with calling(Mouth(500)) as caller:
+        async with open_peer_client(ToneTrack(500)) as client:
             session = {"type": "realtime", "model": "small_test", "instructions": "be kind"}
-            made = await openai.realtime.calls.create(sdp=await caller.offer(), session=session)
-            where = made.response.headers["Location"]
-            assert made.response.status_code == 201 and where == f"/v1/realtime/calls/{serving.session().id}"
-            await caller.answered(made.text)
-            assert (await caller.until("session.created"))["session"]["instructions"] == "be kind"
+            created = await openai.realtime.calls.create(sdp=await client.offer(), session=session)
+            location = created.response.headers["Location"]
+            assert created.response.status_code == 201 and location == f"/v1/realtime/calls/{serving.session().id}"
+            await client.take_answer(created.text)
+            assert (await client.until("session.created"))["session"]["instructions"] == "be kind"
             await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
-            caller.send("input_audio_buffer.commit")
-            await caller.until("input_audio_buffer.committed")
+            client.send("input_audio_buffer.commit")
+            await client.until("input_audio_buffer.committed")
             await serving.advance(8)
-            await caller.until("output_audio_buffer.stopped")
-            kinds = caller.kinds()
+            await client.until("output_audio_buffer.stopped")
+            kinds = client.kinds()
             order = ("response.content_part.added", "output_audio_buffer.started", "response.done")
             assert [kinds.index(kind) for kind in order] == sorted(kinds.index(kind) for kind in order)
             assert kinds[-1] == "output_audio_buffer.stopped" and "response.output_audio.delta" not in kinds
             await serving.advance(14)
-            started = await caller.until("output_audio_buffer.started")
-            caller.send("output_audio_buffer.clear")
-            cleared = await caller.until("output_audio_buffer.cleared")
+            started = await client.until("output_audio_buffer.started")
+            client.send("output_audio_buffer.clear")
+            cleared = await client.until("output_audio_buffer.cleared")
             assert cleared["response_id"] == started["response_id"]
-            assert [one["response"]["status"] for one in caller.events if one["type"] == "response.done"] == [
-                "completed",
-                "cancelled",
-            ]
-            caller.send("output_audio_buffer.clear")  # there is nothing to clear, and nothing wrong
-            caller.send("input_audio_buffer.append", audio="AAAA")
-            assert (await caller.until("error"))["error"]["code"] == "invalid_event_order"
-            for event in caller.events:
+            done = [event["response"]["status"] for event in client.events if event["type"] == "response.done"]
+            assert done == ["completed", "cancelled"]
+            client.send("output_audio_buffer.clear")  # with nothing to clear, this is no error
+            client.send("input_audio_buffer.append", audio="AAAA")
+            assert (await client.until("error"))["error"]["code"] == "invalid_event_order"
+            for event in client.events:
                 REALTIME.validate_python(event)
             session = serving.session()
             await openai.realtime.calls.hangup(session.id)
-            await caller.closed()
+            await client.closed()
             assert session.scheduled.end_reason is EndReason.ASKED
             await eventually(lambda: not serving.manager.sessions)
 
-    serving(slots, engine, test, model=singing(300, script))
+    serving(slots, engine, test, model=scripted_tone(300, script))
 
 
-def test_a_short_lived_key_is_enough_and_says_what_the_session_is(slots, engine):
+def test_short_lived_key_begins_a_peers_session_with_its_configuration(slots, engine):
     access = Access([Key(name="one", key="sk-first-key", sessions=1)])
 
     async def test(serving: Serving) -> None:
@@ -148,37 +149,37 @@ def test_a_short_lived_key_is_enough_and_says_what_the_session_is(slots, engine)
         secret = await openai.realtime.client_secrets.create(session={"type": "realtime", "instructions": "be brief"})
         url, headers = f"{serving.url}/v1/realtime/calls", {"Authorization": f"Bearer {secret.value}"}
         sdp = {"Content-Type": "application/sdp"}
-        async with calling(Mouth(500)) as caller:
-            offer = await caller.offer()
+        async with open_peer_client(ToneTrack(500)) as client:
+            offer = await client.offer()
             async with serving.http.post(url, data=offer, headers=sdp) as refused:
                 assert refused.status == 401
             async with serving.http.post(url, data=offer, headers=headers | sdp) as made:
                 assert made.status == 201 and made.content_type == "application/sdp"
-                await caller.answered(await made.text())
-            created = await caller.until("session.created")
+                await client.take_answer(await made.text())
+            created = await client.until("session.created")
             assert created["session"]["instructions"] == "be brief"
-            for data in (offer, "nonsense"):  # which nobody looks at
+            for data in (offer, "nonsense"):  # the limit is checked before the offer is read
                 async with serving.http.post(url, data=data, headers=headers | sdp) as refused:
                     assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
             session = serving.session()
             async with serving.http.post(f"{url}/{session.id}/hangup") as refused:
                 assert refused.status == 401
-            await caller.close()  # who closes is done
+            await client.close()
             await eventually(lambda: session.scheduled.end_reason is EndReason.LEFT)
 
     serving(slots, engine, test, access=access, model=scripted({}))
 
 
-def test_a_peer_that_vanishes_comes_back_over_a_websocket(slots, engine, monkeypatch):
+def test_peer_that_vanishes_resumes_over_a_websocket(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
 
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            started = await live(serving, caller)
+        async with open_peer_client(ToneTrack(500)) as client:
+            started = await start_live(serving, client)
             session = serving.session()
             assert session.scheduled.attached
             await serving.advance(2)
-            caller.vanish()
+            client.vanish()
             await eventually(lambda: not session.scheduled.attached)
             assert not session.scheduled.end_reason
             back = await serving.open()
@@ -188,7 +189,7 @@ def test_a_peer_that_vanishes_comes_back_over_a_websocket(slots, engine, monkeyp
             before = session.scheduled.micro_turns
             await serving.advance(2)
             sound = await back.until("session.output_audio.delta")
-            assert sound["start_ms"] == 200 * (before + 1), "and from now on its sound is in the events"
+            assert sound["start_ms"] == 200 * (before + 1), "from now on the audio is in the events"
             await back.send("session.input_audio.append", audio="AAAAAAAA")
             await back.send("session.close")
             async with serving.ticking():
@@ -198,14 +199,14 @@ def test_a_peer_that_vanishes_comes_back_over_a_websocket(slots, engine, monkeyp
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_peer_that_does_not_come_back_is_ended(slots, engine, monkeypatch):
+def test_session_of_a_peer_that_does_not_come_back_is_ended(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
 
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            await live(serving, caller)
+        async with open_peer_client(ToneTrack(500)) as client:
+            await start_live(serving, client)
             session = serving.session()
-            caller.vanish()
+            client.vanish()
             await eventually(lambda: not session.scheduled.attached)
             await serving.advance(160)
             await eventually(lambda: not serving.manager.sessions)
@@ -214,90 +215,90 @@ def test_a_peer_that_does_not_come_back_is_ended(slots, engine, monkeypatch):
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_peer_that_says_nothing_is_there_as_long_as_it_answers(slots, engine, monkeypatch):
+def test_silent_peer_stays_connected_as_long_as_it_answers(slots, engine, monkeypatch):
     monkeypatch.setattr(connection, "_WATCH_S", 0.05)
     monkeypatch.setattr(connection, "_SILENT_S", 0.5)
     monkeypatch.setattr("aioice.ice.CONSENT_INTERVAL", 0.1)
 
     async def test(serving: Serving) -> None:
-        async with calling() as caller:  # a data channel, no track
-            await live(serving, caller)
+        async with open_peer_client() as client:  # a data channel only
+            await start_live(serving, client)
             await asyncio.sleep(1.5)
             assert serving.session().scheduled.attached
-            caller.vanish()
+            client.vanish()
             await eventually(lambda: not serving.session().scheduled.attached)
 
     serving(slots, engine, test)
 
 
-@pytest.mark.parametrize("flood", ["messages", "parts", "sources"])
-def test_a_peer_that_floods_is_given_up_and_nothing_of_it_waits(slots, engine, monkeypatch, flood):
-    if flood == "messages":  # more than are taken
+@pytest.mark.parametrize("flood", ["messages", "fragments", "sources"])
+def test_peer_that_floods_is_given_up_and_its_messages_are_dropped(slots, engine, monkeypatch, flood):
+    if flood == "messages":  # faster than they are handled
         monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 1)
         monkeypatch.setattr(connection, "_MESSAGES_BURST", 10)
 
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            await live(serving, caller)
-            line = serving.session().connection.transport
+        async with open_peer_client(ToneTrack(500)) as client:
+            await start_live(serving, client)
+            transport = serving.session().connection.transport
             if flood == "sources":
-                (sender,) = caller.pc.getSenders()
-                for source in range(8):  # after its own
-                    assert serving.session().scheduled.attached, "eight are not too many"
+                (sender,) = client.pc.getSenders()
+                for source in range(8):  # the first source is the track's own
+                    assert serving.session().scheduled.attached, "eight sources are allowed"
                     sender._ssrc = source + 1
                     await asyncio.sleep(0.1)
                 await eventually(lambda: not serving.session().scheduled.attached)
                 return
-            if flood == "parts":  # that take longer to put together than they may
-                line._busy_s.burst = 1e-4
+            if flood == "fragments":  # reassembling them takes more time than is allowed
+                transport._busy_s.burst = 1e-4
             for _ in range(1000):
-                caller.send("session.input_audio.mute")
+                client.send("session.input_audio.mute")
             async with serving.ticking():
                 await eventually(lambda: not serving.session().scheduled.attached)
-            assert not line._inbox and not line.left
+            assert not transport._inbox and not transport.left
             async with serving.http.get(f"{serving.url}/health") as health:
                 assert health.status == 200
 
     serving(slots, engine, test)
 
 
-def test_a_peer_that_takes_less_than_an_event_is_given_up_and_it_is_logged(slots, engine, caplog):
+def test_peer_whose_message_limit_is_below_an_event_is_given_up_with_a_log_entry(slots, engine, caplog):
     async def test(serving: Serving) -> None:
-        async with calling() as caller:
-            offer = re.sub("max-message-size:.*", "max-message-size:300", await caller.offer())
+        async with open_peer_client() as client:
+            offer = re.sub("max-message-size:.*", "max-message-size:300", await client.offer())
             body = {"session": MODEL, "transport": {"type": "webrtc", "sdp": offer}}
             async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as made:
-                await caller.answered((await made.json())["transport"]["sdp"])
-            await caller.closed()
+                await client.take_answer((await made.json())["transport"]["sdp"])
+            await client.closed()
             assert not serving.session().scheduled.attached
 
     serving(slots, engine, test)
     assert "a peer does not take an event of" in caplog.text
 
 
-def test_who_comes_over_ipv4_to_a_server_of_both_families_is_answered_there(monkeypatch):
+def test_ipv4_client_of_a_dual_stack_server_gets_an_ipv4_address(monkeypatch):
     answered = []
 
-    async def offered(sdp: str, address: str, sees: bool) -> None:
+    async def from_offer(sdp: str, address: str, takes_pictures: bool) -> None:
         answered.append(address)
 
-    monkeypatch.setattr(peer.Peer, "from_offer", offered)
-    for ours in ("::ffff:10.0.0.7", "10.0.0.7", "2001:db8::7"):
-        transport = SimpleNamespace(get_extra_info=lambda name, ours=ours: (ours, 8080))
+    monkeypatch.setattr(peer.Peer, "from_offer", from_offer)
+    for server_address in ("::ffff:10.0.0.7", "10.0.0.7", "2001:db8::7"):
+        transport = SimpleNamespace(get_extra_info=lambda name, address=server_address: (address, 8080))
         asyncio.run(signalling.open_peer(cast(Any, SimpleNamespace(transport=transport)), "", False))
     assert answered == ["10.0.0.7", "10.0.0.7", "2001:db8::7"]
 
 
-def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(slots, engine):
+def test_offer_without_a_connection_frees_its_slot_and_leaves_no_task(slots, engine):
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            offer = await caller.offer()
+        async with open_peer_client(ToneTrack(500)) as client:
+            offer = await client.offer()
         before = await at_rest(serving)
         body = {"session": MODEL, "transport": {"type": "webrtc", "sdp": offer}}
         async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as made:
             assert made.status == 201
         session = serving.session()
-        assert not session.scheduled.attached, "it stands still until there is someone"
+        assert not session.scheduled.attached, "the session is paused until the client connects"
         await eventually(lambda: session.scheduled.end_reason)
         await serving.advance()
         await eventually(lambda: not serving.manager.sessions and asyncio.all_tasks() <= before)
@@ -306,10 +307,10 @@ def test_an_offer_that_comes_to_nothing_frees_its_slot_and_leaves_nothing(slots,
     serving(slots, engine, test, limits=Limits(first_message_s=0.3), model=scripted({}))
 
 
-def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(slots, engine):
+def test_offers_that_cannot_be_answered_are_refused_with_the_apis_error(slots, engine):
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500)) as caller:
-            offer = await caller.offer()
+        async with open_peer_client(ToneTrack(500)) as client:
+            offer = await client.offer()
         two = offer + offer[offer.index("m=audio") : offer.index("m=application")]
         wrong = {
             "": "data channel",
@@ -349,24 +350,23 @@ def test_offers_that_cannot_be_answered_are_refused_in_the_apis_words(slots, eng
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_a_camera_is_seen_once_a_micro_turn(slots, engine):
+def test_model_sees_one_picture_of_a_camera_per_micro_turn(slots, engine):
     async def test(serving: Serving) -> None:
-        async with calling(Mouth(500), VideoStreamTrack()) as caller:
-            await live(serving, caller)
+        async with open_peer_client(ToneTrack(500), VideoStreamTrack()) as client:
+            await start_live(serving, client)
             session = serving.session()
             seen = []
             for _ in range(4):
                 await eventually(lambda: session.scheduled.patches is not None)
                 seen.append(session.scheduled.patches)
                 await serving.advance()
-            assert all(one.shape[1:] == (2, 40, 40, 3) for one in seen)
-            given = [one.patches is not None for one in serving.model_inputs()]
-            assert given == [True] * 4
+            assert all(patches.shape[1:] == (2, 40, 40, 3) for patches in seen)
+            assert [input.patches is not None for input in serving.model_inputs()] == [True] * 4
 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_where_the_extra_is_not_installed_it_is_said(slots, engine, monkeypatch):
+def test_offer_without_the_webrtc_extra_is_refused_with_the_remedy(slots, engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiortc", None)
     for name in ("peer", "tracks"):
         monkeypatch.delitem(sys.modules, f"jaxtml.serve.transport.{name}", raising=False)
@@ -385,81 +385,86 @@ def test_where_the_extra_is_not_installed_it_is_said(slots, engine, monkeypatch)
 # --- the rules of the tracks
 
 
-def pieces(voice: OutgoingTrack, count: int) -> list[bool]:
-    """Which of the next 20 ms have sound."""
+def packets_with_sound(voice: OutgoingTrack, count: int) -> list[bool]:
+    """Returns which of the next packets of 20 ms have sound."""
     return [bool(voice.next_samples().any()) for _ in range(count)]
 
 
-def turn(loud: bool = True) -> np.ndarray:
+def micro_turn(loud: bool = True) -> np.ndarray:
+    """Returns a micro-turn of a tone or of silence, `[3200]` float32 at 16 kHz."""
     return tone(300, 1, MICRO_TURN_SAMPLES, 16_000) * loud
 
 
-def test_what_is_said_waits_for_a_lead_and_goes_on_after_silence_where_it_was_late():
+def test_voice_waits_for_the_lead_and_again_after_it_ran_dry():
     voice = OutgoingTrack()
-    assert pieces(voice, 3) == [False] * 3
-    voice.put(turn())
-    assert pieces(voice, 10) == [False] * 2 + [True] * 8
-    voice.put(turn())
-    assert pieces(voice, 14) == [True] * 12 + [False] * 2, "it ran dry"
-    voice.put(turn())
-    assert pieces(voice, 12) == [False] * 2 + [True] * 10
+    assert packets_with_sound(voice, 3) == [False] * 3
+    voice.put(micro_turn())
+    assert packets_with_sound(voice, 10) == [False] * 2 + [True] * 8
+    voice.put(micro_turn())
+    assert packets_with_sound(voice, 14) == [True] * 12 + [False] * 2, "it ran dry"
+    voice.put(micro_turn())
+    assert packets_with_sound(voice, 12) == [False] * 2 + [True] * 10
 
 
-def test_no_more_than_a_micro_turn_of_speech_and_the_lead_of_silence_waits_for_the_next():
+def test_at_most_a_micro_turn_of_speech_or_the_lead_of_silence_waits_when_more_comes():
     voice = OutgoingTrack()
     for _ in range(5):
-        voice.put(turn())
+        voice.put(micro_turn())
     assert len(voice.waiting) == 2 * MICRO_TURN_SAMPLES
     voice.clear()
     for _ in range(5):
-        voice.put(turn(loud=False))
+        voice.put(micro_turn(loud=False))
     assert len(voice.waiting) == MICRO_TURN_SAMPLES + 640
 
 
 def packet(number: int, data: bytes | None = None) -> RtpPacket:
+    """Returns an RTP packet; without `data`, its payload is its number."""
     made = RtpPacket(sequence_number=number % 2**16)
     made._data = str(number).encode() if data is None else data
     return made
 
 
 @pytest.mark.parametrize("first", [10, 65_533])
-def test_packets_are_put_in_order_and_those_that_are_lost_are_not_waited_for_long(first):
-    arrivals = PacketReorderer()
+def test_packets_are_reordered_and_a_lost_packet_is_not_waited_for_long(first):
+    packets = PacketReorderer()
 
-    def got(*ahead: int) -> list[int | None]:
-        for one in ahead:
-            assert arrivals.add(packet(first + one)) == (False, None)
-        found = [None if data is None else int(data) - first for data in arrivals.ready]
-        arrivals.ready.clear()
-        return found
+    def add(*offsets: int) -> list[int | None]:
+        """Adds packets by their distance from the first one, and returns those that are ready; None: lost."""
+        for offset in offsets:
+            assert packets.add(packet(first + offset)) == (False, None)
+        ready = [None if data is None else int(data) - first for data in packets.ready]
+        packets.ready.clear()
+        return ready
 
-    assert got(0, 1, 3) == [0, 1]
-    assert got(2, 2, 1) == [2, 3]
-    assert got(5, 6) == [None, 5, 6]
-    assert got(4, 7) == [7], "too late is too late"
-    assert got(500, 501) == [500, 501], "another stream"
+    assert add(0, 1, 3) == [0, 1]
+    assert add(2, 2, 1) == [2, 3]
+    assert add(5, 6) == [None, 5, 6]
+    assert add(4, 7) == [7], "a packet that was given up is dropped"
+    assert add(500, 501) == [500, 501], "a large jump is another stream"
 
 
-def test_what_is_no_opus_is_silence_and_what_follows_is_heard():
+def test_packet_that_is_no_opus_becomes_silence_and_the_next_is_heard():
     async def main() -> None:
-        arrivals = PacketReorderer()
-        ear = IncomingTrack(arrivals)
+        packets = PacketReorderer()
+        track = IncomingTrack(packets)
         for number, data in enumerate([b"\xff\xff nonsense", b"", b"\xf8\xff\xfe"]):
-            arrivals.add(packet(number, data))
-        found = np.concatenate([await ear.next_samples() for _ in range(3)])
-        assert 700 < len(found) <= 960 and np.abs(found).max() < 1e-3
+            packets.add(packet(number, data))
+        samples = np.concatenate([await track.next_samples() for _ in range(3)])
+        assert 700 < len(samples) <= 960 and np.abs(samples).max() < 1e-3
 
     asyncio.run(main())
 
 
-def test_a_picture_says_its_size_before_it_is_decoded():
-    key = bytes([0x10, 0, 0, 0x9D, 0x01, 0x2A]) + (1280).to_bytes(2, "little") + (720).to_bytes(2, "little")
-    assert _frame_pixels(key) == 1280 * 720 and _frame_pixels(b"\x11" + key[1:]) == 0 and _frame_pixels(b"") == 0
+def test_size_of_a_vp8_frame_is_known_before_it_is_decoded():
+    key_frame = bytes([0x10, 0, 0, 0x9D, 0x01, 0x2A]) + (1280).to_bytes(2, "little") + (720).to_bytes(2, "little")
+    assert _frame_pixels(key_frame) == 1280 * 720
+    assert _frame_pixels(b"\x11" + key_frame[1:]) == 0, "no key frame"
+    assert _frame_pixels(b"") == 0
 
 
 # --- a browser
 
-CALLS = """(async () => {
+CONNECT = """(async () => {
   window.pc = new RTCPeerConnection();
   window.events = [];
   const media = await navigator.mediaDevices.getUserMedia({audio: true, video: true});
@@ -477,44 +482,44 @@ CALLS = """(async () => {
   await pc.setRemoteDescription({type: 'answer', sdp: await answer.text()});
   return answer.headers.get('Location');
 })()"""
-HEARD = """(async () => {
-  for (const one of (await pc.getStats()).values())
-    if (one.type === 'inbound-rtp' && one.kind === 'audio') {
-      const waits = 1000 * one.jitterBufferDelay / one.jitterBufferEmittedCount;
-      const made = one.concealedSamples / one.totalSamplesReceived;
-      return JSON.stringify([one.totalAudioEnergy, one.totalSamplesDuration, waits, made]);
+AUDIO_STATISTICS = """(async () => {
+  for (const stat of (await pc.getStats()).values())
+    if (stat.type === 'inbound-rtp' && stat.kind === 'audio') {
+      const delayMs = 1000 * stat.jitterBufferDelay / stat.jitterBufferEmittedCount;
+      const concealed = stat.concealedSamples / stat.totalSamplesReceived;
+      return JSON.stringify([stat.totalAudioEnergy, stat.totalSamplesDuration, delayMs, concealed]);
     }
 })()"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_talks_is_seen_hears_and_hangs_up(slots, engine, tmp_path):
+def test_browser_talks_shows_its_camera_hears_and_hangs_up(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
-        flags = "--allow-loopback-in-peer-connection"  # where there is no other network
+        flags = "--allow-loopback-in-peer-connection"  # a test machine may have no other network
         async with browser(serving.url, tmp_path, flags) as tab:
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
-            where = await tab.run(CALLS)
+            where = await tab.run(CONNECT)
             session = serving.session()
             assert where == f"/v1/realtime/calls/{session.id}"
             await tab.until("events[0]?.type === 'session.created'")
             async with serving.ticking(0.2):
                 await tab.until("events.some((one) => one.type === 'output_audio_buffer.started')")
-                before = json.loads(await tab.run(HEARD))
+                before = json.loads(await tab.run(AUDIO_STATISTICS))
                 await asyncio.sleep(4)
-                after = json.loads(await tab.run(HEARD))
+                after = json.loads(await tab.run(AUDIO_STATISTICS))
             energy, seconds = (b - a for a, b in zip(before[:2], after[:2], strict=True))
             assert 0.15 < np.sqrt(energy / seconds) < 0.31, (
-                "the peaks of the tone, with few holes even if it is busy here"
+                "the power of the tone, with few gaps even on a busy machine"
             )
             assert after[2] < 500, f"the browser's own buffer has {after[2]:.0f} ms"
             assert (
                 session.scheduled.jitter_buffer.missed_samples < session.scheduled.micro_turns * MICRO_TURN_SAMPLES / 2
-            ), "its microphone is heard"
-            seen = [one.patches is not None for one in serving.model_inputs()]
-            assert np.mean(seen) > 0.5, "and its camera"
+            ), "the model hears the microphone"
+            seen = [input.patches is not None for input in serving.model_inputs()]
+            assert np.mean(seen) > 0.5, "the model sees the camera"
             await tab.run("pc.close()")
             await eventually(lambda: session.scheduled.end_reason)
             assert session.scheduled.end_reason is EndReason.LEFT and not tab.errors
 
-    serving(slots, engine, test, model=singing(300, SPEAKS))
+    serving(slots, engine, test, model=scripted_tone(300, SPEAKS))
