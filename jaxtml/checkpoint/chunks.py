@@ -1,7 +1,7 @@
 """Cuts parameters into chunks: the parts that a conversion reads, writes and notes as done.
 
 A chunk is also one file of a jaxtml checkpoint that `jaxtml convert` wrote. The chunks of a layer follow each other as
-their bytes do in the released tensor, so the checksum of the chunks is the checksum of the tensor.
+their bytes do in the released tensor, that is, in the layer's tensor of an Inkling checkpoint.
 
 Called by `jaxtml.convert` and `checkpoint.orbax.sink`. Before you change how parameters are cut: an interrupted
 conversion goes on after the number of chunks that are done, and the checksums in a manifest follow the order of chunks.
@@ -18,17 +18,17 @@ import numpy as np
 from jaxtml.checkpoint.source import Index, Position
 from jaxtml.model.spec import ParamSpec
 
-CHUNK_BYTES = 2**23  # of a chunk, at most
+CHUNK_BYTES = 2**23  # the largest size of a chunk
 
 
 @dataclass(frozen=True)
 class LayerChunks:
-    """The chunks of one layer's part of a parameter, in order: all of one released tensor.
+    """The chunks of one layer's part of a parameter, in order. Together they are one released tensor.
 
     Attributes:
-      path: of the parameter.
-      position: of the layer in the parameter.
-      indices: of the chunks in the parameter.
+      path: the path of the parameter.
+      position: the position of the layer in the parameter.
+      indices: the index of each chunk in the parameter.
     """
 
     path: str
@@ -48,9 +48,9 @@ def layer_name(path: str, position: Position) -> str:
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
     """Returns the shape of the chunks of a parameter whose elements have `itemsize` bytes.
 
-    A chunk is a part of one layer. It has as many rows of the released tensor as `CHUNK_BYTES` has room for (where the
-    tensor holds experts, as many experts). Where one row is larger, a chunk is a part of a row. Either way, the bytes
-    of a chunk lie together in the released tensor. A parameter that is not released is cut along its longest axis.
+    A chunk is a part of one layer: as many rows of the released tensor as fit into `CHUNK_BYTES`. The rows of a tensor
+    of experts are whole experts. If one row does not fit, a chunk is a part of a row. In both cases the bytes of a
+    chunk lie together in the released tensor. A parameter that is not released is cut along its longest axis.
     """
     inner = list(spec.shape[spec.stacked :])
     for axis in _cut_order(spec):
@@ -106,7 +106,7 @@ def _cut_order(spec: ParamSpec) -> Sequence[int]:
 def _cut_length(size: int, at_most: int) -> int:
     """Returns the length, at most `at_most`, into which an axis of `size` is cut.
 
-    The length is the largest divisor of `size`. Where it is less than half of `at_most`, the length is a power of two
+    The length is the largest divisor of `size`. If that is less than half of `at_most`, the length is a power of two
     instead, and the last part is shorter than the others.
     """
     if size <= at_most:

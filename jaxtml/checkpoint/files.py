@@ -7,13 +7,13 @@ A jaxtml checkpoint is a directory:
 | `config.json` | the resolved config |
 | `tokenizer.json` | the tokenizer |
 | `state/` and files beside it | the parameters, as Orbax writes a tree |
-| `manifest.json` | checksums of all the rest; only `jaxtml convert` writes it |
+| `manifest.json` | checksums of all tensors and files; only `jaxtml convert` writes it |
 | `released/` | the files beside the weights of the Inkling release that the checkpoint was converted from |
 
 The directory of a training run has `config.json`, `tokenizer.json`, and in `checkpoints/` one folder for each saved
 step.
 
-This module imports nothing, because the command line imports it before it knows which command runs.
+This module imports nothing heavy: the command line imports it before it knows which command will run.
 """
 
 from __future__ import annotations

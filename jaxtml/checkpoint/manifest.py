@@ -22,7 +22,7 @@ from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
 
 _VERSION = 1
-_TENSOR_SUFFIXES = (".safetensors", ".jsonl")  # of files without a checksum of their own; .jsonl: the journal
+_TENSOR_SUFFIXES = (".safetensors", ".jsonl")  # shards have checksums by tensor, a journal is removed
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def read_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Conf
     """Reads the config and all parameters of any checkpoint, the parameters onto the first device as `dtype`.
 
     Raises:
-      InputError: as `open_checkpoint`.
+      InputError: for the same reasons as `open_checkpoint`.
     """
     source = open_checkpoint(directory)
     return source.config, read_parameters(source, dtype)

@@ -80,7 +80,7 @@ def place_parameters(source: ParameterSource, shapes: dict[str, Any]) -> Params:
     """Reads all parameters onto devices. Each process reads the parts of its own devices and nothing else.
 
     Args:
-      source: to read from.
+      source: the source to read from.
       shapes: the tree of parameters with a `jax.ShapeDtypeStruct` for each: its dtype and sharding are those of the
         result.
     """

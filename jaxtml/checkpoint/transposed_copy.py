@@ -9,9 +9,9 @@ import numpy as np
 
 # A matrix is transposed in blocks of less than half a megabyte, which fit into the second-level cache of a core.
 _BLOCK_ROWS = 512
-_BLOCK_BYTES = 768  # of a row
-_PADDING = 8  # elements
-_SMALLEST = 32  # the side of a matrix from which on blocks are worth their cost
+_BLOCK_BYTES = 768  # the length of a row of a block
+_PADDING = 8  # elements after each row of the buffer
+_SMALLEST = 32  # the shorter side of a matrix for which blocks are worth their cost
 
 
 def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

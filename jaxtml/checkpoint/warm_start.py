@@ -3,7 +3,7 @@
 So `tml_interaction_small` starts with the weights of Inkling-Small. Layers 42 and 43 are copies of the last layers of
 their kinds, and their output projections are zero, so that they add nothing. The clock and the own-voice embedding are
 zero. Control tokens whose rows of the embedding are empty get random rows. Called by `convert.conversion` and
-`train.storage`.
+`train.parameters`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jaxtml.stream.tokens import CONTROLS
 
 # Fields of the backbone that may differ. All others decide the shapes of the weights.
 _FREE = ("n_layers", "global_layers", "unpadded_vocab_size", "init_std", "mtp_heads", "mtp_global")
-_OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # a layer where these are zero adds nothing
+_OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # output projections: a layer adds nothing if these are zero
 _SAMPLE_ROWS = 4096  # rows of the embedding from which the size of new control rows is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer stands in the stacks of a model: the path of its run, and its position in it.
+    """Where a layer stands in the stacks of a model: the path of its run of equal layers, and its position in the run.
 
     Example: `LayerPlace("layers/block0/run1", (3, 0))`.
     """
@@ -51,9 +51,9 @@ class WarmStart:
     """A `ParameterSource` for the model of `config`, over a source of a model with the same backbone and fewer layers.
 
     Args:
-      source: of the smaller model; it may have as many layers, but no more.
-      config: of the larger model.
-      seed: of what is drawn at random.
+      source: the source of the smaller model's parameters. The model may have as many layers, but no more.
+      config: the config of the larger model.
+      seed: the seed of all random values.
 
     Attributes:
       layers: the origin of each layer.
@@ -104,7 +104,7 @@ class WarmStart:
         return path in self.source_specs and self.source_specs[path].shape == self.specs[path].shape
 
     def _choose_dtype(self, path: str) -> np.dtype:
-        """Returns the dtype of a parameter: the smallest that holds what is copied from all layers.
+        """Returns the dtype of a parameter: the smallest that can represent the values copied from all layers.
 
         Layers of the source may have different dtypes, because some tensors of a release are float32.
         """

@@ -69,11 +69,11 @@ def check_outputs(*paths: str | None, source: str) -> None:
     for path in filter(None, paths):
         output = Path(path).resolve()
         if not output.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {output.parent}")
+            raise InputError(f"cannot write {path}: there is no folder {output.parent}; make it first")
         if output.is_dir():
             raise InputError(f"cannot write {path}: it is a folder; name a file")
         if not os.access(output if output.exists() else output.parent, os.W_OK):
-            raise InputError(f"cannot write {path}: its permissions do not allow it")
+            raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
         if output in taken:
             raise InputError(f"cannot write {path}: {taken[output]}; name another file")
         taken[output] = "another output has the same name"

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stereo", metavar="WAV", help="write the user on the left and the model on the right")
     parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline")
     parser.add_argument("--video", metavar="FILE", help="a video of what the model sees during the recording")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the model's random choices (default: 0)")
     parser.add_argument(
         "--realtime", action="store_true", help="give the model the recording at the speed at which it was spoken"
     )
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the reply and what else was asked for.
+    """Writes the reply and the other outputs that the arguments name.
 
     Raises:
       InputError: the recording, the video or the checkpoint cannot be used, or an output cannot be written.

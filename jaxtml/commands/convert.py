@@ -1,11 +1,11 @@
-"""`jaxtml convert`: converts checkpoints between our format and Inkling's, of any size."""
+"""`jaxtml convert`: converts checkpoints of any size between our format and Inkling's."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 
-HELP = "convert a checkpoint"
+HELP = "convert a checkpoint between the jaxtml format and Inkling's"
 EXAMPLE = "convert inkling_dir out --to orbax --verify"
 
 
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="before the result gets its name, read it back and compare every tensor, and the logits where memory "
-        "allows; or verify a DST that the same conversion wrote earlier",
+        help="before the result gets its name, read it back and compare every tensor, and the logits if there is "
+        "enough memory; or verify a DST that the same conversion wrote earlier",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts and prints a summary. Raises `InputError` where `jaxtml.convert.conversion.convert` does."""
-    # The garbage collector takes half a second while modules and Orbax load. A conversion frees nothing with cycles.
+    """Converts and prints a summary. Raises `InputError` as `jaxtml.convert.conversion.convert` does."""
+    # The garbage collector takes half a second while modules and Orbax load. A conversion makes no reference cycles.
     gc.disable()
     from jaxtml.convert.conversion import convert
 

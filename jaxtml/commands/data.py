@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Builds what is missing, then what was asked for.
+    """Builds the tokenizer and the dataset if they are missing. Then encodes rows and writes examples, if asked to.
 
     Raises:
-      InputError: the config cannot be used, the bank is not there with `--no-build`, or a dataset has no conversations.
+      InputError: the config cannot be used, the speech bank is missing, or the dataset has no conversations to show.
     """
     from jaxtml.data import cache, examples
     from jaxtml.data.dataset import ConversationDataset, build_dataset, open_dataset

@@ -13,12 +13,14 @@ from jaxtml.commands.arguments import add_config
 from jaxtml.errors import InputError
 
 if TYPE_CHECKING:  # heavy to import
+    from jaxtml.convert.inspection import Description
     from jaxtml.model.spec import ParamSpec
 
 HELP = "print a resolved config and its parameter count, or what a checkpoint holds"
 EXAMPLE = "info tiny --json"
 
-Counts = dict[str, tuple[int, int]]  # group -> (all parameters, parameters active per token)
+Counts = tuple[int, int]
+"""How many parameters there are, and how many of them one token uses."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,54 +33,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: config, params_total, params_active, groups; of a directory, checkpoint too",
+        help="print one JSON object with config, params_total, params_active, groups, and for a directory checkpoint",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report of `args.config`. Raises `InputError` where there is no such config or checkpoint."""
-    config, specs, checkpoint = _inspect(args)
-    groups = _count_groups(specs)
-    total, active = (sum(counts[i] for counts in groups.values()) for i in (0, 1))
-    if args.json:
-        report: dict[str, Any] = {
-            "config": dataclasses.asdict(config),
-            "params_total": total,
-            "params_active": active,
-            "groups": {name: {"total": all_, "active": active_} for name, (all_, active_) in groups.items()},
-        }
-        if checkpoint:
-            report["checkpoint"] = checkpoint
-        print(json.dumps(report))
-        return
-    print(configs.to_json(config), end="")
-    width = max(map(len, groups))
-    for name, (all_, active_) in groups.items():
-        print(f"{name:{width}}  {all_:>16,}  {active_:>16,}")
-    print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
-    if checkpoint:
-        _print_checkpoint(checkpoint)
-
-
-def _inspect(args: argparse.Namespace) -> tuple[configs.Config, dict[str, ParamSpec], dict[str, Any] | None]:
-    """Returns the config, the parameter specs, and the description of the checkpoint (None for a config by name)."""
-    from jaxtml.checkpoint.source import spec_table
-    from jaxtml.convert import inspection
-
-    if Path(args.config).is_dir():
-        if args.set:
-            raise InputError(f"{args.config} is a checkpoint, and its config is fixed: leave out --set")
-        config, specs, checkpoint = inspection.describe_checkpoint(args.config)
-        if args.verify:
-            checkpoint["verified"] = inspection.verify_manifest(args.config)
-        return config, specs, checkpoint
-    if args.verify:
+    """Prints the report of `args.config`. Raises `InputError` if there is no such config or checkpoint."""
+    is_directory = Path(args.config).is_dir()
+    if is_directory and args.set:
+        raise InputError(f"{args.config} is a checkpoint, and its config is fixed: leave out --set")
+    if args.verify and not is_directory:
         raise InputError(f"{args.config} is not a checkpoint: --verify needs the directory of a converted one")
+    if is_directory:
+        _run_on_checkpoint(args)
+    else:
+        _run_on_config(args)
+
+
+def _run_on_config(args: argparse.Namespace) -> None:
+    from jaxtml.checkpoint.source import spec_table
+
     config = configs.load(args.config, args.set)
-    return config, spec_table(config), None
+    groups = _count_groups(spec_table(config))
+    if args.json:
+        print(json.dumps(_config_report(config, groups)))
+    else:
+        _print_config(config, groups)
 
 
-def _count_groups(specs: dict[str, ParamSpec]) -> Counts:
+def _run_on_checkpoint(args: argparse.Namespace) -> None:
+    from jaxtml.convert.inspection import describe_checkpoint, verify_manifest
+
+    description = describe_checkpoint(args.config)
+    verified = {"verified": verify_manifest(args.config)} if args.verify else {}
+    groups = _count_groups(description.specs)
+    if args.json:
+        checkpoint = {
+            "kind": description.kind,
+            "step": description.step,
+            "dtypes": description.dtypes,
+            "bytes": description.nbytes,
+            "uses": description.uses,
+            **verified,
+        }
+        print(json.dumps(_config_report(description.config, groups) | {"checkpoint": checkpoint}))
+    else:
+        _print_config(description.config, groups)
+        _print_checkpoint(description)
+        if verified:
+            print(f"verified: {verified['verified']} tensors are as they were written")
+
+
+def _count_groups(specs: dict[str, ParamSpec]) -> dict[str, Counts]:
     """Counts the parameters of each group of the model. The largest group comes first."""
     from jaxtml.model.interaction import group_of
     from jaxtml.model.spec import count_parameters
@@ -86,14 +92,35 @@ def _count_groups(specs: dict[str, ParamSpec]) -> Counts:
     tables: dict[str, dict[str, ParamSpec]] = {}
     for path, spec in specs.items():
         tables.setdefault(group_of(path, spec), {})[path] = spec
-    counts = {name: count_parameters(table) for name, table in tables.items()}
-    return dict(sorted(counts.items(), key=lambda group: -group[1][0]))
+    groups = {name: count_parameters(table) for name, table in tables.items()}
+    return dict(sorted(groups.items(), key=lambda group: -group[1][0]))
 
 
-def _print_checkpoint(checkpoint: dict[str, Any]) -> None:
-    numbers = ", ".join(f"{n:,} {dtype}" for dtype, n in checkpoint["dtypes"].items())
-    step = f" at step {checkpoint['step']}" if checkpoint["step"] is not None else ""
-    print(f"{checkpoint['kind']}{step}, {checkpoint['bytes'] / 1e9:.3f} GB: {numbers}")
-    print(f"good for: {', '.join(checkpoint['uses'])}")
-    if "verified" in checkpoint:
-        print(f"verified: {checkpoint['verified']} tensors are as they were written")
+def _sum_groups(groups: dict[str, Counts]) -> Counts:
+    return sum(total for total, _ in groups.values()), sum(active for _, active in groups.values())
+
+
+def _config_report(config: configs.Config, groups: dict[str, Counts]) -> dict[str, Any]:
+    total, active = _sum_groups(groups)
+    return {
+        "config": dataclasses.asdict(config),
+        "params_total": total,
+        "params_active": active,
+        "groups": {name: {"total": counts[0], "active": counts[1]} for name, counts in groups.items()},
+    }
+
+
+def _print_config(config: configs.Config, groups: dict[str, Counts]) -> None:
+    print(configs.to_json(config), end="")
+    width = max(map(len, groups))
+    for name, (total, active) in groups.items():
+        print(f"{name:{width}}  {total:>16,}  {active:>16,}")
+    total, active = _sum_groups(groups)
+    print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
+
+
+def _print_checkpoint(description: Description) -> None:
+    numbers = ", ".join(f"{n:,} {dtype}" for dtype, n in description.dtypes.items())
+    step = f" at step {description.step}" if description.step is not None else ""
+    print(f"{description.kind}{step}, {description.nbytes / 1e9:.3f} GB: {numbers}")
+    print(f"good for: {', '.join(description.uses)}")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the logits. Raises `InputError` where the checkpoint or the tokens cannot be used."""
+    """Writes the logits. Raises `InputError` if the checkpoint or the tokens cannot be used."""
     check_outputs(args.out, source=args.tokens)
     from jaxtml.convert.logits import token_logits
 

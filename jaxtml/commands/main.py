@@ -1,7 +1,7 @@
 """The command line `jaxtml COMMAND ...`: parses the arguments and calls the module of the command.
 
 Each command is a module beside this one with `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`. To add a
-command, write such a module and put it into `COMMANDS`. A command imports JAX, and all else that takes long to import,
+command, write such a module and put it into `COMMANDS`. A command imports JAX, and whatever else is slow to import,
 inside its `run`: the parser imports every command, and `jaxtml --help` must stay fast.
 
 Bad input ends with one line on stderr and exit status 2. With `--json`, stdout has the JSON output and nothing else.
@@ -26,6 +26,7 @@ from jaxtml.commands import converse, convert, data, info, logits, plan, serve, 
 from jaxtml.commands.arguments import exit_status
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtml" / "compiled"
+"""The default folder of compiled programs. A program that was compiled once starts in a fraction of the time."""
 
 
 class Command(Protocol):
@@ -41,9 +42,13 @@ class Command(Protocol):
         """A command line that works, without "jaxtml"."""
         ...
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the arguments of the command."""
+        ...
 
-    def run(self, args: argparse.Namespace) -> None: ...
+    def run(self, args: argparse.Namespace) -> None:
+        """Runs the command. Raises `InputError` if the user's input cannot be used."""
+        ...
 
 
 COMMANDS: dict[str, Command] = {
@@ -79,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _set_up_compilation_cache() -> None:
-    """Keeps compiled programs in `CACHE`, unless the environment names another folder."""
+    """Makes JAX keep compiled programs in `CACHE`, or in the folder that the environment names."""
     # Environment variables, because the processes that a command starts inherit them.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -103,7 +108,7 @@ def _set_up_log() -> None:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """The entry point of the console script. Exits the process. `argv` begins with the program's name."""
-    # Python's last garbage collection looks through all of JAX, a third of a second. Frozen objects are left out of it.
+    # At exit, Python's garbage collector searches all of JAX, which takes a third of a second. It skips frozen objects.
     atexit.register(gc.freeze)
     app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))
 

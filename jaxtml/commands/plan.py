@@ -30,16 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         metavar="AXES",
         help="how chips share the work, for example data=16,expert=8 "
-        "(default: all chips on data to train, on expert and tensor to serve)",
+        "(default: all chips on data for training, on expert and tensor for serving)",
     )
     parser.add_argument(
-        "--search", action="store_true", help="find the largest batch that fits, and to train, the remat it needs"
+        "--search",
+        action="store_true",
+        help="find the largest batch that fits into memory, and for training the remat setting that it needs",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report. Raises `InputError` where the topology or the mesh does not fit, or memory is too small."""
+    """Prints the report. Raises `InputError` if the topology or the mesh does not fit, or memory is too small."""
     from jaxtml.plan import planning
     from jaxtml.plan.report_text import format_report
 

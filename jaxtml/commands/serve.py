@@ -46,7 +46,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--tls-cert", type=Path, metavar="PEM", help="a certificate chain; the server then speaks https and wss"
     )
     parser.add_argument(
-        "--tls-key", type=Path, metavar="PEM", help="the private key, where the certificate's file does not have it"
+        "--tls-key", type=Path, metavar="PEM", help="the private key, if it is not in the file of the certificate"
     )
     parser.add_argument(
         "--replica",
@@ -102,7 +102,7 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves until SIGTERM or SIGINT. Raises `InputError` where an option or the checkpoint cannot be used."""
+    """Serves until SIGTERM or SIGINT. Raises `InputError` if an option or the checkpoint cannot be used."""
     from jaxtml.serve import serving
     from jaxtml.serve.sessions.manager import Limits
 

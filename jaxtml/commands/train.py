@@ -18,7 +18,7 @@ VOCODER_STEPS = 5000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "the name of a config in configs/, its path, or `vocoder`")
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the folder of the run; a run that is there goes on"
+        "--workdir", required=True, metavar="DIR", help="the folder of the run; a run that was interrupted is resumed"
     )
     parser.add_argument("--data", metavar="DIR", help="the folder that `jaxtml data` wrote (default: WORKDIR/data)")
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains until the last step. Raises `InputError` where the config, the data or a checkpoint cannot be used."""
+    """Trains until the last step. Raises `InputError` if the config, the data or a checkpoint cannot be used."""
     import jax
 
     from jaxtml.parallel.mesh import MeshShape

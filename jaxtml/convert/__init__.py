@@ -1,0 +1,1 @@
+"""Converts, verifies and inspects checkpoints of any size. Start at `conversion.py`."""

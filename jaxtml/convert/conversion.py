@@ -48,9 +48,9 @@ def convert(
       destination: the directory to make; it must be new or empty. With `verify`, it may also be the result of the same
         conversion: then the result is verified again.
       to: "orbax" for a jaxtml checkpoint, "hf" for a released one.
-      dtype: to write parameters as "float32" or "bfloat16"; None keeps each parameter's own.
+      dtype: the dtype to write, "float32" or "bfloat16"; None keeps the dtype of each parameter.
       begin_as: a config that starts with the weights of the source (`checkpoint.warm_start`); None keeps the config.
-      verify: compare the result with the source before the result gets its name.
+      verify: whether to compare the result with the source before the result gets its name.
 
     Raises:
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
@@ -94,13 +94,13 @@ def write_checkpoint(
     """Writes the parameters of a source as a new checkpoint.
 
     Args:
-      source: to read from.
+      source: the source to read from.
       destination: the directory to make; it must be new or empty.
       source_id: identifies the source and the conversion, so that the same conversion can be resumed.
       to: "orbax" for a jaxtml checkpoint, "hf" for a released one, which has only released parameters.
-      dtype: to write parameters as; None keeps each parameter's own. Some released parameters are always float32.
+      dtype: the dtype to write; None keeps the dtype of each parameter. Some released parameters are always float32.
       extra_files: files to copy into the checkpoint, by name.
-      check: called with the folder before it gets its name; see `copy_parameters`.
+      check: a function that is called with the folder before it gets its name; see `copy_parameters`.
     """
     dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
     if dtype is not None:

@@ -13,7 +13,6 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -31,20 +30,34 @@ from jaxtml.convert.threads import run_in_threads
 from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import ParamSpec
 
-_BLOCK_BYTES = 2**23  # of a released tensor that are read at a time
+_BLOCK_BYTES = 2**23  # a released tensor is read in blocks of this size
 
 
-def describe_checkpoint(directory: str | Path) -> tuple[Config, dict[str, ParamSpec], dict[str, Any]]:
-    """Describes a checkpoint.
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is.
 
-    Returns:
-      The config, the specs of the parameters that the checkpoint has, and a description for JSON: its `kind`; its
-      `step` (None unless it is a training run); `dtypes`, how many numbers of each dtype it has; its size on disk in
-      `bytes`; and `uses`, the commands that can use it.
-
-    Raises:
-      InputError: the directory has no checkpoint that can be read.
+    Attributes:
+      config: the config of the model.
+      specs: the specs of the parameters that the checkpoint has.
+      kind: a phrase that says what kind of checkpoint it is.
+      step: the newest step of a training run; None for other checkpoints.
+      dtypes: the number of numbers of each dtype.
+      nbytes: the size on disk in bytes.
+      uses: the commands that can use the checkpoint.
     """
+
+    config: Config
+    specs: dict[str, ParamSpec]
+    kind: str
+    step: int | None
+    dtypes: dict[str, int]
+    nbytes: int
+    uses: list[str]
+
+
+def describe_checkpoint(directory: str | Path) -> Description:
+    """Describes a checkpoint. Raises `InputError` if the directory has no checkpoint that can be read."""
     directory = Path(directory)
     source = open_checkpoint(directory)
     specs = _held_specs(source)
@@ -63,8 +76,8 @@ def describe_checkpoint(directory: str | Path) -> tuple[Config, dict[str, ParamS
     uses.append("train --start-from")
     if (directory / TOKENIZER).is_file():
         uses.append("converse")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return source.config, specs, {"kind": kind, "step": step, "dtypes": dict(dtypes), "bytes": size, "uses": uses}
+    nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Description(source.config, specs, kind, step, dict(dtypes), nbytes, uses)
 
 
 def _held_specs(source: ParameterSource) -> dict[str, ParamSpec]:

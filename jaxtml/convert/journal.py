@@ -29,12 +29,12 @@ class Journal:
     Until it is closed, a journal locks its folder against other conversions.
 
     Args:
-      folder: that the conversion writes to; made if it is missing.
-      identity: of the conversion.
+      folder: the folder that the conversion writes to. It is made if it is missing.
+      identity: a text that identifies the conversion.
 
     Attributes:
       done: for each layer, the number of chunks that are written, and the CRC-32 of all of them.
-      bytes_written: of these chunks.
+      bytes_written: the size of these chunks.
 
     Raises:
       InputError: another conversion writes to the folder.
@@ -78,8 +78,8 @@ class Journal:
 
         Args:
           layer: the name of the layer's part of a parameter.
-          chunks: how many chunks of it are written.
-          crc32: of all of them.
+          chunks: the number of chunks of this part that are written.
+          crc32: the checksum of these chunks.
           nbytes: the size of the last one.
         """
         self._append(json.dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))

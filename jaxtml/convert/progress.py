@@ -14,9 +14,9 @@ class CopyProgress:
     """Writes a line to the log every few seconds: bytes, rate and time left.
 
     Args:
-      total: how many bytes there are.
-      done: how many bytes an earlier, interrupted conversion has done. They do not count for the rate.
-      prefix: how each line begins.
+      total: the number of bytes.
+      done: the number of bytes that an interrupted conversion has already copied. They do not count for the rate.
+      prefix: the beginning of each line.
     """
 
     def __init__(self, total: int, done: int, prefix: str = ""):

@@ -45,22 +45,24 @@ def copy_parameters(
     """Fills the sink, writes its manifest, and gives it its name.
 
     Args:
-      source: to read from.
-      sink: to write to.
+      source: the source to read from.
+      sink: the sink to write to.
       destination: the directory to make; it must be new or empty.
       source_id: identifies the source and the conversion. A conversion with another id is not resumed.
-      check: called with the folder before it gets its name. If it raises, the folder does not get its name. If it
-        raises `VerificationFailed`, the next conversion begins anew.
-      workers: how many threads; None takes two for each core.
+      check: a function that is called with the folder before it gets its name. If it raises, the folder does not get
+        its name. If it raises `VerificationFailed`, the next conversion begins anew.
+      workers: the number of threads; None takes two for each core.
 
     Raises:
       InputError: the destination is not empty, is in no folder, may not be written or is being written by another
         conversion; or the disk has no room; or `check` raised.
     """
     if not destination.parent.is_dir():
-        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}")
+        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}; make it first")
     if not os.access(destination.parent, os.W_OK):
-        raise InputError(f"cannot write {destination}: the permissions of {destination.parent} do not allow it")
+        raise InputError(
+            f"cannot write {destination}: the permissions of {destination.parent} do not allow it; name another"
+        )
     folder = destination.with_name(f".{destination.name}.converting")
     work = conversion_chunks(sink.specs, sink.dtype)
     total = parameter_bytes(sink.specs, sink.dtype)

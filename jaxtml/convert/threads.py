@@ -21,9 +21,9 @@ def run_in_threads(
     raises `CancelledError`.
 
     Args:
-      function: to call, in several threads at the same time.
+      function: the function to call, in several threads at the same time.
       work: the items.
-      workers: how many threads; None takes two for each core, because about half of them wait for the disk.
+      workers: the number of threads; None takes two for each core, because about half of them wait for the disk.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:

@@ -36,12 +36,12 @@ class VerificationFailed(InputError):
 def verify_conversion(original: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
     """Compares the tensors of a result with the source that it was made from, and its logits with the original's.
 
-    Logits are compared where memory allows. They must be equal within rounding if both models compute the same:
-    the same dtypes, and the same windows of global layers.
+    Logits are compared if there is enough memory. They must be equal within rounding if both models have the same
+    dtypes and the same windows of global layers.
 
     Args:
       original: the checkpoint that was converted.
-      source: what the conversion read: `original`, or a warm start from it.
+      source: the parameters that were converted: `original`, or a warm start from it.
       result: the checkpoint that was written.
       to: "orbax" or "hf". An "hf" result has only released parameters.
 

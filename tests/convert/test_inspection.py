@@ -89,17 +89,18 @@ def test_info_verifies_a_checkpoint_and_refuses_to_verify_a_config(ours, capsys)
 
 
 def test_a_description_counts_what_the_checkpoint_has(full_release, ours, tmp_path):
-    config, release_specs, description = describe_checkpoint(full_release)
-    _, our_specs, _ = describe_checkpoint(ours)
-    in_release, in_ours, declared = (count_parameters(s)[0] for s in (release_specs, our_specs, spec_table(config)))
-    assert sum(description["dtypes"].values()) == in_release < in_ours == declared
+    description = describe_checkpoint(full_release)
+    release_specs, our_specs = description.specs, describe_checkpoint(ours).specs
+    declared_specs = spec_table(description.config)
+    in_release, in_ours, declared = (count_parameters(s)[0] for s in (release_specs, our_specs, declared_specs))
+    assert sum(description.dtypes.values()) == in_release < in_ours == declared
     assert {path.split("/")[0] for path in our_specs.keys() - release_specs.keys()} == {
         "clock",
         "own",
         "flow",
         "vocoder",
     }
-    assert description["uses"] == ["logits", "convert", "train --start-from"]
+    assert description.uses == ["logits", "convert", "train --start-from"]
     shutil.copytree(full_release, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    assert describe_checkpoint(tmp_path / "hf")[2]["uses"][-1] == "converse"
+    assert describe_checkpoint(tmp_path / "hf").uses[-1] == "converse"

@@ -1,0 +1,1 @@
+"""The format of released Inkling checkpoints: `config.json`, safetensors, quantised experts."""

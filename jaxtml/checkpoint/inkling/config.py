@@ -59,7 +59,7 @@ def config_from_inkling(released: Mapping[str, Any], name: str = "inkling") -> C
     the flow head is as wide as the model (at most 2,048). The log names the fields that are not known here.
 
     Raises:
-      InputError: a field is missing, is not a number where it has to be, or has a value that our backbone cannot have.
+      InputError: a field is missing, is of another kind, or has a value that jaxtml does not support.
     """
     text, audio, vision = (ConfigSection(released, part) for part in ("text_config", "audio_config", "vision_config"))
     mtp_heads, mtp_local = _mtp_heads(released, text)
@@ -84,7 +84,7 @@ def config_from_inkling(released: Mapping[str, Any], name: str = "inkling") -> C
 
 
 def _mtp_heads(released: Mapping[str, Any], text: ConfigSection) -> tuple[int, list[int]]:
-    """Returns the number of prediction heads (0 without a field for them), and the indices of those that are local.
+    """Returns the number of prediction heads (0 by default), and the indices of the heads with local attention.
 
     The released spelling has them in a section of their own, `transformers` in the text section.
     """
@@ -147,7 +147,8 @@ def _backbone(text: ConfigSection, mtp_heads: int, mtp_local: list[int]) -> Back
 def _feed_forward_widths(text: ConfigSection) -> tuple[int, int]:
     """Returns the widths of the feed-forward part of a dense layer, and of one expert.
 
-    `intermediate_size` is the expert's width where `dense_intermediate_size` is there, and else the dense layer's.
+    If the config has `dense_intermediate_size`, `intermediate_size` is the width of an expert. Otherwise it is the
+    width of a dense layer.
     """
     if text.value("dense_intermediate_size") is not None:
         return text.integer("dense_intermediate_size"), text.integer("intermediate_size")
@@ -196,9 +197,9 @@ def inkling_config(config: Config, original: Mapping[str, Any] = MappingProxyTyp
     Pinned tokens and a window on global layers cannot be expressed: the reference's global layers see every token.
 
     Args:
-      config: of our model.
-      original: the `config.json` that the model came with. Its fields are copied where they do not follow from the
-        sizes of the model: the ids of placeholders and special tokens, and whatever stands beside its sections.
+      config: the config of the model.
+      original: the `config.json` that the model came with. Fields that do not depend on the sizes of the model are
+        copied from it: the ids of placeholders and special tokens, and all fields beside its sections.
 
     Raises:
       InputError: Inkling's config cannot express the backbone.

@@ -56,7 +56,7 @@ class ConfigSection:
         return float(value)
 
     def indices(self, name: str, size: int) -> list[int] | None:
-        """Returns a list of indices below `size`, or None where the field is missing."""
+        """Returns a list of indices below `size`, or None if the field is missing."""
         value = self.value(name)
         if value is None:
             return None
@@ -65,7 +65,7 @@ class ConfigSection:
         return value
 
     def layer_kinds(self, name: str, kinds: tuple[str, str], layers: int) -> list[str] | None:
-        """Returns a list with one of the two `kinds` for each layer, or None where the field is missing."""
+        """Returns a list with one of the two `kinds` for each layer, or None if the field is missing."""
         value = self.value(name)
         if value is None:
             return None

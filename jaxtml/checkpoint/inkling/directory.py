@@ -14,8 +14,8 @@ from jaxtml.checkpoint.inkling.safetensors_file import StoredTensor, read_header
 from jaxtml.errors import InputError, join_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MTP_WEIGHTS = "mtp.safetensors"  # the prediction heads' own file
-MTP_PREFIX = "model.mtp."  # of the names of their tensors
+MTP_WEIGHTS = "mtp.safetensors"  # the file of the prediction heads, if they are in a file of their own
+MTP_PREFIX = "model.mtp."  # the names of the prediction heads' tensors begin so
 
 
 def model_name(directory: Path) -> str:

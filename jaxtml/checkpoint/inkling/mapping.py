@@ -21,10 +21,10 @@ class ReleasedTensor:
     """One tensor of a release.
 
     Attributes:
-      path: of the parameter of ours that the tensor belongs to.
-      spec: of that parameter.
-      position: of the tensor's layer in the parameter.
-      name: of the tensor in the release.
+      path: the path of the parameter that the tensor belongs to.
+      spec: the spec of that parameter.
+      position: the position of the tensor's layer in the parameter.
+      name: the name of the tensor in the release.
     """
 
     path: str

@@ -32,7 +32,7 @@ DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH_BYTES = 8  # of the length of a header
+_LENGTH_BYTES = 8  # a file begins with the length of its header, a number of 8 bytes
 _LONGEST_HEADER = 100 * 2**20  # bytes; the library's own limit
 
 
@@ -43,8 +43,8 @@ class StoredTensor:
     Attributes:
       file: the safetensors file.
       dtype: the file's name for the dtype: a key of `DTYPES`, if it is known here.
-      shape: of the tensor.
-      start: of the tensor in the file, in bytes.
+      shape: the shape of the tensor.
+      start: the offset of the tensor in the file in bytes.
       nbytes: the size of the tensor in bytes.
     """
 

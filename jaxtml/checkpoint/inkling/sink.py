@@ -25,7 +25,7 @@ from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
 
-SHARD_BYTES = 5 * 10**9  # of the tensors in one file; one larger tensor has a file of its own
+SHARD_BYTES = 5 * 10**9  # the largest size of a file; a tensor that is larger has a file of its own
 _FLOAT32 = (".gate.bias", ".gate.global_scale")  # endings of the tensors that are float32 in every release
 
 
@@ -33,7 +33,7 @@ class ReleasedSink:
     """A `ParameterSink` that makes a released checkpoint.
 
     Args:
-      config: of the model.
+      config: the config of the model.
       dtypes: the dtype in which each parameter is written.
       extra_files: files to copy into the checkpoint, by name. A `config.json` among them is the original release's: the
         new one repeats its fields that do not follow from the sizes of the model.
@@ -109,7 +109,7 @@ class ReleasedSink:
 
 
 def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
-    """Returns the dtype of each released parameter: `dtype`, or float32 where every release has float32."""
+    """Returns the dtype of each released parameter: `dtype`, except for those that are float32 in every release."""
     return {
         tensor.path: np.dtype(np.float32) if tensor.name.endswith(_FLOAT32) else np.dtype(dtype)
         for tensor in released_tensors(config)

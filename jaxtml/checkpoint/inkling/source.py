@@ -36,12 +36,12 @@ class ReleasedCheckpoint:
     left out of the model, with a note in the log.
 
     Args:
-      directory: of the checkpoint.
-      seed: of the initial values of parameters that the release lacks.
+      directory: the directory of the checkpoint.
+      seed: the seed of the initial values of parameters that the release lacks.
 
     Attributes:
-      stored: where each tensor is, by its released name.
-      tensors: what each tensor is, by path and position.
+      stored: the place of each tensor in a file, by its released name.
+      tensors: the name and layout of each tensor, by path and position.
       scales: the quantised tensors by name, with the tensors of their scales by suffix.
 
     Raises:
@@ -131,7 +131,7 @@ class ReleasedCheckpoint:
     ) -> list[str]:
         """Returns a phrase for each tensor whose shape or dtype is wrong. All layers of a parameter have one dtype."""
         phrases = []
-        dtypes: dict[str, str] = {}  # of the first layer, by path
+        dtypes: dict[str, str] = {}  # the dtype of the first layer, by path
         for name, tensor in wanted.items():
             if name not in self.stored:
                 continue

@@ -13,7 +13,7 @@ import tensorstore as ts
 
 
 def array_folder(state: Path, path: str) -> Path:
-    """Returns the folder of a parameter's array, where each parameter has files of its own (no OCDBT)."""
+    """Returns the folder of a parameter's array in a checkpoint that was written without OCDBT."""
     return state / path.replace("/", ".")
 
 

@@ -29,10 +29,10 @@ def save_checkpoint(
     """Writes a checkpoint, and replaces a checkpoint of the same name.
 
     Args:
-      directory: of the checkpoint.
-      config: of the model.
+      directory: the directory to write.
+      config: the config of the model.
       params: the tree of parameters.
-      dtype: "float32" or "bfloat16", to which parameters are cast; None keeps each parameter's own.
+      dtype: the dtype to write, "float32" or "bfloat16"; None keeps the dtype of each parameter.
       tokenizer_path: a `tokenizer.json` that is copied into the checkpoint; None leaves the tokenizer out.
     """
     from orbax.checkpoint import v1 as ocp  # takes half a second, so only callers that save pay for the import

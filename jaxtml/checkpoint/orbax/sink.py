@@ -27,14 +27,14 @@ from jaxtml.checkpoint.source import Index, Position, spec_table
 from jaxtml.config import Config, to_json
 from jaxtml.model.spec import Params, ParamSpec
 
-PIECE_BYTES = 2**22  # of the part of a file that can be read by itself, at most
+PIECE_BYTES = 2**22  # the largest part of a file that can be read by itself
 
 
 class OrbaxSink:
     """A `ParameterSink` that makes a jaxtml checkpoint.
 
     Args:
-      config: of the model.
+      config: the config of the model.
       dtypes: the dtype in which each parameter is written.
       extra_files: files to copy into the checkpoint, by their names in a release.
     """
