@@ -11,7 +11,7 @@ import soundfile
 
 from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.commands.main import run
-from jaxtml.evals.events import AUDIBLE_RMS
+from jaxtml.evals.observation import AUDIBLE_RMS
 
 HUMAN = SHIPPED.parent / "demo" / "human.flac"
 

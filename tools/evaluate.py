@@ -22,11 +22,12 @@ from rich.console import Console
 from jaxtml.data.bank import Bank
 from jaxtml.data.talks.recorded_prompts import Prompts
 from jaxtml.errors import InputError
-from jaxtml.evals import report, run
-from jaxtml.evals import thresholds as bars
+from jaxtml.evals import metrics, report, run
+from jaxtml.evals.baseline import judge_baseline
 from jaxtml.evals.judge import NAME, Judge
-from jaxtml.evals.material import SEED, spoken_by_a_person, synthetic
-from jaxtml.evals.outcomes import uninterrupted
+from jaxtml.evals.material import SEED, human_talks, synthetic_talks
+from jaxtml.evals.outcomes import uninterrupted_stretches
+from jaxtml.evals.scores import score
 from jaxtml.session.engine import Engine
 
 
@@ -47,48 +48,48 @@ def arguments() -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     engine = Engine.load(args.workdir or args.checkpoint)
-    items, skipped = [], []
+    talks, skipped = [], []
     material: dict[str, object] = {"seed": SEED, "listened": args.listened}
     bank = Bank.open(args.bank) if args.bank else None
     if args.synthetic and bank is None:
         raise InputError("--synthetic needs --bank DIR (or give --synthetic 0)")
     if args.synthetic and bank is not None:
-        items += synthetic(bank, args.synthetic, engine.config.data.turns)
+        talks += synthetic_talks(bank, args.synthetic, engine.config.data.turns)
         material |= {"synthetic": args.synthetic, "bank": bank.digest[:16], "bank_complete": bank.complete}
     if args.human:
         try:
             prompts = Prompts.read()
-            items += spoken_by_a_person(prompts, args.human)
+            talks += human_talks(prompts, args.human)
             material |= {"human": args.human, "prompts": prompts.source}
         except InputError as error:
             skipped.append(f"human speech: {error}")
     try:
-        listener = Judge.open(args.threads)
+        judge = Judge.open(args.threads)
     except InputError as error:
-        listener = None
+        judge = None
         skipped.append(f"the model's own voice: {error}")
     for line in skipped:
         console.print(f"left out: {line}")
-    if not items:
+    if not talks:
         raise InputError("nothing to evaluate: give --synthetic N or --human N above 0")
 
-    setting = run.Setting(run.digest_of(engine), material, NAME if listener else "not installed")
-    sessions = run.hold(engine, items, args.out, setting, listener, args.listened)
-    score = bars.score(sessions)
-    if listener is not None and bank is not None:
-        heard = [s.stretches[n] for s in sessions for n in uninterrupted(s)]
-        said = [stretch.text for stretch in heard if stretch.understood is not None]
-        score["rows"].append(bars.as_json(run.listener_on_the_recordings(listener, bank, said, args.out)))
-    head = {"command": shlex.join(["tools/evaluate.py", *sys.argv[1:]]), "model": setting.model, "material": material,
-            "listener": setting.listener, "left_out": skipped}  # fmt: skip
-    (args.out / run.RESULTS).write_text(json.dumps(head | score, indent=1) + "\n")
-    console.print(report.table_of(score["rows"]))
-    for name, figures in score["sets"].items():
-        console.print(report.breakdown_table(f"{name}, by intent", figures["intents"]))
-        console.print(report.breakdown_table(f"{name}, by scene", figures["scenes"]))
-        console.print(report.breakdown_table(f"{name}, by voice", figures["voices"]))
-    report.picture(args.out / "summary.png", sessions, score, f"{engine.config.name} {setting.model}")
-    console.print(f"{args.out}: {run.RESULTS}, {run.ITEMS}, wavs/, summary.png")
+    settings = run.EvaluationSettings(run.parameter_digest(engine), material, NAME if judge else "not installed")
+    sessions = run.hold_sessions(engine, talks, args.out, settings, judge, args.listened)
+    scores = score(sessions)
+    if judge is not None and bank is not None:
+        stretches = [s.stretches[n] for s in sessions for n in uninterrupted_stretches(s)]
+        judged = [stretch.text for stretch in stretches if stretch.understood is not None]
+        scores["rows"].append(metrics.to_json(judge_baseline(judge, bank, judged, args.out)))
+    head = {"command": shlex.join(["tools/evaluate.py", *sys.argv[1:]]), "model": settings.model, "material": material,
+            "listener": settings.listener, "left_out": skipped}  # fmt: skip
+    (args.out / run.RESULTS).write_text(json.dumps(head | scores, indent=1) + "\n")
+    console.print(report.metrics_table(scores["rows"]))
+    for name, groups in scores["sets"].items():
+        console.print(report.breakdown_table(f"{name}, by intent", groups["intents"]))
+        console.print(report.breakdown_table(f"{name}, by scene", groups["scenes"]))
+        console.print(report.breakdown_table(f"{name}, by voice", groups["voices"]))
+    report.save_picture(args.out / "summary.png", sessions, scores, f"{engine.config.name} {settings.model}")
+    console.print(f"{args.out}: {run.RESULTS}, {run.RECORDS}, wavs/, summary.png")
 
 
 if __name__ == "__main__":

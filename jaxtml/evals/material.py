@@ -1,11 +1,11 @@
-"""What the first task is judged on: sessions with voices that training never hears, each made from (seed, number).
+"""The sessions that a model is evaluated on, with voices that training never hears. Each is made from (seed, number).
 
 - **synthetic**: the two-channel mixer of training (rooms, noise, telephone bands, hesitations, barge-ins, coughs) over
-  the bank's split "test". Its engines take turns, and within each its voices: all engines count the same, although most
-  voices are eSpeak's. Every tenth session is silent.
-- **human**: Asterisk's recorded prompts, see `jaxtml.data.talks.recorded_prompts`.
+  the bank's split "test". Voice engines take turns, and so do the voices of each engine. Every engine thus counts the
+  same, although most voices are eSpeak's. Every tenth session is silent.
+- **human**: a person's recorded prompts (Asterisk), see `jaxtml.data.talks.recorded_prompts`.
 
-Called by `jaxtml.evals.run`.
+Called by `tools/evaluate.py`; `jaxtml.evals.run` holds the sessions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ SILENT_EVERY = 10
 
 @dataclass(frozen=True)
 class EvaluationTalk:
-    """One session to be held: its name, its set, who speaks, and how to make it."""
+    """One session to hold.
+
+    Attributes:
+      id: the session's name, "SET-NUMBER".
+      set: "synthetic" or "human".
+      voice: whose voice the user has; "nobody" for a silent session.
+      make: makes the conversation. Every call gives the same one.
+    """
 
     id: str
     set: str
@@ -36,30 +43,32 @@ class EvaluationTalk:
     make: Callable[[], Conversation]
 
 
-def synthetic(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
-    """`count` sessions of `turns` micro-turns with the voices of the bank's split "test".
+def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
+    """Returns `count` sessions of `turns` micro-turns with the voices of the bank's split "test".
 
     Raises:
-      InputError: the bank has none yet.
+      InputError: the bank has no such voices yet.
     """
     speakers = Speakers.of(bank, "test")
-    voices = _in_turn(sorted(speakers.by_voice), count)
-    items = []
+    voices = _voices_in_turn(sorted(speakers.by_voice), count)
+    talks = []
     for number in range(count):
         silent = number % SILENT_EVERY == SILENT_EVERY - 1
         voice = voices[number - number // SILENT_EVERY]
-        alone = replace(speakers, engines={voice.split(":")[0]: (voice,)})
+        one_voice = replace(speakers, engines={voice.split(":")[0]: (voice,)})
         weights = ScenarioWeights(silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0)
 
-        def make(number: int = number, alone: Speakers = alone, weights: ScenarioWeights = weights) -> Conversation:
-            return make_conversation(np.random.default_rng((SEED, number)), alone, weights, turns)
+        def make(
+            number: int = number, speakers: Speakers = one_voice, weights: ScenarioWeights = weights
+        ) -> Conversation:
+            return make_conversation(np.random.default_rng((SEED, number)), speakers, weights, turns)
 
-        items.append(EvaluationTalk(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
-    return items
+        talks.append(EvaluationTalk(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
+    return talks
 
 
-def _in_turn(voices: Sequence[str], count: int) -> list[str]:
-    """The voices of `count` sessions: engine after engine, and each engine's voices one after the other."""
+def _voices_in_turn(voices: Sequence[str], count: int) -> list[str]:
+    """The voices of `count` sessions: engine after engine, and within each engine voice after voice."""
     engines: dict[str, list[str]] = {}
     for voice in voices:
         engines.setdefault(voice.partition(":")[0], []).append(voice)
@@ -71,18 +80,15 @@ def _in_turn(voices: Sequence[str], count: int) -> list[str]:
     return chosen
 
 
-def spoken_by_a_person(prompts: recorded_prompts.Prompts, count: int) -> list[EvaluationTalk]:
-    """`count` sessions of recorded prompts, kinds in turn."""
-    items = []
+def human_talks(prompts: recorded_prompts.Prompts, count: int) -> list[EvaluationTalk]:
+    """Returns `count` sessions of recorded prompts. The kinds of session take turns."""
+    talks = []
     for number in range(count):
         kind = recorded_prompts.KINDS[number % len(recorded_prompts.KINDS)]
 
         def make(number: int = number, kind: tuple[str, str] = kind) -> Conversation:
             return recorded_prompts.make_prompted_conversation(np.random.default_rng((SEED, number)), prompts, kind)
 
-        items.append(
-            EvaluationTalk(
-                f"human-{number:04}", "human", "nobody" if kind[0] == "silence" else recorded_prompts.VOICE, make
-            )
-        )
-    return items
+        voice = "nobody" if kind[0] == "silence" else recorded_prompts.VOICE
+        talks.append(EvaluationTalk(f"human-{number:04}", "human", voice, make))
+    return talks

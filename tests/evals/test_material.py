@@ -1,4 +1,4 @@
-"""What a model is judged on: unseen voices in turn, some sessions silent, everything from the seed."""
+"""The sessions of an evaluation: unseen voices take turns, some sessions are silent, all come from the seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
-from jaxtml.evals.material import synthetic
+from jaxtml.evals.material import synthetic_talks
 from jaxtml.stream.conversation import Word
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 
 def spoken(text: str, voice: str) -> Utterance:
-    """Each word 0.3 s of noise."""
+    """An utterance in which each word is 0.3 s of noise."""
     words = text.split()
     n = int(0.3 * SAMPLE_RATE)
     wave = 0.1 * np.random.default_rng(len(text)).standard_normal(n * len(words)).astype(np.float32)
@@ -25,7 +25,7 @@ def spoken(text: str, voice: str) -> Utterance:
 
 @dataclass(frozen=True)
 class ThreeVoices:
-    """A bank with the replies and three users' voices, which are in `split`."""
+    """A bank with the replies and three users' voices, all of which are in the split `split`."""
 
     utterances: tuple[Utterance, ...]
     split: str
@@ -51,19 +51,19 @@ class ThreeVoices:
 
 def test_voices_take_turns_and_every_tenth_session_is_silent():
     bank = ThreeVoices.made("test")
-    items = synthetic(bank, 20, turns=40)
-    assert [item.voice for item in items[:10]] == ["flite:a", "kokoro:b", "flite:a", "kokoro:c"] * 2 + [
+    talks = synthetic_talks(bank, 20, turns=40)
+    assert [talk.voice for talk in talks[:10]] == ["flite:a", "kokoro:b", "flite:a", "kokoro:c"] * 2 + [
         "flite:a",
         "nobody",
     ]
-    assert len({item.id for item in items}) == 20
+    assert len({talk.id for talk in talks}) == 20
     for number in (0, 1, 9):
-        talk = items[number].make()
-        assert len(talk.user) == 40 * MICRO_TURN_SAMPLES
-        assert bool(talk.user_words) == (number != 9)
-        np.testing.assert_array_equal(talk.user, items[number].make().user)
+        conversation = talks[number].make()
+        assert len(conversation.user) == 40 * MICRO_TURN_SAMPLES
+        assert bool(conversation.user_words) == (number != 9)
+        np.testing.assert_array_equal(conversation.user, talks[number].make().user)
 
 
 def test_a_bank_without_test_voices_is_refused():
     with pytest.raises(InputError, match="test"):
-        synthetic(ThreeVoices.made("train"), 4, turns=20)
+        synthetic_talks(ThreeVoices.made("train"), 4, turns=20)

@@ -29,7 +29,7 @@ from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.config import VocoderConfig
 from jaxtml.data.voices.registry import OWN_VOICE, synthesise
 from jaxtml.errors import InputError
-from jaxtml.evals.judge import Judge, errors
+from jaxtml.evals.judge import Judge, count_errors
 from jaxtml.model.spec import Params
 from jaxtml.model.speech.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
@@ -136,7 +136,7 @@ def measure(
             wave = on_grid(wave)
             heard = wave if name == "original" else speak(fine_log_mel(wave))
             scores.append((pesq(SAMPLE_RATE, wave, heard, "wb"), stoi(wave, heard, SAMPLE_RATE)))
-            wrong.append(errors(text, judge.hear(heard)))
+            wrong.append(count_errors(text, judge.transcribe(heard)))
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 soundfile.write(out / f"{number:02}_{name.replace(' ', '_').replace(',', '')}.wav", heard, SAMPLE_RATE)
