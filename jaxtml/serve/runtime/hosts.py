@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict
 
 import jax
 import numpy as np
@@ -40,6 +40,18 @@ _INVITATION_BYTES = 512  # size of the broadcast that tells followers where the 
 _CONNECT_S = 60.0  # within this time all followers must have connected
 _SECRET_S = 5.0  # within this time a new connection must show the secret
 DRAIN_SIGNAL = signal.SIGUSR1  # asks the server to drain because another host ends; sending it again changes nothing
+
+
+class Setup(TypedDict):
+    """What a follower must know to load the same model as the leader, see `serve.runtime.worker`.
+
+    Attributes:
+      capacity: number of sessions to have room for.
+      mesh: sizes of the axes of the mesh, as `MeshShape` takes them.
+    """
+
+    capacity: int
+    mesh: dict[str, int]
 
 
 class Leader:
@@ -77,11 +89,11 @@ class Leader:
             exit_now("a process of another host is gone")
 
 
-def start_leader(setup: dict[str, Any]) -> Leader:
+def start_leader(setup: Setup) -> Leader:
     """Called on process 0: tells all followers where it is, and waits until they have connected.
 
     Args:
-      setup: sent to the followers with the address; anything that JSON can hold, at most 150 characters of JSON.
+      setup: sent to the followers with the address, as JSON of at most 150 characters.
 
     Raises:
       InputError: a follower does not connect in time.
@@ -107,7 +119,7 @@ def start_leader(setup: dict[str, Any]) -> Leader:
     return Leader(followers)
 
 
-def join_leader() -> tuple[dict[str, Any], Iterator[bytes]]:
+def join_leader() -> tuple[Setup, Iterator[bytes]]:
     """Called on any other process: connects to the leader and returns its `setup` and an iterator over its ticks.
 
     The ticks are encoded, without their length. The iterator ends when the leader ends.

@@ -2,10 +2,10 @@
 
 Called by `serve.serving`, which starts it, and by `serve.sessions.manager`, which admits sessions.
 
-With a mesh there is one worker, which has all devices. On a CPU there is one worker per core, each pinned to its core,
-because the matrix products of a small model are too small for two cores to share. A worker splits its sessions into
-groups (`jaxtml.session.slots.slot_groups`), and each group has a scheduler. The schedulers' clocks are spread evenly
-over a tick, so that neither a worker nor the network process gets the requests of all schedulers at once.
+With a mesh there is one worker, which has all devices. On a CPU there is one worker per core, each pinned to its core:
+the matrix products of a small model are too small for two cores to share. A worker splits its sessions into groups
+(`jaxtml.session.slots.slot_groups`), and each group has a scheduler. The schedulers' clocks are spread evenly over a
+tick. So neither a worker nor the network process gets the requests of all schedulers at once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The scheduler runs in the network process and asks the worker process (`serve.runtime.worker`) for each tick. It knows
 nothing of protocols. A protocol gives a session audio, text and pictures at any time. Every tick in which the session
-takes part adds a `TickResult` to the session's journal, and the session manager (`serve.sessions.manager`) reads it
-from there for the protocol.
+takes part adds a `TickResult` to the session's journal. The session manager (`serve.sessions.manager`) reads the
+journal for the protocol.
 
 The rules, which the tests hold:
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgpack
 import numpy as np
@@ -95,7 +94,7 @@ def encode(message: Message) -> bytes:
     if isinstance(message, Tick):
         begin = [(start.session, start.seed, start.week_ms) for start in message.begin]
         inputs = [(session, *_encode_input(input)) for session, input in message.inputs.items()]
-        body: Any = ("tick", begin, message.end, inputs, message.group)
+        body: tuple[object, ...] = ("tick", begin, message.end, inputs, message.group)
     elif isinstance(message, TickReply):
         outputs = [
             (session, output.wave.tobytes(), output.tokens.tobytes(), output.speaking, output.p_speak)
@@ -104,7 +103,8 @@ def encode(message: Message) -> bytes:
         body = ("told", outputs, message.step_ms, message.compilations)
     else:
         body = ("ready", message.config, message.groups, message.error)
-    data: Any = msgpack.packb(body)
+    data = msgpack.packb(body)
+    assert data is not None
     return LENGTH.pack(len(data)) + data
 
 
@@ -138,7 +138,7 @@ def receive_exactly(connection: socket.socket, size: int) -> bytes | None:
     return bytes(data)
 
 
-def _encode_input(input: SlotInput) -> tuple[Any, ...]:
+def _encode_input(input: SlotInput) -> tuple[bytes, tuple[int, ...], int, bytes | None]:
     patches = None if input.patches is None else np.asarray(input.patches, np.float32).tobytes()
     return input.bins.tobytes(), input.text, int(input.mark), patches
 

@@ -5,16 +5,16 @@ private parts of aiortc, which has no other way to limit what a peer may cost.
 
 The rules, which the tests hold:
 
-- A peer makes one offer, with one data channel, at most one audio track (Opus) and at most one video track (VP8), all
-  over one port. The offer is answered once.
+- A peer makes one offer, which is answered once. It has one data channel, at most one audio track (Opus) and at most
+  one video track (VP8), all over one port.
 - The answer names the address at which the peer's HTTP request arrived. No other server is asked for an address: there
   is no STUN server and no TURN server.
 - The server sends nothing to anyone who has not reached that address with the answer's password. It ignores the
   addresses (candidates) in an offer.
 - Datagrams from unknown addresses are not read. From a peer at most `_DATAGRAMS_PER_SECOND` are read. Connection checks
   (STUN) have a lower limit of their own.
-- UDP cannot hold back a fast sender. So a peer is given up if its messages arrive faster than they are handled, if they
-  cost too much time, or if its tracks have too many sources.
+- UDP cannot hold back a fast sender, so a peer that sends too much is given up. This means: its messages arrive faster
+  than they are handled, they cost too much time, or a track has too many sources.
 - A session cannot be resumed over WebRTC. It can be resumed over a WebSocket, and then its audio is in the events.
 """
 
@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from absl import logging
+from aioice.ice import Connection as IceConnection
 from aiortc import (
     RTCConfiguration,
     RTCDataChannel,
@@ -63,6 +64,8 @@ _MAX_MESSAGES = 512  # messages that may wait to be handled; their bytes have a 
 _MAX_UNSENT = 2**16  # bytes that may wait in a data channel before `send` waits
 _POLL_S = 0.02
 _SCTP_CHUNK_BYTES = 1200  # size of an SCTP chunk at most
+
+_Address = tuple[Any, ...]  # as asyncio gives it: host and port, and more for IPv6
 
 
 class Peer:
@@ -115,7 +118,9 @@ class Peer:
         """Returns the answer to the offer. From now on the peer can connect."""
         await self._pc.setLocalDescription(await self._pc.createAnswer())
         for port in self._ice()._protocols:
-            port.datagram_received = partial(self._on_datagram, port.datagram_received)
+            # aioice types data as bytes or text, but only bytes arrive.
+            receive = partial(self._on_datagram, port.datagram_received)
+            port.datagram_received = receive  # pyright: ignore[reportAttributeAccessIssue]
         return self._pc.localDescription.sdp
 
     async def wait_open(self) -> None:
@@ -206,7 +211,7 @@ class Peer:
                 self._camera = transceiver.receiver
         ice = self._ice()
         gather, handle_data = ice.get_component_candidates, sctp._handle_data
-        ice.get_component_candidates = lambda component, addresses: gather(component, [address])
+        ice.get_component_candidates = lambda component, addresses, timeout=5: gather(component, [address], timeout)
         sctp._handle_data = partial(self._on_sctp_data, handle_data)
 
     def _replace_jitter_buffer(self, transceiver: RTCRtpTransceiver) -> None:
@@ -219,7 +224,7 @@ class Peer:
         add = partial(self._on_packet, buffer.add, set())
         setattr(receiver, "_RTCRtpReceiver__jitter_buffer", SimpleNamespace(add=add))  # noqa: B010
 
-    def _ice(self) -> Any:
+    def _ice(self) -> IceConnection:
         """Returns aioice's connection, below aiortc."""
         sctp = self._pc.sctp
         assert sctp is not None
@@ -227,7 +232,7 @@ class Peer:
 
     # --- what arrives
 
-    def _on_datagram(self, receive: Callable[[bytes, Any], None], data: bytes, address: Any) -> None:
+    def _on_datagram(self, receive: Callable[[bytes, _Address], None], data: bytes, address: _Address) -> None:
         """Passes a datagram on if its sender is known, or may become known, and is within its rate limit."""
         known = any(pair.remote_addr[:2] == address[:2] for pair in self._ice()._check_list)
         stun = data[:1] < b"\4"  # a STUN message begins with a byte below 4 (RFC 7983)
@@ -250,7 +255,7 @@ class Peer:
             self._give_up()
 
     def _on_packet(
-        self, add: Callable[[RtpPacket], Any], sources: set[int], packet: RtpPacket
+        self, add: Callable[[RtpPacket], tuple[bool, JitterFrame | None]], sources: set[int], packet: RtpPacket
     ) -> tuple[bool, JitterFrame | None]:
         """Passes on a packet of a track, and gives the peer up if the track has too many sources."""
         sources.add(packet.ssrc)
