@@ -1,7 +1,9 @@
-"""Audio files at the edge: any of WAV, FLAC, OGG and MP3 in as 16 kHz mono, WAV out.
+"""Reads WAV, FLAC, OGG and MP3 files as 16 kHz mono, and writes WAV files.
 
-Called by `converse`, the evaluations and the data makers: wherever a user names a recording. Everything that can be
-wrong with one is an `InputError` here.
+Called wherever a user names a recording: by `converse`, the evaluations and the makers of data. Whatever is wrong with
+a recording becomes an `InputError` here.
+
+Axes: N samples.
 """
 
 from __future__ import annotations
@@ -20,12 +22,20 @@ from jaxtml.errors import InputError
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 MAX_HOURS = 4
-_BLOCK_SECONDS = 60  # read at a time, so that hours of stereo at 48 kHz never stand in memory
-_LOUDEST = 16.0  # samples are within [-1, 1] but for a little clipping; integers stored as floats reach thousands
+"""Longer recordings are refused."""
+
+_BLOCK_SECONDS = 60  # read at a time, so that memory never holds hours of stereo at 48 kHz
+_LOUDEST = 16.0  # samples are within [-1, 1], or little above; integers that are stored as floats reach thousands
 
 
 def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
-    """The recording as `[N]` float32 at 16 kHz: channels averaged, resampled with soxr, full scale at -1 and 1."""
+    """Returns the recording as `[N]` float32 at 16 kHz, full scale at -1 and 1.
+
+    Channels are averaged. soxr resamples.
+
+    Raises:
+      InputError: the file cannot be read, is damaged, empty or too long, or has samples that are no audio.
+    """
     _check_openable(path)
     try:
         with _open(path) as file:
@@ -44,13 +54,23 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Writes `[N]` (mono) or `[N, 2]` (stereo) float audio in [-1, 1] as a 16-bit WAV, whole or not at all."""
+    """Writes audio as a 16-bit WAV file, whole or not at all.
+
+    Args:
+      path: the file, replaced if it is there.
+      wave: `[N]` (mono) or `[N, 2]` (stereo) floats in [-1, 1]; louder samples are clipped.
+      rate: samples per second.
+
+    Raises:
+      InputError: the place cannot be written, or has no space left.
+      ValueError: `wave` has another shape, or NaN or infinite samples.
+    """
     if wave.ndim not in (1, 2) or (wave.ndim == 2 and wave.shape[1] not in (1, 2)):
         raise ValueError(f"audio to write is [N] or [N, 2], got {wave.shape}")
     if not np.isfinite(wave).all():
         raise ValueError("audio to write has NaN or infinite samples")
     try:
-        _write_whole(Path(path), _wav_bytes(wave, rate))
+        _write_atomically(Path(path), _wav_bytes(wave, rate))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{path}: no space left there; free some, or write elsewhere") from error
@@ -58,7 +78,7 @@ def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE
 
 
 def _check_openable(path: str | os.PathLike[str]) -> None:
-    """Names what is wrong with the path itself; soundfile would say 'System error' to all of it."""
+    """Raises `InputError` with what is wrong with the path itself. soundfile would say "System error" to all of it."""
     try:
         with open(path, "rb"):
             pass
@@ -75,12 +95,12 @@ def _check_openable(path: str | os.PathLike[str]) -> None:
 def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(os.fspath(path))
-    except TypeError as error:  # what soundfile makes of a name that ends in .raw
+    except TypeError as error:  # soundfile raises it for a name that ends in .raw
         raise InputError(f"{path}: raw samples without a header; give WAV, FLAC, OGG or MP3") from error
 
 
 def _resampled_blocks(path: str | os.PathLike[str], file: soundfile.SoundFile) -> list[np.ndarray]:
-    """Every block of the file as mono 16 kHz float32, in order."""
+    """Returns every block of the file as mono 16 kHz float32, in order."""
     rate = file.samplerate
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
     blocks = []
@@ -98,7 +118,7 @@ def _resampled_blocks(path: str | os.PathLike[str], file: soundfile.SoundFile) -
 
 
 def _check_samples(path: str | os.PathLike[str], block: np.ndarray, start_s: float) -> None:
-    """`start_s` is where the block begins in the recording, for the message."""
+    """Raises `InputError` if a block has samples that are no audio. The block begins at `start_s`."""
     if not np.isfinite(block).all():
         raise InputError(f"{path}: has NaN or infinite samples after {start_s:.0f} s; export it again as 16-bit WAV")
     if (peak := np.abs(block).max()) > _LOUDEST:
@@ -110,7 +130,7 @@ def _too_long(path: str | os.PathLike[str]) -> InputError:
 
 
 def _wav_bytes(wave: np.ndarray, rate: int) -> bytes:
-    """A 16-bit sample read by `read_audio` comes back as itself: both ways the scale is 32768."""
+    """Returns a WAV file. Reading and writing both scale by 32768, so samples of 16 bits come back unchanged."""
     samples = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype("<i2")
     buffer = io.BytesIO()
     with wave_format.open(buffer, "wb") as out:
@@ -121,9 +141,9 @@ def _wav_bytes(wave: np.ndarray, rate: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Beside the target and then renamed onto it, so that a reader, or a crash, never meets half a file."""
-    if path.exists() and not path.is_file():  # /dev/stdout and the like, or a directory: nothing to rename onto
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file beside the target, then renames it onto the target. A reader never finds half a file."""
+    if path.exists() and not path.is_file():  # A device as /dev/stdout, or a directory, cannot be renamed onto.
         path.write_bytes(content)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

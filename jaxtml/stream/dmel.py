@@ -1,11 +1,14 @@
-"""The audio front end: log-mel frames and the 16-bin dMel that the model hears, whole-wave and in micro-turns.
+"""Turns audio into dMel, the 16-level log-mel frames that the model hears.
 
-The recipe is the one released with Inkling (`InklingFeatureExtractor` and `InklingProcessor` of transformers 5.23);
-the tests hold the bins equal to it. `jaxtml.data` quantises training audio with it, the server and `converse` feed it
-one micro-turn at a time, and the flow head trains on `fine_log_mel`. numpy on the host; `quantise_jax` is the same
-quantiser inside a compiled step.
+- A whole recording: `quantise(log_mel(wave))`. `jaxtml.stream.encoding` does so for training data.
+- One micro-turn at a time: `DmelStream.step`. The server and `converse` do so; the bins are the same, bit for bit.
+- Inside a compiled step: `quantise_jax`, for the speech that the model feeds back to itself.
+- `fine_log_mel` makes the finer frames that the flow head learns to predict and that the vocoder speaks from.
 
-Axes: N samples at 16 kHz, F frames (coarse: one per 800 samples; fine: one per 200), K FFT bins, M = 80 mel channels.
+The recipe is the one released with Inkling (`InklingFeatureExtractor` and `InklingProcessor` of transformers 5.23). The
+tests hold the bins equal to it. All but `quantise_jax` is numpy on the host.
+
+Axes: N samples at 16 kHz, F frames (coarse: one per 800 samples; fine: one per 200), K FFT bins, 80 mel channels.
 """
 
 from __future__ import annotations
@@ -31,23 +34,23 @@ from jaxtml.stream.timebase import (
     SAMPLE_RATE,
 )
 
-_FLOOR = 1e-10  # of the power before its square root, and of the mel magnitude before its logarithm
-_BLOCK = 64 * FRAMES_PER_MICRO_TURN  # frames transformed at a time: bounds memory on hours of audio and stays in cache
+_FLOOR = 1e-10  # lower bound of the power before its square root, and of the mel magnitude before its logarithm
+_BLOCK = 64 * FRAMES_PER_MICRO_TURN  # frames transformed at a time: bounds the memory for hours of audio, fits caches
 _CENTRES = np.linspace(LOG_MEL_MIN, LOG_MEL_MAX, N_BINS).astype(np.float32)
 _LEFT_PAD = DMEL_WINDOW - DMEL_HOP
 
 
 def _bin_edges() -> np.ndarray:
-    """`[15]` float32: the smallest number that falls into each of the bins 1..15.
+    """Returns `[15]` float32: the smallest number that falls into each of the bins 1..15.
 
-    The released quantiser takes the first `argmin |x - centre|` in float32. Rounding keeps that rule monotone in x, so
-    it equals a comparison with fixed edges; finding them once near the midpoints makes it exact, and the same, in
-    numpy and in XLA.
+    The released quantiser takes the first `argmin |x - centre|` in float32. Rounding keeps this rule monotone in x, so
+    it equals a comparison with fixed edges. The edges are found here once, near the midpoints between centres. A
+    comparison is then exact, and the same in numpy and in XLA.
     """
     steps = np.arange(-64, 65)
     middles = ((_CENTRES[1:] + _CENTRES[:-1]) / 2).astype(np.float32)
-    one_up = np.spacing(np.abs(middles))
-    candidates = (middles[:, None] + steps * one_up[:, None]).astype(np.float32)  # [15, 129], rising
+    spacing = np.spacing(np.abs(middles))  # to the next float32
+    candidates = (middles[:, None] + steps * spacing[:, None]).astype(np.float32)  # [15, 129], rising
     below = np.abs(candidates - _CENTRES[:-1, None]) <= np.abs(candidates - _CENTRES[1:, None])
     return candidates[np.arange(N_BINS - 1), below.sum(axis=1)]
 
@@ -57,9 +60,10 @@ _EDGES = _bin_edges()
 
 @lru_cache
 def mel_filterbank(n_fft: int) -> np.ndarray:
-    """Triangular filters `[n_fft // 2 + 1, 80]` float64, 0-8000 Hz, Slaney's mel scale and area normalisation.
+    """Returns triangular filters `[n_fft // 2 + 1, 80]` float64 from 0 to 8000 Hz.
 
-    Slaney, Auditory Toolbox (1998): linear to 1 kHz (200 / 3 Hz a mel), then logarithmic with 27 mels a factor of 6.4.
+    Mel scale and area normalisation are Slaney's (Auditory Toolbox, 1998). The scale is linear up to 1 kHz (200 / 3 Hz
+    per mel), then logarithmic (27 mels per factor of 6.4). The array is read-only, because all callers share it.
     """
     linear_hz, knee_hz, log_step = 200.0 / 3.0, 1000.0, np.log(6.4) / 27.0
     knee_mel = knee_hz / linear_hz
@@ -70,21 +74,22 @@ def mel_filterbank(n_fft: int) -> np.ndarray:
     rising = (hz - corners[:-2]) / (corners[1:-1] - corners[:-2])
     falling = (corners[2:] - hz) / (corners[2:] - corners[1:-1])
     filters = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (corners[2:] - corners[:-2]))
-    filters.setflags(write=False)  # one array is shared by every caller
+    filters.setflags(write=False)
     return filters
 
 
 @lru_cache
 def _hann(length: int) -> np.ndarray:
-    """Periodic Hann window, rounded to float32 as released."""
+    """Returns the periodic Hann window `[length]`, rounded to float32 as released."""
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)).astype(np.float32)
 
 
 def _log_mel_frames(padded: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
-    """Log10 mel magnitudes `[F, 80]` float32 in [-7, 2] of every window of `n_fft` samples, `hop` apart.
+    """Returns the log10 mel magnitudes `[F, 80]` float32 in [-7, 2] of windows of `n_fft` samples, `hop` apart.
 
-    In float64, so that a bin differs from the exact one only where the released float32 arithmetic errs. The filters
-    are applied to four frames at a time: a matrix product rounds by its shape, and a stream sees four.
+    The arithmetic is float64, so that a bin differs from the released one only where the released float32 arithmetic
+    errs. The filters are applied to four frames at a time. The rounding of a matrix product depends on its shape, and a
+    stream has four frames at a time too.
     """
     windows = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
     filters = mel_filterbank(n_fft)
@@ -101,7 +106,8 @@ def _log_mel_frames(padded: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
     return np.clip(out, LOG_MEL_MIN, LOG_MEL_MAX)
 
 
-def _checked(wave: np.ndarray) -> np.ndarray:
+def _one_channel(wave: np.ndarray) -> np.ndarray:
+    """Returns the wave as float32. Raises `ValueError` unless it has one axis."""
     wave = np.asarray(wave, np.float32)
     if wave.ndim != 1:
         raise ValueError(f"audio is one-dimensional, [N] samples; got shape {wave.shape}")
@@ -109,23 +115,31 @@ def _checked(wave: np.ndarray) -> np.ndarray:
 
 
 def log_mel(wave: np.ndarray) -> np.ndarray:
-    """`[N]` 16 kHz float32 -> `[ceil(N / 800), 80]` float32 in [-7, 2]; frame f ends with sample 800 (f + 1).
+    """Returns the log-mels `[ceil(N / 800), 80]` float32 in [-7, 2] of `[N]` float32 samples at 16 kHz.
 
-    100 ms windows every 50 ms, causal: zeros before the first sample, and after the last to a whole hop.
+    A window of 100 ms is taken every 50 ms. Windows are causal: frame f ends with sample 800 (f + 1). Zeros stand
+    before the first sample, and after the last one up to a whole hop.
+
+    Raises:
+      ValueError: the wave has more than one axis.
     """
-    wave = _checked(wave)
+    wave = _one_channel(wave)
     if len(wave) == 0:
         return np.empty((0, N_MELS), np.float32)
     return _log_mel_frames(np.pad(wave, (_LEFT_PAD, -len(wave) % DMEL_HOP)), DMEL_WINDOW, DMEL_HOP)
 
 
 def fine_log_mel(wave: np.ndarray) -> np.ndarray:
-    """`[N]` 16 kHz float32, N a multiple of 200 -> `[N / 200, 80]` float32 in [-7, 2]: what the vocoder speaks from.
+    """Returns the fine log-mels `[N / 200, 80]` float32 in [-7, 2] of `[N]` float32 samples at 16 kHz.
 
-    Frame i is centred on samples [200 i, 200 i + 200): a 50 ms window over [200 i - 300, 200 i + 500), zeros outside
-    the wave. It looks 300 samples past its hop; as a target of generation that costs no latency.
+    Frame i is centred on the samples [200 i, 200 i + 200). Its 50 ms window covers [200 i - 300, 200 i + 500), with
+    zeros outside the wave. A window looks 300 samples past its hop. That costs no latency, because fine frames are
+    predicted and never heard.
+
+    Raises:
+      ValueError: the wave has more than one axis, or N is no multiple of 200.
     """
-    wave = _checked(wave)
+    wave = _one_channel(wave)
     if len(wave) % FINE_HOP:
         raise ValueError(f"fine_log_mel needs a multiple of {FINE_HOP} samples, got {len(wave)}")
     if len(wave) == 0:
@@ -135,23 +149,29 @@ def fine_log_mel(wave: np.ndarray) -> np.ndarray:
 
 
 def quantise(log_mel: np.ndarray) -> np.ndarray:
-    """Log-mels `[..., 80]` -> dMel bins `[..., 80]` uint8, 0..15: the nearest of 16 centres from -7 to 2, ties down."""
+    """Returns the dMel bins `[..., 80]` uint8 of log-mels `[..., 80]`.
+
+    A bin, 0 to 15, is the number of the nearest of 16 centres from -7 to 2. Ties go to the lower one.
+    """
     values = np.asarray(log_mel, np.float32)
     return (values[..., None] >= _EDGES).sum(axis=-1, dtype=np.uint8)
 
 
 def quantise_jax(log_mel: jax.Array) -> jax.Array:
-    """`quantise` inside a compiled program, equal for every float32 input: `[..., 80]` -> `[..., 80]` int32."""
+    """Returns what `quantise` does, inside a compiled program: `[..., 80]` -> `[..., 80]` int32.
+
+    The two are equal for every float32 number.
+    """
     return jnp.sum(log_mel.astype(jnp.float32)[..., None] >= _EDGES, axis=-1, dtype=jnp.int32)
 
 
 def dequantise(bins: np.ndarray) -> np.ndarray:
-    """dMel bins `[..., 80]` -> the log-mels at the bins' centres, float32."""
+    """Returns the log-mels `[..., 80]` float32 at the centres of dMel bins `[..., 80]`."""
     return _CENTRES[np.asarray(bins)]
 
 
 SILENT_BINS = quantise(log_mel(np.zeros(DMEL_HOP, np.float32)))[0]
-"""`[80]` uint8: the dMel frame of digital silence (bin 2, from the released clamp on power)."""
+"""`[80]` uint8: the dMel frame of digital silence. All its bins are 2, because the released recipe clamps the power."""
 
 SILENT_FINE = fine_log_mel(np.zeros(FINE_HOP, np.float32))[0]
 """`[80]` float32: the fine frame of digital silence."""
@@ -159,16 +179,23 @@ SILENT_FINE = fine_log_mel(np.zeros(FINE_HOP, np.float32))[0]
 
 @dataclass(frozen=True)
 class DmelStream:
-    """The front end one micro-turn at a time: `stream, bins = stream.step(samples)`, starting from `DmelStream()`.
+    """Turns audio into dMel one micro-turn at a time. The bins are those of the whole wave, bit for bit.
 
-    The bins are those of the whole wave, bit for bit. The state is the 800 samples that the next window still needs.
+    Start with `DmelStream()`, then call `stream, bins = stream.step(samples)` for each micro-turn.
+
+    Attributes:
+      tail: `[800]` float32, the samples that the next window still needs.
     """
 
     tail: np.ndarray = field(default_factory=lambda: np.zeros(_LEFT_PAD, np.float32))
 
     def step(self, samples: np.ndarray) -> tuple[DmelStream, np.ndarray]:
-        """`[3200]` float32 -> (the stream after it, `[4, 80]` uint8)."""
-        samples = _checked(samples)
+        """Returns the stream after `[3200]` float32 samples, and their bins `[4, 80]` uint8.
+
+        Raises:
+          ValueError: these are not the samples of one micro-turn.
+        """
+        samples = _one_channel(samples)
         if len(samples) != MICRO_TURN_SAMPLES:
             raise ValueError(f"a micro-turn has {MICRO_TURN_SAMPLES} samples, got {len(samples)}")
         padded = np.concatenate([self.tail, samples])

@@ -1,35 +1,40 @@
-"""Images and video frames as the 40 x 40 patches that the hMLP embeds, one token a patch.
+"""Cuts images and video frames into the 40 x 40 patches that the hMLP embeds, one token per patch.
 
-The tiling and the numbers are the released ones (`InklingImageProcessor` of transformers 5.23, exactly equal in the
-tests). Called by `jaxtml.stream.layout`, `converse --video` and the server.
+The tiling and the numbers are the released ones (`InklingImageProcessor` of transformers 5.23); the tests hold them
+exactly equal. Called by `jaxtml.stream.encoding`, `converse --video` and the server.
 
-Axes: T = 2 frames in order of time, H x W pixels, P patches row by row, C = 3 (red, green, blue).
+Axes: 2 frames in order of time, H x W pixels, P patches row by row, 3 colours (red, green, blue).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-PATCH = 40  # pixels a side
-_PAD = np.float32(-1.0)  # in pixel values, before they are scaled
-# OpenAI CLIP's statistics, of pixels 0..1, brought to pixels 0..255 in float32 as released.
+PATCH = 40
+"""Pixels of a patch in each direction."""
+
+_PAD = np.float32(-1.0)  # the value of pixels outside the picture, before scaling
+# OpenAI CLIP's statistics of pixels from 0 to 1, brought to pixels from 0 to 255 in float32 as released.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255.0)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255.0)
 
 
 def patch_grid(height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of patches for a picture of that many pixels.
+    """Returns `(rows, columns)` of the patches of a picture.
 
-    There is always one column more than whole patches fit: where the width is a multiple of 40 it is padding alone.
-    Nothing else tells the model where a row ends.
+    There is always one column more than whole patches fit. If the width is a multiple of 40, the last column holds
+    padding alone. Nothing else tells the model where a row of patches ends.
     """
     return -(-height // PATCH), width // PATCH + 1
 
 
 def fitted_size(height: int, width: int, max_patches: int) -> tuple[int, int]:
-    """The largest (height, width) of that shape, in steps of one per cent, whose grid has at most `max_patches`.
+    """Returns the largest `(height, width)` of the same shape whose grid has at most `max_patches` patches.
 
-    Raises `ValueError` where there is none.
+    Sizes are tried in steps of one per cent.
+
+    Raises:
+      ValueError: no size fits.
     """
     for percent in range(100, 0, -1):
         size = max(1, height * percent // 100), max(1, width * percent // 100)
@@ -40,10 +45,16 @@ def fitted_size(height: int, width: int, max_patches: int) -> tuple[int, int]:
 
 
 def image_patches(frames: np.ndarray) -> np.ndarray:
-    """A picture `[H, W, 3]`, or two `[2, H, W, 3]` of 100 ms ago and now, uint8 -> patches `[P, 2, 40, 40, 3]` float32.
+    """Cuts a picture, or two of 100 ms ago and now, into patches `[P, 2, 40, 40, 3]` float32.
 
-    P is rows times columns of `patch_grid`. A still stands at both times. The released processor knows stills alone, so
-    its checkpoints do not say which time comes first; here, as everywhere, earlier is first.
+    P is rows times columns of `patch_grid`. A still picture stands at both times. The released processor knows still
+    pictures alone, so released checkpoints do not say which time comes first. Here the earlier one does, as everywhere.
+
+    Args:
+      frames: `[H, W, 3]` or `[2, H, W, 3]` uint8.
+
+    Raises:
+      ValueError: `frames` has another shape or dtype, or is empty.
     """
     if frames.dtype != np.uint8 or frames.shape[-1:] != (3,) or frames.shape[:-3] not in ((), (2,)) or frames.size == 0:
         raise ValueError(f"frames are [H, W, 3] or [2, H, W, 3] uint8, not empty; got {frames.shape} {frames.dtype}")

@@ -1,4 +1,7 @@
-"""Generated tokens as words, one session's micro-turns after the other. Called by `converse` and the server."""
+"""Turns the tokens that a session generates into words, one micro-turn after the other.
+
+Called by the session's engine and by the server's session manager: each session has a `Reader`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,18 @@ from typing import NamedTuple
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
-_CHARACTER = 4  # tokens that one character may need: its bytes in UTF-8, at most
+_MAX_TOKENS_PER_CHARACTER = 4  # the bytes of a character in UTF-8, at most
 
 
 class Words(NamedTuple):
-    """What a micro-turn added to the text heard, said and delegated; `asked` says that a delegation is whole."""
+    """The text that one micro-turn added.
+
+    Attributes:
+      heard: to the transcript of the user.
+      said: to the assistant's text.
+      delegated: to a request to the background model.
+      asked: whether such a request is complete.
+    """
 
     heard: str
     said: str
@@ -21,48 +31,51 @@ class Words(NamedTuple):
 
 
 class Reader:
-    """Reads one session. A delegation goes on over micro-turns until its END."""
+    """Reads the tokens of one session. A request to the background model may go on over micro-turns until its END."""
 
     def __init__(self, codec: TextCodec, control_base: int):
-        self.base = control_base
-        self.heard, self.said, self.delegated = (_Text(codec) for _ in range(3))
-        self.delegating = False
+        self._control_base = control_base
+        self._heard, self._said, self._delegated = (_TextStream(codec) for _ in range(3))
+        self._delegating = False
 
     def read(self, tokens: Iterable[int]) -> Words:
-        """The words of a micro-turn's generated tokens."""
-        into: _Text | None = None
+        """Returns the words of one micro-turn's generated tokens."""
+        current: _TextStream | None = None  # where the next text token belongs
         asked = False
         for token in tokens:
-            control = token - self.base
+            control = token - self._control_base
             if control < 0:
-                if into is not None:
-                    into.add(token)
+                if current is not None:
+                    current.add(token)
             elif control == Control.HEARD:
-                into = self.heard
+                current = self._heard
             elif control == Control.SAY:
-                into = self.delegated if self.delegating else self.said
+                current = self._delegated if self._delegating else self._said
             elif control == Control.DELEGATE:
-                self.delegating, into = True, self.delegated
+                self._delegating, current = True, self._delegated
             elif control == Control.END:
-                asked = asked or self.delegating
-                self.delegating, into = False, self.said
-        return Words(self.heard.take(), self.said.take(), self.delegated.take(), asked)
+                asked = asked or self._delegating
+                self._delegating, current = False, self._said
+        return Words(self._heard.take(), self._said.take(), self._delegated.take(), asked)
 
 
-class _Text:
-    """Text of tokens that come one by one: a character whose bytes are in several is read with the last of them."""
+class _TextStream:
+    """Text whose tokens come one by one. A character of several bytes is added with the last of its tokens."""
 
     def __init__(self, codec: TextCodec):
-        self.codec, self.waiting, self.text = codec, [], ""
+        self._codec = codec
+        self._waiting: list[int] = []
+        self._text = ""
 
     def add(self, token: int) -> None:
-        self.waiting.append(token)
-        text = self.codec.decode(self.waiting)
-        if text.endswith("\ufffd") and len(self.waiting) < _CHARACTER:
+        self._waiting.append(token)
+        text = self._codec.decode(self._waiting)
+        if text.endswith("\ufffd") and len(self._waiting) < _MAX_TOKENS_PER_CHARACTER:
             return
-        self.text += text
-        self.waiting.clear()
+        self._text += text
+        self._waiting.clear()
 
     def take(self) -> str:
-        taken, self.text = self.text, ""
+        """Returns the text since the last call."""
+        taken, self._text = self._text, ""
         return taken

@@ -1,4 +1,8 @@
-"""Text to token ids and back: a thin face over a `tokenizers` file that travels with the checkpoint."""
+"""Turns text into token ids and back, with the `tokenizers` file that lies beside every checkpoint.
+
+`jaxtml data` trains a tokenizer; the data, the training and the server read it. A change to it changes the meaning of
+every id that a checkpoint knows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ from jaxtml.errors import InputError
 
 
 class TextCodec:
-    """Encodes words to ids and decodes ids to text. Ids stay below `size`; control tokens lie above it."""
+    """Encodes text to ids and decodes ids to text.
+
+    Attributes:
+      size: number of ids. Ids stay below it; control tokens lie at or above it.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -19,17 +27,24 @@ class TextCodec:
 
     @classmethod
     def load(cls, path: str | Path) -> TextCodec:
-        """Raises `InputError` where there is no readable tokenizer."""
+        """Reads a tokenizer file.
+
+        Raises:
+          InputError: there is no such file, or it is no tokenizer.
+        """
         if not Path(path).is_file():
             raise InputError(f"no tokenizer at {path}: a checkpoint has tokenizer.json beside config.json")
         try:
             return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception on malformed files
+        except Exception as error:  # The library raises a bare Exception on malformed files.
             raise InputError(f"{path} is not a tokenizer file: {error}") from error
 
     @classmethod
     def train(cls, corpus: Iterable[str], size: int) -> TextCodec:
-        """Byte-level BPE (every byte is a token, so any text can be written) with `size` entries at most."""
+        """Trains a byte-level BPE tokenizer with at most `size` entries.
+
+        Every byte is a token, so any text can be encoded.
+        """
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
@@ -40,11 +55,13 @@ class TextCodec:
         return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:
+        """Writes the tokenizer file."""
         self._tokenizer.save(str(path))
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text. Each word's first token begins with a space."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids outside the vocabulary are left out."""
+        """Returns the text of token ids. Ids outside the vocabulary are left out."""
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.size], skip_special_tokens=False)

@@ -1,6 +1,7 @@
-"""Names of the control tokens and of the kinds of position; both are part of every checkpoint's meaning.
+"""The control tokens, the kinds of position and the loss terms, by number.
 
-Control ids start at `DuplexConfig.control_base`, in the vocabulary's unused tail (200058..201023 in Inkling's).
+The numbers are part of every checkpoint and of every row cache: add new ones, and never renumber. Control ids start at
+`DuplexConfig.control_base`, in the unused tail of the vocabulary (200058..201023 in Inkling's).
 """
 
 from enum import IntEnum
@@ -10,32 +11,33 @@ class Control(IntEnum):
     """Control tokens as offsets from `control_base`."""
 
     TURN = 0  # opens a micro-turn; carries the clock
-    TYPED = 1  # typed text of the user follows
+    TYPED = 1  # text that the user typed follows
     BACKGROUND = 2  # text of the background model follows
-    HEARD = 3  # running transcript of the user follows
+    HEARD = 3  # the running transcript of the user follows
     SAY = 4  # the assistant's text follows
-    LISTEN = 5  # gate: the micro-turn stays silent
-    SPEAK = 6  # gate: four own-speech positions follow
+    LISTEN = 5  # the gate: the micro-turn stays silent
+    SPEAK = 6  # the gate: four own-speech positions follow
     DELEGATE = 7  # inside the assistant's text: a request to the background model follows
-    END = 8  # ends a delegation
+    END = 8  # the request ends; the assistant's text goes on
 
 
-CONTROLS = 16  # ids reserved
+CONTROLS = 16
+"""Ids that are reserved for control tokens."""
 
 
 class PositionKind(IntEnum):
-    """What stands at a position of the sequence, hence how it is embedded."""
+    """What stands at a position of the sequence. It decides how the position is embedded."""
 
     PAD = 0
     TEXT = 1  # a text or control token
     TURN = 2  # the TURN control token plus clock features
-    USER = 3  # one dMel frame of the user
-    OWN = 4  # the dMel frame of own speech before the one to be spoken
-    PATCH = 5  # one 40 x 40 patch of the frame pair
+    USER = 3  # a dMel frame of the user
+    OWN = 4  # own speech: the dMel frame that was spoken before the one to be spoken now
+    PATCH = 5  # a 40 x 40 patch of a frame pair
 
 
 class Term(IntEnum):
-    """Which loss term predicts from a position."""
+    """The loss term of the prediction that is made at a position."""
 
     NONE = 0
     GATE = 1

@@ -28,7 +28,7 @@ def video(tmp_path_factory) -> Path:
 
 
 def test_a_pair_shows_100_ms_ago_and_now(video):
-    pairs = read_frame_pairs(video, turns=5, max_patches=6)
+    pairs = read_frame_pairs(video, micro_turns=5, max_patches=6)
     assert len(pairs) == 5
     levels = [[frame.mean() for frame in pair] for pair in pairs]
     expected = [[0, 0], [20, 40], [60, 80], [100, 120], [140, 160]]
@@ -36,14 +36,14 @@ def test_a_pair_shows_100_ms_ago_and_now(video):
 
 
 def test_frames_are_scaled_until_their_patches_fit(video):
-    (pair, *_) = read_frame_pairs(video, turns=1, max_patches=2)
+    (pair, *_) = read_frame_pairs(video, micro_turns=1, max_patches=2)
     assert pair.shape[0] == 2
     assert len(image_patches(pair)) <= 2
     assert pair.shape[2] > pair.shape[1], "its shape is kept"
 
 
 def test_no_pairs_beyond_the_end_of_the_video(video):
-    assert len(read_frame_pairs(video, turns=50, max_patches=6)) == 6
+    assert len(read_frame_pairs(video, micro_turns=50, max_patches=6)) == 6
 
 
 def test_what_is_no_video_is_refused_in_one_line(tmp_path):
