@@ -4,7 +4,7 @@ Axes: B batch (or session slots), T tokens, D model width, W convolution kernel,
 
 `Backbone.forward` runs whole sequences, in training and in checks. `Backbone.forward_cached` continues sessions, whose
 past is in a `LayerState` per layer. Both give the same numbers (tests/model/test_streaming.py). Called by
-`interaction`, the duplex step and `mtp` (which uses `Layer`).
+`interaction`, `duplex.step` and `mtp` (which uses `Layer`).
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class LayerState(NamedTuple):
     mlp_tail: jax.Array
 
 
-# Of all layers: one `LayerState` per layer if `Backbone.unrolled`; otherwise, for each block, a list of one per run.
+# The state of all layers. If `Backbone.unrolled`, the list has one `LayerState` per layer. Otherwise it has a list for
+# each block, with one stacked `LayerState` for each run (`jaxtml.model.stack` defines block and run).
 BackboneState = list[Any]
-# Parameters in service: one tree per layer if `Backbone.unrolled`; otherwise the stacked parameters.
+# The parameters as the server holds them. If `Backbone.unrolled`, a list of one tree per layer; otherwise, the stack.
 ServingLayers = Any
 
 
@@ -269,7 +270,7 @@ class Backbone(LayerStack):
         steps: dict[bool, CacheStep],
         present: jax.Array,
     ) -> tuple[jax.Array, list[LayerState]]:
-        """Runs `forward_cached` layer by layer; `steps` is by kind of attention (True: global)."""
+        """Runs `forward_cached` layer by layer; `steps` has one step per kind of attention (True: global)."""
         new_state = []
         for kind, params, old in zip(self.kinds(), layers, state, strict=True):
             x, new, _ = bind(self.modules[kind], params)(x, present, steps[kind.is_global], old)
@@ -324,7 +325,7 @@ class Backbone(LayerStack):
         return jax.tree.map(lambda spec, a: a if "expert" in spec.axes else a[index], self.tables[kind], stacked)
 
     def _ring_slots(self, state: BackboneState) -> dict[bool, int]:
-        """Returns the slots of a ring buffer of global layers (True) and of sliding layers (False)."""
+        """Returns the number of slots of a ring buffer, for global layers (True) and for sliding layers (False)."""
         if self.unrolled:
             pairs = list(zip(self.kinds(), state, strict=True))
         else:

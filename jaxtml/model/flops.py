@@ -1,4 +1,4 @@
-"""The floating-point operations that a token needs, whatever the implementation. Utilisation (MFU) is measured by it.
+"""The floating-point operations that a token needs, whatever the implementation; utilisation (MFU) counts only these.
 
 A trained token needs `6 N` FLOPs for the N parameters that work on it (Kaplan et al., 2020), and the two matmuls of
 attention over the keys that a query can see. Recomputation, padding and masked keys are overhead and do not count.

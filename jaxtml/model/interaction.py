@@ -3,8 +3,8 @@
 Axes: B batch, T positions, D model width, V vocabulary, P patches, H prediction heads, C clock features.
 
 `InteractionModel` holds shapes only. Parameters are a plain nested dict whose table is `specs`, and every method is a
-pure function of them. Called by the trainer, by checks (`jaxtml logits`) and by the duplex step, which runs the same
-parts step by step.
+pure function of them. Called by the trainer, by checks (`jaxtml logits`) and by `duplex.step`. The latter runs the same
+parts for one micro-turn at a time. A micro-turn is 200 ms of input and output.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OUTSIDE_TRUNK = ("layers", "mtp", "vocoder")  # the parts of the parameter tree
 
 
 def group_of(path: str, spec: ParamSpec) -> str:
-    """Returns the group of a parameter in counts for people, such as "attention", "routed experts" or "flow head"."""
+    """Returns the group in which a parameter is counted for display, such as "attention" or "routed experts"."""
     parts = path.split("/")
     if parts[0] in _GROUP_OF_PART:
         return _GROUP_OF_PART[parts[0]]
@@ -83,7 +83,8 @@ class Trunk(nnx.Module):
         self.audio = DmelTower(b)
         self.visual = HMLP(config.vision, b)
         self.clock = ClockTower(b)
-        # Added to frames of own speech, which tells them from the user's; zero in a warm start.
+        # Added to frames of the model's own speech, so that they differ from the user's frames. Starts at zero, and so
+        # does not change a model that begins with the released weights.
         self.own = param((b.d_model,), ("embed",), zeros)
         self.norm = RMSNorm(b.d_model, b.norm_eps, "embed", "model.llm.norm.weight")
         self.unembed = param(
@@ -110,7 +111,7 @@ class InteractionModel:
         return {**self.serving_specs(), **({} if self.mtp is None else {"mtp": self.mtp.specs()})}
 
     def serving_specs(self) -> SpecTable:
-        """Returns the part of `specs` that a micro-turn reads: all parameters but the prediction heads."""
+        """Returns the part of `specs` that serving reads: all parameters except the prediction heads."""
         return {
             **specs(self.trunk),
             "layers": self.backbone.specs(),
@@ -168,7 +169,7 @@ class InteractionModel:
         return self.bind(params).norm(x), stats
 
     def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
-        """Scores the words `target` `[B, T]` int32 from `hidden` `[B, T, D]`; both scores are `[B, T]`."""
+        """Scores the target words `[B, T]` int32 from `hidden` `[B, T, D]`; both fields of the result are `[B, T]`."""
         b, mesh = self.config.backbone, self.placement.mesh
         table = specs(self.trunk)["unembed"]
 
@@ -182,7 +183,7 @@ class InteractionModel:
     def mtp_scores(
         self, params: Params, hidden: jax.Array, embedded: jax.Array, target: jax.Array, remat: str = "none"
     ) -> Scores:
-        """Scores what each of the H prediction heads predicts; both scores are `[H, B, T]` (see `mtp.MTP.predict`)."""
+        """Scores the predictions of the H heads; both fields of the result are `[H, B, T]` (see `mtp.MTP.predict`)."""
         assert self.mtp is not None
 
         def score(hidden: jax.Array, target: jax.Array) -> Scores:

@@ -4,8 +4,8 @@ Axes: B batch, T tokens of this call, D model width, C channels of a convolution
 width, N rows. Called by `attention`, `experts`, `backbone`, `mtp` and the heads. The released forward pass defines what
 these layers compute (Inkling in `transformers`).
 
-Three layers have an adjoint that is written out, with optimisation barriers. Without them XLA fuses operations that are
-slow together on a CPU; each place says which.
+Three layers have an adjoint that is written out, with optimisation barriers. Without the barriers, XLA fuses several
+operations into one that is slow on a CPU. The docstring of each layer says which operations.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class MTP(LayerStack):
         super().__init__(kinds, lambda kind: Head(config, kind, placement))
 
     def specs(self) -> SpecTable:
-        """Returns the table of a `LayerStack`, with nothing active: a token in service uses no head."""
+        """Returns the table of a `LayerStack` with `active` set to 0, because a token that is served uses no head."""
         return jax.tree.map(lambda spec: dataclasses.replace(spec, active=0.0), super().specs())
 
     def predict(

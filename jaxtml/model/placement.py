@@ -29,8 +29,8 @@ class Placement:
     Attributes:
       mesh: with more than one device, the model runs inside `jax.shard_map`.
       transport: "replicated", "ring" or "ragged" (see `jaxtml.model.experts.transports`).
-      capacity: rows in a device's expert buffer, padding included, as a multiple of the device's share when the load is
-        even; None: enough rows for the worst case.
+      capacity: the size of a device's expert buffer. The unit is the number of rows that each device receives if all
+        experts have the same load. Padding rows use up capacity too. None: enough rows for the worst case.
       int8: the routed experts are stored as int8 with one scale per column. For serving only.
     """
 

@@ -1,8 +1,8 @@
 """Input embeddings: text, clock, dMel frames and image patches. Each is a few light layers; there are no encoders.
 
-Axes: B batch, T positions, D model width, V vocabulary, P patches. Called by `interaction` and the duplex step. The
-dMel bag of embeddings and the hMLP are the released ones (Inkling). The clock and the own-voice vector are new here;
-they start at zero, so that they change nothing before they are trained.
+Axes: B batch, T positions, D model width, V vocabulary, P patches. Called by `interaction` and `duplex.step`. The dMel
+bag of embeddings and the hMLP are the released ones (Inkling). The clock is new here. It starts at zero, so that it
+changes nothing before it is trained.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ class HMLP(nnx.Module):
 
 
 class ClockTower(nnx.Module):
-    """A linear map of the clock features, which is added to the TURN token. Its initial value is zero."""
+    """A linear map of the clock features: how long the session has lasted, and the wall clock.
+
+    The result is added to the embedding of the TURN token. The map is initially zero.
+    """
 
     def __init__(self, config: BackboneConfig):
         self.weight = param((CLOCK_FEATURES, config.d_model), ("clock", "embed"), zeros)

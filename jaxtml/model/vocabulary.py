@@ -62,7 +62,7 @@ def score_targets(
       hidden: `[N, D]`, the same on all devices of `tensor`.
       unembed: `[D or this device's part of D, V]`, the words of this device. The devices of `tensor` hold consecutive
         parts of the vocabulary.
-      target: `[N]` int32, numbers of words in the complete vocabulary.
+      target: `[N]` int32, the index of each target word in the complete vocabulary.
       mesh: the mesh on which the program runs.
       fetch: gathers some columns of `unembed`: as stored -> `[D, C]` in the dtype of `hidden`.
     """

@@ -50,7 +50,7 @@ class Chip:
       devices: JAX devices per chip.
       gpu: what XLA's compiler must know of a GPU; None: the chip is a TPU.
       gpus_per_host: GPUs of one host, at most; 0 for a TPU.
-      gpus_per_domain: GPUs with fast links to each other, where there are more of them than a host has; otherwise 0.
+      gpus_per_domain: the number of GPUs with fast links to each other, if these GPUs span several hosts; otherwise 0.
     """
 
     name: str

@@ -1,13 +1,13 @@
 """Collectives between the devices of a mesh, for programs inside `jax.shard_map`. They know axis names, not models.
 
 Called by every module of the model that shares work over the mesh, and by the training step. An argument called `axes`
-holds names of mesh axes (`jaxtml.parallel.mesh`). A collective over axes of length 1 is the identity, so a program for
-one device has no axes at all.
+holds names of mesh axes (`jaxtml.parallel.mesh`). The functions that take a mesh leave out axes of length 1, so a
+program for one device contains no collective.
 
 All collectives are written for `check_vma=False`, where JAX takes a `psum` as the transpose of a `psum`. That transpose
 is wrong for a value that is the same on all devices of an axis. `psum_backward` and `psum_forward` are the pair that is
-right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` gathers a value from which all
-devices then compute the same.
+right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` is for a gathered value from
+which all devices compute the same results.
 
 On a CPU, sums are taken in the order of the devices. Gloo, which sums over processes, has an order of its own: a run
 that is resumed with another number of processes would then give other numbers.
@@ -139,7 +139,8 @@ _psum_forward.defvjp(lambda x, axes: (_psum(x, axes), None), lambda axes, _, gra
 def all_gather_last(x: jax.Array, mesh: MeshShape, axes: Sequence[str]) -> jax.Array:
     """Concatenates the parts of the devices of `axes` along the last dimension.
 
-    All devices must then compute the same from the result: the gradient is cut, not summed.
+    All devices must compute the same values from the result. Then all devices have the same gradient. Each device keeps
+    its own part of this gradient, and nothing is summed.
     """
     split = _split_axes(mesh, axes)
     return _all_gather_last(x, split) if split else x
@@ -159,10 +160,10 @@ _all_gather_last.defvjp(lambda x, axes: (_all_gather_last(x, axes), x.shape[-1])
 
 
 def all_gather_parameter(x: jax.Array, stored: PartitionSpec, needed: PartitionSpec) -> jax.Array:
-    """Gathers a device's part of a parameter from the layout `stored` to the larger part of the layout `needed`.
+    """Returns a device's part of a parameter in the layout `needed`, gathered from the parts in the layout `stored`.
 
-    Gathers only the axes that `needed` lacks; they are the last ones of a dimension, as in ("expert", "data").
-    Gradients are summed and scattered back.
+    Gathers over the mesh axes that split a dimension in `stored` but not in `needed`. These axes must be the last ones
+    of their dimension: ("expert", "data") can become ("expert",). Gradients are summed and scattered back.
     """
     for dim, part in enumerate(stored):
         keep = axis_names(needed[dim] if dim < len(needed) else None)

@@ -6,13 +6,14 @@ The mesh always has four axes; an axis that is not used has length 1. All axes b
 
 - `replica`: complete copies of the model, one per slice; gradients are summed over the slow network.
 - `data`: parameters are sharded, and gathered layer by layer (FSDP, Zhao et al., 2023).
-- `expert`: each device holds other routed experts, and tokens travel to them. All other parameters are sharded over
-  this axis as over `data`.
+- `expert`: the devices hold different routed experts, and tokens travel to their experts. All other parameters are
+  sharded over this axis as over `data`.
 - `tensor`: attention heads, feed-forward width and vocabulary are split.
 
 A `ParamSpec` names the logical axes of its parameter. `TRAIN` and `SERVE` are the rules: for each logical axis, the
-mesh axes that split it. `TRAIN` says how the trainer stores parameters. `SERVE` says where a program computes with
-them; serving keeps each weight there and gathers nothing. A new logical axis needs a rule here.
+mesh axes that split it. `TRAIN` is the layout in which the trainer stores parameters. `SERVE` is the layout in which
+every program computes with parameters. The trainer gathers parameters from `TRAIN` to `SERVE`. The server stores them
+in `SERVE` and gathers nothing. A new logical axis needs a rule here.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def partition_spec(
       rules: for each logical name, the mesh axes that split it.
 
     Raises:
-      InputError: a logical name has no rule, two dimensions want one mesh axis, or a dimension does not divide. The
-        message names the parameter, the axis and a remedy.
+      InputError: a logical name has no rule, the same mesh axis splits two dimensions, or a dimension does not divide.
+        The message names the parameter, the axis and a remedy.
     """
     if sum(axis not in STACKED for axis in axes) < 2:
         return PartitionSpec()

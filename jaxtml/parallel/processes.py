@@ -14,7 +14,8 @@ import jax
 
 from jaxtml.errors import InputError
 
-# Slurm sets the first inside a step, GKE the others on TPU pods of several hosts. With one of them, JAX finds the rest.
+# Slurm sets the first variable inside a step. GKE sets the others on TPU pods of several hosts. If one of them is set,
+# JAX finds the processes of the job itself.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 _MEGASCALE_DEFAULTS = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 
@@ -23,7 +24,7 @@ def process_rank() -> int | None:
     """Returns the rank of this process in its job, also before the process joins it; None in a job of one process.
 
     Raises:
-      InputError: as `join_processes`.
+      InputError: as for `join_processes`.
     """
     count, rank = _job_position()
     return rank if count > 1 else None

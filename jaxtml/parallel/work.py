@@ -1,7 +1,7 @@
 """Counts the work of one device's program on its jaxpr: FLOPs and bytes sent, each loop as often as it runs.
 
-Called by `jaxtml plan` and by tests. Two other sources do not do: XLA's `cost_analysis` counts the body of a loop once,
-and the text of a compiled pod program is not always available. The jaxpr of a `jax.shard_map` program names every
+Called by `jaxtml plan` and by tests. Two other sources are not enough: XLA's `cost_analysis` counts the body of a loop
+once, and the text of a compiled pod program is not always available. The jaxpr of a `jax.shard_map` program names every
 collective with its mesh axes.
 """
 
@@ -63,8 +63,8 @@ def count_jaxpr_work(jaxpr: ClosedJaxpr, platform: str, rounds: int = 1, least: 
       jaxpr: the program, as `jax.jit(f).trace(...).jaxpr`.
       platform: as for `count_work`.
       rounds: how many rounds to count of a loop whose number of rounds is not known.
-      least: at a condition, counts the cheapest branch instead of the dearest. Branches without matrix products are
-        left out while another branch has some.
+      least: at a condition, counts the cheapest branch instead of the dearest. If any branch has matrix products, the
+        branches without matrix products are left out.
     """
     return _count(jaxpr.jaxpr, _Options(platform, rounds, least), {})
 

@@ -34,7 +34,7 @@ class CompiledProgram(NamedTuple):
 
     Attributes:
       arguments: the shapes of its arguments.
-      jaxpr: the program as its work is counted.
+      jaxpr: the traced program, of which the work is counted.
       memory: the memory of one device.
     """
 
@@ -77,8 +77,8 @@ def compile_program(
 def _return_freed_memory() -> None:
     """Keeps glibc from holding on to freed memory.
 
-    With every large array that is freed, glibc raises the size up to which it keeps freed memory. For the compiler of a
-    large program, that would be a fifth of its peak memory.
+    With every large array that is freed, glibc raises the size up to which it keeps freed memory. When a large program
+    is compiled, the kept memory would be a fifth of the compiler's peak memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,7 +1,8 @@
 """`jaxtml plan`: compiles the real program for a pod that is not here, and reports what the program needs.
 
-The program is the trainer's own step, or a micro-turn of the server. `compilation` compiles it, `report` turns counts
-into figures, `search` finds the largest batch. Called by the command line.
+The program is the trainer's own step, or the server's step for one micro-turn: 200 ms of input and output of every
+session. `compilation` compiles the program, `report` turns counts into figures, `search` finds the largest batch.
+Called by the command line.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def _parse_place(config: Config, topology: str, mesh: str | None, program: str) 
 def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
     """Returns the mesh for a plan that names none.
 
-    To train, all devices are `data`. To serve, `expert` is as large as sessions and experts divide by, then `tensor` as
-    large as the heads divide by, and the rest is `data`.
+    For training, all devices are `data`. For serving, `expert` is the largest divisor of the devices that divides both
+    sessions and experts. Of the remaining devices, `tensor` is the largest divisor that divides the key/value heads.
+    The rest is `data`.
     """
     if program == "train":
         return MeshShape(data=devices)

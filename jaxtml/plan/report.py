@@ -2,6 +2,9 @@
 
 A training step reads each of its arguments and writes each of its outputs once. A forward pass in serving reads the
 weights that it needs, and what the sessions remember. `roofline` has the rules by which these become seconds.
+
+The serving program is one micro-turn: 200 ms of input and output of every session. It has one forward pass over the
+input, and then a loop. In each round of the loop, every session writes a token or speaks 50 ms.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
 Report = dict[str, Any]  # what `jaxtml plan --json` prints
 
 LONG_SESSION_TOKENS = 2**24  # a session in which every window has long been full
-WRITTEN_TOKENS = 3  # tokens that a speaking micro-turn writes: SAY and two more, about four words per second
+# Text tokens that a speaking micro-turn writes: SAY, which begins the text, and two more. About four words per second.
+WRITTEN_TOKENS = 3
 
 
 def report_training(
@@ -90,13 +94,14 @@ class ServingLoad:
       experts: bytes of routed experts.
       weights: bytes of all other parameters.
       state: bytes that the sessions remember.
-      rare: bytes among `weights` that cost no time here: a token reads only a few rows of the embedding, and the vision
-        tower works only on frames.
+      rare: bytes among `weights` whose reading counts as no time: a token reads only a few rows of the embedding, and
+        the vision tower works only on frames.
       flow: bytes among `weights` that are read only while a session speaks.
       listening: work of a micro-turn in which every session listens.
-      fullest: work before the loop in a micro-turn in which every session receives all the input that fits.
-      one_round: work of one round of the loop, in which every session writes a token or speaks 50 ms.
-      prefill: positions of a session before the loop: with nothing typed or seen, and with all the input that fits.
+      fullest: work before the loop, if every session receives the most text and patches that a micro-turn can take.
+      one_round: work of one round of the loop.
+      prefill: the number of input positions of a session, twice: without text and patches, and with the most text and
+        patches that a micro-turn can take.
       max_rounds: the most rounds that a micro-turn can take.
     """
 
@@ -131,10 +136,10 @@ class _Pass(NamedTuple):
 def report_serving(config: Config, load: ServingLoad, memory: Memory, topology: Topology, mesh: MeshShape) -> Report:
     """Returns the report of serving, for a micro-turn in which every session writes `WRITTEN_TOKENS` tokens and speaks.
 
-    `turn_ms` has the roofline of a micro-turn in which all sessions listen, in which all speak, and which takes the
-    longest possible. `weight_floor_ms` has the time of reading the weights in each of these. `sessions_at_200_ms` is
-    how many sessions fit into memory and have a speaking micro-turn with a roofline of at most 200 ms. It is
-    extrapolated from the sessions of the plan, in proportion.
+    `turn_ms` has the rooflines of three micro-turns: all sessions listen, all sessions speak, and the longest possible.
+    `weight_floor_ms` has the time of reading the weights in each of these micro-turns. `sessions_at_200_ms` is the
+    number of sessions that fit into memory and whose speaking micro-turn has a roofline of at most 200 ms. This number
+    is extrapolated from the sessions of the plan, in proportion.
     """
     chip, n = topology.chip, load.sessions
     passes = _micro_turn_passes(load)

@@ -12,10 +12,11 @@ def format_report(report: Report) -> str:
     if report["program"] == "serve":
         times, floors = report["turn_ms"], report["weight_floor_ms"]
         figures = [
-            f"a micro-turn at best {name} {times[name]:6.1f} ms, of which reading the weights {floors[name]:.1f}"
+            f"{name + ' micro-turn':20}{times[name]:7.1f} ms at best, of which {floors[name]:.1f} to read the weights"
             for name in times
         ]
-        figures.append(f"sessions           {report['sessions']:8} planned, {report['sessions_at_200_ms']} at 200 ms")
+        most = report["sessions_at_200_ms"]
+        figures.append(f"sessions           {report['sessions']:8} planned, at most {most} for micro-turns of 200 ms")
     else:
         figures = [
             f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",

@@ -37,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes that the program needs; what is overwritten counts once."""
+        """Bytes that the program needs; an output that takes the place of an argument counts once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -59,12 +59,12 @@ class Times:
 
     @property
     def step(self) -> float:
-        """Seconds of a step: those of the slowest."""
+        """Seconds of a step: those of the slowest of the four."""
         return max(self.compute, self.links, self.network, self.memory)
 
     @property
     def bound(self) -> str:
-        """The name of the slowest."""
+        """The name of the slowest of the four."""
         return max(("compute", "links", "network", "memory"), key=lambda name: getattr(self, name))
 
 
@@ -72,7 +72,8 @@ def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: 
     """Computes the roofline of one device's program.
 
     A topology of TPUs is one slice, in which all chips have fast links to each other. On GPUs, a collective that
-    reaches beyond the GPUs with fast links goes over the network. The last axes of a mesh are neighbours.
+    reaches beyond the GPUs with fast links goes over the network. Devices that differ only in the last axes of a mesh
+    are neighbours.
 
     Args:
       work: of one device.

@@ -1,8 +1,9 @@
 """`jaxtml plan --search`: finds the largest batch that fits for every remat, or the largest number of sessions.
 
-Called by `planning`; knows no compiler. Memory grows nearly in proportion to the batch, but small batches may be padded
-to one size. So the size is doubled until a program no longer fits, or grows faster where the last two programs allow
-it. Then the limit is narrowed down.
+Called by `planning`; knows no compiler. A size is a multiple of the smallest batch. Memory grows nearly in proportion
+to the size, so the next guess is extrapolated from the two largest sizes that fit. Padding may give small batches equal
+memory; the extrapolation would then go too far, so `MAX_GROWTH` bounds it. As soon as one size does not fit, the limit
+is narrowed down between that size and the largest size that is known to fit.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Callable
 from jaxtml.plan.report import Report
 
 MAX_TRIES = 10  # compilations of one variant
-MAX_GROWTH = 8  # a guess is at most so many times the largest size that is known to fit
+MAX_GROWTH = 8  # a guess adds at most this many times the largest size that is known to fit
 
 
 def find_largest(measure: Callable[[int], Report | None], first: int = 1) -> tuple[int, Report] | None:
     """Finds the largest n that fits, as far as `MAX_TRIES` tries can tell.
 
     Args:
-      measure: compiles n times the smallest batch; returns a report with `bytes_per_chip` and `chip_memory_bytes`, or
-        None where the program does not fit.
+      measure: compiles the program for the size n, which is n times the smallest batch. Returns a report with
+        `bytes_per_chip` and `chip_memory_bytes`, or None if the program does not fit.
       first: the n to begin with.
 
     Returns:
@@ -42,7 +43,10 @@ def find_largest(measure: Callable[[int], Report | None], first: int = 1) -> tup
 
 
 def _next_guess(fitting: dict[int, Report], best: int, too_large: int | None) -> int:
-    """Returns the size to try next: extrapolated from the two largest that fit, within what is known."""
+    """Returns the size to try next, extrapolated from the two largest sizes that fit.
+
+    The size is larger than `best`, and smaller than `too_large` where a size is known that does not fit.
+    """
     likely = 2 * best
     if len(fitting) > 1:
         second = sorted(fitting)[-2]

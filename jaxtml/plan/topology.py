@@ -82,7 +82,7 @@ class Topology:
 
     @property
     def domain(self) -> int | None:
-        """How many GPUs have fast links to each other; None for TPUs, where all chips of a slice have."""
+        """How many GPUs have fast links to each other; None for TPUs, where fast links connect all chips of a slice."""
         return None if self.chip.gpu is None else max(self.chip.gpus_per_domain, self.shape[1])
 
     @property

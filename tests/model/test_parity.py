@@ -1,8 +1,8 @@
 """The backbone gives the logits of the released forward pass, for text, audio and images.
 
-The sequences reach beyond windows, relative extents and the floor of log-length scaling. Golden files compare with
-`transformers` on machines without torch. The tests marked `oracle` run both on checkpoints that `transformers` itself
-has written.
+The sequences reach beyond windows, relative extents and the floor of log-length scaling. Golden files hold logits of
+`transformers`, for machines without torch. The tests marked `oracle` run our model and `transformers` on checkpoints
+that `transformers` itself has written.
 """
 
 import runpy

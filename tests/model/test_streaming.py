@@ -1,4 +1,4 @@
-"""A sequence gives the same numbers at once, in micro-turns, in pieces of any size and token by token."""
+"""A sequence gives the same numbers as a whole, in micro-turns of 200 ms, in pieces of any size and token by token."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,8 @@
-"""Finds the compilers for hardware that is not here: in the environment, or in a folder beside it (tools/setup.sh)."""
+"""Finds the compilers for hardware that is not here.
+
+The compilers are installed in the virtual environment, or in its folder `compilers` (see `install_apart` in
+tools/setup.sh).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of a process that finds the compilers, without the XLA flags of the tests."""
+    """Returns the environment variables of a process that finds the compilers, without the XLA flags of the tests."""
     folders = [str(ROOT), str(COMPILERS), os.environ.get("PYTHONPATH", "")]
     others = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return {**others, "PYTHONPATH": os.pathsep.join(filter(None, folders))}

@@ -38,17 +38,17 @@ def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, at
     # With 32,768 tokens, the logits of one head alone are 2.1e9 bytes in bfloat16, and so are the biases by distance of
     # all eight heads. The smallest such bias of a long sequence, `[T, H, 512]`, would be 0.27e9 more.
     assert max(found["attention"].values()) < attended
-    # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16. The result of the
-    # first product of the large rows is 4.2e6.
+    # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16. With blocks of 128
+    # rows, the result of the first product has 4.2e6 bytes.
     assert found["in_place"]["8 True"] < 1e6 and found["in_place"]["128 False"] < 6e6
 
 
 @pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
 def test_a_gpu_multiplies_little_padding_and_needs_little_memory():
-    """The compiler for GPUs gives no FLOPs: the count is of the rows that tokamax receives, not of its kernels."""
+    """The compiler for GPUs gives no FLOPs. They are counted from the rows that tokamax gets, not in its kernels."""
     found = compile_layer("h100:1x8")
     assert 1 <= found["moe"]["counted"] < 1.1
     assert found["attention"]["global"] < 0.8e9 and found["attention"]["sliding"] < 0.5e9
-    # The memory is for rows that are padded to 16, and the result of the first product. A copy of w2 would be 4.2e6
-    # bytes more.
+    # The program needs memory for blocks that are padded to 16 rows, and for the result of the first product. A copy of
+    # w2 would need 4.2e6 bytes more.
     assert found["in_place"]["8 True"] < 3e6 and found["in_place"]["128 False"] < 6e6

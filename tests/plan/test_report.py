@@ -72,7 +72,10 @@ def test_a_collective_beyond_the_gpus_with_fast_links_goes_over_the_network(topo
 
 
 def test_a_micro_turn_takes_what_its_passes_read_multiply_and_send():
-    """By hand: 32 sessions on 8 devices in two groups (`data`), 6 of 256 experts per token, round figures elsewhere."""
+    """Computes the figures by hand: 32 sessions on 8 devices in two groups (`data`), with 6 of 256 experts per token.
+
+    All other inputs are round numbers.
+    """
     config = configs.load("tml_interaction_small")
     b, chips = config.backbone, Topology.parse("v5p:2x2x2")
     served = ServingLoad(
@@ -92,7 +95,7 @@ def test_a_micro_turn_takes_what_its_passes_read_multiply_and_send():
               "longest": wide + 16 * written + 4 * spoken}  # fmt: skip
     for name, size in floors.items():
         assert report["weight_floor_ms"][name] == pytest.approx(1e3 * size / 2765e9)
-    # A listening micro-turn is bound by memory, one with all the input by products, and a round by its links.
+    # Memory bounds a listening micro-turn, matrix products bound the longest input, and links bound a round.
     listening = (first + 4e9) / 2765e9
     assert report["turn_ms"]["listening"] == pytest.approx(1e3 * listening)
     assert report["turn_ms"]["speaking"] == pytest.approx(1e3 * (listening + 8 * 0.1))

@@ -31,7 +31,8 @@ from jaxtml.parallel.collectives import psum_backward, psum_forward
 class Attention(nnx.Module):
     """One attention layer, sliding or global.
 
-    The constructor's `config` is that of its kind, and `scaled` says whether the kind has log-length scaling.
+    The constructor's `config` has the sizes of this kind of layer, sliding or global. `scaled` says whether this kind
+    has log-length scaling.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
       size: C, tokens of a block.
       window: distances `[0, window)` are seen.
       pinned: the first tokens of a sequence, which are seen at any distance.
-      bias_distances: the distances between blocks at which there is a bias are `[0, bias_distances)`.
+      bias_distances: there is a bias for keys that stand fewer than this many blocks before the block of queries.
     """
 
     count: int

@@ -151,12 +151,12 @@ def attend_cache(
 
 
 def ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) -> jax.Array:
-    """Turns each query's bias by distance into its bias by slot.
+    """Turns each query's bias by distance (its profile) into the query's bias by slot.
 
-    Reversed and repeated once round the ring, a query's profile is one line, and the query's position says where in the
-    line its slots begin. Cutting a stretch out of the line copies contiguous memory. Looking up the distance of every
-    slot would gather number by number. Slots that hold a token which the query cannot see get a bias too; the caller
-    masks them.
+    The profile is reversed, cut or padded to the ring, and repeated once. In this line, the biases of the ring's
+    slots are one contiguous stretch, which begins at a place that depends on the query's position. Cutting out the
+    stretch copies contiguous memory. Looking up the distance of every slot would gather number by number. Slots that
+    hold a token which the query cannot see get a bias too; the caller masks them.
 
     Args:
       profile: `[B, T, G, Q, E]`, the bias by distance.

@@ -7,10 +7,10 @@ Called by `sequence`.
 The bias of query i for key j is `(r_i @ proj)[i - j]`, and zero beyond the extent. Between a block of queries and a
 block of keys that stand n blocks apart there are 2 C - 1 distances: a band. `bands[n]` `[R, W]` holds the columns of
 `proj` for that band, the farthest distance first. `r @ bands[n]` `[C, W]` then holds each query's biases over the band,
-and the bias of query a for key b is in column `b + C - 1 - a`. So each row must be rotated one column further to the
-left than the row above, which is one strided rotation. The bands are cut from `proj` outside the kernels, and their
-gradient is scattered back there. Blocks that lie outside the window or after the query are skipped. Beyond the extent a
-band is zero and is not read.
+and the bias of query a for key b is in column `b + C - 1 - a`. So row a must be rotated to the left by C - 1 - a
+columns: one column less than the row above. One strided rotation does this for all rows. The bands are cut from `proj`
+outside the kernels, and their gradient is scattered back there. Blocks that lie outside the window or after the query
+are skipped. Beyond the extent a band is zero and is not read.
 
 This is flash attention (Dao et al., 2022; 2023). The softmax runs over one block of keys after the other and keeps the
 logarithm of its sum. The backward pass uses the logarithm to compute the probabilities again.
@@ -62,7 +62,7 @@ class FlashPlan(NamedTuple):
 
     @property
     def bias_distances(self) -> int:
-        """N, the number of bands: the distances between blocks at which there is a bias are `[0, N)`."""
+        """N, the number of bands: there is a bias for keys fewer than N blocks before the block of queries."""
         return min((self.extent + self.block - 2) // self.block, self.back) + 1
 
 

@@ -25,7 +25,7 @@ from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
 MIN_FLASH_TOKENS = 512  # from this length on, a TPU runs the kernels; below, any program is small
 CHUNK = 128  # queries of a chunk
-MAX_UNROLLED_CHUNKS = 16  # chunks for which a program has code, at most; longer sequences run block by block
+MAX_UNROLLED_CHUNKS = 16  # a program has separate code for up to 16 chunks; longer sequences run block by block
 BLOCK = 512  # tokens of a block
 
 
@@ -134,7 +134,8 @@ def _all_chunks_at_once(
     reach = (before + 1) * chunk
     distance = np.arange(chunk)[:, None] + before * chunk - np.arange(reach)
     visible = (distance >= 0) & (distance < config.window)
-    exists = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0  # [N, S], not before the sequence
+    # [N, S]: whether a key belongs to the sequence. The first chunks also have padding before the sequence as keys.
+    exists = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0
     mask = np.where(visible & exists[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
     table = bias_table(proj, chunk, reach)
     out = attend_block(split(query), reachable(keys), reachable(values), split(rel), table, jnp.asarray(mask))
@@ -158,7 +159,7 @@ def _chunk_by_chunk(
         distance = np.arange(start, stop)[:, None] - position
         visible = (distance >= 0) & ((distance < config.window) | (position < config.pinned))
         mask = jnp.asarray(np.where(visible, 0.0, MASKED_LOGIT).astype(np.float32)[None, None])
-        # The last column of the table is the last query's own key. A last chunk that is shorter ends earlier.
+        # The last column of the table is the last query's own key. A shorter last chunk has its last column earlier.
         end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
 
@@ -193,9 +194,10 @@ def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
     The entry of query i and key j is `proj[:, d]` for the distance d = i + keys - C - j, and zero where d is outside
     `[0, E)`. The last key is the last query's own.
 
-    Needs no gather (after Huang et al., 2018). Each row of `proj`, reversed, is a line. The line is padded to one
-    element more than a row of the result, repeated, and read row by row. In each row it then stands one column further
-    to the right.
+    The function needs no gather (after Huang et al., 2018). Each row of `proj` is reversed and padded to a line of
+    `keys + C` elements. The line is repeated, and the repeated line is cut into C rows of `keys + C - 1` elements. A
+    row is one element shorter than the line, so the line stands one column further to the right in each next row. The
+    last `keys` columns of the rows are the result.
 
     Args:
       proj: `[R, E]`.
@@ -203,7 +205,7 @@ def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
       keys: the number of keys.
     """
     rank, extent = proj.shape
-    width = keys + chunk - 1  # row i is columns [C - 1 - i, ...) of a line in which distance 0 is column keys - 1
+    width = keys + chunk - 1  # row i of the result begins at element C - 1 - i of the line; distance 0 is at keys - 1
     kept = min(extent, keys)
     line = jnp.pad(proj[:, :kept][:, ::-1], ((0, 0), (keys - kept, chunk)))
     rows = jnp.tile(line, (1, chunk))[:, : chunk * width].reshape(rank, chunk, width)

@@ -1,4 +1,4 @@
-"""Tokens into a buffer that is sorted by expert, and its rows back to tokens.
+"""Copies tokens into a buffer that is sorted by expert, and combines the rows of the buffer into tokens again.
 
 Axes: N tokens, D model width, K experts per token, E experts of this device, R rows of the buffer. A choice is a pair
 of a token and one of its experts; the N K choices are numbered in the order of `[N, K]`. Called by `local` and
@@ -30,8 +30,8 @@ def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: 
       devices: how many devices share the experts.
       experts: E, the experts of one device.
       block: what the rows of an expert are padded to.
-      capacity: a multiple of the mean choices per device; there is at least one block for each expert. None: room for
-        the worst case.
+      capacity: the room in the buffer, as a multiple of the mean number of choices per device. The buffer has room for
+        at least one block of each expert. None: room for the worst case.
     """
     worst = (choices // block + experts) * block
     if capacity is None:

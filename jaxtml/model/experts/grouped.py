@@ -7,8 +7,8 @@ and `transports`.
 |---|---|---|
 | cpu and others | a loop over blocks of rows, adjoint written out | a block and an expert stay in a core's cache |
 | tpu, training | megablox `gmm` (sizes in multiples of 128) | XLA's `ragged_dot` is dense on v5e, v6e and tpu7x |
-| tpu, serving | `kernel` (sizes in multiples of 128) | reads an expert where it is in the stack, int8 too |
-| cuda, training | tokamax `ragged_dot`, where tokamax is installed | XLA's writes the rows once for every expert |
+| tpu, serving | `kernel` (sizes in multiples of 128) | reads experts where they are in the stack, also as int8 |
+| cuda, training | tokamax `ragged_dot`, if installed | XLA's `ragged_dot` writes the rows once for every expert |
 | cuda, serving | `kernel`, as on a TPU | as on a TPU |
 
 `jax.lax.ragged_dot` is the reference. A TPU also uses it for sizes that the kernels do not take.
@@ -59,7 +59,8 @@ def grouped_swiglu(
     elif all(size % TPU_LANES == 0 for size in (block, *experts.w2.shape[-2:])):
         tpu = on_layer(partial(_swiglu_megablox, block=block))
     blocks = on_layer(partial(_swiglu_blocks, block=block))
-    # Traced on another machine, a plan counts the FLOPs of `ragged_dot`: the loop has no known number of rounds.
+    # A program for GPUs that is traced for a CPU has `ragged_dot` here. `jaxtml plan` counts the FLOPs of such a
+    # program. It could not count `_swiglu_blocks`, whose loop has no known number of rounds.
     cuda = on_layer(_swiglu_ragged_dot)
     if experts.in_place_on_gpu:
         cuda = partial(in_place, platform="cuda")

@@ -5,7 +5,8 @@ summed over, N columns. Called by `grouped`; there is no gradient.
 
 Every block of rows belongs to one expert. The kernels of libraries take the weights of one layer. Cutting a layer out
 of the stack copies it: 1.6 GB per layer and device, for the model that this is written for. Weights may be int8. Only
-experts that have rows are read; on a TPU, each of them is read once per pass over its columns.
+experts that have rows are read. On a TPU, each weight of such an expert is read once, even if the expert has several
+blocks of rows.
 """
 
 from __future__ import annotations

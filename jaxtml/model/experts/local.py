@@ -50,13 +50,17 @@ def apply_local_experts(
 def apply_sorted(
     x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights, placement: Placement
 ) -> tuple[jax.Array, jax.Array]:
-    """As `apply_local_experts`, with rows sorted by expert in padded blocks; `index` is numbered on this device."""
+    """Does the same as `apply_local_experts`, with rows sorted by expert in padded blocks.
+
+    `index` numbers this device's experts from 0.
+    """
     (n, k), devices = index.shape, placement.mesh.expert
     block = block_rows(n * k // devices, experts.count)
     rows = buffer_rows(n * k, devices, experts.count, block, placement.capacity)
     plan = plan_buffer(index, experts.count, block, rows)
     mean = -(-n * k // devices)  # choices of a device when the load is even
-    expected = min(rows, mean * block, mean + experts.count * block // 2)  # where there are few, each has its own block
+    # If there are few choices, each choice has a block of its own.
+    expected = min(rows, mean * block, mean + experts.count * block // 2)
     done = grouped_swiglu(dispatch(x, plan.source, plan.slot), plan.groups, experts, block, expected)
     return combine(done, weight, plan.slot, plan.source), plan.dropped
 
@@ -64,10 +68,11 @@ def apply_sorted(
 def apply_one_by_one(
     x: jax.Array, index: jax.Array, weight: jax.Array, experts: ExpertWeights
 ) -> tuple[jax.Array, jax.Array]:
-    """As `apply_local_experts`, one choice after the other; `index` is numbered on this device. Drops nothing.
+    """Does the same as `apply_local_experts`, one choice after the other. Drops nothing.
 
-    Each choice is a matrix-vector product with the expert where it is. One gather for all choices would write a copy of
-    their weights, which a CPU then wants transposed: ten times the time for one token of `tiny`.
+    `index` numbers this device's experts from 0. Each choice is a vector-matrix product, which reads the weights of its
+    expert in place. One gather for all choices would write a copy of these weights, and a CPU would then transpose the
+    copy. With the config `tiny`, one token would take ten times as long.
     """
     n, k = index.shape
 

@@ -1,7 +1,8 @@
 """The router's decision: which experts a token goes to and with what weights, and what a layer reports of it.
 
 Axes: N tokens of this device, D model width, E routed experts, S shared experts, K experts per token, M modalities (the
-number of `PositionKind`s). Called by `moe`; the transports read a `Routing`.
+number of `PositionKind`s). A choice is a pair of a token and one of its experts. Called by `moe`; the transports read a
+`Routing`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class MoEStats(NamedTuple):
     """What a layer reports of the tokens of this device.
 
     Attributes:
-      load: `[M, E]` float32, the choices of each expert by modality; padding is left out.
+      load: `[M, E]` float32, how many tokens of each modality chose each expert; padding is left out.
       dropped: int32, the choices for which the buffer had no room.
       z_loss: float32, the router's z-loss, summed over tokens; padding is left out.
     """

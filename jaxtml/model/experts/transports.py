@@ -68,8 +68,8 @@ def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Pl
     """Sends each row to the device of its expert and back.
 
     Rows are sorted by expert, so the rows for one device lie together, and among them the rows for each of its experts.
-    One update per expert writes them where the rows of all devices for that expert stand side by side. Nothing is
-    sorted a second time.
+    A device sends the rows for each expert as one piece. In the receiving buffer, the pieces of all devices for the
+    same expert stand side by side. So nothing is sorted a second time.
 
     Returns `[N, D]` and the dropped choices of this device's tokens.
     """

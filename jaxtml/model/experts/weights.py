@@ -1,7 +1,7 @@
 """The weights of the routed experts of one device, in floats or in int8.
 
 Axes: E experts of this device, D model width, F expert width, K rows and N columns of any matrix. Called by `moe`,
-which makes an `ExpertWeights`, by all files that compute with one, and by the duplex step, which quantises.
+which makes an `ExpertWeights`, by all files that compute with one, and by `duplex.programs`, which quantises.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The flow head: one hidden state gives the next 50 ms of speech, by conditional flow matching.
 
 Axes: N positions, D model width, X = 400 log-mels (80 coarse, 4 x 80 fine), W head width, J noise draws. Called by
-`interaction`, by the training step (`loss`) and by the duplex step (`sample`).
+`interaction`, by the training step (`loss`) and by `duplex.step` (`sample`).
 
 The head is an AdaLN MLP, as in MAR's diffusion loss head (Li et al., 2024) and in CALM (2025). It predicts the clean
 frame x1 from x_t = (1 - t) x0 + t x1; the velocity is (x1 - x_t) / (1 - t) (Lipman et al., 2023). Speech does not fill
-all 400 dimensions, but noise does. Because the network predicts x1 and not the velocity, a narrow network can leave the
-noise out. The last Euler step then lands on the prediction itself.
+all 400 dimensions, but noise does. A network that predicts the velocity must reproduce the noise, because the velocity
+contains it. A network that predicts x1 need not, so it can be narrow. The last Euler step then lands on the prediction
+itself.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ class FlowHead(nnx.Module):
     def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the squared error of x1: the mean over log-mels and noise draws, summed over the valid positions.
 
-        All flow times have the same weight. The minimum is that of the velocity's error, which has the weight
-        `(1 - t)^-2`. That weight would put the loss where the noise is nearly gone, and there a head need not know what
-        is being said.
+        All flow times have the same weight. The squared error of the velocity would be this error times `(1 - t)^-2`,
+        and would have the same minimum. But that factor lets flow times near 1 dominate the loss. At these times the
+        noise is nearly gone, and a head can predict x1 without knowing what is being said.
 
         Args:
           hidden: `[N, D]`.

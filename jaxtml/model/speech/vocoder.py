@@ -1,8 +1,8 @@
 """The vocoder: turns fine log-mel frames into a waveform; causal and streaming, with a source and a filter.
 
 Axes: B sessions, F fine frames (80 Hz), S = 200 samples of a hop, D width, M = 80 mels, K = 129 bins of a filter's
-response, T = 256 taps of a filter, C = 2 sources (0: pulses, 1: noise). The duplex step runs `vocode` on 16 frames per
-micro-turn, `jaxtml.train.vocoder` on segments.
+response, T = 256 taps of a filter, C = 2 sources (0: pulses, 1: noise). `duplex.step` runs `vocode` once per micro-turn
+of 200 ms, on 16 frames. `jaxtml.train.vocoder` trains it on segments of recordings.
 
 A causal ConvNeXt (Liu et al., 2022, arXiv:2201.03545; as the backbone of a vocoder: Vocos, Siuzdak 2023,
 arXiv:2306.00814) reads the frames at 80 Hz. For each frame it gives a pitch and two short filters. One filter shapes a
@@ -33,7 +33,7 @@ VocoderState = dict[str, Any]  # see `init_state`
 
 TAPS = 256  # 16 ms: the response of a vocal tract, and a spectral resolution of 62.5 Hz
 BINS = TAPS // 2 + 1
-LEAD = 48  # samples of a filter before its time zero; this adds no delay, because a pulse may stand anywhere
+LEAD = 48  # taps of a filter before its time zero; they add no delay, because no pulse has a prescribed position
 PITCH_MIN = 60.0  # Hz
 PITCH_OCTAVES = 3.0
 # Classes of pitch, 30 cents each. A class is learnt faster than a number, and does not average two octaves.
