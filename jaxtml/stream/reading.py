@@ -21,13 +21,13 @@ class Words(NamedTuple):
       heard: to the transcript of the user.
       said: to the assistant's text.
       delegated: to a request to the background model.
-      asked: whether such a request is complete.
+      delegation_ended: whether such a request is complete.
     """
 
     heard: str
     said: str
     delegated: str
-    asked: bool
+    delegation_ended: bool
 
 
 class Reader:
@@ -41,7 +41,7 @@ class Reader:
     def read(self, tokens: Iterable[int]) -> Words:
         """Returns the words of one micro-turn's generated tokens."""
         current: _TextStream | None = None  # where the next text token belongs
-        asked = False
+        delegation_ended = False
         for token in tokens:
             control = token - self._control_base
             if control < 0:
@@ -54,9 +54,9 @@ class Reader:
             elif control == Control.DELEGATE:
                 self._delegating, current = True, self._delegated
             elif control == Control.END:
-                asked = asked or self._delegating
+                delegation_ended = delegation_ended or self._delegating
                 self._delegating, current = False, self._said
-        return Words(self._heard.take(), self._said.take(), self._delegated.take(), asked)
+        return Words(self._heard.take(), self._said.take(), self._delegated.take(), delegation_ended)
 
 
 class _TextStream:

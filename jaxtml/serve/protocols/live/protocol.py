@@ -143,7 +143,7 @@ class LiveProtocol:
         for sideband in self.sidebands:
             sideband.send_output(result.wave, end)
         self._task += words.delegated
-        if words.asked:
+        if words.delegation_ended:
             self._send_delegation(end)
         self.intake.flush()
         if result.number % _USAGE_MICRO_TURNS == _USAGE_MICRO_TURNS - 1:

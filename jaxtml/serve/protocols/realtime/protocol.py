@@ -124,7 +124,7 @@ class RealtimeProtocol:
             self.user_turns.hear(result, words.heard)
         self.responses.on_micro_turn(result, words.said)
         self._task += words.delegated
-        if words.asked:
+        if words.delegation_ended:
             task, self._task = self._task, ""
             self.responses.call_function(task)
         if not self.responses.speaking:
