@@ -1,10 +1,11 @@
 """jaxtml: train, convert, evaluate and serve full-duplex interaction models in JAX.
 
-The library, in four calls:
+The library in five calls:
 
     import jaxtml
 
     model = jaxtml.load()              # the `tiny` model that ships with the package; or a checkpoint directory
+    wave = jaxtml.read_audio("user.wav")
     reply = model.converse(wave)       # float32 [N] at 16 kHz; reply.wave, reply.heard, reply.text, reply.turns
     session = model.session(seed=0)
     turn = session.step(chunk)         # float32 [3200], 200 ms; turn.gate, turn.heard, turn.text, turn.wave
@@ -19,6 +20,7 @@ that uses a device.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtml.errors import InputError
@@ -26,11 +28,28 @@ from jaxtml.errors import InputError
 if TYPE_CHECKING:
     from jaxtml.session.library import Model, Session, load
     from jaxtml.session.records import MicroTurn, Reply
+    from jaxtml.stream.audio_file import read_audio, write_wav
     from jaxtml.stream.conversation import Conversation, Speech, Word
 
 __version__ = "0.1.0"
 
-__all__ = ["Conversation", "InputError", "MicroTurn", "Model", "Reply", "Session", "Speech", "Word", "load"]
+__all__ = [
+    "DEMO_RECORDING",
+    "Conversation",
+    "InputError",
+    "MicroTurn",
+    "Model",
+    "Reply",
+    "Session",
+    "Speech",
+    "Word",
+    "load",
+    "read_audio",
+    "write_wav",
+]
+
+DEMO_RECORDING = Path(__file__).parent / "assets" / "demo" / "human.flac"
+"""A person who asks two questions, 14 seconds. The NOTICE beside the file names its source and licence."""
 
 _MODULES = {
     "Conversation": "jaxtml.stream.conversation",
@@ -41,6 +60,8 @@ _MODULES = {
     "Speech": "jaxtml.stream.conversation",
     "Word": "jaxtml.stream.conversation",
     "load": "jaxtml.session.library",
+    "read_audio": "jaxtml.stream.audio_file",
+    "write_wav": "jaxtml.stream.audio_file",
 }
 
 

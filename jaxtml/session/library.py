@@ -29,6 +29,7 @@ from jaxtml.session.records import MicroTurn, Reply
 from jaxtml.stream import decoding, encoding, layout
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
 
@@ -73,6 +74,11 @@ class Model:
     def config(self) -> Config:
         """The resolved config of the checkpoint."""
         return self.engine.config
+
+    @property
+    def codec(self) -> TextCodec:
+        """Text to the model's token ids and back."""
+        return self.engine.codec
 
     def session(self, seed: int = 0, week_ms: int = NOON_MS) -> Session:
         """Begins a session.
@@ -152,7 +158,7 @@ class Model:
         try:
             return encoding.encode(
                 conversation,
-                self.engine.codec,
+                self.codec,
                 config.duplex,
                 heard_delay_ms=config.data.heard_delay_ms,
                 lead_ms=config.data.text_lead_ms,
@@ -162,7 +168,7 @@ class Model:
 
     def decode(self, sequence: layout.EncodedConversation) -> decoding.DecodedConversation:
         """Reads an encoded conversation back: words with their times, and the user's log-mels."""
-        return decoding.decode(sequence, self.engine.codec, self.config.duplex)
+        return decoding.decode(sequence, self.codec, self.config.duplex)
 
 
 class Session:
