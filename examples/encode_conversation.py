@@ -29,17 +29,17 @@ conversation = jaxtml.Conversation(
 
 model = jaxtml.load()
 base = model.config.duplex.control_base
-sequence = model.encode(conversation)
-for turn, positions in groupby(range(len(sequence.kind)), key=lambda i: int(sequence.turn[i])):
+encoded = model.encode(conversation)
+for turn, positions in groupby(range(len(encoded.kind)), key=lambda i: int(encoded.micro_turn[i])):
     words = []
     for i in positions:
-        kind, token = PositionKind(sequence.kind[i]), int(sequence.ids[i])
+        kind, token = PositionKind(encoded.kind[i]), int(encoded.ids[i])
         if kind in (PositionKind.USER, PositionKind.OWN):
             words.append(kind.name.lower())
         else:
             words.append(Control(token - base).name if token >= base else repr(model.codec.decode([token])))
     print(f"{turn * 0.2:4.1f} s  {' '.join(words)}")
 
-decoded = model.decode(sequence)
+decoded = model.decode(encoded)
 print(f"heard: {[word.text for word in decoded.heard]}")
 print(f"said: {[word.text for stretch in decoded.speech for word in stretch.words]}")

@@ -26,9 +26,10 @@ from jaxtml.session.batch import SessionBatch, SessionInput
 from jaxtml.session.converse import micro_turns_of
 from jaxtml.session.engine import Engine
 from jaxtml.session.records import MicroTurn, Reply
-from jaxtml.stream import decoding, encoding, layout
+from jaxtml.stream import decoding, encoding
 from jaxtml.stream.clock import WEEK_MS
 from jaxtml.stream.conversation import Conversation
+from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.tokens import Control
@@ -145,7 +146,7 @@ class Model:
             for i, chunk in enumerate(chunks)
         )
 
-    def encode(self, conversation: Conversation) -> layout.EncodedConversation:
+    def encode(self, conversation: Conversation) -> EncodedConversation:
         """Encodes a conversation as the tokens and frames that the model is trained on, micro-turn by micro-turn.
 
         `jaxtml.stream.layout` has the order of the positions, `jaxtml.stream.encoding` what encoding loses.
@@ -166,9 +167,9 @@ class Model:
         except ValueError as error:
             raise InputError(f"the conversation cannot be encoded: {error}") from error
 
-    def decode(self, sequence: layout.EncodedConversation) -> decoding.DecodedConversation:
+    def decode(self, encoded: EncodedConversation) -> decoding.DecodedConversation:
         """Reads an encoded conversation back: words with their times, and the user's log-mels."""
-        return decoding.decode(sequence, self.codec, self.config.duplex)
+        return decoding.decode(encoded, self.codec, self.config.duplex)
 
 
 class Session:
