@@ -35,7 +35,7 @@ _CLOSE_CODES = {
     EndReason.SLOW: 1008,
     EndReason.FAILED: 1011,
 }
-# Ends of a connection with which its session ends too, even if the protocol can resume sessions.
+# When a connection ends in one of these ways, the session ends too, even if its protocol can resume sessions.
 _FINAL = {ConnectionEnd.SLOW: EndReason.SLOW, ConnectionEnd.LEFT: EndReason.LEFT}
 
 

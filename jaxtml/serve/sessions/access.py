@@ -1,7 +1,7 @@
 """Access to a server: API keys from a file, short-lived keys made from them, and quotas. It knows nothing of networks.
 
-Called by `serve.protocols.service`, which authenticates requests, by the routes, which count them, and by
-`serve.sessions.manager`, which counts sessions.
+`serve.protocols.service` calls it to authenticate requests. The session manager and the routes of the protocols call it
+to count requests, and the session manager also to count sessions.
 
 The file of keys is JSON:
 
@@ -70,10 +70,10 @@ class Grant(msgspec.Struct, frozen=True):
     """What the sender of a request may do.
 
     Attributes:
-      key: the API key, also of a short-lived key that was made from it.
+      key: the sender's API key. For a short-lived key, the API key from which it was made.
       scopes: names of the protocols that the sender may use; None: all protocols.
       session: the session's configuration, which a short-lived key may carry; None: the sender is free to choose.
-      expired: the short-lived key has expired. It begins nothing more, but what it has begun goes on.
+      expired: whether the short-lived key has expired. It can begin nothing new, but its running sessions go on.
     """
 
     key: Key
@@ -98,9 +98,11 @@ class Access:
         self.keys = {_key_digest(key): key for key in keys}
         self.keys_by_name = {key.name: key for key in self.keys.values()} or {EVERYONE.name: EVERYONE}
         self.secret, self.now = secret or secrets.token_urlsafe(32), now
-        # All by the key's name: times of requests; (first end, seconds) of ended sessions; begin of each live session.
+        # Each dictionary is by the name of the key. Times of the requests in the last minute:
         self._requests: dict[str, deque[float]] = {name: deque() for name in self.keys_by_name}
+        # The sessions that have ended, in groups of up to a minute: (end of the first session, seconds of all of them).
         self._used: dict[str, deque[tuple[float, float]]] = {name: deque() for name in self.keys_by_name}
+        # When each live session began, by the name of the session:
         self._live: dict[str, dict[str, float]] = {name: {} for name in self.keys_by_name}
 
     @classmethod
@@ -124,8 +126,8 @@ class Access:
             if len(key.key) < _MIN_KEY_LENGTH or not key.name or not set(key.scopes or ()) <= set(protocols):
                 known = ", ".join(sorted(protocols))
                 raise InputError(
-                    f"{path}: key {key.name!r} needs a name, at least {_MIN_KEY_LENGTH} characters, and scopes out of "
-                    f"{known}"
+                    f"{path}: the entry {key.name!r} is wrong. Each entry needs a name, a key of at least "
+                    f"{_MIN_KEY_LENGTH} characters, and no scopes other than {known}"
                 )
         access = cls(file.keys, file.secret)
         if not file.keys:
@@ -225,19 +227,20 @@ class Access:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
         live = self._live[name]
         if len(live) >= grant.key.sessions:
-            raise Refused(429, "session_limit_exceeded", f"this key has its {len(live)} sessions", 5.0)
+            text = f"this key has {len(live)} sessions already, and may have no more"
+            raise Refused(429, "session_limit_exceeded", text, 5.0)
         if self.minutes_used(name) >= grant.key.minutes_per_day:
             retry_after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S
-            text = "this key has used its minutes of the last 24 hours"
+            text = "this key has used up its minutes of the last 24 hours"
             raise Refused(429, "quota_exceeded", text, retry_after_s)
 
     def begin_session(self, grant: Grant, session: str, scope: str) -> None:
-        """Starts to count a session; `session` is its public name. Raises `Refused` as `check_session`."""
+        """Starts counting a session as live; `session` is its public name. Raises `Refused` as `check_session`."""
         self.check_session(grant, scope)
         self._live[grant.key.name][session] = self.now()
 
     def end_session(self, name: str, session: str) -> None:
-        """Stops to count a session of the key `name`. Does nothing if the session was not counted."""
+        """Stops counting a session of the key `name` as live. Does nothing if the session was not counted."""
         began_at = self._live[name].pop(session, None)
         if began_at is None:
             return

@@ -1,8 +1,8 @@
 """One session as its client knows it, whichever connections carry it.
 
-A `ClientSession` joins the session in the scheduler, the protocol that speaks for it and the frames that its client
-reads. Connections come and go; the session stays. `serve.sessions.manager` creates client sessions, and the protocols
-and their routes use them.
+A `ClientSession` holds the session in the scheduler, its protocol, and the frames that wait for its client. Connections
+come and go; the session stays. The model runs it in micro-turns: 200 ms of sound in, and 200 ms of sound out.
+`serve.sessions.manager` creates client sessions, and the protocols and their routes use them.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ class ClientSession:
         self.protocol.on_resume()
 
     def close(self) -> None:
-        """Closes the session for its client: it is no longer heard, and the session ends when the model is done."""
+        """Closes the session: the model no longer hears the client.
+
+        The session ends when the model has heard and read all input that waits and is silent, or after `closing_s` of
+        `Limits`.
+        """
         self.closing_at = self.closing_at or time.monotonic()
         self.scheduled.jitter_buffer.muted = True
 

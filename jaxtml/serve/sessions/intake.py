@@ -1,7 +1,8 @@
-"""The intake of a session: everything that its client gives it (audio, text, pictures), within limits that all share.
+"""The intake of a session: the audio, text and pictures of its client, within limits.
 
-Each protocol has one `Intake` per session. Limits on text and pictures raise `InvalidMessage`, which the protocol sends
-as its own error. A client that sends too much audio is not refused: it is held back, because `push` waits for room.
+Each protocol has one `Intake` per session, and the limits are the same in all protocols. Limits on text and pictures
+raise `InvalidMessage`, which the protocol sends as its own error. A client that sends too much audio is not refused. It
+is held back instead, because `push` waits for room.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxtml.stream.tokens import Control
 
 _MAX_WAITING_TOKENS, _MAX_WAITING_PIECES = 24_576, 4096  # of text that waits for its micro-turn
 _BYTES_PER_TOKEN = 8  # real text has fewer bytes per token than this, on average
-_IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # a micro-turn takes two pictures
+_IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # two pictures per micro-turn: the model sees pictures in pairs
 _TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes; tokenising a megabyte takes half a second
 
 
@@ -155,7 +156,7 @@ class Intake:
         """Queues text for the next micro-turns.
 
         Args:
-          mark: TYPED or BACKGROUND.
+          mark: control token before the text. TYPED: the user typed the text. BACKGROUND: it comes from elsewhere.
           text: the text.
           param: path of the text in the client's message, for errors.
           max_tokens: the most tokens that the text may have.
@@ -194,7 +195,7 @@ class Intake:
         scheduled = self.session.scheduled
         too_many_tokens = scheduled.waiting_tokens + len(tokens) > _MAX_WAITING_TOKENS
         if too_many_tokens or len(scheduled.text_queue) >= _MAX_WAITING_PIECES:
-            raise InvalidMessage("rate_limit_exceeded", "too much text waits for its micro-turn", param)
+            raise InvalidMessage("rate_limit_exceeded", "too much text waits until the model can read it", param)
         return tokens
 
 

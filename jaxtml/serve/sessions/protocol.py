@@ -60,7 +60,7 @@ class SessionProtocol(Protocol):
         """Writes the output of one micro-turn. Called once per micro-turn, in order.
 
         Args:
-          result: sound, gate and time of the micro-turn.
+          result: sound and time of the micro-turn, and whether the model spoke in it.
           words: text that the micro-turn added.
         """
         ...

@@ -1,6 +1,6 @@
 """The page on which a person talks to the model: `/` and the files in `page/`.
 
-The page contains nothing about anyone, so it needs no key.
+The page contains no personal data, so it needs no key.
 """
 
 from __future__ import annotations

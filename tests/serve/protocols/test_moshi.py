@@ -32,7 +32,7 @@ from tests.serve.stepped import scripted
 
 FRAME = 1920  # 80 ms at 24 kHz
 PCM = SoundFormat("pcm", 24_000)
-PEERS = Path(sys.prefix) / "peers"  # where tools/setup.sh installs Kyutai's client
+PEERS = Path(sys.prefix) / "peers"  # where tools/test installs Kyutai's client
 
 
 async def frames(ws: aiohttp.ClientWebSocketResponse, until: float) -> list[bytes]:

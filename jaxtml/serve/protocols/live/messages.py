@@ -47,7 +47,7 @@ class LiveAudio(Strict):
 
 
 class Delegation(Strict, kw_only=True):
-    """Who answers the model's delegations. Only `client` is supported."""
+    """Who does the tasks that the model delegates (hands over, in words). Only `client` is supported."""
 
     type: Literal["client", "responses", "decisions"]
     acknowledgement_delay_ms: int | None = None
@@ -151,7 +151,7 @@ class Unmute(Event, tag="session.input_audio.unmute"):
 
 
 class _Context(Event, kw_only=True):
-    """Text that reaches the model as background text.
+    """Text for the model that the user did not say or type. The model reads it as background text.
 
     `delegation_id` names the delegation that the text answers. The field is required, but may be null.
     """
@@ -165,7 +165,7 @@ class AppendInstructions(_Context, tag="session.instructions.append"):
 
 
 class AppendThinking(_Context, tag="session.thinking.append"):
-    """Gives the model a thought, for example of the program that works on a delegation."""
+    """Gives the model a thought, for example one from a program that works on a delegated task."""
 
 
 class AppendCommentary(_Context, tag="session.commentary.append"):
@@ -192,7 +192,7 @@ Context = AppendInstructions | AppendThinking | AppendCommentary
 FirstMessage = Start | Resume
 SoundlessMessage = LiveUpdate | Mute | Unmute | Context | AppendText | AppendImage | Close
 SessionMessage = AppendAudio | SoundlessMessage
-# Messages of OpenAI's Live API that need a background model, a recording or decisions of the server's own.
+# Messages of OpenAI's Live API that this server does not support, for example because it has no background model.
 _UNSUPPORTED = (
     "session.output_audio.fixture.play",
     "response.item.create",

@@ -1,19 +1,23 @@
 """GPT-Live, the native protocol of the server: a session as events, and the messages of its client.
 
+The model works in micro-turns of 200 ms. In each one its gate is open (the model speaks) or closed (it is silent). A
+delegation is a task that the model hands to its client, in words.
+
 Events and their fields are those of OpenAI's Live API (`openai.types.live`). These are our own additions:
 
 - Every event has a `sequence_number`. A client that was cut off names the last one that it received in
   `session.resume`. The answer, `session.resumed`, says what arrived before the cut: the bytes of sound
   (`input_audio_bytes`), and the last `event_id` of all other messages but pictures (`last_client_event_id`).
-- `session.started` has `resume` (the token and the grace period), `turn_ms` and `sees`.
+- `session.started` has `resume` (the token and the grace period), `turn_ms` (the length of a micro-turn) and `sees`
+  (whether the model takes pictures).
 - `session.output_audio.delta` has its times, and whether the model's gate was open (`speaking`).
-- A delegation has its `task`.
+- A delegation has its text, in `task`.
 - Clients may send typed text and pictures (`session.input_text.append`, `session.input_image.append`).
 
-Text that a client appends enters the model at the edge of a micro-turn, in pieces as long as the model takes. Typed
-text and the user's history are typed text to the model. Instructions, thinking, commentary, and the history of
-developers and the assistant are background text. If a client sends no sound, the model hears silence and the session
-goes on.
+Text that a client appends is cut into pieces. Each micro-turn begins with at most one piece, so a long text takes
+several micro-turns. The model reads two kinds of text. What the user types, now or in the history, is typed text.
+Instructions, thinking, commentary, and the history's messages of developers and the assistant are background text. If a
+client sends no sound, the model hears silence and the session goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ from jaxtml.stream.tokens import Control
 
 SCOPE = "live"
 _CONTENT_TOKENS = 500  # of one appended text
-_KEPT_DELEGATIONS = 256  # delegations that may still be answered, or spoken of again
+_KEPT_DELEGATIONS = 256  # the latest delegations: the client may answer each, and add to its answer later
 _USAGE_MICRO_TURNS = 75  # between two `session.usage.updated`
 _ANSWERED = float("-inf")
 _CONTEXT_NAMES = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}

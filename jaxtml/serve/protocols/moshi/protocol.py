@@ -9,11 +9,13 @@
 | 5 | an error, as text |
 | 8 | a picture of a client, JPEG or PNG (our own addition) |
 
-Clients of Moshi measure the latency of an answer on the streams themselves: they lay what they receive beside what they
-sent, behind one 80 ms frame of silence. This model hears a whole micro-turn of 200 ms before it can answer. So the
-server's stream begins with the other 120 ms of silence; without them the model would seem to answer sooner than it
-does. A session cannot be resumed: it ends with its connection. Query parameters that tune the sampling of Moshi's own
-model have no effect.
+Moshi's clients measure the latency of an answer by comparing two streams: the sound that they send, and one 80 ms frame
+of silence followed by the sound that they receive. This model hears a whole micro-turn of 200 ms before it can answer.
+So the server begins its stream with 120 ms of silence: with the client's 80 ms this makes 200 ms. Without this silence,
+the model would seem to answer sooner than it does.
+
+A session cannot be resumed: it ends with its connection. Query parameters that tune the sampling of Moshi's own model
+have no effect.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class ClientItems:
     async def _give_message(self, item: MessageItem) -> None:
         """Gives the model all parts of a message, or nothing if a part is refused or the connection is lost meanwhile.
 
-        Of several pictures only the last is decoded: a micro-turn shows one.
+        Of several pictures only the last is decoded: the model sees one new picture per micro-turn.
         """
         texts: list[str] = []
         recordings: list[np.ndarray] = []

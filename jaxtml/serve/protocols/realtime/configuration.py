@@ -63,7 +63,7 @@ class SessionConfiguration:
         """Applies a change: all of it, or nothing if an error is raised.
 
         Returns:
-          Whether output that no response has taken yet must be discarded, because turn detection or formats changed.
+          Whether speech that is kept for a later response must be dropped: turn detection or formats have changed.
 
         Raises:
           InvalidMessage: what is wrong with the change.

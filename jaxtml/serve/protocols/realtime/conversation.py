@@ -24,8 +24,8 @@ class RealtimeConversation:
     Attributes:
       id: id of the conversation.
       items: items by id, in the order in which they were added.
-      pending_calls: function calls that wait for a result, by call id: when the model made the call, on the monotonic
-        clock; None: the client says that an earlier conversation had the call.
+      pending_calls: the function calls that wait for a result. Keys are call ids. Values are the times at which the
+        model made the calls, on the monotonic clock. None: the client added the call, from an earlier conversation.
     """
 
     def __init__(self, events: EventWriter):

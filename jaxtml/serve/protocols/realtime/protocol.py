@@ -1,6 +1,7 @@
 """OpenAI's Realtime API over a model that needs no turns: the model's own gate opens and ends responses.
 
-What the words of the API mean on this server:
+The model works in micro-turns of 200 ms. In each one it decides whether it speaks (its gate is open) or is silent (its
+gate is closed). What the words of the API mean on this server:
 
 - The model hears everything as it comes, and speaks when it wants to. With turn detection (the default), a response is
   a stretch of time in which the model's gate is open. The settings of a detector have no effect.
@@ -10,11 +11,13 @@ What the words of the API mean on this server:
 - A user turn is a stretch of words heard. With turn detection it ends when the gate opens, or after 4 micro-turns
   without a word. Without turn detection it ends when the client commits it.
 - While the model speaks, the events of a user turn are held back. Clients stop their playback at `speech_started`, and
-  here only the model decides whether it stops. For the same reason, words that are heard in the micro-turn in which the
-  gate opens have no `speech_started`. A response that ends while the user is speaking has the status `cancelled`.
-- `response.create` opens a response at once. The response gets its speech when the gate opens. It is done and empty
-  if the gate stays closed for 50 micro-turns, or it gives way to the next response: nobody can make the model speak.
-  `response.cancel` drops what the model still says.
+  here only the model decides whether it stops speaking. For the same reason, words that are heard in the micro-turn in
+  which the gate opens have no `speech_started`. A response that ends while the user is speaking has the status
+  `cancelled`.
+- `response.create` opens a response at once, but nobody can make the model speak. The response gets its speech when the
+  gate opens. If the gate stays closed for 50 micro-turns, the response is completed without output. If the client sends
+  another `response.create` before there is output, the first response is cancelled. `response.cancel` drops what the
+  model still says.
 - With WebRTC, the sound of responses goes over a track, with silence between them. `output_audio_buffer.*` speak of the
   track's buffer. It holds a fraction of a second, so its end is the end of the response.
 - Instructions, tools, messages of the system and the assistant, and results of functions are background text to the
@@ -132,7 +135,7 @@ class RealtimeProtocol:
         self.intake.flush()
 
     def on_expiring(self, in_s: float) -> None:
-        """Sends the session again: the API's only word for its end is `expires_at`."""
+        """Sends the session again, because the API announces the end of a session only by `expires_at`."""
         del in_s
         self.events.send("session.updated", session=self.configuration.resource())
 

@@ -1,7 +1,7 @@
 """One response of the Realtime API: its items, their parts and their deltas, as events in order.
 
 The order is the one that clients of the API rely on: the response is created, then an item, then a part of the item,
-then deltas. At the end part, item and response are completed in this order. Called by `responses`.
+then deltas. At the end, the part, the item and the response are completed, in this order. Called by `responses`.
 """
 
 from __future__ import annotations

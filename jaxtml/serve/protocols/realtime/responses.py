@@ -27,7 +27,7 @@ from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
 _SILENT_MICRO_TURNS = 2  # of silence that end a response
-_PATIENCE_MICRO_TURNS = 50  # until a response that the client asked for is given up, and for which speech is kept
+_PATIENCE_MICRO_TURNS = 50  # a response without speech is given up after these; speech is kept for as long
 
 
 class _Speech(NamedTuple):

@@ -84,7 +84,9 @@ class UserTurns:
         return turn is not None and self._detected and bool(turn.text) and not turn.is_over(result)
 
     def commit(self, now_ms: int, waiting_ms: int) -> None:
-        """Ends the user's turn for the client. The turn is finished when all its words are heard.
+        """Makes the user's turn an item, at the client's wish.
+
+        The item gets its transcript later: the model has to hear the sound that waits first.
 
         Args:
           now_ms: time of the session.

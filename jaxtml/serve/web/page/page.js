@@ -239,7 +239,8 @@ function onAudible(at) {
   drawHistory($("history"), latencies);
 }
 
-// Starts the camera, or stops it if it is on. The user may allow the camera only after the conversation is over.
+// Starts the camera, or stops it if it is on. The browser asks the user first. When the user answers, the conversation
+// may be over already.
 async function startCamera() {
   if (camera) return stopCamera();
   const ours = live;

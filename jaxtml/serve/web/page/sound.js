@@ -5,12 +5,12 @@
 
 const RATE = 24000;
 const PACKET = RATE / 50; // samples: 20 ms
-const RESERVE_S = 0.12; // sound that waits before playback begins, so packets may be this late
-// More sound than this waits only after the connection has stalled. Then silence is left out until less waits.
+const RESERVE_S = 0.12; // playback begins when this much sound waits, so packets may come this late
+// After a stalled connection, a lot of sound comes at once. While more than this waits, the speaker skips silent parts.
 const LATE_S = 0.5;
 const SILENT = 0.003; // root mean square below which sound is silence
 const AUDIBLE = 0.006; // root mean square above which the model is heard
-const PAUSE_S = 0.3; // silence after which the model is heard anew
+const PAUSE_S = 0.3; // after this much silence, sound of the model counts as a new answer
 
 // Resamples a stream from `from` to `to` Hz with a windowed sinc, for browsers whose audio context has another rate
 // than 24 kHz.

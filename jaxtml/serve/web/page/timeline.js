@@ -1,5 +1,6 @@
-// Draws the last seconds of a conversation: both voices, the model's gate, and the words where they were said. Also
-// draws the history of latencies. Used by page.js. All times are in ms since the conversation began.
+// Draws the last seconds of a conversation: both voices, the words at the times at which they were said, and the times
+// in which the model's gate was open (the model had decided to speak). Also draws the history of latencies. Used by
+// page.js. All times are in ms since the conversation began.
 
 const SHOWN_MS = 20000; // width of the picture
 
