@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""The README's table of plans: `jaxtml plan` of the 276B model for pods that are not here, one after the other.
+"""Prints the table of plans for the 276B model: `jaxtml plan` for pods that are not here, one after the other.
 
-    tools/benchmarks/plan_table.py [ROW ...] [--json]
-
-Needs the compilers: `pip install -e .[plan]`, for H100 also `.[plan-cuda]`; half an hour on two cores for all rows.
+Each row is a line of a Markdown table, with the time and the memory that the plan itself took. Needs the compilers:
+`pip install -e .[plan]`, and for the H100 row also `.[plan-cuda]`. All rows take half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -15,8 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from rich.console import Console
+
+from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.errors import InputError
 
 CONFIG = "tml_interaction_small"
 TRAIN = ("--program", "train", "--topology", "v5p:4x4x8", "--mesh", "data=16,expert=8", "--set", "train.batch=128",
@@ -32,52 +35,54 @@ ROWS: dict[str, tuple[str, ...]] = {
     "serve-tpu7x-8": ("--program", "serve", "--topology", "tpu7x:2x2x1", "--mesh", "expert=4,tensor=2"),
     "serve-h100-16": ("--program", "serve", "--topology", "h100:2x8", "--mesh", "expert=2,tensor=8"),
 }  # fmt: skip
+MENTIONED_BYTES = 5e7  # smaller kinds of memory are left out of the row
 
 
-def planned(arguments: tuple[str, ...]) -> dict:
-    """A plan's report with the seconds that its process took and the most memory that it held."""
+def plan(config: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+    """Runs `jaxtml plan` and returns its report, with the seconds and the peak memory of the process."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "jaxtml", "plan", CONFIG, *arguments, "--json"]
+    command = [sys.executable, "-m", "jaxtml", "plan", config, *arguments, "--json"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         out.seek(0)
         err.seek(0)
         if status:
-            raise SystemExit(err.read()[-2000:])
+            raise InputError((err.read().strip().splitlines() or ["`jaxtml plan` failed"])[-1])
         report = json.load(out)
     return report | {"plan_s": time.perf_counter() - began, "plan_bytes": usage.ru_maxrss * 1024}
 
 
-def row(name: str, report: dict) -> str:
+def table_row(name: str, report: dict[str, Any]) -> str:
+    """Returns a report as a line of a Markdown table."""
     if report["program"] == "train":
         speed = f"step {report['roofline_step_ms']:.0f} ms, {report['flops_ratio'] / (4 / 3):.3f} x ideal FLOPs"
     else:
         speed = f"micro-turn {report['turn_ms']['listening']:.0f} to {report['turn_ms']['speaking']:.0f} ms"
-    parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in report["memory"].items() if size > 5e7)
-    return (
-        f"| {name} | {report['topology']} | {report['mesh']} | {report['bytes_per_chip'] / 1e9:.1f} of "
-        f"{report['chip_memory_bytes'] / 1e9:.0f} ({parts}) | {speed} | "
-        f"{report['plan_s']:.0f} s, {report['plan_bytes'] / 1e9:.1f} GB |"
-    )
+    sizes = {kind: size for kind, size in report["memory"].items() if size > MENTIONED_BYTES}
+    parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sizes.items())
+    memory = f"{report['bytes_per_chip'] / 1e9:.1f} of {report['chip_memory_bytes'] / 1e9:.0f} ({parts})"
+    cost = f"{report['plan_s']:.0f} s, {report['plan_bytes'] / 1e9:.1f} GB"
+    return f"| {name} | {report['topology']} | {report['mesh']} | {memory} | {speed} | {cost} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--json", action="store_true", help="the reports as one JSON object")
-    args = parser.parse_args()
-    if unknown := set(args.rows) - ROWS.keys():
-        parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
+def make_table(args: argparse.Namespace) -> None:
+    unknown = sorted(set(args.rows) - ROWS.keys())
+    if unknown:
+        raise InputError(f"no row {', '.join(unknown)}: give some of {', '.join(ROWS)}")
     console, reports = Console(stderr=True), {}
     for name in args.rows or ROWS:
         with console.status(f"compiling {name}"):
-            reports[name] = planned(ROWS[name])
+            reports[name] = plan(args.config, ROWS[name])
         if not args.json:
-            print(row(name, reports[name]), flush=True)
+            print(table_row(name, reports[name]), flush=True)
     if args.json:
         print(json.dumps(reports))
 
 
 if __name__ == "__main__":
-    main()
+    parser = tool_parser(__doc__, "tools/benchmarks/plan_table.py serve-h100-16 serve-v6e-32")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
+    parser.add_argument("--config", default=CONFIG, help=f"a name in configs/, or a path (default: {CONFIG})")
+    parser.add_argument("--json", action="store_true", help="print the reports as one JSON object to stdout")
+    run_tool(parser, make_table)

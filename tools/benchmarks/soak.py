@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Whether a server stays as it was: an hour of one session, and a thousand clients that are cut off and come back.
+"""Checks that a server neither slows down nor grows: one long session, and a thousand clients that come and go.
 
-    tools/benchmarks/soak.py [--checkpoint DIR] [--minutes 60] [--cycles 1000]
+The long session (`--minutes`) runs as fast as the model does. One worker process has one session, which hears a
+recording over and over. For the last tenth of the time a second worker runs beside it, whose session has just begun.
+The two run their micro-turns in turn, because a machine is not equally fast from minute to minute. The result has the
+median step of both sessions, and the memory of the first worker after each tenth.
 
-The hour runs as fast as the model does: a session of a worker hears a recording over and over. For its last tenth
-another worker is there, whose session has just begun, and the two have their micro-turns in turn: what is told are the
-medians of the compiled step of both, because a machine is not as fast in one minute as in another, and what memory the
-old worker has after each tenth. The cycles are those of a real server, whose memory is told likewise, open files and
-sessions at the end: a client begins, is cut off, comes back, hears something, and is gone for good.
+The cycles (`--cycles`) run against a real server. In each, a client begins a session, loses its connection, comes back,
+hears something, and leaves for good. The result has the memory and the open files of the server after each tenth, and
+the number of sessions that are left at the end, which should be 0.
+
+Both results are JSON on stdout.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -24,63 +29,77 @@ import numpy as np
 import psutil
 
 from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.errors import InputError
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
 from jaxtml.session.records import SlotInput
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.dmel import DmelStream
-from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
+from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-WARM = 3  # rounds before anything is counted
-DEMO = Path(SHIPPED).parent / "demo" / "human.flac"
-
-
-class Talk:
-    """A session, the only one of its worker."""
-
-    def __init__(self, link: WorkerProcess, wave: np.ndarray):
-        self.link, self.wave, self.stream, self.turns = link, wave, DmelStream(), 0
-
-    async def turn(self) -> float:
-        """The next micro-turn: ms of its step."""
-        at = self.turns * MICRO_TURN_SAMPLES % len(self.wave)
-        self.stream, bins = self.stream.step(self.wave[at : at + MICRO_TURN_SAMPLES])
-        begin = () if self.turns else (SessionStart(1, 0, 0),)
-        told = await self.link.tick(Tick(begin, (), {1: SlotInput(bins)}))
-        assert told.compilations == 0
-        self.turns += 1
-        return told.step_ms
+MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
+WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
+MIN_ROUNDS = 20  # two per tenth
+RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+SESSIONS = 8  # room of the server for the cycles; half as many clients run at a time
+FREE_S = 0.2  # a slot is free again at the next tick
 
 
-async def hour(checkpoint: Path, minutes: float) -> dict[str, float | list[float]]:
-    wave = read_audio(DEMO)
-    turns = len(wave) // MICRO_TURN_SAMPLES
-    wave = wave[: turns * MICRO_TURN_SAMPLES]
-    rounds = max(20, round(minutes * 300 / turns))
+class WorkerSession:
+    """A worker with one session, which hears a recording over and over."""
+
+    def __init__(self, worker: WorkerProcess, wave: np.ndarray):
+        self.worker, self.wave, self.stream, self.micro_turns = worker, wave, DmelStream(), 0
+
+    async def step(self) -> float:
+        """Runs the next micro-turn and returns the milliseconds of its step."""
+        start = self.micro_turns * MICRO_TURN_SAMPLES % len(self.wave)
+        self.stream, bins = self.stream.step(self.wave[start : start + MICRO_TURN_SAMPLES])
+        begin = () if self.micro_turns else (SessionStart(1, 0, 0),)
+        reply = await self.worker.tick(Tick(begin, (), {1: SlotInput(bins)}))
+        assert reply.compilations == 0
+        self.micro_turns += 1
+        return reply.step_ms
+
+
+def megabytes(processes: list[psutil.Process]) -> float:
+    """Returns the resident memory of the processes in MiB."""
+    return round(sum(process.memory_info().rss for process in processes) / 2**20, 1)
+
+
+async def run_long_session(checkpoint: Path, recording: Path, minutes: float) -> dict[str, float | list[float]]:
+    wave = read_audio(recording)
+    per_round = len(wave) // MICRO_TURN_SAMPLES
+    if not per_round:
+        raise InputError(f"{recording} is shorter than 200 ms: give a longer recording")
+    wave = wave[: per_round * MICRO_TURN_SAMPLES]
+    rounds = max(MIN_ROUNDS, round(minutes * MICRO_TURNS_PER_MINUTE / per_round))
     tenth = rounds // 10
-    old = Talk(await WorkerProcess.start(checkpoint, 1), wave)
-    process, memory = psutil.Process(old.link.process.pid), []
-    for n in range(rounds - tenth):
-        for _ in range(turns):
-            await old.turn()
-        if (n + 1) % tenth == 0:
-            memory.append(round(process.memory_info().rss / 2**20, 1))
-    new = Talk(await WorkerProcess.start(checkpoint, 1), wave)
-    times = [(await old.turn(), await new.turn()) for _ in range((tenth + WARM) * turns)][WARM * turns :]
-    memory.append(round(process.memory_info().rss / 2**20, 1))
-    await old.link.close()
-    await new.link.close()
-    tail, head = np.median(np.array(times), axis=0)
+    old = WorkerSession(await WorkerProcess.start(checkpoint, 1), wave)
+    process, memory = psutil.Process(old.worker.process.pid), []
+    for number in range(1, rounds - tenth + 1):
+        for _ in range(per_round):
+            await old.step()
+        if number % tenth == 0:
+            memory.append(megabytes([process]))
+    new = WorkerSession(await WorkerProcess.start(checkpoint, 1), wave)
+    pairs = [(await old.step(), await new.step()) for _ in range((tenth + WARM_UP_ROUNDS) * per_round)]
+    memory.append(megabytes([process]))
+    await old.worker.close()
+    await new.worker.close()
+    old_ms, new_ms = np.median(np.array(pairs[WARM_UP_ROUNDS * per_round :]), axis=0)
     return {
-        "session_minutes": old.turns / 300,
-        "step_ms_of_a_new_session": round(float(head), 2),
-        "step_ms_at_the_end": round(float(tail), 2),
-        "end_over_new": round(float(tail / head), 3),
+        "session_minutes": old.micro_turns / MICRO_TURNS_PER_MINUTE,
+        "step_ms_of_a_new_session": round(float(new_ms), 2),
+        "step_ms_at_the_end": round(float(old_ms), 2),
+        "end_over_new": round(float(old_ms / new_ms), 3),
         "memory_mb_by_tenths": memory,
     }
 
 
-async def cycle(http: aiohttp.ClientSession, url: str, model: str) -> None:
+async def run_cycle(http: aiohttp.ClientSession, url: str, model: str) -> None:
+    """One client: begins a session, loses its connection, comes back, hears something, and leaves for good."""
     ws = await http.ws_connect(f"{url}/v1/live/sessions")
     await ws.send_json({"type": "session.start", "session": {"model": model}})
     session = (await ws.receive_json())["session"]
@@ -95,54 +114,66 @@ async def cycle(http: aiohttp.ClientSession, url: str, model: str) -> None:
     await ws.close(code=1000)
 
 
-async def cycles(checkpoint: Path, count: int, at_a_time: int = 8) -> dict[str, object]:
+@contextmanager
+def running_server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server on a free port: its process, its URL and the name of its model. It is ended afterwards."""
     command = [sys.executable, "-m", "jaxtml", "serve", "--json", "--checkpoint", str(checkpoint), "--port", "0"]
-    server = subprocess.Popen(
-        [*command, "--max-sessions", str(at_a_time)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert server.stdout is not None
+    command += ["--max-sessions", str(SESSIONS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
     try:
-        said = json.loads(server.stdout.readline())
-        url, left = said["url"], iter(range(count))
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children()]
+        line = process.stdout.readline()
+        if not line:
+            raise InputError(f"the server did not start; see what `{' '.join(command)}` says")
+        address = json.loads(line)
+        yield process, address["url"], address["model"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def run_cycles(checkpoint: Path, cycles: int) -> dict[str, object]:
+    with running_server(checkpoint) as (server, url, model):
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children()]
+        numbers = iter(range(1, cycles + 1))
         memory, files = [], []
 
-        async def one(http: aiohttp.ClientSession) -> None:
-            for n in left:
-                await cycle(http, url, said["model"])
-                await asyncio.sleep(0.2)  # the slot is free at the next tick
-                if (n + 1) % max(1, count // 10) == 0:
-                    memory.append(round(sum(process.memory_info().rss for process in family) / 2**20, 1))
-                    files.append(sum(process.num_fds() for process in family))
+        async def client(http: aiohttp.ClientSession) -> None:
+            for number in numbers:
+                await run_cycle(http, url, model)
+                await asyncio.sleep(FREE_S)
+                if number % max(1, cycles // 10) == 0:
+                    memory.append(megabytes(processes))
+                    files.append(sum(process.num_fds() for process in processes))
 
         async with aiohttp.ClientSession() as http:
-            await asyncio.gather(*(one(http) for _ in range(at_a_time // 2)))
+            await asyncio.gather(*(client(http) for _ in range(SESSIONS // 2)))
             await asyncio.sleep(1)
             async with http.get(f"{url}/metrics") as response:
-                text = await response.text()
-        kept = [line for line in text.splitlines() if line.startswith(("duplex_sessions_active", "duplex_sessions_d"))]
-        return {
-            "cycles": count,
-            "memory_mb_by_tenths": memory,
-            "files_by_tenths": files,
-            "sessions_left": sum(float(line.split()[1]) for line in kept),
-        }
-    finally:
-        server.terminate()
-        server.wait()
+                metrics = (await response.text()).splitlines()
+    sessions = [line for line in metrics if line.startswith(("duplex_sessions_active", "duplex_sessions_d"))]
+    return {
+        "cycles": cycles,
+        "memory_mb_by_tenths": memory,
+        "files_by_tenths": files,
+        "sessions_left": sum(float(line.split()[1]) for line in sessions),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--cycles", type=int, default=1000)
-    args = parser.parse_args()
-    if args.minutes:
-        print(json.dumps(asyncio.run(hour(args.checkpoint, args.minutes)), indent=2), flush=True)
-    if args.cycles:
-        print(json.dumps(asyncio.run(cycles(args.checkpoint, args.cycles)), indent=2))
+def soak(args: argparse.Namespace) -> None:
+    if args.minutes > 0:
+        result = asyncio.run(run_long_session(args.checkpoint, args.recording, args.minutes))
+        print(json.dumps(result, indent=2), flush=True)
+    if args.cycles > 0:
+        print(json.dumps(asyncio.run(run_cycles(args.checkpoint, args.cycles)), indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    parser = tool_parser(__doc__, "tools/benchmarks/soak.py --minutes 6 --cycles 100")
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help="default: the shipped tiny")
+    parser.add_argument(
+        "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the session hears; default: the demo's"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="length of the long session; 0: none (default: 60)")
+    parser.add_argument("--cycles", type=int, default=1000, help="clients that come and go; 0: none (default: 1000)")
+    run_tool(parser, soak)
