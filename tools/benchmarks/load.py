@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Many people talk to one server at once: what they get, and when.
+"""Lets many people talk to one server at once, and measures what they get and when.
 
-    tools/benchmarks/load.py [--sessions 24] [--seconds 60] [--ramp 5] [--chaos] [--url URL] [--out DIR]
+Every session sends a recording over and over, each from a different place in the recording. It sends packets of 200 ms
+at the pace of speech. Without `--url` the tool starts a server with the shipped `tiny`. With `--chaos` sessions lose
+their connection and come back, stop reading for a while, and send nonsense.
 
-Every session sends a recording over and over, from a place of its own, in packets of 200 ms at the pace at which it was
-spoken, and plays what comes. Without --url the server is started here, with the shipped `tiny`. With --chaos, sessions
-are cut off and come back, stop taking what they are sent, and send nonsense. Printed, and written as JSON and picture:
+The tool prints its results and writes them to `--out` as JSON and as a picture:
 
-- gaps between two pieces of sound that a session gets (200 ms each; longer ones are silence in somebody's ear),
-- latency, from the end of the user's words as they are spoken to the first audible sample, as it arrives,
-- ticks that took longer than 200 ms, and those that ended late, as the server counts them,
-- events that were lost: numbers of events that a session did not get.
+- gaps: the time between two pieces of sound that a session receives. A piece is 200 ms, so a longer gap is silence in
+  somebody's ear.
+- latency: from the end of the user's words, at the pace of speech, to the arrival of the first audible sample.
+- ticks that took longer than 200 ms, and ticks that ended late, as the server counts them.
+- events lost: events with numbers that a session did not receive.
+
+Exit status 1: a session was refused or failed, or an event was lost.
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ import random
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import aiohttp
 import matplotlib
@@ -37,34 +42,55 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.arguments import amount, count, run_tool, tool_parser
+from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-TURN_S = MICRO_TURN_SAMPLES / SAMPLE_RATE
-AUDIBLE = 10 ** (-45 / 20)
-PAUSE_S, PATIENCE_S = 0.6, 3.0  # silence that ends a user's words; for how long an answer to them is waited for
-WINDOW = SAMPLE_RATE // 100
-DEMO = Path(SHIPPED).parent / "demo" / "human.flac"
+MICRO_TURN_S = MICRO_TURN_SAMPLES / SAMPLE_RATE
+AUDIBLE = 10 ** (-45 / 20)  # root mean square
+PAUSE_S = 0.6  # silence that ends a user's words
+PATIENCE_S = 3.0  # a reply that begins later does not count as a reply
+BLOCK = SAMPLE_RATE // 100  # loudness is measured in blocks of 10 ms
+STALL_S = 3.0  # with --chaos: how long a session reads nothing
+FLOOD = 300  # with --chaos: messages of nonsense in a row
+NONSENSE = ('{"type": 7}', "nonsense", '{"type": "session.fly"}')
+CLOSE_S = 15  # within which the server closes a session after `session.close`
+RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-def ends(wave: np.ndarray) -> np.ndarray:
-    """Samples at which words end that `PAUSE_S` of silence follow."""
-    loud = np.flatnonzero(level(wave) > AUDIBLE)
+def loudness(wave: np.ndarray) -> np.ndarray:
+    """Returns the root mean square of each 10 ms of `wave` `[N]`."""
+    return np.sqrt(np.mean(np.square(wave[: len(wave) // BLOCK * BLOCK].reshape(-1, BLOCK)), axis=1))
+
+
+def ends_of_words(wave: np.ndarray) -> np.ndarray:
+    """Returns the samples at which words end, where at least `PAUSE_S` of silence follows."""
+    loud = np.flatnonzero(loudness(wave) > AUDIBLE)
     last = loud[np.flatnonzero(np.diff(loud, append=1 << 60) > PAUSE_S * 100)]
-    return (last + 1) * WINDOW
-
-
-def level(wave: np.ndarray) -> np.ndarray:
-    """Root mean square of each 10 ms."""
-    return np.sqrt(np.mean(np.square(wave[: len(wave) // WINDOW * WINDOW].reshape(-1, WINDOW)), axis=1))
+    return (last + 1) * BLOCK
 
 
 @dataclass
 class Talker:
-    """One session, and what came of it. Times are of the monotonic clock."""
+    """One session, and what came of it. Times are of the monotonic clock, in seconds.
+
+    Attributes:
+      url: the server.
+      wave: what the user says in one round, `[N]` float32 at 16 kHz.
+      seconds: length of the session.
+      chaos: source of the mischief; None: the session behaves.
+      gaps, latencies: see the module's docstring.
+      unanswered: user turns without a reply within `PATIENCE_S`.
+      lost: events that the session did not receive.
+      resumed: how often the session came back.
+      refused: the server's error code at the start; empty: the session was admitted.
+      failed: the exception that ended the session; empty: none.
+    """
 
     url: str
-    wave: np.ndarray  # of one round, from where this session begins
+    wave: np.ndarray
     seconds: float
     chaos: random.Random | None
     gaps: list[float] = field(default_factory=list)
@@ -76,169 +102,179 @@ class Talker:
     failed: str = ""
 
     async def talk(self, http: aiohttp.ClientSession) -> None:
-        """From its start to its end."""
-        self.number, self.audible, self.spoken, self.began = 0, [], [], 0.0
+        """Runs the session from its start to its end."""
+        self.last_event, self.audible, self.spoken, self.began = 0, [], [], 0.0
         ws = await http.ws_connect(f"{self.url}/v1/live/sessions", max_msg_size=0)
-        model = {"model": await self._model(http), "audio": {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE}}}
-        await ws.send_json({"type": "session.start", "session": model})
+        audio = {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE}}
+        settings = {"model": await self._model_name(http), "audio": audio}
+        await ws.send_json({"type": "session.start", "session": settings})
         first = await ws.receive_json()
         if first["type"] == "error":
             self.refused = first["error"]["code"]
             return
-        self.session, self.number = first["session"], first["sequence_number"]
-        self.began, self.sent, self.heard_at = time.monotonic(), 0, None
-        while (left := self.began + self.seconds - time.monotonic()) > 0:
+        self.session, self.last_event = first["session"], first["sequence_number"]
+        self.began, self.sent, self.last_sound = monotonic(), 0, None
+        while (left := self.began + self.seconds - monotonic()) > 0:
             part = min(left, self.chaos.uniform(5, 25)) if self.chaos else left
-            await self._part(ws, part)
+            await self._talk_for(ws, part)
             if self.chaos and part < left:
-                ws = await self._mischief(http, ws)
+                ws = await self._make_mischief(http, ws, self.chaos)
         await ws.send_json({"type": "session.close"})
-        async with asyncio.timeout(15):
-            await self._listen(ws)
-        self._answered()
+        async with asyncio.timeout(CLOSE_S):
+            await self._receive(ws)
+        self._measure_latencies()
 
-    async def _model(self, http: aiohttp.ClientSession) -> str:
+    async def _model_name(self, http: aiohttp.ClientSession) -> str:
         async with http.get(f"{self.url}/v1/models") as models:
             return (await models.json())["data"][0]["id"]
 
-    async def _part(self, ws: aiohttp.ClientWebSocketResponse, seconds: float) -> None:
-        listening = asyncio.create_task(self._listen(ws))
-        speaking = asyncio.create_task(self._speak(ws, time.monotonic() + seconds))
-        await asyncio.wait([listening, speaking], return_when=asyncio.FIRST_COMPLETED)
-        for task in (speaking, listening):
+    async def _talk_for(self, ws: aiohttp.ClientWebSocketResponse, seconds: float) -> None:
+        receiving = asyncio.create_task(self._receive(ws))
+        sending = asyncio.create_task(self._send(ws, monotonic() + seconds))
+        await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
+        for task in (sending, receiving):
             task.cancel()
-        for result in await asyncio.gather(speaking, listening, return_exceptions=True):
+        for result in await asyncio.gather(sending, receiving, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result
 
-    async def _speak(self, ws: aiohttp.ClientWebSocketResponse, until: float) -> None:
-        pauses = ends(self.wave)
-        while time.monotonic() < until:
-            await asyncio.sleep(self.began + (self.sent + 1) * TURN_S - time.monotonic())
-            at = self.sent * MICRO_TURN_SAMPLES % len(self.wave)
-            packet = np.take(self.wave, range(at, at + MICRO_TURN_SAMPLES), mode="wrap")
+    async def _send(self, ws: aiohttp.ClientWebSocketResponse, until: float) -> None:
+        """Sends packets at the pace of speech and notes when words end."""
+        ends = ends_of_words(self.wave)
+        while monotonic() < until:
+            await asyncio.sleep(self.began + (self.sent + 1) * MICRO_TURN_S - monotonic())
+            start = self.sent * MICRO_TURN_SAMPLES % len(self.wave)
+            packet = np.take(self.wave, range(start, start + MICRO_TURN_SAMPLES), mode="wrap")
             data = base64.b64encode((packet * 32767).astype("<i2").tobytes()).decode()
             await ws.send_json({"type": "session.input_audio.append", "audio": data})
-            after = (pauses - at) % len(self.wave)
-            self.spoken += list(self.began + self.sent * TURN_S + after[after < MICRO_TURN_SAMPLES] / SAMPLE_RATE)
+            offsets = (ends - start) % len(self.wave)
+            offsets = offsets[offsets < MICRO_TURN_SAMPLES]
+            self.spoken += list(self.began + self.sent * MICRO_TURN_S + offsets / SAMPLE_RATE)
             self.sent += 1
 
-    async def _listen(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+    async def _receive(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         async for message in ws:
             event = json.loads(message.data)
             if "sequence_number" in event:
-                self.lost += event["sequence_number"] - self.number - 1
-                self.number = event["sequence_number"]
+                self.lost += event["sequence_number"] - self.last_event - 1
+                self.last_event = event["sequence_number"]
             if event["type"] == "session.output_audio.delta":
-                self._played(np.frombuffer(base64.b64decode(event["delta"]), "<i2") / 32768)
+                self._note_sound(np.frombuffer(base64.b64decode(event["delta"]), "<i2") / 32768)
             elif event["type"] == "session.closed":
                 return
         raise ConnectionError(f"closed with {ws.close_code}")
 
-    def _played(self, sound: np.ndarray) -> None:
-        now = time.monotonic()
-        if self.heard_at is not None:
-            self.gaps.append(now - self.heard_at)
-        self.heard_at = now
-        self.audible += [now + at * WINDOW / SAMPLE_RATE for at in np.flatnonzero(level(sound) > AUDIBLE)]
+    def _note_sound(self, sound: np.ndarray) -> None:
+        now = monotonic()
+        if self.last_sound is not None:
+            self.gaps.append(now - self.last_sound)
+        self.last_sound = now
+        self.audible += [now + block * BLOCK / SAMPLE_RATE for block in np.flatnonzero(loudness(sound) > AUDIBLE)]
 
-    def _answered(self) -> None:
-        """Latencies: from each end of words to what is first audible, if nothing was at that time."""
+    def _measure_latencies(self) -> None:
+        """Measures from each end of words to the first audible sample. Words that end while the model speaks are left
+        out."""
         audible = np.array(self.audible)
         for spoken in self.spoken:
-            after = audible[audible > spoken - 0.2]
-            if spoken > self.began + self.sent * TURN_S - PATIENCE_S:
+            after = audible[audible > spoken - MICRO_TURN_S]
+            if spoken > self.began + self.sent * MICRO_TURN_S - PATIENCE_S:
                 return
             if not len(after) or after[0] > spoken + PATIENCE_S:
                 self.unanswered += 1
             elif after[0] > spoken:
                 self.latencies.append(float(after[0] - spoken))
 
-    async def _mischief(
-        self, http: aiohttp.ClientSession, ws: aiohttp.ClientWebSocketResponse
+    async def _make_mischief(
+        self, http: aiohttp.ClientSession, ws: aiohttp.ClientWebSocketResponse, chaos: random.Random
     ) -> aiohttp.ClientWebSocketResponse:
-        assert self.chaos is not None
-        kind = self.chaos.choice(("cut", "stall", "flood"))
+        """Does one bad thing and returns the connection on which the session goes on."""
+        kind = chaos.choice(("cut", "stall", "flood"))
         if kind == "stall":
-            await asyncio.sleep(3)
+            await asyncio.sleep(STALL_S)
         elif kind == "flood":
-            for _ in range(300):
-                await ws.send_str(self.chaos.choice(('{"type": 7}', "nonsense", '{"type": "session.fly"}')))
+            for _ in range(FLOOD):
+                await ws.send_str(chaos.choice(NONSENSE))
         else:
             assert ws._response.connection is not None and ws._response.connection.transport is not None
             ws._response.connection.transport.abort()
-            await asyncio.sleep(self.chaos.uniform(0.5, 5))
-            again = f"{self.url}/v1/live/sessions?session_id={self.session['id']}"
-            ws = await http.ws_connect(again, max_msg_size=0)
-            token = self.session["resume"]["token"]
-            resume = {"session_id": self.session["id"], "resume_token": token, "after": self.number}
-            await ws.send_json({"type": "session.resume", **resume})
-            event = await ws.receive_json()
-            if event["type"] != "session.resumed":
-                raise ConnectionError(event["error"]["code"])
-            self.resumed += 1
-        # The conversation goes on now: what would have been said meanwhile never was.
-        self.began, self.heard_at = time.monotonic() - self.sent * TURN_S, None
+            await asyncio.sleep(chaos.uniform(0.5, 5))
+            ws = await self._resume(http)
+        # The user speaks on from now. Words for the time in between are never sent.
+        self.began, self.last_sound = monotonic() - self.sent * MICRO_TURN_S, None
+        return ws
+
+    async def _resume(self, http: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
+        name, token = self.session["id"], self.session["resume"]["token"]
+        ws = await http.ws_connect(f"{self.url}/v1/live/sessions?session_id={name}", max_msg_size=0)
+        resume = {"session_id": name, "resume_token": token, "after": self.last_event}
+        await ws.send_json({"type": "session.resume", **resume})
+        event = await ws.receive_json()
+        if event["type"] != "session.resumed":
+            raise ConnectionError(event["error"]["code"])
+        self.resumed += 1
         return ws
 
 
-async def measure(http: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    """The server's metrics."""
+async def read_metrics(http: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """Returns the server's metrics by name and labels."""
     async with http.get(f"{url}/metrics") as response:
         lines = (await response.text()).splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
-async def load(args: argparse.Namespace, url: str) -> dict:
+async def run_sessions(args: argparse.Namespace, url: str) -> dict[str, Any]:
+    """Runs all sessions and returns the report. The ticks of the first `--ramp` seconds are not counted."""
     wave = read_audio(args.wav)
-    drawn = random.Random(args.seed)
+    places = random.Random(args.seed)
     talkers = []
-    for n in range(args.sessions):
-        chaos = random.Random(args.seed + n) if args.chaos else None
-        talkers.append(Talker(url, np.roll(wave, -drawn.randrange(len(wave))), args.seconds, chaos))
+    for number in range(args.sessions):
+        chaos = random.Random(args.seed + number) if args.chaos else None
+        talkers.append(Talker(url, np.roll(wave, -places.randrange(len(wave))), args.seconds, chaos))
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as http:
 
-        async def one(n: int, talker: Talker) -> None:
-            await asyncio.sleep(args.ramp * n / args.sessions)
+        async def start(number: int, talker: Talker) -> None:
+            await asyncio.sleep(args.ramp * number / args.sessions)
             try:
                 await talker.talk(http)
             except Exception as error:
                 talker.failed = f"{type(error).__name__}: {error}"
 
-        tasks = [asyncio.create_task(one(n, talker)) for n, talker in enumerate(talkers)]
+        tasks = [asyncio.create_task(start(number, talker)) for number, talker in enumerate(talkers)]
         await asyncio.sleep(args.ramp)
-        before = await measure(http, url)
+        before = await read_metrics(http, url)
         await asyncio.wait(tasks)
-        after = await measure(http, url)
+        after = await read_metrics(http, url)
     return report(args, talkers, {name: after[name] - before.get(name, 0.0) for name in after}, after)
 
 
-def report(args: argparse.Namespace, talkers: list[Talker], grown: dict[str, float], now: dict[str, float]) -> dict:
+def report(
+    args: argparse.Namespace, talkers: list[Talker], growth: dict[str, float], metrics: dict[str, float]
+) -> dict[str, Any]:
+    """Returns the report: `growth` is what the metrics gained during the run. Names with "_" are for the picture."""
     gaps, latencies = (np.array([x for t in talkers for x in getattr(t, name)]) for name in ("gaps", "latencies"))
-    ticks = grown["duplex_tick_duration_seconds_count"]
-    failed = sorted({t.failed for t in talkers if t.failed})
+    ticks = growth["duplex_tick_duration_seconds_count"]
     return {
         "sessions": args.sessions,
         "seconds": args.seconds,
         "chaos": args.chaos,
         "refused": sum(bool(t.refused) for t in talkers),
         "failed": sum(bool(t.failed) for t in talkers),
-        "failures": failed,
+        "failures": sorted({t.failed for t in talkers if t.failed}),
         "resumed": sum(t.resumed for t in talkers),
         "events_lost": sum(t.lost for t in talkers),
         "ticks": int(ticks),
-        "tick_over_200_ms": (ticks - grown['duplex_tick_duration_seconds_bucket{le="0.2"}']) / max(ticks, 1),
-        "tick_mean_s": grown["duplex_tick_duration_seconds_sum"] / max(ticks, 1),
-        "step_mean_s": grown["duplex_step_duration_seconds_sum"] / max(ticks, 1),
+        "tick_over_200_ms": (ticks - growth['duplex_tick_duration_seconds_bucket{le="0.2"}']) / max(ticks, 1),
+        "tick_mean_s": growth["duplex_tick_duration_seconds_sum"] / max(ticks, 1),
+        "step_mean_s": growth["duplex_step_duration_seconds_sum"] / max(ticks, 1),
         "tick_below_s": {
-            float(edge): grown[name] / max(ticks, 1)
-            for name in grown
+            float(edge): growth[name] / max(ticks, 1)
+            for name in growth
             for edge in re.findall(r'^duplex_tick_duration_seconds_bucket{le="([\d.]+)"}$', name)
         },
-        "deadline_misses": int(grown["duplex_deadline_miss_total"]),
-        "ticks_lost": int(grown["duplex_ticks_lost_total"]),
-        "compilations": int(now["duplex_compilations_total"]),
+        "deadline_misses": int(growth["duplex_deadline_miss_total"]),
+        "ticks_lost": int(growth["duplex_ticks_lost_total"]),
+        "compilations": int(metrics["duplex_compilations_total"]),
         "gap_s": quantiles(gaps),
         "latency_s": quantiles(latencies),
         "answered": len(latencies),
@@ -254,10 +290,7 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {name: round(float(np.quantile(values, q)), 4) for name, q in QUANTILES.items()}
 
 
-QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-def show(found: dict) -> None:
+def show(found: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"{found['sessions']} sessions, {found['seconds']:.0f} s")
     table.add_column("")
@@ -271,7 +304,8 @@ def show(found: dict) -> None:
             console.print(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name:18} {value}")
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Writes the histograms of gaps and latencies as a picture."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -286,8 +320,8 @@ def draw(found: dict, path: Path) -> None:
 
 
 @contextmanager
-def server(args: argparse.Namespace):
-    """The URL of one that runs; one started here is ended."""
+def server(args: argparse.Namespace) -> Iterator[str]:
+    """Yields the URL of the server: the one that `--url` names, or one that is started here and ended afterwards."""
     if args.url:
         yield args.url
         return
@@ -297,37 +331,40 @@ def server(args: argparse.Namespace):
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SystemExit("the server did not start")
+            raise InputError("the server did not start; its own message is above")
         yield json.loads(line)["url"]
     finally:
         process.terminate()
         process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--ramp", type=float, default=5, help="seconds in which sessions begin, one after the other")
-    parser.add_argument("--chaos", action="store_true")
-    parser.add_argument("--url", help="of a running server")
-    parser.add_argument("--wav", default=DEMO, help="what is said")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/loadtest"))
-    parser.add_argument("serve", nargs="*", help="arguments for `jaxtml serve`, behind --")
-    args = parser.parse_args()
-    with server(args) as url:
-        os.nice(10)  # these clients are on the server's machine, and take its time
-        gc.freeze()
-        found = asyncio.run(load(args, url))
+def load(args: argparse.Namespace) -> int:
+    if not Path(args.wav).is_file():
+        raise InputError(f"no recording {args.wav}: give the path of a sound file")
     args.out.mkdir(parents=True, exist_ok=True)
+    with server(args) as url:
+        os.nice(10)  # The clients run on the server's machine; they should not take the server's time.
+        gc.freeze()
+        try:
+            found = asyncio.run(run_sessions(args, url))
+        except aiohttp.ClientError as error:
+            raise InputError(f"{url}: {error}") from error
     draw(found, args.out / "loadtest.png")
-    (args.out / "loadtest.json").write_text(
-        json.dumps({name: value for name, value in found.items() if not name.startswith("_")}, indent=2)
-    )
+    values = {name: value for name, value in found.items() if not name.startswith("_")}
+    (args.out / "loadtest.json").write_text(json.dumps(values, indent=2))
     show(found)
-    raise SystemExit(found["refused"] + found["failed"] + found["events_lost"] > 0)
+    return int(found["refused"] + found["failed"] + found["events_lost"] > 0)
 
 
 if __name__ == "__main__":
-    main()
+    parser = tool_parser(__doc__, "tools/benchmarks/load.py --sessions 4 --seconds 20 --chaos")
+    parser.add_argument("--sessions", type=count, default=24, help="how many talk at once (default: 24)")
+    parser.add_argument("--seconds", type=amount, default=60, help="length of each session (default: 60)")
+    parser.add_argument("--ramp", type=amount, default=5, help="seconds within which all sessions begin (default: 5)")
+    parser.add_argument("--chaos", action="store_true", help="sessions misbehave, see above")
+    parser.add_argument("--url", help="a running server, as http://127.0.0.1:8080; default: one is started")
+    parser.add_argument("--wav", default=RECORDING, help="what the users say; default: the demo's recording")
+    parser.add_argument("--seed", type=int, default=0, help="of the places in the recording and of the chaos")
+    parser.add_argument("--out", type=Path, default=Path("out/loadtest"), metavar="DIR", help="default: out/loadtest")
+    parser.add_argument("serve", nargs="*", help="arguments for `jaxtml serve`, after --")
+    run_tool(parser, load)
