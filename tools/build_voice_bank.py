@@ -1,24 +1,23 @@
 #!/usr/bin/env python3
-"""More of the model's own voice for its vocoder: sentences of a broad vocabulary, as a bank beside the task's.
+"""Builds a speech bank with more of the model's own voice, for its vocoder: sentences of a broad vocabulary.
 
-    python tools/build_voice_bank.py --out DIR [--sentences 120] [--workers 2]
+The replies of the first task use few of the sound sequences of English. These sentences are put together from lists of
+words chosen for their sounds; they mean nothing. 120 sentences are about five minutes of speech and take four
+CPU-minutes. A build that was killed goes on when the same command runs again.
 
-The task's replies use few of English's sound sequences. These sentences are put together from word lists chosen for
-their sounds; they mean nothing. About five minutes of speech in four CPU-minutes; safe to kill and to start again.
-Train on both with `jaxtml.train.vocoder.training.train_vocoder`, which takes several banks.
+To train on this bank and the task's bank together, call `jaxtml.train.vocoder.training.train_vocoder` with both.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from jaxtml.commands.arguments import count, run_tool, tool_parser
 from jaxtml.data.bank import PlannedUtterance, build
 from jaxtml.data.voices.registry import OWN_VOICE
-from jaxtml.errors import InputError
 
 ADJECTIVES = (
     "azure beige brisk calm cheap coy crisp deaf eager empty faint fierce fresh frozen gentle giant gruff heavy "
@@ -43,7 +42,7 @@ VERBS = (
     "visits watches weaves"
 )
 PLACES = "above across after along around before behind below beside beyond near over past through under with"
-SHARD = 60  # sentences that a kill can cost
+SHARD = 60  # sentences; a killed build loses at most as many per worker
 SHAPES = (
     "The {a} {n} {v} the {b} {m}.", "A {n} {v} the {m} {p} the {a} {o}.", "{Why} the {n} {v} the {m}, the {o} {w} it.",
     "Does the {a} {n} stay {p} the {m}?", "Yes, the {n} {v} the {m}!", "This {a}, {b} {n} {v} those {m} things.",
@@ -51,8 +50,9 @@ SHAPES = (
 )  # fmt: skip
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """`count` sentences, a function of their number and the seed; every word list is gone through evenly."""
+def make_sentences(number: int, seed: int) -> list[str]:
+    """Returns `number` sentences, which depend on `number` and `seed` alone. Every word of a list is used before any
+    word is used again."""
     rng = np.random.default_rng(seed)
     decks: dict[str, list[str]] = {}
 
@@ -62,7 +62,7 @@ def sentences(count: int, seed: int) -> list[str]:
         return decks[words].pop()
 
     made = []
-    for index in range(count):
+    for index in range(number):
         words = {
             "a": draw(ADJECTIVES), "b": draw(ADJECTIVES), "n": draw(NOUNS), "m": draw(NOUNS), "o": draw(NOUNS),
             "v": draw(VERBS), "w": draw(VERBS), "p": draw(PLACES), "Why": draw("When If While Because Though"),
@@ -71,25 +71,19 @@ def sentences(count: int, seed: int) -> list[str]:
     return made
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sentences", type=int, default=120)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+def build_bank(args: argparse.Namespace) -> None:
     rates = np.random.default_rng(1).uniform(0.9, 1.15, args.sentences)
     items = [
         PlannedUtterance("assistant", "train", OWN_VOICE, text, rate=round(float(rate), 3))
-        for text, rate in zip(sentences(args.sentences, seed=0), rates, strict=True)
+        for text, rate in zip(make_sentences(args.sentences, seed=0), rates, strict=True)
     ]
     shards = [tuple(items[first : first + SHARD]) for first in range(0, len(items), SHARD)]
-    try:
-        build(args.out, shards, args.workers)
-    except InputError as error:
-        print(f"build_voice_bank: {error}", file=sys.stderr)
-        return 2
-    return 0
+    build(args.out, shards, args.workers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = tool_parser(__doc__, "tools/build_voice_bank.py --out data/voice --sentences 120")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the bank")
+    parser.add_argument("--sentences", type=count, default=120, help="how many (default: 120)")
+    parser.add_argument("--workers", type=count, default=2, help="processes that synthesise (default: 2)")
+    run_tool(parser, build_bank)

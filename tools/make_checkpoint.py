@@ -1,54 +1,48 @@
 #!/usr/bin/env python3
-"""Puts a trained model and a trained vocoder together as a checkpoint to ship: bfloat16, with tokenizer and logs.
+"""Puts a trained model and a trained vocoder together into a checkpoint to ship: bfloat16, with tokenizer and logs.
 
-python tools/make_checkpoint.py --workdir run --vocoder vocoder --out jaxtml/assets/tiny
+Exit status 1: the checkpoint is written, but larger than a package should carry (25 MB).
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
+from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.config import Config
 from jaxtml.errors import InputError
-from jaxtml.model.spec import flatten
+from jaxtml.model.spec import Params, flatten
 from jaxtml.train.vocoder.storage import load_vocoder
 
 LIMIT_BYTES = 25_000_000
-VOCODER_LOG = "vocoder_training.jsonl"
+TRAINING_LOG, VOCODER_LOG = "training.jsonl", "vocoder_training.jsonl"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, type=Path, help="of `jaxtml train`")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--vocoder", type=Path, help="run of `jaxtml train vocoder`, or a checkpoint with one")
-    source.add_argument(
-        "--started-from", type=Path, help="the checkpoint that the run began with: its vocoder and logs"
-    )
-    parser.add_argument("--out", required=True, type=Path)
-    args = parser.parse_args()
-    try:
-        config, params = read_checkpoint(args.workdir)
-        logs = {"training.jsonl": (args.workdir / "log.jsonl").read_text()}
-        if args.vocoder is not None:
-            other, vocoder = load_vocoder(args.vocoder)
-            if other.vocoder != config.vocoder:
-                raise InputError(f"{args.vocoder} trained another vocoder than {args.workdir} has")
-            params = {**params, "vocoder": vocoder}
-            told = [path for name in ("log.jsonl", VOCODER_LOG) if (path := args.vocoder / name).is_file()]
-            logs |= {VOCODER_LOG: told[0].read_text()} if told else {}
-        else:
-            before = {path.name: path.read_text() for path in args.started_from.glob("*training.jsonl")}
-            logs = {**before, "training.jsonl": before.get("training.jsonl", "") + logs["training.jsonl"]}
-        save_checkpoint(args.out, config, params, "bfloat16", args.workdir / "tokenizer.json")
-    except (InputError, OSError) as error:
-        print(f"make_checkpoint: {error}", file=sys.stderr)
-        return 2
+def with_vocoder_of(source: Path, config: Config, params: Params) -> tuple[Params, str | None]:
+    """Returns the parameters with the vocoder of `source`, and the log of its training if there is one."""
+    other, vocoder = load_vocoder(source)
+    if other.vocoder != config.vocoder:
+        raise InputError(f"the vocoder of {source} has other sizes than the model's config says")
+    logs = [path for name in ("log.jsonl", VOCODER_LOG) if (path := source / name).is_file()]
+    return {**params, "vocoder": vocoder}, logs[0].read_text() if logs else None
+
+
+def make(args: argparse.Namespace) -> int:
+    config, params = read_checkpoint(args.workdir)
+    logs = {TRAINING_LOG: (args.workdir / "log.jsonl").read_text()}
+    if args.vocoder is not None:
+        params, log = with_vocoder_of(args.vocoder, config, params)
+        if log is not None:
+            logs[VOCODER_LOG] = log
+    else:
+        before = {path.name: path.read_text() for path in args.started_from.glob("*training.jsonl")}
+        logs = {**before, TRAINING_LOG: before.get(TRAINING_LOG, "") + logs[TRAINING_LOG]}
+    save_checkpoint(args.out, config, params, "bfloat16", args.workdir / "tokenizer.json")
     for name, text in logs.items():
         (args.out / name).write_text(text)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
@@ -58,4 +52,17 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = tool_parser(__doc__, "tools/make_checkpoint.py --workdir run --vocoder vocoder --out jaxtml/assets/tiny")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="a run of `jaxtml train`")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--vocoder", type=Path, metavar="DIR", help="a run of `jaxtml train vocoder`, or a checkpoint with a vocoder"
+    )
+    source.add_argument(
+        "--started-from",
+        type=Path,
+        metavar="DIR",
+        help="the checkpoint that the run began with; the result has its vocoder and its logs",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new checkpoint")
+    run_tool(parser, make)

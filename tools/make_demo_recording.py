@@ -1,59 +1,65 @@
 #!/usr/bin/env python3
 """Makes jaxtml/assets/demo/human.flac: ten seconds of a human speaker for `tools/demo`.
 
-    apt-get install asterisk-core-sounds-en-g722
-    python tools/make_demo_recording.py
+The words are spoken by Allison Smith (Asterisk core sounds, CC-BY-SA-3.0; see jaxtml/assets/demo/NOTICE). Training
+never hears them. The tool joins them into three user turns, with silence after each in which the model can answer.
 
-Words of Allison Smith (Asterisk core sounds, CC-BY-SA-3.0; see jaxtml/assets/demo/NOTICE), which training never hears,
-put together into three turns with silence in which the model can answer.
+Needs the recordings: apt-get install asterisk-core-sounds-en-g722
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import av
 import numpy as np
 import soundfile
 
-SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
-OUT = Path(__file__).resolve().parent.parent / "jaxtml" / "assets" / "demo" / "human.flac"
-TURNS = (
+from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.data.talks.recorded_prompts import FOLDER
+from jaxtml.errors import InputError
+from jaxtml.stream.timebase import SAMPLE_RATE
+
+OUT = Path(SHIPPED).parent / "demo" / "human.flac"
+USER_TURNS = (
     ("digits/3", "letters/plus", "digits/4"),
     ("digits/mon-2", "digits/mon-6"),
     ("digits/9", "digits/1", "digits/6"),
 )
-RATE, GAP_S, SILENCE_S, LEAD_S = 16_000, 0.12, 2.6, 0.6
+LEAD_S, GAP_S, SILENCE_S = 0.6, 0.12, 2.6  # before the first turn, between words, after each turn
+QUIET = 0.02  # of a word's peak: everything below at both ends is cut off
 
 
-def word(name: str) -> np.ndarray:
-    """One prompt, 16 kHz float32, cut to where it can be heard."""
-    with av.open(str(SOUNDS / f"{name}.g722"), format="g722") as file:
+def read_word(name: str) -> np.ndarray:
+    """Returns one prompt, `[N]` float32 at 16 kHz, without the silence at both ends."""
+    path = FOLDER / f"{name}.g722"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: apt-get install asterisk-core-sounds-en-g722")
+    with av.open(str(path), format="g722") as file:
         wave = np.concatenate([frame.to_ndarray().reshape(-1) for frame in file.decode(audio=0)]) / np.float32(32768)
-    loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+    loud = np.flatnonzero(np.abs(wave) > QUIET * np.abs(wave).max())
     return wave[loud[0] : loud[-1] + 1]
 
 
-def main() -> int:
-    if not SOUNDS.is_dir():
-        print(f"{SOUNDS} is missing: apt-get install asterisk-core-sounds-en-g722", file=sys.stderr)
-        return 2
+def make(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
 
     def silence(seconds: float) -> np.ndarray:
-        return (1e-4 * rng.standard_normal(round(seconds * RATE))).astype(np.float32)
+        return (1e-4 * rng.standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)
 
     parts = [silence(LEAD_S)]
-    for turn in TURNS:
-        for i, name in enumerate(turn):
-            parts += [silence(GAP_S)] * (i > 0) + [word(name)]
+    for words in USER_TURNS:
+        for number, name in enumerate(words):
+            parts += [silence(GAP_S)] * (number > 0) + [read_word(name)]
         parts.append(silence(SILENCE_S))
     wave = np.concatenate(parts)
-    soundfile.write(OUT, wave, RATE, format="FLAC", subtype="PCM_16")
-    print(f"{OUT}: {len(wave) / RATE:.1f} s")
-    return 0
+    soundfile.write(args.out, wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    print(f"{args.out}: {len(wave) / SAMPLE_RATE:.1f} s")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = tool_parser(__doc__, "tools/make_demo_recording.py --out /tmp/human.flac")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FLAC", help="default: the demo's recording")
+    run_tool(parser, make)
