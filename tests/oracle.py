@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORACLE = Path(sys.prefix) / "oracle"
 TORCHVISION = Path(sys.prefix) / "torchvision"
+ONE_THREAD = ("OMP_NUM_THREADS", "1")  # torch's threads wait for each other; beside a second test process, for seconds
 MISSING = "needs torch and transformers: pip install -e .[oracle]"
 
 
@@ -24,6 +25,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before a test marked `oracle`: makes torch and `transformers` importable, or skips the test."""
     if item.get_closest_marker("oracle") is None:
         return
+    os.environ.setdefault(*ONE_THREAD)
     if ORACLE.is_dir() and str(ORACLE) not in sys.path:
         sys.path.append(str(ORACLE))  # at the end: what both folders have comes from the environment
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
@@ -33,4 +35,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def oracle_environment(*more: Path) -> dict[str, str]:
     """Returns the environment of a process that can import this checkout, the oracle and the folders `more`."""
     folders = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(ORACLE), *map(str, more)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    return dict([ONE_THREAD]) | {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}

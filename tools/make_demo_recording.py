@@ -22,7 +22,7 @@ from jaxtml.data.talks.recorded_prompts import FOLDER
 from jaxtml.errors import InputError
 from jaxtml.stream.timebase import SAMPLE_RATE
 
-OUT = Path(SHIPPED).parent / "demo" / "human.flac"
+OUT = SHIPPED.parent / "demo" / "human.flac"
 USER_TURNS = (
     ("digits/3", "letters/plus", "digits/4"),
     ("digits/mon-2", "digits/mon-6"),
@@ -44,6 +44,8 @@ def read_word(name: str) -> np.ndarray:
 
 
 def make(args: argparse.Namespace) -> None:
+    if not args.out.parent.is_dir():
+        raise InputError(f"no folder {args.out.parent}: make it first, or give another --out")
     rng = np.random.default_rng(0)
 
     def silence(seconds: float) -> np.ndarray:

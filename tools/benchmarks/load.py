@@ -56,7 +56,7 @@ STALL_S = 3.0  # with --chaos: how long a session reads nothing
 FLOOD = 300  # with --chaos: messages of nonsense in a row
 NONSENSE = ('{"type": 7}', "nonsense", '{"type": "session.fly"}')
 CLOSE_S = 15  # within which the server closes a session after `session.close`
-RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+RECORDING = SHIPPED.parent / "demo" / "human.flac"
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 

@@ -23,20 +23,21 @@ import numpy as np
 from rich.console import Console
 
 from jaxtml.checkpoint.files import SHIPPED
-from jaxtml.commands.arguments import count, run_tool, tool_parser
+from jaxtml.commands.arguments import add_checkpoint, count, run_tool, tool_parser
 from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
-RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+RECORDING = SHIPPED.parent / "demo" / "human.flac"
 
 
-def converse(folder: Path, recording: Path, checkpoint: str) -> float:
+def converse(folder: Path, recording: Path, checkpoint: Path | str) -> float:
     """Runs `jaxtml converse` and returns the seconds of the whole process.
 
     The process keeps its compilation cache, its reply and its events in `folder`.
     """
-    command = [sys.executable, "-m", "jaxtml", "converse", "--in", str(recording), "--checkpoint", checkpoint, "--json"]
+    command = [sys.executable, "-m", "jaxtml", "converse", "--in", str(recording), "--json"]
+    command += ["--checkpoint", str(checkpoint)]
     command += ["--out", str(folder / "reply.wav"), "--events", str(folder / "events.jsonl")]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     began = time.perf_counter()
@@ -46,7 +47,7 @@ def converse(folder: Path, recording: Path, checkpoint: str) -> float:
     return time.perf_counter() - began
 
 
-def measure(checkpoint: str, recording: Path, warm_runs: int) -> dict[str, float]:
+def measure(checkpoint: Path | str, recording: Path, warm_runs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         short = folder / "short.wav"
@@ -79,7 +80,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/session_latency.py --warm-runs 1")
-    parser.add_argument("--checkpoint", default=str(SHIPPED), metavar="DIR", help="default: the shipped tiny")
+    add_checkpoint(parser)
     parser.add_argument(
         "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the user says; default: the demo's"
     )

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from jaxtml.checkpoint.files import SHIPPED
-from jaxtml.commands.arguments import run_tool, tool_parser
+from jaxtml.commands.arguments import add_checkpoint, run_tool, tool_parser
 from jaxtml.errors import InputError
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
@@ -41,7 +41,7 @@ from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
 WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
 MIN_ROUNDS = 20  # two per tenth
-RECORDING = Path(SHIPPED).parent / "demo" / "human.flac"
+RECORDING = SHIPPED.parent / "demo" / "human.flac"
 SESSIONS = 8  # room of the server for the cycles; half as many clients run at a time
 FREE_S = 0.2  # a slot is free again at the next tick
 
@@ -68,7 +68,7 @@ def megabytes(processes: list[psutil.Process]) -> float:
     return round(sum(process.memory_info().rss for process in processes) / 2**20, 1)
 
 
-async def run_long_session(checkpoint: Path, recording: Path, minutes: float) -> dict[str, float | list[float]]:
+async def run_long_session(checkpoint: Path | str, recording: Path, minutes: float) -> dict[str, float | list[float]]:
     wave = read_audio(recording)
     per_round = len(wave) // MICRO_TURN_SAMPLES
     if not per_round:
@@ -115,7 +115,7 @@ async def run_cycle(http: aiohttp.ClientSession, url: str, model: str) -> None:
 
 
 @contextmanager
-def running_server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def running_server(checkpoint: Path | str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server on a free port: its process, its URL and the name of its model. It is ended afterwards."""
     command = [sys.executable, "-m", "jaxtml", "serve", "--json", "--checkpoint", str(checkpoint), "--port", "0"]
     command += ["--max-sessions", str(SESSIONS)]
@@ -132,7 +132,7 @@ def running_server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], st
         process.wait()
 
 
-async def run_cycles(checkpoint: Path, cycles: int) -> dict[str, object]:
+async def run_cycles(checkpoint: Path | str, cycles: int) -> dict[str, object]:
     with running_server(checkpoint) as (server, url, model):
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children()]
         numbers = iter(range(1, cycles + 1))
@@ -170,7 +170,7 @@ def soak(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/soak.py --minutes 6 --cycles 100")
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help="default: the shipped tiny")
+    add_checkpoint(parser)
     parser.add_argument(
         "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the session hears; default: the demo's"
     )

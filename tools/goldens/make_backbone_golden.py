@@ -182,6 +182,8 @@ def write_checkpoint(directory: Path, described: dict[str, Any]) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
+    if not args.out.parent.is_dir():
+        raise InputError(f"no folder {args.out.parent}: make it first, or give another --out")
     logits = {}
     try:
         for name, described in CASES.items():

@@ -111,6 +111,8 @@ def released_sound() -> dict[str, np.ndarray]:
 
 
 def make(args: argparse.Namespace) -> None:
+    if not args.out.parent.is_dir():
+        raise InputError(f"no folder {args.out.parent}: make it first, or give another --out")
     try:
         import_torchvision()
         entries = released_sound()
