@@ -1,4 +1,4 @@
-"""A shown example lets a person hear, see and read the same conversation."""
+"""An example lets a person hear, see and read the same conversation."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
     assert (tmp_path / "new" / "example_1.png").stat().st_size > 20_000
 
 
-def test_the_text_says_who_spoke_paused_and_took_over_in_order():
+def test_the_text_lists_turns_pauses_and_takeovers_in_order():
     n = 20 * MICRO_TURN_SAMPLES
     user_words = (Word("say", 0.2, 0.5), Word("red", 1.3, 1.7))
     talk = Conversation(
@@ -56,7 +56,7 @@ def test_the_text_says_who_spoke_paused_and_took_over_in_order():
     ]
 
 
-def test_every_word_of_the_user_belongs_to_one_turn(talks):
+def test_every_word_of_the_user_belongs_to_one_user_turn(talks):
     for talk in talks:
         turns = examples.user_turns(talk)
         assert [word for turn in turns for word in turn] == list(talk.user_words)

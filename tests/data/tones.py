@@ -1,4 +1,4 @@
-"""A bank without speech engines: every word is a tone of its own pitch, with known edges. For tests."""
+"""A bank without speech engines, for tests: every word is a tone of its own pitch, with known edges."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def pitch(word: str) -> float:
 
 
 def spoken(text: str, voice: str, word_s: float = 0.3, gap_s: float = 0.03) -> Utterance:
-    """Each word `word_s` of its own tone at amplitude 0.1, `gap_s` of silence between."""
-    waves, words, at = [], [], 0
+    """Speaks each word as `word_s` of its own tone at amplitude 0.1, with `gap_s` of silence between words."""
+    waves, words, start = [], [], 0
     n, gap = int(word_s * SAMPLE_RATE), int(gap_s * SAMPLE_RATE)
     for k, word in enumerate(text.split()):
         if k:
             waves.append(np.zeros(gap, np.float32))
-            at += gap
+            start += gap
         waves.append(0.1 * np.sin(2 * np.pi * pitch(word) * np.arange(n) / SAMPLE_RATE).astype(np.float32))
-        words.append(Word(word, at / SAMPLE_RATE, (at + n) / SAMPLE_RATE))
-        at += n
+        words.append(Word(word, start / SAMPLE_RATE, (start + n) / SAMPLE_RATE))
+        start += n
     return Utterance(np.concatenate(waves), tuple(words), voice, text)
 
 
-def speak(item: PlannedUtterance) -> Utterance:
-    """A stand-in for the engines in `bank.build`."""
-    return spoken(item.text, item.voice)
+def speak(planned: PlannedUtterance) -> Utterance:
+    """Stands in for the speech engines in `bank.build`."""
+    return spoken(planned.text, planned.voice)
 
 
 @dataclass(frozen=True)
 class ToneBank:
-    """Every voice says every text, and names every word; the assistant says the replies."""
+    """A bank in which every voice says every text and names every word. The assistant says the replies."""
 
     utterances: tuple[Utterance, ...]
     roles: tuple[str, ...]
@@ -61,18 +61,19 @@ class ToneBank:
 
     @staticmethod
     def made() -> ToneBank:
-        users = [spoken(text, voice) for voice in VOICES for text in USER_TEXTS]
-        named = [spoken(f"{a} {b}", voice, word_s=0.5, gap_s=0.2)
-                 for voice in VOICES for a, b in zip(*(iter(scenarios.VOCABULARY),) * 2, strict=False)]  # fmt: skip
-        replies = [spoken(text, "tone:own", word_s=0.35) for text in scenarios.assistant_texts()]
-        parts = {"user": users, "words": named, "assistant": replies}
+        pairs = list(zip(*(iter(scenarios.VOCABULARY),) * 2, strict=False))
+        by_role = {
+            "user": [spoken(text, voice) for voice in VOICES for text in USER_TEXTS],
+            "words": [spoken(f"{a} {b}", voice, word_s=0.5, gap_s=0.2) for voice in VOICES for a, b in pairs],
+            "assistant": [spoken(text, "tone:own", word_s=0.35) for text in scenarios.assistant_texts()],
+        }
         return ToneBank(
-            tuple(said for part in parts.values() for said in part),
-            tuple(role for role, part in parts.items() for _ in part),
+            tuple(utterance for utterances in by_role.values() for utterance in utterances),
+            tuple(role for role, utterances in by_role.items() for _ in utterances),
         )
 
-    def utterance(self, i: int) -> Utterance:
-        return self.utterances[i]
+    def utterance(self, index: int) -> Utterance:
+        return self.utterances[index]
 
     def select(self, *, split: str, role: str) -> np.ndarray:
-        return np.flatnonzero([split == "train" and mine == role for mine in self.roles])
+        return np.flatnonzero([split == "train" and own_role == role for own_role in self.roles])

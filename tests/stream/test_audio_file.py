@@ -1,4 +1,4 @@
-"""Recordings in and out: formats, rates, and each way in which a user's file can be wrong."""
+"""Recordings are read and written in their formats and rates, and each way to be wrong is named."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def tone(rate: int, seconds: float = 2.0, hz: float = 440.0) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * hz * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
 
 
-def difference_in_the_middle(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference, a tenth of a second away from the ends, where resampling filters ring."""
-    length = min(len(one), len(other))
-    return float(np.abs(one[1600 : length - 1600] - other[1600 : length - 1600]).max())
+def difference_in_the_middle(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the largest difference. A tenth of a second at both ends is left out, where resampling filters ring."""
+    length = min(len(a), len(b))
+    return float(np.abs(a[1600 : length - 1600] - b[1600 : length - 1600]).max())
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000, 96000])
@@ -53,7 +53,7 @@ def test_channels_are_averaged(tmp_path: Path):
     assert np.allclose(read_audio(tmp_path / "a.wav"), 0.1 * tone(16000), atol=1e-7)
 
 
-def test_reading_in_blocks_gives_what_reading_at_once_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_reading_in_blocks_equals_reading_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soundfile.write(tmp_path / "a.wav", tone(44100, 3.3), 44100)
     at_once = read_audio(tmp_path / "a.wav")
     monkeypatch.setattr(audio_file, "_BLOCK_SECONDS", 1)
@@ -81,7 +81,7 @@ def test_writing_replaces_an_older_file_and_leaves_nothing_else_behind(tmp_path:
     assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
 
 
-def test_a_disk_that_fills_up_keeps_the_older_file_whole(tmp_path: Path):
+def test_a_disk_that_fills_up_leaves_the_older_file_intact(tmp_path: Path):
     write_wav(tmp_path / "a.wav", tone(16000, 0.1))
     before = (tmp_path / "a.wav").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -115,7 +115,7 @@ def test_audio_with_nan_is_never_written(tmp_path: Path):
 
 
 def _wav_header_claiming(frames: int) -> bytes:
-    """A mono 16-bit 16 kHz WAV header for that many frames, which is all that the file holds."""
+    """Returns a mono 16-bit 16 kHz WAV header for that many frames. No frames follow it."""
     size = 2 * frames
     return (
         struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE")
@@ -125,7 +125,7 @@ def _wav_header_claiming(frames: int) -> bytes:
 
 
 def _broken_files(folder: Path) -> list[tuple[Path, str]]:
-    """(file, what the message has to say)."""
+    """Writes broken files. Returns `(file, a part of the message)` for each."""
     nan = np.full(8 * 16000, np.nan, np.float32)
     late_inf = np.append(tone(16000), np.float32(np.inf))
     soundfile.write(folder / "nan.wav", nan, 16000, subtype="FLOAT")

@@ -1,4 +1,4 @@
-"""dMel: equal to the released front end on people's speech, streaming equal to whole, and fast enough to hear with."""
+"""dMel equals the released front end on people's speech, streaming equals the whole recording, and both are fast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxtml.stream.audio_file import read_audio
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_frontend_golden.py"), run_name="golden")
-# The shipped prompts and, where installed, Debian's pocketsphinx-testdata (read books, single words) and
-# asterisk-core-sounds-en-wav (prompts).
+# The shipped recording of a person and, where they are installed, Debian's pocketsphinx-testdata (read books, single
+# words) and asterisk-core-sounds-en-wav (prompts).
 HUMAN_SPEECH = (
     ROOT / "jaxtml" / "assets" / "demo" / "human.flac",
     *sorted(Path("/usr/share/pocketsphinx/test/data").glob("**/*.wav")),
@@ -26,7 +26,7 @@ HUMAN_SPEECH = (
 
 
 def speechlike(seconds: float, seed: int = 0) -> np.ndarray:
-    """Noise through a slow envelope over a harmonic tone, from near silence to loud."""
+    """Returns a harmonic tone and noise under a slow envelope, from near silence to loud."""
     rng = np.random.default_rng(seed)
     t = np.arange(int(seconds * 16000)) / 16000
     tone = sum(np.sin(2 * np.pi * 120 * k * t + k) / k for k in range(1, 40))
@@ -35,14 +35,14 @@ def speechlike(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def edge_values() -> np.ndarray:
-    """Every float32 within 200 steps of a bin edge, both ends of the range and beyond, and infinities."""
+    """Returns every float32 within 200 steps of a bin edge, both ends of the range and beyond, and infinities."""
     middles = np.linspace(-6.7, 1.7, 15).astype(np.float32)
     near = middles[:, None] + np.arange(-200, 201) * np.spacing(np.abs(middles))[:, None]
     return np.concatenate([near.ravel(), [-7, 2, -7.1, 2.1, 0.0, -0.0, -1e30, 1e30, -np.inf, np.inf]]).astype("f4")
 
 
 def released_bins(features):
-    """The released quantiser, without the tokenizer that its processor wants; features is a torch tensor."""
+    """Runs the released quantiser on a torch tensor, without the tokenizer that the released processor wants."""
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("transformers.models.inkling.processing_inkling")
     centres = torch.linspace(-7.0, 2.0, 16, dtype=torch.float64).to(torch.float32)
@@ -53,12 +53,12 @@ def released_bins(features):
 def test_bins_are_those_the_released_extractor_gave():
     golden = np.load(ROOT / "tests" / "golden" / "frontend.npz")
     wave = TOOL["golden_wave"]()
-    assert TOOL["checksum"](wave) == str(golden["wave_sha256"]), "the golden input is not made the same here"
+    assert TOOL["checksum"](wave) == str(golden["wave_sha256"]), "this machine makes another input than the golden one"
     frames = dmel.log_mel(wave)
     assert np.abs(frames[::10] - golden["log_mel_every_tenth"]).max() < 0.02  # the released FFT is float32
     differing = np.argwhere(dmel.quantise(frames) != golden["bins"])
     assert len(differing) <= golden["bins"].size // 10_000, differing
-    assert len(np.unique(golden["bins"])) >= 12, "the golden wave has to try the bins that sound can reach"
+    assert len(np.unique(golden["bins"])) >= 12, "the golden wave reaches the bins that sound can reach"
 
 
 def test_ties_between_bins_fall_as_released():
@@ -113,29 +113,29 @@ def test_centres_come_back_to_their_bins():
     assert np.array_equal(dmel.quantise(centres), bins)
 
 
-def test_the_stream_gives_the_bins_of_the_whole_wave():
+def test_the_stream_makes_the_bins_of_the_whole_wave():
     wave = speechlike(30.0)
-    stream, heard = dmel.DmelStream(), []
-    for turn in wave.reshape(-1, 3200):
-        stream, bins = stream.step(turn)
+    stream, streamed = dmel.DmelStream(), []
+    for samples in wave.reshape(-1, 3200):
+        stream, bins = stream.step(samples)
         assert bins.shape == (4, 80) and bins.dtype == np.uint8
-        heard.append(bins)
-    assert np.array_equal(np.concatenate(heard), dmel.quantise(dmel.log_mel(wave)))
-    assert len(np.unique(heard)) >= 12
+        streamed.append(bins)
+    assert np.array_equal(np.concatenate(streamed), dmel.quantise(dmel.log_mel(wave)))
+    assert len(np.unique(streamed)) >= 12
 
 
 def test_a_stream_can_be_stepped_twice_from_the_same_state():
     first, second = speechlike(0.4).reshape(2, 3200)
     stream, _ = dmel.DmelStream().step(first)
     kept = first.copy()
-    first[:] = 0  # the caller's buffer is its own
+    first[:] = 0  # The caller may use the buffer again.
     _, once = stream.step(second)
     _, again = stream.step(second)
     assert np.array_equal(once, again)
     assert np.array_equal(once, dmel.quantise(dmel.log_mel(np.concatenate([kept, second]))[4:]))
 
 
-def test_a_frame_hears_nothing_that_comes_after_it():
+def test_a_frame_does_not_depend_on_samples_after_it():
     wave = speechlike(2.0)
     changed = wave.copy()
     changed[17 * 800 :] = 0.5
@@ -145,7 +145,7 @@ def test_a_frame_hears_nothing_that_comes_after_it():
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(0, 0), (1, 1), (800, 1), (801, 2), (3200, 4), (160_123, 201)])
-def test_there_is_one_frame_for_every_hop_begun(samples: int, frames: int):
+def test_there_is_a_frame_for_every_hop_that_has_begun(samples: int, frames: int):
     assert dmel.log_mel(np.zeros(samples, np.float32)).shape == (frames, 80)
 
 
@@ -158,7 +158,7 @@ def test_a_fine_frame_is_centred_on_its_hop():
     assert np.allclose(loudness[18:20], loudness[22:20:-1], atol=1e-3)
 
 
-def test_fine_frames_see_their_50_ms_and_no_more():
+def test_a_fine_frame_depends_on_its_50_ms_and_no_more():
     wave = speechlike(1.0)
     index = 30
     outside = wave.copy()
@@ -167,13 +167,14 @@ def test_fine_frames_see_their_50_ms_and_no_more():
 
 
 def test_fine_and_coarse_frames_agree_about_a_steady_sound():
-    """The coarse window is twice as long: log10(2) more for a tone, half of that for noise, before the mel filters."""
+    """A coarse window is twice as long. Before the mel filters it has log10(2) more for a tone, and half of that more
+    for noise."""
     noise = (0.1 * np.random.default_rng(4).normal(size=16000 * 20)).astype(np.float32)
     coarse, fine = dmel.log_mel(noise)[2:-2].mean(axis=0), dmel.fine_log_mel(noise)[8:-8].mean(axis=0)
-    assert np.abs(coarse - fine - (np.log10(2) / 2 + np.log10(2))).max() < 0.1  # twice the FFT bins a filter, too
+    assert np.abs(coarse - fine - (np.log10(2) / 2 + np.log10(2))).max() < 0.1  # and twice the FFT bins per filter
 
 
-def test_audio_that_is_no_single_channel_is_refused():
+def test_audio_of_another_shape_is_refused():
     for call in (dmel.log_mel, dmel.fine_log_mel, dmel.DmelStream().step):
         with pytest.raises(ValueError, match="one-dimensional"):
             call(np.zeros((3200, 2), np.float32))
@@ -183,7 +184,7 @@ def test_audio_that_is_no_single_channel_is_refused():
         dmel.fine_log_mel(np.zeros(300, np.float32))
 
 
-def test_every_filter_has_a_sound_and_the_filters_fill_the_band():
+def test_every_filter_has_its_own_peak_and_together_they_fill_the_band():
     for n_fft in (800, 1600):
         filters = dmel.mel_filterbank(n_fft)
         assert filters.shape == (n_fft // 2 + 1, 80)

@@ -1,4 +1,4 @@
-"""Patches: equal to the released image processor, and what a video adds to it."""
+"""Patches equal those of the released image processor, and a video has two frames in each."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def test_the_earlier_of_two_frames_comes_first():
         np.zeros((40, 40, 3), np.float32),
     ],
 )
-def test_what_is_no_rgb_picture_is_refused(frames: np.ndarray):
+def test_frames_of_another_shape_or_dtype_are_refused(frames: np.ndarray):
     with pytest.raises(ValueError, match="frames are"):
         image_patches(frames)

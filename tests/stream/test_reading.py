@@ -1,4 +1,4 @@
-"""Generated tokens become words, micro-turn after micro-turn."""
+"""Generated tokens are read as words, one micro-turn after the other."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ def codec() -> TextCodec:
 
 @pytest.fixture
 def read(codec) -> Callable[..., Words]:
-    """Reads text and control tokens of one session's next micro-turn."""
+    """Returns a function that reads the next micro-turn of one session, given as texts and control tokens."""
     reader = Reader(codec, BASE)
 
-    def one(*parts: int | str) -> Words:
-        return reader.read(
-            t for part in parts for t in ([BASE + part] if isinstance(part, int) else codec.encode(part))
-        )
+    def read_micro_turn(*parts: int | str) -> Words:
+        tokens = ([BASE + part] if isinstance(part, int) else codec.encode(part) for part in parts)
+        return reader.read(token for ids in tokens for token in ids)
 
-    return one
+    return read_micro_turn
 
 
 @pytest.mark.parametrize(
@@ -45,18 +44,18 @@ def read(codec) -> Callable[..., Words]:
         ((C.SAY, "so", C.END, "it", C.LISTEN), ("", " so it", "", False)),
     ],
 )
-def test_tokens_read_as_heard_said_and_delegated_text(read, parts, words):
+def test_tokens_are_read_as_heard_said_and_delegated_text(read, parts, words):
     assert read(*parts) == words
 
 
-def test_a_delegation_goes_on_until_its_end(read):
+def test_a_delegation_continues_over_micro_turns_until_its_end(read):
     assert read(C.SAY, "well", C.DELEGATE, "look", C.LISTEN) == ("", " well", " look", False)
     assert read(C.HEARD, "and", C.LISTEN) == (" and", "", "", False)
     assert read(C.SAY, "it up", C.END, C.LISTEN) == ("", "", " it up", True)
     assert read(C.SAY, "so", C.LISTEN) == ("", " so", "", False)
 
 
-def test_a_character_in_several_micro_turns_is_read_when_it_is_whole(read, codec):
+def test_a_character_in_several_micro_turns_is_read_with_its_last_token(read, codec):
     tokens = codec.encode("é")[-2:]  # two bytes, two tokens
     assert codec.decode(tokens) == "é"
     reader = Reader(codec, BASE)

@@ -1,4 +1,4 @@
-"""Text and ids: any text can be written, ids stay below the control tokens, and a bad file is one clear line."""
+"""Any text can be encoded, ids stay below the control tokens, and a bad file is named in one clear line."""
 
 import pytest
 
@@ -9,13 +9,13 @@ TEXTS = ("hello there", "the number is forty two", "café naïve", "日本語 ok
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_any_text_comes_back(codec, text):
+def test_any_text_is_decoded_as_it_was_encoded(codec, text):
     ids = codec.encode(text)
     assert codec.decode(ids).strip() == text
     assert all(0 <= i < codec.size for i in ids)
 
 
-def test_words_joined_are_the_ids_of_the_text(codec):
+def test_the_ids_of_a_text_are_those_of_its_words(codec):
     text = "the number is forty two"
     assert [i for word in text.split() for i in codec.encode(word)] == codec.encode(text)
 
@@ -27,11 +27,11 @@ def test_each_word_starts_with_a_space_so_that_running_text_splits_again(codec):
         assert not any(codec.decode([i]).startswith(" ") for i in rest)
 
 
-def test_a_word_of_the_corpus_is_shorter_than_its_letters(codec):
+def test_a_word_of_the_corpus_has_fewer_tokens_than_letters(codec):
     assert len(codec.encode("number")) < len(" number")
 
 
-def test_nothing_is_no_ids_and_ids_outside_the_vocabulary_are_left_out(codec):
+def test_empty_text_has_no_ids_and_ids_outside_the_vocabulary_are_left_out(codec):
     assert codec.encode("") == [] and codec.decode([]) == ""
     ids = codec.encode("two")
     assert codec.decode([-1, *ids, codec.size, 10**6]) == codec.decode(ids)
@@ -39,9 +39,9 @@ def test_nothing_is_no_ids_and_ids_outside_the_vocabulary_are_left_out(codec):
 
 def test_training_is_a_function_of_the_corpus_and_bounded(tmp_path):
     corpus = ["say red green blue"] * 5
-    one, two = TextCodec.train(corpus, 262), TextCodec.train(corpus, 262)
-    assert one.size == two.size == 262
-    assert one.encode("say red or blue") == two.encode("say red or blue")
+    first, second = TextCodec.train(corpus, 262), TextCodec.train(corpus, 262)
+    assert first.size == second.size == 262
+    assert first.encode("say red or blue") == second.encode("say red or blue")
 
 
 def test_a_saved_tokenizer_reads_the_same(codec, tmp_path):
@@ -52,7 +52,7 @@ def test_a_saved_tokenizer_reads_the_same(codec, tmp_path):
         assert loaded.encode(text) == codec.encode(text)
 
 
-def test_a_missing_or_broken_tokenizer_is_one_clear_line(tmp_path):
+def test_a_missing_or_broken_tokenizer_is_named_in_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="no tokenizer at .*missing.json"):
         TextCodec.load(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text('{"model": 3}')

@@ -1,4 +1,4 @@
-"""Videos become frame pairs on the micro-turn grid: what was seen 100 ms before, and what is seen at its start."""
+"""A video is read as frame pairs, one per micro-turn: 100 ms before its start, and at its start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtml.stream.video_file import read_frame_pairs
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory) -> Path:
-    """One second at 20 frames a second; frame i is grey of level 10 i."""
+    """One second of video at 20 frames per second. Frame i is grey of level 10 i."""
     path = tmp_path_factory.mktemp("video") / "grey.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=20)
@@ -39,14 +39,14 @@ def test_frames_are_scaled_until_their_patches_fit(video):
     (pair, *_) = read_frame_pairs(video, micro_turns=1, max_patches=2)
     assert pair.shape[0] == 2
     assert len(image_patches(pair)) <= 2
-    assert pair.shape[2] > pair.shape[1], "its shape is kept"
+    assert pair.shape[2] > pair.shape[1], "the shape of the frame is kept"
 
 
 def test_no_pairs_beyond_the_end_of_the_video(video):
     assert len(read_frame_pairs(video, micro_turns=50, max_patches=6)) == 6
 
 
-def test_what_is_no_video_is_refused_in_one_line(tmp_path):
+def test_a_file_that_is_no_video_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(InputError, match="no video file"):
         read_frame_pairs(tmp_path / "absent.mp4", 3, 6)

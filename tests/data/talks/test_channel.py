@@ -1,4 +1,4 @@
-"""The room and the line do to the voice what their figures say."""
+"""The channel does to the voice what its figures say."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ N = 10 * SAMPLE_RATE
 
 
 def talking(seed: int = 0) -> np.ndarray:
-    """`[N]` white noise at unit level for the first half, then silence."""
+    """Returns `[N]` white noise at unit level for the first half, then silence."""
     voice = np.random.default_rng(seed).standard_normal(N).astype(np.float32)
     voice[N // 2 :] = 0
     return voice
@@ -21,23 +21,23 @@ def level_db(wave: np.ndarray) -> float:
     return 20 * np.log10(np.sqrt(np.mean(np.square(wave, dtype=np.float64))) + 1e-12)
 
 
-def through(**figures) -> np.ndarray:
+def heard_through(**figures) -> np.ndarray:
     return channel.apply_channel(np.random.default_rng(1), Channel(**figures), talking())
 
 
 def test_the_clean_channel_only_sets_the_level():
-    heard = through(level_dbfs=-26.0)
+    heard = heard_through(level_dbfs=-26.0)
     np.testing.assert_allclose(heard, talking() * 10 ** (-26 / 20), atol=2e-5)  # half a step of 16 bits
 
 
 @pytest.mark.parametrize("tilt", [0.0, -3.0, -6.0])
-def test_noise_lies_below_the_voice_by_what_was_asked(tilt):
-    heard = through(level_dbfs=-26.0, noise_db=15.0, noise_tilt=tilt)
+def test_noise_lies_below_the_voice_by_its_figure(tilt):
+    heard = heard_through(level_dbfs=-26.0, noise_db=15.0, noise_tilt=tilt)
     assert level_db(heard[N // 2 :]) == pytest.approx(-26 - 15, abs=3)
 
 
-def test_a_telephone_keeps_its_band_and_nothing_else():
-    power = np.square(np.abs(np.fft.rfft(through(low_cut_hz=300.0, high_cut_hz=3400.0)[: N // 2])))
+def test_a_telephone_passes_its_band_and_nothing_else():
+    power = np.square(np.abs(np.fft.rfft(heard_through(low_cut_hz=300.0, high_cut_hz=3400.0)[: N // 2])))
     freqs = np.fft.rfftfreq(N // 2, 1 / SAMPLE_RATE)
     inside = power[(freqs > 800) & (freqs < 3000)].mean()
     assert power[freqs > 4000].mean() < inside * 1e-2
@@ -45,7 +45,7 @@ def test_a_telephone_keeps_its_band_and_nothing_else():
 
 
 def test_a_room_rings_after_the_voice_and_no_longer_than_its_decay():
-    heard = through(level_dbfs=-20.0, rt60_s=0.3, direct_db=3.0)
+    heard = heard_through(level_dbfs=-20.0, rt60_s=0.3, direct_db=3.0)
     end = N // 2
     assert level_db(heard[end : end + 800]) > -45
     assert level_db(heard[end + 4800 : end + 8000]) < -75
@@ -56,13 +56,13 @@ def test_a_room_rings_after_the_voice_and_no_longer_than_its_decay():
 def test_the_loudspeaker_is_heard_in_the_microphone_after_its_delay():
     assistant = np.zeros(N, np.float32)
     assistant[120_000:140_000] = 0.06 * np.random.default_rng(3).standard_normal(20_000)
-    given = Channel(level_dbfs=-26.0, echo_db=20.0, echo_delay=800)
-    heard = channel.apply_channel(np.random.default_rng(1), given, np.zeros(N, np.float32), assistant)
+    with_echo = Channel(level_dbfs=-26.0, echo_db=20.0, echo_delay=800)
+    heard = channel.apply_channel(np.random.default_rng(1), with_echo, np.zeros(N, np.float32), assistant)
     assert np.abs(heard[:120_800]).max() < 1e-6
     assert -60 < level_db(heard[120_800:140_800]) < -40
 
 
-def test_a_drawn_channel_never_leaves_the_range_of_samples_and_repeats_with_its_seed():
+def test_a_drawn_channel_repeats_with_its_seed_and_keeps_samples_in_range():
     for seed in range(40):
         drawn = channel.draw_channel(np.random.default_rng(seed))
         assert drawn == channel.draw_channel(np.random.default_rng(seed))

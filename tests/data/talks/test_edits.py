@@ -1,4 +1,4 @@
-"""Cutting, joining and stretching keep words where they are heard."""
+"""Cuts, joins, pauses and changes of rate keep the times of words true."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ def clip_of(text: str) -> edits.Clip:
 
 
 def heard_pitch(clip: edits.Clip, k: int) -> float:
-    """The strongest frequency inside word `k`, in Hz."""
+    """Returns the strongest frequency inside word `k`, in Hz."""
     word = clip.words[k]
     part = clip.wave[int(word.start_s * SAMPLE_RATE) : int(word.end_s * SAMPLE_RATE)]
     spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part)), 1 << 15))
     return float(np.argmax(spectrum)) * SAMPLE_RATE / (1 << 15)
 
 
-def test_a_pause_moves_the_later_words_and_silences_the_place_between():
+def test_a_pause_shifts_the_later_words_and_is_silent():
     clip = clip_of("what is three plus four")
     paused = edits.insert_pause(clip, 2, 8000)
     assert len(paused.wave) == len(clip.wave) + 8000
@@ -46,16 +46,16 @@ def test_a_faster_clip_is_shorter_and_higher_by_the_same_ratio(rate):
         assert heard_pitch(faster, k) == pytest.approx(pitch(word.text) * ratio, rel=0.005)
 
 
-def test_a_single_word_is_cut_out_whole_and_alone():
+def test_a_word_is_cut_out_whole_and_alone():
     word = edits.cut_word(clip_of("what is three plus four"), 2)
     assert word.text == "three"
     assert len(word.wave) == pytest.approx(0.3 * SAMPLE_RATE, abs=400)
     assert heard_pitch(word, 0) == pytest.approx(pitch("three"), abs=3)
 
 
-def test_joined_words_stand_at_their_gaps():
-    single = [edits.cut_word(clip_of(text), 0) for text in ("alpha bravo", "zulu kilo", "red green")]
-    clip = edits.join(single, [1600, 3200])
+def test_joined_words_have_their_gaps_between_them():
+    words = [edits.cut_word(clip_of(text), 0) for text in ("alpha bravo", "zulu kilo", "red green")]
+    clip = edits.join(words, [1600, 3200])
     assert clip.text == "alpha zulu red"
     assert clip.words[1].start_s - clip.words[0].end_s == pytest.approx(0.1, abs=0.02)
     assert clip.words[2].start_s - clip.words[1].end_s == pytest.approx(0.2, abs=0.02)
@@ -63,7 +63,7 @@ def test_joined_words_stand_at_their_gaps():
         assert heard_pitch(clip, k) == pytest.approx(pitch(word.text), abs=3)
 
 
-def test_levels_ignore_the_silence_in_between():
+def test_the_level_of_speech_ignores_silence():
     clip = clip_of("red green")
     paused = edits.insert_pause(clip, 1, 32_000)
     assert edits.speech_level(paused.wave) == pytest.approx(edits.speech_level(clip.wave), rel=0.03)

@@ -1,4 +1,4 @@
-"""Conversations keep the rules of time: who may speak when, and who stops."""
+"""Sessions keep the rules of time: who may speak when, and who stops."""
 
 import numpy as np
 import pytest
@@ -27,26 +27,26 @@ def speakers() -> Speakers:
     return Speakers.of(ToneBank.made())
 
 
-def made(speakers, name, count=25, **options):
+def sessions(speakers, name, count=25, **options):
     options = {"channel": channel.CLEAN, **options}
     return [mix.make_conversation(np.random.default_rng((7, i)), speakers, ONLY[name], **options) for i in range(count)]
 
 
 def sounding(wave: np.ndarray) -> np.ndarray:
-    """Indices of the samples at which something is heard."""
+    """Returns the indices of the samples at which something is heard."""
     return np.flatnonzero(np.abs(wave) > 1e-4)
 
 
 @pytest.mark.parametrize("name", list(ONLY))
 def test_both_channels_share_one_clock_of_whole_micro_turns(speakers, name):
-    for talk in made(speakers, name, 5, micro_turns=61, channel=None):
+    for talk in sessions(speakers, name, 5, micro_turns=61, channel=None):
         assert talk.user.shape == talk.assistant.shape == (61 * MICRO_TURN_SAMPLES,)
         assert talk.user.dtype == talk.assistant.dtype == np.float32
         assert np.abs(talk.user).max() <= 1
 
 
 def test_the_reply_is_heard_200_to_400_ms_after_the_users_end(speakers):
-    talks = made(speakers, "exchange")
+    talks = sessions(speakers, "exchange")
     latencies = []
     for talk in talks:
         assert len(talk.user_end_s) == len(talk.speech)
@@ -62,7 +62,7 @@ def test_the_reply_is_heard_200_to_400_ms_after_the_users_end(speakers):
 
 @pytest.mark.parametrize("name", list(ONLY))
 def test_the_assistant_is_heard_only_inside_its_stretches(speakers, name):
-    for talk in made(speakers, name, 10):
+    for talk in sessions(speakers, name, 10):
         spoken = np.zeros(len(talk.assistant), bool)
         last = -1
         for speech in talk.speech:
@@ -77,7 +77,7 @@ def test_the_assistant_is_heard_only_inside_its_stretches(speakers, name):
 
 def test_every_reply_is_right_for_what_the_user_said(speakers):
     checked = 0
-    for talk in made(speakers, "all"):
+    for talk in sessions(speakers, "all"):
         start_s = 0.0
         for end_s, expected in zip(talk.user_end_s, talk.expected.split(" | "), strict=False):
             heard = [
@@ -91,10 +91,10 @@ def test_every_reply_is_right_for_what_the_user_said(speakers):
 
 def test_the_assistant_stays_silent_in_a_pause_inside_a_sentence(speakers):
     pauses = []
-    for talk in made(speakers, "hesitation"):
+    for talk in sessions(speakers, "hesitation"):
         for before, after in zip(talk.user_words, talk.user_words[1:], strict=False):
-            inside_a_turn = not any(before.end_s - 0.01 <= end <= after.start_s for end in talk.user_end_s)
-            if inside_a_turn and after.start_s - before.end_s > 0.38:
+            is_inside_a_turn = not any(before.end_s - 0.01 <= end <= after.start_s for end in talk.user_end_s)
+            if is_inside_a_turn and after.start_s - before.end_s > 0.38:
                 pauses.append(after.start_s - before.end_s)
                 window = slice(int(before.end_s * SAMPLE_RATE), int(after.start_s * SAMPLE_RATE))
                 assert np.abs(talk.assistant[window]).max() == 0
@@ -118,15 +118,15 @@ def _end_after(talk, word) -> float:
 
 def test_an_interrupted_assistant_has_stopped_within_400_ms_and_then_answers(speakers):
     interrupted = 0
-    for talk in made(speakers, "barge_in"):
-        for n, scene in enumerate(talk.scenario.split()):
-            if scene != "barge_in":
+    for talk in sessions(speakers, "barge_in"):
+        for n, scenario in enumerate(talk.scenario.split()):
+            if scenario != "barge_in":
                 continue
             interrupted += 1
             before, after = talk.speech[n - 1], talk.speech[n]
             start_s = min(w.start_s for w in talk.user_words if talk.user_end_s[n - 1] < w.start_s)
             stop = (before.end_micro_turn + 1) * MICRO_TURN_SAMPLES
-            # a clip begins up to 10 ms before its first word, and the micro-turn is that of the clip
+            # A clip begins up to 10 ms before its first word, and its own start decides the micro-turn.
             assert 0.19 <= stop / SAMPLE_RATE - start_s <= 0.4
             assert (before.start_micro_turn + 1) * MICRO_TURN_SAMPLES < start_s * SAMPLE_RATE, "it was speaking"
             assert np.abs(talk.assistant[stop : (after.start_micro_turn + 1) * MICRO_TURN_SAMPLES]).max() == 0
@@ -136,7 +136,7 @@ def test_an_interrupted_assistant_has_stopped_within_400_ms_and_then_answers(spe
 
 
 def test_an_interrupted_stretch_keeps_only_words_that_were_said_to_their_end(speakers):
-    for talk in made(speakers, "barge_in"):
+    for talk in sessions(speakers, "barge_in"):
         for speech, reply in zip(talk.speech, talk.expected.split(" | "), strict=True):
             said = [word.text for word in speech.words]
             assert said == reply.split()[: len(said)]
@@ -145,22 +145,22 @@ def test_an_interrupted_stretch_keeps_only_words_that_were_said_to_their_end(spe
             assert [*said, *(word.text for word in speech.unsaid)] == reply.split()
 
 
-def test_what_is_typed_is_answered_in_the_micro_turn_in_which_it_is_read(speakers):
+def test_typed_text_is_answered_in_the_micro_turn_in_which_it_is_known(speakers):
     replies = set()
-    for talk in made(speakers, "typed"):
+    for talk in sessions(speakers, "typed"):
         assert talk.user_words == () and talk.user_end_s == ()
-        assert [turn for turn, _ in talk.typed] == [speech.start_micro_turn for speech in talk.speech]
+        assert [micro_turn for micro_turn, _ in talk.typed] == [speech.start_micro_turn for speech in talk.speech]
         expected = [reply_to(text.split()) for _, text in talk.typed]
         assert expected == [" ".join(word.text for word in speech.words) for speech in talk.speech]
         assert talk.expected == " | ".join(expected)
         replies.update(expected)
         spoken = sum(speech.end_micro_turn - speech.start_micro_turn for speech in talk.speech)
-        assert spoken > 0.5 * len(talk.user) / MICRO_TURN_SAMPLES, "little else but the model's own voice"
+        assert spoken > 0.5 * len(talk.user) / MICRO_TURN_SAMPLES, "most of the session is the model's own voice"
     assert len(replies) > 100
 
 
 def test_nobody_is_answered_when_nobody_spoke(speakers):
-    talks = made(speakers, "silence", channel=None)
+    talks = sessions(speakers, "silence", channel=None)
     assert any(np.abs(talk.user).max() > 1e-3 for talk in talks), "noise and coughs are there"
     for talk in talks:
         assert talk.speech == () and talk.user_words == () and talk.expected == ""
@@ -168,16 +168,16 @@ def test_nobody_is_answered_when_nobody_spoke(speakers):
 
 
 def test_coughs_do_not_stop_the_assistant(speakers):
-    for talk in made(speakers, "distraction"):
+    for talk in sessions(speakers, "distraction"):
         for speech, reply in zip(talk.speech, talk.expected.split(" | "), strict=False):
             assert [word.text for word in speech.words] == reply.split()
 
 
 def test_sessions_repeat_with_their_seed_and_differ_otherwise(speakers):
-    one, two, other = (mix.make_conversation(np.random.default_rng(seed), speakers) for seed in (3, 3, 4))
-    assert one.user.tobytes() == two.user.tobytes() and one.user_words == two.user_words
-    assert one.clock_s == two.clock_s and one.scenario == two.scenario
-    assert one.user.tobytes() != other.user.tobytes()
+    first, same, other = (mix.make_conversation(np.random.default_rng(seed), speakers) for seed in (3, 3, 4))
+    assert first.user.tobytes() == same.user.tobytes() and first.user_words == same.user_words
+    assert first.clock_s == same.clock_s and first.scenario == same.scenario
+    assert first.user.tobytes() != other.user.tobytes()
 
 
 def test_words_joined_from_different_utterances_make_new_sentences(speakers):
@@ -191,14 +191,14 @@ def test_words_joined_from_different_utterances_make_new_sentences(speakers):
 
 
 def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
-    odd = ScenarioWeights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
+    all_nonsense = ScenarioWeights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
     seen = 0
     for i in range(8):
-        talk = mix.make_conversation(np.random.default_rng((3, i)), speakers, odd, channel=channel.CLEAN)
+        talk = mix.make_conversation(np.random.default_rng((3, i)), speakers, all_nonsense, channel=channel.CLEAN)
         replies = filter(None, talk.expected.split(" | "))
-        for scene, expected in zip(talk.scenario.split(), replies, strict=True):
+        for scenario, expected in zip(talk.scenario.split(), replies, strict=True):
             seen += expected == "i see"
-            assert (scene, expected) != ("hesitation", "i see")
+            assert (scenario, expected) != ("hesitation", "i see")
     assert seen >= 8
 
 

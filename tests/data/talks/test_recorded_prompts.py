@@ -1,4 +1,4 @@
-"""A person's prompts become sentences of the task whose words and ends are where their sound is."""
+"""Recorded prompts become sentences of the task, with words and ends where their sound is."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SOUND_S, AROUND_S = 0.4, 0.15
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every prompt as 0.4 s of a tone at 8 kHz with 0.15 s of silence on both sides."""
+    """A folder with every prompt as 0.4 s of a tone at 8 kHz, with 0.15 s of silence on both sides."""
     folder = tmp_path_factory.mktemp("prompts")
     t = np.arange(int(SOUND_S * 8000)) / 8000
     for number, file in enumerate([*recorded_prompts._files().values(), *recorded_prompts.SOUNDS]):
@@ -31,24 +31,22 @@ def prompts(folder):
     return Prompts.read(folder)
 
 
-def items(prompts, scene, count=12):
-    of_scene = [kind for kind in KINDS if kind[0] == scene]
-    return [
-        make_prompted_conversation(np.random.default_rng(i), prompts, of_scene[i % len(of_scene)]) for i in range(count)
-    ]
+def talks_of(prompts, scenario, count=12):
+    of_scenario = [kind for kind in KINDS if kind[0] == scenario]
+    kinds = [of_scenario[i % len(of_scenario)] for i in range(count)]
+    return [make_prompted_conversation(np.random.default_rng(i), prompts, kind) for i, kind in enumerate(kinds)]
 
 
 def sounding(wave: np.ndarray) -> np.ndarray:
-    """Seconds of all samples well above the item's noise."""
+    """Returns the time in seconds of each sample that is well above the noise."""
     return np.flatnonzero(np.abs(wave) > 0.3 * np.abs(wave).max()) / SAMPLE_RATE
 
 
 def test_prompts_are_cut_to_their_sound(prompts):
     assert prompts.source == "8 kHz WAV"
     for text, clip in prompts.clips.items():
-        assert len(clip.wave) / SAMPLE_RATE == pytest.approx(SOUND_S, abs=0.031), (
-            text
-        )  # blocks of 10 ms, 5 ms of margin
+        seconds = len(clip.wave) / SAMPLE_RATE
+        assert seconds == pytest.approx(SOUND_S, abs=0.031), text  # blocks of 10 ms, 5 ms of margin
         assert " ".join(word.text for word in clip.words) == text
         assert clip.words[-1].end_s == pytest.approx(len(clip.wave) / SAMPLE_RATE)
 
@@ -62,9 +60,9 @@ def test_a_sentence_is_covered_by_prompts_or_refused(prompts):
     assert prompts.cover("what is three plus four") is None
 
 
-@pytest.mark.parametrize("scene", ["exchange", "hesitation", "barge_in"])
-def test_a_turn_ends_where_its_sound_ends_and_a_reply_has_room(prompts, scene):
-    for talk in items(prompts, scene):
+@pytest.mark.parametrize("scenario", ["exchange", "hesitation", "barge_in"])
+def test_a_user_turn_ends_where_its_sound_ends_and_a_reply_has_room(prompts, scenario):
+    for talk in talks_of(prompts, scenario):
         assert len(talk.user) % MICRO_TURN_SAMPLES == 0 and not talk.assistant.any()
         heard = sounding(talk.user)
         assert talk.user_end_s[-1] - 0.03 < heard[-1] <= talk.user_end_s[-1]
@@ -75,18 +73,18 @@ def test_a_turn_ends_where_its_sound_ends_and_a_reply_has_room(prompts, scene):
             assert ((heard > word.start_s) & (heard < word.end_s)).any(), word
 
 
-def test_expected_is_the_reply_to_what_was_said_and_nothing_for_a_bare_number(prompts):
-    bare = 0
-    for talk in items(prompts, "exchange", 60):
+def test_the_expected_reply_fits_what_was_said_and_is_empty_for_a_number_alone(prompts):
+    numbers_alone = 0
+    for talk in talks_of(prompts, "exchange", 60):
         words = [word.text for word in talk.user_words]
         assert talk.expected == (reply_to(words) if is_complete(words) else "")
-        bare += not talk.expected
-    assert 5 < bare < 15
+        numbers_alone += not talk.expected
+    assert 5 < numbers_alone < 15
 
 
 def test_gaps_are_short_where_the_sentence_could_be_over(prompts):
     short, wide = [], []
-    for talk in items(prompts, "exchange", 60):
+    for talk in talks_of(prompts, "exchange", 60):
         words = [word.text for word in talk.user_words]
         for k in range(1, len(words)):
             gap = talk.user_words[k].start_s - talk.user_words[k - 1].end_s
@@ -96,7 +94,7 @@ def test_gaps_are_short_where_the_sentence_could_be_over(prompts):
 
 
 def test_a_hesitation_has_one_long_pause_where_the_sentence_is_open(prompts):
-    for talk in items(prompts, "hesitation"):
+    for talk in talks_of(prompts, "hesitation"):
         words = [word.text for word in talk.user_words]
         gaps = [b.start_s - a.end_s for a, b in zip(talk.user_words, talk.user_words[1:], strict=False)]
         long = [k + 1 for k, gap in enumerate(gaps) if gap > 0.5]
@@ -104,8 +102,8 @@ def test_a_hesitation_has_one_long_pause_where_the_sentence_is_open(prompts):
         assert 0.6 <= max(gaps) <= 1.61
 
 
-def test_a_barge_in_is_a_second_turn_while_the_first_is_being_answered(prompts):
-    for talk in items(prompts, "barge_in"):
+def test_a_barge_in_is_a_second_user_turn_while_the_first_one_is_answered(prompts):
+    for talk in talks_of(prompts, "barge_in"):
         first_end, second_end = talk.user_end_s
         second = next(word for word in talk.user_words if word.start_s > first_end)
         assert 0.69 < second.start_s - first_end < 1.01 and second_end > second.start_s
@@ -113,25 +111,25 @@ def test_a_barge_in_is_a_second_turn_while_the_first_is_being_answered(prompts):
         assert len([word for word in talk.user_words if word.end_s <= first_end + 0.01]) >= 3
 
 
-def test_nobody_speaks_in_a_silent_item_but_it_is_not_digital_silence(prompts):
-    for talk in items(prompts, "silence", 6):
+def test_nobody_speaks_in_a_silent_session_but_it_is_not_digital_silence(prompts):
+    for talk in talks_of(prompts, "silence", 6):
         assert talk.user_words == () and talk.user_end_s == () and talk.scenario == "silence" and talk.expected == ""
         assert np.std(talk.user) > 1e-5
 
 
-def test_an_item_is_a_function_of_its_seed(prompts):
+def test_a_session_is_a_function_of_its_seed(prompts):
     for kind in KINDS:
-        one, two = (make_prompted_conversation(np.random.default_rng(5), prompts, kind) for _ in range(2))
-        np.testing.assert_array_equal(one.user, two.user)
-        assert one.user_words == two.user_words
+        first, second = (make_prompted_conversation(np.random.default_rng(5), prompts, kind) for _ in range(2))
+        np.testing.assert_array_equal(first.user, second.user)
+        assert first.user_words == second.user_words
 
 
-def test_missing_packages_are_named(tmp_path):
+def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path):
     with pytest.raises(InputError, match="apt-get install asterisk-core-sounds-en"):
         Prompts.read(tmp_path)
 
 
-def test_the_installed_prompts_say_all_that_items_need():
+def test_the_installed_prompts_can_say_every_kind_of_session():
     if not (recorded_prompts.FOLDER / "digits" / "1.wav").is_file():
         pytest.skip(recorded_prompts.INSTALL)
     prompts = Prompts.read()

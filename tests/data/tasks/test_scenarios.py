@@ -1,4 +1,4 @@
-"""The task grammar: replies are right, closed, and pauses are placed only where a sentence is open."""
+"""The grammar of the task: replies are right and from a closed set, and sentences are known to be open or complete."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_misheard_list_is_said_back_as_it_was_heard():
     assert scenarios.reply_to(["my", "code", "is", "three", "nine"]) == "three nine"
 
 
-def test_every_reply_to_a_sampled_turn_is_in_the_closed_set_and_short():
+def test_every_reply_to_a_sampled_user_turn_is_in_the_closed_set_and_short():
     rng = np.random.default_rng(1)
     texts = scenarios.assistant_texts()
     assert len(texts) == len(set(texts)) <= 700
@@ -55,7 +55,7 @@ def test_every_reply_to_a_sampled_turn_is_in_the_closed_set_and_short():
         assert set(text.split()) <= set(scenarios.VOCABULARY)
 
 
-def test_every_intent_is_drawn_near_its_weight_and_only_other_turns_get_i_see():
+def test_every_intent_is_drawn_by_its_weight_and_only_other_texts_get_i_see():
     rng = np.random.default_rng(2)
     drawn = [scenarios.sample_user_text(rng) for _ in range(4000)]
     for intent, weight in scenarios.INTENT_WEIGHTS.items():
@@ -71,7 +71,7 @@ def test_yes_and_no_are_about_equally_often_right():
     assert 0.35 < replies.count(scenarios.YES) / len(replies) < 0.65
 
 
-def test_sampled_turns_are_complete_sentences():
+def test_sampled_user_turns_are_complete_sentences():
     rng = np.random.default_rng(4)
     for _ in range(2000):
         _, text = scenarios.sample_user_text(rng)
@@ -83,9 +83,9 @@ def test_sampled_turns_are_complete_sentences():
     [
         ("what is three plus four", {1, 2, 3, 4}),
         ("my code is three nine one", {1, 2, 3, 4, 5}),
-        ("the number is forty two", {1, 2, 3}),  # "the number is forty" may be all
+        ("the number is forty two", {1, 2, 3}),  # "the number is forty" is complete
         ("three nine one", {1, 2}),
-        ("alpha bravo charlie", {1}),  # "alpha bravo" may be all
+        ("alpha bravo charlie", {1}),  # "alpha bravo" is complete
         ("say red green", {1}),
         ("good morning", {1}),
         ("is a cat an animal", {1, 2, 3, 4}),
@@ -97,7 +97,7 @@ def test_a_pause_leaves_the_sentence_open_only_where_more_must_follow(text, open
     assert {k for k in range(len(words) + 1) if scenarios.incomplete_after(words, k)} == open_after
 
 
-def test_the_corpus_covers_the_vocabulary_and_repeats_itself_exactly():
+def test_the_corpus_covers_the_vocabulary_and_is_the_same_at_every_call():
     first = list(scenarios.corpus(500))
     assert first == list(scenarios.corpus(500))
     assert set(scenarios.VOCABULARY) <= {word for text in first for word in text.split()}

@@ -1,4 +1,4 @@
-"""Voices: what every engine must give (the words, when each is heard, no silence around), and who is kept back."""
+"""Voices: every engine times its words, leaves no silence around them and repeats; test voices are kept apart."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ENGINES = ("espeak:en-us+f3", "flite:slt", "kokoro:af_heart", "kokoro:af_bella+a
 
 
 def speak(voice: str, text: str, **how: float) -> Utterance:
-    """`synthesise`, or a skip where the engine is not installed."""
+    """Calls `synthesise`, and skips the test if the engine is not installed."""
     try:
         return registry.synthesise(voice, text, **how)
     except InputError as error:
@@ -25,7 +25,7 @@ def tone(seconds: float, rate_hz: int, level: float = 0.5) -> np.ndarray:
 
 
 def two_beeps(rate_hz: int = 24_000) -> Rendering:
-    """0.3 s silence, 0.2 s tone, 0.4 s silence, 0.3 s tone, 0.5 s of noise 60 dB down."""
+    """Returns 0.3 s of silence, 0.2 s of tone, 0.4 s of silence, 0.3 s of tone, and 0.5 s of noise 60 dB lower."""
     noise = np.random.default_rng(0).normal(0, 3e-4, int(0.5 * rate_hz))
     pieces = [np.zeros(int(0.3 * rate_hz)), tone(0.2, rate_hz), np.zeros(int(0.4 * rate_hz)), tone(0.3, rate_hz), noise]
     return Rendering(np.concatenate(pieces).astype(np.float32), rate_hz, (0.0, 0.8))
@@ -48,9 +48,9 @@ def test_every_engine_is_brought_to_one_loudness():
     np.testing.assert_allclose(loud.wave, quiet.wave, atol=1e-4)
 
 
-def test_words_placed_on_one_moment_still_follow_each_other():
-    wave = two_beeps()
-    said = finish(Rendering(wave.wave, wave.rate_hz, (0.0, 0.9, 0.9, 0.9)), "test:beeps", "a b c d")
+def test_words_that_an_engine_starts_at_once_still_follow_each_other():
+    beeps = two_beeps()
+    said = finish(Rendering(beeps.wave, beeps.rate_hz, (0.0, 0.9, 0.9, 0.9)), "test:beeps", "a b c d")
     edges = [edge for word in said.words for edge in (word.start_s, word.end_s)]
     assert edges == sorted(edges)
     assert all(word.end_s > word.start_s for word in said.words)
@@ -100,16 +100,16 @@ def test_words_come_in_order_and_the_last_ends_with_the_sound(voice):
 
 
 def _hiss_onsets(wave: np.ndarray) -> np.ndarray:
-    """Seconds at which at least 25 ms of hiss begin: most of the power above 3.5 kHz, as in an s alone."""
+    """Returns the times in seconds at which at least 25 ms of hiss begin.
+
+    Hiss has most of its power above 3.5 kHz, which only an s has.
+    """
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, (120, 200)), 320)[::FRAME] * np.hanning(320)
     power = np.abs(np.fft.rfft(frames)) ** 2
     total = power.sum(1)
     hiss = (power[:, 70:].sum(1) > 0.5 * total) & (total > 1e-3 * np.quantile(total, 0.95))
-    return (
-        np.array([i for i in range(1, len(hiss) - 5) if hiss[i : i + 5].all() and not hiss[i - 1]])
-        * FRAME
-        / SAMPLE_RATE
-    )
+    onsets = np.array([i for i in range(1, len(hiss) - 5) if hiss[i : i + 5].all() and not hiss[i - 1]])
+    return onsets * FRAME / SAMPLE_RATE
 
 
 @pytest.mark.parametrize("voice", ENGINES)
@@ -136,7 +136,7 @@ def test_pitch_moves_the_voice_and_keeps_its_speed(voice):
 
     def fundamental(wave):
         power = np.abs(np.fft.rfft(wave[: len(wave) // 2], 1 << 17)) ** 2
-        correlation = np.fft.irfft(power)[SAMPLE_RATE // 230 : SAMPLE_RATE // 70]  # 70 to 230 Hz: no octave of a voice
+        correlation = np.fft.irfft(power)[SAMPLE_RATE // 230 : SAMPLE_RATE // 70]  # 70 to 230 Hz excludes octaves
         return SAMPLE_RATE / (SAMPLE_RATE // 230 + np.argmax(correlation))
 
     assert fundamental(high.wave) > 1.1 * fundamental(low.wave)
@@ -148,7 +148,7 @@ def test_rate_shortens_speech():
     assert len(fast.wave) < 0.8 * len(slow.wave)
 
 
-def test_words_that_espeak_runs_together_are_told_apart():
+def test_words_that_espeak_runs_together_are_timed_apart():
     speak("espeak:en-us+f3", "one")
     assert espeak.phonemes(["of", "the", "house"], "en-us")[:2] == ["ʌv", "ðə"]
     said = speak("espeak:en-us+f3", "one of the red ones")
@@ -164,7 +164,7 @@ def test_kokoro_reads_its_own_letters():
     assert line.endswith(".") and [line[begin - 1] for begin in begins[1:]] == [" ", " "]
 
 
-def test_every_voice_of_the_lists_exists():
+def test_every_listed_voice_exists():
     speak("espeak:en-us+f3", "one")
     for name in (*registry.ESPEAK_TRAIN, *registry.ESPEAK_TEST):
         espeak.render("one", name.partition(":")[2], 1.0, 1.0)
