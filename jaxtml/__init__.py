@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtml.stream.audio_file import read_audio, write_wav
     from jaxtml.stream.conversation import Conversation, Speech, Word
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEMO_RECORDING",

@@ -11,6 +11,7 @@ import pytest
 from jaxtml.commands.main import parser
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxtml"
 PAGES = sorted(
     [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "WORKSPACE.md", "CONTRIBUTING.md"))]
 )
@@ -69,3 +70,18 @@ def test_the_readme_names_every_command_and_every_page():
     missing = [name for name in choices if f"`jaxtml {name} " not in text and f"`jaxtml {name}`" not in text]
     missing += [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in text]
     assert not missing
+
+
+def test_the_readme_shows_the_example_that_the_tests_run():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (ROOT / "examples" / "ten_lines.py").read_text().endswith(block)
+
+
+def test_the_map_names_files_that_exist():
+    rows = re.findall(r"^\| (`[^|]+) \|[^|]+\| (`[^|]+) \|$", (ROOT / "WORKSPACE.md").read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    for folders, files in rows:
+        places = [place for folder in re.findall(r"`([^`]+)`", folders) for place in (ROOT / folder, PACKAGE / folder)]
+        for file in re.findall(r"`([^`]+)`", files):
+            roots = [*places, PACKAGE]
+            assert any((place / file).exists() for place in roots), f"the map names {file} in {folders}"
