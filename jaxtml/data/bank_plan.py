@@ -3,9 +3,9 @@
 A plan is a pure function of voices, texts, counts and a seed. Called by `jaxtml.data.conversations`, which has the plan
 spoken by `jaxtml.data.bank.build`.
 
-How to add a voice: its name in `jaxtml.data.voices.registry` with its split (train or test, never both), and a
-`VoiceGroup` in `full_voice_groups`: one for sentences, and one with `single_words` for the vocabulary, from which user
-turns are joined.
+How to add a voice: add its name to `jaxtml.data.voices.registry` with its split (train or test, never both). Then add
+two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words` for the vocabulary, from which
+user turns are joined.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WORDS_PER_UTTERANCE = 4
 """Words that one utterance names. A word alone is too short for the neural voices."""
 
 _SLOW_SHARD, _QUICK_SHARD = 60, 240
-"""Utterances of a shard. A shard takes about a minute: a kill costs as much, and the start of a process is nothing
-beside it."""
+"""Utterances of a shard. A shard takes about a minute. A kill loses that much at most, and starting a process for each
+shard costs little beside it."""
 
 _VOCABULARY_ROUNDS = {"flite": 4, "piper": 4}
 """How often a voice names the vocabulary, for engines that have few voices. Others do so once."""
@@ -120,6 +120,7 @@ def plan_bank(
     quick, slow = [], []
     for number, group in enumerate(groups):
         planned = list(_plan_group(np.random.default_rng([seed, number]), group, draw_user_text, vocabulary))
+        # Sorting by the relative position inside its group interleaves the groups in proportion to their size.
         (slow if group.voices[0].startswith("kokoro:") else quick).extend(
             ((index + 0.5) / len(planned), number, utterance) for index, utterance in enumerate(planned)
         )

@@ -9,11 +9,14 @@ How to add a dataset:
    `jaxtml.data.conversations` is an example. To make a row from a two-channel recording, fill a
    `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
-2. Add its name to `_KINDS` at the end of this file, with one function that makes what the dataset needs on disk and
-   one that opens it.
-3. Train with `--set data.dataset=NAME`. With `conversation` and `encoded` the class also serves `jaxtml data --show`
-   and `--rows`, and the trainer writes sample conversations.
-4. Copy the tests of `tests/data/test_dataset.py` that hold a dataset to its protocol.
+2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
+   and one that opens the dataset.
+3. Train with `--set data.dataset=NAME`. The folder of `--data` also has to hold a `tokenizer.json`. If there is none,
+   `jaxtml data` trains one on the texts of the first task.
+4. Copy the tests in `tests/data/test_dataset.py` that hold a dataset to its protocol.
+
+A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more: `jaxtml data` shows and caches
+its rows, and the trainer holds sample conversations.
 """
 
 from __future__ import annotations
@@ -48,10 +51,11 @@ class Dataset(Protocol):
 
     @property
     def digest(self) -> str:
-        """A text that differs between two datasets of which any row differs, and is the same otherwise.
+        """A text that identifies the rows: two datasets that differ in any row have different digests.
 
-        A training run stores it and refuses to resume on other data. A row cache stores it and refuses to stand in for
-        other rows. Make it from everything that decides a row: the content of files, the config, the tokenizer.
+        It is the same in every process and after every restart. A training run stores it and refuses to resume on other
+        data. A row cache stores it and refuses to stand in for other rows. Make it from everything that decides a row:
+        the content of files, the config, the tokenizer.
         """
         ...
 
@@ -71,6 +75,18 @@ class ConversationDataset(Dataset, Protocol):
     def encoded(self, index: int, /) -> EncodedConversation:
         """Returns the conversation of row `index`, encoded but not padded."""
         ...
+
+
+class _Kind(NamedTuple):
+    """The functions behind the name of a dataset (see `build_dataset` and `open_dataset` for their arguments)."""
+
+    build: Callable[[Config, Path, int], None]
+    open: Callable[[Config, TextCodec, Path, str], Dataset]
+
+
+_KINDS = {
+    "conversations": _Kind(conversations.build, conversations.GeneratedConversations.open),
+}
 
 
 def build_dataset(config: Config, folder: Path, workers: int) -> None:
@@ -95,18 +111,6 @@ def open_dataset(config: Config, codec: TextCodec, folder: Path, split: str = "t
       InputError: `config` names no dataset that exists, or `folder` does not hold what the dataset needs.
     """
     return _kind(config).open(config, codec, folder, split)
-
-
-class _Kind(NamedTuple):
-    """The functions behind the name of a dataset (see `build_dataset` and `open_dataset` for their arguments)."""
-
-    build: Callable[[Config, Path, int], None]
-    open: Callable[[Config, TextCodec, Path, str], Dataset]
-
-
-_KINDS = {
-    "conversations": _Kind(conversations.build, conversations.GeneratedConversations.open),
-}
 
 
 def _kind(config: Config) -> _Kind:

@@ -1,16 +1,17 @@
 """Draws a session: scenarios one after the other, then the channel through which the microphone hears the user.
 
-One session has one user (one voice, one room) and several exchanges. Called by `jaxtml.data.conversations`,
-`jaxtml.data.examples` and `jaxtml.evals.material`.
+One session has one user (one voice, one room) and several exchanges. Called by `jaxtml.data.conversations` (training)
+and `jaxtml.evals.material` (evaluation).
 
 How to add a scenario:
 
 1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`).
 2. When both are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`.
 3. How often it is drawn: a field of the same name in `jaxtml.data.talks.weights.ScenarioWeights`.
-4. Its entry in `SCENARIOS` below.
-5. Its rules of time as a test in `tests/data/talks/test_mix.py`. Then look at some:
-   `jaxtml data tiny --out data --show 5`.
+4. Its entry at the end of `SCENARIOS` below.
+5. A test of its rules of time in `tests/data/talks/test_mix.py`.
+
+Then look at some sessions and listen to them: `jaxtml data tiny --out data --show 5`.
 
 A session is a pure function of the random generator, the bank and the weights. The order of random draws is part of
 every row cache, so a change to it changes the rows of existing caches.
@@ -108,5 +109,5 @@ def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: Se
         name = names[int(rng.choice(len(names), p=odds / odds.sum()))]
         if not SCENARIOS[name](rng, draft, user):
             misses += 1
-        elif name != "distraction":  # A cough finds room where a turn does not: it says nothing about the session.
+        elif name != "distraction":  # A cough may fit where no turn fits any more, so it does not reset the count.
             misses = 0

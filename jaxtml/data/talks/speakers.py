@@ -38,7 +38,7 @@ class Speakers:
       bank: gives the sound of an utterance.
       users: `[U]` int64, indices of the users' sentences in the bank.
       by_voice: voice -> `[n]` indices of its sentences.
-      engines: engine -> the voice of each of its sentences, so that a uniform draw favours voices with many sentences.
+      engines: engine -> its voices, each as often as it has sentences. A uniform draw follows the sentences.
       replies: text of a reply -> index of the assistant's utterance.
       single_words: voice -> word -> utterances that name the word with a pause behind it, as (index, word number).
     """
@@ -97,7 +97,7 @@ class Speakers:
 
 
 def _index_replies(bank: UtteranceSource) -> dict[str, int]:
-    """Every split has the same replies: they are stored once, in the split "train"."""
+    """Returns text -> index of each reply. All splits share the replies, which a bank stores in the split "train"."""
     replies = {}
     for index in np.asarray(bank.select(split="train", role="assistant"), np.int64).tolist():
         replies[" ".join(word.text for word in bank.utterance(index).words)] = index
@@ -105,6 +105,7 @@ def _index_replies(bank: UtteranceSource) -> dict[str, int]:
 
 
 def _index_single_words(bank: UtteranceSource, split: str) -> dict[str, dict[str, list[tuple[int, int]]]]:
+    """Returns voice -> word -> `(index, word number)` of the utterances that name single words."""
     single_words: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for index in np.asarray(bank.select(split=split, role="words"), np.int64).tolist():
         utterance = bank.utterance(index)

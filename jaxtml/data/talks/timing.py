@@ -45,7 +45,7 @@ def hesitation(rng: np.random.Generator, draft: SessionDraft, user: SessionUser)
 def barge_in(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
     """A user turn that interrupts the newest reply, and its own reply.
 
-    An exchange takes its place where there is no reply that is long enough to be interrupted.
+    If no reply is long enough to be interrupted, the user turn becomes an exchange.
     """
     clip = draw_user_turn(rng, user)
     if clip is None:
@@ -92,7 +92,7 @@ def fill_with_typing(rng: np.random.Generator, draft: SessionDraft, speakers: Sp
     micro_turn = draft.free // MICRO_TURN_SAMPLES
     while True:
         text = sample_user_text(rng)[1]
-        if rng.random() < 0.5:  # Every reply equally often: sentences of the task ask for few of them.
+        if rng.random() < 0.5:  # Practise every reply equally often. Drawn sentences ask for few of them.
             text = f"say {replies[int(rng.integers(len(replies)))]}"
         if reply_to(text.split()) not in speakers.replies:
             continue
@@ -118,7 +118,7 @@ def _place_exchange(
         return False
     if interrupts:
         if gate <= start // MICRO_TURN_SAMPLES + 1:
-            return False  # So short a turn is answered before the assistant has stopped.
+            return False  # The turn is so short that its reply would follow the interrupted one without a break.
         draft.interrupt_reply(start)
     draft.place_reply(reply, gate)
     draft.place_user_turn(clip, start)
