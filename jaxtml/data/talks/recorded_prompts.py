@@ -13,8 +13,8 @@ How a session is made, from one random generator and nothing else:
 - **Prompts.** Each prompt is cut to its sound: 10 ms blocks within 38 dB of the loudest one, with 5 ms of margin. So
   the end of the last prompt is the acoustic end of the user turn. Prompts keep their own level and their own falling
   pitch, as isolated words have it.
-- **Gaps.** 50 to 250 ms of silence lie between prompts. Where the sentence could be over already, and inside a number,
-  30 to 150 ms do. A hesitation has one pause of 0.6 to 1.6 s where the sentence is open.
+- **Gaps.** The silence between prompts lasts 50 to 250 ms, or 30 to 150 ms where the sentence could be over already and
+  inside a number. A hesitation has one pause of 0.6 to 1.6 s where the sentence is open.
 - **Barge-in.** The first user turn asks for a long reply. A second user turn starts 0.7 to 1.0 s after its end, while a
   model that answers in time is speaking.
 - **Session.** It begins with 0.4 to 1.2 s without speech and ends with 4.4 s. Speech lies at -32 to -20 dBFS over

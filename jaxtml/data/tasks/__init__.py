@@ -1,0 +1,1 @@
+"""What is said: the texts of users and the right reply to each."""
