@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 from jaxtml.errors import InputError
 
@@ -21,17 +21,21 @@ LARGEST_INT = 2**31 - 1  # sizes and counts become int32 in compiled programs
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `least` to `most`, both included; `least` itself is left out if `open_below`."""
+    """The finite numbers from `least` to `most`.
+
+    Attributes:
+      least: the smallest number; itself not allowed if `open_below`.
+      most: the largest number, itself allowed.
+      open_below: whether a number has to be larger than `least`.
+    """
 
     least: float = 0
     most: float = math.inf
     open_below: bool = False
 
-    def problem(self, value: Any) -> str | None:
+    def problem(self, value: object) -> str | None:
         """Returns what to give instead of `value`, or None where `value` is allowed."""
-        if (
-            not isinstance(value, int | float) or value in (math.inf, -math.inf) or value != value
-        ):  # NaN differs from itself
+        if not isinstance(value, int | float) or not -math.inf < value < math.inf:  # refuses NaN too
             return "give a finite number"
         if value < self.least or (self.open_below and value == self.least):
             return f"give {'more than' if self.open_below else 'at least'} {self.least}"
@@ -46,21 +50,21 @@ class OneOf:
     def __init__(self, *choices: str):
         self.choices = choices
 
-    def problem(self, value: Any) -> str | None:
+    def problem(self, value: object) -> str | None:
         """Returns what to give instead of `value`, or None where `value` is allowed."""
         return None if value in self.choices else f"give {' or '.join(self.choices)}"
 
 
 PositiveInt = Annotated[int, Range(1, LARGEST_INT)]
 NonNegativeInt = Annotated[int, Range(0, LARGEST_INT)]
-LayerCount = Annotated[int, Range(1, 4096)]  # a stack of more layers than any model has is a typing error
+LayerCount = Annotated[int, Range(1, 4096)]  # no model has more layers: a larger number is a slip of the keyboard
 PositiveFloat = Annotated[float, Range(0, open_below=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
 
 
-def check_fields(node: Any, prefix: str = "") -> None:
+def check_fields(node: object, prefix: str = "") -> None:
     """Checks every field of a dataclass, and of the dataclasses in it, against the rule in the field's type.
 
     Args:
@@ -82,8 +86,8 @@ def check_fields(node: Any, prefix: str = "") -> None:
                 raise InputError(f"{prefix}{name} {value!r:.60}: {problem}")
 
 
-def rules_of(hint: Any) -> list[Range | OneOf]:
+def rules_of(hint: object) -> list[Range | OneOf]:
     """Returns the rules in a field's type, also where the type is a union of a ruled type with None."""
     if get_origin(hint) is Annotated:
-        return [rule for rule in hint.__metadata__ if isinstance(rule, Range | OneOf)]
+        return [rule for rule in get_args(hint)[1:] if isinstance(rule, Range | OneOf)]
     return [rule for part in get_args(hint) for rule in rules_of(part)]

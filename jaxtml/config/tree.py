@@ -42,17 +42,17 @@ class AttentionConfig:
     """Width of one head."""
 
     window: PositiveInt
-    """Tokens. A key is visible at distances `[0, window)`, so the query itself counts."""
+    """Tokens that a query sees, its own included: a key is visible at distances `[0, window)`."""
 
     rel_extent: PositiveInt
-    """Tokens. Beyond this distance the relative bias is zero."""
+    """Distance in tokens beyond which the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """First tokens of a session that stay visible at any distance. 512 is one block of
-    `jaxtml.model.attention.blockwise`, which has to hold them all. None by default, as released."""
+    """First tokens of a session that stay visible at any distance. One block of 512 tokens has to hold them all
+    (`jaxtml.model.attention.blockwise`). 0 as released."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where query heads cannot share the key heads. `path` leads here, with a dot behind it."""
+        """Raises `InputError` where query heads cannot share the key heads. `path` leads here and ends in a dot."""
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"{path}n_heads {self.n_heads}: give a multiple of {path}n_kv_heads, {self.n_kv_heads}")
 
@@ -102,8 +102,8 @@ class BackboneConfig:
     `logits_mup_width_multiplier`."""
 
     unpadded_vocab_size: PositiveInt | None = None
-    """Ids of a released model's vocabulary without the padding of its tables. Conversions put the control tokens behind
-    them. None: the model is not a released one, or has no padding."""
+    """Ids of a released model's vocabulary without the padding of its tables. Conversions put the control tokens after
+    these ids. None: the model is not a released one, or has no padding."""
 
     d_rel: PositiveInt = 16
     """Width of the state, per head, from which the relative bias of a query is computed. As released."""
@@ -118,11 +118,11 @@ class BackboneConfig:
     """Added to the mean square in an RMS norm. As released."""
 
     log_scaling_floor: PositiveInt | None = None
-    """Tokens. Past this position the logits of global attention grow with the logarithm of the position. None: they do
-    not grow, which is right for sessions that are shorter."""
+    """Position, in tokens, past which the logits of global attention are scaled up. None: they are not, which is right
+    for shorter sessions."""
 
     log_scaling_alpha: NonNegativeFloat = 0.1
-    """Logits grow by `1 + alpha * ln(position / log_scaling_floor)`. As released."""
+    """The scale is `1 + log_scaling_alpha * ln(position / log_scaling_floor)`. As released."""
 
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of initial weights. As released. `tiny`, which is narrow, takes 0.05."""
@@ -135,7 +135,7 @@ class BackboneConfig:
     """Indices in `[0, mtp_heads)` of the heads with global attention. The others have sliding attention."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where fields contradict each other. `path` leads here, with a dot behind it."""
+        """Raises `InputError` where fields contradict each other. `path` leads here and ends in a dot."""
         self.sliding.check(f"{path}sliding.")
         self.global_.check(f"{path}global_.")
         if self.n_dense > self.n_layers:
@@ -153,13 +153,12 @@ class VisionConfig:
     """The hMLP tower: one token from each patch of 2 frames of 40 x 40 pixels."""
 
     folds: tuple[tuple[int, int, int], ...] = ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
-    """`(time, side, width)` of each layer: a layer folds `time` frames of `side x side` cells into one cell of `width`
-    channels. The products over all layers are 2 frames and a side of 40. The last width is the model's: write 0. Empty:
-    no tower. As released."""
+    """`(time, side, width)` of each layer. A layer folds `time` frames of `side x side` cells into one cell of `width`
+    channels. The products over all layers are 2 frames and a side of 40. The last width is the model's: write 0. No
+    layers, no tower. The default is as released."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where the layers do not fold a patch into one token. `path` leads here, with a dot behind
-        it."""
+        """Raises `InputError` where the layers do not fold a whole patch. `path` leads here and ends in a dot."""
         side = time = 1
         for fold_time, fold_side, _ in self.folds:
             time, side = time * fold_time, side * fold_side
@@ -178,14 +177,14 @@ class DuplexConfig:
     vocabulary."""
 
     max_typed: NonNegativeInt = 8
-    """Typed text or text of the background model, with the control token before it. Longer text goes on in the next
-    micro-turn. Eight read 35 tokens a second, faster than a person types."""
+    """Typed text or text of the background model, and the control token before it. Longer text goes on in the next
+    micro-turn. 8 are 35 tokens of text a second, more than a person types."""
 
     max_patches: NonNegativeInt = 0
-    """Patches of the frame pair. None by default: no video."""
+    """Patches of the frame pair. 0 for no video."""
 
     max_heard: NonNegativeInt = 6
-    """Words of the user, without the control token before them. Six are 30 tokens a second, more than a person says."""
+    """Words of the user, without the control token before them. 6 are 30 tokens a second, more than a person says."""
 
     max_text: NonNegativeInt = 8
     """Text of the assistant, without the control token before it."""
@@ -194,10 +193,10 @@ class DuplexConfig:
     """Whether the model writes down what the user says. The transcript gives a small model words to reason over."""
 
     temperature: NonNegativeFloat = 0.0
-    """Of sampling text tokens. 0 takes the likeliest token, so that a session can be repeated."""
+    """Temperature of sampling text tokens. 0 takes the likeliest token, so that a session can be repeated."""
 
     top_p: Annotated[float, Range(0, 1, open_below=True)] = 1.0
-    """Sampling chooses among the likeliest tokens that have this probability together. 1 leaves out none."""
+    """Sampling chooses among the likeliest tokens that together have this probability. 1 leaves out none."""
 
     gate_threshold: Fraction = 0.5
     """The gate opens where P(speak) is larger. 0.5 takes the likelier side."""
@@ -215,7 +214,7 @@ class FlowConfig:
     """Layers of the head."""
 
     draws: PositiveInt = 4
-    """Noise draws per position over which the training loss is averaged."""
+    """Noise draws per position over which the training loss is averaged. Chosen by hand; `tiny` takes 2."""
 
     steps: PositiveInt = 4
     """Euler steps per 50 ms when the model speaks. More steps cost time and follow the flow more closely."""
@@ -244,13 +243,13 @@ class VocoderConfig:
     """Channels."""
 
     depth: LayerCount = 6
-    """ConvNeXt blocks. The first half reads the pitch, the second half is given it."""
+    """ConvNeXt blocks. The first half finds the pitch, and the second half receives it as an input."""
 
     expansion: PositiveInt = 3
-    """Hidden width of a block as a multiple of `width`."""
+    """Hidden width of a block as a multiple of `width`. ConvNeXt has 4; 3 costs less."""
 
     kernel: PositiveInt = 7
-    """Frames (of 12.5 ms) that a block's convolution sees, its own included. 7 as in ConvNeXt."""
+    """Frames of 12.5 ms that a block's convolution sees, its own included. As in ConvNeXt."""
 
 
 @dataclass(frozen=True)
@@ -267,14 +266,14 @@ class DataConfig:
     """Positions of a row. Longer sessions are cut, shorter ones padded. 768 hold 20 seconds with words and speech."""
 
     heard_delay_ms: NonNegativeInt = 120
-    """Milliseconds between a word's end and the time from which its transcript may be written."""
+    """Milliseconds after a word's end from which its transcript may be written. Chosen by hand."""
 
     text_lead_ms: NonNegativeInt = 2000
-    """Milliseconds by which the assistant's text precedes its sound. The micro-turn that opens the gate is the earliest
-    place. 2,000 put a whole reply there: text spread over micro-turns was cut short (EXPERIMENTS.md, 2026-11-23)."""
+    """Milliseconds by which the assistant's text precedes its sound, at the earliest in the micro-turn that opens the
+    gate. 2,000 put a whole reply there: text spread over micro-turns was cut short (EXPERIMENTS.md, 2026-11-23)."""
 
     misheard: Fraction = 0.3
-    """Share of the rows whose transcript has some other words than were said, so that the model trusts the sound more
+    """Share of the rows in whose transcript some words are replaced. The model learns from them to trust the sound more
     than its own transcript (`jaxtml.data.conversations`)."""
 
     dataset: str = "conversations"
@@ -286,7 +285,7 @@ class TrainConfig:
     """The training run (`jaxtml.train`). The defaults suit `tiny` on two CPU cores."""
 
     steps: PositiveInt = 1000
-    """Updates of the whole run, on which the learning rate's course depends."""
+    """Updates of the whole run. The learning rate's course depends on them."""
 
     batch: Annotated[int, Range(1, 10**6)] = 8
     """Rows of one update, over all devices. Eight of `tiny` take two CPU cores 1.6 seconds."""
@@ -295,16 +294,17 @@ class TrainConfig:
     """The highest learning rate of AdamW. Large models want less (`inkling_small`: 2e-4)."""
 
     warmup: NonNegativeInt = 200
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. Chosen by hand; 50 are enough after `--start-from`."""
 
     decay: Fraction = 0.3
-    """Share of all steps, at the end, over which the learning rate falls linearly to 0. Before, it is constant."""
+    """Share of all steps, at the end, over which the learning rate falls linearly to 0. Between warm-up and decay
+    the learning rate is constant (WSD, Hu et al., 2024)."""
 
     weight_decay: NonNegativeFloat = 0.01
-    """Of matrices in AdamW. Norms, biases and scales do not decay."""
+    """Weight decay of matrices in AdamW; norms, biases and scales do not decay. The usual value."""
 
     clip_norm: PositiveFloat = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm. The usual value."""
 
     norm_limit: PositiveFloat = 1000.0
     """A step whose gradient norm is not below this limit changes no parameter. 1,000 is far above a healthy norm, so
@@ -314,13 +314,13 @@ class TrainConfig:
     """Decay of AdamW's second moment. 0.98 averages over about 50 steps, which suits runs of a few thousand."""
 
     compute_dtype: Dtype = "float32"
-    """Of activations and of the weights they are multiplied with. bfloat16 is slower on a CPU; accelerators want it."""
+    """Dtype of activations and of the weights in matrix products. bfloat16 is slower on a CPU and faster elsewhere."""
 
     param_dtype: Dtype = "float32"
-    """Of the master copy of the parameters."""
+    """Dtype of the master copy of the parameters."""
 
     moment_dtype: Dtype = "float32"
-    """Of AdamW's first moment. The second moment has the dtype of the parameters."""
+    """Dtype of AdamW's first moment. The second moment has the dtype of the parameters."""
 
     remat: Annotated[str, OneOf("none", "outputs", "full")] = "none"
     """What the backward pass computes again, to save memory. "none": nothing. "outputs": a layer, except the outputs of
@@ -339,7 +339,7 @@ class TrainConfig:
     Rows that do not fit are dropped and counted. None: room for the worst case, nothing is dropped."""
 
     seed: NonNegativeInt = 0
-    """Of initial parameters and of the noise in every step."""
+    """Seed of initial parameters and of the noise in every step."""
 
     bias_rate: NonNegativeFloat = 0.001
     """Step by which the router's bias moves towards balanced experts. As in auxiliary-loss-free balancing (Wang et al.,
@@ -352,13 +352,13 @@ class TrainConfig:
     """Weight of the flow head's loss. `tiny` takes 6, as this loss is small beside the others."""
 
     gate_weight: NonNegativeFloat = 1.0
-    """Weight of the gate's cross-entropy. Equal weights keep probabilities honest where terms compete."""
+    """Weight of the gate's cross-entropy. Where text terms compete, equal weights keep the probabilities calibrated."""
 
     heard_weight: NonNegativeFloat = 1.0
-    """Weight of the transcript's cross-entropy."""
+    """Weight of the cross-entropy of the transcript."""
 
     text_weight: NonNegativeFloat = 1.0
-    """Weight of the assistant's text's cross-entropy."""
+    """Weight of the cross-entropy of what the assistant says."""
 
     mtp_weight: NonNegativeFloat = 0.1
     """Weight of the prediction heads' cross-entropy, a mean over heads. As at the end of DeepSeek-V3's training."""
@@ -378,14 +378,15 @@ class ServeConfig:
     """Sessions side by side that `jaxtml plan` plans with. A server is given its number with `--max-sessions`."""
 
     compute_dtype: Dtype = "float32"
-    """Of activations and weights. float32 is faster on a CPU; accelerators want bfloat16."""
+    """Dtype of activations and weights. bfloat16 is slower on a CPU and faster elsewhere."""
 
     int8_experts: bool = False
-    """Whether the routed experts are held as int8 with one scale per column: half the memory of bfloat16, and logits
-    that differ by 0.2 % (`tiny`)."""
+    """Whether the routed experts are kept as int8 with one scale per column. They take half the memory of bfloat16; the
+    logits of `tiny` change by 0.2 % of their norm."""
 
     transport: Annotated[str, OneOf("replicated", "ring")] = "ring"
-    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`)."""
+    """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`). "replicated": every device has all
+    tokens, and the results are summed. "ring": tokens are gathered from all devices, and results scattered back."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ class EvaluationSettings:
     """
 
     model: str
-    material: dict[str, Any]
+    material: dict[str, object]
     listener: str
 
 

@@ -38,6 +38,10 @@ class Gradients(NamedTuple):
     gradients: Params
 
 
+LossAndGradients = tuple[tuple[jax.Array, tuple[Terms, list[MoEStats]]], Params]
+"""What `jax.value_and_grad` of the loss returns: `((loss, (terms, stats)), gradients)`."""
+
+
 def check_batch(config: TrainConfig, mesh: MeshShape) -> None:
     """Raises `InputError` where the devices and their `accumulate` parts cannot share a batch evenly."""
     parts = mesh.batch_shards * config.accumulate
@@ -57,7 +61,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
     def device_gradients(params: Params, batch: Batch, key: jax.Array) -> Gradients:
         row_keys, counts = _row_keys(key, len(batch["kind"]), mesh), count_positions(batch, mesh)
 
-        def part_gradients(batch: Batch, row_keys: jax.Array) -> Any:
+        def part_gradients(batch: Batch, row_keys: jax.Array) -> LossAndGradients:
             return jax.value_and_grad(lambda p: loss_fn(model, p, batch, row_keys, counts), has_aux=True)(params)
 
         if parts == 1:
@@ -88,8 +92,8 @@ def _row_keys(key: jax.Array, rows: int, mesh: MeshShape) -> jax.Array:
 
 
 def _sum_over_parts(
-    part_gradients: Callable[[Batch, jax.Array], Any], parts: int, batch: Batch, row_keys: jax.Array
-) -> Any:
+    part_gradients: Callable[[Batch, jax.Array], LossAndGradients], parts: int, batch: Batch, row_keys: jax.Array
+) -> LossAndGradients:
     """Cuts the rows into `parts`, runs `part_gradients` on one after the other, and sums the results in float32."""
     cut = jax.tree.map(lambda a: jnp.asarray(a).reshape(parts, len(a) // parts, *a.shape[1:]), (batch, row_keys))
     shapes = jax.eval_shape(lambda c: part_gradients(*jax.tree.map(lambda a: a[0], c)), cut)

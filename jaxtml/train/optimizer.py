@@ -12,7 +12,7 @@ import jax
 import optax
 
 from jaxtml.config import TrainConfig
-from jaxtml.model.spec import ParamSpec
+from jaxtml.model.spec import ParamSpec, SpecTable
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -29,7 +29,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def optimizer(config: TrainConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig, specs: SpecTable) -> optax.GradientTransformation:
     """Returns AdamW over the trained parameters of a spec table, for gradients that are already clipped.
 
     Norms, biases and scales do not decay.

@@ -1,4 +1,4 @@
-"""The training step on eight devices is the training step on one: same losses, same gradients, same next state."""
+"""The training step on eight devices equals the training step on one: same losses, gradients and next state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """Sliding and global layers, dense and MoE, no head or axis that eight devices cannot share."""
+    """Sliding and global layers, dense and MoE. Eight devices can share every head and every axis."""
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=8)
     backbone = dataclasses.replace(
         small.backbone, n_layers=3, global_layers=(1,), sliding=attention, vocab_size=304, d_ff_expert=16, mtp_heads=1
@@ -56,32 +56,36 @@ def batch(config, talk, codec) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def alone(config, params, batch):
-    """Terms, stats and gradients on one device."""
+def single_device(config, params, batch):
+    """The gradients of the batch on one device."""
     return jax.device_get(jax.jit(make_gradients(InteractionModel(config)))(params, batch, jax.random.key(3)))
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
-def test_terms_stats_and_gradients_are_those_of_one_device(mesh_shape, config, params, batch, alone, monkeypatch):
+def test_terms_stats_and_gradients_are_those_of_one_device(
+    mesh_shape, config, params, batch, single_device, monkeypatch
+):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", 10_000)  # several chunks of the vocabulary, where one device has one
     model = InteractionModel(config, Placement(mesh_shape))
     mesh = make_mesh(mesh_shape)
-    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))
     with jax.set_mesh(mesh):
         ours = jax.jit(make_gradients(model))(
-            jax.device_put(params, held),
+            jax.device_put(params, shardings),
             jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
             jax.random.key(3),
         )
-    assert all(jax.tree.leaves(jax.tree.map(lambda g, h: g.sharding.is_equivalent_to(h, g.ndim), ours[2], held)))
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), ours.gradients, shardings))
+    )
     terms, stats, grads = jax.device_get(ours)
-    for name, value in alone[0].items():
+    for name, value in single_device.terms.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-    for a, b in zip(stats, alone[1], strict=True):
+    for a, b in zip(stats, single_device.stats, strict=True):
         np.testing.assert_array_equal(a.load, b.load)
         np.testing.assert_allclose(a.z_loss, b.z_loss, rtol=1e-5)
         assert not a.dropped.any()
-    for (path, a), (_, b) in zip(flatten(grads), flatten(alone[2]), strict=True):
+    for (path, a), (_, b) in zip(flatten(grads), flatten(single_device.gradients), strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b) + 1e-9, path
 
 
@@ -89,10 +93,10 @@ def test_a_step_keeps_the_layout_of_its_state(config, params, batch):
     shape = MeshShape(data=4, expert=2)
     model = InteractionModel(config, Placement(shape))
     mesh = make_mesh(shape)
-    held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), shape, TRAIN))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), shape, TRAIN))
     init, step = make_train_step(model)
     with jax.set_mesh(mesh):
-        state = jax.jit(init)(jax.device_put(params, held))
+        state = jax.jit(init)(jax.device_put(params, shardings))
         rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
         after, metrics = jax.jit(step)(state, rows)
     assert all(
@@ -109,36 +113,38 @@ def test_heads_that_a_mesh_cannot_share_are_refused(small):
 
 
 @pytest.mark.parametrize("mesh_shape", [MeshShape(), MeshShape(data=2)], ids=str)
-def test_a_batch_in_parts_has_the_gradients_of_the_whole(mesh_shape, config, params, batch, alone):
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch(mesh_shape, config, params, batch, single_device):
     parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2, remat="full"))
     model = InteractionModel(parts, Placement(mesh_shape))
     if mesh_shape.devices > 1:
         mesh = make_mesh(mesh_shape, jax.devices()[: mesh_shape.devices])
-        held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))
-        given = (
-            jax.device_put(params, held),
+        shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN)
+        )
+        arguments = (
+            jax.device_put(params, shardings),
             jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
             jax.random.key(3),
         )
         with jax.set_mesh(mesh):
-            terms, stats, grads = jax.device_get(jax.jit(make_gradients(model))(*given))
+            terms, stats, grads = jax.device_get(jax.jit(make_gradients(model))(*arguments))
     else:
         terms, stats, grads = jax.device_get(jax.jit(make_gradients(model))(params, batch, jax.random.key(3)))
-    for name, value in alone[0].items():
+    for name, value in single_device.terms.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-    for a, b in zip(stats, alone[1], strict=True):
+    for a, b in zip(stats, single_device.stats, strict=True):
         np.testing.assert_array_equal(a.load, b.load)
-    for (path, a), (_, b) in zip(flatten(grads), flatten(alone[2]), strict=True):
+    for (path, a), (_, b) in zip(flatten(grads), flatten(single_device.gradients), strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b) + 1e-9, path
 
 
 def test_a_batch_without_patches_is_cut_into_parts_too(config, batch):
-    blind = dataclasses.replace(
+    without_video = dataclasses.replace(
         config,
         duplex=dataclasses.replace(config.duplex, max_patches=0),
         train=dataclasses.replace(config.train, accumulate=2),
     )
-    model = InteractionModel(blind)
+    model = InteractionModel(without_video)
     rows = {**batch, "patches": batch["patches"][:, :0]}
     terms, *_ = jax.eval_shape(make_gradients(model), parameter_shapes(model), rows, jax.random.key(0))
     assert terms["loss"].shape == ()

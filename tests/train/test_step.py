@@ -1,5 +1,5 @@
-"""One training step: every term reaches every parameter it should, the optimizer keeps its hands off the rest, and a
-bad batch changes nothing."""
+"""One training step: every loss term reaches the parameters that it should, the optimizer leaves the others alone, and
+a bad batch changes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BIAS_RATE = 0.05
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """Three layers, the last two in one stack: a program of the whole step is slow to compile."""
+    """Three layers, the last two in one stack. The program of a whole step is slow to compile, so there are no more."""
     backbone = dataclasses.replace(small.backbone, n_layers=3, global_layers=(1, 2))
     train = dataclasses.replace(small.train, steps=1000, warmup=0, bias_rate=BIAS_RATE, flow_weight=0.5, z_loss=0.01)
     return dataclasses.replace(small, backbone=backbone, train=train)
@@ -45,7 +45,7 @@ def params(config, lively) -> Params:
 
 @pytest.fixture(scope="module")
 def batch(config, talk, codec) -> dict[str, np.ndarray]:
-    """Two rows with typed text, frames, words and speech; both end in padding."""
+    """Two rows with typed text, frames, words and speech. Both end in padding."""
     tokens = config.data.tokens
     rows = [
         pad(
@@ -77,7 +77,7 @@ def stepped(functions, params, batch) -> tuple[TrainState, TrainState, dict[str,
 
 @pytest.fixture(scope="module", params=[backbone.MAX_UNROLLED_LAYERS, 0], ids=["unrolled", "scanned"])
 def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    """Gradient of each term alone, `{term: {path: array}}`, with layers one by one and in loops."""
+    """The gradient of each term by itself, `{term: {path: array}}`, with layers spelt out and scanned."""
     model = InteractionModel(config)
 
     def weighted(p: Params, weights: jax.Array) -> jax.Array:
@@ -86,14 +86,14 @@ def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np
         return sum(w * terms[name] for w, name in zip(weights, TERMS, strict=True))
 
     grad = jax.jit(jax.grad(weighted))
-    alone = np.eye(len(TERMS), dtype=np.float32)
+    one_term = np.eye(len(TERMS), dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "MAX_UNROLLED_LAYERS", request.param)
-        yield {name: dict(flatten(jax.device_get(grad(params, w)))) for w, name in zip(alone, TERMS, strict=True)}
+        yield {name: dict(flatten(jax.device_get(grad(params, w)))) for w, name in zip(one_term, TERMS, strict=True)}
 
 
 def layers_of(spec: Any, leaf: np.ndarray) -> np.ndarray:
-    """`[layers, ...]`: one row per layer of the stack."""
+    """Returns `[layers, N]`: one row for each layer of the stack."""
     return leaf.reshape(int(np.prod(leaf.shape[: spec.stacked])), -1)
 
 
@@ -111,7 +111,7 @@ def test_every_trained_parameter_of_every_layer_gets_a_gradient(config, gradient
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_every_term_reaches_down_to_the_first_layer_and_the_ears(gradients, term):
+def test_every_term_reaches_down_to_the_first_layer_and_the_embeddings(gradients, term):
     for path in (
         "layers/block0/run0/attn/wv",
         "layers/block0/run0/mlp/w2",
@@ -132,23 +132,23 @@ def test_a_head_learns_from_its_own_terms_alone(gradients):
         assert gradients[term]["unembed"].any()
 
 
-def test_only_own_speech_is_spoilt_and_some_rows_lose_all_of_it(config):
+def test_only_own_speech_is_corrupted_and_some_rows_lose_all_of_it(config):
     flow = dataclasses.replace(config.flow, history_noise=1.0, history_dropout=1.5)
     rng = np.random.default_rng(5)
     bins = rng.integers(2, 16, (64, 50, 80)).astype(np.uint8)
     kind = rng.choice(np.array([PositionKind.USER, PositionKind.OWN], np.uint8), (64, 50))
     keys = jax.random.split(jax.random.key(2), len(bins))
-    spoilt = np.asarray(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), flow, keys))
+    corrupted = np.asarray(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), flow, keys))
     own = kind == PositionKind.OWN
-    np.testing.assert_array_equal(spoilt[~own], bins[~own])
-    missing = own & ~spoilt.any(axis=-1)
+    np.testing.assert_array_equal(corrupted[~own], bins[~own])
+    missing = own & ~corrupted.any(axis=-1)
     share = missing.sum(axis=1) / own.sum(axis=1)
     assert 0.15 < (share == 1).mean() < 0.55, "a third of the rows is expected to lose everything"
     assert share.min() < 0.2 and ((share > 0.2) & (share < 0.8)).mean() > 0.2
-    left = np.abs(spoilt[own & ~missing].astype(int) - bins[own & ~missing])
-    assert left.any() and left.mean() < 1.0
-    whole = dataclasses.replace(flow, history_noise=0.0, history_dropout=0.0)
-    np.testing.assert_array_equal(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), whole, keys), bins)
+    noise = np.abs(corrupted[own & ~missing].astype(int) - bins[own & ~missing])
+    assert noise.any() and noise.mean() < 1.0
+    unchanged = dataclasses.replace(flow, history_noise=0.0, history_dropout=0.0)
+    np.testing.assert_array_equal(corrupt_history(jnp.asarray(bins), jnp.asarray(kind), unchanged, keys), bins)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):
@@ -161,7 +161,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):
     assert all(0 <= float(metrics[f"{name}_right"]) <= 1 for name in ("gate", "heard", "text"))
 
 
-def test_the_optimizer_moves_all_but_the_vocoder_and_the_routers_bias(config, stepped):
+def test_the_optimizer_moves_all_parameters_except_the_vocoder_and_the_router_bias(config, stepped):
     before, after, _ = stepped
     table = dict(flatten(InteractionModel(config).specs()))
     old, new = dict(flatten(before.params)), dict(flatten(after.params))
@@ -177,7 +177,7 @@ def test_the_optimizer_moves_all_but_the_vocoder_and_the_routers_bias(config, st
     assert int(after.step) == 1
 
 
-def test_the_routers_bias_balances_the_experts(functions, params, batch):
+def test_the_router_bias_balances_the_experts(functions, params, batch):
     init, step = functions
     crowded = jax.tree_util.tree_map_with_path(
         lambda path, a: a.at[..., 0].add(0.5) if path[-1].key == "router_bias" else a, params
@@ -193,7 +193,7 @@ def test_the_routers_bias_balances_the_experts(functions, params, batch):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 6e4])
-def test_a_batch_without_a_sound_gradient_changes_nothing_but_the_counter(config, functions, stepped, batch, bad):
+def test_a_batch_without_a_usable_gradient_changes_nothing_but_the_counter(config, functions, stepped, batch, bad):
     _, step = functions
     _, state, _ = stepped
     speech = batch["speech"].copy()
@@ -208,15 +208,15 @@ def test_a_batch_without_a_sound_gradient_changes_nothing_but_the_counter(config
     assert int(again.step) == int(state.step) + 2
 
 
-def test_steps_in_bfloat16_learn_what_steps_in_float32_do(config, functions, params, batch):
+def test_steps_in_bfloat16_learn_as_steps_in_float32_do(config, functions, params, batch):
     low = dict.fromkeys(("compute_dtype", "param_dtype", "moment_dtype"), "bfloat16")
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, **low))
     init, step = make_train_step(InteractionModel(half))
     table = InteractionModel(half).specs()
     cast = jax.tree.map(lambda a, spec: a.astype("bfloat16" if spec.trained else "float32"), params, table)
     runs = []
-    for start, compiled, given in ((functions[0], functions[1], params), (init, jax.jit(step), cast)):
-        state, losses = start(given), []
+    for make_state, compiled, start in ((functions[0], functions[1], params), (init, jax.jit(step), cast)):
+        state, losses = make_state(start), []
         for _ in range(30):
             state, metrics = compiled(state, batch)
             losses.append(float(metrics["loss"]))
@@ -236,7 +236,7 @@ def test_a_step_is_a_function_of_its_state_and_batch(functions, stepped, batch):
     assert later["flow"] != metrics["flow"], "each step draws its own noise"
 
 
-def test_what_stands_in_padding_does_not_matter(functions, stepped, batch):
+def test_the_contents_of_padding_do_not_matter(functions, stepped, batch):
     _, step = functions
     before, _, metrics = stepped
     padding = batch["kind"] == PositionKind.PAD
@@ -262,7 +262,7 @@ def test_one_batch_is_learnt_by_heart(functions, params, batch):
     assert np.mean([loss["flow"] for loss in losses[-10:]]) < 0.7 * np.mean([loss["flow"] for loss in losses[:5]])
 
 
-def test_the_rate_warms_up_stays_and_falls_to_zero(config):
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero(config):
     rate = schedule(dataclasses.replace(config.train, steps=100, warmup=10, decay=0.3, learning_rate=2e-3))
     values = np.array([float(rate(step)) for step in range(101)])
     assert values[0] == 0 and (np.diff(values[:11]) > 0).all()

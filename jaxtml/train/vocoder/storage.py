@@ -26,7 +26,7 @@ from jaxtml.train.vocoder.optimizer import optimizer
 SETTINGS = "training.json"  # a run of the whole model has no such file
 
 
-def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
+def claim(workdir: Path, config: Config, settings: dict[str, object]) -> None:
     """Makes `workdir`, or checks that the run in it has the same settings.
 
     Raises:
