@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 TRACES = ["opentelemetry-api>=1.30,<2"]
 WEBRTC = ["aiortc>=1.16,<1.17"]  # jaxtml/serve/transport/peer.py uses internals of aiortc
 CLIENTS = ["openai[realtime]>=3.50,<4", "openai-agents>=0.20,<1"]  # stock clients of the protocols that we serve
-RUNNERS = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6,<7"]
+RUNNERS = ["pytest>=8,<10", "pytest-xdist>=3.7,<4", "hypothesis>=6,<7"]
 CHECKERS = ["ruff>=0.14,<0.16", "basedpyright>=1.30,<2"]
 
 

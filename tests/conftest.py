@@ -52,6 +52,7 @@ from tests.not_run import (  # noqa: F401  # hooks of pytest
     pytest_testnodedown,
 )
 from tests.oracle import pytest_runtest_setup  # noqa: F401
+from tests.order import pytest_collection_modifyitems  # noqa: F401
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; a program without a mesh runs on the first device
 
