@@ -493,7 +493,7 @@ AUDIO_STATISTICS = """(async () => {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_browser_talks_shows_its_camera_hears_and_hangs_up(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         flags = "--allow-loopback-in-peer-connection"  # a test machine may have no other network

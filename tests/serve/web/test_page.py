@@ -126,7 +126,7 @@ def typed(serving: Serving) -> list[int]:
     return [token for one in serving.model_inputs() for token in one.text]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking():
@@ -158,7 +158,7 @@ def test_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
     serving(slots, engine, test)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_page_has_one_conversation_and_a_lost_connection_loses_nothing(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking(0.2):
@@ -207,7 +207,7 @@ def test_page_has_one_conversation_and_a_lost_connection_loses_nothing(slots, en
     serving(slots, engine, test)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_camera_that_is_allowed_too_late_does_not_reach_the_next_conversation(slots, engine, tmp_path):
     slow = """
         const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
@@ -243,7 +243,7 @@ def test_camera_that_is_allowed_too_late_does_not_reach_the_next_conversation(sl
     serving(slots, engine, test)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_keyboard_is_enough_and_every_control_has_a_name(slots, engine, tmp_path):
     focus = "document.activeElement.id"
 
@@ -285,7 +285,7 @@ def test_keyboard_is_enough_and_every_control_has_a_name(slots, engine, tmp_path
     serving(slots, engine, test)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_camera_picture_reaches_the_model_the_right_way_round(slots, engine, tmp_path):
     """The camera shows a file whose left half is dark and whose right half is bright."""
     luma = np.full((240, 320), 16, np.uint8)
