@@ -1,7 +1,7 @@
 """Finding a config by name or path, and changing single fields of it (`--set train.steps=10`).
 
 A named config is a Python file with `get_config() -> Config` in `CONFIG_DIR`. The file may build on another config:
-it calls `load` with the other one's name or path. Called by every command that takes CONFIG.
+its file calls `load` with the other config's name or path. Called by every command that takes CONFIG.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _evaluate(path: Path) -> Config:
-    """Runs a config file and returns what its `get_config()` returns."""
+    """Runs a config file and returns the result of its `get_config()`."""
     spec = importlib.util.spec_from_file_location(f"jaxtml_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Which values a config field takes: rules that are written into the field's type, and one function that checks them.
+"""The rules for the values of config fields: part of a field's type, and checked by one function.
 
     steps: Annotated[int, Range(1, LARGEST_INT)] = 1000
     remat: Annotated[str, OneOf("none", "outputs", "full")] = "none"
@@ -34,7 +34,7 @@ class Range:
     open_below: bool = False
 
     def problem(self, value: object) -> str | None:
-        """Returns what to give instead of `value`, or None where `value` is allowed."""
+        """Returns the advice for a value that is not allowed, as in "give at least 1"; None for an allowed value."""
         if not isinstance(value, int | float) or not -math.inf < value < math.inf:  # refuses NaN too
             return "give a finite number"
         if value < self.least or (self.open_below and value == self.least):
@@ -51,7 +51,7 @@ class OneOf:
         self.choices = choices
 
     def problem(self, value: object) -> str | None:
-        """Returns what to give instead of `value`, or None where `value` is allowed."""
+        """Returns the advice for a value that is not allowed, as in "give at least 1"; None for an allowed value."""
         return None if value in self.choices else f"give {' or '.join(self.choices)}"
 
 
@@ -69,11 +69,11 @@ def check_fields(node: object, prefix: str = "") -> None:
 
     Args:
       node: the dataclass.
-      prefix: the path of `node` in the config, with a dot behind it; "" for the whole config.
+      prefix: the path of `node` in the config, ending in a dot; "" for the config itself.
 
     Raises:
-      InputError: a field has a value that its rule does not allow. The message names the path, the value and what is
-        allowed.
+      InputError: a field has a value that its rule does not allow. The message has the path, the value and the
+        advice.
     """
     for name, hint in get_type_hints(type(node), include_extras=True).items():
         value = getattr(node, name)

@@ -23,7 +23,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Reads what `to_json` wrote.
+    """Returns the config that `to_json` wrote as `text`.
 
     Raises:
       InputError: `text` is not JSON or not an object, or a field is unknown, missing or of another type.
@@ -45,7 +45,7 @@ def typed(hint: Any, value: Any, path: str) -> Any:
 
     Args:
       hint: the type, as `typing.get_type_hints` gives it (without rules).
-      value: what `json.loads` returned.
+      value: the result of `json.loads`.
       path: the field's path, for messages.
 
     Raises:

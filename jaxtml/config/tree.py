@@ -1,7 +1,7 @@
 """The tree of config dataclasses: every size, rate and limit of a model, its training and its serving.
 
-A field's type carries the rule for its value (`jaxtml.config.rules`); the text below the field says what the field
-means, in which unit, and why the default is what it is. A class with a `check` method has rules between its fields.
+A field's type carries the rule for its value (`jaxtml.config.rules`); the text below the field gives its
+meaning, its unit, and the reason of the default. A class with a `check` method has rules between its fields.
 "As released" means: as in the open checkpoint Inkling-Small.
 """
 

@@ -22,7 +22,7 @@ def judge_baseline(judge: Judge, bank: Bank, texts: Sequence[str], out: Path) ->
     Args:
       judge: transcribes each text once; the transcripts are kept in `out`.
       bank: has the recordings. Texts without a recording are left out.
-      texts: what the model said in the evaluation.
+      texts: the texts that the model said in the evaluation.
       out: the folder of the evaluation.
     """
     path = out / TRANSCRIPTS

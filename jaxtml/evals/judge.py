@@ -60,7 +60,7 @@ class Judge:
         return Judge(WhisperModel(str(path.parent), device="cpu", compute_type="int8", cpu_threads=threads))
 
     def transcribe(self, wave: np.ndarray) -> str:
-        """Returns what is understood of `[N]` float32 at 16 kHz, as Whisper writes it."""
+        """Returns the words in `[N]` float32 at 16 kHz, as Whisper writes them."""
         segments, _ = self.model.transcribe(
             np.pad(wave, _PAD),
             language="en",

@@ -10,8 +10,8 @@
 | `own_voice_word_errors` | <= 20 % |
 
 The other metrics have no threshold and help to explain these. Each is defined at the function that computes it.
-Intervals are Wilson's (1927) at 95 %. They treat counted things as independent, which words and turns of one session
-are not quite. Called by `jaxtml.evals.scores`.
+Intervals are Wilson's (1927) at 95 %. They treat counted things as independent, although words and turns of one
+session are not quite independent. Called by `jaxtml.evals.scores`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Metric:
       high: upper end.
       count: how many of `of` hit; None for quantiles.
       of: how many things were counted, or how many values the quantile is taken from.
-      threshold: what the value is held to; None for no threshold.
+      threshold: the value to reach; None for no threshold.
       at_least: whether the value has to be at least the threshold; if False, at most.
     """
 
@@ -139,7 +139,7 @@ def _hearing(sessions: Sequence[ObservedSession], set_name: str) -> list[Metric]
 
     - `heard_words`: true words that were written down right, of all true words. Every word of the user belongs to the
       task's vocabulary.
-    - `inserted_words`: words written down that nobody said, per true word.
+    - `inserted_words`: words written down that were not said, per true word.
     """
     words: list[WordOutcome] = []
     inserted = 0
@@ -208,7 +208,7 @@ def _interruptions(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metri
 
 
 def _silence(sessions: Sequence[ObservedSession], set_name: str) -> list[Metric]:
-    """Whether the model is silent where nobody asked.
+    """Whether the model stays silent where no user turn asks for a reply.
 
     - `silence_kept`: sessions without speech in which the gate never opens.
     - `unasked_per_minute`: openings of the gate that neither are a reply nor lie inside a user turn.

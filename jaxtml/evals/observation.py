@@ -1,4 +1,4 @@
-"""Observing a session: from a conversation and the model's reply to the record of what happened.
+"""Makes the record of a session from its conversation and the model's reply.
 
 Called by `jaxtml.evals.run`. The user's side comes from the labels of the conversation, the model's side from its
 micro-turns and its sound.
@@ -94,7 +94,7 @@ def heard_words(micro_turns: Sequence[MicroTurn]) -> tuple[HeardWord, ...]:
 
 
 def speech_stretches(reply: Reply) -> tuple[Stretch, ...]:
-    """Returns where the gate was open, what the model said there, and what of it is audible."""
+    """Returns the stretches in which the gate was open, with their text and their audible part."""
     speaking = np.array([False, *(micro_turn.gate == "speak" for micro_turn in reply.turns), False])
     edges = np.flatnonzero(speaking[1:] != speaking[:-1]).reshape(-1, 2)
     audible = _audible_frames(reply.wave)

@@ -1,4 +1,4 @@
-"""What became of each user turn and of each word: the rules by which `jaxtml.evals.metrics` counts. Pure.
+"""The outcome of each user turn and of each word: the rules by which `jaxtml.evals.metrics` counts. Pure.
 
 Times are seconds on the clock of the recording, see `jaxtml.evals.observation`.
 """
@@ -22,14 +22,14 @@ _REACTION_S = 0.2
 
 @dataclass(frozen=True)
 class TurnOutcome:
-    """What became of one user turn.
+    """The outcome of one user turn.
 
     Attributes:
       session: the session.
       turn: the user turn.
       cut_in: the gate opened while the user spoke: from 0.2 s after the start of the turn until its end.
-      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it: less than a
-        micro-turn of the voice that goes on can have been heard by then.
+      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. By then the
+        model can have heard less than a micro-turn of the user's next words.
       reply: the first stretch that opened within `TAKE_OVER_S` after the end and before the next user turn.
       interrupted: the next user turn began before the reply was over. The reply's text then says nothing about the
         answer.
@@ -75,7 +75,7 @@ class TurnOutcome:
 
 
 def turn_outcomes(session: ObservedSession) -> tuple[TurnOutcome, ...]:
-    """Returns what became of each user turn of a session."""
+    """Returns the outcome of each user turn of a session."""
     outcomes = []
     openings = [stretch.open_s for stretch in session.stretches]
     for number, turn in enumerate(session.turns):
@@ -116,7 +116,7 @@ class WordOutcome:
 
 
 def word_outcomes(session: ObservedSession) -> tuple[list[WordOutcome], int]:
-    """Returns what was heard for every true word of a session, and how many words were heard that nobody said.
+    """Returns the outcome of every true word of a session, and how many words were heard that were not said.
 
     Both word sequences of the whole session are aligned. A heard word can stand for a true word from that word's start
     until 2 s after its end, so that chance matches elsewhere do not count.

@@ -1,4 +1,4 @@
-"""The record of one evaluated session: what happened, as times and words, and its JSON.
+"""The record of one evaluated session, as times and words, and its JSON.
 
 Every metric is computed from these records alone. A finished evaluation can therefore be scored again, and a single
 figure can be followed back to its sessions. `jaxtml.evals.observation` makes the records, and `jaxtml.evals.run` writes
@@ -60,7 +60,7 @@ class Stretch:
       close_s: when the last of them ends.
       first_s: first audible sample; None where nothing is audible.
       last_s: end of the last audible sound. The micro-turn after the last, in which the voice rings out, counts too.
-      text: what the model said, as the model wrote it.
+      text: the model's own text for the speech.
       understood: the judge's transcript of the sound; None where the judge was not asked.
     """
 
@@ -111,7 +111,7 @@ def to_json(session: ObservedSession) -> dict[str, Any]:
 
 
 def from_json(row: dict[str, Any]) -> ObservedSession:
-    """Reads what `to_json` wrote."""
+    """Returns the record that `to_json` made `row` of."""
     turns = [
         {**turn, "words": tuple(Word(**word) for word in turn["words"]), "pauses": tuple(map(tuple, turn["pauses"]))}
         for turn in row["turns"]

@@ -38,7 +38,7 @@ _WAVS_PER_SET = 4
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What an evaluation depends on. A folder holds the evaluation of one of them. Names are keys of `run.json`.
+    """Everything that an evaluation depends on. A folder holds one evaluation. Names are keys of `run.json`.
 
     Attributes:
       model: digest of the parameters.
@@ -55,7 +55,7 @@ class Transcriber(Protocol):
     """A judge, or a test's stand-in for one."""
 
     def transcribe(self, wave: np.ndarray, /) -> str:
-        """Returns what is understood of `[N]` float32 at 16 kHz."""
+        """Returns the words in `[N]` float32 at 16 kHz."""
         ...
 
 
@@ -83,8 +83,8 @@ def hold_sessions(
       engine: the model.
       talks: the sessions.
       out: the folder.
-      settings: what the evaluation depends on.
-      judge: transcribes what the model says; None leaves the transcripts out.
+      settings: of the evaluation.
+      judge: transcribes the model's speech; None leaves the transcripts out.
       max_judged: the most stretches of speech per set that the judge transcribes. The judge is slower than the model.
       batch: sessions side by side.
 

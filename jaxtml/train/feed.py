@@ -1,4 +1,4 @@
-"""Batches where the step wants them: each process makes the rows of its own devices, and the rows become global arrays.
+"""The batches of a run, on the devices of the mesh. Each process makes the rows of its own devices.
 
 A batch depends on the dataset, the batch size and the step alone. On a mesh its rows are split over `BATCH_AXES`; the
 devices of one `tensor` group hold the same rows. Called by `jaxtml.train.loop`, under `jax.set_mesh` on a mesh.
@@ -22,7 +22,7 @@ Index = tuple[slice, ...]
 
 
 class BatchFeed:
-    """An endless iterator over the batches of a run, from one step on."""
+    """An endless iterator over the batches of a run, from a first step on."""
 
     def __init__(self, dataset: Dataset, batch: int, mesh: MeshShape, *, first_step: int, workers: int):
         """Opens the feed.
@@ -30,7 +30,7 @@ class BatchFeed:
         Args:
           dataset: makes the rows.
           batch: rows of the global batch.
-          mesh: the mesh that is set; a mesh of one device takes batches as they come.
+          mesh: the mesh that is set. For a mesh of one device batches stay NumPy arrays.
           first_step: number of the first batch.
           workers: processes that make batches in advance; 0 makes them in this process.
         """

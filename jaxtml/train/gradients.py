@@ -1,7 +1,7 @@
-"""Gradients of the whole batch: each device works on its rows, in parts if asked to, and the parts are summed.
+"""Gradients of a batch. Each device works on its own rows, cut into `accumulate` parts, and all results are summed.
 
-On a mesh this is one program per device inside `jax.shard_map`. Parameters and gradients lie as `TRAIN` says
-(`jaxtml.parallel.mesh`); the batch is split over `BATCH_AXES`. Called by `jaxtml.train.step`.
+On a mesh this is one program per device inside `jax.shard_map`. `TRAIN` (`jaxtml.parallel.mesh`) says how
+parameters and gradients are sharded; the batch is split over `BATCH_AXES`. Called by `jaxtml.train.step`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtml.train.loss import Batch, Terms, count_positions, loss_fn
 
 
 class Gradients(NamedTuple):
-    """What one batch gives.
+    """The results of one batch.
 
     Attributes:
       terms: the loss terms by name; their weighted sum "loss"; the norm of the gradients "grad_norm".
@@ -103,8 +103,8 @@ def _sum_over_parts(
 
 
 def _psum_gradient(grad: jax.Array, spec: PartitionSpec, mesh: MeshShape) -> jax.Array:
-    """Sums a gradient over the batch axes on which its parameter is whole. Over the others it is summed already: there
-    the backward pass of the all-gather is a reduce-scatter."""
+    """Sums a gradient over the batch axes that do not split its parameter. Over the others the gradient is summed
+    already, because the backward pass of the all-gather is a reduce-scatter."""
     return psum(grad, mesh, [axis for axis in BATCH_AXES if axis not in _split_axes(spec)])
 
 

@@ -127,7 +127,7 @@ def train(
                             raise _stop(workdir, dataset, batch, number)
                     unreported = []
                 if done % config.train.checkpoint_every == 0 or last:
-                    # Without `force` Orbax leaves out a checkpoint while it still writes the one before.
+                    # Without `force` Orbax skips a checkpoint while it still writes the previous checkpoint.
                     checkpointer.save_async(done, state, force=True)
                 if progress and takes_samples and (done % config.train.sample_every == 0 or last):
                     sampler = sampler or Sampler(config, state.params, codec, data)
@@ -166,5 +166,5 @@ def _stop(workdir: Path, dataset: Dataset, batch: int, last: int) -> InputError:
     return InputError(
         f"steps {first} to {last} were skipped: their gradients are not finite or their norm is not below "
         f"train.norm_limit; the first batch is in {path}. Set a lower train.learning_rate and begin a new --workdir, "
-        "from `jaxtml convert` of this one with --start-from"
+        "with --start-from a checkpoint that `jaxtml convert` makes of this run"
     )

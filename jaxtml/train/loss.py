@@ -68,8 +68,8 @@ def loss_fn(
       counts: of the whole batch.
 
     Returns:
-      The weighted sum of the terms, the terms by name, and the stats of the MoE layers. All of them are sums: added up
-      over devices and parts of a batch, they are those of the whole batch.
+      The weighted sum of the terms, the terms by name, and the stats of the MoE layers. Added up over all devices and
+      all parts of a batch, they are the values of the whole batch.
     """
     config = model.config.train
     dtype = jnp.dtype(config.compute_dtype)

@@ -1,7 +1,7 @@
 """The parameters that a training run begins with, and how parameters lie on the devices of a run.
 
-A run begins with initial parameters or with those of a checkpoint. Each process makes or reads the parts of its own
-devices. `parameter_shapes` also serves `jaxtml.train.storage` and `jaxtml.plan`.
+A run begins with initial parameters or with the parameters of a checkpoint. Each process makes or reads the parts of
+its own devices. Called by `jaxtml.train.loop`; `parameter_shapes` also by `jaxtml.train.storage` and `jaxtml.plan`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) 
     if not (directory / TOKENIZER).is_file():
         logging.warning("%s has no %s: nothing says whether the tokenizer of %s fits it", directory, TOKENIZER, data)
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
-        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} is not that of {data}")
+        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} differs from the tokenizer of {data}")
     return place_parameters(source, parameter_shapes(model))
 
 

@@ -1,4 +1,4 @@
-"""What a run reports of itself: a progress line, and the same figures in `log.jsonl` and in TensorBoard.
+"""The reports of a run: a progress line, and the same figures in `log.jsonl` and in TensorBoard.
 
 Called by `jaxtml.train.loop`, in the first process alone. Names in `log.jsonl` are read by people's scripts: keep them.
 """
@@ -28,8 +28,8 @@ LINE_METRICS = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "
 class TrainProgress:
     """Reports means over the steps since the last report, with speed, utilisation, balance of the experts and ETA.
 
-    `MFU = tokens/s x FLOPs per token / (devices x peak FLOP/s)`. FLOPs are those of `jaxtml.model.flops`: 6 N and
-    attention, nothing for what is computed twice. The peak is the chip's published dense bfloat16 peak. Padding counts
+    `MFU = tokens/s x FLOPs per token / (devices x peak FLOP/s)`. FLOPs are counted by `jaxtml.model.flops`: 6 N and
+    attention, and nothing for recomputation. The peak is the chip's published dense bfloat16 peak. Padding counts
     as tokens.
     """
 
@@ -78,7 +78,7 @@ class TrainProgress:
         logging.info("samples at step %d\n%s", done, text)
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Closes the logs."""
         self.board.close()
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Sample conversations during training: the served micro-turn on sessions with voices that training never hears.
+"""Sample conversations during training, with voices that training never hears: the dataset's split "test".
 
-Called by `jaxtml.train.loop`. The voices are those of the dataset's split "test".
+Called by `jaxtml.train.loop`. The micro-turn is the same as in service.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sampler:
         Each session becomes a stereo WAV (user left, model right). The words go to `samples.txt`.
 
         Returns:
-          What was heard and said, beside what was right.
+          The words that were said, heard, expected and answered, as text.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.params = jax.jit(self.engine.duplex.prepare)(params)

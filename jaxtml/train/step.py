@@ -1,7 +1,6 @@
 """The training step as one pure function: gradients, AdamW and the router's correction bias.
 
-`make_train_step` is what `jaxtml.train.loop` compiles and runs, and what `jaxtml.plan` compiles for pods that are not
-here.
+`jaxtml.train.loop` compiles and runs the step. `jaxtml.plan` compiles the step for pods that are not here.
 
 Axes: L MoE layers, M modalities (`PositionKind`), E routed experts.
 """

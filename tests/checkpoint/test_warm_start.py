@@ -134,7 +134,7 @@ def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoin
     expected = place_parameters(WarmStart(ReleasedCheckpoint(checkpoint), larger), parameter_shapes(model))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     (checkpoint / "tokenizer.json").write_text("another")
-    with pytest.raises(InputError, match="its tokenizer.json is not that of"):
+    with pytest.raises(InputError, match="its tokenizer.json differs from the tokenizer of"):
         checkpoint_parameters(checkpoint, model, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Every field of the config has a rule, and accepts and refuses what it always did."""
+"""Every number in the config has a rule, and every field accepts the same values as ever."""
 
 from __future__ import annotations
 

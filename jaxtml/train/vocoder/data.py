@@ -67,11 +67,11 @@ class VocoderBatch(NamedTuple):
 
 
 def read_recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
-    """Reads from speech banks (`jaxtml.data.bank`) what the vocoder learns from.
+    """Reads the recordings that the vocoder learns from (`jaxtml.data.bank`).
 
     Every utterance of the assistant is learnt at its own speed, slower and faster, with its pitch changed accordingly.
-    Neural users of the training split make up to a quarter of the whole: what has learnt more than one voice reads
-    imperfect frames of that one voice better.
+    Neural users of the training split make up to a quarter of the whole. A vocoder that has learnt several voices reads
+    imperfect frames of the assistant's voice better.
 
     Returns:
       Recordings `[N]` float32 at 16 kHz.
