@@ -128,8 +128,8 @@ def compilations() -> list[str]:
     """A list that grows by one with every program that XLA compiles or takes from the persistent cache."""
     seen: list[str] = []
 
-    def listen(event: str, duration_s: float, **_: Any) -> None:
-        del duration_s
+    def listen(event: str, duration: float, **_: Any) -> None:
+        del duration
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 

@@ -1,7 +1,7 @@
 """The order in which test files run. Imported by tests/conftest.py as a pytest hook.
 
-Two processes take the files one by one (`--dist loadfile`). A long file that is taken last leaves one process idle while
-the other works on it. So the longest files are taken first.
+Two processes take the files one by one (`--dist loadfile`). A long file that is taken last leaves one process idle
+while the other works on it. So the longest files are taken first.
 """
 
 from __future__ import annotations

@@ -57,6 +57,13 @@ def moe(shaped: Any, platform: str) -> dict[str, float]:
     return figures | ({"compiled": analysis["flops"] / needed} if analysis else {})
 
 
+def temporary_bytes(compiled: jax.stages.Compiled) -> float:
+    """Returns the bytes that a compiled program needs besides its inputs and outputs."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def attention(shaped: Any, window: int, extent: int) -> float:
     """Returns the bytes that attention over a long sequence needs besides its operands and gradients."""
     config = configs.load("inkling_small").backbone
@@ -71,8 +78,7 @@ def attention(shaped: Any, window: int, extent: int) -> float:
         return attend_sequence(kind, *operands).astype(jnp.float32).sum()
 
     arguments = [shaped(shape, jnp.bfloat16) for shape in shapes]
-    compiled = jax.jit(jax.grad(loss, range(5))).lower(*arguments).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return temporary_bytes(jax.jit(jax.grad(loss, range(5))).lower(*arguments).compile())
 
 
 def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
@@ -90,8 +96,8 @@ def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
     def run(rows: jax.Array, sizes: jax.Array, experts: ExpertWeights) -> jax.Array:
         return grouped_swiglu(rows, sizes, experts, block)
 
-    compiled = jax.jit(run).lower(rows, sizes, ExpertWeights(w13, w2, *scales, at)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    experts = ExpertWeights(w13, w2, scales[0], scales[1], at)
+    return temporary_bytes(jax.jit(run).lower(rows, sizes, experts).compile())
 
 
 def main(text: str) -> None:

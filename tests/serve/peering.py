@@ -116,6 +116,7 @@ class PeerClient:
 
     def vanish(self) -> None:
         """Disappears without closing anything, as if the network had failed."""
+        assert self.pc.sctp is not None
         for protocol in self.pc.sctp.transport.transport._connection._protocols:
             protocol.transport.abort()
 
@@ -123,6 +124,7 @@ class PeerClient:
         try:
             while True:
                 frame = await track.recv()
+                assert isinstance(frame, av.AudioFrame)
                 samples = frame.to_ndarray().reshape(-1, 2)[:, 0].astype(np.float32) / 2**15
                 self._heard.append(samples)
         except MediaStreamError:
@@ -149,7 +151,7 @@ async def open_peer_client(*tracks: MediaStreamTrack) -> AsyncIterator[PeerClien
 def scripted_tone(hz: float, script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
     """Returns a kind of worker as `scripted` does, whose audio is always a tone."""
 
-    class ScriptedTone(scripted(script)):
+    class ScriptedTone(scripted(script)):  # pyright: ignore[reportGeneralTypeIssues]
         async def tick(self, tick: Tick) -> TickReply:
             reply = await super().tick(tick)
             start = 3200 * len(self.ticks)
@@ -159,4 +161,4 @@ def scripted_tone(hz: float, script: Script) -> Callable[[Slots, SteppedClock], 
             }
             return replace(reply, outputs=outputs)
 
-    return ScriptedTone
+    return ScriptedTone  # pyright: ignore[reportReturnType]

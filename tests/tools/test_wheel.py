@@ -82,7 +82,7 @@ def test_the_wheel_says_what_it_is(wheel):
         licences = {entry.rpartition("/")[2] for entry in archive.namelist() if ".dist-info/" in entry}
     assert metadata["Version"] == jaxtml.__version__
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text().strip()
     assert licences >= {"LICENSE", "NOTICE"}
 
 
