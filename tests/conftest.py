@@ -128,8 +128,8 @@ def compilations() -> list[str]:
     """A list that grows by one with every program that XLA compiles or takes from the persistent cache."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 
