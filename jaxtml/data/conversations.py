@@ -34,6 +34,8 @@ BANK_FOLDER = "bank"
 """The utterance bank inside the folder that `jaxtml data` writes."""
 
 _FORMAT = 1
+"""Part of the digest. Raise it when the same inputs make other rows than before."""
+
 _MISHEARD_SHARE = (0.1, 0.4)
 """Bounds of the share of replaced words in a row. An untrained model mishears more words, a good one fewer."""
 

@@ -1,7 +1,7 @@
 """The arrays of one row of training data: their names, shapes and dtypes, and the padding to those shapes.
 
-Datasets make rows with `pad`. The training step and `jaxtml plan` read the shapes from `row_shapes`, so a row always
-has the shapes that the compiled step was made for.
+Datasets make rows with `pad`. All rows of a config have the shapes of `row_shapes`, so that one compiled training step
+fits them. `jaxtml plan` compiles the step for the same shapes.
 
 Axis glossary: T positions, C clock features, P patches, S own-speech positions.
 """
