@@ -175,8 +175,8 @@ def _has_mesh(options: ServerOptions) -> bool:
 def _default_workers() -> int:
     """Returns the number of CPU cores if the model runs on CPUs, else 1.
 
-    The matrix products of a small model are too small for two cores to share, so each core gets a worker. A process of
-    its own asks JAX for the platform, because asking reserves the memory of an accelerator.
+    The matrix products of a small model are too small for two cores to share, so each core gets a worker. This function
+    starts a short-lived process to ask JAX for the platform, because asking reserves the memory of an accelerator.
     """
     command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     platform = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -184,7 +184,7 @@ def _default_workers() -> int:
 
 
 def _bind(options: ServerOptions) -> socket.socket:
-    """Takes the server's address, before the long work begins. Nobody can connect to it yet.
+    """Reserves the server's port before the model is loaded. Nobody can connect to the port yet.
 
     Raises:
       InputError: the address or the port cannot be used.
@@ -240,7 +240,7 @@ async def _serve(
 
 def _runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
     """Returns aiohttp's runner of the application."""
-    # aiohttp logs a request that it cannot parse with everything in it, also with its key.
+    # If aiohttp cannot parse a request, it logs the whole request, and a request may contain an API key.
     logger = standard_logging.getLogger("jaxtml.http")
     logger.disabled = True
     return web.AppRunner(
@@ -257,8 +257,8 @@ def _freeze_loaded_objects() -> None:
     """Takes all loaded objects out of garbage collection: to scan them takes longer than the time between ticks."""
     gc.collect()
     gc.freeze()
-    # Python scans old objects again when their number has grown by a quarter since the last full collection. This call
-    # sets that number to the few objects that are not frozen.
+    # Python runs the next full collection when the number of objects has grown by a quarter since the last one. After
+    # this call Python counts from the few objects that are not frozen.
     gc.collect()
 
 
@@ -266,8 +266,9 @@ class _ShutdownSignals:
     """Listens to signals from now on.
 
     Attributes:
-      drain: set by SIGTERM or SIGINT, or by another host that ends: end when the sessions have ended.
-      now: set by a second SIGTERM or SIGINT: end at once.
+      drain: set by SIGTERM or SIGINT, or when another host got one of these signals. The server then ends when its
+        sessions have ended.
+      now: set by a second SIGTERM or SIGINT. The server then ends at once.
     """
 
     def __init__(self) -> None:

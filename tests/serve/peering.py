@@ -1,4 +1,7 @@
-"""A WebRTC client for tests, made with aiortc: it sends a tone and keeps what it hears. Used beside `serving`."""
+"""A WebRTC client for tests, made with aiortc: it sends a tone and keeps what it hears.
+
+The server is that of `tests.serve.serving`.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ async def open_peer_client(*tracks: MediaStreamTrack) -> AsyncIterator[PeerClien
 
 
 def scripted_tone(hz: float, script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
-    """Returns a kind of worker as `scripted` does, whose audio is always a tone."""
+    """Returns a subclass of the worker of `tests.serve.stepped.scripted`. Its audio is always a tone."""
 
     class ScriptedTone(scripted(script)):  # pyright: ignore[reportGeneralTypeIssues]
         async def tick(self, tick: Tick) -> TickReply:

@@ -65,7 +65,7 @@ class Serving:
 
     @asynccontextmanager
     async def ticking(self, period_s: float = 0.0) -> AsyncIterator[None]:
-        """Runs tick after tick while the context is open, one every `period_s` seconds. A real server has 0.2 s."""
+        """Runs tick after tick while the context is open, one every `period_s` seconds (0.2 on a real server)."""
 
         async def forever() -> None:
             due = time.monotonic()
@@ -180,7 +180,7 @@ def serving(
       access: the keys; None: no keys, so everyone may do everything.
       limits: the time limits; None: the defaults.
       origins: web pages that may use the server.
-      model: makes the worker.
+      model: called with the compiled model and the clock; returns the worker.
     """
     seeds = itertools.count(7)  # with these seeds the small model hears words and speaks
 

@@ -1,4 +1,7 @@
-"""A clock that a test advances, and workers without a process: the real one, and one that says what a script says."""
+"""A clock that a test advances, and workers that run inside the test's process.
+
+One worker gives the model's own outputs. The other one says what a script says.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +79,9 @@ Script = Mapping[int, tuple[Control | str, ...]]  # what the model says, by the 
 
 
 def scripted(script: Script) -> Callable[[Slots, SteppedClock], InProcessWorker]:
-    """Returns a kind of worker whose model says what the script says, and listens in all other ticks.
+    """Returns a class of workers. Their model says what the script says, and listens in all other ticks.
 
-    The audio is the model's own. Only the tokens and the gate come from the script.
+    The audio is the model's own. Only the tokens, and whether the model speaks, come from the script.
     """
 
     class Scripted(InProcessWorker):

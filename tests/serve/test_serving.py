@@ -1,4 +1,7 @@
-"""Tests of `jaxtml serve` as a process: it prints its address, serves, and ends in good order or with one line."""
+"""Tests of `jaxtml serve` as a process: it prints its address, serves, and ends in good order.
+
+A server that cannot start prints one line on stderr and ends.
+"""
 
 from __future__ import annotations
 

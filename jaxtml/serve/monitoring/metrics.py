@@ -2,6 +2,10 @@
 
 A server has one `Metrics`. The scheduler, the session manager, connections and protocols record into it, and the
 address `/metrics` answers with `Metrics.text`. Metric names are a contract with dashboards: do not change them.
+
+The server has a clock with one tick every 200 ms. At each tick the scheduler calls the compiled model once: one step,
+which gives each session one micro-turn, 200 ms of input and output. A delegation is a task that the model hands over to
+the client.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ _TICK_BUCKETS_S = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3, 0.5, 1.0)
 
 
 class _ComputedCounter(Collector):
-    """A counter whose value a function returns each time the metric is read."""
+    """A counter that calls a function for its value each time Prometheus reads the metric."""
 
     def __init__(self, name: str, help_text: str, value: Callable[[], float]):
         self.name, self.help_text, self.value = name, help_text, value
@@ -30,8 +34,8 @@ class Metrics:
 
     Attributes:
       registry: the Prometheus registry that holds them.
-      ticks: duration of a tick.
-      steps: duration of the compiled step inside a tick.
+      ticks: duration of a tick, from its start to its results.
+      steps: duration of the model's step inside a tick.
       input_lag: audio that waits in a session's jitter buffer.
       output_gap: time between two writes to one client.
       sessions_begun: sessions, by protocol.
@@ -39,26 +43,26 @@ class Metrics:
       rejections: requests that were refused, by error code.
       resumptions: attempts to resume a session, by result.
       malformed_messages: messages that could not be used, by protocol.
-      delegations: time from a delegation to its first answer.
+      delegations: time from a delegation to the client's first answer.
     """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.ticks = Histogram(
             "duplex_tick_duration_seconds",
-            "Duration of a tick, from its start to its results.",
+            "Duration of one tick of the server's 200 ms clock, from its start to its results.",
             buckets=_TICK_BUCKETS_S,
             registry=registry,
         )
         self.steps = Histogram(
             "duplex_step_duration_seconds",
-            "Duration of the compiled step inside a tick.",
+            "Duration of the model's step inside a tick.",
             buckets=_TICK_BUCKETS_S,
             registry=registry,
         )
         self.input_lag = Histogram(
             "duplex_input_lag_seconds",
-            "Seconds of received audio waiting in a session's jitter buffer after a micro-turn.",
+            "Seconds of received audio waiting in a session's jitter buffer after a tick of the server's 200 ms clock.",
             buckets=(0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0, 10.0),
             registry=registry,
         )
@@ -91,7 +95,7 @@ class Metrics:
         )
         self.delegations = Histogram(
             "duplex_delegation_duration_seconds",
-            "Time from a delegation to its first answer.",
+            "Time from when the model hands a task over to the client until the first answer.",
             buckets=(0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
             registry=registry,
         )
@@ -105,7 +109,7 @@ class Metrics:
         self.registry.register(_ComputedCounter(name, help_text, value))
 
     def observe_tick(self, tick_s: float, step_s: float) -> None:
-        """Records one tick: the seconds it took, and the seconds of the compiled step inside it."""
+        """Records one tick: the seconds it took, and the seconds of the model's step inside it."""
         self.ticks.observe(tick_s)
         self.steps.observe(step_s)
 

@@ -1,11 +1,14 @@
 """OpenTelemetry traces: one span per session, with events such as a lost client or a delegation.
 
+A delegation is a task that the model hands over to the client.
+
 Called by `serve.sessions.manager`. The extra `telemetry` installs OpenTelemetry. Only its API is used here. To record
-traces, start the server with `opentelemetry-instrument jaxtml serve ...`, whose options say where they go. Without that
-command nothing is recorded.
+traces, start the server with `opentelemetry-instrument jaxtml serve ...`. The options of `opentelemetry-instrument` say
+where the traces go. Without that command nothing is recorded.
 
 A span begins inside the HTTP request that asks for the session. Where HTTP requests are traced too, it is a child of
-the request's span. Attribute names follow OpenTelemetry's conventions for generative AI where these have a name.
+the request's span. OpenTelemetry's conventions for generative AI name some attributes, and these names are used here.
+All other attributes begin with `jaxtml.`.
 
 Before turning on HTTP tracing, know that its spans contain request addresses. These can hold the keys of Moshi clients
 and the tokens of Realtime clients.
@@ -35,7 +38,7 @@ class Span(Protocol):
 
 
 class _NullSpan:
-    """The span where OpenTelemetry is not installed: it records nothing."""
+    """The span that is used if OpenTelemetry is not installed. It records nothing."""
 
     def set_attribute(self, key: str, value: Value) -> None:
         del key, value

@@ -1,12 +1,13 @@
-"""A model on several hosts: the leader's worker sends every tick to the workers of the other hosts.
+"""A model on several hosts: one worker, the leader, sends every tick to the workers of the other hosts.
 
-Called by `serve.runtime.worker`. Before changing this file, know that a step is one program on all devices: every
-process must call it with the same inputs, in the same order. A process that stops calling it blocks all the others.
+Called by `serve.runtime.worker`. A tick (`serve.runtime.wire.Tick`) is the request for one step of the model. Before
+changing this file, know that a step is one program on all devices: every process must run it with the same inputs, in
+the same order. A process that stops running steps blocks all the others.
 
-The worker of process 0 is the leader. It gets ticks from the network process (`serve.runtime.wire`) and passes each one
-on, unchanged, over TCP before it runs the tick. The other workers are followers: they run the same tick and keep the
-results to themselves. Followers learn the leader's address once, through a broadcast over the devices, together with a
-secret. The leader sends ticks only to connections that show the secret.
+The worker of process 0 is the leader. The network process, which serves the clients, sends ticks to the leader. The
+leader passes each tick on, unchanged, over TCP before it runs the tick. The other workers are followers: they run the
+same tick and keep the results to themselves. Followers learn the leader's address once, through a broadcast over the
+devices, together with a secret. The leader sends ticks only to connections that show the secret.
 
 - A follower that gets SIGTERM or SIGINT tells the leader, and the leader's server drains.
 - A process that dies takes all others with it at once, because a step would wait for it forever. A supervisor must
@@ -39,7 +40,7 @@ from jaxtml.serve.runtime.wire import END_FRAME, LENGTH, receive_data, receive_e
 _INVITATION_BYTES = 512  # size of the broadcast that tells followers where the leader is
 _CONNECT_S = 60.0  # within this time all followers must have connected
 _SECRET_S = 5.0  # within this time a new connection must show the secret
-DRAIN_SIGNAL = signal.SIGUSR1  # asks the server to drain because another host ends; sending it again changes nothing
+DRAIN_SIGNAL = signal.SIGUSR1  # tells the server to drain because a follower was told to end; may be sent twice
 
 
 class Setup(TypedDict):
@@ -78,22 +79,26 @@ class Leader:
             follower.sendall(END_FRAME)
 
     def _watch(self, follower: socket.socket) -> None:
-        """Runs in a thread. A byte from the follower means that its host ends; a closed connection, that it is gone."""
+        """Waits, in a thread, for news of a follower.
+
+        A byte means that the follower got SIGTERM or SIGINT. A closed connection means that the follower is gone.
+        """
         try:
             while follower.recv(1):
                 if os.getppid() == self.server_pid:  # another parent means that the server itself is gone
                     os.kill(self.server_pid, DRAIN_SIGNAL)
         except OSError as error:
-            logging.error("another host: %s", error)
+            logging.error("the connection to a process of another host failed: %s", error)
         if not self.ending:
             exit_now("a process of another host is gone")
 
 
 def start_leader(setup: Setup) -> Leader:
-    """Called on process 0: tells all followers where it is, and waits until they have connected.
+    """Called on process 0: tells all followers the leader's address, and waits until they have connected.
 
     Args:
-      setup: sent to the followers with the address, as JSON of at most 150 characters.
+      setup: sent to the followers with the address, as JSON. At most 150 characters, so that the invitation fits into
+        the broadcast with a host name of 253 characters, the longest that is allowed.
 
     Raises:
       InputError: a follower does not connect in time.
@@ -101,7 +106,7 @@ def start_leader(setup: Setup) -> Leader:
     host, secret = first_host(), secrets.token_bytes(32)
     with _listen(host) as listener:
         invitation = json.dumps([setup, host, listener.getsockname()[1], secret.hex()]).encode()
-        assert len(invitation) <= _INVITATION_BYTES, "host names have at most 253 characters"
+        assert len(invitation) <= _INVITATION_BYTES, "the invitation is too long for the broadcast"
         broadcast_one_to_all(np.frombuffer(invitation.ljust(_INVITATION_BYTES), np.uint8))
         listener.settimeout(_CONNECT_S)
         followers: list[socket.socket] = []
@@ -109,7 +114,7 @@ def start_leader(setup: Setup) -> Leader:
             try:
                 connection, _ = listener.accept()
             except TimeoutError as error:
-                raise InputError(f"only {len(followers) + 1} of {jax.process_count()} hosts are there") from error
+                raise InputError(f"only {len(followers) + 1} of {jax.process_count()} hosts have connected") from error
             connection.settimeout(_SECRET_S)
             if _shows_secret(connection, secret):
                 _detect_dead_peer(connection)
@@ -158,13 +163,16 @@ def exit_now(reason: str) -> NoReturn:
 
 
 def _receive_ticks(leader: socket.socket, put: Callable[[bytes], None]) -> None:
-    """Runs in a thread, because the main thread cannot notice a dead leader while it is blocked inside a step."""
+    """Receives the leader's ticks and calls `put` with each one. Ends this process if the leader is gone.
+
+    Runs in a thread, because the main thread cannot notice a dead leader while a step blocks it.
+    """
     data: bytes | None = None
     while data != b"":
         try:
             data = receive_data(leader)
         except OSError as error:
-            logging.error("the first host: %s", error)
+            logging.error("the connection to the first host's process failed: %s", error)
             data = None
         if data is None:
             exit_now("the first host's process is gone")
@@ -173,7 +181,7 @@ def _receive_ticks(leader: socket.socket, put: Callable[[bytes], None]) -> None:
 
 
 def _listen(host: str) -> socket.socket:
-    """Listens on the loopback interface if that is the host's name, else on all interfaces, IPv4 and IPv6."""
+    """Listens on the loopback interface if `host` names this interface, else on all interfaces, IPv4 and IPv6."""
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, 0))
     if socket.has_dualstack_ipv6():
@@ -182,7 +190,7 @@ def _listen(host: str) -> socket.socket:
 
 
 def _detect_dead_peer(connection: socket.socket) -> None:
-    """Sets keep-alive so that the connection ends within about ten seconds if the other machine dies without a word."""
+    """Sets keep-alive so that the connection ends within about ten seconds if the other machine dies silently."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("NODELAY", 1), ("KEEPIDLE", 5), ("KEEPINTVL", 2), ("KEEPCNT", 3), ("USER_TIMEOUT", 10_000)):

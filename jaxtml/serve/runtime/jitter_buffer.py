@@ -5,12 +5,13 @@ The scheduler (`serve.runtime.scheduler`) takes one micro-turn from it at each t
 The rules, which the tests hold:
 
 - A micro-turn takes the oldest 200 ms of audio. If less has arrived, silence fills the rest. A tick waits for nobody.
-- Audio that arrives late is played to the model late, after that silence. So the reserve of waiting audio grows to the
-  size of the network's jitter.
+- Audio that arrives late is not dropped: the model hears it after that silence. The audio that is then left in the
+  buffer after each micro-turn is the reserve. Each delay of the network makes the reserve larger, until the reserve is
+  as large as the network's jitter.
 - A reserve of more than 200 ms that lasts for five seconds is latency. The buffer then removes one micro-turn of
   silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
-- A reserve larger than two seconds, plus the audio that was missed before, was not sent in real time: it is an upload,
-  for example of a file. The model hears an upload whole and at its own speed.
+- A client that sends in real time has a reserve of at most two seconds, plus the audio for which silence was played
+  before. A larger reserve is an upload, for example of a file. The model hears an upload whole and at its own speed.
 - At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 
@@ -44,7 +45,7 @@ class JitterBuffer:
         self.chunks: deque[np.ndarray] = deque()
         self.waiting_samples = self.missed_samples = self.cut_samples = 0
         self.muted = False
-        # The smallest reserve of the last micro-turns, and the number of those micro-turns.
+        # The smallest reserve since the last decision about latency, and the number of micro-turns since then.
         self._smallest_reserve, self._micro_turns = CAPACITY, 0
 
     def free_samples(self) -> int:

@@ -4,8 +4,9 @@ Called by `serve.serving`, which starts it, and by `serve.sessions.manager`, whi
 
 With a mesh there is one worker, which has all devices. On a CPU there is one worker per core, each pinned to its core:
 the matrix products of a small model are too small for two cores to share. A worker splits its sessions into groups
-(`jaxtml.session.slots.slot_groups`), and each group has a scheduler. The schedulers' clocks are spread evenly over a
-tick. So neither a worker nor the network process gets the requests of all schedulers at once.
+(`jaxtml.session.slots.slot_groups`), and each group has a scheduler. Every 200 ms each scheduler asks its worker for a
+tick: one step of the model. The schedulers do so one after another, at equal distances within the 200 ms. So neither a
+worker nor the network process, which serves the clients, gets the requests of all schedulers at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ OnTick = Callable[[float, float], None]  # as `Scheduler.on_tick`
 
 
 class WorkerPool:
-    """The schedulers of a server and the workers that they ask. Use `start_pool`.
+    """The schedulers of a server, and the workers that run the schedulers' ticks. Use `start_pool`.
 
     Args:
       schedulers: one per group of sessions.
@@ -47,7 +48,7 @@ class WorkerPool:
         return list(itertools.chain.from_iterable(scheduler.sessions.values() for scheduler in self.schedulers))
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
-        """Returns a new session in the scheduler that has the fewest; arguments as in `Scheduler.admit`.
+        """Admits a session to the scheduler with the fewest sessions. The arguments are those of `Scheduler.admit`.
 
         Raises:
           ServerFull: no slot is free.
@@ -57,12 +58,12 @@ class WorkerPool:
         return min(open_schedulers, key=lambda scheduler: len(scheduler.sessions)).admit(seed, grace_s)
 
     def check_capacity(self) -> None:
-        """Raises `ServerFull` if no slot is free, with the shortest waiting time of all schedulers."""
+        """Raises `ServerFull` if no slot is free. The error has the shortest waiting time of all schedulers."""
         if not any(scheduler.free_slots() for scheduler in self.schedulers):
             raise ServerFull(min(scheduler.retry_after_s() for scheduler in self.schedulers))
 
     async def run(self) -> None:
-        """Runs all schedulers until it is cancelled.
+        """Runs all schedulers until the task is cancelled.
 
         Raises:
           ConnectionError: a worker is gone. All schedulers are then stopped.
@@ -94,7 +95,8 @@ async def start_pool(
     Args:
       checkpoint: directory of the model.
       capacity: number of sessions that the pool has room for.
-      workers: number of worker processes. Each has one device, or the only one has the whole mesh.
+      workers: number of worker processes. Without a mesh each worker has one device. With a mesh there is one worker,
+        which has all devices.
       on_tick: as in `Scheduler`.
       mesh: the mesh of all devices that share the model, as `MeshShape.parse` reads it; empty: one device.
 

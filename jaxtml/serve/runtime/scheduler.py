@@ -49,8 +49,8 @@ class TickResult:
       t_ms: start of the micro-turn; its input is the audio of `[t_ms, t_ms + 200)`.
       wave: `[3200]` float32 at 16 kHz, to be played in `[t_ms + 200, t_ms + 400)`.
       tokens: `[n]` int32, in the order in which the model generated them.
-      speaking: the gate is open: the model speaks.
-      p_speak: probability of an open gate.
+      speaking: the model speaks.
+      p_speak: the probability of speaking against listening, where the model decided between the two.
     """
 
     number: int
@@ -137,7 +137,7 @@ class ScheduledSession:
     results with `results_after`. Anyone may end it.
 
     Attributes:
-      number: the session's number in its worker.
+      number: the session's number in its scheduler.
       seed: seed of its sampling.
       grace_s: seconds for which it waits for a disconnected client.
       clock: the scheduler's clock.
@@ -196,7 +196,7 @@ class ScheduledSession:
         self.patches = patches
 
     async def results_after(self, number: int) -> list[TickResult]:
-        """Waits for results behind micro-turn `number` and returns them; an empty list: the session has ended.
+        """Waits for results after micro-turn `number` and returns them; an empty list: the session has ended.
 
         Results up to `number` are dropped from the journal, so a session has one reader at a time.
         """
@@ -217,7 +217,7 @@ class ScheduledSession:
         self.attached = True
 
     def end(self, reason: EndReason) -> None:
-        """Ends the session. Its slot is free from the next tick on. The first reason stays."""
+        """Ends the session. Its slot is free from the next tick on. On a second call the first reason is kept."""
         self.end_reason = self.end_reason or reason
         self.changed.set()
 
@@ -286,7 +286,7 @@ class Scheduler:
         self.sessions: dict[int, ScheduledSession] = {}
         self.counts = TickCounts()
         self._next_number = itertools.count(1)
-        self._ended: list[int] = []  # numbers of sessions whose end the next tick tells the worker
+        self._ended: list[int] = []  # numbers of ended sessions; the next tick tells the worker
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """Returns a new session, which begins at the next tick.
@@ -316,7 +316,7 @@ class Scheduler:
         return self.capacity - len(self.sessions)
 
     async def run(self) -> None:
-        """Ticks until it is cancelled.
+        """Runs a tick every 200 ms until the task is cancelled.
 
         Raises:
           ConnectionError: the worker is gone.

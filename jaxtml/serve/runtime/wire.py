@@ -1,8 +1,11 @@
 """The messages between the server's two processes: the network process and the worker process that runs the model.
 
-A message is MessagePack behind its length, over a Unix socket. The worker first sends one `WorkerReady`, with the
-model's config or with an error. After that the network process sends a `Tick` and gets a `TickReply`, one at a time.
-Between the workers of several hosts (`serve.runtime.hosts`) the same frames travel over TCP.
+A message travels over a Unix socket: first its length, then its content in MessagePack. The worker first sends one
+`WorkerReady`, with the model's config or with an error. After that the network process sends a `Tick` and gets a
+`TickReply`, one at a time. Between the workers of several hosts (`serve.runtime.hosts`) the same messages travel over
+TCP.
+
+A worker splits its sessions into groups (`jaxtml.session.slots.slot_groups`). A tick is for one group.
 
 Called by `serve.runtime.worker`, `serve.runtime.worker_process` and `serve.runtime.hosts`. Both ends run the same
 version of this file, so the format may change freely.
@@ -47,7 +50,7 @@ class Tick:
       begin: sessions that begin before the micro-turn.
       end: numbers of the sessions that end before the micro-turn, and before any session begins.
       inputs: the input of each session that takes part, by session number.
-      group: index of the worker's group.
+      group: index of the group among the worker's groups.
     """
 
     begin: tuple[SessionStart, ...] = ()
@@ -77,7 +80,7 @@ class WorkerReady:
 
     Attributes:
       config: the model's config as JSON.
-      groups: number of groups that the worker's sessions are in.
+      groups: number of groups into which the worker splits its sessions.
       error: why the worker cannot run; empty: it can.
     """
 
@@ -109,7 +112,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """Returns the message in `data`, which is everything behind the length."""
+    """Returns the message in `data`, which is everything after the length."""
     kind, *fields = msgpack.unpackb(data, use_list=False)
     if kind == "tick":
         begin, end, inputs, group = fields

@@ -2,8 +2,9 @@
 
 `jaxtml serve` starts it as `python -m jaxtml.serve.runtime.worker` (`serve.runtime.worker_process`) and passes one end
 of a socket as a file descriptor. The worker ends when it is asked to over that socket, or when the other end is closed.
-Transport, codecs and JSON live in the network process: on two cores they would make ticks late. If a model lies on
-several hosts, each host has a worker; see `serve.runtime.hosts`.
+A tick is one step of the model for all sessions of a group (`jaxtml.session.slots.slot_groups`). Ticks must end in
+time. So transport, codecs and JSON run in another process, the network process: in this one they would delay ticks. If
+a model lies on several hosts, each host has a worker; see `serve.runtime.hosts`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def serve_ticks(
 
     Args:
       connection: the socket to the network process.
-      groups: the slots of each group.
+      groups: the slots of each group of sessions.
       on_tick: called with each encoded tick before the tick runs.
 
     Returns:

@@ -104,7 +104,7 @@ class WorkerProcess:
         return reply
 
     async def wait_gone(self) -> None:
-        """Waits for the process to end and then raises `ConnectionError`, also while no tick is running."""
+        """Waits until the process ends, whether a tick is running or not, and then raises `ConnectionError`."""
         await self.process.wait()
         raise ConnectionError("the model's process is gone")
 

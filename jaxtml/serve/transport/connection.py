@@ -8,7 +8,7 @@ The rules, which the tests hold:
 - A client that sends more audio than its session has room for is not read until there is room. TCP then holds it back.
 - The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
   clients get a turn.
-- A client that takes nothing for as long as the replay buffer keeps frames is given up.
+- The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
 - A client from which nothing arrives for `_SILENT_S`, not even the answer to a ping, counts as gone.
 """
 
@@ -31,8 +31,8 @@ from jaxtml.serve.transport.token_bucket import TokenBucket
 MESSAGE_BYTES = 2**20  # the largest message that is read
 _MESSAGES_PER_SECOND, _MESSAGES_BURST = 250, 1000  # audio in packets of 10 ms needs 100 per second
 _PINGS_PER_SECOND, _PINGS_BURST = 20, 40
-# A message counts as one, plus one for each unit in it. This allows half a megabyte per second, and two at once: ten
-# times what audio needs.
+# A message costs one token, plus one token per `_UNIT_BYTES` of its size. So a client may send half a megabyte per
+# second, and two megabytes in a burst: ten times what audio needs.
 _UNIT_BYTES = 2048
 _WATCH_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0  # between two checks; between two pings; until a silent client is gone
 CLOSE_TIMEOUT_S = 3.0  # for a client to confirm that its connection is closed
@@ -86,7 +86,7 @@ class Transport(Protocol):
 
 
 def new_websocket() -> web.WebSocketResponse:
-    """Returns a WebSocket for `WebSocketTransport`, which handles pings itself and gets text as bytes."""
+    """Returns a WebSocket for `WebSocketTransport`. It does not answer pings by itself, and delivers text as bytes."""
     return web.WebSocketResponse(
         autoping=False,
         compress=False,
@@ -152,7 +152,7 @@ class Connection:
 
     def __init__(self, transport: Transport, metrics: Metrics):
         self.transport, self.metrics = transport, metrics
-        # A message waits for room in the session. The client is then not read, so its silence means nothing.
+        # True while a message waits for room in the session. Nothing is read then, so no sign of life is expected.
         self._handling = False
         self._messages = TokenBucket(_MESSAGES_PER_SECOND, _MESSAGES_BURST)
         self._replaced = asyncio.Event()
@@ -222,7 +222,7 @@ class Connection:
             self.transport.heard_at = time.monotonic()
 
     def _has_lost_frames(self, replay_buffer: ReplayBuffer) -> bool:
-        """Returns whether a frame that was not written is no longer kept."""
+        """Returns whether the replay buffer has dropped a frame before it was written."""
         return replay_buffer.last_number - self._written > len(replay_buffer.frames)
 
     async def _write(self, replay_buffer: ReplayBuffer) -> None:
@@ -246,7 +246,7 @@ class Connection:
         pinged_at = time.monotonic()
         while self._handling or time.monotonic() < self.transport.heard_at + _SILENT_S:
             await asyncio.sleep(_WATCH_S)
-            if self._has_lost_frames(replay_buffer):  # the writing task cannot notice: it waits inside a frame
+            if self._has_lost_frames(replay_buffer):  # `_write` cannot notice: it still waits to send a frame
                 return
             if time.monotonic() > pinged_at + _PING_S and not self.transport.unsent():
                 await self.transport.ping()
@@ -254,5 +254,5 @@ class Connection:
 
     async def _pace(self, size: int) -> None:
         """Waits as long as the rate limit says for a message of `size` bytes, and lets other clients run."""
-        # Sleeps also for zero seconds: to read a message that has already arrived never yields to the event loop.
+        # Sleep even for zero seconds: reading a message that has already arrived does not yield to the event loop.
         await asyncio.sleep(self._messages.take(1 + size / _UNIT_BYTES))

@@ -1,8 +1,10 @@
-"""Pictures from clients (JPEG, PNG, or frames of a video) as the patches of a micro-turn.
+"""Pictures from clients (JPEG, PNG, or frames of a video) as patches for the model.
 
 Called by `serve.sessions.intake`, in the thread of `IMAGE_EXECUTOR`.
 
-Axes: P patches of the pair of pictures, each 40 x 40 pixels, 3 colour channels (RGB).
+In one micro-turn (200 ms) the model sees one pair of pictures: the newest one and the one before it.
+
+Axes: P patches of a pair of pictures, each 40 x 40 pixels, 3 colour channels (RGB).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class ImageIntake:
         """Decodes a JPEG or PNG and returns its patches, as `patches_of_frame`.
 
         Raises:
-          ValueError: the model takes no pictures, `data` is no picture, or the picture is too large or too long.
+          ValueError: the model takes no pictures, `data` is no picture, or the picture has too many pixels or is
+            too narrow to be cut into patches.
         """
         if not self.max_patches:
             raise ValueError("this model does not take pictures")

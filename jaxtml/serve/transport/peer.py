@@ -13,8 +13,9 @@ The rules, which the tests hold:
   addresses (candidates) in an offer.
 - Datagrams from unknown addresses are not read. From a peer at most `_DATAGRAMS_PER_SECOND` are read. Connection checks
   (STUN) have a lower limit of their own.
-- UDP cannot hold back a fast sender, so a peer that sends too much is given up. This means: its messages arrive faster
-  than they are handled, they cost too much time, or a track has too many sources.
+- UDP cannot hold back a fast sender, so the server ends the connection to a peer that sends too much. A peer sends too
+  much if its messages arrive faster than they are handled, if they cost too much time, or if a track has too many
+  sources.
 - A session cannot be resumed over WebRTC. It can be resumed over a WebSocket, and then its audio is in the events.
 """
 
@@ -56,7 +57,7 @@ _IGNORED_LINES = ("a=candidate", "a=end-of-candidates", "a=ice-lite")  # of an o
 _DATAGRAMS_PER_SECOND, _DATAGRAMS_BURST = 1000, 2000  # audio needs 50, a camera 300
 _STUN_PER_SECOND, _STUN_BURST = 20, 100
 _STUN_SUCCESS = b"\1\1"  # begins a Binding success response (RFC 8489)
-# The share of time, and the seconds at once, that reassembling messages may take: tiny fragments cost much.
+# Reassembling messages may take this share of the time, and this many seconds in a burst: tiny fragments cost much.
 _BUSY_SHARE, _BUSY_BURST_S = 0.1, 0.3
 _MAX_SOURCES = 8  # of one track (SSRCs): aiortc keeps state for each one for ever
 _MAX_UNDECODED = 4  # frames that may wait to be decoded, or to be shown to the model; further frames are dropped
@@ -233,7 +234,10 @@ class Peer:
     # --- what arrives
 
     def _on_datagram(self, receive: Callable[[bytes, _Address], None], data: bytes, address: _Address) -> None:
-        """Passes a datagram on if its sender is known, or may become known, and is within its rate limit."""
+        """Passes a datagram on if it is within its rate limit, and either its sender is known or it is STUN.
+
+        A sender becomes known through STUN, when it shows the answer's password.
+        """
         known = any(pair.remote_addr[:2] == address[:2] for pair in self._ice()._check_list)
         stun = data[:1] < b"\4"  # a STUN message begins with a byte below 4 (RFC 7983)
         if known and (not stun or data[:2] == _STUN_SUCCESS):
@@ -243,7 +247,7 @@ class Peer:
             receive(data, address)
 
     async def _on_sctp_data(self, handle_data: Callable[[bytes], Awaitable[None]], data: bytes) -> None:
-        """Passes on data for SCTP, the data channel's transport, and gives the peer up if it costs too much."""
+        """Passes on data for SCTP, the data channel's transport, and gives the peer up if the data costs too much."""
         if self._over:
             return
         started_at = time.thread_time()

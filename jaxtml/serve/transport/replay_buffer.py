@@ -1,4 +1,4 @@
-"""The replay buffer: the numbered frames that a client is sent, kept for a while.
+"""The replay buffer: the numbered frames that the server sends to a client, kept for a while.
 
 Protocols append frames, and connections (`serve.transport.connection`) send them. A client that was cut off and comes
 back gets the frames that it missed.
@@ -39,7 +39,7 @@ class ReplayBuffer:
         self._changed = asyncio.Event()
 
     def append(self, frame: bytes) -> None:
-        """Adds a frame, and drops the oldest frames as long as there are more than `max_bytes`."""
+        """Adds a frame, and drops the oldest frames as long as all frames together have more than `max_bytes`."""
         self.frames.append(frame)
         self.last_number += 1
         self.kept_bytes += len(frame)
@@ -58,7 +58,9 @@ class ReplayBuffer:
             await self._changed.wait()
 
     async def frames_after(self, number: int) -> list[bytes]:
-        """Waits for frames behind frame `number` and returns them; an empty list: the buffer is closed and has no more.
+        """Waits for frames after frame `number` and returns them.
+
+        Returns an empty list if the buffer is closed and has no more frames.
 
         Raises:
           ReplayLost: some of these frames are no longer kept.

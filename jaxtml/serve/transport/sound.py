@@ -50,7 +50,7 @@ class SoundFormat:
           ValueError: `data` does not hold whole samples.
         """
         if len(data) % self.width:
-            raise ValueError(f"{len(data)} bytes are no whole samples of {8 * self.width} bits")
+            raise ValueError(f"{len(data)} bytes are not a whole number of samples of {8 * self.width} bits")
         if self.kind == "pcm":
             return np.frombuffer(data, "<i2").astype(np.float32) / 2**15
         if not data:
@@ -160,7 +160,7 @@ class _Resampler:
             self.graph.configure()
 
     def resample(self, samples: np.ndarray) -> np.ndarray:
-        """Returns what is ready after `samples`, `[M]` float32 at the input rate, as `[N]` at the output rate."""
+        """Takes `samples`, `[M]` float32 at the input rate, and returns what is ready, `[N]` at the output rate."""
         if self.graph is None or not len(samples):
             return samples
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="flt", layout="mono")

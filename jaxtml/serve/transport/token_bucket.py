@@ -20,7 +20,7 @@ class TokenBucket:
         self._tokens, self._refilled_at = burst, time.monotonic()
 
     def try_take(self, amount: float = 1.0) -> bool:
-        """Takes `amount` tokens if there are as many, and returns whether there were. Else it takes none."""
+        """Takes `amount` tokens if the bucket holds that many, else none. Returns whether it took the tokens."""
         self._refill()
         if self._tokens < amount:
             return False
@@ -28,7 +28,7 @@ class TokenBucket:
         return True
 
     def take(self, amount: float) -> float:
-        """Takes `amount` tokens in any case, and returns the seconds after which the bucket is out of debt again."""
+        """Takes `amount` tokens in any case, and returns the seconds until the bucket has no debt."""
         self._refill()
         self._tokens -= amount
         return max(0.0, -self._tokens / self.per_second)

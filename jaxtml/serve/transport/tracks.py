@@ -2,14 +2,15 @@
 
 Called by `serve.transport.peer`.
 
-aiortc starts a thread for each track that it decodes and encodes in other threads. With many tracks, many threads wait
-for Python's global lock: with eight sessions a packet is a tenth of a second late. So this module decodes and encodes
-Opus itself, in the event loop's thread, and aiortc only carries packets.
+Left to itself, aiortc decodes each track in a thread of its own, and encodes in further threads. With many tracks, many
+threads wait for Python's global lock: with eight sessions a packet is a tenth of a second late. So this module decodes
+and encodes Opus itself, in the event loop's thread, and aiortc only carries packets.
 
-The rule for the model's voice. A micro-turn arrives all at once every 200 ms, and sometimes late. The first one waits
-for `_LEAD_MS`, and so does the first one after the track ran dry. A dry track sends silence. Audio that was late stays
-late. The delay shrinks only when a micro-turn arrives while other audio still waits. If the waiting audio is silence,
-only its last `_LEAD_MS` are kept. If it is not, only its last `_MAX_WAITING_MS` are kept.
+The rule for the model's voice. A micro-turn, 200 ms of audio, arrives all at once every 200 ms, and sometimes late. A
+track without audio sends silence; it has run dry. The first micro-turn waits for `_LEAD_MS`, and so does the first one
+after the track ran dry. A late micro-turn delays all audio after it. The delay shrinks only when a micro-turn arrives
+while other audio still waits. If the waiting audio is silence, only its last `_LEAD_MS` are kept. If it is not, only
+its last `_MAX_WAITING_MS` are kept.
 
 The rule for the user's voice is that of `serve.runtime.jitter_buffer`. Here packets are only put in order. A missing
 packet is waited for until two later packets have arrived; then silence takes its place.
@@ -43,7 +44,7 @@ _LEAD_SAMPLES, _MAX_WAITING_SAMPLES = (SAMPLE_RATE * ms // 1000 for ms in (_LEAD
 _QUIET_RMS = 10 ** (-50 / 20)  # root mean square relative to full scale, -50 dBFS
 _STALLED_S = 0.2  # a sender further behind than this does not make up for the packets that it missed
 _BIT_RATE = "32000"  # bits per second: more does not improve speech with a bandwidth of 8 kHz
-_COMPRESSION_LEVEL = "5"  # of 10: half of the computing time
+_COMPRESSION_LEVEL = "5"  # 0 to 10; 5 takes half of the computing time of 10
 _MAX_EARLY = 2  # packets that may wait for a missing one before them
 _MAX_LOST = 10  # missing packets in a row that become silence; if more are missing, it is another stream
 _MAX_READY = 50  # packets in order that nobody has taken yet; beyond this the oldest are dropped
@@ -180,8 +181,8 @@ class VideoJitterBuffer(JitterBuffer):
     """aiortc's jitter buffer for VP8, which drops frames that are too large and frames that nobody will decode in time.
 
     Args:
-      decoder_is_behind: returns whether so many frames wait already that the next one is dropped. aiortc then asks the
-        peer for a new key frame.
+      decoder_is_behind: returns whether too many frames wait already. The next frame is then dropped, and aiortc asks
+        the peer for a new key frame.
     """
 
     def __init__(self, decoder_is_behind: Callable[[], bool]):
@@ -197,7 +198,10 @@ class VideoJitterBuffer(JitterBuffer):
 
 
 def _frame_pixels(frame: bytes) -> int:
-    """Returns the pixels of a VP8 key frame (RFC 6386, section 9.1); 0 for a frame that repeats the size before it."""
+    """Returns the number of pixels of a VP8 key frame (RFC 6386, section 9.1).
+
+    Returns 0 for any other frame: only key frames state their size.
+    """
     if len(frame) < 10 or frame[0] & 1:
         return 0
     width, height = (int.from_bytes(frame[start : start + 2], "little") & 0x3FFF for start in (6, 8))

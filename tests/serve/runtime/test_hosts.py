@@ -37,7 +37,10 @@ MESH = MeshShape(data=2, expert=4)
 
 
 def run_sessions(slots: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOutput]]:
-    """Returns the outputs of each micro-turn, of one session per wave. The first session begins and ends first."""
+    """Runs one session per wave and returns the outputs, micro-turn by micro-turn.
+
+    The first session begins and ends first.
+    """
     streams, outputs = [DmelStream() for _ in waves], []
     for index in range(len(waves[0]) // MICRO_TURN_SAMPLES):
         if index == 0:
@@ -58,7 +61,7 @@ def run_sessions(slots: Slots, waves: list[np.ndarray]) -> list[dict[int, SlotOu
 
 @pytest.fixture(scope="module")
 def shared(checkpoint, tmp_path_factory) -> Path:
-    """Returns a checkpoint of the small model whose config shares each session among the devices of a group."""
+    """Returns a checkpoint of the small model. In its config the devices of axis `expert` share each session."""
     config, params = read_checkpoint(checkpoint)
     config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, transport="replicated"))
     folder = tmp_path_factory.mktemp("shared") / "ck"

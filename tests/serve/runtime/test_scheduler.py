@@ -1,4 +1,7 @@
-"""Tests of the scheduler: sessions hear and say what `converse` does, and no queue grows without bound."""
+"""Tests of the scheduler: its sessions give the results of `converse`, and no queue grows without bound.
+
+`jaxtml.session.converse` runs a session over a whole wave, without a server.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tests of the worker process: its outputs are those of `converse`, its errors arrive, and it ends with the server."""
+"""Tests of the worker process: its outputs are those of `converse`, and it ends with the server.
+
+`jaxtml.session.converse` runs a session over a whole wave, without a server. The worker's errors must reach the server.
+"""
 
 from __future__ import annotations
 

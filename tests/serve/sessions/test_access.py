@@ -24,7 +24,7 @@ class Clock:
 
 
 def refusal(*arguments, of) -> str:
-    """Returns the code of the error with which `of` refuses the arguments."""
+    """Calls the function `of` with the arguments, checks that it refuses them, and returns the code of its error."""
     with pytest.raises(Refused) as error:
         of(*arguments)
     return error.value.code

@@ -87,7 +87,7 @@ def test_peer_hears_and_is_heard_and_its_events_carry_no_audio(slots, engine):
                 assert (await client.until("error"))["error"]["code"] == "invalid_event_order"
                 client.send("session.close")
                 await eventually(lambda: session.closing_at)
-                session.closing_at -= 10  # the model of this test never stops speaking, so let the time for it run out
+                session.closing_at -= 10  # this model never stops speaking: let the time limit for closing run out
                 closed = await client.until("session.closed")
             assert closed["reason"] == "close_requested"
             assert "session.output_transcript.delta" in client.kinds()

@@ -49,7 +49,7 @@ def test_audio_decodes_the_same_in_chunks_of_any_size(format, tone):
 
 def test_partial_samples_are_refused_and_no_data_is_accepted():
     decoder = SoundDecoder(FORMATS[0])
-    with pytest.raises(ValueError, match="3 bytes are no whole samples of 16 bits"):
+    with pytest.raises(ValueError, match="3 bytes are not a whole number of samples of 16 bits"):
         decoder.decode(b"abc")
     assert len(decoder.decode(b"")) == 0
     assert all(len(SoundDecoder(format).decode(b"")) == 0 for format in FORMATS)
