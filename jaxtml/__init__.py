@@ -19,12 +19,11 @@ that uses a device.
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
 from jaxtml.errors import InputError
 
+TYPE_CHECKING = False  # as type checkers read it; to import `typing` takes longer than all else here
 if TYPE_CHECKING:
     from jaxtml.session.library import Model, Session, load
     from jaxtml.session.records import MicroTurn, Reply
@@ -48,8 +47,8 @@ __all__ = [
     "write_wav",
 ]
 
-DEMO_RECORDING = Path(__file__).parent / "assets" / "demo" / "human.flac"
-"""A person who asks two questions, 14 seconds. The NOTICE beside the file names its source and licence."""
+DEMO_RECORDING = os.path.join(os.path.dirname(__file__), "assets", "demo", "human.flac")
+"""Path of a recording: a person asks two questions, 14 seconds. The NOTICE beside it names its source and licence."""
 
 _MODULES = {
     "Conversation": "jaxtml.stream.conversation",
@@ -65,11 +64,13 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name when it is first used."""
+    from importlib import import_module
+
     if name not in _MODULES:
         raise AttributeError(f"module 'jaxtml' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
