@@ -47,7 +47,7 @@ def mixed_inputs(
         typed = rng.integers(0, c.control_base, (batch, c.max_typed), dtype=np.int32)
         typed[:, 0] = c.control_base + Control.TYPED
         has_text, has_patches = rng.random((2, batch)) < 0.2
-        inputs = MicroTurnInputs(
+        arrays: dict[str, Any] = dict(  # on the host
             bins=rng.integers(0, 16, (batch, 4, 80), dtype=np.uint8),
             typed=typed,
             typed_length=(has_text * rng.integers(2, c.max_typed + 1, batch)).astype(np.int32),
@@ -55,7 +55,7 @@ def mixed_inputs(
             patch_count=(has_patches * rng.integers(1, c.max_patches + 1, batch)).astype(np.int32),
             active=np.array([micro_turn >= start for start in starts]) & (rng.random(batch) < 0.9),
         )
-        made.append(inputs)  # pyright: ignore[reportArgumentType]
+        made.append(MicroTurnInputs(**arrays))
     return made
 
 
