@@ -1,10 +1,11 @@
 """Cuts parameters into chunks: the parts that a conversion reads, writes and notes as done.
 
-A chunk is also one file of a jaxtml checkpoint that `jaxtml convert` wrote. The chunks of a layer follow each other as
-their bytes do in the released tensor, that is, in the layer's tensor of an Inkling checkpoint.
+In a jaxtml checkpoint that `jaxtml convert` wrote, each chunk is one file. An Inkling checkpoint has one tensor for
+each layer of a parameter, the layer's released tensor. The chunks of a layer come in the order of their bytes in this
+tensor.
 
-Called by `jaxtml.convert` and `checkpoint.orbax.sink`. Before you change how parameters are cut: an interrupted
-conversion goes on after the number of chunks that are done, and the checksums in a manifest follow the order of chunks.
+Called by `jaxtml.convert` and `checkpoint.orbax.sink`. Before you change how parameters are cut, note that two things
+depend on the order and number of chunks: where an interrupted conversion resumes, and the checksums in a manifest.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
 
     A chunk is a part of one layer: as many rows of the released tensor as fit into `CHUNK_BYTES`. The rows of a tensor
     of experts are whole experts. If one row does not fit, a chunk is a part of a row. In both cases the bytes of a
-    chunk lie together in the released tensor. A parameter that is not released is cut along its longest axis.
+    chunk lie together in the released tensor. A parameter that Inkling checkpoints lack is cut along its longest axis.
     """
     inner = list(spec.shape[spec.stacked :])
     for axis in _cut_order(spec):

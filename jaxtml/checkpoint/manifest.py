@@ -22,7 +22,8 @@ from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
 
 _VERSION = 1
-_TENSOR_SUFFIXES = (".safetensors", ".jsonl")  # shards have checksums by tensor, a journal is removed
+# Files without a checksum of their own: each tensor of a shard has one, and the journal is removed in the end.
+_UNRECORDED_SUFFIXES = (".safetensors", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def write_manifest(folder: Path, source: str, tensors: Mapping[str, TensorRecord
     """Writes the manifest of the checkpoint in `folder`, with checksums of the files that are there now."""
     (folder / MANIFEST).unlink(missing_ok=True)
     files = [path for path in (*folder.glob("*"), *folder.glob(f"{RELEASE_FILES}/*")) if path.is_file()]
-    names = [str(path.relative_to(folder)) for path in sorted(files) if path.suffix not in _TENSOR_SUFFIXES]
+    names = [str(path.relative_to(folder)) for path in sorted(files) if path.suffix not in _UNRECORDED_SUFFIXES]
     manifest = Manifest(source, dict(sorted(tensors.items())), file_checksums(folder, names))
     (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoi
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"no checkpoint directory {directory}: give that of a checkpoint or a training run")
+        raise InputError(f"no checkpoint directory {directory}: name the directory of a checkpoint or a training run")
     if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
         return ReleasedCheckpoint(directory)
     return OrbaxCheckpoint(directory)

@@ -26,9 +26,9 @@ class ParameterSink(Protocol):
         ...
 
     def prepare(self, folder: Path) -> None:
-        """Makes the whole checkpoint in `folder` except for the numbers.
+        """Makes the whole checkpoint in `folder`, except for the values of the parameters.
 
-        Keeps a folder that an interrupted conversion has prepared, and the numbers in it.
+        If an interrupted conversion has prepared the folder before, keeps the folder and the values in it.
         """
         ...
 

@@ -23,7 +23,11 @@ Index = tuple[slice, ...]
 """A part of a parameter: one slice for each of its dimensions."""
 
 Position = tuple[int, ...]
-"""A layer's place `(repeat, layer)` in the stacked dimensions of a parameter. Outside the layers it is `()`."""
+"""A layer's index in the stacked dimensions of a parameter: `(repeat, layer)`.
+
+A parameter that belongs to layers stacks the values of many layers. The model repeats a block of layers. `repeat`
+counts the repeats of the block, and `layer` counts equal layers in it. The position in any other parameter is `()`.
+"""
 
 
 class ParameterSource(Protocol):

@@ -19,8 +19,8 @@ def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 
     A transposed matrix is copied block by block through a buffer. NumPy's own copy takes three to eight times as long:
     its writes are a power of two apart, so that they fall into the same few sets of the cache. The rows of the buffer
-    are padded against this. Elements are copied as integers, because NumPy calls `ml_dtypes` for every element of its
-    types.
+    are padded against this. Elements are copied as integers: for a dtype of `ml_dtypes`, such as bfloat16, NumPy would
+    call a function for every element.
 
     Raises:
       TypeError: `out` has another dtype than `view`.
@@ -32,7 +32,7 @@ def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
     result, integers = out, np.dtype(f"u{view.itemsize}")
     view, out = view.view(integers), out.view(integers)
     last = view.ndim - 1
-    # The axis along which neighbours in memory lie.
+    # The axis whose elements are neighbours in memory.
     fast = next((i for i, stride in enumerate(view.strides) if stride == view.itemsize and view.shape[i] > 1), last)
     if fast == last or min(view.shape[fast], view.shape[last]) < _SMALLEST:
         out[...] = view

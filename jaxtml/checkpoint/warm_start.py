@@ -2,7 +2,7 @@
 
 So `tml_interaction_small` starts with the weights of Inkling-Small. Layers 42 and 43 are copies of the last layers of
 their kinds, and their output projections are zero, so that they add nothing. The clock and the own-voice embedding are
-zero. Control tokens whose rows of the embedding are empty get random rows. Called by `convert.conversion` and
+zero. Control tokens whose rows of the embedding are all zero get random rows. Called by `convert.conversion` and
 `train.parameters`.
 """
 
@@ -25,7 +25,7 @@ from jaxtml.stream.tokens import CONTROLS
 # Fields of the backbone that may differ. All others decide the shapes of the weights.
 _FREE = ("n_layers", "global_layers", "unpadded_vocab_size", "init_std", "mtp_heads", "mtp_global")
 _OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # output projections: a layer adds nothing if these are zero
-_SAMPLE_ROWS = 4096  # rows of the embedding from which the size of new control rows is taken
+_SAMPLE_ROWS = 4096  # rows of the embedding; new control rows get their root mean square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerOrigin:
 
 
 class WarmStart:
-    """A `ParameterSource` for the model of `config`, over a source of a model with the same backbone and fewer layers.
+    """A `ParameterSource` of a larger model, whose weights come from a smaller model with the same kinds of layers.
 
     Args:
       source: the source of the smaller model's parameters. The model may have as many layers, but no more.
@@ -115,9 +115,13 @@ class WarmStart:
         return reduce(jnp.promote_types, (self.source.dtype(f"{run}/{name}") for run in sorted(source_runs)))
 
     def _fill_control_rows(self, rows: np.ndarray, index: Index) -> np.ndarray:
-        """Draws the rows of control tokens that are all zero in the embedding. `rows` is the part at `index` of it.
+        """Replaces rows of control tokens that are all zero by random rows. Returns `rows`.
 
-        Zeros would make all control tokens the same after the norm.
+        All control tokens with zero rows would be the same to the model.
+
+        Args:
+          rows: a part of the embedding; changed in place.
+          index: the index of this part in the embedding.
         """
         first, last, _ = index[0].indices(self.specs["embed/weight"].shape[0])
         base = self.config.duplex.control_base

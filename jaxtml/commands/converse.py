@@ -18,9 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--in", dest="input", required=True, metavar="WAV", help="the user's recording: WAV, FLAC, OGG or MP3"
     )
     parser.add_argument(
-        "--out", required=True, metavar="WAV", help="the model's reply, with the length and the clock of the input"
+        "--out",
+        required=True,
+        metavar="WAV",
+        help="the model's reply, as long as the input and aligned with it in time",
     )
-    parser.add_argument("--events", metavar="JSONL", help="write one record per micro-turn to this file")
+    parser.add_argument("--events", metavar="JSONL", help="write one record per 200 ms (a micro-turn) to this file")
     parser.add_argument("--stereo", metavar="WAV", help="write the user on the left and the model on the right")
     parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline")
     parser.add_argument("--video", metavar="FILE", help="a video of what the model sees during the recording")

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="before the result gets its name, read it back and compare every tensor, and the logits if there is "
-        "enough memory; or verify a DST that the same conversion wrote earlier",
+        help="before the result appears as DST, read it back and compare every tensor, and the logits if there is "
+        "enough memory; if the same conversion wrote DST earlier, verify it again",
     )
 
 

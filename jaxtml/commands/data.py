@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=count, default=2, help="how many processes synthesise speech (default: 2)")
     parser.add_argument(
-        "--rows", type=count, metavar="N", help="also encode N rows and keep them in OUT/cache for `jaxtml train`"
+        "--rows",
+        type=count,
+        metavar="N",
+        help="also encode N training rows (one conversation each) and keep them in DIR/cache for `jaxtml train`",
     )
     parser.add_argument(
         "--no-build", action="store_true", help="synthesise nothing; use what is already in the speech bank"

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object with config, params_total, params_active, groups, and for a directory checkpoint",
+        help="print one JSON object: config, params_total, params_active and groups; a directory also has `checkpoint`",
     )
 
 

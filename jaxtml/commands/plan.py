@@ -8,7 +8,7 @@ import json
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
 
-HELP = "compile a training step or a server's micro-turn for hardware that is not here"
+HELP = "compile a training step, or a server's step of 200 ms, for hardware that is not here"
 EXAMPLE = "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128"
 
 
@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--program",
         choices=("train", "serve"),
         default="train",
-        help="the program to compile: a training step or a server's micro-turn (default: train)",
+        help="the program to compile: a training step, or a server's step of 200 ms (default: train)",
     )
     parser.add_argument(
         "--mesh",
         metavar="AXES",
         help="how chips share the work, for example data=16,expert=8 "
-        "(default: all chips on data for training, on expert and tensor for serving)",
+        "(default: the axis data for training, the axes expert and tensor for serving)",
     )
     parser.add_argument(
         "--search",

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocoder",
         metavar="DIR",
-        help="put the vocoder of this run of `jaxtml train vocoder`, or of this checkpoint, into the model",
+        help="a run of `jaxtml train vocoder`, or a checkpoint, whose vocoder becomes that of the model",
     )
     parser.add_argument("--start-from", metavar="DIR", help="a checkpoint whose parameters a new run starts with")
     parser.add_argument(
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXES",
-        help="how devices share the work, for example data=16,expert=8 (default: data over all devices)",
+        help="how devices share the work, for example data=16,expert=8 (default: the axis data, over all devices)",
     )
     parser.add_argument(
         "--profile", type=count, default=0, metavar="N", help="write a profile of N steps to WORKDIR/profile"

@@ -1,7 +1,7 @@
 """The config of a model, its training and its serving: one frozen tree of typed dataclasses.
 
-Every folder reads sizes and rates from here and names none of its own. `tree` declares the dataclasses and documents
-each field. `rules` says which values a field takes. `loading` finds named configs and applies `--set`.
+Every other folder reads its sizes and rates from here, and defines none itself. `tree` declares the dataclasses and
+documents each field. `rules` says which values a field takes. `loading` finds named configs and applies `--set`.
 `serialization` reads and writes the `config.json` of a checkpoint.
 
 Field names are part of every checkpoint: renaming a field makes older `config.json` files unreadable.

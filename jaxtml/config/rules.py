@@ -87,7 +87,7 @@ def check_fields(node: object, prefix: str = "") -> None:
 
 
 def rules_of(hint: object) -> list[Range | OneOf]:
-    """Returns the rules in a field's type, also where the type is a union of a ruled type with None."""
+    """Returns the rules in a field's type. The type may also be a union of None and a type with rules."""
     if get_origin(hint) is Annotated:
         return [rule for rule in get_args(hint)[1:] if isinstance(rule, Range | OneOf)]
     return [rule for part in get_args(hint) for rule in rules_of(part)]

@@ -3,6 +3,8 @@
 A field's type carries the rule for its value (`jaxtml.config.rules`); the text below the field gives its
 meaning, its unit, and the reason of the default. A class with a `check` method has rules between its fields.
 "As released" means: as in the open checkpoint Inkling-Small.
+
+A micro-turn is 200 ms of input and output (`jaxtml.stream.timebase`). It is the unit in which a model hears and speaks.
 """
 
 from __future__ import annotations
@@ -48,11 +50,15 @@ class AttentionConfig:
     """Distance in tokens beyond which the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """First tokens of a session that stay visible at any distance. One block of 512 tokens has to hold them all
-    (`jaxtml.model.attention.blockwise`). 0 as released."""
+    """How many tokens at the start of a session stay visible at any distance. 512 is one block of
+    `jaxtml.model.attention.blockwise`, which has to hold them all. 0 by default, as released."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where query heads cannot share the key heads. `path` leads here and ends in a dot."""
+        """Raises `InputError` where query heads cannot share the key heads evenly.
+
+        Args:
+          path: the path of this object in the config, with a dot at its end.
+        """
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"{path}n_heads {self.n_heads}: give a multiple of {path}n_kv_heads, {self.n_kv_heads}")
 
@@ -71,7 +77,7 @@ class BackboneConfig:
     """Layers, without prediction heads."""
 
     n_dense: NonNegativeInt
-    """First layers, at most `n_layers`, that have a dense feed-forward part. The others have experts."""
+    """How many of the first layers have a dense feed-forward part; at most `n_layers`. The others have experts."""
 
     global_layers: tuple[int, ...]
     """Indices in `[0, n_layers)` of the layers with global attention. The others have sliding attention."""
@@ -102,8 +108,8 @@ class BackboneConfig:
     `logits_mup_width_multiplier`."""
 
     unpadded_vocab_size: PositiveInt | None = None
-    """Ids of a released model's vocabulary without the padding of its tables. Conversions put the control tokens after
-    these ids. None: the model is not a released one, or has no padding."""
+    """Size of a released model's vocabulary without the padding of its embedding. A conversion places the control
+    tokens in the padding, from this id on. None: the model does not come from a release, or has no padding."""
 
     d_rel: PositiveInt = 16
     """Width of the state, per head, from which the relative bias of a query is computed. As released."""
@@ -118,8 +124,8 @@ class BackboneConfig:
     """Added to the mean square in an RMS norm. As released."""
 
     log_scaling_floor: PositiveInt | None = None
-    """Position, in tokens, past which the logits of global attention are scaled up. None: they are not, which is right
-    for shorter sessions."""
+    """Tokens. Past this position the logits of global attention grow with the logarithm of the position. None: the
+    logits never grow. This suits a model whose sessions are too short to need it."""
 
     log_scaling_alpha: NonNegativeFloat = 0.1
     """The scale is `1 + log_scaling_alpha * ln(position / log_scaling_floor)`. As released."""
@@ -128,14 +134,18 @@ class BackboneConfig:
     """Standard deviation of initial weights. As released. `tiny`, which is narrow, takes 0.05."""
 
     mtp_heads: Annotated[int, Range(0, 4096)] = 0
-    """Heads of multi-token prediction, each for one position further ahead (`jaxtml.model.mtp`). Training alone uses
-    them. None by default, as they cost training time."""
+    """Heads of multi-token prediction, each for one position further ahead (`jaxtml.model.mtp`). Only training
+    uses them. 0 by default, as they cost training time."""
 
     mtp_global: tuple[int, ...] = ()
     """Indices in `[0, mtp_heads)` of the heads with global attention. The others have sliding attention."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where fields contradict each other. `path` leads here and ends in a dot."""
+        """Raises `InputError` where fields contradict each other.
+
+        Args:
+          path: the path of this object in the config, with a dot at its end.
+        """
         self.sliding.check(f"{path}sliding.")
         self.global_.check(f"{path}global_.")
         if self.n_dense > self.n_layers:
@@ -158,7 +168,11 @@ class VisionConfig:
     layers, no tower. The default is as released."""
 
     def check(self, path: str) -> None:
-        """Raises `InputError` where the layers do not fold a whole patch. `path` leads here and ends in a dot."""
+        """Raises `InputError` where the layers do not fold a patch into one token.
+
+        Args:
+          path: the path of this object in the config, with a dot at its end.
+        """
         side = time = 1
         for fold_time, fold_side, _ in self.folds:
             time, side = time * fold_time, side * fold_side
@@ -177,17 +191,19 @@ class DuplexConfig:
     vocabulary."""
 
     max_typed: NonNegativeInt = 8
-    """Typed text or text of the background model, and the control token before it. Longer text goes on in the next
-    micro-turn. 8 are 35 tokens of text a second, more than a person types."""
+    """Text that the user typed, or text of the background model: the larger model that the assistant delegates requests
+    to. The limit counts the control token before the text. Longer text continues in the next micro-turn. A limit of 8
+    admits 7 tokens of text per micro-turn, or 35 a second. A person types more slowly."""
 
     max_patches: NonNegativeInt = 0
-    """Patches of the frame pair. 0 for no video."""
+    """Patches of the picture: two video frames, 100 ms apart. 0 by default: no video."""
 
     max_heard: NonNegativeInt = 6
-    """Words of the user, without the control token before them. 6 are 30 tokens a second, more than a person says."""
+    """Transcript of the user. The limit does not count the control token before the text. Six tokens per micro-turn are
+    30 a second, more than a person says."""
 
     max_text: NonNegativeInt = 8
-    """Text of the assistant, without the control token before it."""
+    """Text of the assistant. The limit does not count the control token before the text."""
 
     heard: bool = True
     """Whether the model writes down what the user says. The transcript gives a small model words to reason over."""
@@ -199,7 +215,8 @@ class DuplexConfig:
     """Sampling chooses among the likeliest tokens that together have this probability. 1 leaves out none."""
 
     gate_threshold: Fraction = 0.5
-    """The gate opens where P(speak) is larger. 0.5 takes the likelier side."""
+    """The gate decides in each micro-turn whether the model speaks. It speaks if P(speak) is above this threshold. 0.5
+    takes the likelier of the two."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +241,14 @@ class FlowConfig:
     (EXPERIMENTS.md, 2026-11-24)."""
 
     history_noise: NonNegativeFloat = 0.15
-    """dMel bins. The most noise that training adds to the speech that is fed back (`corrupt_history` in
-    `jaxtml.train.history`): in service this speech is never quite right."""
+    """The largest standard deviation of the noise that training adds to the model's own earlier speech, before the
+    model reads this speech as input. The unit is a bin: a quantised log-mel level. In a session the model reads speech
+    that it made itself, which is never quite right (`corrupt_history` in `jaxtml.train.history`)."""
 
     history_dropout: NonNegativeFloat = 0.0
-    """The largest share of fed-back frames that training leaves out of a row; 1 and more is all of them. Without
-    dropout a small model continues recordings it has learnt by heart and ignores the text (`tiny`: 1.5)."""
+    """Training leaves out a share of the model's own earlier frames. Each row draws its share between 0 and this
+    number. A share of 1 or more leaves out all frames; with 1.5 (`tiny`), a third of the rows lose all. Without
+    dropout, a small model continues recordings that it has learnt by heart, and ignores the text."""
 
 
 @dataclass(frozen=True)
@@ -269,11 +288,12 @@ class DataConfig:
     """Milliseconds after a word's end from which its transcript may be written. Chosen by hand."""
 
     text_lead_ms: NonNegativeInt = 2000
-    """Milliseconds by which the assistant's text precedes its sound, at the earliest in the micro-turn that opens the
-    gate. 2,000 put a whole reply there: text spread over micro-turns was cut short (EXPERIMENTS.md, 2026-11-23)."""
+    """Milliseconds by which the assistant's text precedes its sound. Text never precedes the micro-turn in which the
+    assistant begins to speak. So 2,000 put a whole short reply into that micro-turn. When text was spread over several
+    micro-turns, the model cut it short (EXPERIMENTS.md, 2026-11-23)."""
 
     misheard: Fraction = 0.3
-    """Share of the rows in whose transcript some words are replaced. The model learns from them to trust the sound more
+    """Share of the rows in whose transcript some words are wrong. Such rows teach the model to trust the sound more
     than its own transcript (`jaxtml.data.conversations`)."""
 
     dataset: str = "conversations"
@@ -324,8 +344,9 @@ class TrainConfig:
 
     remat: Annotated[str, OneOf("none", "outputs", "full")] = "none"
     """What the backward pass computes again, to save memory. "none": nothing. "outputs": a layer, except the outputs of
-    its attention and feed-forward part. "full": a whole layer. On a mesh with `data` or `expert`, "none" keeps every
-    layer's gathered weights, and gradients are summed over both axes in `compute_dtype`."""
+    its attention and feed-forward part. "full": a whole layer. On a mesh that shards weights over `data` or `expert`,
+    "none" also keeps the gathered weights of every layer. Whatever `remat` is, such a mesh sums gradients in
+    `compute_dtype`."""
 
     accumulate: PositiveInt = 1
     """Parts into which each device cuts its rows; they are computed one after the other to save memory."""
@@ -335,8 +356,9 @@ class TrainConfig:
     sends a token only to the devices of its experts; CPUs cannot run it."""
 
     capacity: PositiveFloat | None = None
-    """Rows that a device's experts have room for, padding included, as a multiple of their share in perfect balance.
-    Rows that do not fit are dropped and counted. None: room for the worst case, nothing is dropped."""
+    """Size of the buffer in which a device collects the tokens of its experts, padding included. The unit is the number
+    of tokens per device if all experts were equally busy. Tokens that do not fit are dropped and counted. None: the
+    buffer has room for the worst case, and no token is dropped."""
 
     seed: NonNegativeInt = 0
     """Seed of initial parameters and of the noise in every step."""
@@ -352,7 +374,8 @@ class TrainConfig:
     """Weight of the flow head's loss. `tiny` takes 6, as this loss is small beside the others."""
 
     gate_weight: NonNegativeFloat = 1.0
-    """Weight of the gate's cross-entropy. Where text terms compete, equal weights keep the probabilities calibrated."""
+    """Weight of the gate's cross-entropy. All token losses have the same weight by default. Then the probabilities of
+    tokens that compete at a position stay calibrated."""
 
     heard_weight: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of the transcript."""
@@ -375,7 +398,8 @@ class ServeConfig:
     """How sessions are served."""
 
     sessions: Annotated[int, Range(1, 10**6)] = 8
-    """Sessions side by side that `jaxtml plan` plans with. A server is given its number with `--max-sessions`."""
+    """Simultaneous sessions for which `jaxtml plan` plans a server. `jaxtml serve` ignores this field: its
+    `--max-sessions` sets the limit."""
 
     compute_dtype: Dtype = "float32"
     """Dtype of activations and weights. bfloat16 is slower on a CPU and faster elsewhere."""
@@ -425,7 +449,9 @@ class Config:
         self.backbone.check("backbone.")
         self.vision.check("vision.")
         if self.duplex.max_patches and not self.vision.folds:
-            raise InputError(f"duplex.max_patches {self.duplex.max_patches}: vision.folds has no tower for them")
+            raise InputError(
+                f"duplex.max_patches {self.duplex.max_patches}: vision.folds is empty, so no tower reads patches"
+            )
         if self.duplex.control_base + CONTROL_IDS > self.backbone.vocab_size:
             raise InputError(
                 f"duplex.control_base {self.duplex.control_base}: {CONTROL_IDS} control ids do not fit the vocabulary"

@@ -47,10 +47,12 @@ def convert(
       source: the directory of a checkpoint or a training run.
       destination: the directory to make; it must be new or empty. With `verify`, it may also be the result of the same
         conversion: then the result is verified again.
-      to: "orbax" for a jaxtml checkpoint, "hf" for a released one.
+      to: "orbax" for a jaxtml checkpoint, "hf" for an Inkling checkpoint.
       dtype: the dtype to write, "float32" or "bfloat16"; None keeps the dtype of each parameter.
-      begin_as: a config that starts with the weights of the source (`checkpoint.warm_start`); None keeps the config.
-      verify: whether to compare the result with the source before the result gets its name.
+      begin_as: the config of a larger model, which starts with the weights of the source (`checkpoint.warm_start`);
+        None keeps the source's config.
+      verify: whether to compare the result with the source. This happens before the result, which is written to a
+        hidden folder, is renamed to `destination`.
 
     Raises:
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
@@ -97,10 +99,10 @@ def write_checkpoint(
       source: the source to read from.
       destination: the directory to make; it must be new or empty.
       source_id: identifies the source and the conversion, so that the same conversion can be resumed.
-      to: "orbax" for a jaxtml checkpoint, "hf" for a released one, which has only released parameters.
-      dtype: the dtype to write; None keeps the dtype of each parameter. Some released parameters are always float32.
+      to: "orbax" for a jaxtml checkpoint, "hf" for an Inkling checkpoint, without the parameters that Inkling lacks.
+      dtype: the dtype to write; None keeps the dtype of each parameter. Some parameters are float32 in every release.
       extra_files: files to copy into the checkpoint, by name.
-      check: a function that is called with the folder before it gets its name; see `copy_parameters`.
+      check: a function that is called with the hidden folder before it is renamed; see `copy_parameters`.
     """
     dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
     if dtype is not None:
@@ -137,7 +139,7 @@ def _count_parameters(source: ParameterSource, to: str) -> str:
 
     phrase = f"{count(specs.keys() - left_out):,} parameters"
     if new - left_out:
-        phrase += f", {describe(new - left_out)} of them new, drawn as for training"
+        phrase += f", {describe(new - left_out)} of them new, with initial values"
     if left_out - new:
         phrase += f"; {describe(left_out - new)} left out, for which Inkling has no place"
     return phrase

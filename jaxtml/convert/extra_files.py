@@ -36,7 +36,7 @@ def find_extra_files(directory: Path) -> dict[str, Path]:
 
 
 def _belongs_to_weights(file: Path) -> bool:
-    """Returns whether a file has weights, or says how weights are numbered or quantised. Hidden files count as well."""
+    """Returns whether a file has weights, or says how weights are sharded or quantised. Hidden files count as well."""
     about_quantisation = file.suffix == ".json" and "quant" in file.name
     is_large = file.stat().st_size > LARGEST
     return (

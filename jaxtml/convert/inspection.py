@@ -1,4 +1,4 @@
-"""`jaxtml info DIR`: says what a checkpoint is, without reading its numbers. With `--verify`, checks all of them.
+"""`jaxtml info DIR`: says what a checkpoint is, without reading its values. With `--verify`, checks all values.
 
 Called by `commands.info`.
 """
@@ -42,7 +42,7 @@ class Description:
       specs: the specs of the parameters that the checkpoint has.
       kind: a phrase that says what kind of checkpoint it is.
       step: the newest step of a training run; None for other checkpoints.
-      dtypes: the number of numbers of each dtype.
+      dtypes: how many elements have each dtype.
       nbytes: the size on disk in bytes.
       uses: the commands that can use the checkpoint.
     """
@@ -70,7 +70,7 @@ def describe_checkpoint(directory: str | Path) -> Description:
         kind = f"Inkling checkpoint{', routed experts in ' + ' and '.join(formats) if formats else ''}"
     elif source.step is not None:
         kind, step, folder = "training run", source.step, directory / RUN_CHECKPOINTS / str(source.step)
-        uses.append("train (goes on)")
+        uses.append("train (resumes)")
     else:
         kind = "jaxtml checkpoint"
     uses.append("train --start-from")

@@ -23,8 +23,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Journal:
     """The journal of the conversion that writes to `folder`.
 
-    A journal of another conversion, or from before the machine was last started, is worth nothing: its chunks may not
-    have reached the disk. Then the folder is emptied, and the conversion begins anew.
+    If the journal belongs to another conversion, the folder is emptied, and the conversion begins anew. The same
+    happens if the machine has been restarted since: a chunk in the journal may not have reached the disk.
 
     Until it is closed, a journal locks its folder against other conversions.
 

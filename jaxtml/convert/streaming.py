@@ -1,7 +1,8 @@
 """Copies parameters from a source into a sink: chunk by chunk, in threads, so that an interrupted copy can go on.
 
-The copy is written to a hidden folder beside the destination. It gets its name when it is complete. A journal in that
-folder says which chunks are written (`convert.journal`), and a conversion that was killed goes on with the others.
+The copy is written to a hidden folder beside the destination. When the copy is complete, the folder is renamed to the
+destination. A journal in the folder says which chunks are written (`convert.journal`). If a conversion was killed, the
+next one copies the other chunks.
 
 One thread works through the chunks of one layer's part of a parameter, in order, and computes the CRC-32 of all that it
 has written (`checkpoint.manifest`). Memory is one chunk for each thread, whatever the size of the model.
@@ -42,15 +43,15 @@ def copy_parameters(
     check: Callable[[Path], None] = lambda folder: None,
     workers: int | None = None,
 ) -> None:
-    """Fills the sink, writes its manifest, and gives it its name.
+    """Fills the sink in a hidden folder, writes the manifest, and renames the folder to `destination`.
 
     Args:
       source: the source to read from.
       sink: the sink to write to.
       destination: the directory to make; it must be new or empty.
       source_id: identifies the source and the conversion. A conversion with another id is not resumed.
-      check: a function that is called with the folder before it gets its name. If it raises, the folder does not get
-        its name. If it raises `VerificationFailed`, the next conversion begins anew.
+      check: a function that is called with the folder before it is renamed. If it raises, the folder keeps its hidden
+        name. If it raises `VerificationFailed`, the next conversion begins anew.
       workers: the number of threads; None takes two for each core.
 
     Raises:

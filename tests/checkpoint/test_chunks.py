@@ -34,7 +34,7 @@ def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(releasab
     for path, spec in spec_table(releasable).items():
         if spec.released is not None:
             size = math.prod(spec.released.shape)
-            # Our layout of a tensor whose elements are their own places in the file.
+            # Each element of this tensor is its own offset in the file. `ours` is the tensor in our layout.
             ours = spec.released.load(np.arange(size).reshape(spec.released.shape))
             parts = [ours[index[spec.stacked :]] for index in chunk_indices(spec, chunk_shape(spec, 2))]
             parts = parts[: len(parts) // math.prod(spec.shape[: spec.stacked])]  # of the first layer
@@ -45,7 +45,7 @@ def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(releasab
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("experts", [2039, 31])
 def test_sizes_without_divisors_do_not_make_many_small_files(experts, small):
-    """2039 experts are a prime number of small rows, many to a file. Of 31 experts, 8 fit into a file."""
+    """Neither 2039 nor 31 has a divisor to cut by. A file holds many of the 2039 small experts, or 8 of the 31."""
     width = 8 if experts > 1000 else 64
     backbone = dataclasses.replace(small.backbone, n_experts=experts, d_ff_expert=width)
     specs = spec_table(dataclasses.replace(small, backbone=backbone))

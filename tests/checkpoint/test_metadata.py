@@ -31,7 +31,7 @@ WRONG_VALUES: tuple[Any, ...] = (
 def _wrong_documents(document: Any, each: int) -> Iterator[tuple[str, Any]]:
     """Yields the document with one wrong value, or with one key missing, and says which.
 
-    Every position at any depth gets `each` wrong values. Positions take turns through `WRONG_VALUES`.
+    Every value in the document, at any depth, is replaced `each` times by the next entry of `WRONG_VALUES`.
     """
     wrong_values = itertools.cycle(WRONG_VALUES)
 

@@ -16,8 +16,7 @@ from jaxtml.config import Config
 from jaxtml.config.rules import rules_of
 from jaxtml.errors import InputError
 
-# Which of the values below each field accepts. First written by the rules of revision c4075cc, which named fields far
-# away from their classes.
+# Which of the values below each field accepts.
 GOLDEN = Path(__file__).parents[1] / "golden" / "config_values.txt"
 
 INTS = (-1, 0, 1, 2, 64, 512, 513, 4096, 4097, 10**6, 10**6 + 1, 2**31 - 1, 2**31)

@@ -1,4 +1,4 @@
-"""Releases with all that lies beside their weights, and conversions of them. Models have files of a few kilobytes."""
+"""Releases with a tokenizer, a license and other files, and conversions of them. All files have a few kilobytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def token_ids() -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def full_release(release, tmp_path_factory) -> Path:
-    """A release with all that lies beside the weights of one."""
+    """A release with all files that come with the weights of a real one: tokenizer, license and others."""
     folder = tmp_path_factory.mktemp("full_release") / "hf"
     shutil.copytree(release, folder)
     config = json.loads((folder / "config.json").read_text())

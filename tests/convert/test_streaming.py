@@ -1,4 +1,4 @@
-"""A conversion is complete or has no name, goes on where it was killed, and fails in one line."""
+"""A destination exists only when it is complete, a killed conversion can be resumed, and it fails in one line."""
 
 from __future__ import annotations
 

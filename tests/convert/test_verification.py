@@ -1,4 +1,4 @@
-"""A result gets its name only after it was verified, and can be verified again later."""
+"""A result is verified before it is renamed to its destination, and can be verified again later."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ _MTP_CONSTANTS = {"chain_hidden_post_norm": False, "mtp_hidden_states_first": Tr
 
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
-# Fields that change no number of the reference's forward pass. The last two stand in a vision section: `transformers`
-# writes sizes there that Inkling's tower does not have.
+# Fields that change nothing in the forward pass of the reference, which is the model in `transformers`. `hidden_size`
+# and `num_attention_heads` are for vision sections: `transformers` writes sizes there that Inkling's tower does not
+# have.
 _UNUSED = (
     *("model_type", "initializer_range", "number_of_conv_states", *_TOKENS),
     *("rms_norm_eps_moe_gate", "use_cache", "dtype", "torch_dtype", "architectures"),
@@ -179,7 +180,10 @@ def _global_layers(text: ConfigSection, layers: int) -> tuple[int, ...]:
 
 
 def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
-    """Returns the layers of the vision tower. `folds` is our field, for towers that are not as Inkling plans them."""
+    """Returns the layers of the vision tower.
+
+    In a release they follow from the number of layers. `inkling_config` writes a field `folds` for any other tower.
+    """
     depth = vision.integer("n_layers", "num_hidden_layers", most=_MOST_LAYERS)
     folds = vision.value("folds")
     if folds is None:
@@ -194,7 +198,7 @@ def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
 def inkling_config(config: Config, original: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Returns the `config.json` with which `transformers` reads this backbone (`InklingForConditionalGeneration`).
 
-    Pinned tokens and a window on global layers cannot be expressed: the reference's global layers see every token.
+    Pinned tokens and a window on global layers cannot be expressed: in `transformers`, global layers see every token.
 
     Args:
       config: the config of the model.
@@ -280,6 +284,8 @@ def _vision_config(config: Config) -> dict[str, Any]:
     }
     if folds != default_folds(len(folds)):
         # `transformers` computes the widths itself and has no field for others.
-        logging.warning("Inkling plans its vision tower otherwise: transformers can read all but the vision tower")
+        logging.warning(
+            "this vision tower is not of Inkling's design: transformers can read all parameters but those of the tower"
+        )
         vision["folds"] = [list(fold) for fold in folds]
     return vision

@@ -83,7 +83,7 @@ class ConfigSection:
                 raise InputError(f"config.json: {name} is {found}; jaxtml supports {value!r} alone")
 
     def warn_unread(self, unused: Collection[str]) -> None:
-        """Names in the log the fields that nothing has read. `unused` are fields that nobody needs to know about."""
+        """Writes a warning to the log with the names of fields that nothing has read, except for those in `unused`."""
         unread = {name for name, value in self.fields.items() if value not in (None, False, 0, "", [], {})}
         names = ", ".join(sorted(unread - self.read - set(unused)))
         if names:

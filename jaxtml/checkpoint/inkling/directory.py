@@ -15,7 +15,7 @@ from jaxtml.errors import InputError, join_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MTP_WEIGHTS = "mtp.safetensors"  # the file of the prediction heads, if they are in a file of their own
-MTP_PREFIX = "model.mtp."  # the names of the prediction heads' tensors begin so
+MTP_PREFIX = "model.mtp."  # the beginning of the names of the prediction heads' tensors
 
 
 def model_name(directory: Path) -> str:
@@ -60,10 +60,15 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise InputError(f"no {file} in {directory}: the checkpoint is incomplete, download it again")
         tensors = read_header(directory / file)
         for name in tensors:
+            if name in stored:
+                raise InputError(
+                    f"{directory} has {name} in {file} and in {stored[name].file.name}: remove one of them"
+                )
             file_in_index = weight_map.get(name, file)
-            if name in stored or file_in_index != file:
-                other = f"in {stored[name].file.name}" if name in stored else f"by the index in {file_in_index}"
-                raise InputError(f"{directory} has {name} in {file} and {other}: remove one of them")
+            if file_in_index != file:
+                raise InputError(
+                    f"{directory} has {name} in {file}, but its index says {file_in_index}: download it again"
+                )
         stored |= tensors
     absent = sorted(weight_map.keys() - stored.keys())
     if absent:

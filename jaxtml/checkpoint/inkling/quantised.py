@@ -8,7 +8,7 @@ Axes: E experts, N rows, K columns. Each row is cut into groups of columns. A gr
 | MXFP8 | E4M3 `[E, N, K]` | E8M0, or its bytes as U8, `[E, N, K / 32]` | |
 
 A byte of an NVFP4 weight is two E2M1 numbers, the first in the lower half. NVFP4 also has `.input_amax` (for quantised
-activations) and `.original_shape`, and weights do not need them. Some layers of a release may be left in bfloat16.
+activations) and `.original_shape`, which are not needed here. Some layers of a release may be left in bfloat16.
 
 Sources: the loaders of `vllm` and `tokenspeed` for `thinkingmachines/Inkling-NVFP4`; OCP Microscaling Formats 1.0,
 2023. Called by `checkpoint.inkling.source`.
@@ -55,7 +55,8 @@ def logical_shape(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> tu
         if tensor.dtype not in dtypes:
             raise ValueError(f"{suffix} is {tensor.dtype}, not {' or '.join(dtypes)}")
     if parts[".scale"].shape != (*outer, columns // group) or columns % group:
-        raise ValueError(f".scale is {parts['.scale'].shape}, not one for each {group} columns of {(*outer, columns)}")
+        scales = parts[".scale"].shape
+        raise ValueError(f".scale is {scales}, but weights {(*outer, columns)} need a scale for each {group} columns")
     if ".scale2" in parts and parts[".scale2"].shape != tuple(outer[:1]):
         raise ValueError(f".scale2 is {parts['.scale2'].shape}, not {tuple(outer[:1])}")
     return (*outer, columns)

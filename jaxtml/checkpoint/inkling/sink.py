@@ -35,8 +35,9 @@ class ReleasedSink:
     Args:
       config: the config of the model.
       dtypes: the dtype in which each parameter is written.
-      extra_files: files to copy into the checkpoint, by name. A `config.json` among them is the original release's: the
-        new one repeats its fields that do not follow from the sizes of the model.
+      extra_files: files to copy into the checkpoint, by name. A `config.json` among them comes from the original
+        release. Its fields are copied to the new `config.json`, except for those that follow from the sizes of the
+        model.
 
     Raises:
       InputError: Inkling's config cannot express the model.
@@ -109,7 +110,7 @@ class ReleasedSink:
 
 
 def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
-    """Returns the dtype of each released parameter: `dtype`, except for those that are float32 in every release."""
+    """Returns the dtype of each parameter that a release has: `dtype`, or float32 for those that always have it."""
     return {
         tensor.path: np.dtype(np.float32) if tensor.name.endswith(_FLOAT32) else np.dtype(dtype)
         for tensor in released_tensors(config)
@@ -117,7 +118,7 @@ def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
 
 
 def _main_dtype(specs: Mapping[str, ParamSpec], dtypes: Mapping[str, np.dtype]) -> np.dtype:
-    """Returns the dtype of most numbers."""
+    """Returns the dtype that most elements of the parameters have."""
     sizes: dict[np.dtype, int] = {}
     for path, spec in specs.items():
         sizes[dtypes[path]] = sizes.get(dtypes[path], 0) + math.prod(spec.shape)

@@ -46,7 +46,7 @@ class ReleasedCheckpoint:
 
     Raises:
       InputError: the directory is missing or has no Inkling checkpoint; or tensors are unknown, missing, of another
-        shape, or there twice. All tensors of a kind are counted, and five are named.
+        shape, or there twice. The message counts the tensors of each problem, and names five of them.
     """
 
     def __init__(self, directory: str | Path, seed: int = 0):
@@ -85,7 +85,7 @@ class ReleasedCheckpoint:
         stored, layout = self.stored[tensor.name], tensor.layout
         if tensor.name not in self.scales:
             return layout.load(stored.mapped())[index].astype(self.dtype(tensor.path), copy=False)
-        # Dequantise the rows of the experts that are asked for, and of these take the part that is.
+        # Dequantise all rows that have an element of the part, and then cut the part out of them.
         view = layout.view or layout.shape
         cuts = [range(size)[index[axis]] for axis, size in zip(layout.order, view, strict=True)]
         rows_per_index = layout.shape[1] // view[1]  # rows of the tensor for one index of the view's second axis
@@ -129,7 +129,10 @@ class ReleasedCheckpoint:
     def _misfits(
         self, wanted: Mapping[str, ReleasedTensor], parts: Mapping[str, Mapping[str, StoredTensor]]
     ) -> list[str]:
-        """Returns a phrase for each tensor whose shape or dtype is wrong. All layers of a parameter have one dtype."""
+        """Returns a phrase for each tensor whose shape or dtype is wrong.
+
+        A dtype is also wrong if it is not the dtype of the parameter's other layers.
+        """
         phrases = []
         dtypes: dict[str, str] = {}  # the dtype of the first layer, by path
         for name, tensor in wanted.items():

@@ -9,8 +9,9 @@ import math
 
 from jaxtml.errors import InputError
 
-# (time, side, width) of what one position of a tower has seen: `time` frames of `side` x `side` pixels. Sides grow by
-# the prime factors of 40, then time grows. A width is the number of values seen, rounded up to a multiple of 64.
+# A tower begins with pixels and merges neighbours, layer by layer. At stage `(time, side, width)`, a vector of `width`
+# channels stands for `time` frames of `side` x `side` pixels. Sides grow by the prime factors of 40, then time grows.
+# The width is the number of values in these pixels, rounded up to a multiple of 64.
 _STAGES = [(1, 1, 3), (1, 5, 128), (1, 10, 320), (1, 20, 1216), (1, 40, 4800), (2, 40, 9600)]
 _PIXELS = 2 * 40 * 40
 
@@ -19,7 +20,7 @@ def default_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
     """Returns the folds `(time, side, width)` of a vision tower of `depth` layers. The last width is 0: the model's.
 
     A layer goes from one of six stages to a later one, the first layer from the first stage and the last layer to the
-    last. Inkling takes the `depth + 1` stages that are nearest to even steps in the logarithm of what was seen.
+    last. Inkling takes the `depth + 1` stages that are nearest to even steps in the logarithm of the number of pixels.
 
     Raises:
       InputError: there is no such tower.
@@ -43,8 +44,8 @@ def _nearest_stages(depth: int) -> tuple[int, ...]:
         [abs(total * step / depth - math.log(time * side * side)) for time, side, _ in _STAGES]
         for step in range(depth + 1)
     ]
-    # Targets and stages both rise, so the nearest choice never crosses. best[j] is the choice of the steps so far with
-    # the least distance whose stages lie before stage j.
+    # Dynamic programming: each step takes a stage, and later steps take later stages. best[j] is the choice for all
+    # steps so far that takes stages before stage j alone, with the least sum of distances.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(_STAGES) + 1)
     for step in range(depth + 1):
         row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]

@@ -105,7 +105,7 @@ def create_arrays(directory: Path, specs: Mapping[str, ParamSpec], dtypes: Mappi
     saving.use_ocdbt, saving.use_compression = False, False
     saving.array_metadata_store, saving.enable_write_sharding_file = None, False
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that there are no OCDBT files, as it was told
+    logging.set_verbosity(logging.ERROR)  # Orbax would warn that OCDBT is off
     try:
         with context:
             ocp.save(str(directory), tree)

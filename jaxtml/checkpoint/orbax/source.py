@@ -73,7 +73,7 @@ class OrbaxCheckpoint:
         return max(steps)
 
     def _open_arrays(self, state: Path, prefix: str) -> dict[str, ts.TensorStore]:
-        """Opens the arrays of the tree in `state` whose paths begin with `prefix`. Returns them by path, without it."""
+        """Returns the arrays of the tree in `state` whose paths begin with `prefix`, by the rest of the path."""
         context = uncached_context()
         try:
             entries = json.loads((state / "_METADATA").read_text())["tree_metadata"].values()
@@ -114,7 +114,7 @@ def load_config(directory: str | Path) -> Config:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"no checkpoint directory {directory}: give that of a checkpoint or a training run")
+        raise InputError(f"no checkpoint directory {directory}: name the directory of a checkpoint or a training run")
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is not a jaxtml checkpoint: it has no {CONFIG}")
     try:

@@ -1,4 +1,4 @@
-"""Each released tensor is one layer of one parameter, and its layout can be turned back."""
+"""Each released tensor is one layer of one parameter, and a conversion from its layout to ours can be undone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import flatten
 
 
-def test_names_are_unique_and_every_layout_can_be_turned_back(config):
+def test_names_are_unique_and_every_change_of_layout_can_be_undone(config):
     names = set()
     for tensor in released_tensors(config):
         layout = tensor.layout
