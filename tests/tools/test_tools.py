@@ -86,8 +86,9 @@ def recording(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """An untrained `tiny` of two layers, which compiles faster than the shipped one."""
-    config = configs.load("tiny", ["backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]"])
+    """An untrained `tiny` of two layers, which compiles faster than the shipped one. It never speaks."""
+    layers = ("backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]")
+    config = configs.load("tiny", [*layers, "duplex.gate_threshold=1.0"])
     folder = tmp_path_factory.mktemp("checkpoint") / "two_layers"
     params = init_params(InteractionModel(config).specs(), 0)
     save_checkpoint(folder, config, params, "float32", SHIPPED / "tokenizer.json")
@@ -157,8 +158,9 @@ def test_int8_error_runs(monkeypatch, capsys):
     assert "the likeliest token is the same at 100.0%" in capsys.readouterr().out
 
 
-def test_load_runs(tmp_path):
-    run("tools/benchmarks/load.py", "--sessions", "2", "--seconds", "2", "--ramp", "0.5", "--out", str(tmp_path))
+def test_load_runs(tmp_path, checkpoint):
+    arguments = ("--sessions", "2", "--seconds", "2", "--ramp", "0.5", "--out", str(tmp_path))
+    run("tools/benchmarks/load.py", *arguments, "--", "--checkpoint", str(checkpoint))
     result = json.loads((tmp_path / "loadtest.json").read_text())
     assert result["ticks"] > 0 and result["gap_s"] and not result["failures"]
     assert (tmp_path / "loadtest.png").is_file()
