@@ -1,8 +1,13 @@
 """Training data: from voices and texts to batches.
 
-`voices` speak texts -> `bank_plan` and `bank` keep the utterances on disk -> `talks` mix utterances into two-channel
-conversations about what `tasks` say -> `conversations` encodes them as the rows of a `dataset`, which `cache` can keep
-on disk -> `pipeline` makes batches of rows. `examples` writes conversations for people to check.
+The steps, in order:
+
+1. `voices` synthesises texts. `bank_plan` decides who says which text, and `bank` keeps the utterances on disk.
+2. `talks` mixes utterances into two-channel conversations. `tasks` defines what users say and the right replies.
+3. `conversations` encodes the conversations as the rows of a `dataset`. `cache` can keep encoded rows on disk.
+4. `pipeline` makes batches of rows.
+
+`examples` writes conversations for people to check.
 
 To add a scenario, read `talks/mix.py`; to add a dataset, `dataset.py`; to add a voice, `bank_plan.py`.
 """

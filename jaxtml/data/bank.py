@@ -3,9 +3,9 @@
 `build` speaks a plan (`jaxtml.data.bank_plan`) in worker processes, one shard at a time. `Bank` reads the shards that
 are finished. Called by `jaxtml.data.conversations`, the vocoder's training and the evaluations.
 
-The samples of a shard are written first, and its index is renamed into place last. A killed build therefore loses the
-shards in work at most, and a half-built bank can be used at once. A fresh process speaks each shard, so that the
-content of a shard depends on its plan alone.
+The samples of a shard are written first, and its index is renamed into place last. A killed build therefore loses
+at most the shards that were being built, and a half-built bank can be used at once. A fresh process synthesises each
+shard, so that the content of a shard depends on its plan alone.
 
     bank.json    digest of the plan, numbers of shards and utterances
     00012.pcm    samples of all utterances of a shard, one after the other (int16, 16 kHz)
@@ -44,8 +44,8 @@ class PlannedUtterance:
     """One utterance to be spoken. Its field names are part of a bank's files and of its digest.
 
     Attributes:
-      role: "assistant"; "user" for a sentence; "words" for a user's voice that names a few words, each with a pause
-        behind it.
+      role: "assistant"; "user" for a sentence of a user; "words" for a user's voice that says a few single words, each
+        followed by a pause.
       split: "train" or "test"; the assistant has "train" alone.
       voice: name as in `jaxtml.data.voices.registry`.
       text: what to say.
@@ -121,7 +121,7 @@ def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise
 
 
 def _run_in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
-    """Runs `_build_shard` for each job in a process of its own, `workers` at a time. Yields numbers as they finish.
+    """Runs `_build_shard` for each job in its own process, `workers` at a time. Yields the numbers of finished shards.
 
     An executor's pool would not do. No state of a speech engine may leak from one shard into the next, and the death of
     a worker has to be noticed. A worker whose parent was killed finishes its shard and ends.
@@ -141,7 +141,7 @@ def _run_in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[i
                 process = context.Process(target=_build_shard, args=(sender, *arguments), daemon=True)
                 process.start()
                 sender.close()
-                running[receiver] = (process, number)  # pyright: ignore[reportArgumentType] (a pipe on Windows)
+                running[receiver] = (process, number)  # pyright: ignore[reportArgumentType] (Windows type)
             ready = wait(list(running))
             for receiver in [receiver for receiver in running if receiver in ready]:
                 process, number = running.pop(receiver)

@@ -4,8 +4,8 @@ A plan is a pure function of voices, texts, counts and a seed. Called by `jaxtml
 spoken by `jaxtml.data.bank.build`.
 
 How to add a voice: add its name to `jaxtml.data.voices.registry` with its split (train or test, never both). Then add
-two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words` for the vocabulary, from which
-user turns are joined.
+two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words`. The second one says each word
+of the vocabulary alone, and mixing joins these recordings into new user turns.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices import registry
 
 WORDS_PER_UTTERANCE = 4
-"""Words that one utterance names. A word alone is too short for the neural voices."""
+"""Single words in one utterance of a `single_words` group. A word alone is too short for the neural voices."""
 
 _SLOW_SHARD, _QUICK_SHARD = 60, 240
-"""Utterances of a shard. A shard takes about a minute. A kill loses that much at most, and starting a process for each
-shard costs little beside it."""
+"""Utterances of a shard. A shard takes about a minute to build. So a build that is killed loses about a minute of work
+per worker, and the start of a process for each shard costs little in comparison."""
 
 _VOCABULARY_ROUNDS = {"flite": 4, "piper": 4}
-"""How often a voice names the vocabulary, for engines that have few voices. Others do so once."""
+"""How often each voice says the whole vocabulary, for engines that have few voices. Other voices say it once."""
 
 DrawText = Callable[[np.random.Generator], str]
 
@@ -39,8 +39,8 @@ class VoiceGroup:
     Attributes:
       split: "train" or "test".
       voices: names as in `jaxtml.data.voices.registry`.
-      count: sentences of the group; with `single_words`, how often each voice names the vocabulary.
-      single_words: whether the voices name single words instead of sentences, a few per utterance.
+      count: sentences of the group; with `single_words`, how often each voice says the whole vocabulary.
+      single_words: whether the voices say single words instead of sentences, a few per utterance.
       rate: bounds of the speed of speech, as factors.
       pitch: bounds of the pitch, as factors.
     """
@@ -54,12 +54,12 @@ class VoiceGroup:
 
 
 def full_voice_groups() -> tuple[VoiceGroup, ...]:
-    """Returns the users of the bank that `tiny` is trained and tested on.
+    """Returns the user voices of the bank that the config `tiny` is trained and tested on.
 
     Synthesis takes about an hour of CPU time, nearly all of it Kokoro's.
     """
-    pitch = (0.92, 1.1)  # beyond these a scaled spectrum sounds like nobody
-    slow = (0.55, 1.0)  # a person who names single words takes twice the time of one who says a sentence
+    pitch = (0.92, 1.1)  # beyond these bounds a scaled spectrum sounds like no human voice
+    slow = (0.55, 1.0)  # people say single words at about half the speed of words in a sentence
     word_voices = (
         ("train", registry.ESPEAK_TRAIN, (0.8, 1.35)),
         ("test", registry.ESPEAK_TEST, (0.85, 1.2)),
@@ -86,7 +86,7 @@ def full_voice_groups() -> tuple[VoiceGroup, ...]:
 
 
 def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
-    """Returns the plan of the bank that `tiny` is trained and tested on: every reply of the task, and its users."""
+    """Returns the plan of the bank for the config `tiny`: every reply of the task, and the utterances of users."""
     return plan_bank(
         full_voice_groups(),
         scenarios.assistant_texts(),
@@ -114,7 +114,7 @@ def plan_bank(
       replies: texts of the model's own voice.
       draw_user_text: draws a sentence.
       seed: seed of everything that is drawn.
-      vocabulary: the words that groups with `single_words` name.
+      vocabulary: the words that groups with `single_words` say.
     """
     assistant = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]
     quick, slow = [], []
@@ -147,14 +147,14 @@ def _sentences(rng: np.random.Generator, group: VoiceGroup, draw_user_text: Draw
     for index in range(group.count):
         text = draw_user_text(rng)
         if text.split()[0] in ("is", "what") and rng.random() < 0.7:
-            text += "?"  # most questions rise
+            text += "?"  # the question mark gives the rising tone that most questions have
         yield group.voices[index % len(group.voices)], text
 
 
 def _word_texts(rng: np.random.Generator, group: VoiceGroup, vocabulary: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields `(voice, a few words)`: each voice names every word `count` times.
+    """Yields `(voice, a few words)`: each voice says every word `count` times.
 
-    Each word is a sentence of its own, so that it has the falling tone of one.
+    Each word is written as a sentence, so that it ends in the falling tone of a sentence.
     """
     orders = {
         voice: [str(word) for _ in range(group.count) for word in rng.permutation(vocabulary)] for voice in group.voices

@@ -1,9 +1,9 @@
-"""Encoded rows on disk, for an accelerator that trains faster than the processors beside it mix conversations.
+"""Encoded rows on disk, for an accelerator that trains faster than the host's CPUs can mix conversations.
 
 `build` writes the first N rows of a dataset as shards, in worker processes. A build can be killed and started again.
-`CachedRows` is the dataset that reads the shards: row `i` is as the original dataset makes it, in a new order of the N
-rows for each epoch. A cache holds the digest of its original dataset and is refused in place of any other. Called by
-`jaxtml data --rows N` and `jaxtml.train.loop`.
+`CachedRows` is the dataset that reads the shards. Its rows equal those of the original dataset, and each epoch visits
+them in a new order. A cache stores the digest of its original dataset; a run with another dataset refuses the cache.
+Called by `jaxtml data --rows N` and `jaxtml.train.loop`.
 
     cache.json                    digest of the original dataset, and number of rows
     00012-of-00040.array_record   one record per row: the arrays of an encoded conversation, without padding
@@ -61,7 +61,7 @@ def build(dataset: ConversationDataset, folder: Path, count: int, workers: int) 
       workers: processes.
 
     Raises:
-      InputError: `count` is no multiple, or `folder` holds a cache of other rows.
+      InputError: `count` is no positive multiple of `SHARD_ROWS`, or `folder` holds a cache of other rows.
     """
     if count < 1 or count % SHARD_ROWS:
         raise InputError(f"a cache of {count} rows: give a positive multiple of {SHARD_ROWS}")
@@ -175,7 +175,10 @@ class CachedRows:
 
     @property
     def digest(self) -> str:
-        """The digest of the original dataset with the number of rows, because the rows come in another order."""
+        """The digest of the original dataset, and the number of rows.
+
+        It differs from the original digest because a cache gives the same rows in another order.
+        """
         return f"{self.original_digest} cache of {self.count}"
 
     def row(self, index: int) -> Row:

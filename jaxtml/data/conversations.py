@@ -1,8 +1,9 @@
 """The dataset `conversations`: sessions that are mixed from an utterance bank and encoded as rows.
 
-This is the dataset that a config names unless it names another (`data.dataset`). `jaxtml.data.dataset` opens it for the
-trainer and for `jaxtml data`. A row is a pure function of the bank, the config, the tokenizer and the row's index: the
-session is mixed with a random generator of (seed, index), and its transcript is disturbed with one of (seed, index, 1).
+This dataset is the default of `data.dataset` in a config. `jaxtml.data.dataset` opens it for the trainer and for
+`jaxtml data`. A row is a pure function of the bank, the config, the tokenizer and the row's index. The random generator
+that mixes the session is seeded with (seed, index). In some rows, words of the transcript are replaced by wrong ones;
+the generator for that is seeded with (seed, index, 1).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _FORMAT = 1
 """Part of the digest. Raise it when the same inputs make other rows than before."""
 
 _MISHEARD_SHARE = (0.1, 0.4)
-"""Bounds of the share of replaced words in a row. An untrained model mishears more words, a good one fewer."""
+"""Bounds of the share of a transcript's tokens that are replaced, drawn for each row with wrong words.
+
+The bounds are wide, because a model mishears many words early in training and fewer later."""
 
 
 def build(config: Config, folder: Path, workers: int) -> None:
@@ -129,9 +132,9 @@ def with_misheard_words(
 ) -> EncodedConversation:
     """Returns the conversation with some tokens of its transcript replaced by random ones of `other_tokens`.
 
-    Only what the model reads of its own past changes. Targets stay what the user said, so that the next word has to be
-    found in the sound. A model that has only seen flawless transcripts believes its own (exposure bias). The text of
-    the assistant answers what was really said, so such a row does not train it.
+    Only the input tokens change. The targets stay the words that the user said, so that the model has to find the next
+    word in the sound. A model that has only read flawless transcripts trusts its own transcript too much (exposure
+    bias). The assistant's text answers what the user really said, so its loss terms are switched off in such a row.
     """
     heard = 1 + np.flatnonzero((encoded.term == Term.HEARD) & (encoded.target < config.duplex.control_base))
     heard = heard[heard < len(encoded.ids)]

@@ -12,11 +12,11 @@ How to add a dataset:
 2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
    and one that opens the dataset.
 3. Train with `--set data.dataset=NAME`. The folder of `--data` also has to hold a `tokenizer.json`. If there is none,
-   `jaxtml data` trains one on the texts of the first task.
+   `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
 4. Copy the tests in `tests/data/test_dataset.py` that hold a dataset to its protocol.
 
-A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more: `jaxtml data` shows and caches
-its rows, and the trainer holds sample conversations.
+A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more. `jaxtml data` shows and caches
+its rows, and during training the trainer lets the model answer some of its test conversations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of third-party packages, found where they are installed, checked against a pinned sha256 and read as data.
 
-Speech engines (`jaxtml.data.voices`) and the speech judge of the evaluations read their model files from here. Nobody
-needs them to train on a finished bank, or to serve.
+Speech engines (`jaxtml.data.voices`) and the speech recogniser of the evaluations (`jaxtml.evals.judge`) read their
+model files from here. Neither training on a finished bank nor serving needs these files.
 """
 
 from __future__ import annotations

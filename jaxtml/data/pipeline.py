@@ -27,8 +27,8 @@ class HostRows:
     """The rows of the global batch that one host makes: those of its own devices.
 
     Attributes:
-      positions: positions in the global batch, in order; None for all of them. On a torus the rows of a host need not
-        be neighbours.
+      positions: positions in the global batch, in order; None for all of them. The positions need not be
+        consecutive: where the devices form a torus, the order of the mesh may interleave hosts.
     """
 
     positions: tuple[int, ...] | None = None
@@ -53,7 +53,7 @@ def batches(
     Args:
       dataset: makes the rows.
       batch: rows of the global batch.
-      start: the first step. A resumed run needs no other integer.
+      start: the first step. A resumed run needs no other state of the data.
       workers: processes that make batches in advance; 0 makes them in this process. `close()` the iterator to end the
         processes.
       host_rows: the rows of the global batch that this host makes; they are the B rows of each result.

@@ -21,7 +21,8 @@ Row = dict[str, np.ndarray]
 """The arrays of one row by name, without a batch axis (see `row_shapes`)."""
 
 _POSITIONS_PER_OWN_SPEECH = 3
-"""At most one position in three is own speech. No generated session has more, not even one of typed turns alone."""
+"""At most one position in three is own speech. No generated session has more. Sessions in which the user
+types come closest to it, because their replies follow each other closely."""
 
 
 def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
@@ -37,8 +38,8 @@ def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
     | `target` | `[T]` | int32 | the token to predict |
     | `term` | `[T]` | uint8 | `Term`: the loss term of that prediction, or NONE |
     | `speech_at` | `[S]` | int32 | own-speech positions; 0 where there is none |
-    | `speech` | `[S, 400]` | float16 | log-mels in [-7, 2] to predict there, exact to 0.002 |
-    | `speech_valid` | `[S]` | bool | whether there is an own-speech position |
+    | `speech` | `[S, 400]` | float16 | log-mels in [-7, 2] to predict at `speech_at`, exact to 0.002 |
+    | `speech_valid` | `[S]` | bool | whether entry `s` of `speech_at` is an own-speech position |
     """
     tokens = config.data.tokens
     own_speech = max_own_speech(tokens)
@@ -72,7 +73,7 @@ def pad(encoded: EncodedConversation, config: Config) -> Row:
     length, spoken = len(encoded.kind), len(encoded.speech_at)
     (tokens,), (own_speech,) = shapes["kind"][0], shapes["speech_at"][0]
     if length > tokens or spoken > own_speech:
-        raise ValueError(f"{length} positions with {spoken} of own speech do not fit {tokens} and {own_speech}")
+        raise ValueError(f"{length} positions ({spoken} own speech): a row has {tokens} ({own_speech} own speech)")
 
     def padded(name: str) -> np.ndarray:
         shape, dtype = shapes[name]

@@ -1,7 +1,10 @@
-"""The 200 ms time base, and the way between sound, pictures and text on one side and tokens on the other.
+"""Turns sound, pictures and text into tokens and back, on a time base of 200 ms micro-turns.
 
-`timebase` has the sizes, `tokens` the numbers of control tokens, `layout` the order of a micro-turn. `dmel` turns audio
-into dMel, `images` pictures into patches, `text` text into ids, `clock` times into features. `encoding` makes one
-sequence of a whole `conversation`, `decoding` reads it back, `reading` reads the tokens of a live session. `audio_file`
-and `video_file` read what users name.
+A micro-turn is 200 ms of input and output. `timebase` has its sizes in samples and frames. `tokens` numbers the control
+tokens. `layout` gives the order of the tokens inside a micro-turn.
+
+`dmel` turns audio into dMel (log-mel frames in 16 levels), `images` turns pictures into patches, `text` turns text into
+token ids, and `clock` turns times into features. `encoding` makes one sequence of a whole `conversation`, and
+`decoding` reads the sequence back. `reading` reads the tokens of a live session. `audio_file` and `video_file` read the
+files that users name.
 """

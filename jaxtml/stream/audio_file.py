@@ -24,7 +24,7 @@ from jaxtml.stream.timebase import SAMPLE_RATE
 MAX_HOURS = 4
 """Longer recordings are refused."""
 
-_BLOCK_SECONDS = 60  # read at a time, so that memory never holds hours of stereo at 48 kHz
+_BLOCK_SECONDS = 60  # seconds of the file that are read at a time, so that memory never holds hours of stereo at 48 kHz
 _LOUDEST = 16.0  # samples are within [-1, 1], or little above; integers that are stored as floats reach thousands
 
 
@@ -34,7 +34,7 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     Channels are averaged. soxr resamples.
 
     Raises:
-      InputError: the file cannot be read, is damaged, empty or too long, or has samples that are no audio.
+      InputError: the file cannot be read, is damaged, empty or too long, or has NaN, infinite or far too large samples.
     """
     _check_openable(path)
     try:
@@ -78,7 +78,10 @@ def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE
 
 
 def _check_openable(path: str | os.PathLike[str]) -> None:
-    """Raises `InputError` with what is wrong with the path itself. soundfile would say "System error" to all of it."""
+    """Raises an `InputError` that says what is wrong with the path.
+
+    soundfile itself would only say "System error" in each of these cases.
+    """
     try:
         with open(path, "rb"):
             pass
@@ -118,7 +121,7 @@ def _resampled_blocks(path: str | os.PathLike[str], file: soundfile.SoundFile) -
 
 
 def _check_samples(path: str | os.PathLike[str], block: np.ndarray, start_s: float) -> None:
-    """Raises `InputError` if a block has samples that are no audio. The block begins at `start_s`."""
+    """Raises `InputError` if a block has NaN, infinite or far too large samples. The block begins at `start_s`."""
     if not np.isfinite(block).all():
         raise InputError(f"{path}: has NaN or infinite samples after {start_s:.0f} s; export it again as 16-bit WAV")
     if (peak := np.abs(block).max()) > _LOUDEST:
@@ -143,7 +146,7 @@ def _wav_bytes(wave: np.ndarray, rate: int) -> bytes:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     """Writes a file beside the target, then renames it onto the target. A reader never finds half a file."""
-    if path.exists() and not path.is_file():  # A device as /dev/stdout, or a directory, cannot be renamed onto.
+    if path.exists() and not path.is_file():  # A rename cannot replace a device such as /dev/stdout.
         path.write_bytes(content)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

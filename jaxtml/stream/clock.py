@@ -1,8 +1,10 @@
-"""The clock features of a micro-turn: how long the session has lasted, and what time it is on the wall.
+"""The clock features of a micro-turn (200 ms): how long the session has lasted, and the time of day and week.
+
+Both times are given as phases: the position inside a period, as a fraction of the period. The phases are computed from
+integer remainders, so they stay exact after days.
 
 The functions work on NumPy and on JAX integers alike, so that the data pipeline (`jaxtml.stream.encoding`) and the
-compiled step (`jaxtml.model.duplex`) share one definition. Phases come from integer remainders, so they stay exact
-after days.
+compiled step (`jaxtml.model.duplex`) share one definition.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def clock_features(micro_turn: Array, week_ms: Array, xp: ModuleType = np) -> Ar
     Args:
       micro_turn: `[...]` integers, micro-turns since the session began.
       week_ms: `[...]` integers, milliseconds since Monday 00:00 of the wall clock.
-      xp: `numpy` or `jax.numpy`, as the arrays are.
+      xp: `numpy` for NumPy arrays, `jax.numpy` for JAX arrays.
     """
     session: list[Any] = [(micro_turn % period) / period for period in SESSION_PERIODS]
     wall: list[Any] = [(week_ms % period) / period for period in WALL_PERIODS_MS]
@@ -43,5 +45,9 @@ def clock_features(micro_turn: Array, week_ms: Array, xp: ModuleType = np) -> Ar
 
 
 def week_ms(wall_clock_s: float) -> int:
-    """Returns the milliseconds since Monday 00:00 UTC of a time in seconds since the epoch, which was a Thursday."""
+    """Returns the milliseconds since the last Monday 00:00 UTC.
+
+    Args:
+      wall_clock_s: seconds since the Unix epoch. The epoch began on a Thursday.
+    """
     return int(round((wall_clock_s + 3 * 86_400) * 1000)) % WEEK_MS

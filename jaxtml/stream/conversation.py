@@ -1,7 +1,8 @@
 """A two-channel conversation with everything that is known about it.
 
-`jaxtml.data` makes conversations, `jaxtml.stream.encoding` turns them into tokens, and the evaluations hold a model to
-them. Times are seconds on the clock of the recording. Both waveforms share that clock and have the same length.
+`jaxtml.data` makes conversations, `jaxtml.stream.encoding` turns them into tokens, and the evaluations compare a
+model's behaviour with them. Times are seconds on the clock of the recording. Both waveforms share that clock and have
+the same length.
 
 Axes: N samples, H x W pixels.
 """
@@ -37,8 +38,8 @@ class Speech:
     Attributes:
       start_micro_turn, end_micro_turn: the stretch.
       words: the words that are heard, with times on the clock of the conversation.
-      unsaid: words that an interruption cut off, with the times that they would have had. Text is written before it is
-        said.
+      unsaid: words that an interruption cut off, with the times that they would have had. They are kept because the
+        model writes the text of its words before it says them.
     """
 
     start_micro_turn: int
@@ -53,15 +54,18 @@ class Conversation:
 
     Attributes:
       user: `[N]` float32, what the microphone hears (speech, noise, room) at 16 kHz. N is a whole number of
-      micro-turns. assistant: `[N]` float32, the assistant's clean voice on the same clock; silence outside `speech`.
-      user_words: the user's words as they should be transcribed, in the order of their ends. speech: the assistant's
-      stretches of speech, in order. They do not overlap. typed: `(micro-turn, text)` of what the user typed; the text
-      is known when the micro-turn starts. frames: `(micro-turn, [2, H, W, 3] uint8)` of the video that is known when
-      the micro-turn starts. clock_s: seconds since the session began, at the first sample. A conversation may be cut
-      from a longer session. wall_clock_s: seconds since the epoch, at the first sample. scenario: names of the
-      scenarios that it was made from, for evaluation and inspection. expected: for evaluation, the text of the right
-      reply; "" where silence is right. user_end_s: end of each complete user turn, in seconds. The latency of the gate
-      is measured from there.
+        micro-turns.
+      assistant: `[N]` float32, the assistant's clean voice on the same clock; silence outside `speech`.
+      user_words: the user's words as they should be transcribed, in the order of their ends.
+      speech: the assistant's stretches of speech, in order. They do not overlap.
+      typed: `(micro-turn, text)` of what the user typed. The text is known when the micro-turn starts.
+      frames: `(micro-turn, [2, H, W, 3] uint8)` of the video: two frames, 100 ms before the micro-turn starts and at
+        its start.
+      clock_s: seconds since the session began, at the first sample. A conversation may be cut from a longer session.
+      wall_clock_s: seconds since the Unix epoch, at the first sample.
+      scenario: names of the scenarios that the conversation was made from, for evaluation and inspection.
+      expected: for evaluation, the text of the right reply; "" where silence is right.
+      user_end_s: end of each complete user turn, in seconds. The latency of the reply is measured from there.
     """
 
     user: np.ndarray

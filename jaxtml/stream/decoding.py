@@ -1,6 +1,6 @@
 """Reads an encoded conversation back: the inverse of `jaxtml.stream.encoding`, up to what encoding loses.
 
-Called by tests, which hold the two together. Use it to look into a row of training data.
+Called by tests, which check that encoding and decoding agree. Use it to look into a row of training data.
 
 Axes: T positions.
 """
@@ -27,9 +27,9 @@ _TextPieces = list[tuple[int, list[int]]]
 
 @dataclass(frozen=True)
 class DecodedConversation:
-    """What an encoded conversation still says about its conversation.
+    """The parts of a conversation that can be read back from its encoded form.
 
-    Delegated text is left out, and so is text of micro-turns that listen.
+    Requests to the background model are left out. So is text in micro-turns in which the assistant is silent.
 
     Attributes:
       heard: the user's words, each with its micro-turn as its time.
@@ -55,7 +55,7 @@ def decode(encoded: EncodedConversation, codec: TextCodec, config: DuplexConfig)
 
 
 def _split_text(encoded: EncodedConversation, control_base: int) -> tuple[_TextPieces, _TextPieces, list[int]]:
-    """Returns the pieces of text that were heard and said, and the micro-turns that speak."""
+    """Returns the text that was heard, the text that was said, and the micro-turns in which the assistant speaks."""
     heard: _TextPieces = []
     said: _TextPieces = []
     speaking: list[int] = []

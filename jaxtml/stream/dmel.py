@@ -1,12 +1,13 @@
 """Turns audio into dMel, the 16-level log-mel frames that the model hears.
 
 - A whole recording: `quantise(log_mel(wave))`. `jaxtml.stream.encoding` does so for training data.
-- One micro-turn at a time: `DmelStream.step`. The server and `converse` do so; the bins are the same, bit for bit.
+- One micro-turn at a time: `DmelStream.step`. The server and `converse` do so. The bins equal those of the whole
+  recording, bit for bit.
 - Inside a compiled step: `quantise_jax`, for the speech that the model feeds back to itself.
 - `fine_log_mel` makes the finer frames that the flow head learns to predict and that the vocoder speaks from.
 
-The recipe is the one released with Inkling (`InklingFeatureExtractor` and `InklingProcessor` of transformers 5.23). The
-tests hold the bins equal to it. All but `quantise_jax` is numpy on the host.
+The recipe is the one released with the Inkling model (`InklingFeatureExtractor` and `InklingProcessor` of transformers
+5.23). The tests check that the bins equal the bins of that code. Everything but `quantise_jax` is numpy on the host.
 
 Axes: N samples at 16 kHz, F frames (coarse: one per 800 samples; fine: one per 200), K FFT bins, 80 mel channels.
 """
@@ -49,7 +50,7 @@ def _bin_edges() -> np.ndarray:
     """
     steps = np.arange(-64, 65)
     middles = ((_CENTRES[1:] + _CENTRES[:-1]) / 2).astype(np.float32)
-    spacing = np.spacing(np.abs(middles))  # to the next float32
+    spacing = np.spacing(np.abs(middles))  # the distance to the next float32
     candidates = (middles[:, None] + steps * spacing[:, None]).astype(np.float32)  # [15, 129], rising
     below = np.abs(candidates - _CENTRES[:-1, None]) <= np.abs(candidates - _CENTRES[1:, None])
     return candidates[np.arange(N_BINS - 1), below.sum(axis=1)]
@@ -80,7 +81,7 @@ def mel_filterbank(n_fft: int) -> np.ndarray:
 
 @lru_cache
 def _hann(length: int) -> np.ndarray:
-    """Returns the periodic Hann window `[length]`, rounded to float32 as released."""
+    """Returns the periodic Hann window `[length]`, rounded to float32 as in the released code."""
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)).astype(np.float32)
 
 
@@ -88,8 +89,8 @@ def _log_mel_frames(padded: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
     """Returns the log10 mel magnitudes `[F, 80]` float32 in [-7, 2] of windows of `n_fft` samples, `hop` apart.
 
     The arithmetic is float64, so that a bin differs from the released one only where the released float32 arithmetic
-    errs. The filters are applied to four frames at a time. The rounding of a matrix product depends on its shape, and a
-    stream has four frames at a time too.
+    errs. The filters are applied to four frames at a time, because `DmelStream` also has four. The rounding of a matrix
+    product depends on its shape, so only equal shapes give equal bins.
     """
     windows = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
     filters = mel_filterbank(n_fft)
@@ -117,8 +118,8 @@ def _one_channel(wave: np.ndarray) -> np.ndarray:
 def log_mel(wave: np.ndarray) -> np.ndarray:
     """Returns the log-mels `[ceil(N / 800), 80]` float32 in [-7, 2] of `[N]` float32 samples at 16 kHz.
 
-    A window of 100 ms is taken every 50 ms. Windows are causal: frame f ends with sample 800 (f + 1). Zeros stand
-    before the first sample, and after the last one up to a whole hop.
+    A window of 100 ms is taken every 50 ms. Windows are causal: frame f ends with sample 800 (f + 1). The wave
+    is padded with zeros: before its first sample, and at its end to a multiple of 800 samples.
 
     Raises:
       ValueError: the wave has more than one axis.
@@ -133,8 +134,8 @@ def fine_log_mel(wave: np.ndarray) -> np.ndarray:
     """Returns the fine log-mels `[N / 200, 80]` float32 in [-7, 2] of `[N]` float32 samples at 16 kHz.
 
     Frame i is centred on the samples [200 i, 200 i + 200). Its 50 ms window covers [200 i - 300, 200 i + 500), with
-    zeros outside the wave. A window looks 300 samples past its hop. That costs no latency, because fine frames are
-    predicted and never heard.
+    zeros outside the wave. A window looks 300 samples past its hop. That costs no latency, because the model
+    predicts fine frames and never reads them as input.
 
     Raises:
       ValueError: the wave has more than one axis, or N is no multiple of 200.
@@ -179,7 +180,7 @@ SILENT_FINE = fine_log_mel(np.zeros(FINE_HOP, np.float32))[0]
 
 @dataclass(frozen=True)
 class DmelStream:
-    """Turns audio into dMel one micro-turn at a time. The bins are those of the whole wave, bit for bit.
+    """Turns audio into dMel one micro-turn at a time. The bins equal those of the whole wave, bit for bit.
 
     Start with `DmelStream()`, then call `stream, bins = stream.step(samples)` for each micro-turn.
 

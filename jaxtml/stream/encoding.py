@@ -5,12 +5,13 @@ result; `jaxtml.stream.decoding` reads it back.
 
 What encoding loses, and by how much:
 
-- **Word times** are kept to the micro-turn. A heard word appears `heard_delay_ms` after its end. A said word appears
-  `lead_ms` before its sound, or where its stretch begins. Both appear later if the micro-turn is full. Which words an
-  interruption left unsaid is not kept.
+- **Word times** are rounded to micro-turns. A word of the user appears `heard_delay_ms` after its end. A word of the
+  assistant appears `lead_ms` before its sound, but not before the stretch of speech that it belongs to. Both appear
+  later if the micro-turn is full. Words that an interruption left unsaid are no longer told from those that were said.
 - **Typed text** that a micro-turn has no room for continues in the next.
-- **Waveforms** are kept as dMel (16 levels, 0.6 in log10) and as fine frames.
-- **Own speech** ends at the edge of a micro-turn, and stretches that touch become one.
+- **Waveforms** are kept as dMel (16 levels, 0.6 apart in log10 of the magnitude) and as fine frames.
+- **Own speech**, the speech of the assistant, ends at the edge of a micro-turn. Two stretches without a gap between
+  them become one.
 
 Axes: T positions, F dMel frames (4 per micro-turn), S own-speech positions.
 """
@@ -48,12 +49,12 @@ def encode(
     max_tokens: int | None = None,
     max_speech: int | None = None,
 ) -> EncodedConversation:
-    """Encodes a conversation. It is cut after the last micro-turn that fits whole.
+    """Encodes a conversation. It is cut after the last micro-turn that fits completely into both limits.
 
     Args:
       conversation: both waveforms and what is known about them.
       codec: turns words into token ids.
-      config: how much a micro-turn has room for.
+      config: how many tokens and patches a micro-turn has room for.
       heard_delay_ms: milliseconds between the end of a user's word and the earliest time of its transcript.
       lead_ms: milliseconds by which the assistant's text precedes its sound.
       max_tokens: positions, at most; None for no limit.
@@ -69,7 +70,8 @@ def encode(
     typed = plan_typed(conversation.typed, codec, config, micro_turns)
     patches = {micro_turn: image_patches(pair) for micro_turn, pair in conversation.frames}
     user_bins = quantise(log_mel(conversation.user))
-    # The output of micro-turn m is heard one micro-turn later. On its own clock it starts at sample 0.
+    # The output of micro-turn m is heard one micro-turn later. `own` is the assistant's voice moved one micro-turn
+    # earlier, so that the output of micro-turn 0 starts at sample 0.
     own = np.concatenate([conversation.assistant[MICRO_TURN_SAMPLES:], np.zeros(MICRO_TURN_SAMPLES, np.float32)])
     coarse, fine = _own_log_mels(own, conversation.speech)
     previous_bins = np.concatenate([SILENT_BINS[None], quantise(coarse)[:-1]])
@@ -85,7 +87,7 @@ def encode(
         if micro_turn in patches:
             if len(patches[micro_turn]) > config.max_patches:
                 n = len(patches[micro_turn])
-                raise ValueError(f"micro-turn {micro_turn}: {n} patches, at most {config.max_patches}")
+                raise ValueError(f"micro-turn {micro_turn}: {n} patches, at most {config.max_patches} are allowed")
             writer.add_patches(patches[micro_turn])
         frames = range(FRAMES_PER_MICRO_TURN * micro_turn, FRAMES_PER_MICRO_TURN * (micro_turn + 1))
         for frame in frames:
@@ -111,8 +113,8 @@ def _clock(conversation: Conversation, micro_turns: int) -> np.ndarray:
 def _own_log_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Returns `log_mel(own)` `[F, 80]` and `fine_log_mel(own)` `[F, 320]`, computed only where the assistant speaks.
 
-    Elsewhere both hold silence. Most of a session is silence, and the front end would otherwise be most of the cost of
-    encoding. The frame before each stretch of speech is exact too, because it is the first one that is fed back.
+    Elsewhere both hold silence. Most of a session is silence, and computing its log-mels would be most of the cost of
+    encoding. The frame before each stretch of speech is exact too: the model reads it at its first own-speech position.
     """
     frames = len(own) // DMEL_HOP
     coarse = np.repeat(log_mel(np.zeros(DMEL_HOP, np.float32)), frames, axis=0)
@@ -120,7 +122,8 @@ def _own_log_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarr
     for stretch in speech:
         first = stretch.start_micro_turn * FRAMES_PER_MICRO_TURN
         end = min(stretch.end_micro_turn * FRAMES_PER_MICRO_TURN, frames)
-        # Two hops come before the stretch: the causal window of the frame before it, and the fine window of its first.
+        # The segment begins two hops before the stretch. The frame before the stretch has a causal window of two hops.
+        # The first fine frame has a window that begins before the stretch.
         low, high = max(0, first - 2), min(frames, end + 1)
         segment = own[low * DMEL_HOP : high * DMEL_HOP]
         kept = slice(min(low + 1, first) if low else 0, end)
@@ -138,7 +141,7 @@ def _check(conversation: Conversation) -> None:
     for speech in conversation.speech:
         start, end = speech.start_micro_turn, speech.end_micro_turn
         if not previous_end <= start < end <= n // MICRO_TURN_SAMPLES:
-            raise ValueError(f"speech {start}..{end} overlaps another or leaves the recording")
+            raise ValueError(f"speech in micro-turns {start}..{end} overlaps other speech or leaves the recording")
         previous_end = end
 
 
@@ -211,7 +214,7 @@ class _Writer:
         self.add_position(PositionKind.TEXT, token)
 
     def add_own_speech(self, previous_bins: np.ndarray, target: np.ndarray) -> None:
-        """Adds the position that holds the frame spoken before, and predicts `target` `[400]`."""
+        """Adds an own-speech position: it reads the previous dMel frame and predicts the frame `target` `[400]`."""
         self.speech_at.append(self.length)
         self.speech.append(target)
         self.add_position(PositionKind.OWN, bins=previous_bins)

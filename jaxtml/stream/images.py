@@ -1,7 +1,7 @@
-"""Cuts images and video frames into the 40 x 40 patches that the hMLP embeds, one token per patch.
+"""Cuts images and video frames into patches of 40 x 40 pixels. The model embeds each patch as one token.
 
-The tiling and the numbers are the released ones (`InklingImageProcessor` of transformers 5.23); the tests hold them
-exactly equal. Called by `jaxtml.stream.encoding`, `converse --video` and the server.
+The patches equal exactly those of the released image processor (`InklingImageProcessor` of transformers 5.23), as the
+tests check. Called by `jaxtml.stream.encoding`, `converse --video` and the server.
 
 Axes: 2 frames in order of time, H x W pixels, P patches row by row, 3 colours (red, green, blue).
 """
@@ -14,7 +14,7 @@ PATCH = 40
 """Pixels of a patch in each direction."""
 
 _PAD = np.float32(-1.0)  # the value of pixels outside the picture, before scaling
-# OpenAI CLIP's statistics of pixels from 0 to 1, brought to pixels from 0 to 255 in float32 as released.
+# OpenAI CLIP's mean and deviation of pixels from 0 to 1. As in the released code, float32 scales them to 0 to 255.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255.0)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255.0)
 
@@ -22,14 +22,14 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(2
 def patch_grid(height: int, width: int) -> tuple[int, int]:
     """Returns `(rows, columns)` of the patches of a picture.
 
-    There is always one column more than whole patches fit. If the width is a multiple of 40, the last column holds
-    padding alone. Nothing else tells the model where a row of patches ends.
+    The last column always holds some padding. If the width is a multiple of 40, an extra column holds padding alone.
+    This padding is the only sign by which the model knows where a row of patches ends.
     """
     return -(-height // PATCH), width // PATCH + 1
 
 
 def fitted_size(height: int, width: int, max_patches: int) -> tuple[int, int]:
-    """Returns the largest `(height, width)` of the same shape whose grid has at most `max_patches` patches.
+    """Returns the largest `(height, width)` of the same aspect ratio whose grid has at most `max_patches` patches.
 
     Sizes are tried in steps of one per cent.
 
@@ -45,10 +45,10 @@ def fitted_size(height: int, width: int, max_patches: int) -> tuple[int, int]:
 
 
 def image_patches(frames: np.ndarray) -> np.ndarray:
-    """Cuts a picture, or two of 100 ms ago and now, into patches `[P, 2, 40, 40, 3]` float32.
+    """Cuts a still picture, or two video frames 100 ms apart, into patches `[P, 2, 40, 40, 3]` float32.
 
-    P is rows times columns of `patch_grid`. A still picture stands at both times. The released processor knows still
-    pictures alone, so released checkpoints do not say which time comes first. Here the earlier one does, as everywhere.
+    P is rows times columns of `patch_grid`. A still picture is used for both times. The released processor only knows
+    still pictures, so it does not define which of two frames comes first. In this project the earlier frame does.
 
     Args:
       frames: `[H, W, 3]` or `[2, H, W, 3]` uint8.

@@ -10,8 +10,10 @@ One micro-turn, in this order (P patches, N typed tokens, H heard tokens, K text
     generated:  [HEARD H words]   [SAY K text]   LISTEN
             or  [HEARD H words]   [SAY K text]   SPEAK   own speech x 4
 
-The given part is known when the micro-turn starts. Its last position predicts the first generated token. SAY separates
-the user's words from the assistant's. Each own-speech position holds the dMel frame of the 50 ms that were spoken
+The given part is known before the model generates anything. Its last position predicts the first generated token.
+TYPED begins text of the user, BACKGROUND begins text of the background model. HEARD begins the transcript of the user's
+words, SAY begins the assistant's text. LISTEN or SPEAK is the gate: it decides whether the assistant is silent or
+speaks in this micro-turn. Each own-speech position holds the dMel frame of the 50 ms that were spoken
 before it, and its hidden state predicts the next 50 ms.
 """
 

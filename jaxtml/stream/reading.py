@@ -11,16 +11,16 @@ from typing import NamedTuple
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control
 
-_MAX_TOKENS_PER_CHARACTER = 4  # the bytes of a character in UTF-8, at most
+_MAX_TOKENS_PER_CHARACTER = 4  # a character has at most four bytes in UTF-8, and each byte may be a token
 
 
 class Words(NamedTuple):
     """The text that one micro-turn added.
 
     Attributes:
-      heard: to the transcript of the user.
-      said: to the assistant's text.
-      delegated: to a request to the background model.
+      heard: text added to the transcript of the user.
+      said: text added to the assistant's text.
+      delegated: text added to a request to the background model.
       delegation_ended: whether such a request is complete.
     """
 

@@ -1,8 +1,9 @@
 """The 200 ms time base: every constant that relates samples, dMel frames, fine frames and micro-turns.
 
 Everything counts in micro-turns of 200 ms of 16 kHz mono audio. The input of micro-turn `m` is the samples
-`[3200 m, 3200 (m + 1))`. Its output is heard at the samples `[3200 (m + 1), 3200 (m + 2))`: nothing is said before its
-input was heard. Every part of the package imports its sizes from here. A trained model depends on all of them.
+`[3200 m, 3200 (m + 1))`. Its output is heard at the samples `[3200 (m + 1), 3200 (m + 2))`, because the model answers
+after it has heard the whole input. Every part of the package imports its sizes from here. A trained model
+depends on all of them.
 """
 
 SAMPLE_RATE = 16_000  # Hz

@@ -1,7 +1,8 @@
 """The control tokens, the kinds of position and the loss terms, by number.
 
 The numbers are part of every checkpoint and of every row cache: add new ones, and never renumber. Control ids start at
-`DuplexConfig.control_base`, in the unused tail of the vocabulary (200058..201023 in Inkling's).
+`DuplexConfig.control_base`, in the unused tail of the vocabulary (200058..201023 for the released Inkling
+model).
 """
 
 from enum import IntEnum
@@ -32,7 +33,7 @@ class PositionKind(IntEnum):
     TEXT = 1  # a text or control token
     TURN = 2  # the TURN control token plus clock features
     USER = 3  # a dMel frame of the user
-    OWN = 4  # own speech: the dMel frame that was spoken before the one to be spoken now
+    OWN = 4  # own speech: holds the dMel frame of the 50 ms spoken last, and predicts the next 50 ms
     PATCH = 5  # a 40 x 40 patch of a frame pair
 
 

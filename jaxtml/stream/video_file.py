@@ -24,10 +24,10 @@ def read_frame_pairs(path: str | Path, micro_turns: int, max_patches: int) -> li
     Args:
       path: the video file.
       micro_turns: length of the session; later frames are not read.
-      max_patches: frames are scaled down, keeping their shape, until their grid has at most this many patches.
+      max_patches: frames are scaled down, keeping their aspect ratio, until their grid has at most this many patches.
 
     Raises:
-      InputError: there is no such file, it holds no video, or the picture is too wide or too high for any size.
+      InputError: there is no such file, it holds no video, or its frames do not fit into `max_patches` at any size.
     """
     import av
     from av.error import FFmpegError

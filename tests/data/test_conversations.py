@@ -1,4 +1,4 @@
-"""A row of the generated conversations holds its session, and its transcript is disturbed as the config says."""
+"""A row of the generated conversations holds its session. The config says how often heard words are replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A config names its dataset, and whatever keeps the protocol trains: rows by index, and a digest."""
+"""A config names its dataset. Any class with rows by index and a digest can be trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings are read and written in their formats and rates, and each way to be wrong is named."""
+"""Recordings are read and written in all formats and rates, and each kind of damage has its own error message."""
 
 from __future__ import annotations
 

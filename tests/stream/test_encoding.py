@@ -109,7 +109,8 @@ def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
         fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
             heard = 4 * (int(sequence.micro_turn[at]) + 1) + order % 4
-            # The last micro-turn is heard after the recording: its first frame still sees the recording's end.
+            # The output of the last micro-turn is heard after the recording. The window of the frame before it still
+            # covers the end of the recording.
             if heard < 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(target[:80], coarse[heard])
                 np.testing.assert_array_equal(target[80:].reshape(4, 80), fine[4 * heard : 4 * heard + 4])
@@ -283,8 +284,8 @@ def test_an_empty_conversation_is_an_empty_sequence(codec, limits):
     [
         (lambda: Conversation(np.zeros(3200, np.float32), np.zeros(6400, np.float32)), "3200 and 6400 samples"),
         (lambda: Conversation(np.zeros(3300, np.float32), np.zeros(3300, np.float32)), "whole number of micro-turns"),
-        (lambda: silence(4, speech=(Speech(0, 2, ()), Speech(1, 3, ()))), r"speech 1\.\.3 overlaps"),
-        (lambda: silence(4, speech=(Speech(2, 2, ()),)), r"speech 2\.\.2"),
+        (lambda: silence(4, speech=(Speech(0, 2, ()), Speech(1, 3, ()))), r"speech in micro-turns 1\.\.3 overlaps"),
+        (lambda: silence(4, speech=(Speech(2, 2, ()),)), r"speech in micro-turns 2\.\.2"),
         (lambda: silence(4, speech=(Speech(2, 5, ()),)), "leaves the recording"),
         (lambda: silence(4, frames=((2, np.zeros((80, 80, 3), np.uint8)),)), "micro-turn 2: 6 patches, at most 2"),
     ],

@@ -1,4 +1,4 @@
-"""Patches equal those of the released image processor, and a video has two frames in each."""
+"""Patches equal those of the released image processor, and a patch of a video holds two frames."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ from jaxtml.stream.timebase import SAMPLE_RATE
 
 
 def cough(rng: np.random.Generator) -> np.ndarray:
-    """Draws `[M]` float32 at unit level: one to three short bursts of coloured noise, as a cough, a knock, a rustle."""
+    """Draws a cough, a knock or a rustle as one to three short bursts of coloured noise.
+
+    Returns `[M]` float32 at unit level: its loud parts have a root mean square of about 1.
+    """
     pieces = []
     for _ in range(int(rng.integers(1, 4))):
         n = int(rng.integers(480, 4800))
@@ -34,7 +37,9 @@ def cough(rng: np.random.Generator) -> np.ndarray:
 
 
 def babble(rng: np.random.Generator, speakers: Speakers, n: int, talkers: int = 4) -> np.ndarray:
-    """Draws `[N]` float32 at unit level: several voices of the bank that talk at once without end.
+    """Draws several voices of the bank that talk at once without end.
+
+    Returns `[N]` float32 with a root mean square of about 1.
 
     Args:
       rng: everything random comes from this generator.

@@ -1,6 +1,6 @@
 """The channel from the user's mouth to our samples: the room, the microphone and the telephone line. Pure numpy.
 
-`Channel` says in figures what is done, so that a picture or a test can show it. `draw_channel` draws one at random,
+`Channel` describes the whole effect by numbers, so that tests can check it. `draw_channel` draws one at random,
 once per session. `apply_channel` turns the clean voice into what the microphone hears. Reverberation, equalisation and
 band limits are one multiplication in the frequency domain: four transforms per session. Called by
 `jaxtml.data.talks.mix` and `jaxtml.data.talks.recorded_prompts`.
@@ -26,8 +26,8 @@ class Channel:
 
     Attributes:
       level_dbfs: level of the speech in dB of full scale. Near -10 its peaks clip.
-      rt60_s: seconds in which the sound of the room decays by 60 dB.
-      direct_db: dB by which the sound of the room lies below the direct sound.
+      rt60_s: reverberation time, the seconds in which the reverberation decays by 60 dB.
+      direct_db: dB by which the reverberation lies below the direct sound.
       noise_db: dB by which noise lies below the voice.
       noise_tilt: slope of the noise's spectrum in dB per octave (0 white, -6 brown).
       babble_db: dB by which the talk of other people lies below the voice.
@@ -57,7 +57,7 @@ class Channel:
 
 
 CLEAN = Channel()
-"""Leaves the voice as it is, at -26 dBFS."""
+"""Changes nothing but the level, which it sets to -26 dBFS."""
 
 
 def draw_channel(rng: np.random.Generator) -> Channel:
@@ -74,7 +74,8 @@ def draw_channel(rng: np.random.Generator) -> Channel:
         level = rng.uniform(-33, -17)
     else:
         level = rng.uniform(-17, -10)
-    # Telephones and 8 kHz prompts pass nothing above 3.4 to 3.9 kHz. Cheap microphones and codecs end anywhere above.
+    # Telephones and 8 kHz recordings pass nothing above 3.4 to 3.9 kHz. Cheap microphones and codecs have some higher
+    # limit.
     narrow, high_cut = rng.random(), None
     if narrow < 0.35:
         high_cut = float(rng.uniform(3300, 3950))
@@ -135,7 +136,7 @@ def _noise_spectrum(rng: np.random.Generator, tilt: float, freqs: np.ndarray, n:
 
 def _swell(rng: np.random.Generator, n: int) -> np.ndarray:
     """Draws `[N]` float32 a gain that changes the loudness of noise slowly, within about +-4 dB."""
-    steps = -(-n // 16)  # One step per millisecond is smooth enough, and 16 times as fast as one per sample.
+    steps = -(-n // 16)  # One step per millisecond is smooth enough, and 16 times cheaper than one per sample.
     knots = rng.uniform(-4, 4, size=max(n // 24_000, 2))
     gain = 10 ** (np.interp(np.arange(steps), np.linspace(0, steps, len(knots)), knots) / 20)
     return np.repeat(gain.astype(np.float32), 16)[:n]

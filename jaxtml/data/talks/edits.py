@@ -86,8 +86,9 @@ def trim(clip: Clip, margin: int = 160) -> Clip:
 def change_rate(clip: Clip, rate: float) -> Clip:
     """Plays the clip `rate` times as fast. Pitch and formants rise by the same factor.
 
-    The result is band-limited: it is resampled in the frequency domain. Both lengths are rounded to 64 samples so that
-    the transforms stay fast, and the words are scaled by the rate that results.
+    The result is band-limited, because it is resampled in the frequency domain. Both lengths are rounded to multiples
+    of 64 samples so that the transforms stay fast. This changes the rate a little, and the word times follow the rate
+    that results.
     """
     n = -(-len(clip.wave) // 64) * 64
     m = max(round(n / rate / 64), 1) * 64
@@ -118,9 +119,9 @@ def _quietest(wave: np.ndarray, low: int, high: int) -> int:
 
 
 def cut_position(clip: Clip, k: int) -> int:
-    """Returns the sample at which to cut between the words `k - 1` and `k`: the quietest near their aligned edge."""
+    """Returns the sample at which to cut between the words `k - 1` and `k`: the quietest place near their border."""
     left, right = clip.words[k - 1].end_s * SAMPLE_RATE, clip.words[k].start_s * SAMPLE_RATE
-    low, high = int(min(left, right)) - 320, int(max(left, right)) + 320  # alignments are true to about 20 ms
+    low, high = int(min(left, right)) - 320, int(max(left, right)) + 320  # word times are true to about 20 ms
     middle_left = int((clip.words[k - 1].start_s + clip.words[k - 1].end_s) / 2 * SAMPLE_RATE)
     middle_right = int((clip.words[k].start_s + clip.words[k].end_s) / 2 * SAMPLE_RATE)
     return _quietest(clip.wave, max(low, middle_left), min(high, middle_right))

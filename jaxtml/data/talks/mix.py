@@ -6,10 +6,10 @@ and `jaxtml.evals.material` (evaluation).
 How to add a scenario:
 
 1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`).
-2. When both are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`.
+2. When the user turn and the reply are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`.
 3. How often it is drawn: a field of the same name in `jaxtml.data.talks.weights.ScenarioWeights`.
 4. Its entry at the end of `SCENARIOS` below.
-5. A test of its rules of time in `tests/data/talks/test_mix.py`.
+5. A test of its timing rules in `tests/data/talks/test_mix.py`.
 
 Then look at some sessions and listen to them: `jaxtml data tiny --out data --show 5`.
 

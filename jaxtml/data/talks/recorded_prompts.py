@@ -6,18 +6,19 @@ committed. Called by `jaxtml.evals.material`.
 
 How a session is made, from one random generator and nothing else:
 
-- **Sentence.** `scenarios.sample_user_text` is drawn until all words of a sentence exist as prompts. That leaves lists
-  of phonetic names, days and months, three-digit codes, sums without "what is", "is A less than B", "today is D",
-  "hello" and "goodbye". A number of two words alone ("forty two") is no sentence of the task: it tests whether its
-  words are heard.
+- **Sentence.** `scenarios.sample_user_text` is drawn until all words of a sentence exist as prompts. Only these
+  sentences do: lists of phonetic names, days and months, three-digit codes, sums without "what is", "is A less than B",
+  "today is D", "hello" and "goodbye". A session of the kind "words" has only a number of two words ("forty two"). That
+  is no sentence of the task; it tests whether the model hears the words.
 - **Prompts.** Each prompt is cut to its sound: 10 ms blocks within 38 dB of the loudest one, with 5 ms of margin. So
   the end of the last prompt is the acoustic end of the user turn. Prompts keep their own level and their own falling
   pitch, as isolated words have it.
-- **Gaps.** The silence between prompts lasts 50 to 250 ms, or 30 to 150 ms where the sentence could be over already and
-  inside a number. A hesitation has one pause of 0.6 to 1.6 s where the sentence is open.
-- **Barge-in.** The first user turn asks for a long reply. A second user turn starts 0.7 to 1.0 s after its end, while a
-  model that answers in time is speaking.
-- **Session.** It begins with 0.4 to 1.2 s without speech and ends with 4.4 s. Speech lies at -32 to -20 dBFS over
+- **Gaps.** A sentence is open at a gap if the words before the gap are no complete sentence. The silence in an open gap
+  lasts 50 to 250 ms. In other gaps, and inside a number, it lasts 30 to 150 ms. A hesitation has one pause of 0.6 to
+  1.6 s, in an open gap.
+- **Barge-in.** The first user turn asks for a long reply. A second user turn starts 0.7 to 1.0 s after the end of the
+  first one. A model that answers without delay is speaking at that time.
+- **Session.** It begins with 0.4 to 1.2 s and ends with 4.4 s without speech. Speech lies at -32 to -20 dBFS over
   steady noise that is 40 dB below it. Silent sessions have that noise alone, or a recording without speech from the
   same package: a beep, two tones, monkeys.
 
@@ -78,7 +79,7 @@ _LEVEL_DBFS, _NOISE_DB, _NOISE_TILT = (-32.0, -20.0), 40.0, -3.0
 
 
 def _files() -> dict[str, str]:
-    """Returns the file of each prompt by its text, without the ending."""
+    """Returns a map from the text of each prompt to its file, without the file name's suffix."""
     files = {number_words(value): f"digits/{value}" for value in (*range(20), *range(20, 100, 10))}
     files |= {day: f"digits/day-{number}" for number, day in enumerate((DAYS[-1], *DAYS[:-1]))}  # Sunday is 0
     files |= {month: f"digits/mon-{number}" for number, month in enumerate(MONTHS)}
@@ -92,7 +93,7 @@ class Prompts:
     """The prompts of the task's words, cut to their sound.
 
     Attributes:
-      clips: text -> the prompt. Its words share its time equally; "less than" is the only prompt of two words.
+      clips: text -> the prompt. "less than" is the only prompt of two words; each is given half of the prompt's time.
       sounds: `[N]` each, recordings without speech at unit level.
       source: which of the two packages was read.
     """
@@ -172,8 +173,9 @@ def make_prompted_conversation(rng: np.random.Generator, prompts: Prompts, kind:
     """Draws a session of `kind`, one of `KINDS`, as the module's docstring says.
 
     Returns:
-      A conversation whose assistant is silent. `scenario` has the names of the user turns. `expected` has the right
-      replies with " | " between them; a user turn that is no sentence of the task has an empty one.
+      A conversation whose assistant is silent. `scenario` has the name of the scenario of each user turn. `expected`
+      has the right reply to each user turn, with " | " between replies. The reply is empty for a user turn that is no
+      sentence of the task.
 
     Raises:
       InputError: the prompts can say no sentence of this kind.

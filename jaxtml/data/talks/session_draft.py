@@ -56,7 +56,7 @@ class SessionDraft:
         return SessionDraft(micro_turns, np.zeros(samples, np.float32), np.zeros(samples, np.float32))
 
     def has_room_for_reply(self, reply: Clip, gate: int) -> bool:
-        """Returns whether `reply` is over before the session, if the gate opens in micro-turn `gate`."""
+        """Returns whether `reply` ends before the session ends, if the gate opens in micro-turn `gate`."""
         return gate + _micro_turns_of(reply) + 1 <= self.micro_turns
 
     def place_user_turn(self, clip: Clip, start: int) -> None:
@@ -82,7 +82,8 @@ class SessionDraft:
     def interrupt_reply(self, start: int) -> None:
         """Stops the newest reply because the user starts to talk at sample `start`.
 
-        The micro-turn of `start` is the last one that speaks. Words that were not said to their end become unsaid.
+        The micro-turn of `start` is the last one in which the assistant speaks. Words that the assistant has not
+        finished move to `Speech.unsaid`.
         """
         micro_turn = start // MICRO_TURN_SAMPLES
         stop = (micro_turn + 2) * MICRO_TURN_SAMPLES

@@ -38,9 +38,11 @@ class Speakers:
       bank: gives the sound of an utterance.
       users: `[U]` int64, indices of the users' sentences in the bank.
       by_voice: voice -> `[n]` indices of its sentences.
-      engines: engine -> its voices, each as often as it has sentences. A uniform draw follows the sentences.
+      engines: engine -> its voices. Each voice is repeated once per sentence, so that a uniform draw prefers voices
+        with many sentences.
       replies: text of a reply -> index of the assistant's utterance.
-      single_words: voice -> word -> utterances that name the word with a pause behind it, as (index, word number).
+      single_words: voice -> word -> the places where the voice says the word alone, followed by a pause. A place is
+        (index of the utterance, number of the word in it).
     """
 
     bank: UtteranceSource
@@ -83,10 +85,10 @@ class Speakers:
         return Clip(np.asarray(utterance.wave, np.float32), tuple(utterance.words))
 
     def draw_voice(self, rng: np.random.Generator, engine_shares: tuple[tuple[str, float], ...]) -> str:
-        """Draws the voice of a session's user: first the engine by its share, then a voice by its sentences.
+        """Draws the voice of a session's user: first the engine by its share, then one of its voices.
 
-        Engines that the bank does not have are left out. If it has none of them, all engines of the bank count the
-        same.
+        A voice with more sentences is drawn more often. Engines that the bank does not have are left out. If the bank
+        has none of the engines, all of its own engines have the same share.
         """
         present = [(engine, share) for engine, share in engine_shares if engine in self.engines]
         if not present:
@@ -105,7 +107,7 @@ def _index_replies(bank: UtteranceSource) -> dict[str, int]:
 
 
 def _index_single_words(bank: UtteranceSource, split: str) -> dict[str, dict[str, list[tuple[int, int]]]]:
-    """Returns voice -> word -> `(index, word number)` of the utterances that name single words."""
+    """Returns voice -> word -> `(index, word number)` of the utterances that say single words."""
     single_words: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for index in np.asarray(bank.select(split=split, role="words"), np.int64).tolist():
         utterance = bank.utterance(index)

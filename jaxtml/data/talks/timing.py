@@ -1,14 +1,15 @@
-"""When each scenario's user turn and reply are heard. The rules of time are here and nowhere else.
+"""When each scenario's user turn and reply are heard. All timing rules of the training data are in this file.
 
 A scenario is a function `(rng, draft, user) -> bool`. It writes one event into the draft of a session, or returns False
 and writes nothing where the event finds no room. `jaxtml.data.talks.mix` draws scenarios and calls them.
 
-- **Takeover.** The user's sound ends in micro-turn `i`. The gate opens at `i + 1`, after 200 to 400 ms in which nothing
-  more came. The reply is heard from sample `3200 (i + 2)`, 200 to 400 ms after the end.
-- **Hesitation.** The user pauses for 0.4 to 1.6 s where the sentence is still open. The assistant waits.
-- **Barge-in.** The user starts in micro-turn `j` while the assistant speaks. Micro-turn `j` is the last one that
-  speaks, so the voice is silent from sample `3200 (j + 2)`, 200 to 400 ms after the start. What was not fully said goes
-  to `Speech.unsaid`. Then the new user turn is answered.
+- **Takeover.** The gate is the model's decision to speak or to listen in a micro-turn. The user's sound ends in
+  micro-turn `i`, and the gate opens in micro-turn `i + 1`. The model has then heard 200 to 400 ms without the user. The
+  reply is heard from sample `3200 (i + 2)`, 200 to 400 ms after the end of the user's sound.
+- **Hesitation.** The user pauses for 0.4 to 1.6 s where the sentence is not complete yet. The assistant waits.
+- **Barge-in.** The user starts in micro-turn `j` while the assistant speaks. Micro-turn `j` is the last one in
+  which it speaks, so its voice is silent from sample `3200 (j + 2)`, 200 to 400 ms after the user's start. Words that
+  the assistant has not finished go to `Speech.unsaid`. Then the assistant answers the new user turn.
 - **Typing.** The user types in micro-turn `i` and does not speak. The gate opens in `i`, where the text is known.
 - **Distraction, silence.** The user coughs or knocks, or does nothing at all. There is no reply.
 """
@@ -26,24 +27,24 @@ from jaxtml.data.tasks.scenarios import reply_to, sample_user_text
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 _MIN_CUT_OFF = 800
-"""Samples of a reply that a barge-in cuts off at least. With less it would interrupt nothing."""
+"""The fewest samples of a reply that a barge-in cuts off. If it cut off less, it would hardly be an interruption."""
 
 
 def exchange(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
-    """One user turn and its reply, after a pause of both sides."""
+    """Writes a user turn and its reply. Both sides are silent before the user turn."""
     clip = draw_user_turn(rng, user)
     return clip is not None and _place_exchange(draft, user, clip, _after_a_pause(rng, draft), "exchange")
 
 
 def hesitation(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
-    """A user turn with a pause where its sentence is open, and the reply."""
+    """Writes a user turn with a pause where its sentence is not complete yet, and the reply."""
     clip = draw_user_turn(rng, user)
     clip = None if clip is None else hesitate(rng, clip)
     return clip is not None and _place_exchange(draft, user, clip, _after_a_pause(rng, draft), "hesitation")
 
 
 def barge_in(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
-    """A user turn that interrupts the newest reply, and its own reply.
+    """Writes a user turn that interrupts the newest reply, and the reply to this user turn.
 
     If no reply is long enough to be interrupted, the user turn becomes an exchange.
     """
@@ -57,7 +58,7 @@ def barge_in(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -
 
 
 def distraction(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
-    """A cough or a knock. Nobody answers."""
+    """Writes a cough or a knock. The assistant does not answer."""
     del user  # A cough has no voice.
     return _place_cough(rng, draft)
 
@@ -71,7 +72,7 @@ def fill_with_silence(rng: np.random.Generator, draft: SessionDraft) -> None:
 
 
 def _place_cough(rng: np.random.Generator, draft: SessionDraft) -> bool:
-    """Writes a cough that starts after the beginning of the newest reply and within a second after all sound.
+    """Writes a cough that starts after the newest reply begins, and at most a second after all other sound has ended.
 
     Returns False and writes nothing where it finds no room.
     """
@@ -92,7 +93,7 @@ def fill_with_typing(rng: np.random.Generator, draft: SessionDraft, speakers: Sp
     micro_turn = draft.free // MICRO_TURN_SAMPLES
     while True:
         text = sample_user_text(rng)[1]
-        if rng.random() < 0.5:  # Practise every reply equally often. Drawn sentences ask for few of them.
+        if rng.random() < 0.5:  # Ask for any reply, all equally often. The drawn sentences ask for few different ones.
             text = f"say {replies[int(rng.integers(len(replies)))]}"
         if reply_to(text.split()) not in speakers.replies:
             continue

@@ -59,9 +59,9 @@ def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
 
 
 def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> Clip | None:
-    """Joins a turn from words that a voice named, as recordings of single words are joined.
+    """Joins a user turn from recordings in which a voice says single words.
 
-    Returns None if the voice did not name all words of the drawn texts.
+    Returns None if the bank has no recording of some word in each of the drawn texts.
     """
     places = speakers.single_words.get(voice, {})
     for _ in range(_JOIN_ATTEMPTS):
@@ -89,9 +89,9 @@ def _text_of_single_words(rng: np.random.Generator, is_nonsense: bool) -> str:
 
 
 def hesitate(rng: np.random.Generator, clip: Clip) -> Clip | None:
-    """Inserts one pause, seldom two, where the sentence is still open.
+    """Inserts one pause, seldom two, where the sentence is not complete yet.
 
-    Returns None if the words are no sentence, or if the sentence is open nowhere.
+    Returns None if the words are no sentence, or if each part of it is complete.
     """
     words = clip.text.split()
     places = [k for k in range(1, len(words)) if incomplete_after(words, k)] if is_complete(words) else []

@@ -15,13 +15,13 @@ class ScenarioWeights:
     Attributes:
       exchange, hesitation, barge_in, distraction: the next scenario of a session of spoken turns.
       silence: chance that nobody speaks in the whole session.
-      typed: chance that the user types in the whole session instead of speaking. Replies follow each other closely
-        there: it is where the model's own voice gets most of its practice.
+      typed: chance that the user types in the whole session instead of speaking. In such a session
+        replies follow each other closely, so the model learns to speak mostly from these sessions.
       joined: chance that a user turn is joined from single words of the user's voice.
-      nonsense: chance that such a turn is no sentence. What a model mishears is no sentence either, and the model has
-        to answer it.
-      engines: share of the sessions whose user has a voice of each engine. Neural voices sound most like people. A
-        judge of speech mishears half of eSpeak's words, but no engine has more voices.
+      nonsense: chance that a joined user turn is no sentence. A model that mishears a user turn often reads no
+        sentence either, and has to answer nevertheless.
+      engines: share of the sessions whose user has a voice of each engine. Neural voices sound most like people. eSpeak
+        has the most voices, but a speech recogniser mishears half of its words.
     """
 
     exchange: float = 0.5

@@ -74,7 +74,7 @@ INTENT_WEIGHTS = {"greet": 0.08, "repeat": 0.30, "number": 0.22, "sum": 0.17, "y
 """Share of the user turns of each intent; they add up to 1."""
 
 
-# --- numbers, and the closed set of texts that are said back
+# --- numbers, and the closed set of texts that the assistant says back to the user
 
 
 def number_words(value: int) -> str:
@@ -91,19 +91,22 @@ def _number_values() -> dict[tuple[str, ...], int]:
 
 
 def _first_by_hash(texts: Sequence[str], count: int) -> tuple[str, ...]:
-    """Returns a fixed choice of `count` texts, evenly mixed. No library's random stream can change it."""
+    """Returns a fixed choice of `count` texts, spread over all of them.
+
+    The choice follows sha256 digests, so a new version of a random generator cannot change it.
+    """
     return tuple(sorted(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]))
 
 
 @cache
 def codes() -> tuple[str, ...]:
-    """Returns the 250 three-digit codes that are said back, in training and in evaluation alike."""
+    """Returns the 250 three-digit codes that the assistant says back, in training and in evaluation alike."""
     return _first_by_hash([f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS], 250)
 
 
 @cache
 def lists() -> tuple[str, ...]:
-    """Returns the lists of two or three different names of one kind that are said back."""
+    """Returns the lists of two or three different names of one kind that the assistant says back."""
     chosen: list[str] = []
     for names, pairs, triples in (
         (PHONETIC, 90, 30),
@@ -204,7 +207,7 @@ def _answer_to_yes_no(words: tuple[str, ...]) -> str | None:
 def reply_to(words: Sequence[str]) -> str:
     """Returns the one right reply to a user turn, from the words that were heard (lower case).
 
-    More texts than those that `sample_user_text` draws have a reply, so that the answer to a misheard turn can be
+    Every text has a reply, not only those that `sample_user_text` draws. So the answer to a misheard user turn can be
     judged too. Names and numbers are said back as they were heard.
     """
     words = tuple(words)
@@ -245,7 +248,10 @@ def is_complete(words: Sequence[str]) -> bool:
 
 
 def incomplete_after(words: Sequence[str], k: int) -> bool:
-    """Returns whether the sentence is open after its first `k` words, so that nobody may take over in a pause there."""
+    """Returns whether the sentence is open (not complete) after its first `k` words.
+
+    The assistant must not begin to speak in a pause there.
+    """
     return 0 < k < len(words) and not is_complete(words[:k])
 
 
@@ -311,7 +317,10 @@ def sample_user_text(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def draw_bare_list(rng: np.random.Generator) -> str:
-    """Draws a list of names, or a code, without a request before it: what single recorded words are joined into."""
+    """Draws a list of names, or a code, without a request such as "say" before it.
+
+    About half of the user turns that are joined from single recorded words have such a text.
+    """
     return _pick(rng, lists() if rng.random() < 0.55 else codes())
 
 
@@ -323,7 +332,10 @@ def _openings() -> frozenset[tuple[str, ...]]:
 
 
 def is_nonsense(words: Sequence[str]) -> bool:
-    """Returns whether two or more words begin no sentence, so that nothing may follow and the reply is `I_SEE`."""
+    """Returns whether two or more words begin no sentence of the grammar, and their reply is `I_SEE`.
+
+    No further words can turn them into a sentence, so the assistant need not wait for more.
+    """
     return tuple(words[:2]) not in _openings() and reply_to(words) == I_SEE
 
 

@@ -127,8 +127,8 @@ def render(text: str, voice: str, rate: float, pitch: float) -> Rendering:
 def _starts(line: str, events: list[tuple[int, int]], length_s: float, rate_hz: int) -> tuple[float, ...]:
     """Returns the start of every word in seconds.
 
-    eSpeak speaks some pairs ("of the") as one word with one event. The second word of a pair then starts between this
-    event and the next one, in proportion to the letters.
+    eSpeak reports the start of a word as an event. It speaks some pairs of words ("of the") as one word with one event.
+    The start of the second word is then interpolated between this event and the next one, by the number of letters.
 
     Args:
       line: the text that was spoken.

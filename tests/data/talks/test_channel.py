@@ -1,4 +1,4 @@
-"""The channel does to the voice what its figures say."""
+"""The channel changes the voice by as much as its attributes say."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Sessions keep the rules of time: who may speak when, and who stops."""
+"""Sessions keep the timing rules: who may speak when, and who stops."""
 
 import numpy as np
 import pytest
