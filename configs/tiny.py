@@ -9,7 +9,7 @@ Cost on two CPU cores: 40 minutes for the speech bank, 15 for the vocoder, 75 fo
 
 What to expect on voices that training never heard: 71 % of a person's words and 60 % of synthetic voices' words are
 heard right. Whisper finds 12 to 16 % word errors in the model's own voice. The shipped weights had 1.7 times the steps;
-their figures are in the README. EXPERIMENTS.md is the log of experiments.
+their figures are in docs/benchmarks.md. EXPERIMENTS.md is the log of experiments.
 """
 
 from jaxtml.config import (

@@ -73,7 +73,7 @@ def compilation_cache(tmp_path_factory) -> Iterator[None]:
 
 
 def small_config() -> Config:
-    """Returns the small model's config: sliding and global layers, dense and MoE layers, a stack that repeats.
+    """Returns the small model's config: sliding and global layers, dense and MoE layers, a repeated block of layers.
 
     The window of the sliding layers is about as long as a micro-turn.
     """
@@ -109,8 +109,8 @@ def small_config() -> Config:
 def lively_params(config: Config, seed: int = 0) -> Params:
     """Returns initial parameters with noise on all of them except the vocoder's.
 
-    Some parameters start at zero or one: the clock, the own voice, the gates of the flow head, scales, biases. With the
-    noise they change the outputs, so a test notices if one of them is not used.
+    Some parameters start at zero or one: the embeddings of the clock and of the own voice, the gates of the flow head,
+    scales, biases. With the noise they change the outputs, so a test notices if a parameter is not used.
     """
     params = init_params(InteractionModel(config).specs(), seed)
     rng = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def small() -> Config:
 
 @pytest.fixture(scope="session")
 def releasable(small) -> Config:
-    """The small config, changed so that a released config can express it, and with two prediction heads."""
+    """The small config, changed so that Inkling's released config format can express it, with two prediction heads."""
     # Inkling has one number for the window and the relative extent of sliding layers.
     sliding = replace(small.backbone.sliding, rel_extent=small.backbone.sliding.window)
     return replace(small, backbone=replace(small.backbone, sliding=sliding, mtp_heads=2, mtp_global=(1,)))
@@ -154,7 +154,7 @@ def releasable(small) -> Config:
 
 @pytest.fixture(scope="session")
 def release(releasable, lively, tmp_path_factory) -> Path:
-    """The directory of a released checkpoint in bfloat16, of a few kilobytes."""
+    """The directory of a small checkpoint in Inkling's released format, in bfloat16."""
     folder = tmp_path_factory.mktemp("release") / "hf"
     write_checkpoint(InMemorySource(releasable, lively(releasable)), folder, "memory", "hf", "bfloat16")
     return folder

@@ -1,4 +1,4 @@
-"""Where torch and `transformers`, the oracle of the parity tests, are. Imported by tests/conftest.py and by tests.
+"""Finds the oracle of the parity tests: torch and `transformers`. Imported by tests/conftest.py and by tests.
 
 `tools/test` installs them into `.venv/oracle`, apart from the environment: where torch can be imported, tensorboardX
 imports it into every training run. Only tests marked `oracle`, and the tools that they start, see that folder.
@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORACLE = Path(sys.prefix) / "oracle"
 TORCHVISION = Path(sys.prefix) / "torchvision"
-ONE_THREAD = ("OMP_NUM_THREADS", "1")  # torch's threads wait for each other; beside a second test process, for seconds
+# Torch's threads wait for each other. While a second test process takes the cores, they wait for seconds.
+ONE_THREAD = ("OMP_NUM_THREADS", "1")
 MISSING = "needs torch and transformers: pip install -e .[oracle]"
 
 
@@ -27,7 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     os.environ.setdefault(*ONE_THREAD)
     if ORACLE.is_dir() and str(ORACLE) not in sys.path:
-        sys.path.append(str(ORACLE))  # at the end: what both folders have comes from the environment
+        sys.path.append(str(ORACLE))  # at the end, so that the environment's packages win over the folder's
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         pytest.skip(MISSING)
 

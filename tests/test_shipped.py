@@ -1,4 +1,4 @@
-"""What the package ships: weights that load by today's config, fit the limit, and answer the demo's recording."""
+"""What the package ships: weights that load with today's config, take at most 25 MB and answer the demo recording."""
 
 from __future__ import annotations
 

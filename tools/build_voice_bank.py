@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Builds a speech bank with more of the model's own voice, for its vocoder: sentences of a broad vocabulary.
 
-The replies of the first task use few of the sound sequences of English. These sentences are put together from lists of
-words chosen for their sounds; they mean nothing. 120 sentences are about five minutes of speech and take four
-CPU-minutes. A build that was killed goes on when the same command runs again.
+The model's replies in the task that `tiny` learns (docs/evaluation.md) use few of the sound sequences of English. The
+sentences of this tool are put together from lists of words chosen for their sounds; they mean nothing. 120 sentences
+are about five minutes of speech and take four CPU-minutes. A build that was killed goes on when the same command runs
+again.
 
 To train on this bank and the task's bank together, call `jaxtml.train.vocoder.training.train_vocoder` with both.
 """

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Evaluates a model on the first task: what it hears, when it speaks, what it answers, and how its voice sounds.
+"""Evaluates a model on `tiny`'s task: what it hears, when it speaks, what it answers, and how its voice sounds.
+
+The task (docs/evaluation.md) is to repeat words, to add small numbers and to answer a few set phrases.
 
 The model holds sessions with voices that training never hears: the split "test" of the speech bank, and a person's
 recorded prompts (apt-get install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav). Whisper tiny.en judges
@@ -112,7 +114,7 @@ if __name__ == "__main__":
         type=int,
         default=150,
         metavar="N",
-        help="stretches of the model's speech per set that the listener judges (default: 150)",
+        help="stretches of the model's speech that Whisper judges, of each kind of session (default: 150)",
     )
-    parser.add_argument("--threads", type=count, default=1, help="CPU threads of the listener (default: 1)")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads of Whisper (default: 1)")
     run_tool(parser, evaluate)

@@ -62,7 +62,7 @@ if __name__ == "__main__":
         "--started-from",
         type=Path,
         metavar="DIR",
-        help="the checkpoint that the run began with; the result has its vocoder and its logs",
+        help="the checkpoint that the run began with; its vocoder is kept, and its logs come before the run's",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new checkpoint")
     run_tool(parser, make)

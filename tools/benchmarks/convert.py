@@ -3,7 +3,8 @@
 
 The benchmark writes a random mixture-of-experts checkpoint in the released format. Then it repeats `--pairs` times:
 copy the checkpoint with `cp`, convert it to our format, and convert the result back. The files are taken out of the
-page cache before each step. The benchmark ends with an error if the released files differ after there and back.
+page cache before each step. The benchmark ends with an error if the files that are converted back differ from the
+original files.
 
 How to read the result:
 
@@ -70,7 +71,7 @@ class RandomSource:
 
 
 def write_random_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Writes a checkpoint of about `gigabytes` in the released format and returns its size in bytes."""
+    """Writes a checkpoint with `gigabytes` of routed experts in the released format. Returns its size in bytes."""
     layers = max(2, round(gigabytes * 1e9 / LAYER_BYTES) + 1)
     settings = (
         *("backbone.vocab_size=4096", "backbone.unpadded_vocab_size=4000", "duplex.control_base=4000"),
@@ -145,7 +146,7 @@ def measure_pair(folder: Path) -> dict[str, float]:
     row["hf_s"], row["hf_bytes"] = convert(folder / "ours", folder / "back", "hf")
     for file in original.glob("*.safetensors"):
         if (folder / "back" / file.name).read_bytes() != file.read_bytes():
-            raise SystemExit(f"{file.name} differs after the conversion there and back")
+            raise SystemExit(f"{file.name} differs from the original after it was converted to our format and back")
     for made in ("copy", "ours", "back"):
         shutil.rmtree(folder / made)
     return row
@@ -180,6 +181,6 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/convert.py --pairs 1 --gigabytes 0.3")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to work; default: the system's temporary one")
     parser.add_argument("--pairs", type=count, default=5, help="repetitions (default: 5)")
-    parser.add_argument("--gigabytes", type=amount, default=8, help="size of the checkpoint (default: 8)")
+    parser.add_argument("--gigabytes", type=amount, default=8, help="size of the routed experts (default: 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, benchmark)

@@ -96,7 +96,7 @@ class Ours:
     def micro_turns(self, ids: np.ndarray) -> Run:
         """Returns a function that runs `MICRO_TURNS` micro-turns of one session.
 
-        As in `duplex_step`, a micro-turn is one compiled program, and its state is donated.
+        As in `jaxtml.model.duplex`, a micro-turn is one compiled program, and its state is donated.
         """
         backbone = self.model.backbone
         serving = {**self.params, "layers": backbone.prepare_for_serving(self.params["layers"])}
@@ -123,7 +123,7 @@ class Ours:
         read = jnp.asarray(ids[:1, :READ])
 
         def run() -> None:
-            # A copy, because the step takes the arrays of the state that it is given.
+            # A copy, because the step donates the arrays of its state: they cannot be used again.
             state = jax.tree.map(jnp.copy, backbone.init_state(1, READ, jnp.float32))
             position = jnp.zeros((1,), jnp.int32)
             for _ in range(MICRO_TURNS):
@@ -194,7 +194,10 @@ def seconds(run: Run) -> float:
 
 
 def compare(ours: Run, theirs: Run, rounds: int, amount: float) -> dict[str, float]:
-    """Returns the median of `amount` per second of each side, and the median of the ratios of neighbouring runs."""
+    """Returns the median speed of each side, and the median of the ratios of neighbouring runs.
+
+    A run does `amount` units of work (tokens or micro-turns). Speeds are in units per second.
+    """
     for run in (ours, theirs):  # compiles and warms up
         run()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]

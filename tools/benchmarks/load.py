@@ -11,7 +11,7 @@ The tool prints its results and writes them to `--out` as JSON and as a picture:
   somebody's ear.
 - latency: from the end of the user's words, at the pace of speech, to the arrival of the first audible sample.
 - ticks that took longer than 200 ms, and ticks that ended late, as the server counts them.
-- events lost: events with numbers that a session did not receive.
+- events lost: the server numbers the events of a session; these are the numbers that the session did not receive.
 
 Exit status 1: a session was refused or failed, or an event was lost.
 """
@@ -364,7 +364,7 @@ if __name__ == "__main__":
     parser.add_argument("--chaos", action="store_true", help="sessions misbehave, see above")
     parser.add_argument("--url", help="a running server, as http://127.0.0.1:8080; default: one is started")
     parser.add_argument("--wav", default=RECORDING, help="what the users say; default: the demo's recording")
-    parser.add_argument("--seed", type=int, default=0, help="of the places in the recording and of the chaos")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the starting places and of --chaos (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("out/loadtest"), metavar="DIR", help="default: out/loadtest")
     parser.add_argument("serve", nargs="*", help="arguments for `jaxtml serve`, after --")
     run_tool(parser, load)

@@ -67,12 +67,12 @@ Utterances = list[tuple[str, np.ndarray]]  # text and `[N]` float32 samples at 1
 
 
 def own_voice(sentences: int) -> Utterances:
-    """Returns the first `sentences` of the Harvard sentences in the model's own voice."""
+    """Returns the first `sentences` Harvard sentences in the model's own voice."""
     return [(text, synthesise(OWN_VOICE, text).wave) for text in SENTENCES[:sentences]]
 
 
 def human_voices(sentences: int) -> Utterances:
-    """Returns the first `sentences` of the human readers."""
+    """Returns the first `sentences` sentences of the human readers."""
     if not LIBRIVOX.is_dir():
         raise InputError(f"{LIBRIVOX} is missing: apt-get install pocketsphinx-testdata")
     lines = re.findall(r"<s> (.*) </s> \((\S+)\)", (LIBRIVOX / "transcription").read_text())
@@ -143,7 +143,7 @@ def streaming(config: VocoderConfig, params: Params) -> tuple[Speak, float]:
 def measure(
     utterances: Utterances, ways: dict[str, Speak], judge: Judge, out: Path | None
 ) -> dict[str, dict[str, float]]:
-    """Returns PESQ, STOI and word errors (percent) of each way, and writes what it gives as WAVs into `out`."""
+    """Returns PESQ, STOI and word errors (percent) of each way. Writes the sound of each way as WAVs into `out`."""
     from pesq import pesq
     from pystoi import stoi
 
@@ -204,10 +204,14 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/vocoder.py --sentences 2 --out wavs")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help="whose vocoder; default: the shipped tiny"
+        "--checkpoint",
+        type=Path,
+        default=SHIPPED,
+        metavar="DIR",
+        help="a checkpoint with a vocoder; default: the shipped tiny",
     )
-    source.add_argument("--workdir", type=Path, metavar="DIR", help="a run of `jaxtml train vocoder`, instead")
-    parser.add_argument("--sentences", type=count, default=20, help="of each set, at most (default: 20)")
+    source.add_argument("--workdir", type=Path, metavar="DIR", help="instead: a run of `jaxtml train vocoder`")
+    parser.add_argument("--sentences", type=count, default=20, help="sentences of each set, at most (default: 20)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for WAVs of all results")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, benchmark)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/backbone.npz: logits of the released forward pass and of its prediction heads.
+"""Makes tests/golden/backbone.npz: logits of the released Inkling model and of its prediction heads.
 
 Needs the `oracle` extra (torch, transformers). The tests compare our logits with the file where neither is installed.
 The file does not hold weights or inputs. `released_weights` and `case_inputs` of this file make them again from a seed,
@@ -33,7 +33,7 @@ TOKENS = 72  # more than the windows (16), both relative extents (16, 24) and th
 
 
 def released_config(**text: Any) -> dict[str, Any]:
-    """Returns the `config.json` of a small model as released. `text` replaces fields of the text part.
+    """Returns the `config.json` of a small model in Inkling's released format. `text` replaces fields of the text part.
 
     The spelling is the released one: where `dense_intermediate_size` is present, `intermediate_size` is the width of
     the experts.
@@ -176,7 +176,7 @@ def reference_heads(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarra
 
 
 def write_checkpoint(directory: Path, described: dict[str, Any]) -> None:
-    """Writes a released checkpoint with the config `described` and the weights of `released_weights`."""
+    """Writes a checkpoint in the released format, with the config `described` and the weights of `released_weights`."""
     save_file(released_weights(config_from_inkling(described)), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(described))
 

@@ -2,7 +2,8 @@
 """Makes tests/golden/frontend.npz: the outputs of the released Inkling front end for inputs that anyone can make again.
 
 Needs the `oracle` extra (torch, transformers) and torchvision. The tests compare our bins and patches with these
-outputs on machines that have neither. They make the inputs with `golden_wave` and `golden_image` of this file.
+outputs on machines that have none of these packages. The tests make the inputs with `golden_wave` and `golden_image`
+of this file.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def checksum(array: np.ndarray) -> str:
 def import_torchvision() -> None:
     """Imports torchvision, also where it was built for another torch.
 
-    There its compiled operators do not load, and the import fails at two of them whose shapes torchvision registers.
-    The released image processor calls none of the operators. So the two are declared here without an implementation.
+    With another torch, the compiled operators of torchvision do not load. The import then fails at two operators whose
+    shapes torchvision registers. The released image processor calls no operator of torchvision, so this function
+    declares the two without an implementation.
     """
     import torch
 
