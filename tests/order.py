@@ -18,7 +18,7 @@ LONGEST_FIRST = (
     "train/test_loop.py",
     "tools/test_tools.py",
     "train/test_sharded_step.py",
-    "model/duplex/test_mesh.py",
+    "model/duplex/test_programs.py",
     "plan/test_chips.py",
     "train/test_step.py",
     "serve/runtime/test_hosts.py",

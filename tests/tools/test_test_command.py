@@ -83,4 +83,5 @@ def test_a_run_ends_with_what_did_not_run_and_why(processes, tmp_path):
 
 
 def test_the_files_that_run_first_exist():
-    assert not [file for file in LONGEST_FIRST if not (TESTS / file).is_file()]
+    missing = [file for file in LONGEST_FIRST if not (TESTS / file).is_file()]
+    assert not missing, "moved or removed: correct LONGEST_FIRST in tests/order.py"
