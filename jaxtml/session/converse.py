@@ -1,7 +1,7 @@
 """`converse` and `replies`: sessions over waveforms that are known from the beginning, side by side.
 
 The trainer's samples, the evaluations and the tests call them. The model hears each waveform micro-turn by micro-turn,
-as it would hear a microphone: nothing that comes later changes what was said before.
+as it would hear a microphone. So later samples never change an earlier output.
 
 Axes: N samples at 16 kHz, P patches.
 """
@@ -47,16 +47,16 @@ def converse(
     Yields:
       The outputs as host arrays, and one record per session.
     """
-    turns = micro_turns_of(max(map(len, waves)))
-    padded = [np.pad(wave, (0, turns * MICRO_TURN_SAMPLES - len(wave))) for wave in waves]
-    plans = [plan_typed(texts, engine.codec, engine.config.duplex, turns) for texts in typed or [()] * len(waves)]
+    micro_turns = micro_turns_of(max(map(len, waves)))
+    padded = [np.pad(wave, (0, micro_turns * MICRO_TURN_SAMPLES - len(wave))) for wave in waves]
+    plans = [plan_typed(texts, engine.codec, engine.config.duplex, micro_turns) for texts in typed or [()] * len(waves)]
     sessions = SessionBatch(engine, len(waves), seed, week_ms)
-    for turn in range(turns):
-        samples = slice(turn * MICRO_TURN_SAMPLES, (turn + 1) * MICRO_TURN_SAMPLES)
-        seen = patches[turn] if patches is not None and turn < len(patches) else None
+    for index in range(micro_turns):
+        samples = slice(index * MICRO_TURN_SAMPLES, (index + 1) * MICRO_TURN_SAMPLES)
+        seen = patches[index] if patches is not None and index < len(patches) else None
         yield sessions.step(
             [
-                SessionInput(wave[samples], tuple(plan[turn]), patches=seen)
+                SessionInput(wave[samples], tuple(plan[index]), patches=seen)
                 for wave, plan in zip(padded, plans, strict=True)
             ]
         )
@@ -71,6 +71,6 @@ def replies(
     """Runs whole sessions side by side. A reply has the length and the clock of its wave. Arguments: see `converse`."""
     records = [records for _, records in converse(engine, waves, seed, typed=typed)]
     return [
-        Reply.join([turn[i] for turn in records[: micro_turns_of(len(wave))]], len(wave))
+        Reply.join([micro_turn[i] for micro_turn in records[: micro_turns_of(len(wave))]], len(wave))
         for i, wave in enumerate(waves)
     ]

@@ -114,13 +114,13 @@ class Engine:
         return make() if self.mesh is None else self.compile_for_state(make)()
 
     def compile_for_state(
-        self, function: Callable[..., DuplexState], *shapes: Any, donated: tuple[int, ...] = ()
+        self, function: Callable[..., DuplexState], *shapes: object, donated: tuple[int, ...] = ()
     ) -> Callable[..., DuplexState]:
         """Compiles a function that returns a state, ahead of time, for arguments of `shapes`.
 
         On a mesh the sessions of a state may move between devices. The compiler decides how.
         """
-        run: Any = function
+        run = function
         if self.mesh is not None:
             run = jax.sharding.auto_axes(function, out_sharding=self.duplex.layouts()[1])
         with self._mesh_context():
@@ -141,7 +141,7 @@ class Engine:
         batch, base = len(empty.active), self.config.duplex.control_base
         bins, active = np.zeros(empty.bins.shape, np.uint8), np.zeros(batch, bool)
         typed, typed_length = np.zeros(empty.typed.shape, np.int32), np.zeros(batch, np.int32)
-        patches: Any = empty.patches  # zeros of this size are made only if some slot has video
+        patches: np.ndarray | jax.Array = empty.patches  # zeros of this size are made only if some slot has video
         patch_count = np.zeros(batch, np.int32)
         if any(slot_input.patches is not None for slot_input in given.values()):
             patches = np.zeros(empty.patches.shape, np.float32)
@@ -168,12 +168,12 @@ class Engine:
         if (mesh := self.mesh) is None:
             return inputs
 
-        def place(array: Any, partition: PartitionSpec) -> jax.Array:
+        def place(array: np.ndarray | jax.Array, partition: PartitionSpec) -> jax.Array:
             if isinstance(array, jax.Array):
                 return array
             return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition), array.__getitem__)
 
         return jax.tree.map(place, inputs, self.duplex.layouts()[2])
 
-    def _mesh_context(self) -> AbstractContextManager[Any]:
+    def _mesh_context(self) -> AbstractContextManager[object]:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -7,8 +7,8 @@
     session = model.session(seed=0)          # or 200 ms at a time
     turn = session.step(chunk)
 
-Both give the same, to the bit: `Model.converse` steps a session. All that a caller passes is checked here and refused
-with `InputError`, before it reaches the model.
+Both give the same, to the bit, because `Model.converse` steps a session. This module checks all arguments of a caller
+before they reach the model. It raises `InputError` for arguments that cannot be used.
 
 Axes: N samples at 16 kHz, P patches.
 """
@@ -175,7 +175,8 @@ class Model:
 class Session:
     """One conversation with a model, 200 ms at a time. `Model.session` makes it.
 
-    A session remembers everything that was said. Its memory and the time of a step stay the same however long it lasts.
+    Memory and the time of a step stay the same however long a session lasts. The model remembers as far back as its
+    attention windows reach (`config.backbone`).
     """
 
     def __init__(self, model: Model, seed: int = 0, week_ms: int = NOON_MS):
@@ -200,7 +201,7 @@ class Session:
         background: str | Iterable[str] = (),
         patches: np.ndarray | None = None,
     ) -> MicroTurn:
-        """Gives the model the next 200 ms of the user, and returns what the model does meanwhile.
+        """Gives the model the next 200 ms of the user, and returns what the model heard, wrote and says.
 
         The returned sound is heard in the 200 ms after `chunk`. Text that does not fit into this micro-turn
         (`config.duplex.max_typed` tokens) goes on in the next ones, typed text before background text.
@@ -225,8 +226,8 @@ class Session:
         for mark, waiting in self._waiting.items():
             waiting += tokens[mark]
         mark, text = self._next_text()
-        _, (turn,) = self._batch.step([SessionInput(chunk, text, mark, patches)])
-        return turn
+        _, (micro_turn,) = self._batch.step([SessionInput(chunk, text, mark, patches)])
+        return micro_turn
 
     def _tokens(self, texts: str | Iterable[str]) -> list[int]:
         texts = [texts] if isinstance(texts, str) else texts

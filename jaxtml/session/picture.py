@@ -37,16 +37,16 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
         axis.set_ylabel(name)
         axis.set_ylim(-1.4, 1.4)
         axis.set_yticks([])
-    for turn in reply.turns:
-        start = turn.t_ms / 1000
-        if turn.heard:
-            user.text(start + 0.2, 1.05, turn.heard.strip(), fontsize=9, color=USER_COLOUR)
-        if turn.text:
-            model.text(start + 0.2, 1.05, turn.text.strip(), fontsize=9, color=MODEL_COLOUR)
-        if turn.gate == "speak":
+    for micro_turn in reply.turns:
+        start = micro_turn.t_ms / 1000
+        if micro_turn.heard:
+            user.text(start + 0.2, 1.05, micro_turn.heard.strip(), fontsize=9, color=USER_COLOUR)
+        if micro_turn.text:
+            model.text(start + 0.2, 1.05, micro_turn.text.strip(), fontsize=9, color=MODEL_COLOUR)
+        if micro_turn.gate == "speak":
             model.axvspan(start + 0.2, start + 0.4, color=MODEL_COLOUR, alpha=0.12, linewidth=0)
-    starts = np.array([turn.t_ms for turn in reply.turns]) / 1000
-    steps.bar(starts, [turn.step_ms for turn in reply.turns], width=0.18, align="edge", color=STEP_COLOUR)
+    starts = np.array([micro_turn.t_ms for micro_turn in reply.turns]) / 1000
+    steps.bar(starts, [micro_turn.step_ms for micro_turn in reply.turns], width=0.18, align="edge", color=STEP_COLOUR)
     steps.set_ylabel("step, ms")
     steps.set_xlabel("seconds; words stand where their micro-turn ends; shaded: the gate is open")
     user.set_xlim(0, seconds)

@@ -1,7 +1,7 @@
 """A recording of the user as a session: reads it, converses, and writes what came of it. Called by `jaxtml converse`.
 
-The recording is read whole. Then the model hears it as it would hear a microphone, micro-turn by micro-turn, on request
-at the speed at which it was spoken.
+The recording is read whole. Then the model hears it micro-turn by micro-turn, as it would hear a microphone. On request
+the model hears it at the speed at which it was spoken.
 
 Axis: N samples at 16 kHz.
 """
@@ -44,7 +44,7 @@ def converse_with(
     seed: int = 0,
     video: str | Path | None = None,
     realtime: bool = False,
-    on_micro_turn: Callable[[MicroTurn], None] = lambda turn: None,
+    on_micro_turn: Callable[[MicroTurn], None] = lambda micro_turn: None,
 ) -> Reply:
     """Runs a session over a recording, like `Model.converse`, with a video file, a clock and a call per micro-turn.
 
@@ -61,14 +61,14 @@ def converse_with(
     """
     patches = [] if video is None else _video_patches(model, video, micro_turns_of(len(wave)))
     micro_turns = model.stream(wave, seed, patches=patches)  # compiles the step, before the clock starts
-    turns: list[MicroTurn] = []
+    done: list[MicroTurn] = []
     began = time.monotonic()
-    for turn in micro_turns:
-        turns.append(turn)
-        on_micro_turn(turn)
+    for micro_turn in micro_turns:
+        done.append(micro_turn)
+        on_micro_turn(micro_turn)
         if realtime:
-            time.sleep(max(0.0, began + len(turns) * MICRO_TURN_MS / 1000 - time.monotonic()))
-    return Reply.join(turns, len(wave))
+            time.sleep(max(0.0, began + len(done) * MICRO_TURN_MS / 1000 - time.monotonic()))
+    return Reply.join(done, len(wave))
 
 
 def _video_patches(model: Model, video: str | Path, micro_turns: int) -> list[np.ndarray]:
@@ -96,6 +96,6 @@ def write_events(path: str | Path, reply: Reply) -> None:
       InputError: the file cannot be written.
     """
     try:
-        Path(path).write_text("".join(json.dumps(turn.event()) + "\n" for turn in reply.turns))
+        Path(path).write_text("".join(json.dumps(micro_turn.event()) + "\n" for micro_turn in reply.turns))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error

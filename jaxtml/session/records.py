@@ -96,25 +96,25 @@ class Reply:
     turns: tuple[MicroTurn, ...]
 
     @classmethod
-    def join(cls, turns: Sequence[MicroTurn], samples: int) -> Reply:
+    def join(cls, micro_turns: Sequence[MicroTurn], samples: int) -> Reply:
         """Joins the micro-turns of a session whose input had `samples` samples.
 
         The waves of the result's records are views of one array, so that a long session is in memory once.
         """
-        wave = np.concatenate([SILENCE, *(turn.wave for turn in turns)])
+        wave = np.concatenate([SILENCE, *(micro_turn.wave for micro_turn in micro_turns)])
         starts = range(MICRO_TURN_SAMPLES, len(wave), MICRO_TURN_SAMPLES)
         records = (
-            replace(turn, wave=wave[start : start + MICRO_TURN_SAMPLES])
-            for turn, start in zip(turns, starts, strict=True)
+            replace(micro_turn, wave=wave[start : start + MICRO_TURN_SAMPLES])
+            for micro_turn, start in zip(micro_turns, starts, strict=True)
         )
         return cls(wave[:samples], tuple(records))
 
     @property
     def heard(self) -> str:
         """The transcript of the user, with single spaces."""
-        return " ".join("".join(turn.heard for turn in self.turns).split())
+        return " ".join("".join(micro_turn.heard for micro_turn in self.turns).split())
 
     @property
     def text(self) -> str:
         """What the model said, with single spaces."""
-        return " ".join("".join(turn.text for turn in self.turns).split())
+        return " ".join("".join(micro_turn.text for micro_turn in self.turns).split())

@@ -51,8 +51,8 @@ class Summary:
 
 def summarise(wave: np.ndarray, reply: Reply) -> Summary:
     """Returns the figures of a session. `wave` `[N]` float32 is the user's recording."""
-    steps = np.array([turn.step_ms for turn in reply.turns])
-    speaking = [turn.gate == "speak" for turn in reply.turns]
+    steps = np.array([micro_turn.step_ms for micro_turn in reply.turns])
+    speaking = [micro_turn.gate == "speak" for micro_turn in reply.turns]
     openings = [i for i, speaks in enumerate(speaking) if speaks and (i == 0 or not speaking[i - 1])]
     latencies = [latency for i in openings if (latency := _latency_ms(wave, i)) is not None]
     return Summary(

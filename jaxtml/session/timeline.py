@@ -10,16 +10,16 @@ from jaxtml.session.records import MicroTurn
 _console = Console(highlight=False)
 
 
-def print_micro_turn(turn: MicroTurn) -> None:
+def print_micro_turn(micro_turn: MicroTurn) -> None:
     """Prints the clock, the gate, the time of the step, what was heard and what is said."""
-    speaking = turn.gate == "speak"
-    line = Text(f"{turn.t_ms / 1000:7.1f} s  ")
+    speaking = micro_turn.gate == "speak"
+    line = Text(f"{micro_turn.t_ms / 1000:7.1f} s  ")
     line.append("■ speak  " if speaking else "· listen ", style="bold red" if speaking else "dim")
-    line.append(f"{turn.step_ms:5.0f} ms  ", style="dim")
-    if turn.heard:
-        line.append(f"heard: {turn.heard.strip()}  ", style="cyan")
-    if turn.text:
-        line.append(f"says: {turn.text.strip()}  ", style="red")
-    if turn.delegate:
-        line.append(f"delegates: {turn.delegate.strip()}", style="magenta")
+    line.append(f"{micro_turn.step_ms:5.0f} ms  ", style="dim")
+    if micro_turn.heard:
+        line.append(f"heard: {micro_turn.heard.strip()}  ", style="cyan")
+    if micro_turn.text:
+        line.append(f"says: {micro_turn.text.strip()}  ", style="red")
+    if micro_turn.delegate:
+        line.append(f"delegates: {micro_turn.delegate.strip()}", style="magenta")
     _console.print(line)

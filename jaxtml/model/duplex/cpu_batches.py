@@ -1,8 +1,8 @@
-"""Ways to run a part of the step that pay on one CPU: a few slots at a time, and branches that copy nothing.
+"""Two ways to save time on a CPU: compute only slots that have work, and take branches without copies.
 
-A CPU's time grows with the number of slots that it computes, so it pays to skip slots that have nothing to do. An
-accelerator's time hardly does: there, both functions are the plain JAX operation. Both take `one_cpu`, which says
-whether the program runs on a single CPU device.
+The time of a CPU grows with the number of slots that it computes, so a CPU skips slots that have nothing to do. The time
+of an accelerator hardly grows; there both functions are the plain JAX operation. Both functions take `one_cpu`, which
+says whether the program runs on a single CPU device.
 
 Called by `step.py`. `session.slots` makes groups of sessions of the same size, `CPU_BATCH`.
 
@@ -49,18 +49,18 @@ def run_either(
 
 
 def run_in_batches(one_cpu: bool, run: Callable[[Carry], Carry], carry: Carry, axes: Carry, order: jax.Array) -> Carry:
-    """Returns `run(carry)`, on a CPU computed for `CPU_BATCH` slots at a time.
+    """Returns `run(carry)`. On a CPU, `run` gets `CPU_BATCH` slots at a time.
 
     A batch always has `CPU_BATCH` slots, and may include slots that have nothing to do. So what a session gets does not
     depend on how many others there are.
 
     Args:
       one_cpu: whether the program runs on a single CPU device.
-      run: computes all slots of its argument, each by itself. It must not change slots that have nothing to do, and
-        runs once for each slot that has.
+      run: computes each slot of its argument independently. It must not change a slot that has nothing to do. A slot
+        that has work is computed once.
       carry: arrays of B slots.
       axes: for each array of `carry`, the axis that counts slots.
-      order: `[B]` int32: 0 for slots to compute first, 1 for slots to compute then, 2 for slots with nothing to do.
+      order: `[B]` int32: 0 for slots that come first, 1 for slots that come next, 2 for slots with nothing to do.
     """
     if len(order) <= CPU_BATCH or not one_cpu:
         return run(carry)

@@ -1,15 +1,15 @@
-"""The grammar of a micro-turn: which token may follow, which token is chosen, and whether the gate opens.
+"""The grammar of a micro-turn: which tokens may follow, which token is chosen, and whether the gate opens.
 
 A micro-turn generates, in this order (`jaxtml.stream.layout` has the whole layout):
 
     [HEARD words]   [SAY text]   LISTEN
     [HEARD words]   [SAY text]   SPEAK   own speech x 4
 
-**The gate is decided in `decide_gate`**: where the chosen token is LISTEN or SPEAK, P(speak) against the config's
-`gate_threshold` says which of the two is taken.
+`decide_gate` decides the gate. Where the chosen token is LISTEN or SPEAK, it takes SPEAK if P(speak) exceeds the
+config's `gate_threshold`, else LISTEN.
 
-Called by `step.py`, once per generated position. All functions are pure and work on all slots of a batch at once. A
-session's tokens depend on its own logits, seed and history alone, never on other slots.
+`step.py` calls `choose_token` once per generated position. All functions are pure and work on all slots of a batch at
+once. The tokens of a session depend on its own logits, seed and history, never on other slots.
 
 Axes: B session slots, V vocabulary.
 """
@@ -31,10 +31,10 @@ class Phase(IntEnum):
     """Where a slot is within its micro-turn."""
 
     START = 0  # nothing is generated yet
-    HEARD = 1  # behind HEARD: the words of the user
-    TEXT = 2  # behind SAY: the text of the assistant
-    SPEECH = 3  # behind SPEAK: own-speech positions
-    DONE = 4  # behind LISTEN, behind the last own-speech position, or not active
+    HEARD = 1  # after HEARD: the words of the user follow
+    TEXT = 2  # after SAY: the text of the assistant follows
+    SPEECH = 3  # after SPEAK: own-speech positions follow
+    DONE = 4  # after LISTEN, after the last own-speech position, or not active
 
 
 class Progress(NamedTuple):
@@ -59,7 +59,7 @@ class ControlMasks(NamedTuple):
 
 
 def max_generated(config: DuplexConfig) -> int:
-    """Returns G, the most tokens that a micro-turn generates: both texts behind HEARD and SAY, and the gate."""
+    """Returns G, the most tokens that a micro-turn generates: HEARD and its words, SAY and its words, the gate."""
     return (config.max_heard + 1 if config.heard else 0) + config.max_text + 1 + 1
 
 
@@ -92,8 +92,8 @@ def choose_token(
 def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> jax.Array:
     """Decides whether each slot speaks or listens in this micro-turn.
 
-    The token says when the text is over: it is over where `token` is LISTEN or SPEAK. The probability says which of the
-    two it is: SPEAK where `p_speak` exceeds `gate_threshold`, else LISTEN.
+    The token says when the text is over, namely where it is LISTEN or SPEAK. The probability says which of the two is
+    taken: SPEAK where `p_speak` exceeds `gate_threshold`, else LISTEN.
 
     Args:
       config: has the threshold.
@@ -112,8 +112,8 @@ def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> j
 def allowed_tokens(config: DuplexConfig, progress: Progress, vocab_size: int) -> jax.Array:
     """Returns `[B, V]` bool: the tokens that the grammar allows next.
 
-    The gate is always allowed. Words are allowed while their part has room, DELEGATE and END among the words of the
-    assistant. HEARD comes first or not at all; SAY comes once.
+    The gate is always allowed. Words are allowed while their part has room. DELEGATE and END are allowed among the words
+    of the assistant. HEARD is allowed at the start only, SAY until it has come.
     """
     base = config.control_base
     phase, used = progress
@@ -131,7 +131,7 @@ def allowed_tokens(config: DuplexConfig, progress: Progress, vocab_size: int) ->
 
 
 def sample(logits: jax.Array, top_p: float, state: DuplexState, index: jax.Array) -> jax.Array:
-    """Samples a token per slot from `logits` `[B, V]`, among the most likely that make up `top_p` together.
+    """Samples a token per slot from `logits` `[B, V]`, among the most likely tokens that make up `top_p` together.
 
     Top-p (nucleus) sampling: Holtzman et al., 2020. Each slot draws with a key of its own (`slot_keys`).
     """
@@ -156,7 +156,7 @@ def control_masks(config: DuplexConfig, token: jax.Array) -> ControlMasks:
 
 
 def advance(progress: Progress, chosen: ControlMasks, writing: jax.Array) -> Progress:
-    """Returns the progress behind the chosen tokens. Slots that are not `writing` `[B]` bool stay where they are."""
+    """Returns the progress after the chosen tokens. Slots that are not `writing` `[B]` bool stay where they are."""
     phase, used = progress
     after = jnp.select(list(chosen), [Phase.HEARD, Phase.TEXT, Phase.DONE, Phase.SPEECH], phase)
     phase = jnp.where(writing, after, phase)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.extend.backend
@@ -100,8 +99,11 @@ class Duplex:
         """See `state.take_slots`."""
         return states.take_slots(self.model, state, slots)
 
-    def layouts(self) -> tuple[Any, Any, Any]:
-        """Returns where prepared parameters, state and inputs lie on the mesh: trees of `PartitionSpec`."""
+    def layouts(self) -> tuple[Params, DuplexState, MicroTurnInputs]:
+        """Returns where prepared parameters, state and inputs lie on the mesh.
+
+        Each tree has a `PartitionSpec` in place of each array.
+        """
         sessions, mesh = self.model.placement.session_axes, self.model.placement.mesh
         split = PartitionSpec(sessions)
         params = partition_specs(self.model.serving_specs(), mesh, SERVE)

@@ -1,11 +1,11 @@
-"""What a session remembers between micro-turns, and what one micro-turn takes and gives.
+"""What a session remembers between micro-turns, and the inputs and outputs of one micro-turn.
 
 Here are the three tuples of the step (state, inputs, outputs), their first values, and two functions on slots: begin a
 session in a slot, and move sessions to other slots. `step.py` computes the next state. `programs.py` compiles all of
 it, and says where state and inputs lie on a mesh. The session engine and the tests call these functions through
 `programs.Duplex`.
 
-Before changing a field: the order of the fields is the order of the arguments of every compiled program.
+Before you change a field: the order of the fields is the order of the arguments of every compiled program.
 
 Axes: B session slots, N typed tokens, P patches, G generated tokens of a micro-turn, V vocabulary.
 """
@@ -59,7 +59,7 @@ class MicroTurnInputs(NamedTuple):
 
     Attributes:
       bins: `[B, 4, 80]` uint8, dMel frames of the user.
-      typed: `[B, N]` int32, a TYPED or BACKGROUND token and the text behind it.
+      typed: `[B, N]` int32, a TYPED or BACKGROUND token and the text after it.
       typed_length: `[B]` int32, how many tokens of `typed` are real; 0 where there is no text.
       patches: `[B, P, 2, 40, 40, 3]` float32, video of the user.
       patch_count: `[B]` int32, how many of `patches` are real.
@@ -79,7 +79,7 @@ class MicroTurnOutputs(NamedTuple):
 
     Attributes:
       wave: `[B, 3200]` float32, 200 ms of own speech at 16 kHz. The user hears them one micro-turn later.
-      tokens: `[B, G]` int32, the generated tokens in order, the gate token last; 0 behind it.
+      tokens: `[B, G]` int32, the generated tokens in order, the gate token last; then 0.
       count: `[B]` int32, how many of `tokens` are real.
       speaking: `[B]` bool, whether the gate is open.
       p_speak: `[B]` float32, P(speak) against P(listen) where the gate was decided.

@@ -1,12 +1,12 @@
 """`micro_turn`: one micro-turn of a batch of sessions, from 200 ms of the user to 200 ms of the assistant.
 
-Read from top to bottom. `micro_turn` calls four stages in this order:
+Read this file from top to bottom. A micro-turn has four stages:
 
-1. `prefill` runs the model over what the micro-turn is given: the pending LISTEN token, the clock, text, patches, the
-   user's four frames.
-2. `generate` loops: each slot writes text and chooses its gate (`grammar.py`). It stops when every slot is done.
-3. `speak`, inside this loop: the flow head gives 50 ms of own speech. Its dMel frame is quantised and fed back.
-4. `vocode` turns the log-mels into a waveform.
+1. `prefill` runs the model over the input: the pending LISTEN token, the clock, text, patches, the user's four frames.
+2. `generate` loops over positions until every slot is done. A slot writes text (`write`) and chooses its gate there
+   (`grammar.py`).
+3. `speak`, inside this loop, draws 50 ms of own speech from the flow head. Its dMel frame is quantised and fed back.
+4. `vocode` turns the log-mels of own speech into a waveform.
 
 All of it is one compiled program with fixed shapes; nothing returns to the host in between. `programs.Duplex` compiles
 the program. `converse`, the server, the evaluations and the trainer's samples all call it. The training forward over
@@ -59,7 +59,7 @@ class Generated(NamedTuple):
     """What a micro-turn has generated so far.
 
     Attributes:
-      tokens: `[B, G]` int32, 0 behind the last token.
+      tokens: `[B, G]` int32, 0 after the last token.
       count: `[B]` int32, how many of `tokens` are real.
       p_speak: `[B]` float32, P(speak) against P(listen) at the last token.
       logits: `[B, G, V]` float32; `[B, G, 0]` without `trace`.
@@ -76,7 +76,10 @@ class Generated(NamedTuple):
 
 
 LoopCarry = tuple[Progress, DuplexState, Generated, jax.Array]
-"""What `generate` passes from position to position; the array is the next token of each slot, -1 for own speech."""
+"""What `generate` passes from position to position. The array is the next token of each slot; -1: own speech."""
+
+VocoderCarry = tuple[vocoder.VocoderState, jax.Array, jax.Array, jax.Array, jax.Array]
+"""What `vocode` passes from batch to batch: vocoder state, waveform, frames, slots to run, slots that speak."""
 
 
 def micro_turn(
@@ -173,7 +176,7 @@ def generate(
     Args:
       model: whose step it is.
       params: from `Duplex.prepare`.
-      state: behind the prefill.
+      state: after `prefill`.
       hidden: `[B, D]`, the hidden state of the last position of the prefill.
       active: `[B]` bool.
       trace: whether to keep the logits.
@@ -299,7 +302,7 @@ def vocode(
     Args:
       model: whose step it is.
       params: from `Duplex.prepare`.
-      state: behind `generate`.
+      state: after `generate`.
       fine: `[B, 4, 320]` float32.
       speaking: `[B]` bool, slots whose gate is open.
       running: `[B]` bool, slots that speak or have spoken in the micro-turn before.
@@ -309,7 +312,7 @@ def vocode(
     batch = running.shape[0]
     frames = fine.reshape(batch, FINE_PER_MICRO_TURN, N_MELS)
 
-    def run(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def run(carry: VocoderCarry) -> VocoderCarry:
         voice, wave, frames, running, speaking = carry
         fresh = vocoder.init_state(config, len(running))
         new, sound = vocoder.vocode(config, params["vocoder"], voice, frames)
@@ -335,7 +338,7 @@ def forward(
     """Runs the backbone over `x` `[B, T, D]`, of which `length` `[B]` positions are real.
 
     Returns:
-      The state behind them, and the normed hidden state `[B, D]` of the last real position.
+      The state after these positions, and the normed hidden state `[B, D]` of the last real position.
     """
     y, layers = model.backbone.forward_cached(params["layers"], x, state.layers, state.position, length)
     last = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -364,7 +367,7 @@ def forward_parts(
 def any_session(model: InteractionModel, mask: jax.Array) -> jax.Array:
     """Returns whether `mask` `[B]` holds for any session of the slice, the same on all its devices.
 
-    All devices have to take part in the collectives behind a condition. That includes the devices along `tensor`: they
+    All devices have to take part in the collectives inside a branch. That includes the devices along `tensor`: they
     have the same sessions, but rounding may differ between them.
     """
     return psum(jnp.any(mask).astype(jnp.int32), model.placement.mesh, ("data", "expert", "tensor")) > 0
