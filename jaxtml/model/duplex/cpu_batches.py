@@ -1,8 +1,8 @@
 """Two ways to save time on a CPU: compute only slots that have work, and take branches without copies.
 
-The time of a CPU grows with the number of slots that it computes, so a CPU skips slots that have nothing to do. The time
-of an accelerator hardly grows; there both functions are the plain JAX operation. Both functions take `one_cpu`, which
-says whether the program runs on a single CPU device.
+The time of a CPU grows with the number of slots that it computes, so a CPU skips slots that have nothing to do. The
+time of an accelerator hardly grows; there both functions are the plain JAX operation. Both functions take `one_cpu`,
+which says whether the program runs on a single CPU device.
 
 Called by `step.py`. `session.slots` makes groups of sessions of the same size, `CPU_BATCH`.
 
