@@ -10,8 +10,9 @@ The library in five calls:
     session = model.session(seed=0)
     turn = session.step(chunk)         # float32 [3200], 200 ms; turn.gate, turn.heard, turn.text, turn.wave
 
-`Model.encode` and `Model.decode` turn a `Conversation` into the tokens of its micro-turns and back. What a caller
-passes and cannot be used raises `InputError`.
+A micro-turn is 200 ms of input and output. `turn.gate` says whether the model speaks in it ("speak" or "listen").
+`Model.encode` and `Model.decode` turn a `Conversation` into the tokens of its micro-turns and back. The library raises
+`InputError` for an argument that it cannot use.
 
 `import jaxtml` imports neither JAX nor NumPy. A name is imported when it is first used, and `load` is the first call
 that uses a device.
@@ -23,7 +24,8 @@ import os
 
 from jaxtml.errors import InputError
 
-TYPE_CHECKING = False  # as type checkers read it; to import `typing` takes longer than all else here
+# Type checkers treat this name as True. Importing it from `typing` would take longer than the rest of this file.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtml.session.library import Model, Session, load
     from jaxtml.session.records import MicroTurn, Reply

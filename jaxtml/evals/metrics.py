@@ -1,4 +1,6 @@
-"""The metrics of the first task, with intervals and thresholds, from session records alone. Pure.
+"""The metrics of the task in `jaxtml.data.tasks.scenarios`, with intervals and thresholds. Pure.
+
+They are computed from session records only.
 
 | metric | threshold |
 |---|---|
@@ -33,7 +35,8 @@ from jaxtml.evals.outcomes import (
 )
 from jaxtml.evals.record import ObservedSession
 
-# By metric; for a metric whose threshold depends on the set, by set. The metric says on which side it has to be.
+# By metric name; where the threshold depends on the set of sessions, by set too. `Metric.at_least` says whether the
+# threshold is the least or the greatest value that meets it.
 THRESHOLDS: dict[str, float | dict[str, float]] = {
     "heard_words": {"human": 0.60, "synthetic": 0.85},
     "takes_over": 0.85,
@@ -56,7 +59,7 @@ class Metric:
       value: a rate or a quantile; None where nothing was counted.
       low: lower end of the 95 % interval; None for quantiles.
       high: upper end.
-      count: how many of `of` hit; None for quantiles.
+      count: the number of hits (or errors); None for quantiles.
       of: how many things were counted, or how many values the quantile is taken from.
       threshold: the value to reach; None for no threshold.
       at_least: whether the value has to be at least the threshold; if False, at most.
@@ -93,7 +96,10 @@ def rate(name: str, set_name: str, hits: Iterable[bool], at_least: bool = True) 
 
 
 def ratio(name: str, set_name: str, count: int, of: int, at_least: bool = True) -> Metric:
-    """Returns `count / of`. There is no interval where `count` is larger: errors may be more than the words."""
+    """Returns `count / of`.
+
+    There is no interval where `count` exceeds `of`: a transcript may have more errors than the text has words.
+    """
     low, high = wilson(count, of) if 0 < of >= count else (None, None)
     value = count / of if of else None
     return Metric(name, set_name, value, low, high, count, of, _threshold(name, set_name), at_least)
@@ -157,9 +163,9 @@ def _turn_taking(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]
     """When the model speaks.
 
     - `takes_over`: user turns after which the gate opened within `[0, 1.6 s]` and before the user spoke again.
-    - `false_take_over_in_pauses`: pauses of 0.38 s and more inside a turn in which the gate opened, see
-      `TurnOutcome.broken`.
-    - `cuts_in`: user turns in which the gate opened anywhere before their end: the negative latencies.
+    - `false_take_over_in_pauses`: of all pauses of 0.38 s and more inside user turns, the pauses in which the gate
+      opened, see `TurnOutcome.broken`.
+    - `cuts_in`: user turns in which the gate opened before their end. `gate_latency_s` leaves such openings out.
     - `gate_latency_s`: time from the user's acoustic end to the first audible sample of the reply, over the turns that
       the model took over.
     - `gate_opens_s`: time to the end of the micro-turn in which the gate opened, audible or not.
@@ -179,8 +185,8 @@ def _turn_taking(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]
 def _answers(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]:
     """What the model answers. Turns whose reply was interrupted are left out.
 
-    - `right_to_heard`: replies whose text is `reply_to` the words that the model itself had heard of the turn when the
-      gate opened. A reply after hearing nothing is wrong.
+    - `right_to_heard`: replies that are right for the words that the model itself had heard of the turn when the gate
+      opened (`jaxtml.data.tasks.scenarios.reply_to`). A reply after hearing nothing is wrong.
     - `right_to_heard_sentence`: the same where the heard words are a sentence of the task.
     - `right_to_said`: user turns answered with the right text for the words that the user really said. A turn that the
       model did not take over is wrong.

@@ -28,14 +28,15 @@ class TurnOutcome:
       session: the session.
       turn: the user turn.
       cut_in: the gate opened while the user spoke: from 0.2 s after the start of the turn until its end.
-      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. By then the
-        model can have heard less than a micro-turn of the user's next words.
+      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. Such an
+        opening counts too: the model decided before it had heard a micro-turn of the user's next words.
       reply: the first stretch that opened within `TAKE_OVER_S` after the end and before the next user turn.
       interrupted: the next user turn began before the reply was over. The reply's text then says nothing about the
         answer.
       heard: the transcript from the turn's start up to the opening of the reply.
       said: everything said from the opening of the reply until the next user turn.
-      stop_s: if the model was audible when the turn began: time from then to the last audible sample of that stretch.
+      stop_s: if a stretch of the model's speech was audible when the turn began: the time from the start of the turn to
+        the last audible sample of this stretch; else None.
     """
 
     session: ObservedSession

@@ -143,8 +143,8 @@ def _read_records(path: Path) -> list[ObservedSession]:
 
 
 def _blocks(talks: Sequence[EvaluationTalk], batch: int) -> Iterator[Sequence[EvaluationTalk]]:
-    """Cuts the sessions into batches of one set each. Batches are always the same, so that a resumed evaluation samples
-    as an uninterrupted one."""
+    """Cuts the sessions into batches of one set each. Batches are always the same, so that a resumed evaluation draws
+    the same tokens as an uninterrupted evaluation."""
     for name in dict.fromkeys(talk.set for talk in talks):
         of_set = [talk for talk in talks if talk.set == name]
         yield from (of_set[first : first + batch] for first in range(0, len(of_set), batch))

@@ -68,7 +68,10 @@ def replies(
     seed: int = 0,
     typed: Sequence[Sequence[tuple[int, str]]] | None = None,
 ) -> list[Reply]:
-    """Runs whole sessions side by side. A reply has the length and the clock of its wave. Arguments: see `converse`."""
+    """Runs whole sessions side by side. Arguments: see `converse`.
+
+    A reply is as long as its wave. Sample i of the reply is heard at the time of sample i of the wave.
+    """
     records = [records for _, records in converse(engine, waves, seed, typed=typed)]
     return [
         Reply.join([micro_turn[i] for micro_turn in records[: micro_turns_of(len(wave))]], len(wave))

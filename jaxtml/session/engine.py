@@ -70,7 +70,7 @@ class Engine:
 
         Raises:
           InputError: there is no readable checkpoint or tokenizer (see `open_checkpoint` and `TextCodec.load`), the
-            mesh does not fit the devices, or the mesh cannot share a parameter.
+            mesh does not fit the devices, or the mesh cannot split a parameter evenly.
         """
         from jaxtml.checkpoint.files import TOKENIZER
         from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint

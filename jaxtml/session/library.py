@@ -112,7 +112,7 @@ class Model:
           week_ms: as for `session`.
 
         Returns:
-          The reply, with the length and the clock of `wave`.
+          The reply. It is as long as `wave`, and its sample i is heard at the time of sample i of `wave`.
 
         Raises:
           InputError: as `session` and `Session.step`; a recording shorter than 200 ms; text or video for a micro-turn

@@ -1,7 +1,7 @@
 """A recording of the user as a session: reads it, converses, and writes what came of it. Called by `jaxtml converse`.
 
-The recording is read whole. Then the model hears it micro-turn by micro-turn, as it would hear a microphone. On request
-the model hears it at the speed at which it was spoken.
+The recording is read whole. Then the model hears it micro-turn by micro-turn, as it would hear a microphone. With
+`realtime`, the session runs at the speed of the recording.
 
 Axis: N samples at 16 kHz.
 """
@@ -80,7 +80,7 @@ def _video_patches(model: Model, video: str | Path, micro_turns: int) -> list[np
 
 
 def write_reply(path: str | Path, reply: Reply) -> None:
-    """Writes what the model said as a WAV file with the length and the clock of the recording."""
+    """Writes what the model said as a WAV file that is as long as the recording and in time with it."""
     write_wav(path, reply.wave)
 
 

@@ -88,7 +88,7 @@ class Reply:
     """What one session gave.
 
     Attributes:
-      wave: `[N]` float32 at 16 kHz, with the length and the clock of the session's input.
+      wave: `[N]` float32 at 16 kHz, as long as the session's input. Sample i is heard at the time of input sample i.
       turns: one record per micro-turn.
     """
 

@@ -1,17 +1,17 @@
 """`Slots`: the live sessions of a server, which begin and end between micro-turns, in the slots of a batch.
 
-There is one compiled step per bucket (a batch size), and the sessions are in the smallest bucket that has room. They
-move to a larger bucket when a session begins that has no room. They move to the next smaller bucket when they fill no
+There is one compiled step per bucket (a batch size), and the sessions are in the smallest bucket that has room. When a
+new session finds no room, all sessions move to a larger bucket. They move to the next smaller bucket when they fill no
 more than half of it. The server calls this module. Everything is compiled at the start; nothing compiles later.
 
 Within a bucket, what a session gives does not depend, to the bit, on its slot or on other sessions. Another bucket
-rounds sums differently. In the tests the sound then differs by 1e-4 at most. Where two tokens were that close to each
-other in sampling, the session may go on with the other token (EXPERIMENTS.md says how often).
+rounds sums differently. In the tests the sound then differs by 1e-4 at most. Where two tokens almost tie in sampling,
+the session may go on with the other token (EXPERIMENTS.md says how often).
 
-On a CPU the sessions are in several groups (`slot_groups`), each with a clock of its own. There a step of twice as many
-sessions takes twice as long, and all of them wait for its end; a tick in which many speak would end too late for the
-next tick. A group has one bucket, because free slots cost next to nothing on a CPU. So other sessions never change a
-bit of what a session gives.
+On a CPU the sessions are in several groups (`slot_groups`), each with a clock of its own. On a CPU a step of twice as
+many sessions takes twice as long, and all these sessions wait for its end. With a single group, a step in which many
+sessions speak would still run when the next step is due. A group has one bucket, because free slots cost next to
+nothing on a CPU. So other sessions never change a bit of what a session gives.
 
 Axes: n generated tokens.
 """
@@ -44,7 +44,8 @@ class Slots:
     Args:
       engine: the loaded model.
       capacity: the most sessions at a time.
-      buckets: batch sizes below the capacity, per part of the mesh that has sessions of its own.
+      buckets: batch sizes below the capacity. A mesh splits the sessions into `Placement.session_shards` parts; each
+        size counts the sessions of one part.
 
     Attributes:
       live: the slot of each session, by its number.
@@ -52,7 +53,7 @@ class Slots:
       state: of all slots.
 
     Raises:
-      InputError: the capacity is below one, or the mesh cannot share it.
+      InputError: the capacity is below one, or the mesh cannot split it into equal parts.
     """
 
     def __init__(self, engine: Engine, capacity: int, buckets: Sequence[int] = BUCKETS):

@@ -70,8 +70,8 @@ def summarise(wave: np.ndarray, reply: Reply) -> Summary:
 def _latency_ms(wave: np.ndarray, micro_turn: int) -> int | None:
     """Returns the time from the user's last loud 10 ms to the first sound of a reply; None if the user was not loud.
 
-    The reply opens in `micro_turn` and is heard one micro-turn later. A block of 10 ms is loud if its level exceeds a
-    tenth of the recording's level plus a tenth of the loudest block's.
+    The reply opens in `micro_turn` and is heard one micro-turn later. A block of 10 ms is loud if its level exceeds the
+    sum of two values: a tenth of the recording's level, and a tenth of the level of the loudest block.
     """
     block = SAMPLE_RATE // 100
     audible = (micro_turn + 1) * MICRO_TURN_SAMPLES

@@ -29,7 +29,7 @@ class Gradients(NamedTuple):
 
     Attributes:
       terms: the loss terms by name; their weighted sum "loss"; the norm of the gradients "grad_norm".
-      stats: one entry for each run of MoE layers.
+      stats: one entry for each group of consecutive MoE layers (`runs` in the backbone's blocks).
       gradients: in the shape of the parameter tree.
     """
 
@@ -43,7 +43,7 @@ LossAndGradients = tuple[tuple[jax.Array, tuple[Terms, list[MoEStats]]], Params]
 
 
 def check_batch(config: TrainConfig, mesh: MeshShape) -> None:
-    """Raises `InputError` where the devices and their `accumulate` parts cannot share a batch evenly."""
+    """Raises `InputError` where a batch cannot be split evenly over the devices and their `accumulate` parts."""
     parts = mesh.batch_shards * config.accumulate
     if config.batch % parts:
         raise InputError(

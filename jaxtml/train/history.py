@@ -21,8 +21,8 @@ def corrupt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, row_ke
     """Adds noise and gaps to the own-speech frames of a batch.
 
     Each row draws one noise level in [0, `history_noise`] bins (as CALM noises its latents, 2025), and one share of
-    missing frames in [0, `history_dropout`], where 1 and more is all of them (word dropout, Bowman et al., 2016). A
-    missing frame is bin 0 in every channel. No sound has this frame: silence is bin 2.
+    missing frames in [0, `history_dropout`] (word dropout, Bowman et al., 2016). With a share of 1 or more, all frames
+    of the row are missing. A missing frame is bin 0 in every channel. No sound has this frame: silence is bin 2.
 
     Args:
       bins: `[B, T, 80]` uint8, dMel frames.
@@ -31,7 +31,7 @@ def corrupt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, row_ke
       row_keys: `[B]` random keys, one for each row.
 
     Returns:
-      `[B, T, 80]` uint8, changed at OWN positions alone.
+      `[B, T, 80]` uint8, changed at OWN positions only.
     """
 
     def corrupt_row(bins: jax.Array, key: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def count_positions(batch: Batch, mesh: MeshShape) -> PositionCounts:
 def loss_fn(
     model: InteractionModel, params: Params, batch: Batch, row_keys: jax.Array, counts: PositionCounts
 ) -> tuple[jax.Array, tuple[Terms, list[MoEStats]]]:
-    """Computes the share of the loss that some rows have.
+    """Computes the part of the batch's loss that the given rows contribute.
 
     Args:
       model: the model; its placement says on which mesh it runs.
@@ -135,9 +135,9 @@ def _flow_terms(
 def _used_slots(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the own-speech slots in use.
 
-    A row of little else but speech fills its slots, but eight rows together hardly ever fill half of theirs: without
-    this selection the flow head would mostly work on padding. From `MANY_ROWS` rows on, slots in use beyond half of all
-    slots are left out of the loss.
+    A row that is almost all speech fills its slots, but eight rows together hardly ever fill half of their slots. If it
+    worked on all slots, the flow head would mostly work on padding. So from `MANY_ROWS` rows on, at most half of all
+    slots are selected, and further slots in use are left out of the loss.
 
     Args:
       valid: `[B, S]` bool, the slots in use.

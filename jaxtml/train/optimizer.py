@@ -32,7 +32,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 def optimizer(config: TrainConfig, specs: SpecTable) -> optax.GradientTransformation:
     """Returns AdamW over the trained parameters of a spec table, for gradients that are already clipped.
 
-    Norms, biases and scales do not decay.
+    Norms, biases and scales have no weight decay.
     """
 
     def label(path: tuple[Any, ...], spec: ParamSpec) -> str:

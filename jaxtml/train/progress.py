@@ -1,6 +1,6 @@
 """The reports of a run: a progress line, and the same figures in `log.jsonl` and in TensorBoard.
 
-Called by `jaxtml.train.loop`, in the first process alone. Names in `log.jsonl` are read by people's scripts: keep them.
+Called by `jaxtml.train.loop`, in the first process only. Names in `log.jsonl` are read by people's scripts: keep them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ class TrainProgress:
             )  # fmt: skip
 
     def report(self, done: int, steps: Sequence[Metrics]) -> None:
-        """Reports the last `steps` (scalars, and "load" `[L, M, E]`) of the `done` steps of the run."""
+        """Reports on the last steps of a run.
+
+        Args:
+          done: the number of steps that the run has done.
+          steps: the metrics of each step since the last report: scalars, and "load" (see `jaxtml.train.balance`).
+        """
         load = np.sum([np.asarray(metrics["load"], np.float64) for metrics in steps], axis=0)
         names = [name for name in steps[0] if name != "load"]
         means = {name: float(np.mean([float(metrics[name]) for metrics in steps])) for name in names}

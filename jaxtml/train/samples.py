@@ -43,7 +43,7 @@ class Sampler:
         Each session becomes a stereo WAV (user left, model right). The words go to `samples.txt`.
 
         Returns:
-          The words that were said, heard, expected and answered, as text.
+          For each session, as text: the user's words, what the model heard, the right answer and the model's answer.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.params = jax.jit(self.engine.duplex.prepare)(params)

@@ -1,4 +1,4 @@
-"""A training run on disk: whose folder it is, and its checkpoints.
+"""A training run on disk: the check that a folder belongs to this run, and the run's checkpoints.
 
 Checkpoints are Orbax v1, in one layout for any mesh and any number of processes: every process writes and reads the
 parts of its own devices. Called by `jaxtml.train.loop`.

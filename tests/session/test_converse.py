@@ -1,4 +1,4 @@
-"""Sessions over waveforms: replies keep the clock of their input, records are in words, the future is not known."""
+"""Sessions over waveforms: replies keep time with their input, and later input changes no earlier output."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def config(small) -> Config:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, codec) -> Path:
-    """What `jaxtml data` makes, spoken in tones."""
+    """A data folder as `jaxtml data` makes it. Its voices are tones instead of speech."""
     folder = tmp_path_factory.mktemp("data")
     users = [
         bank.PlannedUtterance("user", split, voice, text)

@@ -59,7 +59,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """Two layers that four devices can share."""
+    """Two layers that four devices can split evenly."""
     attention = AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=8, window=12, rel_extent=8)
     return dataclasses.replace(
         small,

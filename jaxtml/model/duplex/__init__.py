@@ -1,4 +1,6 @@
-"""The micro-turn of a batch of sessions, as one compiled program.
+"""One micro-turn (200 ms of input and output) of a batch of sessions, as one compiled program.
+
+Each session of the batch occupies a slot.
 
 - `programs.Duplex`: the entry for callers; prepares parameters, compiles, knows the layout on a mesh.
 - `step.micro_turn`: the computation, from top to bottom.

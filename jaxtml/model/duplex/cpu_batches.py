@@ -1,10 +1,10 @@
 """Two ways to save time on a CPU: compute only slots that have work, and take branches without copies.
 
 The time of a CPU grows with the number of slots that it computes, so a CPU skips slots that have nothing to do. The
-time of an accelerator hardly grows; there both functions are the plain JAX operation. Both functions take `one_cpu`,
-which says whether the program runs on a single CPU device.
+time of an accelerator hardly grows; there `run_either` and `run_in_batches` are the plain JAX operations. Both
+functions take `one_cpu`, which says whether the program runs on a single CPU device.
 
-Called by `step.py`. `session.slots` makes groups of sessions of the same size, `CPU_BATCH`.
+Called by `step.py`. On a CPU, `session.slots` divides the sessions into groups of at most `CPU_BATCH` slots.
 
 `carry` is any tree of arrays that a function takes and returns with the same shapes. Axes: B session slots.
 """
@@ -78,7 +78,7 @@ def run_in_batches(one_cpu: bool, run: Callable[[Carry], Carry], carry: Carry, a
 def _put_slots(slots: jax.Array, axis: int, array: jax.Array, batch: jax.Array) -> jax.Array:
     """Returns `array` with the slots of `batch` written to its `slots` along `axis`.
 
-    One slot after the other: XLA then copies each slot in one piece, into the array where it lies.
+    Writes one slot after the other. XLA then copies each slot in one piece, and changes `array` in place.
     """
 
     def put(i: jax.Array, array: jax.Array) -> jax.Array:

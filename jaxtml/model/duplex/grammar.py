@@ -112,8 +112,9 @@ def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> j
 def allowed_tokens(config: DuplexConfig, progress: Progress, vocab_size: int) -> jax.Array:
     """Returns `[B, V]` bool: the tokens that the grammar allows next.
 
-    The gate is always allowed. Words are allowed while their part has room. DELEGATE and END are allowed among the
-    words of the assistant. HEARD is allowed at the start only, SAY until it has come.
+    The gate is always allowed. Words are allowed while their part has room. In the text of the assistant, DELEGATE
+    and END (the limits of a request to the background model) are allowed too. HEARD is allowed at the start only, SAY
+    until it has come.
     """
     base = config.control_base
     phase, used = progress

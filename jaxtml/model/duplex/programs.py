@@ -57,7 +57,7 @@ class Duplex:
         return states.compute_dtype(self.model)
 
     def check_sessions(self, batch: int) -> None:
-        """Raises `InputError` where the mesh cannot share `batch` sessions equally."""
+        """Raises `InputError` where the mesh cannot split `batch` sessions into equal parts."""
         mesh, parts = self.model.placement.mesh, self.model.placement.session_shards
         if batch % parts:
             raise InputError(

@@ -5,7 +5,7 @@ session in a slot, and move sessions to other slots. `step.py` computes the next
 it, and says where state and inputs lie on a mesh. The session engine and the tests call these functions through
 `programs.Duplex`.
 
-Before you change a field: the order of the fields is the order of the arguments of every compiled program.
+Keep the order of the fields: it is the order of the arguments of every compiled program.
 
 Axes: B session slots, N typed tokens, P patches, G generated tokens of a micro-turn, V vocabulary.
 """

@@ -5,7 +5,8 @@ Read this file from top to bottom. A micro-turn has four stages:
 1. `prefill` runs the model over the input: the pending LISTEN token, the clock, text, patches, the user's four frames.
 2. `generate` loops over positions until every slot is done. A slot writes text (`write`) and chooses its gate there
    (`grammar.py`).
-3. `speak`, inside this loop, draws 50 ms of own speech from the flow head. Its dMel frame is quantised and fed back.
+3. `speak`, inside this loop, draws 50 ms of own speech from the flow head. The dMel frame (quantised log-mels)
+   of this speech is fed back.
 4. `vocode` turns the log-mels of own speech into a waveform.
 
 All of it is one compiled program with fixed shapes; nothing returns to the host in between. `programs.Duplex` compiles
@@ -94,7 +95,7 @@ def micro_turn(
     """Computes one micro-turn of the sessions on one device.
 
     Args:
-      model: whose step it is.
+      model: the model of the sessions.
       params: from `Duplex.prepare`.
       state: from `init_state` or from the micro-turn before.
       inputs: what the micro-turn is given.
@@ -174,7 +175,7 @@ def generate(
     Slots advance independently: one may speak its second frame while another still writes what it heard.
 
     Args:
-      model: whose step it is.
+      model: the model of the sessions.
       params: from `Duplex.prepare`.
       state: after `prefill`.
       hidden: `[B, D]`, the hidden state of the last position of the prefill.
@@ -213,7 +214,7 @@ def generate(
     axes = (axes[0], slot_axes(model), *axes[2:])
     running = progress.phase != Phase.DONE
     # A batch takes as many rounds as its slowest slot, and a slot that speaks takes many. So slots that will probably
-    # speak (they spoke before, or write already) share their batches.
+    # speak (they spoke before, or write already) are computed together, in the same batches.
     order = jnp.where(running, ~(state.spoke | (progress.phase > Phase.HEARD)), 2)
     _, state, out, _ = run_in_batches(one_cpu, finish, carry, axes, order)
     return state, out
@@ -236,7 +237,7 @@ def write(
     writing = (progress.phase != Phase.SPEECH) & (progress.phase != Phase.DONE)
     logits = model.logits(params, hidden)
     token, p_speak = choose_token(config, logits, progress, state, out.count)
-    # Column G is beyond the end: XLA drops what slots that do not write would store there.
+    # Slots that do not write get column G. It is beyond the end of the array, so XLA drops their values.
     slots, column = jnp.arange(hidden.shape[0]), jnp.where(writing, out.count, max_generated(config))
     out = out._replace(
         tokens=out.tokens.at[slots, column].set(token, mode="drop"),
@@ -267,7 +268,7 @@ def speak(
     ready = speaking & (used > 0)
 
     def draw(own_frame: jax.Array, fine: jax.Array, frames: jax.Array) -> tuple[jax.Array, ...]:
-        # Keys of tokens have an index below G.
+        # Sampling tokens uses key indices below G. The noise uses indices from G on, so no key is used twice.
         keys = slot_keys(state, max_generated(model.config.duplex) + used)
         noise = jax.vmap(lambda key: jax.random.normal(key, (SPEECH_DIM,), compute_dtype(model)))(keys)
         mels = model.bind(params).flow.sample(hidden, flow.temperature * noise, flow.steps)
@@ -296,11 +297,12 @@ def vocode(
 ) -> tuple[DuplexState, jax.Array]:
     """Turns fine log-mels into the waveform `[B, 3200]` of `running` slots; other slots are silent.
 
-    A slot runs in each micro-turn that speaks and in the next one, so that a voice that was cut off rings out. Then the
-    vocoder's state is reset at once: when this happens must not depend on whether another slot runs the vocoder.
+    A slot runs the vocoder in each micro-turn in which it speaks, and in the next micro-turn, so that a voice that was
+    cut off rings out. Unless the slot speaks again, its vocoder state is reset at the end of that next micro-turn. The
+    time of the reset must not depend on whether another slot runs the vocoder.
 
     Args:
-      model: whose step it is.
+      model: the model of the sessions.
       params: from `Duplex.prepare`.
       state: after `generate`.
       fine: `[B, 4, 320]` float32.
@@ -365,10 +367,10 @@ def forward_parts(
 
 
 def any_session(model: InteractionModel, mask: jax.Array) -> jax.Array:
-    """Returns whether `mask` `[B]` holds for any session of the slice, the same on all its devices.
+    """Returns whether `mask` `[B]` holds for any session of one replica of the mesh.
 
-    All devices have to take part in the collectives inside a branch. That includes the devices along `tensor`: they
-    have the same sessions, but rounding may differ between them.
+    All devices of the replica get the same answer, because they have to run the collectives of a branch together. That
+    includes the devices along `tensor`: they have the same sessions, but rounding may differ between them.
     """
     return psum(jnp.any(mask).astype(jnp.int32), model.placement.mesh, ("data", "expert", "tensor")) > 0
 

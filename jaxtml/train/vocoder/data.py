@@ -24,7 +24,7 @@ from jaxtml.stream.timebase import FINE_HOP, LOG_MEL_MAX, LOG_MEL_MIN, N_MELS, S
 from jaxtml.train.vocoder.pitch import LOW_HZ, track_pitch
 
 _SILENCE = SAMPLE_RATE // 2  # samples before and after each recording, so that onsets from silence are learnt
-_SPEEDS = (0.88, 1.13)  # at which the assistant's utterances are learnt besides their own
+_SPEEDS = (0.88, 1.13)  # the assistant's utterances are learnt at these speeds too
 _GAIN_DB = (-18.0, 6.0)
 # Share of rows whose frames are disturbed. In service frames come from the flow head, not from a recording.
 _DISTURBED = 0.5
@@ -37,7 +37,7 @@ class VoiceRecordings(NamedTuple):
     Attributes:
       wave: `[200 F]` float32.
       frames: `[F, 80]` float32, fine log-mels.
-      octaves: `[F]` float32, pitch as log2 of Hz over 60.
+      octaves: `[F]` float32, pitch as log2(Hz / 60).
       voiced: `[F]` bool.
     """
 
@@ -53,10 +53,10 @@ class VocoderBatch(NamedTuple):
     Attributes:
       frames: `[B, F, 80]` float32, fine log-mels, some of them disturbed.
       wave: `[B, 200 F]` float32, the target.
-      octaves: `[B, F]` float32, pitch as log2 of Hz over 60.
+      octaves: `[B, F]` float32, pitch as log2(Hz / 60).
       voiced: `[B, F]` float32, 0 or 1.
-      start: `[B]` uint32, a number for the first frame. It addresses the noise source, so that every row has its own
-        noise.
+      start: `[B]` uint32, the number of the segment's first frame, drawn at random. The vocoder computes its noise from
+        frame numbers, so every row has its own noise.
     """
 
     frames: jax.Array
@@ -70,8 +70,8 @@ def read_recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
     """Reads the recordings that the vocoder learns from (`jaxtml.data.bank`).
 
     Every utterance of the assistant is learnt at its own speed, slower and faster, with its pitch changed accordingly.
-    Neural users of the training split make up to a quarter of the whole. A vocoder that has learnt several voices reads
-    imperfect frames of the assistant's voice better.
+    Utterances of users with neural voices are added from the training split, up to a quarter of the whole. A vocoder
+    that has learnt several voices reads imperfect frames of the assistant's voice better.
 
     Returns:
       Recordings `[N]` float32 at 16 kHz.

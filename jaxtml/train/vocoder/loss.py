@@ -68,11 +68,12 @@ def mel_loss(wave: jax.Array, target: jax.Array) -> jax.Array:
 def pitch_loss(logits: jax.Array, octaves: jax.Array, voiced: jax.Array) -> jax.Array:
     """Returns the Kullback-Leibler divergence, in nats, of the predicted pitch from a bell one class wide at the label.
 
-    The loss is a mean over voiced frames: cross-entropy above its least value.
+    The loss is a mean over voiced frames. It equals the cross-entropy minus the least value that it can have, so a
+    perfect prediction costs 0.
 
     Args:
       logits: `[B, F, 120]`.
-      octaves: `[B, F]`, log2 of Hz over `PITCH_MIN`.
+      octaves: `[B, F]`, log2(Hz / `PITCH_MIN`).
       voiced: `[B, F]`, 0 or 1.
     """
     place = octaves * (PITCH_STEPS / PITCH_OCTAVES) - 0.5

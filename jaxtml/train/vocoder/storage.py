@@ -1,6 +1,6 @@
 """A vocoder run on disk: its settings, its checkpoints, and reading the trained vocoder back.
 
-In the run's folder: `training.json` (all settings; a run resumes with the same settings alone), `config.json`,
+In the run's folder: `training.json` (all settings; a run resumes only with the same settings), `config.json`,
 `checkpoints/<step>` (Orbax: `params`, `opt`) and `log.jsonl`. Called by `jaxtml.train.vocoder.training`; `load_vocoder`
 also by `jaxtml train --vocoder` and by tools.
 """

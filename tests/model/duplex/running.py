@@ -76,7 +76,10 @@ def active_turns(run: Run, slot: int) -> list[tuple[MicroTurnInputs, MicroTurnOu
 
 
 def assert_same(a: list[MicroTurnOutputs], b: list[MicroTurnOutputs], exact: bool) -> None:
-    """Asserts equal choices and numbers. Unless `exact`, numbers may differ as products of other shapes round."""
+    """Asserts equal choices and numbers.
+
+    Unless `exact`, numbers may differ by 1e-4, because matrix products of other shapes round differently.
+    """
     for micro_turn, (x, y) in enumerate(zip(a, b, strict=True)):
         for name in ("tokens", "count", "speaking", "frames"):
             message = f"micro-turn {micro_turn}: {name}"

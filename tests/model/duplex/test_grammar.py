@@ -1,4 +1,4 @@
-"""The grammar of a micro-turn holds for any weights, the gate follows its threshold, and sampling its probabilities."""
+"""The grammar of a micro-turn holds for any weights. The gate follows its threshold, sampling the probabilities."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """The small config with heads that two devices can share."""
+    """The small config with heads that two devices can split evenly."""
     sliding = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=8)
     return dataclasses.replace(
         small, backbone=dataclasses.replace(small.backbone, sliding=sliding, vocab_size=304, d_ff_expert=16)
@@ -94,7 +94,7 @@ def test_int8_experts_change_logits_little_and_equally_on_a_mesh_and_in_a_scanne
     first, exact = run.outputs[0].logits[0, 0], one_device.outputs[0].logits[0, 0]
     error = np.linalg.norm(first - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.02
-    # The scale of a column is that of all its rows, which the devices along `tensor` share.
+    # The scale of a column is computed from all its rows. The devices along `tensor` split the rows of `w2`.
     mesh = Placement(MeshShape(data=2, expert=2, tensor=2), int8=True)
     assert_same(run_on_mesh(mesh, config, params, run.inputs).outputs, run.outputs, exact=False)
     monkeypatch.setattr(backbone, "MAX_UNROLLED_LAYERS", 2)
