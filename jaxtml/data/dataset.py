@@ -10,13 +10,16 @@ How to add a dataset:
    `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
 2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
-   and one that opens the dataset.
-3. Train with `--set data.dataset=NAME`. The folder of `--data` also has to hold a `tokenizer.json`. If there is none,
-   `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
-4. Copy the tests in `tests/data/test_dataset.py` that hold a dataset to its protocol.
+   and one that opens the dataset. A dataset that needs nothing on disk has an empty
+   first function. The digest covers the tokenizer too: hash what the codec makes of a few texts.
+3. Build and train with the same override: `jaxtml data CONFIG --out DIR --set data.dataset=NAME` and
+   `jaxtml train CONFIG --workdir RUN --data DIR --set data.dataset=NAME`. The folder of `--data` also has to hold a
+   `tokenizer.json`. If there is none, `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
+4. Test that rows have the shapes of `row_shapes`, that a pickled copy gives the same rows, and that the digest changes
+   with whatever changes a row. `tests/data/test_dataset.py` has these tests for the generated conversations.
 
 A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more. `jaxtml data` shows and caches
-its rows, and during training the trainer lets the model answer some of its test conversations.
+its rows. During training the trainer opens its split "test" and lets the model answer some of those conversations.
 """
 
 from __future__ import annotations

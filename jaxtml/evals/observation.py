@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxtml.data.talks.mix import SCENARIOS, WITHOUT_USER_TURN
 from jaxtml.data.tasks.scenarios import DIGITS, GREETINGS, I_SEE, number_words, reply_to
 from jaxtml.evals.record import HeardWord, ObservedSession, ObservedUserTurn, Stretch
 from jaxtml.session.records import MicroTurn, Reply
@@ -47,7 +48,7 @@ def observe(name: str, set_name: str, voice: str, conversation: Conversation, re
 
 def user_turns(conversation: Conversation) -> tuple[ObservedUserTurn, ...]:
     """Returns the user turns, from the labels of the conversation."""
-    scenes = [scene for scene in conversation.scenario.split() if scene in ("exchange", "hesitation", "barge_in")]
+    scenes = [scene for scene in conversation.scenario.split() if scene in SCENARIOS.keys() - WITHOUT_USER_TURN]
     expected_replies = conversation.expected.split(" | ") if conversation.user_end_s else []
     turns, remaining = [], list(conversation.user_words)
     for end_s, scene, expected in zip(conversation.user_end_s, scenes, expected_replies, strict=True):

@@ -22,7 +22,7 @@ class ObservedUserTurn:
     Attributes:
       start_s: acoustic start of the first word.
       end_s: acoustic end of the last word.
-      scene: "exchange", "hesitation" or "barge_in".
+      scene: the scenario of `jaxtml.data.talks.mix.SCENARIOS` that the turn belongs to.
       intent: see `jaxtml.evals.observation.intent_of`.
       expected: the right reply; "" where the words are no sentence of the task, so that no reply is judged.
       words: the true words with their times.

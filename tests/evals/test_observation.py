@@ -1,10 +1,15 @@
 """A session's record has the times at which words were heard, written and said, and comes back from JSON."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from tones import ToneBank
 
+from jaxtml.data.talks import mix, timing
+from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import sample_user_text
 from jaxtml.evals import observation
 from jaxtml.evals.record import HeardWord, from_json, to_json
@@ -112,3 +117,15 @@ def test_the_sound_of_a_stretch_is_all_of_it():
     sound = observation.stretch_sound(stretch, made.wave)
     assert len(sound) == 3 * MICRO_TURN_SAMPLES
     assert np.abs(sound).sum() == pytest.approx(np.abs(made.wave).sum())
+
+
+def test_a_new_scenario_with_a_user_turn_is_observed(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Weights(ScenarioWeights):
+        greeting: float = 1.0
+
+    monkeypatch.setitem(mix.SCENARIOS, "greeting", timing.exchange)
+    weights = Weights(exchange=0, hesitation=0, barge_in=0, distraction=0.2, silence=0, typed=0)
+    conversation = mix.make_conversation(np.random.default_rng(0), Speakers.of(ToneBank.made()), weights)
+    turns = observation.user_turns(conversation)
+    assert turns and {turn.scene for turn in turns} == {"greeting"}

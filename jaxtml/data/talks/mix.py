@@ -3,15 +3,23 @@
 One session has one user (one voice, one room) and several exchanges. Called by `jaxtml.data.conversations` (training)
 and `jaxtml.evals.material` (evaluation).
 
-How to add a scenario:
+A new text alone needs no scenario. Add it to `jaxtml.data.tasks.scenarios` (a greeting is one line in `GREETINGS`).
 
-1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`).
-2. When the user turn and the reply are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`.
-3. How often it is drawn: a field of the same name in `jaxtml.data.talks.weights.ScenarioWeights`.
-4. Its entry at the end of `SCENARIOS` below.
-5. A test of its timing rules in `tests/data/talks/test_mix.py`.
+How to add a scenario, which is a new timing:
 
-Then look at some sessions and listen to them: `jaxtml data tiny --out data --show 5`.
+1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`,
+   `assistant_texts`), where the existing texts do not do.
+2. When both are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`. Take `exchange` there as
+   the model. `user_turns.draw_user_turn` gives the user's sound.
+3. How often it is drawn: a field of the same name at the end of `jaxtml.data.talks.weights.ScenarioWeights`. Its
+   docstring lists the weights that are relative to each other.
+4. Its entry in `SCENARIOS` below; in `WITHOUT_USER_TURN` too if the user says nothing that wants a reply. The
+   evaluation reads both.
+5. Raise `_FORMAT` in `jaxtml.data.conversations`: the same bank now gives other rows, and old caches must be refused.
+   The pinned digest in `tests/data/test_dataset.py` changes with it.
+6. Its timing rules as a test in `tests/data/talks/test_mix.py`. New sentences go into `USER_TEXTS` of
+   `tests/data/tones.py`, which speaks for the tests.
+7. Look at some: `jaxtml data tiny --out NEW_FOLDER --show 5`. New texts need a new bank, about 40 minutes on two cores.
 
 A session is a pure function of the random generator, the bank and the weights. The order of random draws is part of
 every row cache, so a change to it changes the rows of existing caches.
@@ -44,6 +52,9 @@ SCENARIOS: dict[str, Scenario] = {
     "distraction": timing.distraction,
 }
 """The scenarios that follow each other in a session of spoken turns, by the name of their weight."""
+
+WITHOUT_USER_TURN = frozenset({"distraction"})
+"""The scenarios in which the user says nothing that wants a reply."""
 
 _MAX_MISSES = 4  # scenarios in a row that find no room before a session counts as full
 
@@ -109,5 +120,7 @@ def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: Se
         name = names[int(rng.choice(len(names), p=odds / odds.sum()))]
         if not SCENARIOS[name](rng, draft, user):
             misses += 1
-        elif name != "distraction":  # A cough may fit where no turn fits any more, so it does not reset the count.
+        elif (
+            name not in WITHOUT_USER_TURN
+        ):  # A cough may fit where no turn fits any more, so it does not reset the count.
             misses = 0

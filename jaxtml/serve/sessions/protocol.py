@@ -21,8 +21,12 @@ from jaxtml.stream.reading import Words
 class SessionProtocol(Protocol):
     """Translates one session into the messages of one protocol, and back.
 
-    A protocol writes everything that its client shall read into the session's replay buffer. The constructor may write
-    the first messages.
+    A protocol writes everything that its client shall read into the session's replay buffer
+    (`session.replay_buffer.append`). The constructor may write the first messages.
+
+    What every protocol does: it owns an `Intake(session, model, SoundFormat(...))` for what the client sends; it calls
+    `intake.flush()` in `on_micro_turn`; it counts messages that it cannot use in `metrics.malformed_messages`.
+    `InvalidMessage` (`serve.sessions.errors`) says what is wrong with a message.
     """
 
     @property
@@ -45,7 +49,7 @@ class SessionProtocol(Protocol):
 
     @property
     def intake(self) -> MediaSink:
-        """Takes the sound and the pictures of the client's tracks, where the client has tracks (WebRTC)."""
+        """Takes sound and pictures for the session. WebRTC puts those of its tracks here directly."""
         ...
 
     async def receive(self, message: bytes) -> None:

@@ -12,10 +12,10 @@ from jaxtml.errors import InputError
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 ONLY = {
-    "exchange": ScenarioWeights(1, 0, 0, 0, 0, typed=0),
-    "hesitation": ScenarioWeights(0, 1, 0, 0, 0, typed=0, joined=0),
-    "barge_in": ScenarioWeights(0.2, 0, 0.8, 0, 0, typed=0),
-    "distraction": ScenarioWeights(0.5, 0, 0, 0.5, 0, typed=0),
+    "exchange": ScenarioWeights(exchange=1, hesitation=0, barge_in=0, distraction=0, silence=0, typed=0),
+    "hesitation": ScenarioWeights(exchange=0, hesitation=1, barge_in=0, distraction=0, silence=0, typed=0, joined=0),
+    "barge_in": ScenarioWeights(exchange=0.2, hesitation=0, barge_in=0.8, distraction=0, silence=0, typed=0),
+    "distraction": ScenarioWeights(exchange=0.5, hesitation=0, barge_in=0, distraction=0.5, silence=0, typed=0),
     "silence": ScenarioWeights(silence=1.0),
     "typed": ScenarioWeights(silence=0, typed=1.0),
     "all": ScenarioWeights(),
