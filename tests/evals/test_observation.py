@@ -124,7 +124,12 @@ def test_a_new_scenario_with_a_user_turn_is_observed(monkeypatch):
     class Weights(ScenarioWeights):
         greeting: float = 1.0
 
-    monkeypatch.setitem(mix.SCENARIOS, "greeting", timing.exchange)
+    def greeting(rng, draft, user) -> bool:
+        placed = timing.exchange(rng, draft, user)
+        draft.scenarios[-1:] = ["greeting"] if placed else draft.scenarios[-1:]
+        return placed
+
+    monkeypatch.setitem(mix.SCENARIOS, "greeting", greeting)
     weights = Weights(exchange=0, hesitation=0, barge_in=0, distraction=0.2, silence=0, typed=0)
     conversation = mix.make_conversation(np.random.default_rng(0), Speakers.of(ToneBank.made()), weights)
     turns = observation.user_turns(conversation)
