@@ -120,7 +120,5 @@ def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: Se
         name = names[int(rng.choice(len(names), p=odds / odds.sum()))]
         if not SCENARIOS[name](rng, draft, user):
             misses += 1
-        elif (
-            name not in WITHOUT_USER_TURN
-        ):  # A cough may fit where no turn fits any more, so it does not reset the count.
+        elif name not in WITHOUT_USER_TURN:  # a cough may fit where no turn fits any more
             misses = 0
