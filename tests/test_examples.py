@@ -34,6 +34,7 @@ def test_ten_lines_of_python_hear_a_person_and_answer(tmp_path: Path):
     source = (EXAMPLES / "ten_lines.py").read_text()
     code = source.split('"""', 2)[2].split("\n")
     assert len([line for line in code if line.strip()]) == 10
+    assert source.split('"""', 2)[2].strip() in (EXAMPLES.parent / "README.md").read_text(), "the README shows it"
     printed = run_python(EXAMPLES / "ten_lines.py", tmp_path)
     assert "heard:  three" in printed and "speak" in printed
     reply, rate = soundfile.read(tmp_path / "reply.wav")
