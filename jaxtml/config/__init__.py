@@ -7,38 +7,20 @@ documents each field. `rules` says which values a field takes. `loading` finds n
 Field names are part of every checkpoint: renaming a field makes older `config.json` files unreadable.
 """
 
-from jaxtml.config.loading import CONFIG_DIR, load, names, override
-from jaxtml.config.serialization import from_json, to_json
-from jaxtml.config.tree import (
-    AttentionConfig,
-    BackboneConfig,
-    Config,
-    DataConfig,
-    DuplexConfig,
-    FlowConfig,
-    ServeConfig,
-    TrainConfig,
-    VisionConfig,
-    VocoderConfig,
-    validate,
-)
-
-__all__ = [
-    "CONFIG_DIR",
-    "AttentionConfig",
-    "BackboneConfig",
-    "Config",
-    "DataConfig",
-    "DuplexConfig",
-    "FlowConfig",
-    "ServeConfig",
-    "TrainConfig",
-    "VisionConfig",
-    "VocoderConfig",
-    "from_json",
-    "load",
-    "names",
-    "override",
-    "to_json",
-    "validate",
-]
+from jaxtml.config.loading import CONFIG_DIR as CONFIG_DIR
+from jaxtml.config.loading import load as load
+from jaxtml.config.loading import names as names
+from jaxtml.config.loading import override as override
+from jaxtml.config.serialization import from_json as from_json
+from jaxtml.config.serialization import to_json as to_json
+from jaxtml.config.tree import AttentionConfig as AttentionConfig
+from jaxtml.config.tree import BackboneConfig as BackboneConfig
+from jaxtml.config.tree import Config as Config
+from jaxtml.config.tree import DataConfig as DataConfig
+from jaxtml.config.tree import DuplexConfig as DuplexConfig
+from jaxtml.config.tree import FlowConfig as FlowConfig
+from jaxtml.config.tree import ServeConfig as ServeConfig
+from jaxtml.config.tree import TrainConfig as TrainConfig
+from jaxtml.config.tree import VisionConfig as VisionConfig
+from jaxtml.config.tree import VocoderConfig as VocoderConfig
+from jaxtml.config.tree import validate as validate
