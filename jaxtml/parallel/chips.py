@@ -19,20 +19,24 @@ TPU_LANES = 128  # columns of a TPU's vector register: a kernel takes only sizes
 
 
 @dataclass(frozen=True)
-class GpuTarget:
-    """What XLA's compiler must know of a GPU that is not present.
+class Gpu:
+    """What a chip that is a GPU has besides: what XLA's compiler must know of it when it is absent, and its hosts.
 
     Attributes:
       compute_capability: major number of NVIDIA's compute capability.
       multiprocessors: streaming multiprocessors.
       l2_bytes: bytes of second-level cache.
       clock_ghz: clock rate in GHz.
+      per_host: GPUs of one host, at most.
+      per_domain: the number of GPUs with fast links to each other, if these GPUs span several hosts; otherwise 0.
     """
 
     compute_capability: int
     multiprocessors: int
     l2_bytes: int
     clock_ghz: float
+    per_host: int
+    per_domain: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,7 @@ class Chip:
       link_rate: bytes/s to the neighbours over all links of one chip, in one direction.
       network_rate: bytes/s to other slices or nodes, per chip, in one direction.
       devices: JAX devices per chip.
-      gpu: what XLA's compiler must know of a GPU; None: the chip is a TPU.
-      gpus_per_host: GPUs of one host, at most; 0 for a TPU.
-      gpus_per_domain: the number of GPUs with fast links to each other, if these GPUs span several hosts; otherwise 0.
+      gpu: what only a GPU has; None: the chip is a TPU.
     """
 
     name: str
@@ -61,41 +63,18 @@ class Chip:
     link_rate: float
     network_rate: float
     devices: int = 1
-    gpu: GpuTarget | None = None
-    gpus_per_host: int = 0
-    gpus_per_domain: int = 0
+    gpu: Gpu | None = None
 
 
-_HOPPER = GpuTarget(9, 132, 50 * 2**20, 1.98)
-_BLACKWELL = GpuTarget(10, 148, 126 * 2**20, 1.965)
+_H100 = Gpu(9, 132, 50 * 2**20, 1.98, per_host=8)
+_GB200 = Gpu(10, 148, 126 * 2**20, 1.965, per_host=4, per_domain=72)
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
     Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
-    Chip(
-        "h100",
-        ("NVIDIA H100 80GB HBM3",),
-        989 * TERA,
-        80 * GB,
-        3350 * GB,
-        450 * GB,
-        50 * GB,
-        gpu=_HOPPER,
-        gpus_per_host=8,
-    ),
-    Chip(
-        "gb200",
-        ("NVIDIA GB200",),
-        2500 * TERA,
-        186 * GB,
-        8000 * GB,
-        900 * GB,
-        50 * GB,
-        gpu=_BLACKWELL,
-        gpus_per_host=4,
-        gpus_per_domain=72,
-    ),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_H100),
+    Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB, gpu=_GB200),
 )
 
 

@@ -61,10 +61,10 @@ class Topology:
         known = [chip.name for chip in CHIPS]
         if chip is None:
             raise InputError(f"topology {text!r}: no chip {name!r}; there are {', '.join(known)}")
-        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.gpus_per_host):
+        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.gpu.per_host):
             raise InputError(
-                f"topology {text!r}: write it as {name}:2x{chip.gpus_per_host}, "
-                f"two hosts with {chip.gpus_per_host} GPUs each"
+                f"topology {text!r}: write it as {name}:2x{chip.gpu.per_host}, "
+                f"two hosts with {chip.gpu.per_host} GPUs each"
             )
         if chip.gpu is None and shape not in _shapes(name):
             raise InputError(f"topology {text!r}: {name} comes as {', '.join(_nearest(name, shape))} and others")
@@ -83,7 +83,7 @@ class Topology:
     @property
     def domain(self) -> int | None:
         """How many GPUs have fast links to each other; None for TPUs, where fast links connect all chips of a slice."""
-        return None if self.chip.gpu is None else max(self.chip.gpus_per_domain, self.shape[1])
+        return None if self.chip.gpu is None else max(self.chip.gpu.per_domain, self.shape[1])
 
     @property
     def platform(self) -> str:
