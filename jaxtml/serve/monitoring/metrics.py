@@ -11,6 +11,7 @@ the client.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -47,57 +48,46 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.ticks = Histogram(
+        self.registry = CollectorRegistry()
+        histogram = partial(Histogram, registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        self.ticks = histogram(
             "duplex_tick_duration_seconds",
             "Duration of one tick of the server's 200 ms clock, from its start to its results.",
             buckets=_TICK_BUCKETS_S,
-            registry=registry,
         )
-        self.steps = Histogram(
+        self.steps = histogram(
             "duplex_step_duration_seconds",
             "Duration of the model's step inside a tick.",
             buckets=_TICK_BUCKETS_S,
-            registry=registry,
         )
-        self.input_lag = Histogram(
+        self.input_lag = histogram(
             "duplex_input_lag_seconds",
             "Seconds of received audio waiting in a session's jitter buffer after a tick of the server's 200 ms clock.",
             buckets=(0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0, 10.0),
-            registry=registry,
         )
-        self.output_gap = Histogram(
+        self.output_gap = histogram(
             "duplex_output_gap_seconds",
             "Time between two consecutive writes to one client.",
             buckets=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0),
-            registry=registry,
         )
-        self.sessions_begun = Counter(
-            "duplex_sessions", "Sessions begun, by protocol.", ["protocol"], registry=registry
-        )
-        self.sessions_ended = Counter(
-            "duplex_sessions_ended", "Sessions ended, by reason.", ["reason"], registry=registry
-        )
-        self.rejections = Counter(
-            "duplex_admission_rejected", "Requests refused, by error code.", ["reason"], registry=registry
-        )
-        self.resumptions = Counter(
+        self.sessions_begun = counter("duplex_sessions", "Sessions begun, by protocol.", ["protocol"])
+        self.sessions_ended = counter("duplex_sessions_ended", "Sessions ended, by reason.", ["reason"])
+        self.rejections = counter("duplex_admission_rejected", "Requests refused, by error code.", ["reason"])
+        self.resumptions = counter(
             "duplex_resume",
             "Attempts of disconnected clients to resume their session, by result.",
             ["result"],
-            registry=registry,
         )
-        self.malformed_messages = Counter(
+        self.malformed_messages = counter(
             "duplex_malformed_messages",
             "Client messages that could not be used, by protocol.",
             ["protocol"],
-            registry=registry,
         )
-        self.delegations = Histogram(
+        self.delegations = histogram(
             "duplex_delegation_duration_seconds",
             "Time from when the model hands a task over to the client until the first answer.",
             buckets=(0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
-            registry=registry,
         )
 
     def add_gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
