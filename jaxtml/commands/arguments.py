@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from jaxtml import DEMO_RECORDING
 from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.errors import InputError
 
@@ -37,16 +38,15 @@ def amount(text: str) -> float:
     return value
 
 
+def add_repeatable(parser: argparse.ArgumentParser, option: str, metavar: str, help: str) -> None:
+    """Adds an option that may be repeated. Its value is the list of the strings given; by default the empty list."""
+    parser.add_argument(option, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated")
+
+
 def add_config(parser: argparse.ArgumentParser, help: str = "the name of a config in configs/, or its path") -> None:
     """Adds the positional CONFIG and the repeatable option `--set A.B=C`."""
     parser.add_argument("config", metavar="CONFIG", help=help)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="give a field of the config another value; may be repeated",
-    )
+    add_repeatable(parser, "--set", "A.B=C", "give a field of the config another value")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default=SHIPPED,
         metavar="DIR",
         help="the directory of a checkpoint (default: the tiny model that ships with jaxtml)",
+    )
+
+
+def add_recording(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--recording WAV`. `what` says what it is; the default is the demo's recording."""
+    parser.add_argument(
+        "--recording", type=Path, default=Path(DEMO_RECORDING), metavar="WAV", help=f"{what}; default: the demo's"
     )
 
 

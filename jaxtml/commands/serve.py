@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxtml.commands.arguments import add_checkpoint, count
+from jaxtml.commands.arguments import add_checkpoint, add_repeatable, count
 
 HELP = "run the duplex server and its web page"
 EXAMPLE = "serve --port 8080 --max-sessions 24"
@@ -35,13 +35,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="a JSON file of API keys (format: jaxtml/serve/sessions/access.py)"
     )
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="a web page that may use the server, besides the server's own; may be repeated",
-    )
+    add_repeatable(parser, "--allow-origin", "URL", "a web page that may use the server, besides the server's own")
     parser.add_argument(
         "--tls-cert", type=Path, metavar="PEM", help="a certificate chain; the server then speaks https and wss"
     )

@@ -22,13 +22,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from jaxtml.checkpoint.files import SHIPPED
-from jaxtml.commands.arguments import add_checkpoint, count, run_tool, tool_parser
+from jaxtml.commands.arguments import add_checkpoint, add_recording, count, run_tool, tool_parser
 from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
-
-RECORDING = SHIPPED.parent / "demo" / "human.flac"
 
 
 def converse(folder: Path, recording: Path, checkpoint: Path | str) -> float:
@@ -81,9 +78,7 @@ def benchmark(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/session_latency.py --warm-runs 1")
     add_checkpoint(parser)
-    parser.add_argument(
-        "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the user says; default: the demo's"
-    )
+    add_recording(parser, "what the user says")
     parser.add_argument("--warm-runs", type=count, default=3, help="starts with a warm cache (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, benchmark)

@@ -28,8 +28,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from jaxtml.checkpoint.files import SHIPPED
-from jaxtml.commands.arguments import add_checkpoint, run_tool, tool_parser
+from jaxtml.commands.arguments import add_checkpoint, add_recording, run_tool, tool_parser
 from jaxtml.errors import InputError
 from jaxtml.serve.runtime.wire import SessionStart, Tick
 from jaxtml.serve.runtime.worker_process import WorkerProcess
@@ -41,7 +40,6 @@ from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
 WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
 MIN_ROUNDS = 20  # two per tenth
-RECORDING = SHIPPED.parent / "demo" / "human.flac"
 SESSIONS = 8  # room of the server for the cycles; half as many clients run at a time
 FREE_S = 0.2  # a slot is free again at the next tick
 
@@ -171,9 +169,7 @@ def soak(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/soak.py --minutes 6 --cycles 100")
     add_checkpoint(parser)
-    parser.add_argument(
-        "--recording", type=Path, default=RECORDING, metavar="WAV", help="what the session hears; default: the demo's"
-    )
+    add_recording(parser, "what the session hears")
     parser.add_argument("--minutes", type=float, default=60, help="length of the long session; 0: none (default: 60)")
     parser.add_argument("--cycles", type=int, default=1000, help="clients that come and go; 0: none (default: 1000)")
     run_tool(parser, soak)
