@@ -13,7 +13,7 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ from jaxtml.config import (
     validate,
 )
 from jaxtml.convert.conversion import write_checkpoint
+from jaxtml.data.rows import pad
 from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
 from jaxtml.session.engine import Engine
 from jaxtml.session.slots import Slots
 from jaxtml.stream.conversation import Conversation, Speech, Word
+from jaxtml.stream.encoding import encode
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from tests.not_run import (  # noqa: F401  # hooks of pytest
@@ -215,6 +217,20 @@ def random_talk(seed: int, turns: int = 16) -> Conversation:
 def talk() -> Callable[..., Conversation]:
     """`random_talk`, called as `talk(seed, turns)`."""
     return random_talk
+
+
+@pytest.fixture(scope="session")
+def random_batch(codec) -> Callable[[Config, Iterable[int]], dict[str, np.ndarray]]:
+    """Makes a training batch of random conversations, one row per seed. Called as `random_batch(config, seeds)`."""
+
+    def make(config: Config, seeds: Iterable[int]) -> dict[str, np.ndarray]:
+        tokens = config.data.tokens
+        talks = [random_talk(seed, config.data.turns) for seed in seeds]
+        encoded = [encode(talk, codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3) for talk in talks]
+        rows = [pad(conversation, config) for conversation in encoded]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.source import InMemorySource
 from jaxtml.config import Config
 from jaxtml.convert.conversion import write_checkpoint
-from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import mtp
 from jaxtml.model.duplex.programs import Duplex
@@ -28,7 +27,6 @@ from jaxtml.model.spec import Params, count_parameters, flatten, init_params
 from jaxtml.model.vocabulary import Scores
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.clock import CLOCK_FEATURES
-from jaxtml.stream.encoding import encode
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.history import corrupt_history
 from jaxtml.train.loss import count_positions, loss_fn
@@ -149,13 +147,8 @@ def params(config, lively) -> Params:
 
 
 @pytest.fixture(scope="module")
-def batch(config, talk, codec) -> dict[str, np.ndarray]:
-    tokens = config.data.tokens
-    rows = [
-        pad(encode(talk(s, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3), config)
-        for s in (36, 20)
-    ]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def batch(config, random_batch) -> dict[str, np.ndarray]:
+    return random_batch(config, (36, 20))
 
 
 def _loss(config: Config, params: Params, batch: dict[str, np.ndarray]) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -10,14 +10,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.config import AttentionConfig, Config
-from jaxtml.data.rows import pad
 from jaxtml.errors import InputError
 from jaxtml.model import vocabulary
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import Placement, partition_specs
 from jaxtml.model.spec import flatten
 from jaxtml.parallel.mesh import BATCH_AXES, TRAIN, MeshShape, make_mesh
-from jaxtml.stream.encoding import encode
 from jaxtml.train.gradients import make_gradients
 from jaxtml.train.parameters import parameter_shapes
 from jaxtml.train.step import make_train_step
@@ -46,13 +44,8 @@ def params(config, lively):
 
 
 @pytest.fixture(scope="module")
-def batch(config, talk, codec) -> dict[str, np.ndarray]:
-    tokens = config.data.tokens
-    rows = [
-        pad(encode(talk(s, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3), config)
-        for s in range(30, 30 + ROWS)
-    ]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def batch(config, random_batch) -> dict[str, np.ndarray]:
+    return random_batch(config, range(30, 30 + ROWS))
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 
 from jaxtml.config import Config
-from jaxtml.data.rows import pad
 from jaxtml.model import backbone
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, flatten
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.stream.encoding import encode
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.balance import expert_balance
 from jaxtml.train.history import corrupt_history
@@ -44,17 +42,9 @@ def params(config, lively) -> Params:
 
 
 @pytest.fixture(scope="module")
-def batch(config, talk, codec) -> dict[str, np.ndarray]:
+def batch(config, random_batch) -> dict[str, np.ndarray]:
     """Two rows with typed text, frames, words and speech. Both end in padding."""
-    tokens = config.data.tokens
-    rows = [
-        pad(
-            encode(talk(seed, config.data.turns), codec, config.duplex, max_tokens=tokens, max_speech=tokens // 3),
-            config,
-        )
-        for seed in (36, 20)
-    ]
-    made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    made = random_batch(config, (36, 20))
     kinds, terms = set(made["kind"].ravel().tolist()), set(made["term"].ravel().tolist())
     assert kinds == set(PositionKind) and terms == set(Term), "the batch lacks a kind of position or a term"
     return made
