@@ -8,33 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtml.config import AttentionConfig, load
+from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention.cache import ring_slots
 from jaxtml.model.backbone import Backbone, LayerState
 from jaxtml.model.spec import init_params
 
-CONFIG = dataclasses.replace(
-    load("tiny").backbone,
-    d_model=32,
-    n_layers=4,
-    n_dense=1,
-    global_layers=(1, 3),
-    # Both rings wrap round several times in the session. Pinned tokens are seen long after they have left the window:
-    # at first within the relative extent, mostly beyond it.
-    sliding=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=12),
-    global_=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=40, rel_extent=50, pinned=4),
-    d_ff_dense=48,
-    d_ff_expert=16,
-    log_scaling_floor=8,
-    init_std=0.2,
-)
 TOKENS = 150
 MICRO_TURN = 10  # tokens of a micro-turn that speaks: clock, four user frames, gate, four own frames
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return Backbone(CONFIG)
+def config(small) -> BackboneConfig:
+    """Small rings: both wrap round several times in the session.
+
+    Pinned tokens are seen long after they have left the window: at first within the relative extent, mostly beyond it.
+    """
+    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=12)
+    return dataclasses.replace(
+        small.backbone,
+        n_layers=4,
+        global_layers=(1, 3),
+        sliding=attention,
+        global_=dataclasses.replace(attention, window=40, rel_extent=50, pinned=4),
+        d_ff_expert=16,
+        n_experts=8,
+        log_scaling_floor=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone(config):
+    return Backbone(config)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,8 @@ def params(backbone):
 
 
 @pytest.fixture(scope="module")
-def inputs():
-    return jax.random.normal(jax.random.key(1), (3, TOKENS, CONFIG.d_model))
+def inputs(config):
+    return jax.random.normal(jax.random.key(1), (3, TOKENS, config.d_model))
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +109,9 @@ def test_sessions_that_advance_by_different_lengths_each_equal_their_whole_seque
     _assert_same(_stream(backbone, params, step, inputs, np.array(lengths), MICRO_TURN), complete)
 
 
-def test_rings_are_shorter_than_the_session_and_wrap_round():
-    assert ring_slots(CONFIG.sliding, MICRO_TURN) < TOKENS / 4
-    assert ring_slots(CONFIG.global_, MICRO_TURN) < TOKENS / 2
+def test_rings_are_shorter_than_the_session_and_wrap_round(config):
+    assert ring_slots(config.sliding, MICRO_TURN) < TOKENS / 4
+    assert ring_slots(config.global_, MICRO_TURN) < TOKENS / 2
 
 
 def test_a_session_that_does_not_advance_keeps_its_state_to_the_bit(backbone, params, step, inputs):
