@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -23,6 +24,8 @@ from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
 KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
         "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
+NEEDS_LIBTPU = pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
 
 
 def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():
@@ -57,47 +60,45 @@ def run_plan(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--topology", "v5e:2x4", "--mesh", "data=4,expert=2", "--set", "train.transport=ragged"),
-        ("--topology", "v6e:2x2", "--program", "serve"),
-    ],
-    ids=["train", "serve"],
-)
-def test_a_small_model_is_compiled_for_a_pod_that_is_not_here(arguments, tmp_path):
+def plan_report(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """Returns the report of `run_plan`, which has to succeed."""
     done = run_plan(tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def check_report(report: dict[str, Any], chips: int) -> None:
+    """Checks what is true of every plan of `chips` chips."""
     assert report.keys() >= KEYS
+    assert report["chips"] == chips and report["flops_ratio"] >= 1
     assert 0 < report["bytes_per_chip"] < report["chip_memory_bytes"]
-    assert report["chips"] == (4 if "serve" in arguments else 8) and report["flops_ratio"] >= 1
-    if "serve" in arguments:
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "chips"),
+    [
+        pytest.param("v5e:2x4", "data=4,expert=2", 8, marks=NEEDS_LIBTPU, id="tpu"),
+        pytest.param("h100:1x4", "data=2,expert=2", 4, marks=NEEDS_CUDA, id="gpu"),
+    ],
+)
+def test_a_training_step_is_compiled_for_chips_that_are_not_here(topology, mesh, chips, tmp_path):
+    report = plan_report(tmp_path, "--topology", topology, "--mesh", mesh, "--set", "train.transport=ragged")
+    check_report(report, chips)
+    assert any(kind.startswith("ragged_all_to_all") for kind in report["collective_bytes"])
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v6e:2x2", marks=NEEDS_LIBTPU), pytest.param("h100:1x4", marks=NEEDS_CUDA)]
+)
+def test_a_micro_turn_is_compiled_for_chips_that_are_not_here(topology, tmp_path):
+    report = plan_report(tmp_path, "--topology", topology, "--program", "serve")
+    check_report(report, 4)
+    if topology == "v6e:2x2":
         assert report["mesh"] == "expert=4" and report["sessions_at_200_ms"] > report["sessions"] == 8
 
 
-@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--topology", "h100:1x4", "--mesh", "data=2,expert=2", "--set", "train.transport=ragged"),
-        ("--topology", "h100:1x4", "--program", "serve"),
-    ],
-    ids=["train", "serve"],
-)
-def test_a_small_model_is_compiled_for_gpus_that_are_not_here(arguments, tmp_path):
-    done = run_plan(tmp_path, *arguments, "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
-    assert report.keys() >= KEYS and report["chips"] == 4
-    assert 0 < report["bytes_per_chip"] < report["chip_memory_bytes"] and report["flops_ratio"] >= 1
-    if "serve" not in arguments:
-        assert any(kind.startswith("ragged_all_to_all") for kind in report["collective_bytes"])
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+@NEEDS_LIBTPU
 def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
     arguments = (
         "--topology",
@@ -109,12 +110,10 @@ def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
         "--set",
         "backbone.n_experts=8",
     )
-    done = run_plan(tmp_path, *arguments, "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["mesh"] == "data=2,expert=8"
+    assert plan_report(tmp_path, *arguments)["mesh"] == "data=2,expert=8"
 
 
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+@NEEDS_LIBTPU
 def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
     done = run_plan(tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--set", "serve.sessions=40000")
     assert done.returncode == 2
