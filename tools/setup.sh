@@ -131,18 +131,18 @@ install_listener() {
 }
 
 # The released implementation of Inkling, which parity tests compare with, in folders of its own: where torch can be
-# imported, tensorboardX imports it into every training run. PyPI's torch for Linux brings several GB of CUDA, so this
-# function asks for the CPU build by name: first from the configured package index, then from PyTorch's own.
+# imported, tensorboardX imports it into every training run. The usual torch for Linux brings several GB of CUDA, so this
+# function asks for the CPU build by name. If your package index lacks it, name PyTorch's index for CPU builds in
+# PIP_EXTRA_INDEX_URL.
 install_oracle() {
-  local folder=.venv/oracle index=https://download.pytorch.org/whl/cpu others=("transformers>=5.24,<6" "pillow>=11")
+  local folder=.venv/oracle others=("transformers>=5.24,<6" "pillow>=11")
   rm -rf "$folder"
   if [ "$(uname -sm)" = "Linux x86_64" ]; then
-    pip_install --target "$folder" torch==2.13.0+cpu "${others[@]}" ||
-      pip_install --target "$folder" --extra-index-url "$index" torch==2.13.0+cpu "${others[@]}"
+    pip_install --target "$folder" torch==2.13.0+cpu "${others[@]}"
   else
     pip_install --target "$folder" torch==2.13.0 "${others[@]}"
   fi
-  # PyPI's torchvision does not match the CPU build of torch. In the same folder it would make `import transformers`
+  # The usual torchvision does not match the CPU build of torch. In the same folder it would make `import transformers`
   # fail. The released image processor needs the Python code of torchvision alone, and
   # tools/goldens/make_frontend_golden.py imports torchvision without its compiled operators.
   install_apart torchvision torchvision==0.28.0
