@@ -1,4 +1,5 @@
-"""`jaxtml plan`: compiles a program for hardware that is not here, and reports memory, work and predicted time."""
+"""`jaxtml plan`: compiles a program for hardware that this machine lacks, and reports memory, work and predicted
+time."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import json
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
 
-HELP = "compile a training step, or a server's step of 200 ms, for hardware that is not here"
+HELP = "compile a training step, or a server's step of 200 ms, for hardware that this machine lacks"
 EXAMPLE = "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128"
 
 

@@ -1,4 +1,4 @@
-"""Compiles a program for hardware that is not here, and reads how much memory the compiler allots.
+"""Compiles a program for hardware that this machine lacks, and reads how much memory the compiler allots.
 
 Called by `planning`. `compile_program` changes the configuration of JAX and of the memory allocator for the complete
 process, so a plan should run in a process of its own.

@@ -1,4 +1,4 @@
-"""`jaxtml plan`: compiles the real program for a pod that is not here, and reports what the program needs.
+"""`jaxtml plan`: compiles the real program for a pod that is elsewhere, and reports what the program needs.
 
 The program is the trainer's own step, or the server's step for one micro-turn: 200 ms of input and output of every
 session. `compilation` compiles the program, `report` turns counts into figures, `search` finds the largest batch.

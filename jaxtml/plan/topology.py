@@ -1,4 +1,4 @@
-"""Hardware that is not here, such as `v5p:4x4x8` or `h100:2x8`, as devices for which programs can be compiled.
+"""Hardware that this machine lacks, such as `v5p:4x4x8` or `h100:2x8`, as devices for which programs can be compiled.
 
 Called by `planning` and `compilation`. TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra
 `plan`). GPU topologies come from JAX's CUDA plugin and a description of the device, which need no GPU

@@ -1,6 +1,6 @@
 """The training step as one pure function: gradients, AdamW and the router's correction bias.
 
-`jaxtml.train.loop` compiles and runs the step. `jaxtml.plan` compiles the step for pods that are not here.
+`jaxtml.train.loop` compiles and runs the step. `jaxtml.plan` compiles the step for hardware that this machine lacks.
 
 Axes: L MoE layers, M modalities (`PositionKind`), E routed experts.
 """

@@ -1,4 +1,4 @@
-"""Finds the compilers for hardware that is not here.
+"""Finds the compilers for hardware that this machine lacks.
 
 The compilers are installed in the virtual environment, or in its folder `compilers` (see `install_apart` in
 tools/setup.sh).

@@ -1,4 +1,5 @@
-"""Compiles parts of a layer for one device of a topology that is not here; prints the compiler's figures as JSON.
+"""Compiles parts of a layer for one device of a topology that this machine lacks; prints the compiler's figures as
+JSON.
 
     python tests/plan/layer_on_chip.py v5p:2x2x1
 

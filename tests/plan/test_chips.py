@@ -1,4 +1,4 @@
-"""What the compilers make of one layer, for chips that are not here.
+"""What the compilers make of one layer, for chips that this machine lacks.
 
 There is no needless matrix product, no array that is too large for a long sequence, and no copy of a stack's experts.
 """
