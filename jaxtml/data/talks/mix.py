@@ -10,11 +10,12 @@ How to add a scenario, which is a new timing:
 1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`,
    `assistant_texts`), where the existing texts do not do.
 2. When both are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`. Take `exchange` there as
-   the model. `user_turns.draw_user_turn` gives the user's sound.
+   the model. `user_turns.draw_user_turn` gives the user's sound. The function adds the scenario's
+   name to `draft.scenarios`, once for each user turn that wants a reply.
 3. How often it is drawn: a field of the same name at the end of `jaxtml.data.talks.weights.ScenarioWeights`. Its
    docstring lists the weights that are relative to each other.
 4. Its entry in `SCENARIOS` below; in `WITHOUT_USER_TURN` too if the user says nothing that wants a reply. The
-   evaluation reads both.
+   evaluation reads both. Which scenarios the recorded human plays is listed apart, in `recorded_prompts.py`.
 5. Raise `_FORMAT` in `jaxtml.data.conversations`: the same bank now gives other rows, and old caches must be refused.
    The pinned digest in `tests/data/test_dataset.py` changes with it.
 6. Its timing rules as a test in `tests/data/talks/test_mix.py`. New sentences go into `USER_TEXTS` of
