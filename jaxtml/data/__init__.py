@@ -11,3 +11,5 @@ The steps, in order:
 
 To add a scenario, read `talks/mix.py`; to add a dataset, `dataset.py`; to add a voice, `bank_plan.py`.
 """
+
+from jaxtml.data.tasks import scenarios as scenarios  # its place in version 0.1: scripts import it from here

@@ -60,6 +60,8 @@ class PlannedUtterance:
     pitch: float = 1.0
 
 
+Item = PlannedUtterance  # its name in version 0.1: scripts that build banks use it
+
 Shards = Sequence[Sequence[PlannedUtterance]]
 """A plan: the utterances of each shard."""
 

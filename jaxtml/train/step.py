@@ -21,6 +21,7 @@ from jaxtml.model.spec import Params
 from jaxtml.train.gradients import make_gradients
 from jaxtml.train.loss import Batch
 from jaxtml.train.optimizer import optimizer
+from jaxtml.train.optimizer import schedule as schedule  # its place in version 0.1: scripts import it from here
 
 Metrics = dict[str, jax.Array]
 
