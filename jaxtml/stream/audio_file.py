@@ -25,7 +25,9 @@ MAX_HOURS = 4
 """Longer recordings are refused."""
 
 _BLOCK_SECONDS = 60  # seconds of the file that are read at a time, so that memory never holds hours of stereo at 48 kHz
-_LOUDEST = 16.0  # samples are within [-1, 1], or little above; integers that are stored as floats reach thousands
+# Larger samples are refused. Audio stays within [-1, 1], or exceeds it a little. Samples in the thousands are integers
+# that somebody stored as floats.
+_LOUDEST = 16.0
 
 
 def read_audio(path: str | os.PathLike[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 `jaxtml.data` makes conversations, `jaxtml.stream.encoding` turns them into tokens, and the evaluations compare a
 model's behaviour with them. Times are seconds on the clock of the recording. Both waveforms share that clock and have
-the same length.
+the same length. A micro-turn is 200 ms (`jaxtml.stream.timebase`).
 
 Axes: N samples, H x W pixels.
 """
@@ -63,8 +63,9 @@ class Conversation:
         its start.
       clock_s: seconds since the session began, at the first sample. A conversation may be cut from a longer session.
       wall_clock_s: seconds since the Unix epoch, at the first sample.
-      scenario: names of the scenarios that the conversation was made from, for evaluation and inspection.
-      expected: for evaluation, the text of the right reply; "" where silence is right.
+      scenario: for evaluation and inspection, the names of the scenarios that the conversation was made from, with
+        spaces between them. A scenario is a rule for when each side is heard (`jaxtml.data.talks.timing`).
+      expected: for evaluation, the texts of the right replies, with " | " between them; "" where silence is right.
       user_end_s: end of each complete user turn, in seconds. The latency of the reply is measured from there.
     """
 

@@ -1,6 +1,7 @@
 """Reads an encoded conversation back: the inverse of `jaxtml.stream.encoding`, up to what encoding loses.
 
-Called by tests, which check that encoding and decoding agree. Use it to look into a row of training data.
+Called by `jaxtml.session.library`, for users who look into encoded conversations, and by tests, which check that
+encoding and decoding agree.
 
 Axes: T positions.
 """
@@ -22,14 +23,15 @@ from jaxtml.stream.tokens import Control, PositionKind
 _MICRO_TURN_S = MICRO_TURN_MS / 1000
 
 _TextPieces = list[tuple[int, list[int]]]
-"""`(micro-turn, token ids)` of pieces of running text, in order."""
+"""Pieces of text in order, as `(micro-turn, token ids)`. A word may go on in the next piece."""
 
 
 @dataclass(frozen=True)
 class DecodedConversation:
     """The parts of a conversation that can be read back from its encoded form.
 
-    Requests to the background model are left out. So is text in micro-turns in which the assistant is silent.
+    Two things are left out: requests to the background model (`jaxtml.stream.layout`), and text in micro-turns in which
+    the assistant is silent.
 
     Attributes:
       heard: the user's words, each with its micro-turn as its time.
@@ -86,7 +88,7 @@ def _stretches(micro_turns: list[int]) -> list[tuple[int, int]]:
 
 
 def _to_words(pieces: _TextPieces, codec: TextCodec) -> tuple[Word, ...]:
-    """Splits the running text at spaces. A word belongs to the micro-turn of its first token."""
+    """Joins the pieces and splits the text at spaces. A word belongs to the micro-turn of its first token."""
     words: _TextPieces = []
     for micro_turn, ids in pieces:
         for token in ids:

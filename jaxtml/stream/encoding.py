@@ -1,15 +1,19 @@
 """Encodes a conversation as one token sequence in the micro-turn layout.
 
-`encode` is called by `jaxtml.data.conversations` for every row of training data. `jaxtml.stream.layout` describes the
-result; `jaxtml.stream.decoding` reads it back.
+`encode` is called by `jaxtml.data.conversations` for every row of training data, and by `jaxtml.session.library` for
+the conversations of users. `jaxtml.stream.layout` describes the result; `jaxtml.stream.decoding` reads it back.
 
 What encoding loses, and by how much:
 
 - **Word times** are rounded to micro-turns. A word of the user appears `heard_delay_ms` after its end. A word of the
   assistant appears `lead_ms` before its sound, but not before the stretch of speech that it belongs to. Both appear
-  later if the micro-turn is full. Words that an interruption left unsaid are no longer told from those that were said.
-- **Typed text** that a micro-turn has no room for continues in the next.
-- **Waveforms** are kept as dMel (16 levels, 0.6 apart in log10 of the magnitude) and as fine frames.
+  later if the micro-turn is full.
+- **Words** that find no room before the end are dropped (`jaxtml.stream.text_plan`). Words that an interruption left
+  unsaid look the same as words that were said.
+- **Typed text** that a micro-turn has no room for continues in the next. Text after the last micro-turn is lost.
+- **The user's waveform** is kept as dMel: 16 levels, 0.6 apart in log10 of the magnitude.
+- **The assistant's waveform** is kept where the assistant speaks. It is kept twice: as dMel frames that the model
+  reads, and as coarse and fine log-mel frames, not quantised, that the model predicts.
 - **Own speech**, the speech of the assistant, ends at the edge of a micro-turn. Two stretches without a gap between
   them become one.
 
@@ -104,7 +108,7 @@ def encode(
 
 
 def _clock(conversation: Conversation, micro_turns: int) -> np.ndarray:
-    """Returns `[micro-turns, CLOCK_FEATURES]` the clock features of the first micro-turns."""
+    """Returns `[micro_turns, CLOCK_FEATURES]`: the clock features of the first `micro_turns` micro-turns."""
     first = round(conversation.clock_s * 1000 / MICRO_TURN_MS)
     count = np.arange(micro_turns)
     return clock_features(first + count, week_ms(conversation.wall_clock_s) + MICRO_TURN_MS * count)

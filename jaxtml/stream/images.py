@@ -13,8 +13,9 @@ import numpy as np
 PATCH = 40
 """Pixels of a patch in each direction."""
 
-_PAD = np.float32(-1.0)  # the value of pixels outside the picture, before scaling
-# OpenAI CLIP's mean and deviation of pixels from 0 to 1. As in the released code, float32 scales them to 0 to 255.
+_PAD = np.float32(-1.0)  # the value of pixels outside the picture, before the mean is subtracted
+# OpenAI CLIP's mean and standard deviation of pixels between 0 and 1, scaled to pixels between 0 and 255. The product
+# is taken in float32, as in the released code.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255.0)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255.0)
 

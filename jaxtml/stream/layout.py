@@ -11,10 +11,11 @@ One micro-turn, in this order (P patches, N typed tokens, H heard tokens, K text
             or  [HEARD H words]   [SAY K text]   SPEAK   own speech x 4
 
 The given part is known before the model generates anything. Its last position predicts the first generated token.
-TYPED begins text of the user, BACKGROUND begins text of the background model. HEARD begins the transcript of the user's
-words, SAY begins the assistant's text. LISTEN or SPEAK is the gate: it decides whether the assistant is silent or
-speaks in this micro-turn. Each own-speech position holds the dMel frame of the 50 ms that were spoken
-before it, and its hidden state predicts the next 50 ms.
+TYPED begins text of the user. BACKGROUND begins text from elsewhere, such as instructions or an answer of the
+background model: the larger model to which the assistant can delegate a request. HEARD begins the transcript of the
+user's words, SAY begins the assistant's text. LISTEN or SPEAK is the gate: it decides whether the assistant is silent
+or speaks in this micro-turn. Each own-speech position holds the dMel frame of the 50 ms that were spoken before it, and
+its hidden state predicts the next 50 ms.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Turns the tokens that a session generates into words, one micro-turn after the other.
 
 Called by the session's engine and by the server's session manager: each session has a `Reader`.
+
+The assistant can delegate: it writes a request to the background model, a larger model beside it. The control tokens
+DELEGATE and END enclose the request.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ class Words(NamedTuple):
       heard: text added to the transcript of the user.
       said: text added to the assistant's text.
       delegated: text added to a request to the background model.
-      delegation_ended: whether such a request is complete.
+      delegation_ended: whether a request was completed in this micro-turn.
     """
 
     heard: str
@@ -31,7 +34,7 @@ class Words(NamedTuple):
 
 
 class Reader:
-    """Reads the tokens of one session. A request to the background model may go on over micro-turns until its END."""
+    """Reads the tokens of one session. A request to the background model may last several micro-turns."""
 
     def __init__(self, codec: TextCodec, control_base: int):
         self._control_base = control_base

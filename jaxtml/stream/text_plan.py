@@ -1,7 +1,7 @@
 """Which text tokens stand in which micro-turn: the user's transcript, the assistant's text, and typed text.
 
-A micro-turn has room for a few tokens only. Tokens without room move on to the next micro-turn, in order. Called by
-`jaxtml.stream.encoding` and, for typed text, by `jaxtml.session.engine`.
+A micro-turn (200 ms) has room for a few tokens only. Tokens without room move on to the next micro-turn, in order.
+Called by `jaxtml.stream.encoding` and, for typed text, by `jaxtml.session.converse`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def plan_typed(
 def _place_words(words: list[tuple[int, list[int]]], limit: int, first: int, end: int) -> list[tuple[int, ...]]:
     """Returns the tokens of each micro-turn in `[0, end)`.
 
-    A word's tokens stand in its micro-turn, or in the next ones with room. None stands before the micro-turn `first`. A
-    word that does not fit whole ends the text: half a word would be read as another word.
+    A word's tokens stand in its micro-turn, or in the next ones with room. No token stands before the micro-turn
+    `first`. A word that does not fit whole is dropped, and so are all words after it: half a word would be read as
+    another word.
 
     Args:
       words: `(micro-turn, token ids)` of each word, in order.

@@ -1,8 +1,8 @@
 """The control tokens, the kinds of position and the loss terms, by number.
 
-The numbers are part of every checkpoint and of every row cache: add new ones, and never renumber. Control ids start at
-`DuplexConfig.control_base`, in the unused tail of the vocabulary (200058..201023 for the released Inkling
-model).
+The numbers are part of every checkpoint, and of every row cache (rows of training data on disk, `jaxtml.data.cache`).
+So add new numbers, and never renumber. Control ids start at `DuplexConfig.control_base`, in the unused tail of the
+vocabulary (200058..201023 for the released Inkling model).
 """
 
 from enum import IntEnum
@@ -13,7 +13,7 @@ class Control(IntEnum):
 
     TURN = 0  # opens a micro-turn; carries the clock
     TYPED = 1  # text that the user typed follows
-    BACKGROUND = 2  # text of the background model follows
+    BACKGROUND = 2  # text from elsewhere follows: instructions, or an answer of the background model (see `layout`)
     HEARD = 3  # the running transcript of the user follows
     SAY = 4  # the assistant's text follows
     LISTEN = 5  # the gate: the micro-turn stays silent

@@ -1,4 +1,4 @@
-"""Reads a video file as frame pairs, one per micro-turn: what the camera shows now, and 100 ms ago.
+"""Reads a video file as frame pairs, one per micro-turn (200 ms): what the camera showed 100 ms before, and shows now.
 
 Called by `converse --video`. PyAV decodes.
 

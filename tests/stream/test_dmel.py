@@ -1,4 +1,4 @@
-"""dMel equals the released front end on people's speech, streaming equals the whole recording, and both are fast."""
+"""dMel is that of Inkling's released code. A stream gives the same bins as the whole recording, and both are fast."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bins_are_those_the_released_extractor_gave():
     assert np.abs(frames[::10] - golden["log_mel_every_tenth"]).max() < 0.02  # the released FFT is float32
     differing = np.argwhere(dmel.quantise(frames) != golden["bins"])
     assert len(differing) <= golden["bins"].size // 10_000, differing
-    assert len(np.unique(golden["bins"])) >= 12, "the golden wave reaches the bins that sound can reach"
+    assert len(np.unique(golden["bins"])) >= 12, "the golden wave has too few different bins to test them"
 
 
 def test_ties_between_bins_fall_as_released():
@@ -77,7 +77,8 @@ def test_bins_of_human_speech_are_the_released_ones():
         ours = dmel.log_mel(wave)
         assert ours.shape == features.shape
         wrong = dmel.quantise(ours) != released_bins(features)
-        # A bin may differ only where the exact value lies within the released float32 arithmetic's error of an edge.
+        # The released code computes in float32, with an error. A bin may differ only if this error is larger than the
+        # distance from the exact value to the edge of a bin.
         to_edge = np.abs(ours[wrong][:, None] - np.linspace(-6.7, 1.7, 15)).min(axis=-1, initial=1.0)
         assert (to_edge < np.abs(ours - features.numpy())[wrong] + 1e-6).all()
         total, differing = total + wrong.size, differing + int(wrong.sum())

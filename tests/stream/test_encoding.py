@@ -224,13 +224,13 @@ def test_typed_text_without_room_continues_in_the_next_micro_turn(codec, limits)
     assert [len(tokens) for tokens in typed] == [0, *([room] * full), *([rest] * (rest > 0)), 0]
     assert [token for tokens in typed for token in tokens] == ids
     cut = encode(silence(2, typed=((1, "too long to type"),)), codec, limits)
-    assert tokens_after(cut, limits.control_base, Control.TYPED) == [[], ids[:room]], "the session ends first"
+    assert tokens_after(cut, limits.control_base, Control.TYPED) == [[], ids[:room]], "the rest finds no room"
     twice = encode(silence(9, typed=((1, "a"), (1, "b"))), codec, limits)
     typed = tokens_after(twice, limits.control_base, Control.TYPED)
     assert [token for t in typed for token in t] == codec.encode("a") + codec.encode("b")
 
 
-def test_the_clock_counts_from_the_session_and_from_the_wall(encoded):
+def test_the_clock_has_the_age_of_the_session_and_the_time_of_the_week(encoded):
     for talk, sequence in encoded:
         count = np.arange(len(talk.user) // MICRO_TURN_SAMPLES)
         expected = clock_features(round(talk.clock_s * 5) + count, week_ms(talk.wall_clock_s) + 200 * count)

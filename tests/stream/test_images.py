@@ -78,7 +78,7 @@ def test_every_row_ends_in_a_patch_with_padding():
         assert np.allclose(last[:, :, :, -1], PADDING, atol=1e-5), width
 
 
-def test_a_still_stands_at_both_times():
+def test_a_still_picture_is_used_for_both_times():
     patches = image_patches(picture(2, 90, 120))
     assert np.array_equal(patches[:, 0], patches[:, 1])
 

@@ -20,7 +20,7 @@ def test_the_ids_of_a_text_are_those_of_its_words(codec):
     assert [i for word in text.split() for i in codec.encode(word)] == codec.encode(text)
 
 
-def test_each_word_starts_with_a_space_so_that_running_text_splits_again(codec):
+def test_each_word_starts_with_a_space_so_that_text_can_be_split_into_words(codec):
     for word in ("two", "café", "a"):
         first, *rest = codec.encode(word)
         assert codec.decode([first]).startswith(" ")
@@ -37,7 +37,7 @@ def test_empty_text_has_no_ids_and_ids_outside_the_vocabulary_are_left_out(codec
     assert codec.decode([-1, *ids, codec.size, 10**6]) == codec.decode(ids)
 
 
-def test_training_is_a_function_of_the_corpus_and_bounded(tmp_path):
+def test_training_gives_the_same_tokenizer_for_the_same_corpus_and_keeps_to_its_size(tmp_path):
     corpus = ["say red green blue"] * 5
     first, second = TextCodec.train(corpus, 262), TextCodec.train(corpus, 262)
     assert first.size == second.size == 262
