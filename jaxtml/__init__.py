@@ -4,13 +4,14 @@ The library in five calls:
 
     import jaxtml
 
-    model = jaxtml.load()              # the `tiny` model that ships with the package; or a checkpoint directory
+    model = jaxtml.load()              # the shipped `tiny` model; load(directory) opens another checkpoint
     wave = jaxtml.read_audio("user.wav")
-    reply = model.converse(wave)       # float32 [N] at 16 kHz; reply.wave, reply.heard, reply.text, reply.turns
+    reply = model.converse(wave)       # wave: float32 [N] at 16 kHz; reply.wave, reply.heard, reply.text, reply.turns
     session = model.session(seed=0)
-    turn = session.step(chunk)         # float32 [3200], 200 ms; turn.gate, turn.heard, turn.text, turn.wave
+    turn = session.step(chunk)         # chunk: float32 [3200], 200 ms; turn.gate, turn.heard, turn.text, turn.wave
 
-A micro-turn is 200 ms of input and output. `turn.gate` says whether the model speaks in it ("speak" or "listen").
+A micro-turn is 200 ms of input and output. `heard` is the model's transcript of the user, `text` is what the model
+says, and `turn.gate` says whether the model speaks in this micro-turn ("speak" or "listen").
 `Model.encode` and `Model.decode` turn a `Conversation` into the tokens of its micro-turns and back. The library raises
 `InputError` for an argument that it cannot use.
 
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 DEMO_RECORDING = os.path.join(os.path.dirname(__file__), "assets", "demo", "human.flac")
-"""Path of a recording: a person asks two questions, 14 seconds. The NOTICE beside it names its source and licence."""
+"""Path of a 14-second recording in which a person asks two questions. The NOTICE beside it names source and licence."""
 
 _MODULES = {
     "Conversation": "jaxtml.stream.conversation",

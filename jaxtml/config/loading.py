@@ -1,7 +1,7 @@
 """Finding a config by name or path, and changing single fields of it (`--set train.steps=10`).
 
-A named config is a Python file with `get_config() -> Config` in `CONFIG_DIR`. The file may build on another config:
-its file calls `load` with the other config's name or path. Called by every command that takes CONFIG.
+A named config is a Python file with `get_config() -> Config` in `CONFIG_DIR`. Its `get_config` may build on another
+config: it calls `load` with the name or path of the other config. Called by every command that takes CONFIG.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Returns the config that `name` means, with overrides applied, after checking it.
+    """Returns the config that `name` means, with the overrides applied. The result has been checked.
 
     Args:
       name: a file in `CONFIG_DIR` without its ".py", a path to a .py file, or a path to a checkpoint's config.json.

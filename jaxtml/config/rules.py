@@ -21,7 +21,7 @@ LARGEST_INT = 2**31 - 1  # sizes and counts become int32 in compiled programs
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `least` to `most`.
+    """A rule for a number: it is finite and lies between `least` and `most`.
 
     Attributes:
       least: the smallest number; itself not allowed if `open_below`.
@@ -45,19 +45,19 @@ class Range:
 
 
 class OneOf:
-    """One of a few texts."""
+    """A rule for a string: it is one of `choices`."""
 
     def __init__(self, *choices: str):
         self.choices = choices
 
     def problem(self, value: object) -> str | None:
-        """Returns the advice for a value that is not allowed, as in "give at least 1"; None for an allowed value."""
+        """Returns the advice for a value that is not allowed, as in "give ring or ragged"; None if it is allowed."""
         return None if value in self.choices else f"give {' or '.join(self.choices)}"
 
 
 PositiveInt = Annotated[int, Range(1, LARGEST_INT)]
 NonNegativeInt = Annotated[int, Range(0, LARGEST_INT)]
-LayerCount = Annotated[int, Range(1, 4096)]  # no model has more layers: a larger number is a slip of the keyboard
+LayerCount = Annotated[int, Range(1, 4096)]  # no model has more layers: a larger number is a typing mistake
 PositiveFloat = Annotated[float, Range(0, open_below=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]

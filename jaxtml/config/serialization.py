@@ -35,7 +35,7 @@ def from_json(text: str) -> Config:
     if not isinstance(value, dict):
         raise InputError("config is not a JSON object")
     train = value.get("train")
-    if isinstance(train, dict) and isinstance(train.get("remat"), bool):  # files written before 2026-11-24
+    if isinstance(train, dict) and isinstance(train.get("remat"), bool):  # as in files from before 2026-11-24
         train["remat"] = "full" if train["remat"] else "none"
     return typed(Config, value, "config")
 

@@ -50,8 +50,9 @@ class AttentionConfig:
     """Distance in tokens beyond which the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """How many tokens at the start of a session stay visible at any distance. 512 is one block of
-    `jaxtml.model.attention.blockwise`, which has to hold them all. 0 by default, as released."""
+    """How many tokens at the start of a session stay visible at any distance. Attention works on blocks of 512 tokens
+    (`jaxtml.model.attention.blockwise`), and all pinned tokens have to fit into the first block. 0 by default, as
+    released."""
 
     def check(self, path: str) -> None:
         """Raises `InputError` where query heads cannot share the key heads evenly.
@@ -74,7 +75,7 @@ class BackboneConfig:
     """Width of the hidden state."""
 
     n_layers: LayerCount
-    """Layers, without prediction heads."""
+    """Number of layers. The prediction heads (`mtp_heads`) do not count."""
 
     n_dense: NonNegativeInt
     """How many of the first layers have a dense feed-forward part; at most `n_layers`. The others have experts."""
@@ -128,7 +129,8 @@ class BackboneConfig:
     logits never grow. This suits a model whose sessions are too short to need it."""
 
     log_scaling_alpha: NonNegativeFloat = 0.1
-    """The scale is `1 + log_scaling_alpha * ln(position / log_scaling_floor)`. As released."""
+    """Past `log_scaling_floor`, the logits of global attention are multiplied by
+    `1 + log_scaling_alpha * ln((position + 1) / log_scaling_floor)`. Positions count from 0. As released."""
 
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of initial weights. As released. `tiny`, which is narrow, takes 0.05."""
@@ -164,8 +166,9 @@ class VisionConfig:
 
     folds: tuple[tuple[int, int, int], ...] = ((1, 5, 128), (1, 2, 320), (1, 4, 4800), (2, 1, 0))
     """`(time, side, width)` of each layer. A layer folds `time` frames of `side x side` cells into one cell of `width`
-    channels. The products over all layers are 2 frames and a side of 40. The last width is the model's: write 0. No
-    layers, no tower. The default is as released."""
+    channels. The product of all times has to be 2 frames, and the product of all sides 40 pixels. The last layer always
+    has the width of the model: write 0. An empty tuple makes a model without a vision tower. The default is as
+    released."""
 
     def check(self, path: str) -> None:
         """Raises `InputError` where the layers do not fold a patch into one token.
@@ -196,7 +199,7 @@ class DuplexConfig:
     admits 7 tokens of text per micro-turn, or 35 a second. A person types more slowly."""
 
     max_patches: NonNegativeInt = 0
-    """Patches of the picture: two video frames, 100 ms apart. 0 by default: no video."""
+    """Patches of video. A patch covers the same square of two frames, 100 ms apart. 0 by default: no video."""
 
     max_heard: NonNegativeInt = 6
     """Transcript of the user. The limit does not count the control token before the text. Six tokens per micro-turn are
@@ -308,7 +311,7 @@ class TrainConfig:
     """Updates of the whole run. The learning rate's course depends on them."""
 
     batch: Annotated[int, Range(1, 10**6)] = 8
-    """Rows of one update, over all devices. Eight of `tiny` take two CPU cores 1.6 seconds."""
+    """Rows of one update, over all devices. An update of `tiny` with eight rows takes 1.6 seconds on two CPU cores."""
 
     learning_rate: NonNegativeFloat = 2e-3
     """The highest learning rate of AdamW. Large models want less (`inkling_small`: 2e-4)."""
@@ -365,7 +368,7 @@ class TrainConfig:
 
     bias_rate: NonNegativeFloat = 0.001
     """Step by which the router's bias moves towards balanced experts. As in auxiliary-loss-free balancing (Wang et al.,
-    2024); `tiny` takes 0.003, as some experts were unused for its first 200 steps."""
+    2024). `tiny` takes 0.003: with 0.001, some of its experts were unused for the first 200 steps."""
 
     z_loss: NonNegativeFloat = 1e-4
     """Weight of the router's z-loss. Small: the loss only keeps the router's logits from drifting."""
@@ -390,7 +393,7 @@ class TrainConfig:
     """Steps between checkpoints. 500 are a quarter of an hour of `tiny` on two cores."""
 
     sample_every: PositiveInt = 1000
-    """Steps between sample conversations. On a mesh none are taken."""
+    """Steps between sample conversations. A run on a mesh takes no samples."""
 
 
 @dataclass(frozen=True)
@@ -430,10 +433,10 @@ class Config:
     """The head that speaks."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """The tower of image patches."""
+    """The vision tower, which turns patches of images into tokens."""
 
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
-    """Log-mels to sound."""
+    """The vocoder, which turns log-mels into sound."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Training data."""
@@ -457,7 +460,7 @@ class Config:
                 f"duplex.control_base {self.duplex.control_base}: {CONTROL_IDS} control ids do not fit the vocabulary"
             )
         if self.vision.folds and self.vision.folds[-1][2] not in (0, self.backbone.d_model):
-            raise InputError("vision.folds: the last width is the model's, write 0")
+            raise InputError("vision.folds: the last layer always has the width of the model, write 0 for it")
 
 
 def validate(config: Config) -> None:

@@ -106,7 +106,7 @@ def test_a_python_config_that_fails_is_one_clear_line(tmp_path, source, message,
         (b"\xff\xfe\x00", "config is not JSON"),
     ],
 )
-def test_a_json_config_that_is_none_is_one_clear_line(tmp_path, content, message, refused):
+def test_json_that_is_not_a_config_is_refused_in_one_clear_line(tmp_path, content, message, refused):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     refused(message, configs.load, str(path))

@@ -57,7 +57,7 @@ def test_tiny_has_at_most_twelve_million_parameters():
     assert active < total <= 12_000_000
 
 
-def test_a_config_needs_no_more_than_its_parts():
+def test_a_config_has_these_fields_and_no_other():
     fields = {field.name for field in dataclasses.fields(Config)}
     assert fields == {"name", "backbone", "duplex", "flow", "vision", "vocoder", "data", "train", "serve"}
 

@@ -56,7 +56,7 @@ def field_types(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def plain_types(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The same without rules."""
+    """Path and type, without its rules, of every field that is not itself a dataclass."""
     for name, hint in get_type_hints(type(node)).items():
         value = getattr(node, name)
         if dataclasses.is_dataclass(value):
@@ -113,7 +113,7 @@ def test_every_number_has_a_rule_beside_its_field():
         (["flow.steps=0"], "flow.steps 0"),
         (["flow.draws=0"], "flow.draws 0"),
         (["vocoder.depth=0"], "vocoder.depth 0"),
-        (["vision.folds=[[1,5,32],[2,8,100]]"], "vision.folds: the last width is the model's"),
+        (["vision.folds=[[1,5,32],[2,8,100]]"], "vision.folds: the last layer always has the width of the model"),
         (["vision.folds=[[1,5,32],[2,4,0]]"], "vision.folds cover 2 frames of 20 x 20, not 2 of 40 x 40"),
         (["data.turns=0"], "data.turns 0"),
         (["data.tokens=0"], "data.tokens 0"),
