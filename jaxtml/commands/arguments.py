@@ -60,9 +60,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recording(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds `--recording WAV`. `what` says what it is; the default is the demo's recording."""
+    """Adds `--recording WAV`, by default the recording that ships with the package. `what` says what is in the file."""
     parser.add_argument(
-        "--recording", type=Path, default=Path(DEMO_RECORDING), metavar="WAV", help=f"{what}; default: the demo's"
+        "--recording",
+        type=Path,
+        default=Path(DEMO_RECORDING),
+        metavar="WAV",
+        help=f"{what} (default: the recording that ships with jaxtml)",
     )
 
 
@@ -70,7 +74,8 @@ def check_outputs(*paths: str | None, source: str) -> None:
     """Checks, before the long work, that every output can be written after the work. None stands for no output.
 
     Raises:
-      InputError: an output is in no folder, is a folder, may not be written, is the input `source`, or is named twice.
+      InputError: the folder of an output is missing; or an output is a folder, may not be written, is the input
+        `source`, or is named twice.
     """
     taken = {Path(source).resolve(): "it is the input"}
     for path in filter(None, paths):

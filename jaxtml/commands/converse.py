@@ -24,9 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model's reply, as long as the input and aligned with it in time",
     )
     parser.add_argument("--events", metavar="JSONL", help="write one record per 200 ms (a micro-turn) to this file")
-    parser.add_argument("--stereo", metavar="WAV", help="write the user on the left and the model on the right")
-    parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline")
-    parser.add_argument("--video", metavar="FILE", help="a video of what the model sees during the recording")
+    parser.add_argument(
+        "--stereo",
+        metavar="WAV",
+        help="write both sides to this file: the user in the left channel, the model in the right one",
+    )
+    parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline in this file")
+    parser.add_argument("--video", metavar="FILE", help="an input: a video that the model sees during the recording")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the model's random choices (default: 0)")
     parser.add_argument(
         "--realtime", action="store_true", help="give the model the recording at the speed at which it was spoken"

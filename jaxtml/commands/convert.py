@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--as",
         dest="begin_as",
         metavar="CONFIG",
-        help="write a model of this config that starts with SRC's weights; layers that SRC lacks start without effect",
+        help="write a model of this config that has SRC's weights; a layer that SRC lacks adds nothing to the hidden "
+        "state until it is trained",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="before the result appears as DST, read it back and compare every tensor, and the logits if there is "
-        "enough memory; if the same conversion wrote DST earlier, verify it again",
+        help="read the result back before it appears as DST, and compare every tensor with SRC; compare the logits too "
+        "if there is enough memory. If the same conversion wrote DST earlier, verify DST again",
     )
 
 

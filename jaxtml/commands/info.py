@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: config, params_total, params_active and groups; a directory also has `checkpoint`",
+        help="print one JSON object with config, params_total, params_active and groups; if CONFIG is a directory, the "
+        "object also has checkpoint",
     )
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if is_directory and args.set:
         raise InputError(f"{args.config} is a checkpoint, and its config is fixed: leave out --set")
     if args.verify and not is_directory:
-        raise InputError(f"{args.config} is not a checkpoint: --verify needs the directory of a converted one")
+        raise InputError(f"{args.config} is not a checkpoint: --verify needs the directory of a converted checkpoint")
     if is_directory:
         _run_on_checkpoint(args)
     else:

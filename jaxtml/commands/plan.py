@@ -1,4 +1,4 @@
-"""`jaxtml plan`: compiles a program for hardware that this machine lacks, and reports memory, work and predicted
+"""`jaxtml plan`: compiles a program for hardware that this machine lacks, and reports its memory, FLOPs and predicted
 time."""
 
 from __future__ import annotations

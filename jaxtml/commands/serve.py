@@ -84,14 +84,14 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30,
         metavar="S",
-        help="how many seconds a client that lost its connection has to come back (default: 30)",
+        help="for how many seconds the server keeps the session of a client that lost its connection (default: 30)",
     )
     parser.add_argument(
         "--drain-seconds",
         type=float,
         default=30,
         metavar="S",
-        help="how many seconds sessions have to end after SIGTERM (default: 30)",
+        help="for how many seconds after SIGTERM or SIGINT the server lets sessions go on (default: 30)",
     )
 
 

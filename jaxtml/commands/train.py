@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocoder",
         metavar="DIR",
-        help="a run of `jaxtml train vocoder`, or a checkpoint, whose vocoder becomes that of the model",
+        help="the model gets the vocoder of this directory: a run of `jaxtml train vocoder`, or a checkpoint",
     )
     parser.add_argument("--start-from", metavar="DIR", help="a checkpoint whose parameters a new run starts with")
     parser.add_argument(

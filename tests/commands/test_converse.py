@@ -1,4 +1,4 @@
-"""`jaxtml converse` writes a reply on the clock of its input, and refuses bad input before it writes anything."""
+"""`jaxtml converse` writes a reply that is aligned with its input, and refuses bad input before it writes anything."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_converse_keeps_the_length_and_clock_of_its_input(jaxtml, checkpoint, re
         window = reply[(event["t_ms"] + 200) * 16 : (event["t_ms"] + 400) * 16]
         before = [e["gate"] for e in events if e["t_ms"] == event["t_ms"] - 200]
         if event["gate"] == "listen" and before != ["speak"]:
-            assert not np.abs(window).any(), "a closed gate is silent"
+            assert not np.abs(window).any(), "the model makes no sound while it listens"
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""`jaxtml logits` writes the logits of the model, and refuses tokens that are none of its vocabulary."""
+"""`jaxtml logits` writes the logits of the model, and refuses tokens outside its vocabulary."""
 
 from __future__ import annotations
 
