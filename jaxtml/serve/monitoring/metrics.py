@@ -36,7 +36,7 @@ class Metrics:
     Attributes:
       registry: the Prometheus registry that holds them.
       ticks: duration of a tick, from its start to its results.
-      steps: duration of the model's step inside a tick.
+      steps: time that the worker needs inside a tick: it ends and begins sessions, and runs the model's step.
       input_lag: audio that waits in a session's jitter buffer.
       output_gap: time between two writes to one client.
       sessions_begun: sessions, by protocol.
@@ -58,7 +58,7 @@ class Metrics:
         )
         self.steps = histogram(
             "duplex_step_duration_seconds",
-            "Duration of the model's step inside a tick.",
+            "Time that the worker needs inside a tick, most of it for the model's step.",
             buckets=_TICK_BUCKETS_S,
         )
         self.input_lag = histogram(
@@ -91,15 +91,15 @@ class Metrics:
         )
 
     def add_gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
-        """Adds a gauge. Prometheus calls `value` each time it reads the gauge."""
+        """Adds a gauge. `value` is called each time Prometheus reads the gauge."""
         Gauge(name, help_text, registry=self.registry).set_function(value)
 
     def add_counter(self, name: str, help_text: str, value: Callable[[], float]) -> None:
-        """Adds a counter that is kept elsewhere. `value` returns the current count each time the counter is read."""
+        """Adds a counter that is kept elsewhere. `value` returns the count each time Prometheus reads the counter."""
         self.registry.register(_ComputedCounter(name, help_text, value))
 
     def observe_tick(self, tick_s: float, step_s: float) -> None:
-        """Records one tick: the seconds it took, and the seconds of the model's step inside it."""
+        """Records one tick: the seconds it took, and the seconds that the worker needed inside it."""
         self.ticks.observe(tick_s)
         self.steps.observe(step_s)
 

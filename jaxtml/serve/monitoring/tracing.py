@@ -6,9 +6,9 @@ Called by `serve.sessions.manager`. The extra `telemetry` installs OpenTelemetry
 traces, start the server with `opentelemetry-instrument jaxtml serve ...`. The options of `opentelemetry-instrument` say
 where the traces go. Without that command nothing is recorded.
 
-A span begins inside the HTTP request that asks for the session. Where HTTP requests are traced too, it is a child of
-the request's span. OpenTelemetry's conventions for generative AI name some attributes, and these names are used here.
-All other attributes begin with `jaxtml.`.
+A session's span begins while the server handles the HTTP request that asks for the session. If HTTP requests are traced
+too, the session's span is a child of the request's span. Where OpenTelemetry's conventions for generative AI name an
+attribute, the session's span uses that name. All other attributes begin with `jaxtml.`.
 
 Before turning on HTTP tracing, know that its spans contain request addresses. These can hold the keys of Moshi clients
 and the tokens of Realtime clients.

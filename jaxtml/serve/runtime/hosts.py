@@ -40,7 +40,8 @@ from jaxtml.serve.runtime.wire import END_FRAME, LENGTH, receive_data, receive_e
 _INVITATION_BYTES = 512  # size of the broadcast that tells followers where the leader is
 _CONNECT_S = 60.0  # within this time all followers must have connected
 _SECRET_S = 5.0  # within this time a new connection must show the secret
-DRAIN_SIGNAL = signal.SIGUSR1  # tells the server to drain because a follower was told to end; may be sent twice
+# Tells the server to drain because a follower got SIGTERM or SIGINT. Sending this signal again does no harm.
+DRAIN_SIGNAL = signal.SIGUSR1
 
 
 class Setup(TypedDict):
@@ -56,7 +57,7 @@ class Setup(TypedDict):
 
 
 class Leader:
-    """The followers, as the leader sees them. Use `start_leader`.
+    """The leader's side of the connections to its followers. `start_leader` creates a `Leader`.
 
     Args:
       followers: one connection per follower.
@@ -96,9 +97,11 @@ class Leader:
 def start_leader(setup: Setup) -> Leader:
     """Called on process 0: tells all followers the leader's address, and waits until they have connected.
 
+    The broadcast has `_INVITATION_BYTES`. It carries `setup`, the leader's host name and port, and the secret.
+
     Args:
-      setup: sent to the followers with the address, as JSON. At most 150 characters, so that the invitation fits into
-        the broadcast with a host name of 253 characters, the longest that is allowed.
+      setup: at most 150 characters as JSON. This leaves room in the broadcast for the longest host name that is
+        allowed, 253 characters.
 
     Raises:
       InputError: a follower does not connect in time.

@@ -10,8 +10,9 @@ The rules, which the tests hold:
   as large as the network's jitter.
 - A reserve of more than 200 ms that lasts for five seconds is latency. The buffer then removes one micro-turn of
   silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
-- A client that sends in real time has a reserve of at most two seconds, plus the audio for which silence was played
-  before. A larger reserve is an upload, for example of a file. The model hears an upload whole and at its own speed.
+- A client that sends in real time has a reserve of at most two seconds, plus the late audio: the model has already
+  heard silence in its place. A larger reserve is an upload, for example of a file. The model hears all of an upload:
+  200 ms at each tick, and no silence is removed.
 - At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 

@@ -27,7 +27,7 @@ OnTick = Callable[[float, float], None]  # as `Scheduler.on_tick`
 
 
 class WorkerPool:
-    """The schedulers of a server, and the workers that run the schedulers' ticks. Use `start_pool`.
+    """The schedulers of a server, and the workers that run the schedulers' ticks. `start_pool` creates a pool.
 
     Args:
       schedulers: one per group of sessions.
@@ -90,7 +90,7 @@ async def start_pool(
     on_tick: OnTick = lambda tick_s, step_s: None,
     mesh: str = "",
 ) -> AsyncIterator[tuple[WorkerPool, WorkerReady]]:
-    """Starts workers, yields their pool and the first message of a worker, and ends the workers afterwards.
+    """Starts workers, yields their pool and the first worker's `WorkerReady`, and ends the workers afterwards.
 
     Args:
       checkpoint: directory of the model.

@@ -1,6 +1,7 @@
-"""The scheduler: the sessions of one worker and the clock that they share, one tick every 200 ms.
+"""The scheduler: the sessions of one group in a worker, and the clock that they share, one tick every 200 ms.
 
-The scheduler runs in the network process and asks the worker process (`serve.runtime.worker`) for each tick. It knows
+The scheduler runs in the network process and asks the worker process (`serve.runtime.worker`) for each tick. A worker
+may have several groups of sessions, each with a scheduler of its own (`serve.runtime.pool`). The scheduler knows
 nothing of protocols. A protocol gives a session audio, text and pictures at any time. Every tick in which the session
 takes part adds a `TickResult` to the session's journal. The session manager (`serve.sessions.manager`) reads the
 journal for the protocol.
@@ -50,7 +51,7 @@ class TickResult:
       wave: `[3200]` float32 at 16 kHz, to be played in `[t_ms + 200, t_ms + 400)`.
       tokens: `[n]` int32, in the order in which the model generated them.
       speaking: the model speaks.
-      p_speak: the probability of speaking against listening, where the model decided between the two.
+      p_speak: the probability of speaking rather than listening, at the token with which the model decides.
     """
 
     number: int
@@ -131,7 +132,7 @@ class TextPiece(NamedTuple):
 
 @dataclass
 class ScheduledSession:
-    """One session, as the scheduler runs it. Use `Scheduler.admit`.
+    """One session, as the scheduler runs it. `Scheduler.admit` creates one.
 
     A protocol gives it input with `jitter_buffer.push`, `queue_text` and `set_patches`. The session manager reads its
     results with `results_after`. Anyone may end it.
@@ -144,7 +145,7 @@ class ScheduledSession:
       jitter_buffer: audio that waits for its micro-turn.
       attached: the client is connected. A session that is not attached is paused.
       end_reason: why it ended; None: it has not ended.
-      text_queue: text that waits for its micro-turn, one piece each.
+      text_queue: pieces of text. Each micro-turn takes one piece.
       waiting_tokens: number of tokens in `text_queue`.
       patches: `[P, 2, 40, 40, 3]` float32, the picture for the next micro-turn; None: no picture.
       journal: results that nobody has read yet.
@@ -192,7 +193,7 @@ class ScheduledSession:
             self.text_queue.append(TextPiece(mark, piece, on_placed if is_last else None))
 
     def set_patches(self, patches: np.ndarray) -> None:
-        """Sets the picture for the next micro-turn, `[P, 2, 40, 40, 3]` float32. It replaces one that still waits."""
+        """Sets the picture for the next micro-turn, `[P, 2, 40, 40, 3]` float32. Replaces a waiting picture."""
         self.patches = patches
 
     async def results_after(self, number: int) -> list[TickResult]:
@@ -261,15 +262,15 @@ class TickCounts:
 
 
 class Scheduler:
-    """The scheduler of one worker, or of one group of a worker's sessions.
+    """The scheduler of one group of a worker's sessions.
 
     Args:
       model: the worker.
       capacity: number of slots. A session keeps its slot while its client is disconnected.
       clock: the clock of the ticks; None: real time.
-      on_tick: called after each tick with the seconds it took and the seconds of the compiled step inside it.
+      on_tick: called after each tick with the seconds it took, and the seconds that the worker needed inside it.
       week_ms: returns the wall-clock time since the beginning of the week, in ms.
-      group: index of the group of the worker's sessions.
+      group: index of this scheduler's group among the worker's groups.
     """
 
     def __init__(
@@ -286,7 +287,7 @@ class Scheduler:
         self.sessions: dict[int, ScheduledSession] = {}
         self.counts = TickCounts()
         self._next_number = itertools.count(1)
-        self._ended: list[int] = []  # numbers of ended sessions; the next tick tells the worker
+        self._ended: list[int] = []  # numbers of ended sessions, which the next tick ends in the worker
 
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """Returns a new session, which begins at the next tick.
@@ -305,7 +306,7 @@ class Scheduler:
         return session
 
     def retry_after_s(self) -> float:
-        """Returns the seconds until the first paused session gives up its slot; 5 if no session is paused."""
+        """Returns the seconds until the first paused session loses its slot, at least 1; 5 if no session is paused."""
         given_up_at = [
             session.detached_at + session.grace_s for session in self.sessions.values() if not session.attached
         ]

@@ -2,8 +2,8 @@
 
 A message travels over a Unix socket: first its length, then its content in MessagePack. The worker first sends one
 `WorkerReady`, with the model's config or with an error. After that the network process sends a `Tick` and gets a
-`TickReply`, one at a time. Between the workers of several hosts (`serve.runtime.hosts`) the same messages travel over
-TCP.
+`TickReply`, one at a time. If a model lies on several hosts, one worker also sends each `Tick` over TCP to the workers
+of the other hosts, in the same encoding (`serve.runtime.hosts`).
 
 A worker splits its sessions into groups (`jaxtml.session.slots.slot_groups`). A tick is for one group.
 
@@ -103,7 +103,7 @@ def encode(message: Message) -> bytes:
             (session, output.wave.tobytes(), output.tokens.tobytes(), output.speaking, output.p_speak)
             for session, output in message.outputs.items()
         ]
-        body = ("told", outputs, message.step_ms, message.compilations)
+        body = ("reply", outputs, message.step_ms, message.compilations)
     else:
         body = ("ready", message.config, message.groups, message.error)
     data = msgpack.packb(body)
@@ -118,7 +118,7 @@ def decode(data: bytes) -> Message:
         begin, end, inputs, group = fields
         decoded = {session: _decode_input(*input) for session, *input in inputs}
         return Tick(tuple(SessionStart(*start) for start in begin), end, decoded, group)
-    if kind == "told":
+    if kind == "reply":
         outputs, *rest = fields
         return TickReply({session: _decode_output(*output) for session, *output in outputs}, *rest)
     return WorkerReady(*fields)

@@ -1,10 +1,11 @@
 """The worker process, which holds the model and does nothing but run ticks.
 
 `jaxtml serve` starts it as `python -m jaxtml.serve.runtime.worker` (`serve.runtime.worker_process`) and passes one end
-of a socket as a file descriptor. The worker ends when it is asked to over that socket, or when the other end is closed.
-A tick is one step of the model for all sessions of a group (`jaxtml.session.slots.slot_groups`). Ticks must end in
-time. So transport, codecs and JSON run in another process, the network process: in this one they would delay ticks. If
-a model lies on several hosts, each host has a worker; see `serve.runtime.hosts`.
+of a socket as a file descriptor. The worker ends when a message over that socket asks it to end, or when the other end
+of the socket is closed. A tick is one step of the model for all sessions of a group
+(`jaxtml.session.slots.slot_groups`). Ticks must end in time. So transport, codecs and JSON run in another process, the
+network process: in this one they would delay ticks. If a model lies on several hosts, each host has a worker; see
+`serve.runtime.hosts`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worker process, as the network process sees it: start it, ask it tick by tick, notice its death, and end it.
+"""The worker process, as the network process sees it: start it, ask it for ticks, notice its death, and end it.
 
 Called by `serve.runtime.pool`. The other side is `serve.runtime.worker`.
 """
@@ -20,7 +20,7 @@ _STUCK_S = 20.0  # a worker that has not answered a tick after this time counts 
 
 
 class WorkerProcess:
-    """A running worker; implements `serve.runtime.scheduler.TickModel`. Use `start`.
+    """A running worker; implements `serve.runtime.scheduler.TickModel`. `start` starts one.
 
     Attributes:
       process: the operating system's process.
