@@ -1,4 +1,4 @@
-"""A connection: reads a client's messages for its protocol, writes the frames of a replay buffer, and detects its end.
+"""A connection: reads a client's messages for a protocol, writes a replay buffer's frames, and detects a lost client.
 
 Called by the routes of the protocols. A connection runs over a `Transport`: a WebSocket (`WebSocketTransport`) or the
 data channel of a WebRTC peer (`serve.transport.peer`). A session outlives its connections.
@@ -34,7 +34,8 @@ _PINGS_PER_SECOND, _PINGS_BURST = 20, 40
 # A message costs one token, plus one token per `_UNIT_BYTES` of its size. So a client may send half a megabyte per
 # second, and two megabytes in a burst: ten times what audio needs.
 _UNIT_BYTES = 2048
-_WATCH_S, _PING_S, _SILENT_S = 1.0, 5.0, 20.0  # between two checks; between two pings; until a silent client is gone
+_WATCH_S, _PING_S = 1.0, 5.0  # from one check of the client to the next, and from one ping to the next
+_SILENT_S = 20.0  # a client from which nothing arrives for this time counts as gone
 CLOSE_TIMEOUT_S = 3.0  # for a client to confirm that its connection is closed
 
 MessageHandler = Callable[[bytes], Awaitable[None]]
@@ -46,7 +47,7 @@ class ConnectionEnd(Enum):
     DONE = auto()  # all frames were sent, and no more will come
     LEFT = auto()  # the client closed it normally
     GONE = auto()  # the client is no longer there
-    SLOW = auto()  # the client took nothing for too long
+    SLOW = auto()  # the client read so slowly that the replay buffer dropped frames for it
     REPLACED = auto()  # the client is back over another connection
 
 
@@ -102,8 +103,8 @@ class WebSocketTransport:
 
     Args:
       request: the request that opened the WebSocket.
-      ws: from `new_websocket`, and prepared.
-      kind: the type of the messages that it sends, text or binary.
+      ws: a WebSocket from `new_websocket` whose method `prepare` has been called.
+      kind: the type of the messages that the server sends, text or binary.
     """
 
     def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType):

@@ -28,8 +28,8 @@ IMAGE_EXECUTOR = ThreadPoolExecutor(1, "pictures")
 class ImageIntake:
     """The pictures of one session.
 
-    The model sees pairs: each picture with the one before it. If that one is too old, or there is none, the model sees
-    the same picture twice.
+    The model sees pairs: each picture with the picture before it. If there was no picture before, or if that picture is
+    too old or has another shape, the model sees the new picture twice.
 
     Args:
       max_patches: the most patches of a micro-turn; 0: the model takes no pictures.

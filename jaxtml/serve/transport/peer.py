@@ -70,7 +70,7 @@ _Address = tuple[Any, ...]  # as asyncio gives it: host and port, and more for I
 
 
 class Peer:
-    """One WebRTC peer; a `connection.Transport`. Use `from_offer`.
+    """One WebRTC peer; a `connection.Transport`. `from_offer` creates one.
 
     Attributes:
       voice: the track on which the peer hears the model.
@@ -181,7 +181,8 @@ class Peer:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
-        # In a task of its own: aiortc may already be closing, and would fail if this task were cancelled.
+        # aiortc closes in a separate task, which goes on if the caller is cancelled. Otherwise a close that aiortc has
+        # already begun would fail.
         closing = asyncio.ensure_future(self._pc.close())
         done, _ = await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
         if not done:  # aiortc waits for a task of its own that has failed

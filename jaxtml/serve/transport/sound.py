@@ -1,4 +1,4 @@
-"""Audio as protocols carry it, 16-bit PCM and G.711 at their own sample rates, to and from the model's 16 kHz.
+"""Converts between the audio of protocols (16-bit PCM or G.711, at several sample rates) and the model's 16 kHz.
 
 Called by the protocols and by `serve.sessions.intake`. Each session has one `SoundDecoder` and one `SoundEncoder`.
 
@@ -79,7 +79,7 @@ class SoundDecoder:
         self._resampler = _Resampler(format.rate, SAMPLE_RATE)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Returns the next samples of the stream, `[N]` float32 at 16 kHz. Raises `ValueError` as `SoundFormat`."""
+        """Returns the next samples of the stream, `[N]` float32 at 16 kHz. Raises as `SoundFormat.decode`."""
         return self.resample(self.format.decode(data))
 
     def resample(self, samples: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ and encodes Opus itself, in the event loop's thread, and aiortc only carries pac
 The rule for the model's voice. A micro-turn, 200 ms of audio, arrives all at once every 200 ms, and sometimes late. A
 track without audio sends silence; it has run dry. The first micro-turn waits for `_LEAD_MS`, and so does the first one
 after the track ran dry. A late micro-turn delays all audio after it. The delay shrinks only when a micro-turn arrives
-while other audio still waits. If the waiting audio is silence, only its last `_LEAD_MS` are kept. If it is not, only
-its last `_MAX_WAITING_MS` are kept.
+while other audio still waits. Of waiting silence only the last `_LEAD_MS` are then kept. Of waiting speech only the
+last `_MAX_WAITING_MS` are kept.
 
 The rule for the user's voice is that of `serve.runtime.jitter_buffer`. Here packets are only put in order. A missing
 packet is waited for until two later packets have arrived; then silence takes its place.
@@ -42,7 +42,7 @@ _PACKET_SAMPLES = SAMPLE_RATE * _PACKET_MS // 1000
 _LEAD_MS, _MAX_WAITING_MS = 40, 200
 _LEAD_SAMPLES, _MAX_WAITING_SAMPLES = (SAMPLE_RATE * ms // 1000 for ms in (_LEAD_MS, _MAX_WAITING_MS))
 _QUIET_RMS = 10 ** (-50 / 20)  # root mean square relative to full scale, -50 dBFS
-_STALLED_S = 0.2  # a sender further behind than this does not make up for the packets that it missed
+_STALLED_S = 0.2  # after a pause, the server makes up for at most this much time of packets and skips the others
 _BIT_RATE = "32000"  # bits per second: more does not improve speech with a bandwidth of 8 kHz
 _COMPRESSION_LEVEL = "5"  # 0 to 10; 5 takes half of the computing time of 10
 _MAX_EARLY = 2  # packets that may wait for a missing one before them
