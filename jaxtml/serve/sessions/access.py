@@ -48,8 +48,8 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
       key: the API key, or `sha256:` and its digest.
       sessions: sessions at a time, at most. The default is no limit in practice.
       minutes_per_day: minutes of sessions in any 24 hours, at most. The default is no limit.
-      requests_per_minute: requests for sessions, for sidebands and for short-lived keys, at most. The default is no
-        limit in practice.
+      requests_per_minute: requests for sessions, for short-lived keys, and for further connections that watch a session
+        (sidebands), at most. The default is no limit in practice.
       scopes: names of the protocols that the key may use; None: all protocols.
     """
 
@@ -98,11 +98,11 @@ class Access:
         self.keys = {_key_digest(key): key for key in keys}
         self.keys_by_name = {key.name: key for key in self.keys.values()} or {EVERYONE.name: EVERYONE}
         self.secret, self.now = secret or secrets.token_urlsafe(32), now
-        # Each dictionary is by the name of the key. Times of the requests in the last minute:
+        # The keys of these three dictionaries are the names of API keys. Times of the requests in the last minute:
         self._requests: dict[str, deque[float]] = {name: deque() for name in self.keys_by_name}
-        # The sessions that have ended, in groups of up to a minute: (end of the first session, seconds of all of them).
+        # Sessions that ended within the same minute share an entry: (end of the first one, seconds of all of them).
         self._used: dict[str, deque[tuple[float, float]]] = {name: deque() for name in self.keys_by_name}
-        # When each live session began, by the name of the session:
+        # The start of each live session, by the name of the session:
         self._live: dict[str, dict[str, float]] = {name: {} for name in self.keys_by_name}
 
     @classmethod

@@ -90,7 +90,7 @@ class Intake:
         await self.wait_for_room()
 
     def push_nowait(self, samples: np.ndarray) -> None:
-        """Adds audio without waiting. Audio without room waits here, so await `wait_for_room` first."""
+        """Adds audio without waiting. What does not fit stays in memory, so await `wait_for_room` first."""
         self._overflow = np.concatenate([self._overflow, samples])
         self.flush()
 
@@ -100,7 +100,7 @@ class Intake:
         return len(self._overflow) + self.session.scheduled.jitter_buffer.waiting_samples
 
     async def wait_for_room(self) -> None:
-        """Waits until all audio that has arrived is in the jitter buffer, also audio from a connection that is lost."""
+        """Waits until all audio that has arrived, even over a lost connection, is in the jitter buffer."""
         while len(self._overflow) and await self.session.wait_for_room():
             self.flush()
 

@@ -108,11 +108,12 @@ class SessionManager:
             self.pool.check_capacity()
 
     def admit(self, grant: Grant, make_protocol: MakeProtocol, scope: str) -> ClientSession:
-        """Admits a session, which begins at the next tick. The request for it has been counted (`count_request`).
+        """Admits a session, which begins at the next tick. The caller has counted the request with `count_request`.
 
         Args:
           grant: what the client's key allows.
-          make_protocol: makes the protocol of the new session. What it raises passes through, and the session ends.
+          make_protocol: makes the protocol of the new session. If it raises an error, the session ends, and the
+            caller gets the error.
           scope: name of the protocol.
 
         Raises:
@@ -154,7 +155,7 @@ class SessionManager:
         """
         session = self.sessions.get(session_id)
         if session is None or session.grant.key.name != grant.key.name:
-            raise Refused(404, "session_not_found", f"there is no session {session_id[:64]}, or no longer")
+            raise Refused(404, "session_not_found", f"there is no session {session_id[:64]}; it may have ended")
         return session
 
     def resume(self, session_id: str, resume_token: str, after: int, grant: Grant) -> ClientSession:
@@ -175,7 +176,8 @@ class SessionManager:
                 raise Refused(403, "invalid_resume_token", "this is not the resume token of that session")
             frames = session.replay_buffer
             if not frames.last_number - len(frames.frames) <= after <= frames.last_number:
-                raise Refused(409, "resync_required", "what was missed is no longer there; begin a new session")
+                text = f"message {after} was never sent, or later ones are no longer kept; begin a new session"
+                raise Refused(409, "resync_required", text)
         except Refused as refused:
             self.metrics.resumptions.labels(refused.code).inc()
             raise
@@ -245,7 +247,7 @@ class SessionManager:
 
     def _enforce_limits(self, session: ClientSession, last: TickResult) -> None:
         """Ends a session that has expired or is closed, and warns the client of a session that expires soon."""
-        # Other sessions of the same key may use up its minutes, so the time that is left can change.
+        # Other sessions may use up the minutes of the same key, so the time that is left can change.
         left_s = min(session.expires_at - time.time(), self.access.remaining_s(session.grant))
         if left_s <= 0:
             session.scheduled.end(EndReason.EXPIRED if self.drain_deadline is None else EndReason.DRAINED)

@@ -49,7 +49,7 @@ class SessionProtocol(Protocol):
 
     @property
     def intake(self) -> MediaSink:
-        """Takes sound and pictures for the session. WebRTC puts those of its tracks here directly."""
+        """Takes sound and pictures for the session. A WebRTC peer passes the sound and pictures of its tracks to it."""
         ...
 
     async def receive(self, message: bytes) -> None:
