@@ -1,4 +1,4 @@
-"""What every HTTP request passes: the check of its origin, and refusals in the format of OpenAI's APIs."""
+"""Checks the origin of every HTTP request, and answers refusals and failures in the format of OpenAI's APIs."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ class Middleware:
             host = request.url.raw_host
         except ValueError as error:
             raise Refused(400, "invalid_request", "the Host header is invalid") from error
-        # A page of an attacker may have a name that means this machine (DNS rebinding). Without keys nothing else
-        # protects the server, so then only pages on the loopback's own names are the server's.
+        # An attacker can serve a page under a host name and then let that name mean this machine (DNS rebinding). The
+        # page then has the same host as its request. Without keys, only this check protects the server. So without keys
+        # a page counts as the server's own only under the names of the loopback interface.
         return origin.partition("://")[2] != request.host or not self.service.access.keys and host not in _LOOPBACK
 
     async def _handle_in_time(self, request: web.Request, handler: Handler) -> web.StreamResponse:

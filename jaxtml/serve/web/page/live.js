@@ -1,7 +1,8 @@
-// A client of GPT-Live: one session, over as many connections as it takes. Used by page.js.
+// A client of the GPT-Live protocol: one session, over as many connections as it takes. Used by page.js.
 //
 // When a connection is lost, the client connects again and resumes the session. The server says how much of the
-// client's sound has arrived and which other message was the last. The client then sends the rest again.
+// client's sound it has received, and the number of the last other message that it has received. The client then sends
+// everything after that again.
 
 const RECONNECT_MS = 4000; // the longest time between two attempts to reconnect
 const KEPT_PACKETS = 500; // packets of sound that were sent and may have been lost on the way
@@ -10,8 +11,8 @@ const KEPT_MESSAGES = 100; // other messages that may have been lost on the way
 
 export class Live extends EventTarget {
   // model: name of the model. key: key of the server, or "".
-  // Dispatches `event` (detail: an event of the server), `state` (detail: a text for the user, and whether it is bad)
-  // and `over` (the conversation is over).
+  // Dispatches `event` (detail: an event of the server), `state` (detail: a text for the user, and whether the text is
+  // about a problem) and `over` (the conversation is over).
   constructor(model, key) {
     super();
     this.model = model;
@@ -87,7 +88,8 @@ export class Live extends EventTarget {
     this.packets = this.packets.filter((message) => (end += soundBytes(message)) > receivedBytes);
     this.sentPackets = this.packets.length;
     this.droppedBytes = receivedBytes;
-    // The page sends no sound while it is muted. So the server has to take this sound unmuted.
+    // These packets were recorded while the page was not muted. The server drops sound while it is muted itself, so it
+    // must unmute first.
     if (this.packets.length) this.write({ type: "session.input_audio.unmute" });
     this.packets.forEach((message) => this.write(message));
     this.messages = this.messages.filter((message) => Number(message.event_id) > lastMessage);

@@ -1,11 +1,11 @@
-// The page: a microphone, a camera and a line of text for one side of a session, and the model's answers.
+// The page on which a person talks, types and shows pictures to the model, and hears and reads the model's answers.
 //
 // live.js keeps the session over lost connections, sound.js has the audio worklets, timeline.js draws.
 
 import { Live, decode, encode } from "./live.js";
 import { Timeline, drawHistory } from "./timeline.js";
 
-const PICTURE_MS = 200; // between two pictures of the camera: one each micro-turn
+const PICTURE_MS = 200; // between two pictures of the camera: the model takes one every 200 ms
 const LOUD = 0.006; // root mean square above which the user is speaking
 const ANSWER_S = 3; // what the model says later than this is no answer to the user's last sound
 const SHOWN_LATENCIES = 12;
@@ -37,7 +37,8 @@ let camera = null; // { stream, timer }
 let lastLoud = null; // context time of the user's last sound
 let latencies = []; // seconds
 let models = [];
-let openLine = { you: null, model: null }; // { item, ms }: list items to which words are still added
+// For each voice, the list item to which words are still added, and the time of the last ones: { item, ms } or null.
+let openLine = { you: null, model: null };
 
 // Shows the state of the connection, or an error, to the user.
 function showState(text, bad = false) {
