@@ -69,42 +69,42 @@ REALTIME = [
 ]
 
 
-def spoil(message: Any, drawn: random.Random) -> Any:
+def spoil(message: Any, rng: random.Random) -> Any:
     """Returns a copy of `message` in which something is missing, added or of another type."""
-    if isinstance(message, dict) and message and drawn.random() < 0.8:
-        key = drawn.choice(list(message))
+    if isinstance(message, dict) and message and rng.random() < 0.8:
+        key = rng.choice(list(message))
         changed = dict(message)
-        kind = drawn.random()
+        kind = rng.random()
         if kind < 0.15:
             del changed[key]
         elif kind < 0.3:
-            changed[drawn.choice(("event_id", "colour", "", "type", "audio"))] = drawn.choice(ODD)
+            changed[rng.choice(("event_id", "colour", "", "type", "audio"))] = rng.choice(ODD)
         else:
-            changed[key] = spoil(message[key], drawn)
+            changed[key] = spoil(message[key], rng)
         return changed
-    if isinstance(message, list) and message and drawn.random() < 0.7:
-        return [spoil(message[0], drawn)] * drawn.choice((0, 1, 3))
-    return drawn.choice(ODD)
+    if isinstance(message, list) and message and rng.random() < 0.7:
+        return [spoil(message[0], rng)] * rng.choice((0, 1, 3))
+    return rng.choice(ODD)
 
 
 def json_frames(kinds: list[dict[str, Any]]) -> Callable[[random.Random], bytes]:
-    def frame(drawn: random.Random) -> bytes:
-        message = spoil(drawn.choice(kinds), drawn)
+    def frame(rng: random.Random) -> bytes:
+        message = spoil(rng.choice(kinds), rng)
         try:
             data = json.dumps(message).encode()
         except UnicodeEncodeError:
             data = b"\xed\xa0\x80"
-        if drawn.random() < 0.2 and data:
-            at = drawn.randrange(len(data))
-            data = data[:at] + drawn.randbytes(drawn.randrange(4)) + data[at + drawn.randrange(8) :]
+        if rng.random() < 0.2 and data:
+            at = rng.randrange(len(data))
+            data = data[:at] + rng.randbytes(rng.randrange(4)) + data[at + rng.randrange(8) :]
         return data
 
     return frame
 
 
-def moshi_frames(drawn: random.Random) -> bytes:
-    head = b"OggS" if drawn.random() < 0.3 else b""
-    return bytes([drawn.choice((0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 255))]) + head + drawn.randbytes(drawn.randrange(300))
+def moshi_frames(rng: random.Random) -> bytes:
+    head = b"OggS" if rng.random() < 0.3 else b""
+    return bytes([rng.choice((0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 255))]) + head + rng.randbytes(rng.randrange(300))
 
 
 PROTOCOLS = {
@@ -119,7 +119,7 @@ def test_ten_thousand_wrong_messages_disturb_no_other_session(slots, engine, pro
     monkeypatch.setattr(connection, "_MESSAGES_PER_SECOND", 1_000_000)
     caplog.set_level(logging.ERROR)
     path, frame = PROTOCOLS[protocol]
-    drawn = random.Random(7)
+    rng = random.Random(7)
 
     async def noise(serving: Serving) -> int:
         """Sends all wrong messages, and connects again when the server closes. Returns the number of connections."""
@@ -131,7 +131,7 @@ def test_ten_thousand_wrong_messages_disturb_no_other_session(slots, engine, pro
                 await ws.send_json({"type": "session.start", "session": {"model": "small_test"}})
             listening = asyncio.create_task(_listen(ws))
             while sent < MESSAGES and not ws.closed:
-                await ws.send_frame(frame(drawn), aiohttp.WSMsgType.BINARY)
+                await ws.send_frame(frame(rng), aiohttp.WSMsgType.BINARY)
                 sent += 1
                 if sent % 50 == 0:
                     await asyncio.sleep(0)
@@ -148,8 +148,8 @@ def test_ten_thousand_wrong_messages_disturb_no_other_session(slots, engine, pro
         async with serving.ticking():
             connections = await noise(serving)
             await eventually(lambda: len(serving.manager.sessions) == 1)
-            turns = session.scheduled.micro_turns
-            await eventually(lambda: session.scheduled.micro_turns > turns + 3)
+            micro_turns = session.scheduled.micro_turns
+            await eventually(lambda: session.scheduled.micro_turns > micro_turns + 3)
         assert not session.scheduled.end_reason and session.scheduled.attached
         assert connections == 1, "a wrong message does not end the session of its sender"
         assert serving.counted("duplex_sessions_ended_total", reason="internal_error") == 0

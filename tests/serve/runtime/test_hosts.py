@@ -1,6 +1,6 @@
 """Tests of a model on a mesh of one process, and of a model on the devices of two processes.
 
-The outputs are those of one device, and all processes end together.
+The tests check that the outputs are the same as on one device, and that all processes end together.
 """
 
 from __future__ import annotations
@@ -72,10 +72,12 @@ def shared(checkpoint, tmp_path_factory) -> Path:
 def test_sessions_on_a_mesh_match_those_of_one_device(shared, slots, wave):
     waves = [np.roll(wave, 999 * n) for n in range(3)]
     on_mesh = Slots(Engine.load(shared, MESH), 4, (1,))
-    assert on_mesh.buckets == (2, 4), "a bucket has as many sessions for each part of the mesh"
+    assert on_mesh.buckets == (2, 4), "a bucket has the same number of sessions for each part of the mesh"
     on_mesh_outputs, expected_outputs = run_sessions(on_mesh, waves), run_sessions(slots, waves)
     assert on_mesh.bucket == 4
-    assert any(output.speaking for outputs in expected_outputs for output in outputs.values()), "a test of silence"
+    assert any(output.speaking for outputs in expected_outputs for output in outputs.values()), (
+        "no session speaks, so this would compare only silence"
+    )
     for outputs, expected in zip(on_mesh_outputs, expected_outputs, strict=True):
         assert outputs.keys() == expected.keys()
         for session, output in outputs.items():

@@ -51,7 +51,7 @@ async def _speak(clock: SteppedClock, session: ScheduledSession, wave: np.ndarra
         await clock.advance(1)
 
 
-def _check_is_converse(engine, wave: np.ndarray, results: list[TickResult]) -> None:
+def _check_matches_converse(engine, wave: np.ndarray, results: list[TickResult]) -> None:
     """Checks that the results are those of `converse` over the wave."""
     for result, (outputs, _) in zip(results, converse(engine, [wave], seed=7), strict=True):
         np.testing.assert_array_equal(result.wave, outputs.wave[0])
@@ -65,7 +65,7 @@ def test_session_hears_and_says_what_converse_does(slots, engine, wave):
         await _speak(clock, session, wave)
         results = await session.results_after(-1)
         assert [result.t_ms for result in results] == [200 * i for i in range(14)]
-        _check_is_converse(engine, wave, results)
+        _check_matches_converse(engine, wave, results)
         assert [result.number for result in await session.results_after(11)] == [12, 13]
         reading = asyncio.create_task(session.results_after(13))
         await clock.advance(1)
@@ -90,7 +90,7 @@ def test_paused_session_continues_as_if_it_had_not_been_paused(slots, engine, wa
         assert len(model.ticks) == before, "a paused session takes part in no tick"
         session.attach()
         await _speak(clock, session, wave[half:])
-        _check_is_converse(engine, wave, await session.results_after(-1))
+        _check_matches_converse(engine, wave, await session.results_after(-1))
 
     scheduling(slots, test)
 
@@ -142,7 +142,7 @@ def test_late_tick_is_counted_and_the_next_ones_catch_up(slots, engine, wave):
         await clock.advance(9)
         assert scheduler.counts.misses == 2, "the next tick, which began late; all others were in time"
         assert scheduler.counts.lost == 0
-        _check_is_converse(engine, wave, await session.results_after(-1))
+        _check_matches_converse(engine, wave, await session.results_after(-1))
 
     scheduling(slots, test)
 

@@ -201,7 +201,7 @@ def test_page_has_one_conversation_and_a_lost_connection_loses_nothing(slots, en
             both = engine.codec.encode("the sky") + engine.codec.encode("a number")
             await eventually(lambda: len(typed(serving)) >= len(both))
             assert typed(serving) == both, "no text reaches the model twice"
-            assert all(heard), "the server unmutes before it takes the sound of that time"
+            assert all(heard), "the server unmutes before it takes the sound that waited for the connection"
             assert serving.session() is session and session.scheduled.micro_turns and tab.errors == []
 
     serving(slots, engine, test)
@@ -308,6 +308,8 @@ def test_camera_picture_reaches_the_model_the_right_way_round(slots, engine, tmp
                     given = serving.model_inputs()
                     seen = [one.patches for one in given if one.patches is not None]
         (left, right) = seen[-1][:, -1]  # this model takes two patches: a picture of 51 x 38 pixels
-        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, "pixels are normalised as CLIP's"
+        assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, (
+            "the left half is dark and the right half is bright, in CLIP's normalisation"
+        )
 
     serving(slots, engine, test)
