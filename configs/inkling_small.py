@@ -9,8 +9,8 @@ Size: 263.7B parameters without the checkpoint's multi-token-prediction heads, 1
 
 Cost: 532 GB in bfloat16. No single machine runs it; `jaxtml plan inkling_small --topology ...` says which pods can.
 
-What to expect: it hears and sees as released. It cannot speak, so the parts that speech needs are as small as they can
-be. `tml_interaction_small` has the same layers and speaks.
+What to expect: it hears and sees like the released model. It cannot speak, so the parts that speech needs are as small
+as they can be. `tml_interaction_small` has the same layers and speaks.
 """
 
 from jaxtml.config import (

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds a speech bank with more of the model's own voice, for its vocoder: sentences of a broad vocabulary.
+"""Builds a speech bank that gives the vocoder more material: the model's own voice, saying sentences of many words.
 
 The model's replies in the task that `tiny` learns (docs/evaluation.md) use few of the sound sequences of English. The
 sentences of this tool are put together from lists of words chosen for their sounds; they mean nothing. 120 sentences
@@ -43,7 +43,7 @@ VERBS = (
     "visits watches weaves"
 )
 PLACES = "above across after along around before behind below beside beyond near over past through under with"
-SHARD = 60  # sentences; a killed build loses at most as many per worker
+SHARD = 60  # sentences; a killed build loses the unfinished shard of each worker
 SHAPES = (
     "The {a} {n} {v} the {b} {m}.", "A {n} {v} the {m} {p} the {a} {o}.", "{Why} the {n} {v} the {m}, the {o} {w} it.",
     "Does the {a} {n} stay {p} the {m}?", "Yes, the {n} {v} the {m}!", "This {a}, {b} {n} {v} those {m} things.",
@@ -85,6 +85,6 @@ def build_bank(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/build_voice_bank.py --out data/voice --sentences 120")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the bank")
-    parser.add_argument("--sentences", type=count, default=120, help="how many (default: 120)")
+    parser.add_argument("--sentences", type=count, default=120, help="number of sentences (default: 120)")
     parser.add_argument("--workers", type=count, default=2, help="processes that synthesise (default: 2)")
     run_tool(parser, build_bank)

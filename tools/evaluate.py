@@ -5,8 +5,8 @@ The task (docs/evaluation.md) is to repeat words, to add small numbers and to an
 
 The model holds sessions with voices that training never hears: the split "test" of the speech bank, and a person's
 recorded prompts (apt-get install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav). Whisper tiny.en judges
-whether the model's own voice can be understood (see jaxtml/evals/judge.py). A part that is not installed is left out,
-and the report names it.
+whether the model's own voice can be understood (see jaxtml/evals/judge.py). If the prompts or Whisper are not
+installed, the tool leaves out the metrics that need them, and the report says so.
 
 `--out` gets the results as JSON, the sessions as WAVs, and a picture. An evaluation that was interrupted goes on when
 the same command runs again.
@@ -38,7 +38,7 @@ from jaxtml.session.engine import Engine
 def choose_sessions(
     args: argparse.Namespace, bank: Bank | None, micro_turns: int
 ) -> tuple[list[EvaluationTalk], dict[str, object], list[str]]:
-    """Returns the sessions to hold, what they are made of (for the report), and what is left out, with the reason."""
+    """Returns the sessions to hold, a description of their material for the report, and what is left out and why."""
     talks, left_out = [], []
     material: dict[str, object] = {"seed": SEED, "listened": args.listened}
     if args.synthetic > 0:
@@ -114,7 +114,7 @@ if __name__ == "__main__":
         type=int,
         default=150,
         metavar="N",
-        help="stretches of the model's speech that Whisper judges, of each kind of session (default: 150)",
+        help="utterances of the model that Whisper judges, in synthetic and in human sessions each (default: 150)",
     )
     parser.add_argument("--threads", type=count, default=1, help="CPU threads of Whisper (default: 1)")
     run_tool(parser, evaluate)

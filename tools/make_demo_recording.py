@@ -29,7 +29,7 @@ USER_TURNS = (
     ("digits/9", "digits/1", "digits/6"),
 )
 LEAD_S, GAP_S, SILENCE_S = 0.6, 0.12, 2.6  # before the first user turn, between words, after each user turn
-QUIET = 0.02  # times a word's peak; the word is cut where its ends are quieter
+QUIET = 0.02  # share of a word's peak; quieter samples at the start and the end of the word are cut off
 
 
 def read_word(name: str) -> np.ndarray:

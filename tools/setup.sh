@@ -53,8 +53,8 @@ install_apart() {
   fi
 }
 
-# A step that succeeded is not repeated. A step that failed is not repeated either until its file is removed: without a
-# network each attempt would cost its time limit again.
+# A step that succeeded is not repeated. A step that failed is repeated only after its file NAME.failed is removed:
+# without a network, every attempt would take the whole time limit again.
 try_step() {
   local name=$1 seconds=$2 function=$3 steps=.venv/steps status=0 limit=()
   mkdir -p "$steps"
@@ -118,7 +118,7 @@ install_kokoro_styles() {
   fi
 }
 
-# A person's recorded prompts, for evaluation, and human readers, for the vocoder's benchmark.
+# Recordings of humans: Asterisk's prompts for evaluation, and readers of books for the vocoder's benchmark.
 install_recordings() {
   [ -f /usr/share/asterisk/sounds/en_US_f_Allison/digits/1.wav ] && [ -d /usr/share/pocketsphinx/test/data ] ||
     apt_install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav pocketsphinx-testdata

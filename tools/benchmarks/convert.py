@@ -101,7 +101,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def convert(source: Path, destination: Path, to: str) -> tuple[float, float]:
-    """Runs `jaxtml convert` and returns the seconds of the whole process and the bytes that the conversion added."""
+    """Runs `jaxtml convert`. Returns the seconds of the whole process, and the bytes of memory that it added."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "jaxtml", "convert", str(source), str(destination), "--to", to]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
@@ -132,7 +132,7 @@ def copy_file(source: str, destination: str) -> None:
 
 
 def measure_pair(folder: Path) -> dict[str, float]:
-    """Copies and converts `folder`/hf once and returns seconds and bytes. The results are deleted."""
+    """Copies and converts `folder`/hf once, then deletes the files made. Returns seconds, and bytes of added memory."""
     original = folder / "hf"
     drop_from_page_cache(original)
     began = time.perf_counter()

@@ -5,7 +5,7 @@ The benchmark measures two things:
 
 - Training: tokens per second of forward pass, backward pass and AdamW, on 4 x 512 text tokens.
 - Micro-turn: milliseconds in which one session reads 6 positions at once and then generates 6 tokens one by one, with
-  a cache. The backbone and the logits alone; a real micro-turn also has a flow head and a vocoder.
+  a cache. Only the backbone and the logits are measured. A real micro-turn also has a flow head and a vocoder.
 
 Each round runs our side and then the other side, so that other work on the machine disturbs both. The result has the
 median of each side and the median of the rounds' ratios. Before the rounds, the benchmark compares the logits of both

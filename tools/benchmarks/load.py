@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lets many people talk to one server at once, and measures what they get and when.
+"""Runs many sessions on one server at once, and measures what each simulated user hears and when.
 
 Every session sends a recording over and over, each from a different place in the recording. It sends packets of 200 ms
 at the pace of speech. Without `--url` the tool starts a server with the shipped `tiny`. With `--chaos` sessions lose
@@ -9,7 +9,8 @@ The tool prints its results and writes them to `--out` as JSON and as a picture:
 
 - gaps: the time between two pieces of sound that a session receives. A piece is 200 ms, so a longer gap is silence in
   somebody's ear.
-- latency: from the end of the user's words, at the pace of speech, to the arrival of the first audible sample.
+- latency: from the end of the user's words to the arrival of the first audible sample. The end of the words is the
+  time at which a person who speaks the recording would have said them, not the time at which the packet is sent.
 - ticks that took longer than 200 ms, and ticks that ended late, as the server counts them.
 - events lost: the server numbers the events of a session; these are the numbers that the session did not receive.
 
@@ -74,13 +75,13 @@ def ends_of_words(wave: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Talker:
-    """One session, and what came of it. Times are of the monotonic clock, in seconds.
+    """One session and its measurements. Times are of the monotonic clock, in seconds.
 
     Attributes:
       url: the server.
       wave: what the user says in one round, `[N]` float32 at 16 kHz.
       seconds: length of the session.
-      chaos: source of the mischief; None: the session behaves.
+      chaos: decides when and how the session misbehaves; None: the session does not misbehave.
       gaps, latencies: see the module's docstring.
       unanswered: user turns without a reply within `PATIENCE_S`.
       lost: events that the session did not receive.
@@ -118,7 +119,7 @@ class Talker:
             part = min(left, self.chaos.uniform(5, 25)) if self.chaos else left
             await self._talk_for(ws, part)
             if self.chaos and part < left:
-                ws = await self._make_mischief(http, ws, self.chaos)
+                ws = await self._misbehave(http, ws, self.chaos)
         await ws.send_json({"type": "session.close"})
         async with asyncio.timeout(CLOSE_S):
             await self._receive(ws)
@@ -172,7 +173,7 @@ class Talker:
         self.audible += [now + block * BLOCK / SAMPLE_RATE for block in np.flatnonzero(loudness(sound) > AUDIBLE)]
 
     def _measure_latencies(self) -> None:
-        """Measures from each end of words to the first audible sample. Words that end while the model speaks are left
+        """Measures the latency after each end of the user's words. Words that end while the model speaks are left
         out."""
         audible = np.array(self.audible)
         for spoken in self.spoken:
@@ -184,10 +185,10 @@ class Talker:
             elif after[0] > spoken:
                 self.latencies.append(float(after[0] - spoken))
 
-    async def _make_mischief(
+    async def _misbehave(
         self, http: aiohttp.ClientSession, ws: aiohttp.ClientWebSocketResponse, chaos: random.Random
     ) -> aiohttp.ClientWebSocketResponse:
-        """Does one bad thing and returns the connection on which the session goes on."""
+        """Cuts the connection, stalls or floods. Returns the connection on which the session goes on."""
         kind = chaos.choice(("cut", "stall", "flood"))
         if kind == "stall":
             await asyncio.sleep(STALL_S)
@@ -199,7 +200,7 @@ class Talker:
             ws._response.connection.transport.abort()
             await asyncio.sleep(chaos.uniform(0.5, 5))
             ws = await self._resume(http)
-        # The user speaks on from now. Words for the time in between are never sent.
+        # The user goes on from here with the next packet of the recording, as if no time had passed.
         self.began, self.last_sound = monotonic() - self.sent * MICRO_TURN_S, None
         return ws
 
@@ -251,7 +252,8 @@ async def run_sessions(args: argparse.Namespace, url: str) -> dict[str, Any]:
 def report(
     args: argparse.Namespace, talkers: list[Talker], growth: dict[str, float], metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns the report: `growth` is what the metrics gained during the run. Names with "_" are for the picture."""
+    """Returns the report. `growth` is how much each metric grew during the run. Entries whose names begin with "_" are for
+    the picture only."""
     gaps, latencies = (np.array([x for t in talkers for x in getattr(t, name)]) for name in ("gaps", "latencies"))
     ticks = growth["duplex_tick_duration_seconds_count"]
     return {
@@ -358,10 +360,10 @@ def load(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/load.py --sessions 4 --seconds 20 --chaos")
-    parser.add_argument("--sessions", type=count, default=24, help="how many talk at once (default: 24)")
+    parser.add_argument("--sessions", type=count, default=24, help="sessions at the same time (default: 24)")
     parser.add_argument("--seconds", type=amount, default=60, help="length of each session (default: 60)")
     parser.add_argument("--ramp", type=amount, default=5, help="seconds within which all sessions begin (default: 5)")
-    parser.add_argument("--chaos", action="store_true", help="sessions misbehave, see above")
+    parser.add_argument("--chaos", action="store_true", help="sessions misbehave, as described above")
     parser.add_argument("--url", help="a running server, as http://127.0.0.1:8080; default: one is started")
     parser.add_argument("--wav", default=RECORDING, help="what the users say; default: the demo's recording")
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting places and of --chaos (default: 0)")

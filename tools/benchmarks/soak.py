@@ -40,7 +40,7 @@ from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
 WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
 MIN_ROUNDS = 20  # two per tenth
-SESSIONS = 8  # room of the server for the cycles; half as many clients run at a time
+SESSIONS = 8  # the server of the cycles admits this many; half as many clients run at the same time
 FREE_S = 0.2  # a slot is free again at the next tick
 
 

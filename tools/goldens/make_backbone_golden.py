@@ -35,8 +35,8 @@ TOKENS = 72  # more than the windows (16), both relative extents (16, 24) and th
 def released_config(**text: Any) -> dict[str, Any]:
     """Returns the `config.json` of a small model in Inkling's released format. `text` replaces fields of the text part.
 
-    The spelling is the released one: where `dense_intermediate_size` is present, `intermediate_size` is the width of
-    the experts.
+    The field names are those of the released checkpoint. There `intermediate_size` is the width of the experts, because
+    `dense_intermediate_size` is given too.
     """
     return {
         "architectures": ["InklingForConditionalGeneration"],
@@ -97,7 +97,7 @@ HEADS_CASE = released_config() | {"mtp_config": {"num_nextn_predict_layers": HEA
 def released_weights(config: Config) -> dict[str, np.ndarray]:
     """Returns every tensor of the released layout by name, float32. Norms and scales are near one.
 
-    Each tensor has its own random stream, so a tensor's numbers do not depend on which others there are.
+    Each tensor has its own random stream, so a tensor's numbers do not depend on the other tensors.
     """
     weights = {}
     for place in released_tensors(config):

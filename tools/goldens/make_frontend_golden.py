@@ -57,9 +57,9 @@ def checksum(array: np.ndarray) -> str:
 
 
 def import_torchvision() -> None:
-    """Imports torchvision, also where it was built for another torch.
+    """Imports torchvision, even if it was built for another version or build of torch than the installed one.
 
-    With another torch, the compiled operators of torchvision do not load. The import then fails at two operators whose
+    In that case the compiled operators of torchvision do not load. The import then fails at two operators whose
     shapes torchvision registers. The released image processor calls no operator of torchvision, so this function
     declares the two without an implementation.
     """
