@@ -7,7 +7,7 @@
 | H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand per GPU) |
 | GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 per GPU, 186 GB, NVLink 1,800 GB/s) |
 
-Called by the trainer's progress line and by `jaxtml plan`; `TPU_LANES` by the TPU kernels.
+The trainer's progress line and `jaxtml plan` read the figures. The kernels of the model use `TPU_LANES`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TPU_LANES = 128  # columns of a TPU's vector register: a kernel takes only sizes
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a chip that is a GPU has besides: what XLA's compiler must know of it when it is absent, and its hosts.
+    """What only a GPU has: the figures with which XLA compiles for an absent GPU, and how many GPUs form a host.
 
     Attributes:
       compute_capability: major number of NVIDIA's compute capability.

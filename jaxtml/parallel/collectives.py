@@ -9,8 +9,9 @@ is wrong for a value that is the same on all devices of an axis. `psum_backward`
 right for such values (f and g of Megatron-LM, Shoeybi et al., 2019). `all_gather_last` is for a gathered value from
 which all devices compute the same results.
 
-On a CPU, sums are taken in the order of the devices. Gloo, which sums over processes, has an order of its own: a run
-that is resumed with another number of processes would then give other numbers.
+On a CPU, the sums here exchange their terms and add them in the order of the devices. JAX's own collectives would let
+Gloo add the terms, in an order that depends on the number of processes. A run that is resumed with another number of
+processes would then give other numbers.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def partition_spec(
       rules: for each logical name, the mesh axes that split it.
 
     Raises:
-      InputError: a logical name has no rule, the same mesh axis splits two dimensions, or a dimension does not divide.
-        The message names the parameter, the axis and a remedy.
+      InputError: a logical name has no rule, the same mesh axis splits two dimensions, or the mesh axes cannot split a
+        dimension evenly. The message names the parameter, the axis and a remedy.
     """
     if sum(axis not in STACKED for axis in axes) < 2:
         return PartitionSpec()
@@ -173,8 +173,8 @@ def partition_spec(
         if size % shards:
             lengths = " x ".join(f"{mesh_axis}={mesh.sizes[mesh_axis]}" for mesh_axis in split)
             raise InputError(
-                f"{name}: its axis {axis!r} of {size} does not divide by {lengths}: "
-                f"choose a divisor of {size}, for example {math.gcd(size, shards)}"
+                f"{name}: the length {size} of its axis {axis!r} is not a multiple of {lengths}: "
+                f"choose mesh axes whose product divides {size}, for example {math.gcd(size, shards)}"
             )
         parts.append(split[0] if len(split) == 1 else split or None)
     while parts and parts[-1] is None:

@@ -74,5 +74,5 @@ def _position_from_variables() -> tuple[int, int]:
     except (KeyError, ValueError) as error:
         raise InputError("JAX_COORDINATOR_ADDRESS is set: set NNODES and NODE_RANK to integers too") from error
     if not 0 <= rank < count:
-        raise InputError(f"NODE_RANK={rank} with NNODES={count}: give 0 to {count - 1}")
+        raise InputError(f"NODE_RANK={rank}, NNODES={count}: NODE_RANK must be at least 0 and less than NNODES")
     return count, rank

@@ -77,7 +77,7 @@ class _Options(NamedTuple):
     least: bool
 
     def choose(self, branches: list[Work]) -> Work:
-        """Returns the branch of a condition that counts."""
+        """Returns the work of a condition: that of its dearest branch or, with `least`, of its cheapest branch."""
         working = [branch for branch in branches if branch.flops] or branches
         return (min if self.least else max)(working, key=lambda branch: branch.flops)
 
@@ -85,7 +85,8 @@ class _Options(NamedTuple):
 def _count(jaxpr: Jaxpr, options: _Options, axis_sizes: dict[str, int]) -> Work:
     """Counts one jaxpr and all jaxprs inside it; `axis_sizes` are those of the enclosing `shard_map`s."""
     work = Work()
-    # Variables that hold the branch of a `platform_dependent`, which is a `platform_index` followed by a `cond`.
+    # The variables that choose a branch by platform, and the index of this branch. JAX traces a `platform_dependent` as
+    # a `platform_index`, which makes such a variable, and a `cond`, which reads it.
     branch_of: dict[Any, int] = {}
     eqn: Any
     for eqn in jaxpr.eqns:

@@ -14,7 +14,7 @@ from jaxtml.parallel import processes
     [
         ({"NNODES": "2"}, "set NNODES and NODE_RANK"),
         ({"NNODES": "two", "NODE_RANK": "0"}, "set NNODES and NODE_RANK to integers"),
-        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 with NNODES=2: give 0 to 1"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2, NNODES=2: NODE_RANK must be at least 0 and less than NNODES"),
     ],
 )
 def test_a_job_with_half_of_its_variables_is_refused_in_one_line(variables, message, monkeypatch):
