@@ -61,7 +61,8 @@ def compile_program(
     """
     _return_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler: JAX must not look for its devices
-    jax.config.update("jax_enable_compilation_cache", False)  # this process could not read such programs back
+    # A program for hardware that is absent could be written to the cache, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = topology.find_devices()
     with jax.set_mesh(make_mesh(mesh, devices)):
         program = make_program()

@@ -25,7 +25,8 @@ from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS
 Report = dict[str, Any]  # what `jaxtml plan --json` prints
 
 LONG_SESSION_TOKENS = 2**24  # a session in which every window has long been full
-# Text tokens that a speaking micro-turn writes: SAY, which begins the text, and two more. About four words per second.
+# Text tokens that a speaking micro-turn writes: SAY, which begins the text, and two more. Two tokens per 200 ms are ten
+# per second, more than speech of two to three words per second needs.
 WRITTEN_TOKENS = 3
 
 
@@ -95,7 +96,7 @@ class ServingLoad:
       weights: bytes of all other parameters.
       state: bytes that the sessions remember.
       rare: bytes among `weights` whose reading counts as no time: a token reads only a few rows of the embedding, and
-        the vision tower works only on frames.
+        the vision tower works only on video.
       flow: bytes among `weights` that are read only while a session speaks.
       listening: work of a micro-turn in which every session listens.
       fullest: work before the loop, if every session receives the most text and patches that a micro-turn can take.

@@ -23,21 +23,21 @@ def compile_layer(topology: str) -> dict:
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
 @pytest.mark.parametrize(
-    ("topology", "attended"),
+    ("topology", "most_bytes"),
     [
         pytest.param("v5p:2x2x1", 0.93e9, marks=pytest.mark.slow),
         ("v6e:2x2", 0.8e9),
         pytest.param("tpu7x:2x2x1", 1.05e9, marks=pytest.mark.slow),
     ],
 )
-def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, attended):
+def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, most_bytes):
     found = compile_layer(topology)
     # A dense product over all experts would be 5.7 times the FLOPs that the tokens need.
     assert 1 <= found["moe"]["compiled"] < 1.1
     assert found["moe"]["compiled"] == pytest.approx(found["moe"]["counted"], rel=0.01)
     # With 32,768 tokens, the logits of one head alone are 2.1e9 bytes in bfloat16, and so are the biases by distance of
     # all eight heads. The smallest such bias of a long sequence, `[T, H, 512]`, would be 0.27e9 more.
-    assert max(found["attention"].values()) < attended
+    assert max(found["attention"].values()) < most_bytes
     # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16. With blocks of 128
     # rows, the result of the first product has 4.2e6 bytes.
     assert found["in_place"]["8 True"] < 1e6 and found["in_place"]["128 False"] < 6e6
