@@ -100,10 +100,12 @@ class Layer(nnx.Module):
 
         Args:
           x: the hidden states.
-          kind: `[B, T]`, the `PositionKind` of each position, for the stats of the experts; None: text everywhere.
+          kind: `[B, T]`, the `PositionKind` of each position. It decides how the experts' stats count a position and,
+            with `step`, which positions skip the experts as padding. None: text everywhere.
           step: where the T tokens stand in their sessions.
           state: what the layer remembers of the sessions, or a stack of such states.
-          layer_index: the layer's index in the stack, where `state` and the routed experts are those of a stack.
+          layer_index: empty, or the layer's index in a stack. In the latter case, `state` and the routed experts are
+            those of the complete stack.
 
         Returns:
           The new hidden states, the new state (None for whole sequences), and the stats of the experts (None for a

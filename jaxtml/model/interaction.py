@@ -169,7 +169,7 @@ class InteractionModel:
         return self.bind(params).norm(x), stats
 
     def scores(self, params: Params, hidden: jax.Array, target: jax.Array) -> Scores:
-        """Scores the target words `[B, T]` int32 from `hidden` `[B, T, D]`; both fields of the result are `[B, T]`."""
+        """Scores the target tokens `[B, T]` int32 from `hidden` `[B, T, D]`; both fields of the result are `[B, T]`."""
         b, mesh = self.config.backbone, self.placement.mesh
         table = specs(self.trunk)["unembed"]
 

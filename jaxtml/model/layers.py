@@ -114,7 +114,7 @@ class ShortConv(nnx.Module):
 def _short_conv(padded: jax.Array, weight: jax.Array) -> jax.Array:
     """Convolves `padded` `[B, W - 1 + T, C]` with `weight` `[W, C]` and adds the input: `[B, T, C]`.
 
-    Without the barriers, XLA computes the operation that made the input again for each of the W shifts.
+    Without the barriers, XLA would repeat the operation that produces the input, once for each of the W shifts.
     """
     kernel = weight.shape[0]
     tokens = padded.shape[1] - kernel + 1

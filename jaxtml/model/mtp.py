@@ -1,7 +1,7 @@
 """Multi-token prediction: a chain of heads, each of which predicts one position further ahead (DeepSeek-V3, 2024).
 
-Axes: B batch, T positions, D model width, H heads. The heads are a loss of training: nothing that serves reads them.
-Called by `interaction`.
+Axes: B batch, T positions, D model width, H heads. The heads add a term to the training loss; serving does not read
+them. Called by `interaction`.
 
 Head d has two inputs at position i. The first is a hidden state: that of the backbone after its final norm, or that of
 the head before. The second is position i + d + 1, embedded as the backbone reads it. The output of the head's layer is
@@ -89,8 +89,8 @@ class MTP(LayerStack):
           remat: see `TrainConfig.remat`.
 
         Returns:
-          Scores of `[H, B, T]`. Position i of head d is about `target[:, i + d + 1]`; its last d + 1 positions have no
-          meaning.
+          Scores of `[H, B, T]`. Position i of head d scores the prediction of `target[:, i + d + 1]`. The last d + 1
+          positions of head d have no meaning.
         """
         heads, tokens = len(self.kinds()), hidden.shape[1]
         padding = ((0, 0), (0, heads))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-MASKED_LOGIT = -1e30  # the logit of what a softmax must not see; finite, so that no difference of two gives NaN
+MASKED_LOGIT = -1e30  # replaces the logits that a softmax must ignore; finite, so that the difference of two is not NaN
 
 
 def einsum_float32(equation: str, *operands: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Cross-entropy over the vocabulary without all logits in memory: one chunk of columns after the other.
 
-Axes: N positions, D model width, V words of this device, C words of a chunk. Called by `interaction` in training.
+Axes: N positions, D model width, V tokens of the vocabulary that this device holds, C tokens of a chunk. Called by
+`interaction` in training.
 
 4,096 positions have 3.3 GB of float32 logits over Inkling's vocabulary, and a gradient of the same size. The vocabulary
 is cut into chunks, not the positions: the gradient of each column is then complete at once, and a chunk's weights are
@@ -28,7 +29,7 @@ class Scores(NamedTuple):
 
     Attributes:
       nll: `[N]` float32, negative log-likelihood in nats.
-      right: `[N]` bool, whether no word is likelier than the target.
+      right: `[N]` bool, whether no token is likelier than the target.
     """
 
     nll: jax.Array
@@ -60,9 +61,9 @@ def score_targets(
 
     Args:
       hidden: `[N, D]`, the same on all devices of `tensor`.
-      unembed: `[D or this device's part of D, V]`, the words of this device. The devices of `tensor` hold consecutive
-        parts of the vocabulary.
-      target: `[N]` int32, the index of each target word in the complete vocabulary.
+      unembed: `[D or this device's part of D, V]`, a column for each token that this device holds. The devices of
+        `tensor` hold consecutive parts of the vocabulary.
+      target: `[N]` int32, the index of each target token in the complete vocabulary.
       mesh: the mesh on which the program runs.
       fetch: gathers some columns of `unembed`: as stored -> `[D, C]` in the dtype of `hidden`.
     """
@@ -95,10 +96,10 @@ def score_targets(
     return Scores(largest + jnp.log(total) - picked, picked >= largest)
 
 
-def _count_chunks(positions: int, words: int) -> int:
+def _count_chunks(positions: int, tokens: int) -> int:
     """Returns the smallest number of equal chunks of at most `MAX_LOGITS` logits."""
     return next(
-        n for n in range(1, words + 1) if words % n == 0 and (positions * words // n <= MAX_LOGITS or n == words)
+        n for n in range(1, tokens + 1) if tokens % n == 0 and (positions * tokens // n <= MAX_LOGITS or n == tokens)
     )
 
 

@@ -45,7 +45,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(operands, limit, m
 
 
 @pytest.mark.parametrize("limit", [10**6, N * V // 4])
-def test_a_target_is_right_where_no_word_is_likelier(operands, limit, monkeypatch):
+def test_a_target_is_right_where_no_token_is_likelier(operands, limit, monkeypatch):
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", limit)
     hidden, unembed, target = operands
     best = (hidden @ unembed).argmax(axis=1)

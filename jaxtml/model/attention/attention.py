@@ -82,7 +82,8 @@ class Attention(nnx.Module):
           step: where the T tokens stand in their sessions; None: they are complete sequences.
           cache: keys and values of the sessions; needed with `step`.
           tails: the tails of the two short convolutions, of keys and of values; None: zeros.
-          layer_index: the layer's index, where `cache` is that of a stack of layers.
+          layer_index: empty, or the layer's index in a stack. In the latter case, `cache` is that of the complete
+            stack.
 
         Returns:
           `[B, T, D]`, the new cache (None without `step`) and the new tails.
@@ -126,7 +127,10 @@ class Attention(nnx.Module):
         return rms_normalise(x, norm.eps) * psum_backward(norm.weight[...], self.mesh, TENSOR).astype(x.dtype)
 
     def _length_scale(self, position: jax.Array) -> jax.Array:
-        """Returns the factor of each query's logits, float32; beyond the floor it grows with the length's logarithm."""
+        """Returns the factor of each query's logits, float32.
+
+        Beyond `log_scaling_floor` tokens, the factor grows with the logarithm of the query's position.
+        """
         floor = self.backbone.log_scaling_floor
         assert floor is not None
         ratio = (position + 1).astype(jnp.float32) / floor

@@ -90,7 +90,10 @@ class _Visit(NamedTuple):
 
 
 def _visit(blocks: Blocks, i: jax.Array, v: jax.Array) -> _Visit:
-    """Returns visit v of the block i of queries: blocks backwards from its own, and last the pinned block."""
+    """Returns visit v of block i of queries.
+
+    The visits begin at the block itself and go backwards. After them comes the visit to the pinned block.
+    """
     near = v <= blocks.back
     key = jnp.where(near, i - v, 0)
     return _Visit(jnp.maximum(key, 0), i - key, (key >= 0) & (near | (i > blocks.back)))

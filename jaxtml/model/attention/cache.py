@@ -3,9 +3,9 @@
 Axes: B session slots, T tokens of this call, G key/value heads, Q query heads per key/value head, K head width, R width
 of the relative state, E relative extent, S slots of the ring buffer. Called by `attention` and `backbone`.
 
-The first `pinned` slots hold a session's first tokens for good. The other slots are a ring: the token at position p
-overwrites the oldest one. A query may see a slot only if `CacheStep.visible` says so, so what an earlier session left
-in a slot is never seen.
+The first `pinned` slots keep a session's first tokens until the session ends. The other slots are a ring: a new token
+overwrites the oldest one. A query may see a slot only if `CacheStep.visible` says so. So a query never sees what an
+earlier session left in a slot.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_cache(
 ) -> KVCache:
     """Writes the new keys and values `[B, T, G, K]` of one layer into their slots; padding is dropped.
 
-    `layer_index` is the layer's index in a cache of a stack of layers, or empty.
+    `layer_index` is empty, or the layer's index if `cache` is that of a stack of layers.
     """
     rows = jnp.arange(keys.shape[0])[:, None]
     everything = slice(None)

@@ -202,7 +202,7 @@ def _logits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs) -> jax.Array:
 def rotate_rows(x: jax.Array, shift: int, stride: int, interpret: bool) -> jax.Array:
     """Rotates row a of `x` `[C, W]` to the right by `shift + stride * a`: one strided rotation on a TPU.
 
-    Interpreted, a strided rotation would be C slices, so a gather takes its place.
+    With `interpret`, a strided rotation would become C slices, so a gather takes its place.
     """
     if not interpret:
         return pltpu.roll(x, shift, 1, stride=stride, stride_axis=0)
@@ -211,7 +211,10 @@ def rotate_rows(x: jax.Array, shift: int, stride: int, interpret: bool) -> jax.A
 
 
 def rotate_rows_back(x: jax.Array, c: int) -> jax.Array:
-    """Rotates row a of `x` `[C, W]` to the right by `C - 1 - a`, bit by bit: a rotation has no stride below 0."""
+    """Rotates row a of `x` `[C, W]` to the right by `C - 1 - a`.
+
+    The strided rotation of a TPU takes no negative stride. So the rows are rotated once for each bit of `C - 1 - a`.
+    """
     left = c - 1 - jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     for bit in range((c - 1).bit_length()):
         x = jnp.where((left >> bit) & 1 == 1, pltpu.roll(x, 1 << bit, 1), x)

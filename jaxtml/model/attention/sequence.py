@@ -23,7 +23,8 @@ from jaxtml.config import AttentionConfig
 from jaxtml.model.attention.blockwise import attend_blocks, plan_blocks
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
-MIN_FLASH_TOKENS = 512  # from this length on, a TPU runs the kernels; below, any program is small
+# From this length on, a TPU runs the kernels. Shorter sequences need little time and memory without them.
+MIN_FLASH_TOKENS = 512
 CHUNK = 128  # queries of a chunk
 MAX_UNROLLED_CHUNKS = 16  # a program has separate code for up to 16 chunks; longer sequences run block by block
 BLOCK = 512  # tokens of a block
@@ -268,7 +269,7 @@ def _attend_bwd(residuals, grad):
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
     dquery = einsum_float32("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
-    # [K, S] first: the matmul then runs along the rows of the longer operand.
+    # These products are computed as [K, S] and then transposed: the matmul runs along the rows of the longer operand.
     dkeys = einsum_float32("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
     dvalues = einsum_float32("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
     near = dlogits.reshape(exponentials.shape)[..., exponentials.shape[-1] - table.shape[-1] :]

@@ -4,7 +4,8 @@ The time of a CPU grows with the number of slots that it computes, so a CPU skip
 time of an accelerator hardly grows; there `run_either` and `run_in_batches` are the plain JAX operations. Both
 functions take `one_cpu`, which says whether the program runs on a single CPU device.
 
-Called by `step.py`. On a CPU, `session.slots` divides the sessions into groups of at most `CPU_BATCH` slots.
+Called by `step.py`. On a CPU, `jaxtml.session.slots` also divides the sessions of a server into groups of at most
+`CPU_BATCH` slots.
 
 `carry` is any tree of arrays that a function takes and returns with the same shapes. Axes: B session slots.
 """
@@ -51,8 +52,8 @@ def run_either(
 def run_in_batches(one_cpu: bool, run: Callable[[Carry], Carry], carry: Carry, axes: Carry, order: jax.Array) -> Carry:
     """Returns `run(carry)`. On a CPU, `run` gets `CPU_BATCH` slots at a time.
 
-    A batch always has `CPU_BATCH` slots, and may include slots that have nothing to do. So what a session gets does not
-    depend on how many others there are.
+    A batch always has `CPU_BATCH` slots, and may include slots that have nothing to do. So the results of a session do
+    not depend on the number of other sessions.
 
     Args:
       one_cpu: whether the program runs on a single CPU device.

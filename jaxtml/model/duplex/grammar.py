@@ -1,12 +1,13 @@
-"""The grammar of a micro-turn: which tokens may follow, which token is chosen, and whether the gate opens.
+"""The grammar of a micro-turn: which tokens may follow, which token is chosen, and whether the model speaks.
 
 A micro-turn generates, in this order (`jaxtml.stream.layout` has the whole layout):
 
     [HEARD words]   [SAY text]   LISTEN
     [HEARD words]   [SAY text]   SPEAK   own speech x 4
 
-`decide_gate` decides the gate. Where the chosen token is LISTEN or SPEAK, it takes SPEAK if P(speak) exceeds the
-config's `gate_threshold`, else LISTEN.
+The gate is the token LISTEN or SPEAK, which ends the text; after SPEAK the gate is open. Where the chosen token is
+LISTEN or SPEAK, `decide_gate` takes SPEAK if P(speak) exceeds the config's `gate_threshold`, else LISTEN. P(speak) is
+the probability of SPEAK, as if only SPEAK and LISTEN could follow.
 
 `step.py` calls `choose_token` once per generated position. All functions are pure and work on all slots of a batch at
 once. The tokens of a session depend on its own logits, seed and history, never on other slots.
@@ -76,7 +77,7 @@ def choose_token(
       index: `[B]` int32, tokens that the slot has generated in this micro-turn.
 
     Returns:
-      `[B]` int32 token ids and `[B]` float32 P(speak) against P(listen).
+      `[B]` int32 token ids and `[B]` float32 P(speak).
     """
     base = config.control_base
     masked = jnp.where(allowed_tokens(config, progress, logits.shape[1]), logits, -jnp.inf)
@@ -98,7 +99,7 @@ def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> j
     Args:
       config: has the threshold.
       token: `[B]`, the chosen token ids.
-      p_speak: `[B]` float32, P(speak) against P(listen).
+      p_speak: `[B]` float32, P(speak).
 
     Returns:
       `[B]` int32, `token` with the decided gate in place of LISTEN and SPEAK.

@@ -61,7 +61,7 @@ class Duplex:
         mesh, parts = self.model.placement.mesh, self.model.placement.session_shards
         if batch % parts:
             raise InputError(
-                f"{batch} sessions do not divide into {parts} parts, of mesh {mesh}: "
+                f"mesh {mesh} splits the sessions into {parts} equal parts, and {batch} is not a multiple of {parts}: "
                 f"serve a multiple of {parts} sessions, or name another mesh"
             )
 

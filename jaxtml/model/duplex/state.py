@@ -82,7 +82,7 @@ class MicroTurnOutputs(NamedTuple):
       tokens: `[B, G]` int32, the generated tokens in order, the gate token last; then 0.
       count: `[B]` int32, how many of `tokens` are real.
       speaking: `[B]` bool, whether the gate is open.
-      p_speak: `[B]` float32, P(speak) against P(listen) where the gate was decided.
+      p_speak: `[B]` float32, the probability of SPEAK at the gate, as if only SPEAK and LISTEN could follow.
       frames: `[B, 4, 80]` uint8, the dMel frames of own speech that were fed back; silence where the gate is closed.
       logits: `[B, G, V]` float32, the logits that each generated token was chosen from; None without `trace`.
     """

@@ -62,7 +62,7 @@ class Generated(NamedTuple):
     Attributes:
       tokens: `[B, G]` int32, 0 after the last token.
       count: `[B]` int32, how many of `tokens` are real.
-      p_speak: `[B]` float32, P(speak) against P(listen) at the last token.
+      p_speak: `[B]` float32, the probability of SPEAK at the last token, as if only SPEAK and LISTEN could follow.
       logits: `[B, G, V]` float32; `[B, G, 0]` without `trace`.
       fine: `[B, 4, 320]` float32, four fine log-mels per 50 ms of own speech; silence where there is none.
       frames: `[B, 4, 80]` uint8, dMel frames of own speech; silence where there is none.

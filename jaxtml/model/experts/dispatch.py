@@ -29,7 +29,7 @@ def buffer_rows(choices: int, devices: int, experts: int, block: int, capacity: 
       choices: the choices of all `devices`.
       devices: how many devices share the experts.
       experts: E, the experts of one device.
-      block: what the rows of an expert are padded to.
+      block: the rows of each expert are padded to a multiple of this number.
       capacity: the room in the buffer, as a multiple of the mean number of choices per device. The buffer has room for
         at least one block of each expert. None: room for the worst case.
     """
@@ -62,7 +62,7 @@ def plan_buffer(index: jax.Array, experts: int, block: int, rows: int) -> Buffer
     Args:
       index: `[N, K]`, the experts of each token; an index outside `[0, experts)` belongs to another device.
       experts: E.
-      block: what the rows of an expert are padded to.
+      block: the rows of each expert are padded to a multiple of this number.
       rows: R; choices that do not fit are dropped, those of the last expert first.
     """
     flat = index.reshape(-1)

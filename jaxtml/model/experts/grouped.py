@@ -41,7 +41,7 @@ def grouped_swiglu(
       rows: `[R, D]`, the group of expert 0, then that of expert 1, and so on; R is a multiple of `block`.
       sizes: `[E]` int32, the rows of each group, padding included: multiples of `block`, at most R together.
       experts: of this device.
-      block: what groups are padded to.
+      block: the groups are padded to multiples of this number.
       expected: the rows in use when the load is even, for cost estimates; None: all.
 
     Returns:
@@ -67,7 +67,7 @@ def grouped_swiglu(
     elif _traces_for_gpu():
         cuda = on_layer(_swiglu_tokamax) if importlib.util.find_spec("tokamax") else blocks
         if cuda is blocks:
-            logging.log_first_n(logging.WARNING, "experts run a loop that is made for CPUs: pip install tokamax", 1)
+            logging.log_first_n(logging.WARNING, "the experts run a loop that is slow on a GPU: pip install tokamax", 1)
     return jax.lax.platform_dependent(rows, sizes, experts, tpu=tpu, cuda=cuda, default=blocks)
 
 

@@ -96,8 +96,8 @@ class MoE(nnx.Module):
         Args:
           x: `[B, T, D]`.
           modality: `[B, T]`, the `PositionKind` of each position, PAD where there is none; None: text everywhere.
-          layer_index: the layer's index, where the routed experts are those of a stack of layers. All other parameters
-            are those of the one layer.
+          layer_index: empty, or the layer's index in a stack. In the latter case, the routed experts are those of the
+            complete stack. All other parameters are always those of the one layer.
           skip_padding: read no routed expert for PAD positions.
 
         Returns:

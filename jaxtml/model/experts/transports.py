@@ -148,7 +148,7 @@ def plan_exchange(counts: jax.Array, device: jax.Array, rows: int, block: int) -
       counts: `[P, E]`, the rows that each device has for each expert.
       device: the index of this device.
       rows: R, the room in the buffer of each device; rows that do not fit are not sent, those of the last expert first.
-      block: what the rows of an expert are padded to.
+      block: the rows of each expert are padded to a multiple of this number.
     """
     devices, experts = counts.shape
     local = experts // devices

@@ -64,8 +64,8 @@ def _bins_from_mels() -> tuple[np.ndarray, np.ndarray]:
     """Returns weights `[80, 129]` and offset `[129]` that give a filter's natural log magnitude from log10 mels.
 
     The magnitude of a bin is interpolated between the mel channels around the bin. A mel is a weighted sum of the
-    magnitudes of a Hann-windowed spectrum. The offset is that of a white source of variance one, which both sources
-    are.
+    magnitudes of a Hann-windowed spectrum. The offset subtracts the level of a white source of variance one: both
+    sources of the vocoder are white and have this variance.
     """
     filters = mel_filterbank(FINE_WINDOW)
     hz = np.linspace(0, SAMPLE_RATE / 2, len(filters))

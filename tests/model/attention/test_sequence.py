@@ -78,7 +78,7 @@ def test_chunks_and_blocks_equal_one_masked_softmax_forwards_and_backwards(case,
 
 
 @pytest.mark.parametrize(("window", "pinned"), [(512, 0), (16_384, 8), (32_768, 0)])
-def test_a_long_sequence_never_has_all_logits_or_all_profiles_in_memory(window, pinned):
+def test_a_long_sequence_never_has_all_logits_or_all_biases_in_memory(window, pinned):
     """Compiled for 32,768 tokens, forward and backward: 0.13 GB. The logits of two heads alone would take 8.6 GB."""
     tokens, heads, dim = 32_768, 2, 16
     config = AttentionConfig(heads, 1, dim, window=window, rel_extent=1024, pinned=pinned)

@@ -67,7 +67,7 @@ def run_step(step: Step, params: Params, state: DuplexState, inputs: list[MicroT
     return Run(inputs, outputs, jax.device_get(state))
 
 
-def active_turns(run: Run, slot: int) -> list[tuple[MicroTurnInputs, MicroTurnOutputs]]:
+def active_micro_turns(run: Run, slot: int) -> list[tuple[MicroTurnInputs, MicroTurnOutputs]]:
     """Returns inputs and outputs of one slot, for the micro-turns in which the slot was active."""
     pairs = [
         jax.tree.map(lambda a: a[slot], (inputs, out)) for inputs, out in zip(run.inputs, run.outputs, strict=True)

@@ -14,7 +14,7 @@ def test_a_few_slots_at_a_time_give_the_same_sessions(small, monkeypatch):
     monkeypatch.setattr(cpu_batches, "CPU_BATCH", batch)
     at_once = run_sessions(config, 16, batch)
     spoke = np.array([out.speaking for out in at_once.outputs])
-    assert spoke.any(axis=1).any() and (spoke.sum(axis=1) > 2).any(), "nothing of interest is compared"
+    assert spoke.any(axis=1).any() and (spoke.sum(axis=1) > 2).any(), "too few sessions speak for a comparison"
     monkeypatch.setattr(cpu_batches, "CPU_BATCH", 2)
     in_batches = run_sessions(config, 16, batch)
     assert_same(at_once.outputs, in_batches.outputs, exact=False)

@@ -1,4 +1,4 @@
-"""The grammar of a micro-turn holds for any weights. The gate follows its threshold, sampling the probabilities."""
+"""The grammar of a micro-turn holds for any weights; the gate follows its threshold, sampling follows probabilities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jaxtml.config import Config
 from jaxtml.model.duplex.grammar import decide_gate
 from jaxtml.stream.tokens import Control
-from tests.model.duplex.running import SLOTS, active_turns, assert_same, run_sessions, two_layers
+from tests.model.duplex.running import SLOTS, active_micro_turns, assert_same, run_sessions, two_layers
 
 
 def parse(tokens: list[int], base: int) -> tuple[list[int] | None, list[int] | None, int]:
@@ -36,7 +36,7 @@ def test_the_grammar_and_the_limits_of_a_micro_turn_hold_for_any_weights(engine,
     c = engine.config.duplex
     parts = []
     for slot in range(SLOTS):
-        for _, out in active_turns(mixed, slot):
+        for _, out in active_micro_turns(mixed, slot):
             heard, said, gate = parse(out.tokens[: out.count].tolist(), c.control_base)
             assert gate == (Control.SPEAK if out.speaking else Control.LISTEN)
             assert len(heard or []) <= c.max_heard and len(said or []) <= c.max_text
@@ -48,7 +48,7 @@ def test_the_grammar_and_the_limits_of_a_micro_turn_hold_for_any_weights(engine,
     assert any(heard is None for heard, _ in parts) and any(said is None for _, said in parts)
 
 
-def test_the_token_says_when_the_gate_is_decided_and_the_probability_how(small):
+def test_the_token_says_when_the_gate_is_decided_and_the_probability_says_how(small):
     config = dataclasses.replace(small.duplex, gate_threshold=0.3)
     base = config.control_base
     listen, speak = base + Control.LISTEN, base + Control.SPEAK
@@ -62,7 +62,7 @@ def test_a_gate_threshold_of_0_always_speaks_and_of_1_never_does(small, threshol
     run = run_sessions(two_layers(small, flow_steps, gate_threshold=threshold, heard=False), 12)
     base = small.duplex.control_base
     for slot in range(2):
-        for _, out in active_turns(run, slot):
+        for _, out in active_micro_turns(run, slot):
             assert out.speaking == (threshold == 0.0)
             assert bool(out.wave.any()) == (threshold == 0.0)
             assert base + Control.HEARD not in out.tokens[: out.count], "a config without `heard` transcribes nothing"
@@ -94,7 +94,7 @@ def test_sampling_stays_inside_the_nucleus_and_follows_its_probabilities(small):
     run = run_sessions(config, 100)
     expected_gates, variance, gates_met, greedy = 0.0, 0.0, 0, 0
     for slot in range(2):
-        for _, out in active_turns(run, slot):
+        for _, out in active_micro_turns(run, slot):
             tokens = out.tokens[: out.count].tolist()
             for i, token in enumerate(tokens):
                 logits = np.where(allowed_after(tokens[:i], config), out.logits[i], -np.inf).astype(np.float64) / 0.7

@@ -104,5 +104,5 @@ def test_int8_experts_change_logits_little_and_equally_on_a_mesh_and_in_a_scanne
 
 def test_a_number_of_sessions_that_a_mesh_cannot_share_is_refused(config):
     duplex = Duplex(InteractionModel(config, Placement(MeshShape(expert=4, tensor=2))))
-    with pytest.raises(InputError, match="6 sessions do not divide into 4 parts, of mesh expert=4,tensor=2"):
+    with pytest.raises(InputError, match="expert=4,tensor=2 splits the sessions into 4 equal parts, and 6 is not"):
         duplex.check_sessions(6)

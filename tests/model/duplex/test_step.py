@@ -15,11 +15,11 @@ from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS
 from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import Control, PositionKind
-from tests.model.duplex.running import NEAR_WEEK_END, SLOTS, active_turns, assert_same, mixed_inputs, run_step
+from tests.model.duplex.running import NEAR_WEEK_END, SLOTS, active_micro_turns, assert_same, mixed_inputs, run_step
 
 
 def training_sequence(
-    turns: list[tuple[MicroTurnInputs, MicroTurnOutputs]], base: int
+    micro_turns: list[tuple[MicroTurnInputs, MicroTurnOutputs]], base: int
 ) -> tuple[dict[str, list], list[int], list]:
     """Rebuilds a session as the training forward reads it, from the inputs and outputs of one slot alone.
 
@@ -31,15 +31,17 @@ def training_sequence(
     logits: list[np.ndarray] = []
     nothing = np.zeros(80, np.uint8)
 
-    def add(kind: PositionKind, token: int = 0, bins: np.ndarray = nothing, turn: int = 0) -> None:
+    def add(kind: PositionKind, token: int = 0, bins: np.ndarray = nothing, micro_turn: int = 0) -> None:
         rows["kind"].append(kind)
         rows["ids"].append(token)
         rows["bins"].append(bins)
-        rows["clock"].append(clock_features(np.array(turn), np.array((NEAR_WEEK_END + MICRO_TURN_MS * turn) % WEEK_MS)))
+        rows["clock"].append(
+            clock_features(np.array(micro_turn), np.array((NEAR_WEEK_END + MICRO_TURN_MS * micro_turn) % WEEK_MS))
+        )
 
     before = SILENT_BINS
-    for turn, (inputs, out) in enumerate(turns):
-        add(PositionKind.TURN, base + Control.TURN, turn=turn)
+    for micro_turn, (inputs, out) in enumerate(micro_turns):
+        add(PositionKind.TURN, base + Control.TURN, micro_turn=micro_turn)
         for token in inputs.typed[: inputs.typed_length]:
             add(PositionKind.TEXT, int(token))
         for patch in inputs.patches[: inputs.patch_count]:
@@ -60,10 +62,10 @@ def training_sequence(
 
 def test_a_replay_through_the_training_forward_gives_the_same_logits(engine, params, mixed):
     base = engine.config.duplex.control_base
-    sessions = [training_sequence(active_turns(mixed, slot), base) for slot in range(SLOTS)]
+    sessions = [training_sequence(active_micro_turns(mixed, slot), base) for slot in range(SLOTS)]
     longest = max(len(rows["kind"]) for rows, _, _ in sessions)
     assert longest > 10 * engine.config.backbone.global_.window
-    outputs = [out for slot in range(SLOTS) for _, out in active_turns(mixed, slot)]
+    outputs = [out for slot in range(SLOTS) for _, out in active_micro_turns(mixed, slot)]
     assert 0.2 < np.mean([out.speaking for out in outputs]) < 0.8
 
     def padded(name: str, length: int) -> jax.Array:
@@ -92,10 +94,10 @@ def test_a_long_session_of_mixed_inputs_compiles_nothing_more(engine, step, comp
     before = len(compilations)
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
     arrays = None
-    for turn, given in enumerate(inputs):
+    for micro_turn, given in enumerate(inputs):
         state, out = step(engine.params, state, given)
         del out
-        if turn == 10:
+        if micro_turn == 10:
             arrays = len(jax.live_arrays())
     assert len(compilations) == before
     assert len(jax.live_arrays()) == arrays, "memory grows with the session"
@@ -135,19 +137,19 @@ def test_a_session_depends_neither_on_its_neighbours_nor_on_its_slot(engine, ste
             to[other_slot] = from_[slot]
         inputs.append(moved)
     moved_run = run_step(step, engine.params, alone, inputs)
-    expected = [out for _, out in active_turns(mixed, slot)]
-    assert_same(expected, [out for _, out in active_turns(moved_run, other_slot)], exact=False)
+    expected = [out for _, out in active_micro_turns(mixed, slot)]
+    assert_same(expected, [out for _, out in active_micro_turns(moved_run, other_slot)], exact=False)
 
 
 def test_a_slot_that_is_not_active_keeps_its_state_bit_for_bit_and_is_silent(engine, step):
     inputs = mixed_inputs(engine.duplex, SLOTS, 12, (0,) * SLOTS)
     state = engine.duplex.init_state(SLOTS, 1)
     paused = 0
-    for turn, given in enumerate(inputs):
+    for micro_turn, given in enumerate(inputs):
         before = jax.device_get(state)
-        given = given._replace(active=np.arange(SLOTS) != (turn % 2))
+        given = given._replace(active=np.arange(SLOTS) != (micro_turn % 2))
         state, out = step(engine.params, state, given)
-        after, slot = jax.device_get(state), turn % 2
+        after, slot = jax.device_get(state), micro_turn % 2
         paused += int(before.spoke[slot])
         jax.tree.map(lambda a, b, slot=slot: np.testing.assert_array_equal(a[slot], b[slot]), before, after)
         assert not np.any(out.wave[slot]) and not out.speaking[slot] and out.count[slot] == 0
@@ -159,7 +161,7 @@ def test_listening_is_exact_silence_once_the_voice_has_rung_out(mixed):
     rung = silent = 0
     for slot in range(SLOTS):
         spoke = [False]
-        for _, out in active_turns(mixed, slot):
+        for _, out in active_micro_turns(mixed, slot):
             if out.speaking:
                 assert np.isfinite(out.wave).all() and np.abs(out.wave).max() > 1e-4
             elif spoke[-1]:

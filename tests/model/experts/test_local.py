@@ -22,7 +22,7 @@ def weights():
     return tuple(jnp.asarray(rng.normal(0, 0.3, s).astype(np.float32)) for s in ((N, D), (E, 2, D, F), (E, F, D)))
 
 
-def sorted_or_few(x, routing, w13, w2):
+def sorted_by_expert(x, routing, w13, w2):
     out, dropped = apply_local_experts(x, routing.index, routing.weight, ExpertWeights(w13, w2), Placement())
     return out + 0.0 * dropped
 
@@ -36,7 +36,7 @@ def all_experts(x, routing, w13, w2):
 
 
 @pytest.mark.parametrize("routing_kind", ROUTINGS)
-@pytest.mark.parametrize("path", [sorted_or_few, one_by_one])
+@pytest.mark.parametrize("path", [sorted_by_expert, one_by_one])
 def test_both_ways_equal_every_expert_on_every_token_forwards_and_backwards(path, routing_kind, weights):
     x, w13, w2 = weights
     index = jnp.asarray(choose(routing_kind), jnp.int32)

@@ -113,7 +113,7 @@ def test_beyond_capacity_the_result_is_that_of_the_oracle_without_the_dropped_ch
     *ours, dropped = shard(transport, mesh, Placement(mesh, capacity=1.0))(index, x, gate, w13, w2, grad)
     kept, local = np.ones(n * k, bool), E // 8
     block = block_rows(n * k // 8, local)
-    for device in range(8 if n * k >= 4 * E else 0):  # with few choices, there is no buffer
+    for device in range(8 if n * k >= 2 * E else 0):  # with few choices, there is no buffer
         start = 0
         for expert in range(local * device, local * (device + 1)):
             choices = np.flatnonzero(index.reshape(-1) == expert)

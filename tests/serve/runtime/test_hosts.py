@@ -89,7 +89,7 @@ def test_sessions_on_a_mesh_match_those_of_one_device(shared, slots, wave):
     ("shape", "capacity", "message"),
     [
         (MeshShape(data=3), 3, "needs 3 devices, there are 8"),
-        (MeshShape(data=2, expert=4), 12, "12 sessions do not divide into 8 parts"),
+        (MeshShape(data=2, expert=4), 12, "splits the sessions into 8 equal parts, and 12 is not a multiple of 8"),
         (MeshShape(tensor=8), 8, "tensor=8 does not divide 1 kv heads"),
     ],
 )
