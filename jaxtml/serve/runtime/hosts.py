@@ -97,7 +97,7 @@ class Leader:
 def start_leader(setup: Setup) -> Leader:
     """Called on process 0: tells all followers the leader's address, and waits until they have connected.
 
-    The broadcast has `_INVITATION_BYTES`. It carries `setup`, the leader's host name and port, and the secret.
+    The broadcast is `_INVITATION_BYTES` long. It carries `setup`, the leader's host name and port, and the secret.
 
     Args:
       setup: at most 150 characters as JSON. This leaves room in the broadcast for the longest host name that is

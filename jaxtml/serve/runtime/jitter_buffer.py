@@ -11,8 +11,8 @@ The rules, which the tests hold:
 - A reserve of more than 200 ms that lasts for five seconds is latency. The buffer then removes one micro-turn of
   silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
 - A client that sends in real time has a reserve of at most two seconds, plus the late audio: the model has already
-  heard silence in its place. A larger reserve is an upload, for example of a file. The model hears all of an upload:
-  200 ms at each tick, and no silence is removed.
+  heard silence in its place. A larger reserve is an upload, for example of a file. The model hears an upload at 200 ms
+  per tick, and the buffer removes no silence as long as the reserve is that large.
 - At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 

@@ -90,7 +90,7 @@ class Intake:
         await self.wait_for_room()
 
     def push_nowait(self, samples: np.ndarray) -> None:
-        """Adds audio without waiting. What does not fit stays in memory, so await `wait_for_room` first."""
+        """Adds audio without waiting. Audio that does not fit is kept for `flush`. Await `wait_for_room` first."""
         self._overflow = np.concatenate([self._overflow, samples])
         self.flush()
 

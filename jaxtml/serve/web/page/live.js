@@ -88,8 +88,8 @@ export class Live extends EventTarget {
     this.packets = this.packets.filter((message) => (end += soundBytes(message)) > receivedBytes);
     this.sentPackets = this.packets.length;
     this.droppedBytes = receivedBytes;
-    // These packets were recorded while the page was not muted. The server drops sound while it is muted itself, so it
-    // must unmute first.
+    // These packets were recorded while the page was not muted. The session on the server may still be muted, and then
+    // the server would drop them. So unmute it first.
     if (this.packets.length) this.write({ type: "session.input_audio.unmute" });
     this.packets.forEach((message) => this.write(message));
     this.messages = this.messages.filter((message) => Number(message.event_id) > lastMessage);
