@@ -3,7 +3,8 @@
 The steps, in order:
 
 1. `voices` synthesises texts. `bank_plan` decides who says which text, and `bank` keeps the utterances on disk.
-2. `talks` mixes utterances into two-channel conversations. `tasks` defines what users say and the right replies.
+2. `talks` mixes utterances into two-channel conversations. `tasks` defines what users say and the right replies. A
+   scenario is a rule for when each side is heard, for example an interruption.
 3. `conversations` encodes the conversations as the rows of a `dataset`. `cache` can keep encoded rows on disk.
 4. `pipeline` makes batches of rows.
 

@@ -5,7 +5,7 @@ are finished. Called by `jaxtml.data.conversations`, the vocoder's training and 
 
 The samples of a shard are written first, and its index is renamed into place last. A killed build therefore loses
 at most the shards that were being built, and a half-built bank can be used at once. A fresh process synthesises each
-shard, so that the content of a shard depends on its plan alone.
+shard, so that the content of a shard depends only on the utterances that the plan gives it.
 
     bank.json    digest of the plan, numbers of shards and utterances
     00012.pcm    samples of all utterances of a shard, one after the other (int16, 16 kHz)
@@ -125,8 +125,9 @@ def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise
 def _run_in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
     """Runs `_build_shard` for each job in its own process, `workers` at a time. Yields the numbers of finished shards.
 
-    An executor's pool would not do. No state of a speech engine may leak from one shard into the next, and the death of
-    a worker has to be noticed. A worker whose parent was killed finishes its shard and ends.
+    A pool of processes cannot be used, because a pool's process builds many shards. No state of a speech engine may
+    leak from one shard into the next. A worker that dies closes its pipe, and the build fails with an error. A worker
+    whose parent was killed finishes its shard and ends.
 
     Args:
       jobs: `(shard number, arguments of _build_shard)`.

@@ -1,11 +1,11 @@
-"""Plans an utterance bank: who says what, how fast and how high, in which shard.
+"""Plans an utterance bank: which voice says which text, at what speed and pitch, in which shard.
 
 A plan is a pure function of voices, texts, counts and a seed. Called by `jaxtml.data.conversations`, which has the plan
 spoken by `jaxtml.data.bank.build`.
 
 How to add a voice: add its name to `jaxtml.data.voices.registry` with its split (train or test, never both). Then add
 two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words`. The second one says each word
-of the vocabulary alone, and mixing joins these recordings into new user turns.
+of the vocabulary alone. `jaxtml.data.talks.user_turns` joins these recordings into new user turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DrawText = Callable[[np.random.Generator], str]
 
 @dataclass(frozen=True)
 class VoiceGroup:
-    """User voices of one engine and one split that take turns.
+    """User voices of one engine and one split. The voices alternate: each utterance has the next voice of the group.
 
     Attributes:
       split: "train" or "test".
@@ -86,7 +86,7 @@ def full_voice_groups() -> tuple[VoiceGroup, ...]:
 
 
 def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
-    """Returns the plan of the bank for the config `tiny`: every reply of the task, and the utterances of users."""
+    """Returns the plan of the bank for the config `tiny`: all replies and user texts of the short-answer task."""
     return plan_bank(
         full_voice_groups(),
         scenarios.assistant_texts(),
@@ -105,15 +105,16 @@ def plan_bank(
 ) -> tuple[tuple[PlannedUtterance, ...], ...]:
     """Plans a bank, as shards in the order in which they are built.
 
-    The first shards hold every reply in the model's own voice. The users follow. Within a group voices take turns.
-    Groups that cost the same are interleaved in proportion to their size, so that any number of finished shards is a
-    balanced bank. Kokoro, thirty times slower than the other engines, comes last.
+    The first shards hold every reply in the model's own voice. The utterances of users follow. Within a group the
+    voices alternate. Groups that cost the same are interleaved in proportion to their size, so that any number of
+    finished shards is a balanced bank. Users with Kokoro's voices come last, because Kokoro is thirty times slower than
+    the other engines.
 
     Args:
-      groups: the users.
+      groups: the voices of the users.
       replies: texts of the model's own voice.
       draw_user_text: draws a sentence.
-      seed: seed of everything that is drawn.
+      seed: seed of the random generator that draws texts, rates and pitches.
       vocabulary: the words that groups with `single_words` say.
     """
     assistant = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]

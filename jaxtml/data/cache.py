@@ -139,7 +139,7 @@ class CachedRows:
     Every epoch visits each row once, in an order of its own.
 
     Attributes:
-      config: `config.data.seed` decides the order of the epochs.
+      config: `config.data.seed` decides the order of the rows in each epoch.
       folder: the cache.
       count: rows in the cache.
       original_digest: digest of the dataset that was cached.
@@ -157,7 +157,7 @@ class CachedRows:
         Args:
           config: the resolved config.
           folder: the cache.
-          original: the dataset that the cache has to stand in for; None accepts any.
+          original: the dataset whose rows the cache must have; None accepts a cache of any dataset.
 
         Raises:
           InputError: there is no finished cache in `folder`, or it has other rows than `original`.
@@ -199,5 +199,5 @@ class CachedRows:
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns `[count]` the stored rows in the order of one epoch."""
+    """Returns `[count]` int64: for each place in the epoch, the number of the stored row that it visits."""
     return np.random.default_rng((seed, epoch)).permutation(count)

@@ -38,7 +38,8 @@ _FORMAT = 1
 """Part of the digest. Raise it when the same inputs make other rows than before."""
 
 _MISHEARD_SHARE = (0.1, 0.4)
-"""Bounds of the share of a transcript's tokens that are replaced, drawn for each row with wrong words.
+"""In a row with wrong words, this share of the transcript's tokens is replaced. Each such row draws its share between
+the two bounds.
 
 The bounds are wide, because a model mishears many words early in training and fewer later."""
 
@@ -123,7 +124,7 @@ class GeneratedConversations:
 
     @cached_property
     def _vocabulary(self) -> np.ndarray:
-        """`[n]` the tokens of every word of the task."""
+        """`[n]` the tokens of every word of the short-answer task."""
         return np.array([token for word in VOCABULARY for token in self.codec.encode(word)])
 
 
@@ -134,7 +135,8 @@ def with_misheard_words(
 
     Only the input tokens change. The targets stay the words that the user said, so that the model has to find the next
     word in the sound. A model that has only read flawless transcripts trusts its own transcript too much (exposure
-    bias). The assistant's text answers what the user really said, so its loss terms are switched off in such a row.
+    bias). The assistant's text answers what the user really said, not the wrong words of the transcript. So its loss
+    terms are switched off in such a row.
     """
     heard = 1 + np.flatnonzero((encoded.term == Term.HEARD) & (encoded.target < config.duplex.control_base))
     heard = heard[heard < len(encoded.ids)]

@@ -10,8 +10,8 @@ How to add a dataset:
    `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
 2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
-   and one that opens the dataset. A dataset that needs nothing on disk has an empty
-   first function. The digest covers the tokenizer too: hash what the codec makes of a few texts.
+   and one that opens the dataset. For a dataset that needs nothing on disk, the first function does nothing. The second
+   one gets the tokenizer. If rows depend on it, `digest` must too: hash the token ids of a few texts.
 3. Build and train with the same override: `jaxtml data CONFIG --out DIR --set data.dataset=NAME` and
    `jaxtml train CONFIG --workdir RUN --data DIR --set data.dataset=NAME`. The folder of `--data` also has to hold a
    `tokenizer.json`. If there is none, `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
@@ -57,8 +57,8 @@ class Dataset(Protocol):
         """A text that identifies the rows: two datasets that differ in any row have different digests.
 
         It is the same in every process and after every restart. A training run stores it and refuses to resume on other
-        data. A row cache stores it and refuses to stand in for other rows. Make it from everything that decides a row:
-        the content of files, the config, the tokenizer.
+        data. A row cache (`jaxtml.data.cache`) stores it, and a run with another dataset refuses the cache. Make it
+        from everything that decides a row: the content of files, the config, the tokenizer.
         """
         ...
 

@@ -26,7 +26,11 @@ _USER_COLOUR, _ASSISTANT_COLOUR, _TAKEOVER_COLOUR, _PAUSE_COLOUR = "tab:blue", "
 
 
 def takeovers(conversation: Conversation) -> list[tuple[float, float]]:
-    """Returns `(end_s, heard_s)` for each user turn that is answered: its end, and when the answer is first heard."""
+    """Returns `(end_s, heard_s)` of each takeover, in seconds.
+
+    A takeover is the change from a user turn to its answer. The user turn ends at `end_s`. The answer is first heard at
+    `heard_s`.
+    """
     heard = [(speech.start_micro_turn + 1) * MICRO_TURN_SAMPLES / SAMPLE_RATE for speech in conversation.speech]
     pairs = []
     for end in conversation.user_end_s:
@@ -63,7 +67,7 @@ def summary(conversation: Conversation) -> str:
     for start, end in pauses(conversation):
         lines.append((start, f"           (pauses for {end - start:.2f} s)"))
     for end, heard in takeovers(conversation):
-        lines.append((end, f"           (taken over after {1000 * (heard - end):.0f} ms)"))
+        lines.append((end, f"           (answered after {1000 * (heard - end):.0f} ms)"))
     for speech in conversation.speech:
         start = (speech.start_micro_turn + 1) * MICRO_TURN_MS / 1000
         stop = (speech.end_micro_turn + 1) * MICRO_TURN_MS / 1000
@@ -107,7 +111,10 @@ def _draw_envelope(axes: Axes, wave: np.ndarray, colour: str, sign: int) -> None
 
 
 def _draw_gate(axes: Axes, conversation: Conversation) -> None:
-    """Draws a bar for each stretch of micro-turns that speak."""
+    """Draws a bar for each stretch of micro-turns in which the assistant speaks.
+
+    The gate is the model's decision, in each micro-turn, to speak or to listen.
+    """
     for speech in conversation.speech:
         start_s, end_s = speech.start_micro_turn * MICRO_TURN_MS / 1000, speech.end_micro_turn * MICRO_TURN_MS / 1000
         axes.broken_barh([(start_s, end_s - start_s)], (0, 1), facecolors=_ASSISTANT_COLOUR)
@@ -118,7 +125,7 @@ def _draw_gate(axes: Axes, conversation: Conversation) -> None:
 
 
 def _mark_events(axes: Axes, conversation: Conversation) -> None:
-    """Marks pauses as areas, and each takeover as two lines: the user's end and the start of the answer."""
+    """Marks pauses as areas, and each takeover as two lines: the end of the user turn and the start of the answer."""
     for start_s, end_s in pauses(conversation):
         axes.axvspan(start_s, end_s, color=_PAUSE_COLOUR, alpha=0.35, linewidth=0)
     for end_s, heard_s in takeovers(conversation):

@@ -53,5 +53,5 @@ def read_pinned(paths: list[Path], sha256: str) -> bytes:
     data = b"".join(path.read_bytes() for path in paths)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise InputError(f"{paths[0]} has sha256 {found[:12]}..., we pinned {sha256[:12]}...: {INSTALL}")
+        raise InputError(f"{paths[0]} has sha256 {found[:12]}..., the pinned one is {sha256[:12]}...: {INSTALL}")
     return data

@@ -1,7 +1,7 @@
 """Training batches as a pure function of the step, made in worker processes.
 
 Row `r` of step `s` is row `s * batch + r` of the dataset. A run therefore resumes from one integer, with any number of
-workers and of hosts. Called by `jaxtml.train.loop`.
+workers and of hosts. Called by `jaxtml.train.feed`.
 
 Axis glossary: B rows of a batch; the other axes are those of `jaxtml.data.rows`.
 """

@@ -21,8 +21,8 @@ Row = dict[str, np.ndarray]
 """The arrays of one row by name, without a batch axis (see `row_shapes`)."""
 
 _POSITIONS_PER_OWN_SPEECH = 3
-"""At most one position in three is own speech. No generated session has more. Sessions in which the user
-types come closest to it, because their replies follow each other closely."""
+"""At most one position in three is own speech. No generated session has more. Sessions in which the user types come
+closest to this limit, because their replies follow each other closely."""
 
 
 def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
@@ -37,9 +37,9 @@ def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
     | `patches` | `[P, 2, 40, 40, 3]` | float32 | pictures |
     | `target` | `[T]` | int32 | the token to predict |
     | `term` | `[T]` | uint8 | `Term`: the loss term of that prediction, or NONE |
-    | `speech_at` | `[S]` | int32 | own-speech positions; 0 where there is none |
+    | `speech_at` | `[S]` | int32 | own-speech positions, then zeros |
     | `speech` | `[S, 400]` | float16 | log-mels in [-7, 2] to predict at `speech_at`, exact to 0.002 |
-    | `speech_valid` | `[S]` | bool | whether entry `s` of `speech_at` is an own-speech position |
+    | `speech_valid` | `[S]` | bool | True for the own-speech positions of `speech_at`, False for its zeros at the end |
     """
     tokens = config.data.tokens
     own_speech = max_own_speech(tokens)

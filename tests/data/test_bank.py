@@ -72,7 +72,7 @@ def test_a_plan_is_a_function_of_its_seed():
     assert plan() != bank_plan.plan_bank(GROUPS, ["hello", "yes it is"], say_something, seed=8)
 
 
-def test_the_model_speaks_first_and_the_slow_voices_last():
+def test_the_models_replies_are_built_first_and_the_slow_voices_last():
     shards = plan()
     assert [planned.text for planned in shards[0]] == ["hello", "yes it is"]
     assert {planned.voice for planned in shards[0]} == {registry.OWN_VOICE}
@@ -192,7 +192,7 @@ def test_real_voices_are_stored_as_synthesised(tmp_path):
     assert 0.4 < bank.Bank.open(tmp_path / "a").entries[1].seconds < 2.0
 
 
-def test_groups_of_single_words_name_the_vocabulary_a_few_words_at_a_time():
+def test_groups_of_single_words_say_the_whole_vocabulary_a_few_words_at_a_time():
     vocabulary = tuple(f"word{letter}" for letter in "abcdefghij")
     groups = (VoiceGroup("train", ("espeak:a", "espeak:b"), 2, single_words=True, rate=(0.55, 1.0)), *GROUPS)
     shards = bank_plan.plan_bank(groups, [], say_something, 7, vocabulary)
@@ -202,5 +202,5 @@ def test_groups_of_single_words_name_the_vocabulary_a_few_words_at_a_time():
         assert sorted(word for words in named for word in words) == sorted(2 * vocabulary), "each word twice"
         assert {len(words) for words in named} == {bank_plan.WORDS_PER_UTTERANCE}
     stops = [planned.text.count(".") for planned in utterances]
-    assert set(stops) == {bank_plan.WORDS_PER_UTTERANCE}, "each word has the tone of a sentence's end"
+    assert set(stops) == {bank_plan.WORDS_PER_UTTERANCE}, "each word ends like a sentence"
     assert all(0.55 <= planned.rate <= 1 for planned in utterances)

@@ -1,4 +1,4 @@
-"""A cache has the rows that its dataset makes, survives a killed build, and refuses to stand in for other rows."""
+"""A cache has the rows that its dataset makes, survives a killed build, and is refused for another dataset."""
 
 import dataclasses
 import itertools

@@ -38,7 +38,7 @@ def test_another_seed_gives_other_rows(dataset):
     assert any(not np.array_equal(other.row(0)[name], array) for name, array in dataset.row(0).items())
 
 
-def test_a_misheard_row_differs_in_heard_words_of_the_past_alone_and_trains_no_text(dataset):
+def test_a_misheard_row_differs_in_its_transcript_only_and_has_no_loss_on_the_assistants_text(dataset):
     base = dataset.config.duplex.control_base
     never, always = (
         dataclasses.replace(dataset, config=configs.override(dataset.config, f"data.misheard={share}"))

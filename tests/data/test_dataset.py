@@ -103,7 +103,7 @@ def test_a_pickled_dataset_makes_the_same_rows(config, codec, folder):
 
 
 def test_the_digest_is_the_one_of_earlier_versions(config, codec):
-    """Caches and training runs of earlier versions hold this digest: with another one they could not be resumed."""
+    """Caches and training runs of earlier versions hold this digest. With another digest they could not be used."""
     dataset = GeneratedConversations(config, codec, Speakers.of(ToneBank.made()))
     assert dataset.digest == "aeee12d0036a897b1ce192063af41afd30ff81add62cd5c0ace0b861f1a6111b"
 

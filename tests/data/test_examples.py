@@ -34,7 +34,7 @@ def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
     assert (tmp_path / "new" / "example_1.png").stat().st_size > 20_000
 
 
-def test_the_text_lists_turns_pauses_and_takeovers_in_order():
+def test_the_text_lists_user_turns_pauses_and_answers_in_order():
     n = 20 * MICRO_TURN_SAMPLES
     user_words = (Word("say", 0.2, 0.5), Word("red", 1.3, 1.7))
     talk = Conversation(
@@ -51,7 +51,7 @@ def test_the_text_lists_turns_pauses_and_takeovers_in_order():
     assert [line.split(maxsplit=1)[1] for line in examples.summary(talk).splitlines()[2:]] == [
         "user       say red",
         "(pauses for 0.80 s)",
-        "(taken over after 300 ms)",
+        "(answered after 300 ms)",
         "assistant  red   (silent from 2.4 s)",
     ]
 

@@ -53,7 +53,7 @@ def speak(planned: PlannedUtterance) -> Utterance:
 
 @dataclass(frozen=True)
 class ToneBank:
-    """A bank in which every voice says every text and names every word. The assistant says the replies."""
+    """A bank in which every user voice says every text, and every word alone. The assistant says the replies."""
 
     utterances: tuple[Utterance, ...]
     roles: tuple[str, ...]

@@ -37,7 +37,7 @@ def cough(rng: np.random.Generator) -> np.ndarray:
 
 
 def babble(rng: np.random.Generator, speakers: Speakers, n: int, talkers: int = 4) -> np.ndarray:
-    """Draws several voices of the bank that talk at once without end.
+    """Draws several voices of the bank that talk at the same time, with short gaps.
 
     Returns `[N]` float32 with a root mean square of about 1.
 

@@ -1,7 +1,6 @@
 """Cuts, joins, stretches and pauses recorded speech while the times of its words stay true. Pure numpy.
 
-Every function takes a `Clip` and returns a new one. Called by `jaxtml.data.talks.user_turns` and
-`jaxtml.data.talks.recorded_prompts`.
+Most functions take a `Clip` and return a new one. Called by the other modules of `jaxtml.data.talks`.
 
 Axis glossary: N samples of one clip, B blocks of 10 ms.
 """

@@ -1,29 +1,31 @@
 """Draws a session: scenarios one after the other, then the channel through which the microphone hears the user.
 
-One session has one user (one voice, one room) and several exchanges. Called by `jaxtml.data.conversations` (training)
-and `jaxtml.evals.material` (evaluation).
+A scenario is a rule for when each side is heard, for example an interruption. One session has one user (one voice, one
+room) and several scenarios. Called by `jaxtml.data.conversations` (training) and `jaxtml.evals.material` (evaluation).
 
 A new text alone needs no scenario. Add it to `jaxtml.data.tasks.scenarios` (a greeting is one line in `GREETINGS`).
 
-How to add a scenario, which is a new timing:
+How to add a scenario:
 
-1. What the user says and the one right reply: `jaxtml.data.tasks.scenarios` (`sample_user_text`, `reply_to`,
-   `assistant_texts`), where the existing texts do not do.
-2. When both are heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`. Take `exchange` there as
-   the model. `user_turns.draw_user_turn` gives the user's sound. The function adds the scenario's
-   name to `draft.scenarios`, once for each user turn that wants a reply.
+1. What the user says and the one right reply: if the existing texts do not fit, extend `sample_user_text`, `reply_to`
+   and `assistant_texts` in `jaxtml.data.tasks.scenarios`.
+2. When each side is heard: a function `(rng, draft, user) -> bool` in `jaxtml.data.talks.timing`. Copy the form of
+   `exchange` there. `user_turns.draw_user_turn` gives the user's sound. The function adds the scenario's name to
+   `draft.scenarios` once for each user turn that it writes, or once if it writes none (a cough).
 3. How often it is drawn: a field of the same name at the end of `jaxtml.data.talks.weights.ScenarioWeights`. Its
    docstring lists the weights that are relative to each other.
 4. Its entry in `SCENARIOS` below; in `WITHOUT_USER_TURN` too if the user says nothing that wants a reply. The
-   evaluation reads both. Which scenarios the recorded human plays is listed apart, in `recorded_prompts.py`.
+   evaluation reads both. Its sessions with a recorded human voice have a list of their own, `KINDS` in
+   `recorded_prompts.py`.
 5. Raise `_FORMAT` in `jaxtml.data.conversations`: the same bank now gives other rows, and old caches must be refused.
    The pinned digest in `tests/data/test_dataset.py` changes with it.
 6. Its timing rules as a test in `tests/data/talks/test_mix.py`. New sentences go into `USER_TEXTS` of
    `tests/data/tones.py`, which speaks for the tests.
 7. Look at some: `jaxtml data tiny --out NEW_FOLDER --show 5`. New texts need a new bank, about 40 minutes on two cores.
 
-A session is a pure function of the random generator, the bank and the weights. The order of random draws is part of
-every row cache, so a change to it changes the rows of existing caches.
+A session is a pure function of the random generator, the bank and the weights. If you change the order of the random
+draws, the same seed gives another session. Row caches on disk then hold other rows than the dataset makes, so raise
+`_FORMAT` (step 5).
 
 Axis glossary: N samples of the session.
 """
@@ -52,12 +54,12 @@ SCENARIOS: dict[str, Scenario] = {
     "barge_in": timing.barge_in,
     "distraction": timing.distraction,
 }
-"""The scenarios that follow each other in a session of spoken turns, by the name of their weight."""
+"""The scenarios of a session in which the user speaks, by the name of their weight."""
 
 WITHOUT_USER_TURN = frozenset({"distraction"})
 """The scenarios in which the user says nothing that wants a reply."""
 
-_MAX_MISSES = 4  # scenarios in a row that find no room before a session counts as full
+_MAX_MISSES = 4  # scenarios that find no room since the last user turn; then the session counts as full
 
 
 def make_conversation(
@@ -113,7 +115,7 @@ def _draw_user(rng: np.random.Generator, speakers: Speakers, weights: ScenarioWe
 
 
 def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> None:
-    """Writes scenarios one after the other until several in a row find no room."""
+    """Writes scenarios one after the other until several have found no room since the last user turn."""
     names = list(SCENARIOS)
     odds = np.array([getattr(user.weights, name) for name in names])
     misses = 0
@@ -121,5 +123,5 @@ def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: Se
         name = names[int(rng.choice(len(names), p=odds / odds.sum()))]
         if not SCENARIOS[name](rng, draft, user):
             misses += 1
-        elif name not in WITHOUT_USER_TURN:  # a cough may fit where no turn fits any more
+        elif name not in WITHOUT_USER_TURN:  # a cough may fit where no user turn fits any more
             misses = 0

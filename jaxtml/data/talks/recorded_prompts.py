@@ -1,8 +1,8 @@
-"""Sessions with a person's voice, for evaluation alone: Asterisk's English prompts, joined into sentences of the task.
+"""Sessions with a person's voice, for evaluation alone: Asterisk's English prompts, joined into sentences.
 
 The prompts (Debian's `asterisk-core-sounds-en-g722` and `-wav`, one American woman, CC-BY-SA-3.0) are isolated words
 whose file name is their text. They are read where they are installed. They are **never** used in training and never
-committed. Called by `jaxtml.evals.material`.
+committed. Called by `jaxtml.evals.material`. "The task" is the short-answer task of `jaxtml.data.tasks.scenarios`.
 
 How a session is made, from one random generator and nothing else:
 
@@ -69,7 +69,7 @@ KINDS = (
 )  # fmt: skip
 """The kinds of session, `(scenario, about)`, in the order in which evaluations go through them.
 
-`about` is an intent of the task, or "words" for a number alone; in silence, "noise" or "sound"."""
+`about` is an intent of the task, or "words" for a number alone. Of a silent session, it is "noise" or "sound"."""
 
 _TENS = frozenset(number_words(value) for value in range(20, 100, 10))
 _NUMBERS = _TENS | {number_words(value) for value in range(20)}

@@ -1,7 +1,8 @@
 """A session while it is filled: both voices on one clock, and what is known about them.
 
 `SessionDraft` knows how sound and labels are written on the clock of micro-turns. The scenarios in
-`jaxtml.data.talks.timing` decide what is written and when.
+`jaxtml.data.talks.timing` decide what is written and when. The gate is the model's decision to speak or to listen in a
+micro-turn. It opens where the assistant begins to speak.
 
 Axis glossary: N samples of the session.
 """
@@ -21,7 +22,7 @@ _FADE_OUT = 160  # samples, 10 ms: how the assistant's voice stops when it is in
 
 @dataclass
 class SessionDraft:
-    """A session that scenarios write their turns into.
+    """A session that scenarios write user turns and replies into.
 
     Attributes:
       micro_turns: length of the session.

@@ -64,7 +64,7 @@ def distraction(rng: np.random.Generator, draft: SessionDraft, user: SessionUser
 
 
 def fill_with_silence(rng: np.random.Generator, draft: SessionDraft) -> None:
-    """Fills a session in which nobody speaks. Up to three coughs are heard at any time."""
+    """Fills a session in which nobody speaks. Up to three coughs are heard, each at a random time."""
     for _ in range(int(rng.integers(4))):
         draft.free = int(rng.integers(len(draft.user)))
         _place_cough(rng, draft)
@@ -93,7 +93,9 @@ def fill_with_typing(rng: np.random.Generator, draft: SessionDraft, speakers: Sp
     micro_turn = draft.free // MICRO_TURN_SAMPLES
     while True:
         text = sample_user_text(rng)[1]
-        if rng.random() < 0.5:  # Ask for any reply, all equally often. The drawn sentences ask for few different ones.
+        # Drawn sentences often have the same reply, such as "yes it is". So half of the texts ask for a reply that is
+        # drawn from all replies.
+        if rng.random() < 0.5:
             text = f"say {replies[int(rng.integers(len(replies)))]}"
         if reply_to(text.split()) not in speakers.replies:
             continue
@@ -119,7 +121,7 @@ def _place_exchange(
         return False
     if interrupts:
         if gate <= start // MICRO_TURN_SAMPLES + 1:
-            return False  # The turn is so short that its reply would follow the interrupted one without a break.
+            return False  # The user turn is so short that its reply would follow the interrupted one without a break.
         draft.interrupt_reply(start)
     draft.place_reply(reply, gate)
     draft.place_user_turn(clip, start)

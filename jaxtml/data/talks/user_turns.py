@@ -1,6 +1,6 @@
 """The sound of one user turn: a recorded sentence, or single words joined into one, with or without a hesitation.
 
-Called by the scenarios in `jaxtml.data.talks.timing`. When the turn is heard is decided there.
+Called by the scenarios in `jaxtml.data.talks.timing`, which decide when the user turn is heard.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SessionUser:
 
     Attributes:
       speakers: the bank's utterances.
-      weights: how often turns are joined from single words.
+      weights: how often user turns are joined from single words.
       voice: the user's voice, a key of `speakers.by_voice`.
       rate: speed at which the user's recordings are played.
     """
@@ -61,7 +61,7 @@ def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
 def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> Clip | None:
     """Joins a user turn from recordings in which a voice says single words.
 
-    Returns None if the bank has no recording of some word in each of the drawn texts.
+    A few texts are drawn, until the bank has a recording of every word of one text. Returns None if no text is found.
     """
     places = speakers.single_words.get(voice, {})
     for _ in range(_JOIN_ATTEMPTS):
@@ -74,7 +74,7 @@ def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str,
     for word in words:
         index, number = places[word][int(rng.integers(len(places[word])))]
         clips.append(edits.set_level(edits.cut_word(speakers.clip(index), number), 1.0))
-    # Where the turn could be over already, a gap as long as a micro-turn would look like the end of the turn.
+    # Where the user turn could already be over, a gap as long as a micro-turn would look like its end.
     gaps_s = [
         rng.uniform(0.03, 0.15) if is_nonsense or is_complete(words[:k]) else rng.uniform(0.05, 0.35)
         for k in range(1, len(words))
@@ -91,7 +91,7 @@ def _text_of_single_words(rng: np.random.Generator, is_nonsense: bool) -> str:
 def hesitate(rng: np.random.Generator, clip: Clip) -> Clip | None:
     """Inserts one pause, seldom two, where the sentence is not complete yet.
 
-    Returns None if the words are no sentence, or if each part of it is complete.
+    Returns None if the words are no sentence, or if there is no such place in the sentence.
     """
     words = clip.text.split()
     places = [k for k in range(1, len(words)) if incomplete_after(words, k)] if is_complete(words) else []

@@ -1,4 +1,4 @@
-"""How often each scenario is drawn. Called by `jaxtml.data.talks.mix`."""
+"""How often each scenario is drawn. Used by `jaxtml.data.talks`, and part of a dataset's digest."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class ScenarioWeights:
     Names and values are part of every row cache's digest: a new field makes existing caches unusable.
 
     Attributes:
-      exchange, hesitation, barge_in, distraction: the next scenario of a session of spoken turns.
+      exchange, hesitation, barge_in, distraction: the next scenario of a session in which the user speaks.
       silence: chance that nobody speaks in the whole session.
       typed: chance that the user types in the whole session instead of speaking. In such a session
         replies follow each other closely, so the model learns to speak mostly from these sessions.
       joined: chance that a user turn is joined from single words of the user's voice.
-      nonsense: chance that a joined user turn is no sentence. A model that mishears a user turn often reads no
-        sentence either, and has to answer nevertheless.
+      nonsense: chance that a joined user turn is no sentence. When a model mishears a user turn, its own transcript is
+        often no sentence. The model has to answer nevertheless.
       engines: share of the sessions whose user has a voice of each engine. Neural voices sound most like people. eSpeak
         has the most voices, but a speech recogniser mishears half of its words.
     """

@@ -1,12 +1,16 @@
-"""The first task as text: what users say, and the one right reply to the words that were heard. No audio, no state.
+"""The short-answer task as text: what users say, and the one right reply to the words that were heard.
+
+The shipped model `tiny` is trained on the short-answer task. The user says a greeting, words to repeat, a number, a sum
+or a question with the answer yes or no. The assistant answers in a few words. A sentence of the task is a text after
+which the user may be done (`is_complete`). This file handles no audio and keeps no state.
 
 `sample_user_text` draws what a user says. `reply_to` gives the right reply to a sequence of heard words.
 `assistant_texts` lists every reply that training needs, so that each is synthesised once, as a whole, in the model's
 one voice. `corpus` is what the tokenizer is trained on. Called by `jaxtml.data.bank_plan` (what to synthesise),
 `jaxtml.data.talks` (what to say and answer), `jaxtml.evals` (which reply is right) and `jaxtml data`.
 
-To change the task, keep `sample_user_text`, `reply_to` and `assistant_texts` in step: the tests hold that the reply to
-every drawn text is among the listed replies.
+To change the task, change `sample_user_text`, `reply_to` and `assistant_texts` together: the tests check that the reply
+to every drawn text is among the listed replies.
 
 | intent | the user says | the reply |
 |---|---|---|
@@ -74,7 +78,7 @@ INTENT_WEIGHTS = {"greet": 0.08, "repeat": 0.30, "number": 0.22, "sum": 0.17, "y
 """Share of the user turns of each intent; they add up to 1."""
 
 
-# --- numbers, and the closed set of texts that the assistant says back to the user
+# --- numbers, and the fixed set of texts that the assistant says
 
 
 def number_words(value: int) -> str:
@@ -230,7 +234,7 @@ def reply_to(words: Sequence[str]) -> str:
 
 
 def is_complete(words: Sequence[str]) -> bool:
-    """Returns whether a user may be done after these words: they are a sentence of the grammar as they stand."""
+    """Returns whether these words are a complete sentence of the task, so that the user may be done after them."""
     words = tuple(words)
     text = " ".join(words)
     if text in GREETINGS or text in _other_texts():
@@ -298,7 +302,7 @@ def _yes_no_text(rng: np.random.Generator) -> str:
         return f"is {number_words(left)} {_pick(rng, ('more', 'less'))} than {number_words(right)}"
     own_kind, other_kind = _pick(rng, list(KINDS)), _pick(rng, list(KINDS))
     name = _pick(rng, KINDS[own_kind])
-    asked = own_kind if rng.random() < 0.4 else other_kind  # about half of the questions have the answer yes
+    asked = own_kind if rng.random() < 0.4 else other_kind  # so "yes" is right for about half of the questions
     return f"is {'a ' if own_kind == 'animal' else ''}{name} {_ARTICLES[asked]} {asked}"
 
 
@@ -326,13 +330,13 @@ def draw_bare_list(rng: np.random.Generator) -> str:
 
 @cache
 def _openings() -> frozenset[tuple[str, ...]]:
-    """Returns the pairs of words with which sentences of the grammar begin."""
+    """Returns the first two words of each sentence of the task, from 20,000 drawn ones."""
     rng = np.random.default_rng(0)
     return frozenset(tuple(sample_user_text(rng)[1].split()[:2]) for _ in range(20_000))
 
 
 def is_nonsense(words: Sequence[str]) -> bool:
-    """Returns whether two or more words begin no sentence of the grammar, and their reply is `I_SEE`.
+    """Returns whether no sentence of the task starts like these two or more words, and their reply is `I_SEE`.
 
     No further words can turn them into a sentence, so the assistant need not wait for more.
     """

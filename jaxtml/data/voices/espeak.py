@@ -24,7 +24,7 @@ LIBRARY_SHA256 = "b15ce0803b26254e8a0d088c6b9281a2637b2b02613147cc320cfdefaf2c3c
 """The library of espeakng-loader 0.2.4 (eSpeak NG 1.52) for Linux on x86-64."""
 
 NORMAL_WPM = 165
-"""Words per minute at rate 1. eSpeak's own default of 175 is faster than people answer."""
+"""Words per minute at rate 1. eSpeak's own default of 175 is faster than people talk in short answers."""
 
 # Values of speak_lib.h.
 _SYNCHRONOUS, _UTF8, _IPA, _USE_TIE = 2, 1, 0x02, 0x80

@@ -80,8 +80,8 @@ def render(text: str, voice: str, rate: float) -> Rendering:
             "noise_1": rng.standard_normal((1, 192, MAX_FRAMES), np.float32),
         },
     )
-    # A space and the pad of the space stand before the first token of a word. `starts_from_durations` needs the space
-    # directly in front of the index that it gets, so it gets the index of the pad.
-    tokens = [1 + 2 * begin for begin in begins]
-    starts = starts_from_durations(frames.reshape(-1) * (HOP / RATE_HZ), tokens, EARLY_S)
+    # In front of a word's first token stand the space and the pad of the space. `starts_from_durations` expects the
+    # space directly before each index, so the indices are those of the pads.
+    pads = [1 + 2 * begin for begin in begins]
+    starts = starts_from_durations(frames.reshape(-1) * (HOP / RATE_HZ), pads, EARLY_S)
     return Rendering(wave.reshape(-1), RATE_HZ, starts)

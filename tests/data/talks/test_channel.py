@@ -31,7 +31,7 @@ def test_the_clean_channel_only_sets_the_level():
 
 
 @pytest.mark.parametrize("tilt", [0.0, -3.0, -6.0])
-def test_noise_lies_below_the_voice_by_its_figure(tilt):
+def test_noise_lies_below_the_voice_by_noise_db(tilt):
     heard = heard_through(level_dbfs=-26.0, noise_db=15.0, noise_tilt=tilt)
     assert level_db(heard[N // 2 :]) == pytest.approx(-26 - 15, abs=3)
 

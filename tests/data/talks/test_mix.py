@@ -126,7 +126,7 @@ def test_an_interrupted_assistant_has_stopped_within_400_ms_and_then_answers(spe
             before, after = talk.speech[n - 1], talk.speech[n]
             start_s = min(w.start_s for w in talk.user_words if talk.user_end_s[n - 1] < w.start_s)
             stop = (before.end_micro_turn + 1) * MICRO_TURN_SAMPLES
-            # A clip begins up to 10 ms before its first word, and its own start decides the micro-turn.
+            # The start of the user's clip decides the micro-turn. The clip starts up to 10 ms before its first word.
             assert 0.19 <= stop / SAMPLE_RATE - start_s <= 0.4
             assert (before.start_micro_turn + 1) * MICRO_TURN_SAMPLES < start_s * SAMPLE_RATE, "it was speaking"
             assert np.abs(talk.assistant[stop : (after.start_micro_turn + 1) * MICRO_TURN_SAMPLES]).max() == 0
@@ -190,7 +190,7 @@ def test_words_joined_from_different_utterances_make_new_sentences(speakers):
     assert len(replies - spoken) >= 5
 
 
-def test_words_that_are_no_sentence_are_answered_and_never_paused(speakers):
+def test_words_that_are_no_sentence_are_answered_and_have_no_pause(speakers):
     all_nonsense = ScenarioWeights(0.5, 0.5, 0, 0, 0, typed=0, joined=1.0, nonsense=1.0)
     seen = 0
     for i in range(8):

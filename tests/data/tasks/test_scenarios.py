@@ -1,4 +1,4 @@
-"""The grammar of the task: replies are right and from a closed set, and sentences are known to be open or complete."""
+"""The short-answer task: replies are right and listed, and complete sentences are told from open ones."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_misheard_list_is_said_back_as_it_was_heard():
     assert scenarios.reply_to(["my", "code", "is", "three", "nine"]) == "three nine"
 
 
-def test_every_reply_to_a_sampled_user_turn_is_in_the_closed_set_and_short():
+def test_every_reply_to_a_sampled_user_turn_is_listed_and_short():
     rng = np.random.default_rng(1)
     texts = scenarios.assistant_texts()
     assert len(texts) == len(set(texts)) <= 700
