@@ -1,4 +1,4 @@
-"""`SessionBatch`: sessions that begin together and run side by side, one micro-turn after the other.
+"""`SessionBatch`: sessions that begin together and run side by side, one micro-turn (200 ms) after the other.
 
 `converse` runs recordings through it, and a `Session` of the library is a batch of one. The server uses `Slots`
 instead, because its sessions come and go.
@@ -28,7 +28,8 @@ class SessionInput:
     Attributes:
       samples: `[3200]` float32 at 16 kHz.
       text: token ids; the empty tuple where no text arrives.
-      mark: TYPED where the text is the user's, BACKGROUND where the text is the background model's.
+      mark: the control token in front of the text. TYPED: the user typed the text. BACKGROUND: the text comes from
+        elsewhere, such as the background model, the larger model to which this model delegates requests.
       patches: `[P, 2, 40, 40, 3]` float32, video; None without video.
     """
 
@@ -39,7 +40,9 @@ class SessionInput:
 
 
 class SessionBatch:
-    """Sessions side by side in one state. Compiles the step for their number, if the engine has not done so before.
+    """Sessions side by side in one state.
+
+    The constructor compiles the step for this batch size, unless the engine has compiled it already.
 
     Args:
       engine: the loaded model.

@@ -1,7 +1,7 @@
 """`converse` and `replies`: sessions over waveforms that are known from the beginning, side by side.
 
-The trainer's samples, the evaluations and the tests call them. The model hears each waveform micro-turn by micro-turn,
-as it would hear a microphone. So later samples never change an earlier output.
+Called by `jaxtml.train.samples`, by `jaxtml.evals.run` and by tests. The model hears each waveform in micro-turns of
+200 ms, as it would hear a microphone. So later samples never change an earlier output.
 
 Axes: N samples at 16 kHz, P patches.
 """
@@ -21,7 +21,7 @@ from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 
 
 def micro_turns_of(samples: int) -> int:
-    """Returns the number of micro-turns that `samples` samples fill; the last may be filled in part."""
+    """Returns the number of micro-turns that `samples` samples need. The samples may fill the last one only in part."""
     return -(-samples // MICRO_TURN_SAMPLES)
 
 
@@ -41,8 +41,8 @@ def converse(
       seed: of the sampling.
       week_ms: wall clock at the beginning, in milliseconds since Monday, 00:00 UTC.
       patches: `[P, 2, 40, 40, 3]` float32 per micro-turn, for the micro-turns that have video. All sessions see them.
-      typed: per session, `(micro-turn, text)` as the user types it. Text that does not fit into its micro-turn goes on
-        in the next.
+      typed: per session, pairs `(micro-turn, text)`: the text that the user types, and the index of the micro-turn in
+        which the model gets it. Text that does not fit into its micro-turn goes on in the next.
 
     Yields:
       The outputs as host arrays, and one record per session.

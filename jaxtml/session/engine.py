@@ -1,7 +1,9 @@
 """`Engine`: a loaded model that is ready to converse. It has the parameters and one compiled step per batch size.
 
-`SessionBatch` (recordings, the library) and `Slots` (the server) run sessions on an engine. The trainer's samples and
-the evaluations make engines too. Nothing here knows audio files or networks.
+`SessionBatch` (recordings, the library) and `Slots` (the server) run sessions on an engine. `jaxtml.train.samples` and
+`tools/evaluate.py` make engines too. Nothing here knows audio files or networks.
+
+A step computes one micro-turn, 200 ms of input and output, of all slots.
 
 Axes: B session slots.
 """
@@ -45,7 +47,7 @@ class Engine:
       config: of the model.
       codec: text to token ids and back.
       params: as `Duplex.prepare` returns them.
-      duplex: the programs of the model.
+      duplex: makes the JAX functions that prepare parameters, begin sessions and compute micro-turns.
       mesh: the devices; None: one device.
     """
 
@@ -58,15 +60,16 @@ class Engine:
 
     @classmethod
     def create(cls, config: Config, params: Params, codec: TextCodec) -> Engine:
-        """Returns an engine of parameters that are in memory, as training has them, on one device."""
+        """Returns an engine on one device. `params` are in memory, in the form in which training keeps them."""
         duplex = Duplex(InteractionModel(config, Placement(int8=config.serve.int8_experts)))
         return cls(config, codec, jax.jit(duplex.prepare)(params), duplex)
 
     @classmethod
     def load(cls, directory: str | Path, shape: MeshShape = MeshShape()) -> Engine:
-        """Returns an engine of a checkpoint directory of any kind that `jaxtml convert` reads.
+        """Returns an engine with the model of a checkpoint directory.
 
-        On a mesh, each process reads the parameters of its own devices only.
+        The directory is a checkpoint of this project, a training run, or a released Inkling checkpoint. On a mesh, each
+        process reads the parameters of its own devices only.
 
         Raises:
           InputError: there is no readable checkpoint or tokenizer (see `open_checkpoint` and `TextCodec.load`), the
@@ -116,9 +119,14 @@ class Engine:
     def compile_for_state(
         self, function: Callable[..., DuplexState], *shapes: object, donated: tuple[int, ...] = ()
     ) -> Callable[..., DuplexState]:
-        """Compiles a function that returns a state, ahead of time, for arguments of `shapes`.
+        """Compiles a function that returns a state.
 
-        On a mesh the sessions of a state may move between devices. The compiler decides how.
+        On a mesh the function may move sessions from one device to another. XLA chooses the transfers.
+
+        Args:
+          function: the function.
+          *shapes: shapes of its arguments.
+          donated: positions of the arguments whose buffers the result may reuse.
         """
         run = function
         if self.mesh is not None:
@@ -127,7 +135,7 @@ class Engine:
             return jax.jit(run, donate_argnums=donated).lower(*shapes).compile()
 
     def empty_inputs(self, batch: int) -> MicroTurnInputs:
-        """Returns the inputs of a micro-turn in which nobody gets anything, on the engine's devices."""
+        """Returns the inputs of a micro-turn in which no slot is active, on the engine's devices."""
         empty = self.duplex.empty_inputs(batch)
         return empty if self.mesh is None else self._place_inputs(jax.device_get(empty))
 
@@ -136,7 +144,7 @@ class Engine:
 
         Args:
           empty: from `empty_inputs`, for the same number of slots.
-          given: what each slot takes. Slots that are not in it are not active.
+          given: the input of each active slot. All other slots are not active.
         """
         batch, base = len(empty.active), self.config.duplex.control_base
         bins, active = np.zeros(empty.bins.shape, np.uint8), np.zeros(batch, bool)

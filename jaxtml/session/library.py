@@ -7,8 +7,9 @@
     session = model.session(seed=0)          # or 200 ms at a time
     turn = session.step(chunk)
 
-Both give the same, to the bit, because `Model.converse` steps a session. This module checks all arguments of a caller
-before they reach the model. It raises `InputError` for arguments that cannot be used.
+Both give the same result, to the bit, because `Model.converse` steps a session. A step takes 200 ms of input and gives
+200 ms of output: one micro-turn. This module checks all arguments of a caller before they reach the model. It raises
+`InputError` for arguments that cannot be used.
 
 Axes: N samples at 16 kHz, P patches.
 """
@@ -63,7 +64,8 @@ def load(directory: str | Path | None = None) -> Model:
 class Model:
     """A loaded model. It may have any number of sessions. Only one thread at a time may use it and its sessions.
 
-    The first session compiles the program of a micro-turn. That takes between seconds (`tiny`) and minutes. Set
+    The first session compiles the step that computes 200 ms of a session. That takes between seconds (`tiny`) and
+    minutes. Set
     `JAX_COMPILATION_CACHE_DIR` to a folder to keep compiled programs from run to run.
     """
 
@@ -106,7 +108,8 @@ class Model:
         Args:
           wave: `[N]` float32 at 16 kHz, full scale 1, at least 200 ms. The last micro-turn is filled with silence.
           seed: as for `session`.
-          typed: `(micro-turn, text)`, text that the user has typed by the beginning of this micro-turn.
+          typed: pairs `(micro-turn, text)`: the text that the user has typed by the beginning of the micro-turn with
+            this index.
           patches: video, by micro-turn: `[P, 2, 40, 40, 3]` float32 (from `jaxtml.stream.images.image_patches`), or
             None where a micro-turn has none. It may end before the recording.
           week_ms: as for `session`.
@@ -149,7 +152,7 @@ class Model:
     def encode(self, conversation: Conversation) -> EncodedConversation:
         """Encodes a conversation as the tokens and frames that the model is trained on, micro-turn by micro-turn.
 
-        `jaxtml.stream.layout` has the order of the positions, `jaxtml.stream.encoding` what encoding loses.
+        `jaxtml.stream.layout` describes the order of the positions. `jaxtml.stream.encoding` says what encoding loses.
 
         Raises:
           InputError: the waveforms differ in length or are not whole micro-turns, stretches of speech overlap, or a
@@ -238,11 +241,11 @@ class Session:
 
     @property
     def _text_room(self) -> int:
-        """Tokens of text that a micro-turn has room for, beside the mark."""
+        """Tokens of text for which a micro-turn has room after the control token (TYPED or BACKGROUND)."""
         return self._engine.config.duplex.max_typed - 1
 
     def _next_text(self) -> tuple[Control, tuple[int, ...]]:
-        """Takes the text of the next micro-turn from the text that waits. A micro-turn has text of one kind."""
+        """Takes the next micro-turn's text from the waiting text. A micro-turn gets either typed or background text."""
         for mark, waiting in self._waiting.items():
             if waiting:
                 text = tuple(waiting[: self._text_room])

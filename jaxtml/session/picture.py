@@ -21,8 +21,8 @@ USER_COLOUR, MODEL_COLOUR, STEP_COLOUR = "#33658a", "#bc4b51", "#7a7a7a"
 def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     """Writes a PNG of the session to `path`.
 
-    It shows both voices on the grid of micro-turns, what was heard and said, when the gate was open, and the time per
-    step. `wave` `[N]` float32 is the user's recording.
+    It shows both voices on a grid of micro-turns (200 ms each), what was heard and said, when the model spoke, and the
+    time per step. `wave` `[N]` float32 is the user's recording.
     """
     from matplotlib.figure import Figure
 
@@ -48,7 +48,7 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     starts = np.array([micro_turn.t_ms for micro_turn in reply.turns]) / 1000
     steps.bar(starts, [micro_turn.step_ms for micro_turn in reply.turns], width=0.18, align="edge", color=STEP_COLOUR)
     steps.set_ylabel("step, ms")
-    steps.set_xlabel("seconds; words stand where their micro-turn ends; shaded: the gate is open")
+    steps.set_xlabel("seconds; each word stands at the end of its 200 ms; shaded: the model speaks")
     user.set_xlim(0, seconds)
     for axis in axes if width < WIDEST_INCHES else ():  # squeezed, a micro-turn is too narrow for a line
         axis.set_xticks(np.arange(0, seconds, 0.2), minor=True)

@@ -1,6 +1,6 @@
-"""A recording of the user as a session: reads it, converses, and writes what came of it. Called by `jaxtml converse`.
+"""Runs a session over a recording of the user. Reads the recording and writes the reply. Called by `jaxtml converse`.
 
-The recording is read whole. Then the model hears it micro-turn by micro-turn, as it would hear a microphone. With
+The recording is read whole. Then the model hears it in micro-turns of 200 ms, as it would hear a microphone. With
 `realtime`, the session runs at the speed of the recording.
 
 Axis: N samples at 16 kHz.
@@ -33,7 +33,7 @@ def read_recording(path: str | Path) -> np.ndarray:
     """
     wave = read_audio(path)
     if len(wave) < MICRO_TURN_SAMPLES:
-        raise InputError(f"{path} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: a micro-turn needs {MICRO_TURN_MS}")
+        raise InputError(f"{path} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: give at least {MICRO_TURN_MS} ms")
     return wave
 
 
@@ -46,14 +46,16 @@ def converse_with(
     realtime: bool = False,
     on_micro_turn: Callable[[MicroTurn], None] = lambda micro_turn: None,
 ) -> Reply:
-    """Runs a session over a recording, like `Model.converse`, with a video file, a clock and a call per micro-turn.
+    """Runs a session over a recording, like `Model.converse`.
+
+    It can also take a video file, run at the speed of the recording, and call a function after each micro-turn.
 
     Args:
       model: the loaded model.
       wave: `[N]` float32 at 16 kHz, from `read_recording`.
       seed: of the sampling.
       video: file of what the camera saw during the recording.
-      realtime: whether to wait so that each micro-turn takes 200 ms.
+      realtime: whether to wait after each micro-turn until 200 ms have passed.
       on_micro_turn: is called after each micro-turn.
 
     Raises:

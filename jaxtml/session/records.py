@@ -1,7 +1,10 @@
-"""The records of a session: what one micro-turn takes and gives, and what a whole session gives.
+"""The records of a session: what one micro-turn (200 ms) takes and gives, and what a whole session gives.
 
-The engine, the slots and `converse` make and read them; the server sends `SlotInput` and `SlotOutput` between
-processes; evaluations and the command line read `MicroTurn` and `Reply`. This module imports no JAX.
+The gate of a micro-turn says whether the model speaks in it (open) or listens (closed). dMel frames are the 16-level
+log-mel frames that the model hears (`jaxtml.stream.dmel`).
+
+The engine, the slots and `converse` make and read these records. The server sends `SlotInput` and `SlotOutput` between
+processes. Evaluations and the command line read `MicroTurn` and `Reply`. This module imports no JAX.
 
 Axes: N samples at 16 kHz, P patches, n generated tokens.
 """
@@ -25,9 +28,10 @@ class SlotInput:
     """What one session takes in a micro-turn.
 
     Attributes:
-      bins: `[4, 80]` uint8, dMel frames of the user.
+      bins: `[4, 80]` uint8, the dMel frames of what the user says.
       text: token ids; the empty tuple where no text arrives.
-      mark: TYPED where the text is the user's, BACKGROUND where the text is the background model's.
+      mark: the control token in front of the text. TYPED: the user typed the text. BACKGROUND: the text comes from
+        elsewhere, such as the background model, the larger model to which this model delegates requests.
       patches: `[P, 2, 40, 40, 3]` float32, video; None without video.
     """
 
@@ -43,9 +47,9 @@ class SlotOutput:
 
     Attributes:
       wave: `[3200]` float32 at 16 kHz. The user hears these samples one micro-turn later.
-      tokens: `[n]` int32, the generated tokens, the gate token last.
+      tokens: `[n]` int32, the generated tokens. The last token is the gate, SPEAK or LISTEN.
       speaking: whether the gate is open.
-      p_speak: P(speak) against P(listen).
+      p_speak: probability that the gate opens: P(SPEAK) / (P(SPEAK) + P(LISTEN)).
     """
 
     wave: np.ndarray
@@ -61,7 +65,7 @@ class MicroTurn:
     Attributes:
       t_ms: when the input of the micro-turn began, in milliseconds since the session began.
       gate: "speak" or "listen".
-      p_speak: P(speak) against P(listen), in [0, 1].
+      p_speak: probability that the gate opens: P(SPEAK) / (P(SPEAK) + P(LISTEN)).
       heard: the text that this micro-turn added to the transcript of the user.
       text: the text that this micro-turn added to what the model says.
       delegate: the text that this micro-turn added to a request to the background model.
@@ -99,7 +103,7 @@ class Reply:
     def join(cls, micro_turns: Sequence[MicroTurn], samples: int) -> Reply:
         """Joins the micro-turns of a session whose input had `samples` samples.
 
-        The waves of the result's records are views of one array, so that a long session is in memory once.
+        The waves of the result's records are views of one array, so that the sound is in memory only once.
         """
         wave = np.concatenate([SILENCE, *(micro_turn.wave for micro_turn in micro_turns)])
         starts = range(MICRO_TURN_SAMPLES, len(wave), MICRO_TURN_SAMPLES)

@@ -1,17 +1,18 @@
-"""`Slots`: the live sessions of a server, which begin and end between micro-turns, in the slots of a batch.
+"""`Slots`: the live sessions of a server. Each session has a slot of one batch.
 
-There is one compiled step per bucket (a batch size), and the sessions are in the smallest bucket that has room. When a
-new session finds no room, all sessions move to a larger bucket. They move to the next smaller bucket when they fill no
-more than half of it. The server calls this module. Everything is compiled at the start; nothing compiles later.
+Sessions may begin and end between any two micro-turns (a micro-turn is 200 ms). There is one compiled step per bucket
+(a batch size), and the sessions are in the smallest bucket that has room. When a new session finds no room, all
+sessions move to a larger bucket. They move to the next smaller bucket when they fill no more than half of it. The
+server calls this module. Everything is compiled at the start; nothing compiles later.
 
-Within a bucket, what a session gives does not depend, to the bit, on its slot or on other sessions. Another bucket
-rounds sums differently. In the tests the sound then differs by 1e-4 at most. Where two tokens almost tie in sampling,
+Within a bucket, neither the slot nor the other sessions change any bit of a session's output. Another bucket rounds
+sums differently. In the tests the sound then differs by 1e-4 at most. Where two tokens almost tie in sampling,
 the session may go on with the other token (EXPERIMENTS.md says how often).
 
 On a CPU the sessions are in several groups (`slot_groups`), each with a clock of its own. On a CPU a step of twice as
 many sessions takes twice as long, and all these sessions wait for its end. With a single group, a step in which many
 sessions speak would still run when the next step is due. A group has one bucket, because free slots cost next to
-nothing on a CPU. So other sessions never change a bit of what a session gives.
+nothing on a CPU. So on a CPU, other sessions never change any bit of a session's output.
 
 Axes: n generated tokens.
 """
@@ -48,7 +49,7 @@ class Slots:
         size counts the sessions of one part.
 
     Attributes:
-      live: the slot of each session, by its number.
+      live: session number -> slot.
       bucket: the present batch size.
       state: of all slots.
 
@@ -73,13 +74,15 @@ class Slots:
         self.state: DuplexState = self.engine.init_state(self.bucket)
 
     def empty_copy(self) -> Slots:
-        """Returns as many slots for other sessions, with the same compiled programs."""
+        """Returns `Slots` of the same size without any session. They share the compiled programs."""
         other = copy.copy(self)
         other._reset()
         return other
 
     def _compile_programs(self) -> tuple[dict[int, StateProgram], dict[tuple[int, int], StateProgram]]:
-        """Compiles the step of every bucket and runs it once, and compiles what begins and moves sessions.
+        """Compiles everything that a server runs: the steps, and the programs that begin and move sessions.
+
+        The step of each bucket also runs once, as a warm-up.
 
         Returns:
           By bucket, the program that begins a session. By (bucket, other bucket), the program that moves all sessions.
@@ -111,8 +114,10 @@ class Slots:
         Raises:
           ValueError: there is no room, or the session has begun already.
         """
-        if session in self.live or len(self.live) >= self.capacity:
-            raise ValueError(f"session {session} cannot begin beside {len(self.live)} of {self.capacity}")
+        if session in self.live:
+            raise ValueError(f"session {session} has begun already")
+        if len(self.live) >= self.capacity:
+            raise ValueError(f"session {session} cannot begin: all {self.capacity} slots are taken")
         if len(self.live) == self.bucket:
             self._move_to(self.buckets[self.buckets.index(self.bucket) + 1])
         slot = min(set(range(self.bucket)) - set(self.live.values()))

@@ -21,13 +21,13 @@ class Summary:
       seconds: length of the recording.
       heard: transcript of the user.
       said: what the model said.
-      replies: stretches of consecutive micro-turns whose gate is open.
+      replies: how often the model began to speak.
       gate_latency_ms: per reply, the time from the user's last loud sample before it to the first sample of the reply.
-        The end of the user is judged by level, because nothing else is known about a recording. A reply before any
-        loud sample has no latency.
+        Loudness decides when the user stopped speaking, because nothing else is known about a recording. A reply before
+        any loud sample has no latency.
       step_ms_median: median time of a micro-turn's computation.
       step_ms_max: longest time of a micro-turn's computation.
-      late_turns: micro-turns that took longer than 200 ms.
+      late_turns: number of micro-turns whose computation took longer than 200 ms, the length of a micro-turn.
     """
 
     seconds: float
@@ -41,12 +41,17 @@ class Summary:
 
     def sentence(self) -> str:
         """Returns what happened, in one line. If the model said nothing, the line says what to try."""
-        steps = f"{self.step_ms_median:.0f} ms per micro-turn (most {self.step_ms_max:.0f}, late {self.late_turns})"
+        steps = (
+            f"computing each 200 ms took {self.step_ms_median:.0f} ms "
+            f"(median; at most {self.step_ms_max:.0f} ms, {self.late_turns} times more than 200 ms)"
+        )
         heard = f"heard {self.heard!r}" if self.heard else "heard no words"
         if not self.replies:
             return f"{self.seconds} s: {heard}, said nothing; {steps}. Leave two seconds of silence after the question."
+        replies = f"said {self.said!r} in {self.replies} " + ("reply" if self.replies == 1 else "replies")
         latency = ", ".join(f"{ms} ms" for ms in self.gate_latency_ms)
-        return f"{self.seconds} s: {heard}, said {self.said!r}, first sound {latency} after the user; {steps}."
+        began = f", which began {latency} after the user stopped" if latency else ""
+        return f"{self.seconds} s: {heard}, {replies}{began}; {steps}."
 
 
 def summarise(wave: np.ndarray, reply: Reply) -> Summary:
@@ -70,8 +75,9 @@ def summarise(wave: np.ndarray, reply: Reply) -> Summary:
 def _latency_ms(wave: np.ndarray, micro_turn: int) -> int | None:
     """Returns the time from the user's last loud 10 ms to the first sound of a reply; None if the user was not loud.
 
-    The reply opens in `micro_turn` and is heard one micro-turn later. A block of 10 ms is loud if its level exceeds the
-    sum of two values: a tenth of the recording's level, and a tenth of the level of the loudest block.
+    The model begins to speak in `micro_turn`, and the user hears its sound one micro-turn later. A block of 10 ms is
+    loud if its level exceeds the sum of two values: a tenth of the recording's level, and a tenth of the level of the
+    loudest block.
     """
     block = SAMPLE_RATE // 100
     audible = (micro_turn + 1) * MICRO_TURN_SAMPLES

@@ -1,4 +1,4 @@
-"""A session on the console, one line per micro-turn while it happens. Called by `jaxtml converse`."""
+"""A session on the console: one line per micro-turn (200 ms), while the session runs. Called by `jaxtml converse`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _console = Console(highlight=False)
 
 
 def print_micro_turn(micro_turn: MicroTurn) -> None:
-    """Prints the clock, the gate, the time of the step, what was heard and what is said."""
+    """Prints the clock, whether the model speaks, the time of the step, and what it heard, says and delegates."""
     speaking = micro_turn.gate == "speak"
     line = Text(f"{micro_turn.t_ms / 1000:7.1f} s  ")
     line.append("■ speak  " if speaking else "· listen ", style="bold red" if speaking else "dim")

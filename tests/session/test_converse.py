@@ -35,7 +35,7 @@ def test_a_reply_has_the_length_and_the_clock_of_its_wave(replied):
 
 def test_the_output_of_a_micro_turn_is_heard_in_the_next(engine, waves, replied):
     reply = replied[0]
-    assert not reply.wave[:MICRO_TURN_SAMPLES].any(), "the first 200 ms were not heard yet"
+    assert not reply.wave[:MICRO_TURN_SAMPLES].any(), "there is output before the model has heard any input"
     gates = [turn.gate for turn in reply.turns]
     assert {"speak", "listen"} == set(gates)
     outputs = [outputs for outputs, _ in converse(engine, waves, seed=1)]

@@ -37,7 +37,9 @@ def test_a_session_step_by_step_is_to_the_bit_what_converse_gives(model, recordi
     reply = model.converse(recording, seed=3, typed=[(1, "the"), (1, LONG_TEXT), (3, "a sky")], patches=[None, patches])
     session = model.session(seed=3)
     padded = np.pad(recording, (0, -len(recording) % MICRO_TURN_SAMPLES))
-    assert {turn.gate for turn in reply.turns} == {"speak", "listen"}, "nothing of interest is compared"
+    assert {turn.gate for turn in reply.turns} == {"speak", "listen"}, (
+        "the test needs a session in which the model speaks and listens"
+    )
     for i, turn in enumerate(reply.turns):
         assert session.t_ms == turn.t_ms
         chunk = padded[i * MICRO_TURN_SAMPLES : (i + 1) * MICRO_TURN_SAMPLES]

@@ -1,4 +1,4 @@
-"""What a session hears does not depend on other sessions, on its slot, or (almost) on the size of the batch."""
+"""A session's output does not depend on other sessions or on its slot, and hardly on the size of the batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def assert_equal(expected: list[SlotOutput], outputs: list[SlotOutput]) -> None:
 
 def test_one_session_gives_what_converse_gives(slots, engine, wave, bins):
     outputs = run_alone(slots, bins)
-    assert {output.speaking for output in outputs} == {True, False}, "nothing of interest is compared"
+    assert {output.speaking for output in outputs} == {True, False}, (
+        "the test needs a session in which the model speaks and listens"
+    )
     for output, (expected, _) in zip(outputs, converse(engine, [wave], seed=7), strict=True):
         np.testing.assert_array_equal(output.wave, expected.wave[0])
         np.testing.assert_array_equal(output.tokens, expected.tokens[0, : expected.count[0]])
@@ -170,10 +172,10 @@ def test_groups_share_their_programs_and_nothing_else(engine, bins, compilations
 def test_sessions_beyond_the_capacity_are_refused(slots, engine):
     for session in range(4):
         slots.begin(session, 0, 0)
-    with pytest.raises(ValueError, match="cannot begin beside 4 of 4"):
+    with pytest.raises(ValueError, match="session 9 cannot begin: all 4 slots are taken"):
         slots.begin(9, 0, 0)
     slots.end(3)
-    with pytest.raises(ValueError, match="session 2 cannot begin"):
+    with pytest.raises(ValueError, match="session 2 has begun already"):
         slots.begin(2, 0, 0)
     for session in range(3):
         slots.end(session)
