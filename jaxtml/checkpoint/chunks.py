@@ -24,7 +24,9 @@ CHUNK_BYTES = 2**23  # the largest size of a chunk
 
 @dataclass(frozen=True)
 class LayerChunks:
-    """The chunks of one layer's part of a parameter, in order. Together they are one released tensor.
+    """The chunks of one layer's part of a parameter, in order.
+
+    Together they are one released tensor, unless the parameter is one that Inkling checkpoints lack.
 
     Attributes:
       path: the path of the parameter.
@@ -107,8 +109,8 @@ def _cut_order(spec: ParamSpec) -> Sequence[int]:
 def _cut_length(size: int, at_most: int) -> int:
     """Returns the length, at most `at_most`, into which an axis of `size` is cut.
 
-    The length is the largest divisor of `size`. If that is less than half of `at_most`, the length is a power of two
-    instead, and the last part is shorter than the others.
+    The length is the largest divisor of `size` that is at most `at_most`. If this divisor is less than half of
+    `at_most`, the length is instead the largest power of two that is at most `at_most`, and the last part is shorter.
     """
     if size <= at_most:
         return size

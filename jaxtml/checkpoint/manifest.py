@@ -22,7 +22,8 @@ from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
 
 _VERSION = 1
-# Files without a checksum of their own: each tensor of a shard has one, and the journal is removed in the end.
+# Files whose checksums are not recorded. Each tensor of a .safetensors file has a checksum of its own instead. The
+# journal of the conversion, a .jsonl file, is removed at the end.
 _UNRECORDED_SUFFIXES = (".safetensors", ".jsonl")
 
 

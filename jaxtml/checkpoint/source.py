@@ -25,8 +25,9 @@ Index = tuple[slice, ...]
 Position = tuple[int, ...]
 """A layer's index in the stacked dimensions of a parameter: `(repeat, layer)`.
 
-A parameter that belongs to layers stacks the values of many layers. The model repeats a block of layers. `repeat`
-counts the repeats of the block, and `layer` counts equal layers in it. The position in any other parameter is `()`.
+A parameter that belongs to layers stacks the values of all layers of a run. A run is a number of equal layers in a row,
+and belongs to a block of layers that the model may repeat (`model.stack`). `repeat` is the number of the repeat of the
+block, and `layer` is the number of the layer in its run. In any other parameter the position is `()`.
 """
 
 

@@ -48,7 +48,7 @@ def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 
 
 def _copy_matrix(matrix: np.ndarray, out: np.ndarray, buffer: np.ndarray, columns: int) -> None:
-    """Copies a matrix whose rows are contiguous to one whose columns are."""
+    """Copies a matrix whose rows are contiguous to a matrix whose columns are contiguous."""
     for row in range(0, matrix.shape[0], _BLOCK_ROWS):
         for column in range(0, matrix.shape[1], columns):
             block = np.s_[row : row + _BLOCK_ROWS, column : column + columns]

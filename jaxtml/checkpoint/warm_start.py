@@ -1,9 +1,11 @@
 """A larger model that starts with the weights of a smaller one. On text, its logits are those of the smaller model.
 
 So `tml_interaction_small` starts with the weights of Inkling-Small. Layers 42 and 43 are copies of the last layers of
-their kinds, and their output projections are zero, so that they add nothing. The clock and the own-voice embedding are
-zero. Control tokens whose rows of the embedding are all zero get random rows. Called by `convert.conversion` and
-`train.parameters`.
+their kinds, and their output projections are zero, so that they add nothing. A parameter that the source does not have
+in the same shape gets the initial values of a new model. For the clock, and for the embedding that marks the model's
+own speech, these are zeros. Control tokens whose rows of the embedding are all zero get random rows.
+
+Called by `convert.conversion` and `train.parameters`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import initial_values
 from jaxtml.stream.tokens import CONTROLS
 
-# Fields of the backbone that may differ. All others decide the shapes of the weights.
+# Fields of the backbone that may differ. Every other field decides the shape of weights or the result of a layer.
 _FREE = ("n_layers", "global_layers", "unpadded_vocab_size", "init_std", "mtp_heads", "mtp_global")
 _OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # output projections: a layer adds nothing if these are zero
-_SAMPLE_ROWS = 4096  # rows of the embedding; new control rows get their root mean square
+_SAMPLE_ROWS = 4096  # rows of the embedding whose root mean square is the deviation of random rows for control tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,12 @@ class LayerPlace:
 
 @dataclasses.dataclass(frozen=True)
 class LayerOrigin:
-    """The layer of the smaller model that a layer is copied from. An added layer changes nothing at first."""
+    """Where a layer of the larger model comes from.
+
+    Attributes:
+      place: where the layer that is copied stands in the smaller model.
+      added: whether the smaller model has no layer of this number. An added layer adds nothing until it is trained.
+    """
 
     place: LayerPlace
     added: bool
@@ -51,7 +58,7 @@ class WarmStart:
     """A `ParameterSource` of a larger model, whose weights come from a smaller model with the same kinds of layers.
 
     Args:
-      source: the source of the smaller model's parameters. The model may have as many layers, but no more.
+      source: the source of the smaller model's parameters. The smaller model has at most as many layers as the larger.
       config: the config of the larger model.
       seed: the seed of all random values.
 

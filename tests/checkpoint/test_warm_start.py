@@ -44,7 +44,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def larger() -> Config:
-    """Two layers more, other limits of a micro-turn, another flow head, and pinned tokens on global layers."""
+    """`SMALLER` with two more layers, other limits of a micro-turn, another flow head, and pinned tokens."""
     b = SMALLER.backbone
     globals_ = dataclasses.replace(b.global_, window=256, pinned=4)
     backbone = dataclasses.replace(b, n_layers=6, global_layers=(2, 5), global_=globals_)

@@ -224,7 +224,7 @@ def test_reading_a_run_without_a_checkpoint_is_one_clear_line(config, tmp_path):
         read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(config))
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match="has no checkpoint yet: let the training run on"):
+    with pytest.raises(InputError, match="has no checkpoint yet: wait until the training run"):
         read_checkpoint(tmp_path)
 
 

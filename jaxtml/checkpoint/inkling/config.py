@@ -22,7 +22,7 @@ from jaxtml.errors import InputError
 from jaxtml.stream.timebase import N_BINS, N_MELS
 from jaxtml.stream.tokens import CONTROLS
 
-# Fields that our model does not vary. Another value means another architecture.
+# Fields with the only value that our model supports. Another value means another architecture.
 _TEXT_CONSTANTS = {
     "hidden_act": "silu",
     "shared_expert_sink": True,
@@ -57,7 +57,7 @@ def config_from_inkling(released: Mapping[str, Any], name: str = "inkling") -> C
     """Returns the config tree of a released checkpoint. `released` is the content of its `config.json`.
 
     The parts that Inkling lacks follow from its sizes: control tokens stand in the unused tail of the vocabulary, and
-    the flow head is as wide as the model (at most 2,048). The log names the fields that are not known here.
+    the flow head is as wide as the model (at most 2,048). The log names the fields that jaxtml does not know.
 
     Raises:
       InputError: a field is missing, is of another kind, or has a value that jaxtml does not support.

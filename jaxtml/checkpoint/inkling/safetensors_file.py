@@ -76,7 +76,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(_LONGEST_HEADER, size - _LENGTH_BYTES):
-                raise ValueError("it is too short")
+                raise ValueError("its header does not fit into the file, or is too long")
             header = json.loads(opened.read(length))
         start = _LENGTH_BYTES + length
         tensors = {

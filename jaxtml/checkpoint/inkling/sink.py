@@ -1,7 +1,8 @@
 """A released Inkling checkpoint that is written chunk by chunk: safetensors that `transformers` reads.
 
-Inkling has no place for the clock, the own voice, the flow head and the vocoder. A release is written without them, so
-keep the jaxtml checkpoint too. Called by `convert.conversion`.
+Inkling has no place for four of our parts: the clock, the embedding that marks the model's own speech, the flow head
+and the vocoder. A release is written without their parameters, so keep the jaxtml checkpoint too. Called by
+`convert.conversion`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class ReleasedSink:
 
 
 def released_dtypes(config: Config, dtype: str) -> dict[str, np.dtype]:
-    """Returns the dtype of each parameter that a release has: `dtype`, or float32 for those that always have it."""
+    """Returns the dtype of each parameter that a release has: `dtype`, except where a release always has float32."""
     return {
         tensor.path: np.dtype(np.float32) if tensor.name.endswith(_FLOAT32) else np.dtype(dtype)
         for tensor in released_tensors(config)

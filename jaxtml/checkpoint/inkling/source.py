@@ -1,8 +1,9 @@
 """A released Inkling checkpoint as a parameter source: safetensors in bfloat16, NVFP4 or MXFP8.
 
 Files are mapped, and only the parts that are asked for are read. The layout of every tensor is in its parameter's spec
-(`Released` in `model.spec`). The parameters that a release lacks (clock, own voice, flow head, vocoder) are the initial
-values of a new model. Called by `checkpoint.opening`, `convert` and `train`.
+(`Released` in `model.spec`). A release lacks the parameters of the clock, of the embedding that marks the model's own
+speech, of the flow head and of the vocoder. These get the initial values of a new model. Called by
+`checkpoint.opening`, `convert` and `train`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class ReleasedCheckpoint:
         return out
 
     def _read_tensor(self, tensor: ReleasedTensor, index: Index) -> np.ndarray:
-        """Returns a part of one layer's parameter in our layout: a view of the file, unless it is quantised."""
+        """Returns a part of one layer's parameter in our layout: a view of the file, unless the tensor is quantised."""
         stored, layout = self.stored[tensor.name], tensor.layout
         if tensor.name not in self.scales:
             return layout.load(stored.mapped())[index].astype(self.dtype(tensor.path), copy=False)

@@ -69,7 +69,7 @@ class OrbaxCheckpoint:
             return None
         steps = [int(step.name) for step in folder.iterdir() if step.name.isdecimal()]
         if not steps:
-            raise InputError(f"{self.directory} has no checkpoint yet: let the training run on")
+            raise InputError(f"{self.directory} has no checkpoint yet: wait until the training run has saved one")
         return max(steps)
 
     def _open_arrays(self, state: Path, prefix: str) -> dict[str, ts.TensorStore]:
@@ -102,7 +102,7 @@ class OrbaxCheckpoint:
 
     def _damaged(self, error: Exception) -> InputError:
         cause = " ".join(str(error).split())[:_LONGEST_CAUSE] or type(error).__name__
-        remedy = "copy it again" if self.step is None else "the run may have replaced this step, try again"
+        remedy = "copy it again" if self.step is None else "the run may have removed this step, try again"
         return InputError(f"checkpoint {self.directory} is damaged or incomplete, {remedy}: {cause}")
 
 

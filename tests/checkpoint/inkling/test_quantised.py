@@ -34,13 +34,13 @@ def nvfp4(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.nd
     codes = rng.integers(0, 16, weight.shape)
     scale = rng.uniform(0.1, 2, (e, n, k // 16)).astype(ml_dtypes.float8_e4m3fn)
     scale2 = rng.uniform(0.1, 1, e).astype(np.float32)
-    means = np.empty(weight.shape, np.float32)
+    numbers = np.empty(weight.shape, np.float32)
     for i, j, m in np.ndindex(*weight.shape):
-        means[i, j, m] = E2M1[codes[i, j, m]] * np.float32(scale[i, j, m // 16]) * scale2[i]
+        numbers[i, j, m] = E2M1[codes[i, j, m]] * np.float32(scale[i, j, m // 16]) * scale2[i]
     packed = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
     beside = {".scale": scale, ".scale2": scale2, ".input_amax": np.ones(1, np.float32),
               ".original_shape": np.array(weight.shape, np.int64)}  # fmt: skip
-    return {"": packed, **beside}, means
+    return {"": packed, **beside}, numbers
 
 
 def mxfp8(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -48,10 +48,10 @@ def mxfp8(weight: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.nd
     e, n, k = weight.shape
     codes = rng.normal(size=weight.shape).astype(ml_dtypes.float8_e4m3fn)
     exponent = rng.integers(120, 130, (e, n, k // 32)).astype(np.uint8)
-    means = np.empty(weight.shape, np.float32)
+    numbers = np.empty(weight.shape, np.float32)
     for i, j, m in np.ndindex(*weight.shape):
-        means[i, j, m] = np.float32(codes[i, j, m]) * 2.0 ** (int(exponent[i, j, m // 32]) - 127)
-    return {"": codes, ".scale": exponent}, means
+        numbers[i, j, m] = np.float32(codes[i, j, m]) * 2.0 ** (int(exponent[i, j, m // 32]) - 127)
+    return {"": codes, ".scale": exponent}, numbers
 
 
 FORMATS = {"nvfp4": nvfp4, "mxfp8": mxfp8}
