@@ -111,8 +111,8 @@ def small_config() -> Config:
 def lively_params(config: Config, seed: int = 0) -> Params:
     """Returns initial parameters with noise on all of them except the vocoder's.
 
-    Some parameters start at zero or one: the embeddings of the clock and of the own voice, the gates of the flow head,
-    scales, biases. With the noise they change the outputs, so a test notices if a parameter is not used.
+    Some parameters start at zero or one: the embeddings of the clock and of the model's own speech, the gates of the
+    flow head, scales, biases. With the noise they change the outputs, so a test notices if a parameter is not used.
     """
     params = init_params(InteractionModel(config).specs(), seed)
     rng = np.random.default_rng(seed)
@@ -176,7 +176,7 @@ def params(small) -> Params:
 
 @pytest.fixture(scope="session")
 def codec() -> TextCodec:
-    """A codec with one token per byte, except for the commonest pairs. It can write any text; words are long."""
+    """A codec with a token for each byte and for the commonest pairs: it can write any text, in many tokens."""
     return TextCodec.train(["the number is forty two"] * 3, 270)
 
 
@@ -254,7 +254,7 @@ def compiled(engine) -> Slots:
 
 @pytest.fixture
 def slots(compiled) -> Iterator[Slots]:
-    """Four empty slots of the small model. The sessions that a test leaves are ended after it."""
+    """Four empty slots of the small model. Sessions that a test does not end are ended after the test."""
     yield compiled
     for session in list(compiled.live):
         compiled.end(session)

@@ -30,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """In the main process of pytest-xdist: every worker has deselected the same tests, so the largest count counts."""
+    """In the main process of pytest-xdist: keeps the largest count. All workers have deselected the same tests."""
     stash, count = node.config.stash, getattr(node, "workeroutput", {}).get("deselected", 0)
     stash[DESELECTED] = max(stash.get(DESELECTED, 0), count)
 

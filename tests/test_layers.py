@@ -54,7 +54,7 @@ def test_no_folder_of_the_package_imports_upwards():
     assert not climbing(stated("Layers"), PACKAGE, "")
 
 
-def test_no_room_of_the_server_imports_upwards():
+def test_no_folder_of_the_server_imports_upwards():
     assert not climbing(stated("Layers of the server"), PACKAGE / "serve", "serve.")
 
 

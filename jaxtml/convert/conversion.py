@@ -100,7 +100,8 @@ def write_checkpoint(
       destination: the directory to make; it must be new or empty.
       source_id: identifies the source and the conversion, so that the same conversion can be resumed.
       to: "orbax" for a jaxtml checkpoint, "hf" for an Inkling checkpoint, without the parameters that Inkling lacks.
-      dtype: the dtype to write; None keeps the dtype of each parameter. Some parameters are float32 in every release.
+      dtype: the dtype to write; None keeps the dtype of each parameter. Parameters that are float32 in every release
+        are written as float32 even if `dtype` is "bfloat16".
       extra_files: files to copy into the checkpoint, by name.
       check: a function that is called with the hidden folder before it is renamed; see `copy_parameters`.
     """

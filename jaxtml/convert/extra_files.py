@@ -20,7 +20,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h
 def find_extra_files(directory: Path) -> dict[str, Path]:
     """Returns the extra files of a checkpoint by their names in a release. A release's `config.json` is among them.
 
-    The log names the files that are left out.
+    The log names the files that are left out, except shards, the index, the manifest and hidden files.
     """
     is_release = any(directory.glob("*.safetensors"))
     folder = directory if is_release else directory / RELEASE_FILES

@@ -92,7 +92,7 @@ def verify_manifest(directory: str | Path) -> int:
 
     Raises:
       InputError: the directory has no checkpoint or no manifest, or tensors or files have changed. The message names
-        five of them, and the log all.
+        at most five of them, and the log names all.
     """
     directory = Path(directory)
     manifest, source = read_manifest(directory), open_checkpoint(directory)

@@ -1,7 +1,8 @@
 """The journal of a conversion: which chunks are written, so that an interrupted conversion can go on.
 
-The journal is a file of JSON lines in the folder that the conversion writes to. The first line says which conversion it
-is and when the machine was started. Each other line is one chunk. Called by `convert.streaming`.
+The journal is a file of JSON lines in the folder that the conversion writes to. The first line identifies the
+conversion, and has the boot id of the machine, which changes with every restart. Each other line is one chunk. Called
+by `convert.streaming`.
 """
 
 from __future__ import annotations
@@ -74,13 +75,13 @@ class Journal:
         self._append(json.dumps(self._head) if is_new else "")
 
     def note(self, layer: str, chunks: int, crc32: int, nbytes: int) -> None:
-        """Notes that one more chunk of a layer is written. Several threads may call it at the same time.
+        """Notes that one more chunk of a layer is written. Several threads may call this method at the same time.
 
         Args:
           layer: the name of the layer's part of a parameter.
           chunks: the number of chunks of this part that are written.
           crc32: the checksum of these chunks.
-          nbytes: the size of the last one.
+          nbytes: the size of the new chunk.
         """
         self._append(json.dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))
 

@@ -55,8 +55,8 @@ def copy_parameters(
       workers: the number of threads; None takes two for each core.
 
     Raises:
-      InputError: the destination is not empty, is in no folder, may not be written or is being written by another
-        conversion; or the disk has no room; or `check` raised.
+      InputError: the destination is not empty, its folder is missing, it may not be written or is being written by
+        another conversion; or the disk has no room; or `check` raised.
     """
     if not destination.parent.is_dir():
         raise InputError(f"cannot write {destination}: there is no folder {destination.parent}; make it first")
@@ -84,7 +84,7 @@ def copy_parameters(
             os.sync()
             check(folder)
         except KeyboardInterrupt:
-            logging.info("the chunks that are written stay in %s: convert again to go on, or remove it", folder)
+            logging.info("the chunks so far stay in %s: convert again to go on, or remove this folder", folder)
             raise
         except VerificationFailed as error:
             journal.forget()
@@ -92,7 +92,7 @@ def copy_parameters(
         if destination.exists():
             destination.rmdir()  # an empty folder
         folder.rename(destination)
-        (destination / JOURNAL).unlink()  # last, so that a conversion that is killed before can go on
+        (destination / JOURNAL).unlink()  # last: a conversion that is killed earlier needs it to go on
 
 
 def _copy_chunks(
@@ -122,7 +122,9 @@ def _copy_chunks(
         if error.errno != errno.ENOSPC:
             raise
         folder = journal.file.parent
-        raise InputError(f"{folder}: the disk is full; make room and convert again, it goes on from here") from error
+        raise InputError(
+            f"{folder}: the disk is full; make room and convert again: the conversion goes on from here"
+        ) from error
 
 
 def _check_room(destination: Path, needed: int) -> None:

@@ -34,7 +34,7 @@ class VerificationFailed(InputError):
 
 
 def verify_conversion(original: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:
-    """Compares the tensors of a result with the source that it was made from, and its logits with the original's.
+    """Compares the result's tensors with those of `source`, and the result's logits with those of `original`.
 
     Logits are compared if there is enough memory. They must be equal within rounding if both models have the same
     dtypes and the same windows of global layers.

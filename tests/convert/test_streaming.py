@@ -1,4 +1,4 @@
-"""A destination exists only when it is complete, a killed conversion can be resumed, and it fails in one line."""
+"""A destination exists only when it is complete, a killed conversion can be resumed, and every failure is one line."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_killed_conversion_goes_on_and_writes_no_chunk_twice(to, release, tmp_
     assert resumed["tensors"] == uninterrupted["tensors"]
 
 
-def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_was_started(release, tmp_path, monkeypatch):
+def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_restarted(release, tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(release, source)
     write, chunks_left = OrbaxSink.write, [0]
@@ -103,7 +103,7 @@ def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_was_st
         return sum('"layer"' in line for line in lines)
 
     first = chunks_after_an_interruption()
-    assert chunks_after_an_interruption() > first, "the second went on"
+    assert chunks_after_an_interruption() > first, "the second conversion went on"
     boot_id = tmp_path / "boot_id"
     boot_id.write_text("another")
     monkeypatch.setattr(journal, "_BOOT_ID", boot_id)
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_is_refused_in_one_line_and_the_conversion_goes_on_
         prepare(self, folder)
         self.arrays |= dict.fromkeys(list(self.arrays)[30:], FullDisk())
 
-    message = "out.*: the disk is full; make room and convert again, it goes on from here"
+    message = "out.*: the disk is full; make room and convert again: the conversion goes on from here"
     with monkeypatch.context() as patched:
         patched.setattr(OrbaxSink, "prepare", prepare_with_room_for_30_arrays)
         with pytest.raises(InputError, match=message):
