@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Builds a speech bank that gives the vocoder more material: the model's own voice, saying sentences of many words.
 
-The model's replies in the task that `tiny` learns (docs/evaluation.md) use few of the sound sequences of English. The
+The model's replies in the short-answer task (docs/evaluation.md) use few of the sound sequences of English. The
 sentences of this tool are put together from lists of words chosen for their sounds; they mean nothing. 120 sentences
 are about five minutes of speech and take four CPU-minutes. A build that was killed goes on when the same command runs
 again.
 
-To train on this bank and the task's bank together, call `jaxtml.train.vocoder.training.train_vocoder` with both.
+To train on this bank and the bank of the short-answer task together, call
+`jaxtml.train.vocoder.training.train_vocoder` with both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Evaluates a model on `tiny`'s task: what it hears, when it speaks, what it answers, and how its voice sounds.
+"""Evaluates a model on the short-answer task: what it hears, when it speaks, what it answers, and how its voice sounds.
 
-The task (docs/evaluation.md) is to repeat words, to add small numbers and to answer a few set phrases.
+`tiny` is trained on the short-answer task (docs/evaluation.md): to repeat words, to add small numbers and to answer a
+few set phrases.
 
 The model holds sessions with voices that training never hears: the split "test" of the speech bank, and a person's
 recorded prompts (apt-get install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav). Whisper tiny.en judges

@@ -1,4 +1,4 @@
-"""The metrics of the task in `jaxtml.data.tasks.scenarios`, with intervals and thresholds. Pure.
+"""The metrics of the short-answer task (`jaxtml.data.tasks.scenarios`), with intervals and thresholds. Pure.
 
 They are computed from session records only.
 
@@ -144,7 +144,7 @@ def _hearing(sessions: Sequence[ObservedSession], set_name: str) -> list[Metric]
     """What the model heard.
 
     - `heard_words`: true words that were written down right, of all true words. Every word of the user belongs to the
-      task's vocabulary.
+      vocabulary of the short-answer task.
     - `inserted_words`: words written down that were not said, per true word.
     """
     words: list[WordOutcome] = []
@@ -187,7 +187,7 @@ def _answers(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]:
 
     - `right_to_heard`: replies that are right for the words that the model itself had heard of the turn when the gate
       opened (`jaxtml.data.tasks.scenarios.reply_to`). A reply after hearing nothing is wrong.
-    - `right_to_heard_sentence`: the same where the heard words are a sentence of the task.
+    - `right_to_heard_sentence`: the same where the heard words are a sentence of the short-answer task.
     - `right_to_said`: user turns answered with the right text for the words that the user really said. A turn that the
       model did not take over is wrong.
     """

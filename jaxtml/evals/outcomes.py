@@ -66,7 +66,7 @@ class TurnOutcome:
 
     @property
     def heard_a_sentence(self) -> bool:
-        """Whether the words that the model heard are a sentence of the task."""
+        """Whether the words that the model heard are a sentence of the short-answer task."""
         return is_complete(self.heard)
 
     @property

@@ -24,7 +24,7 @@ class ObservedUserTurn:
       end_s: acoustic end of the last word.
       scene: the scenario of `jaxtml.data.talks.mix.SCENARIOS` that the turn belongs to.
       intent: see `jaxtml.evals.observation.intent_of`.
-      expected: the right reply; "" where the words are no sentence of the task, so that no reply is judged.
+      expected: the right reply; "" where the words are no sentence of the short-answer task, and no reply is judged.
       words: the true words with their times.
       pauses: `(start_s, end_s)` of every long gap between two words (`jaxtml.evals.observation.PAUSE_S`).
     """
