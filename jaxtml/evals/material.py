@@ -1,8 +1,9 @@
 """The sessions that a model is evaluated on, with voices that training never hears. Each is made from (seed, number).
 
-- **synthetic**: the two-channel mixer of training (rooms, noise, telephone bands, hesitations, barge-ins, coughs) over
-  the bank's split "test". Voice engines take turns, and so do the voices of each engine. Every engine thus counts the
-  same, although most voices are eSpeak's. Every tenth session is silent.
+- **synthetic**: made by the mixer that also makes the training sessions (rooms, noise, telephone bands, hesitations,
+  barge-ins, coughs). The voices are those of the split "test" of the bank of synthesised speech. The speech
+  synthesisers (engines) take turns from session to session, and so do the voices of each engine. So every engine has
+  as many sessions as any other, although most voices are eSpeak's. Every tenth session is silent.
 - **human**: a person's recorded prompts (Asterisk), see `jaxtml.data.talks.recorded_prompts`.
 
 Called by `tools/evaluate.py`; `jaxtml.evals.run` holds the sessions.
@@ -28,7 +29,7 @@ SILENT_EVERY = 10
 
 @dataclass(frozen=True)
 class EvaluationTalk:
-    """One session to hold.
+    """One session in which the model is evaluated.
 
     Attributes:
       id: the session's name, "SET-NUMBER".
@@ -44,7 +45,7 @@ class EvaluationTalk:
 
 
 def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
-    """Returns `count` sessions of `turns` micro-turns with the voices of the bank's split "test".
+    """Returns `count` sessions of `turns` micro-turns (200 ms each) with the voices of the bank's split "test".
 
     Raises:
       InputError: the bank has no such voices yet.
@@ -68,7 +69,7 @@ def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
 
 
 def _voices_in_turn(voices: Sequence[str], count: int) -> list[str]:
-    """The voices of `count` sessions: engine after engine, and within each engine voice after voice."""
+    """Returns the voice of each session. The engine changes from session to session; each engine cycles its voices."""
     engines: dict[str, list[str]] = {}
     for voice in voices:
         engines.setdefault(voice.partition(":")[0], []).append(voice)
@@ -81,7 +82,7 @@ def _voices_in_turn(voices: Sequence[str], count: int) -> list[str]:
 
 
 def human_talks(prompts: recorded_prompts.Prompts, count: int) -> list[EvaluationTalk]:
-    """Returns `count` sessions of recorded prompts. The kinds of session take turns."""
+    """Returns `count` sessions of recorded prompts. They cycle through the kinds of session."""
     talks = []
     for number in range(count):
         kind = recorded_prompts.KINDS[number % len(recorded_prompts.KINDS)]

@@ -1,6 +1,8 @@
 """The metrics of the short-answer task (`jaxtml.data.tasks.scenarios`), with intervals and thresholds. Pure.
 
-They are computed from session records only.
+They are computed from session records only. A micro-turn is 200 ms, the unit in which the model works. In each
+micro-turn the model's gate is open (it speaks) or closed (it listens). A stretch is a run of micro-turns with an open
+gate.
 
 | metric | threshold |
 |---|---|
@@ -35,8 +37,8 @@ from jaxtml.evals.outcomes import (
 )
 from jaxtml.evals.record import ObservedSession
 
-# By metric name; where the threshold depends on the set of sessions, by set too. `Metric.at_least` says whether the
-# threshold is the least or the greatest value that meets it.
+# Metric name -> threshold, or metric name -> set of sessions -> threshold. `Metric.at_least` says whether the threshold
+# is the least or the greatest value that meets it.
 THRESHOLDS: dict[str, float | dict[str, float]] = {
     "heard_words": {"human": 0.60, "synthetic": 0.85},
     "takes_over": 0.85,
@@ -134,8 +136,8 @@ def metrics_of_set(sessions: Sequence[ObservedSession], set_name: str) -> list[M
         *_answers(outcomes, set_name),
         *_interruptions(outcomes, set_name),
         *_silence(sessions, set_name),
-        # Wrong, missing and added words in the judge's transcript, per word of the said text, over stretches that the
-        # user did not interrupt.
+        # Wrong, missing and added words in the judge's transcript, per word of the text that the model spoke. Stretches
+        # that the user interrupted are left out.
         ratio("own_voice_word_errors", set_name, errors, words, at_least=False),
     ]
 
@@ -143,9 +145,9 @@ def metrics_of_set(sessions: Sequence[ObservedSession], set_name: str) -> list[M
 def _hearing(sessions: Sequence[ObservedSession], set_name: str) -> list[Metric]:
     """What the model heard.
 
-    - `heard_words`: true words that were written down right, of all true words. Every word of the user belongs to the
-      vocabulary of the short-answer task.
-    - `inserted_words`: words written down that were not said, per true word.
+    - `heard_words`: of all words that the user said, the share that the model transcribed right. Every word of the user
+      belongs to the vocabulary of the short-answer task.
+    - `inserted_words`: words that the model transcribed and the user did not say, per word that the user said.
     """
     words: list[WordOutcome] = []
     inserted = 0
@@ -168,7 +170,8 @@ def _turn_taking(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]
     - `cuts_in`: user turns in which the gate opened before their end. `gate_latency_s` leaves such openings out.
     - `gate_latency_s`: time from the user's acoustic end to the first audible sample of the reply, over the turns that
       the model took over.
-    - `gate_opens_s`: time to the end of the micro-turn in which the gate opened, audible or not.
+    - `gate_opens_s`: time from the user's acoustic end to the end of the micro-turn in which the gate opened. Replies
+      without audible sound count too.
     """
     judged = [o for o in outcomes if o.turn.expected]
     latencies = [o.voice_s for o in judged if o.voice_s is not None]
@@ -187,7 +190,7 @@ def _answers(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metric]:
 
     - `right_to_heard`: replies that are right for the words that the model itself had heard of the turn when the gate
       opened (`jaxtml.data.tasks.scenarios.reply_to`). A reply after hearing nothing is wrong.
-    - `right_to_heard_sentence`: the same where the heard words are a sentence of the short-answer task.
+    - `right_to_heard_sentence`: the same, over the replies to heard words that are a sentence of the short-answer task.
     - `right_to_said`: user turns answered with the right text for the words that the user really said. A turn that the
       model did not take over is wrong.
     """
@@ -216,7 +219,7 @@ def _interruptions(outcomes: Sequence[TurnOutcome], set_name: str) -> list[Metri
 def _silence(sessions: Sequence[ObservedSession], set_name: str) -> list[Metric]:
     """Whether the model stays silent where no user turn asks for a reply.
 
-    - `silence_kept`: sessions without speech in which the gate never opens.
+    - `silence_kept`: of the sessions without a user turn, those in which the gate never opens.
     - `unasked_per_minute`: openings of the gate that neither are a reply nor lie inside a user turn.
     """
     silent = [session for session in sessions if not session.turns]

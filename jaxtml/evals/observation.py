@@ -3,8 +3,9 @@
 Called by `jaxtml.evals.run`. The user's side comes from the labels of the conversation, the model's side from its
 micro-turns and its sound.
 
-All times are seconds on the clock of the recording. Micro-turn `m` hears samples `[3200 m, 3200 (m + 1))`. What the
-model writes or says in it is there at `0.2 (m + 1)` s; this is the time that counts here.
+All times are seconds on the clock of the recording. In micro-turn `m` the model hears samples `[3200 m, 3200 (m + 1))`.
+A word that it writes in micro-turn `m` has the time `0.2 (m + 1)` s, the end of the micro-turn. Sound of micro-turn `m`
+begins at the same time. The gate of a micro-turn is open if the model speaks.
 
 Axis: N samples.
 """
@@ -22,7 +23,7 @@ from jaxtml.session.records import MicroTurn, Reply
 from jaxtml.stream.conversation import Conversation, Word
 from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 
-PAUSE_S = 0.38  # a shorter gap between two words is no pause; pauses that the mixer inserts begin at 0.4 s
+PAUSE_S = 0.38  # a shorter gap between two words is no pause; pauses that the mixer inserts last 0.4 s or more
 AUDIBLE_RMS = 10 ** (-50 / 20)  # the model's voice is trained at -24 dBFS
 _FRAME = SAMPLE_RATE // 200  # samples: 5 ms
 _MICRO_TURN_S = MICRO_TURN_MS / 1000
@@ -81,7 +82,7 @@ def intent_of(words: Sequence[str]) -> str:
 
 
 def heard_words(micro_turns: Sequence[MicroTurn]) -> tuple[HeardWord, ...]:
-    """Returns the model's transcript as words. A word that is written in pieces counts when its last piece is there."""
+    """Returns the model's transcript as words. A word that is written in pieces has the time of its last piece."""
     words: list[HeardWord] = []
     for micro_turn in micro_turns:
         at_s = (micro_turn.t_ms + MICRO_TURN_MS) / 1000
@@ -126,6 +127,6 @@ def _audible_frames(wave: np.ndarray) -> np.ndarray:
 
 
 def stretch_sound(stretch: Stretch, wave: np.ndarray) -> np.ndarray:
-    """Cuts from a session's reply `[N]` the part in which a stretch sounds, its ringing out included."""
+    """Returns the sound of a stretch: a part of the session's reply `wave` `[N]`, until the voice has rung out."""
     end_s = max(stretch.close_s, stretch.last_s or 0.0)
     return wave[round(stretch.open_s * SAMPLE_RATE) : round(end_s * SAMPLE_RATE)]

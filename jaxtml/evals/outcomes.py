@@ -1,6 +1,7 @@
 """The outcome of each user turn and of each word: the rules by which `jaxtml.evals.metrics` counts. Pure.
 
-Times are seconds on the clock of the recording, see `jaxtml.evals.observation`.
+Times are seconds on the clock of the recording, see `jaxtml.evals.observation`. The model's gate is open while it
+speaks. A stretch is a run of micro-turns (200 ms each) with an open gate.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from jaxtml.evals.judge import count_errors
 from jaxtml.evals.record import ObservedSession, ObservedUserTurn, Stretch
 
 TAKE_OVER_S = 1.6  # an opening of the gate takes over the floor if it comes within this time after the user's end
-_LATE_S = 2.0  # a word may be written down this long after its end
-# One micro-turn. A gate that opens earlier than this after a voice began was decided without having heard the voice.
+_LATE_S = 2.0  # the model may write a word down until this long after the word's end
+# One micro-turn. If the gate opens within this time after the user began to speak, the model decided before it had
+# heard the user.
 _REACTION_S = 0.2
 
 
@@ -28,8 +30,8 @@ class TurnOutcome:
       session: the session.
       turn: the user turn.
       cut_in: the gate opened while the user spoke: from 0.2 s after the start of the turn until its end.
-      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. Such an
-        opening counts too: the model decided before it had heard a micro-turn of the user's next words.
+      broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. An opening so
+        soon after the pause counts too: the model decided before it had heard a micro-turn of the next words.
       reply: the first stretch that opened within `TAKE_OVER_S` after the end and before the next user turn.
       interrupted: the next user turn began before the reply was over. The reply's text then says nothing about the
         answer.
@@ -105,10 +107,10 @@ def turn_outcomes(session: ObservedSession) -> tuple[TurnOutcome, ...]:
 
 @dataclass(frozen=True)
 class WordOutcome:
-    """What the model heard for one true word.
+    """What the model heard for one word that the user said.
 
     Attributes:
-      true: the word that was said.
+      true: the word that the user said.
       heard: the word that the model wrote down for it; "" for none.
     """
 
@@ -117,10 +119,10 @@ class WordOutcome:
 
 
 def word_outcomes(session: ObservedSession) -> tuple[list[WordOutcome], int]:
-    """Returns the outcome of every true word of a session, and how many words were heard that were not said.
+    """Returns the outcome of every word that the user said, and how many words were heard that were not said.
 
-    Both word sequences of the whole session are aligned. A heard word can stand for a true word from that word's start
-    until 2 s after its end, so that chance matches elsewhere do not count.
+    The said words of the whole session are aligned with the heard words. A heard word can stand for a said word from
+    that word's start until 2 s after its end, so that chance matches elsewhere do not count.
     """
     true = [word for turn in session.turns for word in turn.words]
     pairs = align(
@@ -151,7 +153,7 @@ def uninterrupted_stretches(session: ObservedSession) -> list[int]:
 
 
 def own_voice_errors(sessions: Iterable[ObservedSession]) -> tuple[int, int]:
-    """Returns `(word errors, words)` of the judge over the stretches that it transcribed."""
+    """Returns `(word errors, words)` of the judge's transcripts, over the stretches that it transcribed."""
     counts = [
         count_errors(session.stretches[number].text, understood)
         for session in sessions

@@ -25,7 +25,7 @@ class ObservedUserTurn:
       scene: the scenario of `jaxtml.data.talks.mix.SCENARIOS` that the turn belongs to.
       intent: see `jaxtml.evals.observation.intent_of`.
       expected: the right reply; "" where the words are no sentence of the short-answer task, and no reply is judged.
-      words: the true words with their times.
+      words: the words that the user said, with their times.
       pauses: `(start_s, end_s)` of every long gap between two words (`jaxtml.evals.observation.PAUSE_S`).
     """
 
@@ -53,13 +53,13 @@ class HeardWord:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of the model's speech: consecutive micro-turns whose gate is open.
+    """A stretch of the model's speech: consecutive micro-turns (200 ms each) in which the model's gate is open.
 
     Attributes:
-      open_s: when the first of the micro-turns is heard.
-      close_s: when the last of them ends.
+      open_s: when the user begins to hear the sound of the first of these micro-turns.
+      close_s: when the sound of the last of these micro-turns ends.
       first_s: first audible sample; None where nothing is audible.
-      last_s: end of the last audible sound. The micro-turn after the last, in which the voice rings out, counts too.
+      last_s: end of the last audible sound, including sound that rings out in the micro-turn after the stretch.
       text: the model's own text for the speech.
       understood: the judge's transcript of the sound; None where the judge was not asked.
     """
@@ -84,7 +84,7 @@ class ObservedSession:
       turns: the user turns.
       heard: the model's transcript of the user.
       stretches: the model's speech.
-      step_ms: median time of a micro-turn, of the whole batch that the session ran in.
+      step_ms: median time to compute a micro-turn, for the whole batch in which the session ran.
     """
 
     id: str
@@ -111,7 +111,7 @@ def to_json(session: ObservedSession) -> dict[str, Any]:
 
 
 def from_json(row: dict[str, Any]) -> ObservedSession:
-    """Returns the record that `to_json` made `row` of."""
+    """Returns the record of a JSON object from `to_json`."""
     turns = [
         {**turn, "words": tuple(Word(**word) for word in turn["words"]), "pauses": tuple(map(tuple, turn["pauses"]))}
         for turn in row["turns"]

@@ -93,7 +93,8 @@ def _latency_chart(axes: Axes, sessions: Sequence[ObservedSession], set_name: st
     threshold = THRESHOLDS["gate_latency_s"]
     assert isinstance(threshold, float)
     axes.axvline(threshold, color="red", linestyle=":", label=f"threshold of the median: {threshold} s")
-    axes.set(title=f"{set_name}: from the user's end to the voice", xlabel="s", ylabel=f"of {len(judged)} turns")
+    replies = f"replies (to {len(judged)} user turns)"
+    axes.set(title=f"{set_name}: from the user's end to the voice", xlabel="s", ylabel=replies)
     axes.legend()
 
 

@@ -1,4 +1,4 @@
-"""Holds the sessions of an evaluation, a batch at a time, and writes their records to disk.
+"""Runs the model on the sessions of an evaluation, a batch at a time, and writes their records to disk.
 
 In the folder of an evaluation: `run.json` (which model on which material), `items.jsonl` (a record per session, see
 `jaxtml.evals.record`), `wavs/` (some sessions, user left, model right); `tools/evaluate.py` adds `results.json` and
@@ -38,7 +38,7 @@ _WAVS_PER_SET = 4
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Everything that an evaluation depends on. A folder holds one evaluation. Names are keys of `run.json`.
+    """Everything that an evaluation depends on. A folder holds one evaluation. The attributes are keys of `run.json`.
 
     Attributes:
       model: digest of the parameters.
@@ -60,7 +60,7 @@ class Transcriber(Protocol):
 
 
 def parameter_digest(engine: Engine) -> str:
-    """Returns a digest of the parameters as the micro-turn reads them."""
+    """Returns a digest of the engine's parameters, as `Duplex.prepare` returned them."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(engine.params):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -77,7 +77,7 @@ def hold_sessions(
     max_judged: int,
     batch: int = BATCH,
 ) -> list[ObservedSession]:
-    """Holds every session that `out` has no record of yet.
+    """Runs the model on every session of which `out` has no record yet, and appends the records.
 
     Args:
       engine: the model.
@@ -85,7 +85,8 @@ def hold_sessions(
       out: the folder.
       settings: of the evaluation.
       judge: transcribes the model's speech; None leaves the transcripts out.
-      max_judged: the most stretches of speech per set that the judge transcribes. The judge is slower than the model.
+      max_judged: the most stretches of the model's speech per set that the judge transcribes. The judge is slower than
+        the model.
       batch: sessions side by side.
 
     Returns:
@@ -132,7 +133,7 @@ def _claim(out: Path, settings: EvaluationSettings) -> None:
 
 
 def _read_records(path: Path) -> list[ObservedSession]:
-    """The sessions that were held so far. A line that a kill cut short is removed from the file."""
+    """Returns the records so far. If a killed run left an incomplete last line, removes this line from the file."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -153,7 +154,10 @@ def _blocks(talks: Sequence[EvaluationTalk], batch: int) -> Iterator[Sequence[Ev
 def _converse(
     engine: Engine, block: Sequence[EvaluationTalk], batch: int
 ) -> Iterator[tuple[EvaluationTalk, Conversation, Reply]]:
-    """Holds a batch of sessions. A smaller block is filled up, because the step is compiled for one batch size."""
+    """Runs the model on a batch of sessions.
+
+    Empty sessions fill up a smaller block, because the step is compiled for one batch size.
+    """
     conversations = [talk.make() for talk in block]
     empty = [np.zeros(0, np.float32)] * (batch - len(block))
     users = [*(conversation.user for conversation in conversations), *empty]

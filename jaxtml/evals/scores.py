@@ -86,9 +86,10 @@ def _rate(hits: Iterable[bool]) -> Rate:
 
 
 def confusions(sessions: Sequence[ObservedSession]) -> dict[str, list[Any]]:
-    """Returns which words go wrong, the most errors first: `{word: [said, right, {heard instead: count}]}`.
+    """Returns the words that the model misheard, the most errors first.
 
-    "" among the words heard instead means that nothing was heard.
+    The form is `{word: [said, right, {heard instead: count}]}`. "" among the words heard instead means that nothing was
+    heard.
     """
     said: Counter[str] = Counter()
     instead: dict[str, Counter[str]] = defaultdict(Counter)

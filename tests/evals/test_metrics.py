@@ -30,8 +30,9 @@ def speech(open_s: float, close_s: float, text: str, understood: str | None = No
 
 
 def session(turns=(), heard="", stretches=(), heard_late_s: float = 0.2, **fields) -> ObservedSession:
-    """A session. `heard` has a word for each true word, "-" for none. Each word is written `heard_late_s` after the
-    end of its true word. "+word" is inserted."""
+    """A session. `heard` is the model's transcript: for each word that the user says, the word heard, or "-" for none.
+    "+word" is a word that the user did not say. The model writes each word `heard_late_s` after the end of the user's
+    word."""
     true = [word for t in turns for word in t.words]
     written, at = [], 0
     for word in heard.split():

@@ -64,7 +64,7 @@ def test_a_gate_that_is_open_at_the_end_closes_with_the_session():
     assert stretch.close_s == 1.2
 
 
-def test_a_heard_word_is_there_when_its_last_piece_is():
+def test_a_heard_word_has_the_time_of_its_last_piece():
     micro_turns = _micro_turns("....", {0: " three", 1: " sev", 2: "en nine"}, {})
     assert observation.heard_words(micro_turns) == (
         HeardWord("three", 0.2),
@@ -111,7 +111,7 @@ def test_every_drawn_sentence_has_the_intent_that_it_was_drawn_for():
         assert observation.intent_of(text.split()) == intent, text
 
 
-def test_the_sound_of_a_stretch_is_all_of_it():
+def test_the_sound_of_a_stretch_has_every_sample_of_the_stretch():
     made = reply("..SSS...")
     (stretch,) = observation.speech_stretches(made)
     sound = observation.stretch_sound(stretch, made.wave)
