@@ -52,5 +52,5 @@ def max_load_by_layer(load: np.ndarray) -> list[float]:
 
 
 def _relative_to_mean(load: np.ndarray) -> np.ndarray:
-    """`[L, E]` in units of each layer's mean."""
+    """Returns the load `[L, E]` divided by each layer's mean load."""
     return load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)

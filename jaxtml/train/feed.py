@@ -1,7 +1,8 @@
 """The batches of a run, on the devices of the mesh. Each process makes the rows of its own devices.
 
 A batch depends on the dataset, the batch size and the step alone. On a mesh its rows are split over `BATCH_AXES`; the
-devices of one `tensor` group hold the same rows. Called by `jaxtml.train.loop`, under `jax.set_mesh` on a mesh.
+devices of one `tensor` group hold the same rows. Called by `jaxtml.train.loop`. With more than one device, the loop
+sets the mesh first (`jax.set_mesh`).
 
 Axes: R rows of the global batch, r rows of this process; the other axes are those of `jaxtml.data.rows`.
 """
@@ -30,7 +31,7 @@ class BatchFeed:
         Args:
           dataset: makes the rows.
           batch: rows of the global batch.
-          mesh: the mesh that is set. For a mesh of one device batches stay NumPy arrays.
+          mesh: the shape of the mesh that `jax.set_mesh` has set. With one device, batches stay NumPy arrays.
           first_step: number of the first batch.
           workers: processes that make batches in advance; 0 makes them in this process.
         """
@@ -49,7 +50,7 @@ class BatchFeed:
         self.batches.close()
 
     def _host_rows(self) -> HostRows:
-        """The rows of the global batch that the devices of this process hold."""
+        """Returns the rows of the global batch that the devices of this process hold."""
         if self.sharding is None:
             return HostRows()
         indices: Any = self.sharding.addressable_devices_indices_map((self.batch,))
@@ -57,7 +58,7 @@ class BatchFeed:
         return HostRows(tuple(sorted(rows)))
 
     def _global_array(self, rows: np.ndarray) -> jax.Array:
-        """Makes this process's rows `[r, ...]` its part of a global array `[R, ...]`."""
+        """Returns the global array `[R, ...]` whose part on this process's devices is `rows` `[r, ...]`."""
         assert self.sharding is not None
         positions = self.host_rows.positions or range(self.batch)
         position = {row: i for i, row in enumerate(positions)}

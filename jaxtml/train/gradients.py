@@ -47,8 +47,8 @@ def check_batch(config: TrainConfig, mesh: MeshShape) -> None:
     parts = mesh.batch_shards * config.accumulate
     if config.batch % parts:
         raise InputError(
-            f"train.batch {config.batch} does not divide into {parts} parts, of mesh {mesh} and "
-            f"train.accumulate {config.accumulate}: name another --mesh, or set another train.batch"
+            f"train.batch {config.batch} is not a multiple of {parts}, the number of parts that mesh {mesh} and "
+            f"train.accumulate {config.accumulate} make: name another --mesh, or set another train.batch"
         )
 
 
@@ -84,7 +84,7 @@ def make_gradients(model: InteractionModel) -> Callable[[Params, Batch, jax.Arra
 
 
 def _row_keys(key: jax.Array, rows: int, mesh: MeshShape) -> jax.Array:
-    """A random key for each of this device's rows, by the row's number in the whole batch."""
+    """Returns a random key for each of this device's rows. It depends on the row's number in the whole batch."""
     first = jnp.zeros((), jnp.int32)
     for axis in BATCH_AXES:
         first = first * mesh.sizes[axis] + (jax.lax.axis_index(axis) if mesh.devices > 1 else 0)
@@ -103,18 +103,21 @@ def _sum_over_parts(
 
 
 def _psum_gradient(grad: jax.Array, spec: PartitionSpec, mesh: MeshShape) -> jax.Array:
-    """Sums a gradient over the batch axes that do not split its parameter. Over the others the gradient is summed
-    already, because the backward pass of the all-gather is a reduce-scatter."""
+    """Sums a gradient over the batch axes that do not split the parameter.
+
+    Over the batch axes that do split the parameter, the backward pass has summed the gradient already: the backward
+    pass of an all_gather is a reduce_scatter.
+    """
     return psum(grad, mesh, [axis for axis in BATCH_AXES if axis not in _split_axes(spec)])
 
 
 def _split_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes over which a parameter is split."""
+    """Returns the mesh axes over which a parameter is split."""
     return tuple(name for part in spec for name in axis_names(part))
 
 
 def _norm(grads: Params, specs: Any, mesh: MeshShape) -> jax.Array:
-    """The norm of all gradients together, of which this device has a part."""
+    """Returns the norm of all gradients together. `grads` is this device's part of the gradients."""
     squares: dict[tuple[str, ...], jax.Array] = {}
     for grad, spec in zip(jax.tree.leaves(grads), jax.tree.leaves(specs), strict=True):
         axes = _split_axes(spec)

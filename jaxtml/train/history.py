@@ -1,4 +1,4 @@
-"""Corrupted own speech: training sees fed-back speech with noise and gaps, because in service it is never quite right.
+"""Adds noise and gaps to the own speech that training reads: in service the model must cope with its own errors.
 
 Each own-speech position reads the frame spoken before it. In training this frame comes from a recording, in service
 from the model itself (exposure bias). With a perfect history, a model continues the recordings that it has learnt by
@@ -20,7 +20,7 @@ from jaxtml.stream.tokens import PositionKind
 def corrupt_history(bins: jax.Array, kind: jax.Array, config: FlowConfig, row_keys: jax.Array) -> jax.Array:
     """Adds noise and gaps to the own-speech frames of a batch.
 
-    Each row draws one noise level in [0, `history_noise`] bins (as CALM noises its latents, 2025), and one share of
+    Each row draws one noise level in [0, `history_noise`] bins (as CALM, 2025, does for its latents), and one share of
     missing frames in [0, `history_dropout`] (word dropout, Bowman et al., 2016). With a share of 1 or more, all frames
     of the row are missing. A missing frame is bin 0 in every channel. No sound has this frame: silence is bin 2.
 

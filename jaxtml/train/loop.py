@@ -11,7 +11,7 @@ In `workdir`:
 - `log.jsonl`: a line for each report; `tensorboard/` has the same figures;
 - `samples/<step>/`: conversations with voices that training never hears;
 - `profile/`: a trace, if asked for;
-- `unsound_<step>.npz`: the batch at which training had to stop.
+- `unsound_<step>.npz`: if `MAX_SKIPPED` steps in a row were skipped, the batch of the first of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train(
       vocoder: trained vocoder parameters to carry in the checkpoints.
       start_from: a checkpoint directory whose parameters, vocoder included, a new run begins with. Moments start at
         zero.
-      mesh: of all devices of all processes.
+      mesh: the shape of the mesh, which contains all devices of all processes.
       profile: steps to trace into `workdir/profile`; 0 for none.
 
     Raises:
@@ -84,7 +84,8 @@ def train(
     total, active = count_parameters(model.specs())
     logging.info("%s: %.2fM parameters, %.2fM active, on %s", config.name, total / 1e6, active / 1e6, mesh)
     if not takes_samples:
-        reason = "a mesh takes none" if mesh.devices > 1 else f"dataset {config.data.dataset} has no conversations"
+        one_device = mesh.devices == 1
+        reason = f"dataset {config.data.dataset} has no conversations" if one_device else "they need a single device"
         logging.info("no sample conversations: %s", reason)
 
     with jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext():
@@ -158,7 +159,10 @@ def _check(config: Config, codec: TextCodec, data: Path, mesh: MeshShape) -> Non
 
 
 def _stop(workdir: Path, dataset: Dataset, batch: int, last: int) -> InputError:
-    """Saves the batch of the first of the `MAX_SKIPPED` steps that end with `last`, and returns the error to raise."""
+    """Saves the batch of the first skipped step, and returns the error to raise.
+
+    Steps `last - MAX_SKIPPED + 1` to `last` were skipped.
+    """
     first = last - MAX_SKIPPED + 1
     path = workdir / f"unsound_{first:06}.npz"
     if jax.process_index() == 0:

@@ -4,7 +4,7 @@ Each device computes its rows' share of the loss; the sum over devices (`jaxtml.
 batch. Sums are therefore divided by counts over the whole batch, not by counts over the device's rows.
 
 Axes: B rows of this device, T positions, D model width, S own-speech slots of a row, H prediction heads, N own-speech
-slots in use that the flow head works on.
+slots of all rows that the flow head works on.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def loss_fn(
 def _text_terms(
     model: InteractionModel, params: Params, hidden: jax.Array, batch: Batch, counts: PositionCounts
 ) -> Terms:
-    """Cross-entropy of gate, heard words and said text, and the share of each that the model has right.
+    """Returns the cross-entropy of gate, heard words and said text, and the share of each that is predicted right.
 
     The cross-entropy is summed and divided by the number of micro-turns. At some positions "a word was heard" competes
     with "nothing happened"; with one divisor for all text terms, the probabilities there stay calibrated.
@@ -121,7 +121,7 @@ def _flow_terms(
     row_keys: jax.Array,
     counts: PositionCounts,
 ) -> Terms:
-    """The flow head's loss, a mean over own-speech positions, and how many of them were left out of it."""
+    """Returns the flow head's loss, a mean over own-speech positions, and the number of positions that it left out."""
     row, slot, valid = _used_slots(jnp.asarray(batch["speech_valid"]))
     spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
@@ -135,9 +135,9 @@ def _flow_terms(
 def _used_slots(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the own-speech slots in use.
 
-    A row that is almost all speech fills its slots, but eight rows together hardly ever fill half of their slots. If it
-    worked on all slots, the flow head would mostly work on padding. So from `MANY_ROWS` rows on, at most half of all
-    slots are selected, and further slots in use are left out of the loss.
+    A row that is almost all speech fills its slots, but eight rows together hardly ever fill half of their slots. A
+    flow head that worked on all slots would mostly work on padding. So from `MANY_ROWS` rows on, at most half of all
+    slots are selected. Slots in use beyond this half are left out of the loss.
 
     Args:
       valid: `[B, S]` bool, the slots in use.
@@ -159,10 +159,10 @@ def _prediction_head_terms(
     batch: Batch,
     counts: PositionCounts,
 ) -> Terms:
-    """The text terms again for the prediction heads, which predict words further ahead.
+    """Returns the loss of the prediction heads, which predict tokens further ahead.
 
-    "mtp" is a mean over heads of the weighted sum of the text terms. "mtp_right" is the share of all tokens that a head
-    has right.
+    "mtp" is the weighted sum of the text terms of each head, averaged over the heads. "mtp_right" is the share of gate,
+    heard and text tokens that a head predicts right, also averaged over the heads.
     """
     config, heads = model.config.train, model.config.backbone.mtp_heads
     nll, right = model.mtp_scores(params, hidden, embedded, batch["target"], config.remat)  # [H, B, T]

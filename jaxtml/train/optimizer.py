@@ -16,8 +16,10 @@ from jaxtml.model.spec import ParamSpec, SpecTable
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, constant, then linear to zero over the last `decay` of the
-    steps (WSD, Hu et al., 2024)."""
+    """Returns the learning rate by step: a linear warm-up, a constant stretch, then a linear fall to zero.
+
+    The fall takes the share `decay` of all steps (WSD, Hu et al., 2024).
+    """
     falling = max(1, round(config.steps * config.decay))
     return optax.join_schedules(
         [

@@ -30,11 +30,13 @@ from jaxtml.parallel.mesh import TRAIN
 def parameter_shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
     """Returns shape, dtype and sharding of each parameter of the master copy, in the shape of the parameter tree.
 
-    Parameters that the optimizer does not touch are float32: the router's bias moves by less than bfloat16 can hold.
+    The router's correction bias is float32 whatever `param_dtype` is. A step can move it by less than the spacing of
+    bfloat16 numbers.
 
     Args:
       model: the model.
-      mesh: where the parameters lie. None: on the mesh that is set, or on the first device for a mesh of one.
+      mesh: where the parameters lie. None: on the mesh that `jax.set_mesh` has set, or on the first device if the model
+        runs on one device.
     """
     mesh_shape, dtype = model.placement.mesh, model.config.train.param_dtype
     if mesh is None and mesh_shape.devices > 1:
@@ -48,13 +50,13 @@ def parameter_shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None =
 
 
 def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None, start_from: Path | None) -> Params:
-    """Returns the parameters that a new run begins with, as `parameter_shapes` says.
+    """Returns the parameters that a new run begins with, with the dtypes and shardings of `parameter_shapes`.
 
     Args:
       model: the model.
       data: the run's data, with its tokenizer.
       vocoder: trained vocoder parameters, which take the place of the model's own.
-      start_from: a checkpoint to take the parameters from; None for initial ones.
+      start_from: a checkpoint to take the parameters from; None: they are initialised.
 
     Raises:
       InputError: the checkpoint does not fit, see `checkpoint_parameters`.
@@ -72,9 +74,10 @@ def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None
 
 
 def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) -> Params:
-    """Returns the parameters of a checkpoint as the start of a run of `model`, as `parameter_shapes` says.
+    """Returns the parameters of a checkpoint, with which a run of `model` begins.
 
-    The checkpoint is one of ours of the same sizes, or a released one with the same backbone. Prediction heads that the
+    Their dtypes and shardings are those of `parameter_shapes`. The checkpoint is one of ours whose parameters have the
+    same shapes, or a released one with the same backbone. Prediction heads that the
     checkpoint lacks get initial values.
 
     Raises:
@@ -96,7 +99,7 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) 
 
 
 def _differing_shape(a: Config, b: Config) -> str | None:
-    """The path of a parameter whose shape differs between two configs, prediction heads aside; None if all agree."""
+    """Returns the path of a parameter whose shape differs between two configs, or None. Ignores prediction heads."""
     shapes_a, shapes_b = ({path: spec.shape for path, spec in spec_table(config).items()} for config in (a, b))
     paths = sorted(shapes_a.keys() | shapes_b.keys())
     differing = (path for path in paths if shapes_a.get(path) != shapes_b.get(path) and not path.startswith("mtp/"))

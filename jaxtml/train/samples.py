@@ -1,6 +1,6 @@
 """Sample conversations during training, with voices that training never hears: the dataset's split "test".
 
-Called by `jaxtml.train.loop`. The micro-turn is the same as in service.
+Called by `jaxtml.train.loop`. The samples run the same duplex step as the server (`jaxtml.model.duplex`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SESSIONS = 4
 
 
 class Sampler:
-    """Four fixed sessions, and the micro-turn that is compiled for them once."""
+    """Four fixed conversations, and the duplex step, which is compiled for them once."""
 
     def __init__(self, config: Config, params: Params, codec: TextCodec, data: Path):
-        """Reads the sessions from the dataset in `data`.
+        """Reads the conversations from the dataset in `data`.
 
         Raises:
           InputError: the dataset has no test voices.
@@ -38,7 +38,7 @@ class Sampler:
         self.engine = Engine.create(config, params, codec)
 
     def run(self, params: Params, folder: Path) -> str:
-        """Holds the sessions with the model of `params` and writes them to `folder`.
+        """Lets the model of `params` answer the conversations, and writes its sessions to `folder`.
 
         Each session becomes a stereo WAV (user left, model right). The words go to `samples.txt`.
 
@@ -62,7 +62,7 @@ class Sampler:
 
 
 def _lines(number: int, conversation: Conversation, reply: Reply) -> list[str]:
-    """One session as text: its scenario, the user's words, and what the model heard and said."""
+    """Returns one session as text: its scenario, the user's words, and what the model heard and said."""
     user = [*(word.text for word in conversation.user_words), *(text for _, text in conversation.typed)]
     return [
         f"{number} {conversation.scenario}",

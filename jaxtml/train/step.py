@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       params: the master copy of the parameters.
-      moments: AdamW's.
+      moments: the state of AdamW.
       step: int32 scalar, the number of steps done.
     """
 
@@ -51,8 +51,8 @@ def make_train_step(model: InteractionModel) -> tuple[Init, Step]:
     "loss", "grad_norm", and:
 
     - "skipped": int32, 1 if the step changed nothing;
-    - "dropped": int32, choices of experts that found no room;
-    - "load": `[L, M, E]`, choices by MoE layer, modality and expert.
+    - "dropped": int32, how often an expert was chosen but its device had no room for the token;
+    - "load": `[L, M, E]`, how often each expert was chosen, by MoE layer and modality.
     """
     config: Config = model.config
     tx = optimizer(config.train, model.specs())

@@ -41,7 +41,7 @@ def claim(workdir: Path, config: Config, data: Path, data_digest: str) -> None:
         if _fixed_part(from_json(config_path.read_text())) != _fixed_part(config):
             raise InputError(f"{workdir} holds a run of another config (see {CONFIG}): name a new --workdir")
         if digest_path.read_text() != data_digest:
-            raise InputError(f"{workdir} holds a run on other data than {data} now is: name a new --workdir")
+            raise InputError(f"{workdir} holds a run on other data than {data} has now: name a new --workdir")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes have read the run's folder")
     if jax.process_index() == 0:
@@ -52,7 +52,7 @@ def claim(workdir: Path, config: Config, data: Path, data_digest: str) -> None:
 
 
 def _fixed_part(config: Config) -> Config:
-    """The config with defaults in the fields that may change when a run resumes."""
+    """Returns the config with defaults in the fields that may change when a run resumes."""
     defaults = TrainConfig()
     changes = {name: getattr(defaults, name) for name in MAY_CHANGE}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
@@ -70,7 +70,7 @@ def open_checkpointer(workdir: Path) -> ocp.training.Checkpointer:
 def load_state(
     checkpointer: ocp.training.Checkpointer, workdir: Path, step: int, model: InteractionModel
 ) -> TrainState:
-    """Returns the state after `step`, sharded for `model`, whatever mesh wrote it.
+    """Returns the state after `step`, sharded for the mesh of `model`. Another mesh may have written the checkpoint.
 
     Raises:
       InputError: the checkpoint is damaged, or of another model.
@@ -79,8 +79,8 @@ def load_state(
     single = SingleDeviceSharding(jax.devices()[0])
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """Gives a leaf the devices of the mesh that is set. `eval_shape` puts moments on an abstract mesh, and counters
-        on none."""
+        """Gives a leaf the devices of the mesh that `jax.set_mesh` has set. `eval_shape` puts moments on an abstract
+        mesh, and counters on no mesh."""
         sharding = single
         if model.placement.mesh.devices > 1:
             sharding = NamedSharding(jax.sharding.get_mesh(), getattr(leaf.sharding, "spec", PartitionSpec()))
@@ -89,8 +89,8 @@ def load_state(
     target = jax.tree.map(with_sharding, jax.eval_shape(init, parameter_shapes(model)))
     try:
         return checkpointer.load(step, target)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
+    except Exception as error:  # Orbax and TensorStore raise many kinds of exception
         raise InputError(
-            f"{workdir}: the checkpoint of step {step} is damaged, or of another version of the model: "
+            f"{workdir}: the checkpoint of step {step} is damaged, or belongs to another version of the model: "
             f"name a new --workdir ({type(error).__name__})"
         ) from error

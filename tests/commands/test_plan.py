@@ -11,7 +11,7 @@ import pytest
         (("--topology", "v9:4x4"), "no chip 'v9'; there are v5e, v5p, v6e, tpu7x"),
         (("--topology", "v5p:4x4x9"), "v5p comes as 4x4x8"),
         (("--topology", "v5p:4x4x8", "--mesh", "date=4"), "no axis 'date'"),
-        (("--topology", "v5p:4x4x8", "--set", "train.batch=100"), "train.batch 100 does not divide into 128 parts"),
+        (("--topology", "v5p:4x4x8", "--set", "train.batch=100"), "train.batch 100 is not a multiple of 128"),
     ],
 )
 def test_plan_refuses_what_does_not_fit(refusal, argv, message):

@@ -1,7 +1,7 @@
 """Every tool prints help, refuses bad input in one line, and does its smallest real piece of work.
 
 A tool runs inside the test's process where that is possible, because importing JAX takes longer than the work. Tools
-that start servers, or that change their process, run in one of their own.
+that start servers, or that change the state of their process, run in a process of their own.
 """
 
 from __future__ import annotations

@@ -124,6 +124,6 @@ def test_a_run_resumes_with_another_number_of_processes(config, data, tmp_path):
     run(resolved, tmp_path / "two_devices", data, 1, 2, "data=2")
     for other in ("as_before", "one_process", "four_processes"):
         assert_same(uninterrupted, tmp_path / other)
-    assert_same(uninterrupted, tmp_path / "two_devices", 1e-5)  # other devices add up other rows
+    assert_same(uninterrupted, tmp_path / "two_devices", 1e-5)  # two devices add up the rows in another order
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("uninterrupted", "four_processes")]
     assert len(logs[0]) == len(logs[1]) == 1, "one process writes the log"

@@ -58,7 +58,8 @@ def single_device(config, params, batch):
 def test_terms_stats_and_gradients_are_those_of_one_device(
     mesh_shape, config, params, batch, single_device, monkeypatch
 ):
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 10_000)  # several chunks of the vocabulary, where one device has one
+    # The mesh works on several chunks of the vocabulary. `single_device` worked on one chunk.
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 10_000)
     model = InteractionModel(config, Placement(mesh_shape))
     mesh = make_mesh(mesh_shape)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(model.specs(), mesh_shape, TRAIN))

@@ -30,7 +30,7 @@ BIAS_RATE = 0.05
 
 @pytest.fixture(scope="module")
 def config(small) -> Config:
-    """Three layers, the last two in one stack. The program of a whole step is slow to compile, so there are no more."""
+    """Three layers, the last two in one stack. More layers would make the step too slow to compile."""
     backbone = dataclasses.replace(small.backbone, n_layers=3, global_layers=(1, 2))
     train = dataclasses.replace(small.train, steps=1000, warmup=0, bias_rate=BIAS_RATE, flow_weight=0.5, z_loss=0.01)
     return dataclasses.replace(small, backbone=backbone, train=train)
@@ -67,7 +67,7 @@ def stepped(functions, params, batch) -> tuple[TrainState, TrainState, dict[str,
 
 @pytest.fixture(scope="module", params=[backbone.MAX_UNROLLED_LAYERS, 0], ids=["unrolled", "scanned"])
 def gradients(request, config, params, batch) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    """The gradient of each term by itself, `{term: {path: array}}`, with layers spelt out and scanned."""
+    """The gradient of each term by itself, `{term: {path: array}}`, with layers unrolled and scanned."""
     model = InteractionModel(config)
 
     def weighted(p: Params, weights: jax.Array) -> jax.Array:

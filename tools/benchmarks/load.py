@@ -252,8 +252,10 @@ async def run_sessions(args: argparse.Namespace, url: str) -> dict[str, Any]:
 def report(
     args: argparse.Namespace, talkers: list[Talker], growth: dict[str, float], metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns the report. `growth` is how much each metric grew during the run. Entries whose names begin with "_" are for
-    the picture only."""
+    """Returns the report. `growth` is how much each metric grew during the run.
+
+    Entries whose names begin with "_" are for the picture only.
+    """
     gaps, latencies = (np.array([x for t in talkers for x in getattr(t, name)]) for name in ("gaps", "latencies"))
     ticks = growth["duplex_tick_duration_seconds_count"]
     return {

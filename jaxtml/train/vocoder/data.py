@@ -84,7 +84,8 @@ def read_recordings(banks: Sequence[Path | str]) -> list[np.ndarray]:
     if not own:
         raise InputError("the vocoder has nothing to train on: the banks hold no utterance of the assistant's voice")
     waves = [*own, *(soxr.resample(wave, SAMPLE_RATE * speed, SAMPLE_RATE) for wave in own for speed in _SPEEDS)]
-    room = sum(map(len, waves)) // 3  # samples of users: a third of the assistant's is a quarter of the whole
+    # Samples that users may add: 1/3 of the assistant's samples makes the users' share 1/4 of all samples.
+    room = sum(map(len, waves)) // 3
     for bank in opened:
         for index in bank.select(split="train", role="user"):
             if bank.entries[index].planned.voice.startswith(_NEURAL_VOICES) and room > 0:

@@ -1,7 +1,7 @@
 """The loss terms of the vocoder: spectra at several resolutions, fine log-mels, and pitch.
 
 The multi-resolution STFT loss follows Parallel WaveGAN (Yamamoto et al. 2020, arXiv:1910.11480): L1 of log magnitudes
-plus spectral convergence. It does not ask for the recording's phase. Called by `jaxtml.train.vocoder.training`.
+plus spectral convergence. Phase is not compared. Called by `jaxtml.train.vocoder.training`.
 
 Axes: B rows, N samples, F frames, K FFT bins.
 """
@@ -66,10 +66,11 @@ def mel_loss(wave: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def pitch_loss(logits: jax.Array, octaves: jax.Array, voiced: jax.Array) -> jax.Array:
-    """Returns the Kullback-Leibler divergence, in nats, of the predicted pitch from a bell one class wide at the label.
+    """Returns the Kullback-Leibler divergence, in nats, between the labelled and the predicted distribution of pitch.
 
-    The loss is a mean over voiced frames. It equals the cross-entropy minus the least value that it can have, so a
-    perfect prediction costs 0.
+    The labelled distribution is a Gaussian bell over the `PITCH_STEPS` classes. It is centred on the labelled pitch and
+    has a standard deviation of one class. The loss is a mean over voiced frames. It equals the cross-entropy minus the
+    least value that the cross-entropy can have, so a perfect prediction costs 0.
 
     Args:
       logits: `[B, F, 120]`.

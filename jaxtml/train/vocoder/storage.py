@@ -70,12 +70,12 @@ def load_vocoder(directory: Path | str) -> tuple[Config, Params]:
         step = checkpointer.latest.step
         try:
             state = checkpointer.load(step, _state_shapes(config))
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of exception
             raise InputError(f"{directory}: the checkpoint of step {step} is damaged") from error
     return config, state["params"]
 
 
 def _state_shapes(config: Config) -> dict[str, Any]:
-    """A state to load a checkpoint into. The optimizer's tree has one shape for all settings, so any will do."""
+    """Returns a state to load a checkpoint into. Every setting of the optimizer gives the same tree, so any will do."""
     params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), param_specs(config.vocoder))
     return {"params": params, "opt": optimizer(1.0, 1, 1).init(params)}

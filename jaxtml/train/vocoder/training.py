@@ -40,16 +40,16 @@ class VocoderTraining:
     """How the vocoder is trained."""
 
     seed: int = 0
-    """Of initial parameters and of the batches; 0 and more."""
+    """Seed of the initial parameters and of the batches; at least 0."""
 
     rows: int = 8
-    """Segments of an update; 1 and more."""
+    """Segments in a batch; at least 1."""
 
     length: int = 80
-    """Fine frames (12.5 ms) of a segment: one second. More than `warm`."""
+    """Fine frames (12.5 ms each) of a segment: 80 are one second. It must exceed `warm`."""
 
     warm: int = 16
-    """First frames of a segment that the loss leaves out: they fill the convolutions."""
+    """Number of first frames of a segment that the loss leaves out: there the convolutions lack earlier frames."""
 
     learning_rate: float = 2e-3
     """The highest learning rate of AdamW; above 0."""
@@ -61,7 +61,7 @@ class VocoderTraining:
     """Weight of the L1 of log-mels (log10), which is small beside the STFT terms."""
 
     pitch_weight: float = 0.2
-    """Weight of the pitch's cross-entropy."""
+    """Weight of the pitch loss, a Kullback-Leibler divergence in nats."""
 
     report_every: int = 50
     """Steps between progress lines."""
@@ -90,7 +90,7 @@ def train_vocoder(
       config: its `vocoder` is trained; the whole config is kept beside the checkpoints.
       banks: speech banks with utterances of the assistant.
       workdir: made if it is not there, see `jaxtml.train.vocoder.storage`.
-      steps: of the whole run; the learning rate's course depends on them.
+      steps: steps of the whole run, also if it resumes; the schedule of the learning rate depends on this number.
       training: the other settings; None for the defaults.
 
     Raises:
@@ -131,7 +131,7 @@ def train_vocoder(
 def train_step(
     config: VocoderConfig, training: VocoderTraining, steps: int, state: VocoderState, batch: VocoderBatch
 ) -> tuple[VocoderState, Metrics]:
-    """Updates the state by one batch; returns the loss, its terms and the norm of the gradients too."""
+    """Returns the state after one batch, and the metrics: the loss, its terms and the norm of the gradients."""
     (total, terms), grads = jax.value_and_grad(partial(loss_fn, config, training), has_aux=True)(state["params"], batch)
     updates, opt = _optimizer(training, steps).update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
@@ -169,8 +169,10 @@ def _optimizer(training: VocoderTraining, steps: int) -> optax.GradientTransform
 
 
 def _report(workdir: Path, done: int, steps: int, step_s: float, metrics: Sequence[Metrics]) -> None:
-    """Writes one progress line, and the same to `log.jsonl`: means over `metrics`, one entry for each step since the
-    last line."""
+    """Writes a progress line, and a line with the same figures to `log.jsonl`.
+
+    The figures are means over `metrics`, which holds the metrics of each step since the last line.
+    """
     means = {name: float(sum(step[name] for step in metrics)) / len(metrics) for name in metrics[0]}
     with (workdir / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": done, "step_s": round(step_s, 4), **means}) + "\n")
