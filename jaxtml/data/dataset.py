@@ -10,8 +10,8 @@ How to add a dataset:
    `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
 2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
-   and one that opens the dataset. For a dataset that needs nothing on disk, the first function does nothing. The second
-   one gets the tokenizer. If rows depend on it, `digest` must too: hash the token ids of a few texts.
+   and one that opens the dataset. For a dataset that needs nothing on disk, the first function does nothing. If rows
+   depend on the tokenizer, `digest` must depend on it too: hash the token ids of a few texts.
 3. Build and train with the same override: `jaxtml data CONFIG --out DIR --set data.dataset=NAME` and
    `jaxtml train CONFIG --workdir RUN --data DIR --set data.dataset=NAME`. The folder of `--data` also has to hold a
    `tokenizer.json`. If there is none, `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.

@@ -8,8 +8,8 @@ What encoding loses, and by how much:
 - **Word times** are rounded to micro-turns. A word of the user appears `heard_delay_ms` after its end. A word of the
   assistant appears `lead_ms` before its sound, but not before the stretch of speech that it belongs to. Both appear
   later if the micro-turn is full.
-- **Words** that find no room before the end are dropped (`jaxtml.stream.text_plan`). Words that an interruption left
-  unsaid look the same as words that were said.
+- **Words** that find no room before the end of the recording, or of their stretch of speech, are dropped
+  (`jaxtml.stream.text_plan`). Words that an interruption left unsaid look the same as words that were said.
 - **Typed text** that a micro-turn has no room for continues in the next. Text after the last micro-turn is lost.
 - **The user's waveform** is kept as dMel: 16 levels, 0.6 apart in log10 of the magnitude.
 - **The assistant's waveform** is kept where the assistant speaks. It is kept twice: as dMel frames that the model

@@ -15,7 +15,7 @@ How to add a scenario:
 3. How often it is drawn: a field of the same name at the end of `jaxtml.data.talks.weights.ScenarioWeights`. Its
    docstring lists the weights that are relative to each other.
 4. Its entry in `SCENARIOS` below; in `WITHOUT_USER_TURN` too if the user says nothing that wants a reply. The
-   evaluation reads both. Its sessions with a recorded human voice have a list of their own, `KINDS` in
+   evaluation reads both. The sessions with a recorded human voice have a list of their own, `KINDS` in
    `recorded_prompts.py`.
 5. Raise `_FORMAT` in `jaxtml.data.conversations`: the same bank now gives other rows, and old caches must be refused.
    The pinned digest in `tests/data/test_dataset.py` changes with it.

@@ -61,7 +61,7 @@ def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
 def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> Clip | None:
     """Joins a user turn from recordings in which a voice says single words.
 
-    A few texts are drawn, until the bank has a recording of every word of one text. Returns None if no text is found.
+    Draws texts until the bank has a recording of every word of a text. Returns None if the first few texts all fail.
     """
     places = speakers.single_words.get(voice, {})
     for _ in range(_JOIN_ATTEMPTS):

@@ -21,7 +21,7 @@ OWN_VOICE = "kokoro:af_heart"
 """The one voice of the model (Apache-2.0). No user has it."""
 
 _ESPEAK_ACCENTS = ("en", "gmw/en-US-nyc", "en", "gmw/en-GB-scotland", "gmw/en-GB-x-gbclan")
-"""Accents beside "en-us". Variant `i` of a list gets number `i % 5`."""
+"""Accents beside "en-us". Variant `i` of a list gets accent `i % 5`."""
 
 # Variants that whisper, croak or sound like robots are left out, because no person speaks like them. Variants of which
 # the speech recogniser (Whisper) misreads half of the words are left out too.
