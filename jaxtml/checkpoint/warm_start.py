@@ -27,7 +27,7 @@ from jaxtml.stream.tokens import CONTROLS
 # Fields of the backbone that may differ. Every other field decides the shape of weights or the result of a layer.
 _FREE = ("n_layers", "global_layers", "unpadded_vocab_size", "init_std", "mtp_heads", "mtp_global")
 _OUTPUTS = ("attn/wo", "mlp/w2", "mlp/shared_w2")  # output projections: a layer adds nothing if these are zero
-_SAMPLE_ROWS = 4096  # rows of the embedding whose root mean square is the deviation of random rows for control tokens
+_SAMPLE_ROWS = 4096  # rows of the embedding; the random rows of control tokens get the root mean square of these rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,9 +50,9 @@ class AttentionConfig:
     """Distance in tokens beyond which the relative bias is zero."""
 
     pinned: Annotated[int, Range(0, 512)] = 0
-    """How many tokens at the start of a session stay visible at any distance. Attention works on blocks of 512 tokens
-    (`jaxtml.model.attention.blockwise`), and all pinned tokens have to fit into the first block. 0 by default, as
-    released."""
+    """How many tokens at the start of a session stay visible at any distance. Attention over whole sequences works on
+    blocks of 512 tokens (`jaxtml.model.attention.blockwise`), and all pinned tokens have to fit into the first block.
+    0 by default, as released."""
 
     def check(self, path: str) -> None:
         """Raises `InputError` where query heads cannot share the key heads evenly.
@@ -460,7 +460,7 @@ class Config:
                 f"duplex.control_base {self.duplex.control_base}: {CONTROL_IDS} control ids do not fit the vocabulary"
             )
         if self.vision.folds and self.vision.folds[-1][2] not in (0, self.backbone.d_model):
-            raise InputError("vision.folds: the last layer always has the width of the model, write 0 for it")
+            raise InputError("vision.folds: the last layer always has the width of the model, write 0 as its width")
 
 
 def validate(config: Config) -> None:

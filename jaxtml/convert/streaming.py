@@ -92,7 +92,7 @@ def copy_parameters(
         if destination.exists():
             destination.rmdir()  # an empty folder
         folder.rename(destination)
-        (destination / JOURNAL).unlink()  # last: a conversion that is killed earlier needs it to go on
+        (destination / JOURNAL).unlink()  # last: a conversion that is killed earlier needs the journal to go on
 
 
 def _copy_chunks(

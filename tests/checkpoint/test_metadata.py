@@ -146,7 +146,8 @@ def test_wrong_documents_of_a_jaxtml_checkpoint(release, tmp_path, monkeypatch):
             document["tree_metadata"] = dict(list(tree.items())[:1])
         good = (folder / name).read_text()
         read = _rewritten(folder / name, lambda: open_checkpoint(folder).read("norm/weight", (slice(None),)))
-        assert _count_refused(document, read, 1 if name == "config.json" else 7) > 20  # reading a config is slow
+        each = 1 if name == "config.json" else 7  # fewer wrong values for the config, which is slow to read
+        assert _count_refused(document, read, each) > 20
         (folder / name).write_text(good)
     open_checkpoint(folder)
 

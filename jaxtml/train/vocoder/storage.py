@@ -66,7 +66,7 @@ def load_vocoder(directory: Path | str) -> tuple[Config, Params]:
     config = from_json((directory / CONFIG).read_text())
     with ocp.training.Checkpointer(str(directory / RUN_CHECKPOINTS)) as checkpointer:
         if checkpointer.latest is None:
-            raise InputError(f"{directory} has no checkpoint yet: let the training run on")
+            raise InputError(f"{directory} has no checkpoint yet: wait until the training run has saved one")
         step = checkpointer.latest.step
         try:
             state = checkpointer.load(step, _state_shapes(config))
