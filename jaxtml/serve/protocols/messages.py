@@ -1,6 +1,6 @@
-"""JSON messages of clients as types: a message that fits no type is refused with the name of what is wrong.
+"""JSON messages of clients as types. A message that fits no type is refused with an error that says what is wrong.
 
-A protocol declares each message of its clients as a subclass of `Event`, told apart by the field `type`. A
+A protocol declares each message of its clients as a subclass of `Event`. The field `type` tells them apart. A
 `MessageTypes` reads the messages that a client may send at one point of a session. Fields of type `bytes` are base64 in
 JSON. Used by the protocols whose messages are JSON.
 """

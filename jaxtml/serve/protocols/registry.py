@@ -6,7 +6,7 @@ To add a protocol:
    `serve.sessions.protocol.SessionProtocol`) and a `routes.py` with `SCOPE` and `routes`. Messages in JSON are declared
    with `serve.protocols.messages`. The smallest example is `TextProtocol` in
    `tests/serve/protocols/test_registry.py`; `moshi/` is the smallest protocol that is served.
-2. Import its routes here and add an entry below. The name is the protocol's scope in the keys file.
+2. Import its routes here and add an entry below. The key of the entry is the protocol's scope, as in the keys file.
 3. Add its messages to the lists in `tests/serve/protocols/test_fuzz.py`, and test it with a client of its own.
 4. Name it in README.md, docs/serving.md and CHANGELOG.md.
 """

@@ -80,7 +80,7 @@ class Service:
             raise Refused(404, "model_not_found", f"this server has the model {self.model.name}")
 
     async def hang_up(self, request: web.Request) -> web.Response:
-        """Handles a POST that ends the session `{session}`, whatever carries it."""
+        """Handles a POST that ends the session `{session}` of its path. The session may run over any transport."""
         self.manager.find(request.match_info["session"], self.authorise(request)).scheduled.end(EndReason.ASKED)
         return web.Response()
 

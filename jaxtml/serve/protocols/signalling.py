@@ -33,7 +33,7 @@ MakeTrackProtocol = Callable[[ClientSession, VoiceTrack], SessionProtocol]
 async def answer_offer(
     service: Service, request: web.Request, grant: Grant, sdp: str, make_protocol: MakeTrackProtocol, scope: str
 ) -> tuple[ClientSession, str]:
-    """Admits a session for the client that made an offer. The request has been counted (`count_request`).
+    """Admits a session for the client that made an offer. Call `SessionManager.count_request` before.
 
     The session is paused until the client's peer connection is open; `_run_peer` waits for that in the background.
 
@@ -72,7 +72,9 @@ async def answer_offer(
 
 
 async def open_peer(request: web.Request, sdp: str, sees: bool) -> Peer:
-    """Returns the peer that made an offer. It can reach the server at the address that its request came to.
+    """Returns the peer that made an offer.
+
+    The answer will name the server's address to which the request came. The peer connects to the server there.
 
     Args:
       request: the HTTP request that brought the offer.

@@ -36,7 +36,7 @@ PEERS = Path(sys.prefix) / "peers"  # where tools/test installs Kyutai's client
 
 
 async def frames(ws: aiohttp.ClientWebSocketResponse, until: float) -> list[bytes]:
-    """Returns the frames that the server sends until they have `until` seconds of sound."""
+    """Returns the frames that the server sends, until they hold `until` seconds of sound."""
     found: list[bytes] = []
     reader, samples = sphn.OpusStreamReader(24_000), 0
     while samples < until * 24_000:
@@ -122,11 +122,11 @@ def test_text_is_typed_text_and_wrong_frames_get_errors(slots, engine):
 
 
 class Card:
-    """Stands in for a stream of `sounddevice`, on a machine without a sound card.
+    """Stands in for an input or output stream of `sounddevice`, on a machine without a sound card.
 
     Args:
-      sound: `[N]` float32 that it gives, block by block; silence after it.
-      blocks: what it was given, or gave.
+      sound: `[N]` float32 that the microphone records, block by block; silence follows. Empty for an output stream.
+      blocks: a list to which each block is added that the input stream recorded or the output stream played.
     """
 
     def __init__(

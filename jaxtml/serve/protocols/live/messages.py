@@ -1,4 +1,4 @@
-"""The messages that a client of GPT-Live may send, as types. Every other message is refused by name.
+"""The messages that a client of GPT-Live may send, as types. Every other message is refused with an error.
 
 Fields and limits are those of OpenAI's Live API (the types in `openai.types.live` of the `openai` package). Three
 messages are our own: `session.resume`, `session.input_text.append` and `session.input_image.append`. Fields of type

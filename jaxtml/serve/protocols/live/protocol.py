@@ -6,8 +6,9 @@ delegation is a task that the model hands to its client, in words.
 Events and their fields are those of OpenAI's Live API (`openai.types.live`). These are our own additions:
 
 - Every event has a `sequence_number`. A client that was cut off names the last one that it received in
-  `session.resume`. The answer, `session.resumed`, says what arrived before the cut: the bytes of sound
-  (`input_audio_bytes`), and the last `event_id` of all other messages but pictures (`last_client_event_id`).
+  `session.resume`. The answer, `session.resumed`, says what arrived before the cut. `input_audio_bytes` counts the
+  bytes of sound. `last_client_event_id` is the `event_id` of the last message that had one. Every message up to that
+  one was handled, except sound beyond `input_audio_bytes`, and perhaps pictures.
 - `session.started` has `resume` (the token and the grace period), `turn_ms` (the length of a micro-turn) and `sees`
   (whether the model takes pictures).
 - `session.output_audio.delta` has its times, and whether the model's gate was open (`speaking`).
@@ -81,7 +82,7 @@ class LiveProtocol:
       session: the session.
       model: the model that is served.
       config: what the client asks for, checked (`configuration.check`).
-      metrics: counts wrong messages and answered delegations.
+      metrics: counts wrong messages, and measures how long delegations take.
       grace_s: how long the session waits for a client that lost its connection.
       start_event_id: `event_id` of the client's `session.start`.
       track: takes the model's voice; None: the voice goes into events.
@@ -130,8 +131,8 @@ class LiveProtocol:
     def on_micro_turn(self, result: TickResult, words: Words) -> None:
         """Writes transcripts, sound and delegations of one micro-turn.
 
-        The user's words lie in the micro-turn that was heard. The model's words and sound lie in the next micro-turn,
-        in which the client plays them.
+        The user's words get the times of the micro-turn in which the model heard them. The model's words and sound get
+        the times of the next micro-turn, in which the client plays the sound.
         """
         start, end = result.t_ms, result.t_ms + MICRO_TURN_MS
         if words.heard:
@@ -225,8 +226,8 @@ class LiveProtocol:
     async def _use_own(self, message: SessionMessage) -> None:
         """Uses a message of the session's own client, and remembers its id.
 
-        The id is remembered before the message is used. Text is queued without waiting, so a client that is cut off
-        does not send again what was queued.
+        After a lost connection, the id tells the client which messages it need not send again. Nothing is awaited
+        between remembering the id of a text and queueing the text. So a lost connection cannot come between the two.
         """
         self.last_event_id = message.event_id or self.last_event_id
         await self._use(message)
@@ -263,7 +264,7 @@ class LiveProtocol:
         self._append(message, Control.BACKGROUND, _CONTEXT_NAMES[type(message)])
 
     def _append(self, message: Context | AppendText, mark: Control, name: str) -> None:
-        """Queues text for the model. The client is told in which micro-turn the end of the text was given."""
+        """Queues text for the model. The client is told in which micro-turn the model got the end of the text."""
         event_id = message.event_id
 
         def send_appended(t_ms: int) -> None:

@@ -25,7 +25,7 @@ class Sideband:
     """One sideband.
 
     Args:
-      handle: handles a message of this sideband; errors in the message go to the given function.
+      handle: handles a message of this sideband. Its second argument is the function that sends an error back.
 
     Attributes:
       replay_buffer: frames for the sideband.

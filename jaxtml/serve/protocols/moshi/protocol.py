@@ -39,7 +39,9 @@ READY, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, IMAGE = (bytes([kind]) for k
 _RATE = 24_000
 _FRAME_SAMPLES = 960  # of an Opus frame, 40 ms
 _CLIENT_SILENCE_MS = 80  # silence that clients put before what they receive
-_DECODED_BYTES = 512  # bytes that are decoded at a time: one page of 255 packets may hold 30 s of sound
+# Bytes that are decoded at a time. They may complete an Ogg page, and one page of 255 small packets may hold 30 s of
+# sound.
+_DECODED_BYTES = 512
 _TEXT_TOKENS = 500  # of one text frame
 
 

@@ -56,7 +56,7 @@ class SessionConfiguration:
 
     @property
     def responds_by_itself(self) -> bool:
-        """Whether the model's gate opens responses; if not, only the client's `response.create` does."""
+        """Whether a response begins when the model begins to speak. If not, only `response.create` begins responses."""
         return self.turn_detection is not None and self.turn_detection.create_response is not False
 
     def apply(self, change: RealtimeSessionConfig) -> bool:

@@ -78,5 +78,7 @@ class RealtimeConversation:
     def _find(self, item_id: str, action: str) -> Item:
         item = self.items.get(item_id)
         if item is None:
-            raise InvalidMessage(f"item_{action}_invalid_item_id", "there is no such item, or no longer", "item_id")
+            raise InvalidMessage(
+                f"item_{action}_invalid_item_id", "there is no such item, or the server no longer keeps it", "item_id"
+            )
         return item

@@ -1,4 +1,7 @@
-"""Which of the client's functions a delegation of the model calls, and with which arguments. Called by `responses`."""
+"""Turns a delegation into a call of one of the client's functions. Called by `responses`.
+
+A delegation is a task that the model hands over, in words. The words select the function and its arguments.
+"""
 
 from __future__ import annotations
 

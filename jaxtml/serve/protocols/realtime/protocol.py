@@ -8,8 +8,8 @@ gate is closed). What the words of the API mean on this server:
 - Without turn detection, or with `create_response` false, the client gets speech only in answer to a `response.create`.
   The client may ask a moment after the gate has opened. So the last stretch of speech, of 50 micro-turns at most, is
   kept for a `response.create` that follows.
-- A user turn is a stretch of words heard. With turn detection it ends when the gate opens, or after 4 micro-turns
-  without a word. Without turn detection it ends when the client commits it.
+- A user turn is a run of words that the model hears. With turn detection it ends when the gate opens, or after 4
+  micro-turns without a word. Without turn detection it ends when the client commits it.
 - While the model speaks, the events of a user turn are held back. Clients stop their playback at `speech_started`, and
   here only the model decides whether it stops speaking. For the same reason, words that are heard in the micro-turn in
   which the gate opens have no `speech_started`. A response that ends while the user is speaking has the status
@@ -18,13 +18,17 @@ gate is closed). What the words of the API mean on this server:
   gate opens. If the gate stays closed for 50 micro-turns, the response is completed without output. If the client sends
   another `response.create` before there is output, the first response is cancelled. `response.cancel` drops what the
   model still says.
-- With WebRTC, the sound of responses goes over a track, with silence between them. `output_audio_buffer.*` speak of the
-  track's buffer. It holds a fraction of a second, so its end is the end of the response.
+- With WebRTC, the sound of responses goes over a track, with silence between them. The events `output_audio_buffer.*`
+  say when the track begins and ends to play a response. The track's buffer holds a fraction of a second. So the server
+  sends the event for the end as soon as the response ends.
 - Instructions, tools, messages of the system and the assistant, and results of functions are background text to the
-  model. The user's messages are typed text. A delegation of the model calls a function (`function_calls`).
+  model. The user's messages are typed text.
+- A delegation is a task that the model hands over, in words. It becomes a call of one of the client's functions
+  (`function_calls`).
 
-The parts: `configuration` holds the session's configuration, `user_turn` the user's turns, `responses` and `response`
-the model's, `conversation` the items of both, and `client_items` gives the client's items to the model.
+The parts: `configuration` holds the session's configuration. `user_turn` makes the user's turns, and `responses` and
+`response` make the model's responses. `conversation` keeps the items of both sides. `client_items` gives the client's
+items to the model.
 """
 
 from __future__ import annotations
@@ -66,10 +70,10 @@ from jaxtml.stream.reading import Words
 from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 
 SCOPE = "realtime"
-# The error that ends a session; a session that ends for another reason ends without an error.
+# The error that a client gets when its session ends for one of these reasons. Otherwise it gets no error.
 _END_ERRORS = {
     EndReason.EXPIRED: ("session_expired", "the session has reached its time limit"),
-    EndReason.DRAINED: ("session_expired", "this server ends; another server may answer"),
+    EndReason.DRAINED: ("session_expired", "this server is shutting down; connect again, another server may answer"),
     EndReason.SLOW: ("slow_client", "the client did not read what it was sent"),
     EndReason.FAILED: ("internal_error", "the server failed; the session cannot go on"),
 }
@@ -193,7 +197,7 @@ class RealtimeProtocol:
                 self.responses.clear_track()
 
     def _commit(self) -> None:
-        """Ends the user's turn at the client's wish."""
+        """Ends the user's turn because the client asks for it."""
         if not self.intake.received_bytes:
             raise InvalidMessage("input_audio_buffer_commit_empty", "there is no sound to commit")
         now_ms = self.session.scheduled.micro_turns * MICRO_TURN_MS

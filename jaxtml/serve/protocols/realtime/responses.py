@@ -26,8 +26,10 @@ from jaxtml.serve.transport.sound import VoiceTrack
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 
-_SILENT_MICRO_TURNS = 2  # of silence that end a response
-_PATIENCE_MICRO_TURNS = 50  # a response without speech is given up after these; speech is kept for as long
+_SILENT_MICRO_TURNS = 2  # this many micro-turns of silence end a response
+# A response without speech is given up after this many micro-turns. Speech is kept for a later response for at most
+# this many micro-turns.
+_PATIENCE_MICRO_TURNS = 50
 
 
 class _Speech(NamedTuple):
@@ -96,9 +98,10 @@ class Responses:
             self.track.put(result.wave if audible else np.zeros_like(result.wave))
 
     def call_function(self, task: str) -> None:
-        """Turns a delegation into a call of one of the client's functions, in the current response or in its own.
+        """Turns a delegation into a call of one of the client's functions.
 
-        Without functions the delegation is dropped, because nobody could answer it.
+        The call is part of the current response, or of a new response if there is none. A response in which the model
+        has not spoken ends with the call. Without functions the delegation is dropped, because nobody could answer it.
         """
         if not self.configuration.tools:
             return
@@ -174,7 +177,7 @@ class Responses:
             text = f"response {self.current.id} is not done yet"
             raise InvalidMessage("conversation_already_has_active_response", text)
         if config is not None and config.input:
-            text = "this server supports no input of a response: a response answers the conversation"
+            text = "this server does not support response.input: a response answers the conversation"
             raise InvalidMessage("unsupported_parameter", text, "response.input")
         if config is not None and config.instructions:
             self.intake.queue_text(

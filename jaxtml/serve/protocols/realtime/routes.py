@@ -97,7 +97,7 @@ class _RealtimeHandlers:
         fields = msgspec.to_builtins(config)
         key = self.service.access.create_short_lived_key(grant, expires_at, (SCOPE, LIVE_SCOPE), fields)
         if len(key) > _KEY_BYTES:
-            text = "a short-lived key contains its session, and this key would be longer than HTTP headers may be"
+            text = "the configuration of the session makes this short-lived key longer than an HTTP header may be"
             raise Refused(400, "string_above_max_length", f"{text}: send a session.update instead")
         session = {"id": "sess_of_secret", "object": "realtime.session"} | fields | {"model": self.model.name}
         return web.json_response({"value": key, "expires_at": expires_at, "session": session})

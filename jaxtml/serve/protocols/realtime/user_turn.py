@@ -1,8 +1,8 @@
 """User turns of the Realtime API: from the words that the model hears to items and events.
 
-A user turn is a stretch of words heard. With turn detection it ends when the model starts to speak, or after
-`_QUIET_MICRO_TURNS` micro-turns without a word. Without turn detection it ends when the client commits it. Called by
-`protocol` and `responses`.
+A user turn is a run of words that the model hears. With turn detection it ends when the model starts to speak, or after
+`_QUIET_MICRO_TURNS` micro-turns (200 ms each) without a word. Without turn detection it ends when the client commits
+it. Called by `protocol` and `responses`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.runtime.scheduler import TickResult
 from jaxtml.stream.timebase import MICRO_TURN_MS
 
-_QUIET_MICRO_TURNS = 4  # without a word, which end a user turn
+_QUIET_MICRO_TURNS = 4  # this many micro-turns without a word end a user turn
 
 
 class _UserTurn:
@@ -84,9 +84,9 @@ class UserTurns:
         return turn is not None and self._detected and bool(turn.text) and not turn.is_over(result)
 
     def commit(self, now_ms: int, waiting_ms: int) -> None:
-        """Makes the user's turn an item, at the client's wish.
+        """Makes the user's turn an item, because the client asks for it.
 
-        The item gets its transcript later: the model has to hear the sound that waits first.
+        The item gets its transcript later, because the model first has to hear the sound that has arrived.
 
         Args:
           now_ms: time of the session.

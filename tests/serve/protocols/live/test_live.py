@@ -1,6 +1,7 @@
 """GPT-Live over a real socket: a client gets what the model says, whatever happens to its connection.
 
-The server is `tests.serve.serving`: the test makes its ticks, so that a session runs as fast as the test wants.
+The server (`tests.serve.serving`) has no real time. The test runs its ticks (200 ms of every session) one by one, so a
+session runs as fast as the test wants.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def test_without_turn_detection_a_requested_response_has_the_last_speech(slots, 
 def test_speech_that_nobody_asked_for_does_not_answer_the_next_words(slots, engine):
     async def test(serving: Serving) -> None:
         client = await open_session(serving, audio={"input": {"turn_detection": None}})
-        await serving.advance(8)  # after " it is", and after the user's next word
+        await serving.advance(8)  # past the model's " it is" and the user's " what"
         await client.send("response.create")
         await serving.advance(3)
         done = (await client.until("response.done"))["response"]
@@ -269,7 +269,7 @@ def test_function_call_ends_a_waiting_response_and_may_have_an_empty_result(slot
         await client.until("response.created")
         await serving.advance(3)
         call = (await client.until("response.done"))["response"]["output"][0]
-        await serving.advance(3)  # after " one"
+        await serving.advance(3)  # past the model's " one"
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": ""}
         await client.send("conversation.item.create", item=output)
         await client.until("conversation.item.done")

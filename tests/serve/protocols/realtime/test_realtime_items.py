@@ -101,7 +101,7 @@ def test_message_reaches_the_model_whole_or_not_at_all(slots, engine):
         await client.until("conversation.item.done")
         (before, now) = scheduled.patches[0]
         assert np.array_equal(before, now), (
-            "neither a refused picture nor an earlier one stands beside the last picture"
+            "the model sees the last picture paired with itself, not with a refused or an earlier picture"
         )
         check_events(client)
 
@@ -165,7 +165,7 @@ def test_response_is_given_up_only_after_everything_that_arrived_is_heard_and_re
         for _ in range(94):
             session.scheduled.jitter_buffer.push(
                 np.zeros(MICRO_TURN_SAMPLES, np.float32)
-            )  # its client stays nine seconds ahead
+            )  # so nine seconds of sound are always waiting
             await serving.advance(1)
         assert session.protocol.responses.current is not None
         await serving.advance(1)
