@@ -2,11 +2,11 @@
 
 - **synthetic**: made by the mixer that also makes the training sessions (rooms, noise, telephone bands, hesitations,
   barge-ins, coughs). The voices are those of the split "test" of the bank of synthesised speech. The speech
-  synthesisers (engines) take turns from session to session, and so do the voices of each engine. So every engine has
-  as many sessions as any other, although most voices are eSpeak's. Every tenth session is silent.
+  synthesisers (engines) take turns from session to session, and so do the voices of each engine. So all
+  engines have about the same number of sessions, although most voices are eSpeak's. Every tenth session is silent.
 - **human**: a person's recorded prompts (Asterisk), see `jaxtml.data.talks.recorded_prompts`.
 
-Called by `tools/evaluate.py`; `jaxtml.evals.run` holds the sessions.
+Called by `tools/evaluate.py`. `jaxtml.evals.run` runs the model on the sessions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An evaluation holds every session once, resumes where it was, and refuses a folder of another model."""
+"""An evaluation runs every session once, resumes where it was, and refuses a folder of another model."""
 
 import json
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ def test_a_killed_evaluation_resumes_to_the_same_records(engine, talks, tmp_path
     assert score(resumed)["rows"] == score(uninterrupted)["rows"]
 
 
-def test_a_finished_evaluation_is_not_held_again(engine, talks, tmp_path):
+def test_a_finished_evaluation_is_not_run_again(engine, talks, tmp_path):
     run.hold_sessions(engine, talks[:3], tmp_path, SETTINGS, None, 0, batch=SLOTS)
     before = (tmp_path / run.RECORDS).read_bytes()
     run.hold_sessions(None, talks[:3], tmp_path, SETTINGS, None, 0, batch=SLOTS)

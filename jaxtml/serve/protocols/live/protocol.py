@@ -5,8 +5,8 @@ delegation is a task that the model hands to its client, in words.
 
 Events and their fields are those of OpenAI's Live API (`openai.types.live`). These are our own additions:
 
-- Every event has a `sequence_number`. A client that was cut off names the last one that it received in
-  `session.resume`. The answer, `session.resumed`, says what arrived before the cut. `input_audio_bytes` counts the
+- Every event has a `sequence_number`. A client that was cut off names the last number that it received
+  in `session.resume`. The answer, `session.resumed`, says what arrived before the cut. `input_audio_bytes` counts the
   bytes of sound. `last_client_event_id` is the `event_id` of the last message that had one. Every message up to that
   one was handled, except sound beyond `input_audio_bytes`, and perhaps pictures.
 - `session.started` has `resume` (the token and the grace period), `turn_ms` (the length of a micro-turn) and `sees`

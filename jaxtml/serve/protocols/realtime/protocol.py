@@ -19,7 +19,7 @@ gate is closed). What the words of the API mean on this server:
   another `response.create` before there is output, the first response is cancelled. `response.cancel` drops what the
   model still says.
 - With WebRTC, the sound of responses goes over a track, with silence between them. The events `output_audio_buffer.*`
-  say when the track begins and ends to play a response. The track's buffer holds a fraction of a second. So the server
+  say when the track starts and stops playing a response. The track's buffer holds a fraction of a second. So the server
   sends the event for the end as soon as the response ends.
 - Instructions, tools, messages of the system and the assistant, and results of functions are background text to the
   model. The user's messages are typed text.
