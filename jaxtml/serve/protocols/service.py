@@ -13,13 +13,15 @@ from typing import Any
 
 from aiohttp import web
 
+from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Grant
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import Refused
 from jaxtml.serve.sessions.manager import SessionManager
-from jaxtml.serve.transport.connection import Connection, ConnectionEnd
+from jaxtml.serve.transport.connection import Connection
+from jaxtml.serve.transport.endings import ENDS_SESSION, ConnectionEnd
 
 # Browsers cannot set headers of a WebSocket, so they send the key as a subprotocol with this prefix.
 _KEY_SUBPROTOCOL = "openai-insecure-api-key."
@@ -32,11 +34,10 @@ _CLOSE_CODES = {
     EndReason.LEFT: 1000,
     EndReason.DRAINED: 1012,  # service restart: the client may connect again
     EndReason.GONE: 1001,
+    EndReason.INVALID: 1002,
     EndReason.SLOW: 1008,
     EndReason.FAILED: 1011,
 }
-# When a connection ends in one of these ways, the session ends too, even if its protocol can resume sessions.
-_FINAL = {ConnectionEnd.SLOW: EndReason.SLOW, ConnectionEnd.LEFT: EndReason.LEFT}
 
 
 class Service:
@@ -87,18 +88,23 @@ class Service:
     async def run_session(self, connection: Connection, session: ClientSession, after: int = 0) -> None:
         """Carries a session over `connection` until the connection or the session ends, then closes the connection.
 
+        `serve.transport.endings` says what the end of the connection means for the session.
+
         Args:
           connection: the client's connection.
           session: the session, new or resumed.
           after: number of the last frame that the client has received; 0: none.
         """
         session.attach(connection)
+        end = ConnectionEnd.GONE
         try:
             end = await connection.run(session.replay_buffer, after, session.protocol.receive)
-            if end in _FINAL or not session.protocol.resumable:
-                session.scheduled.end(_FINAL.get(end, EndReason.GONE))
+            if end is not ConnectionEnd.DONE:
+                log.event("connection ended", session=session.id, how=end.name.lower(), code=connection.close_code)
+            if end in ENDS_SESSION or not session.protocol.resumable:
+                session.scheduled.end(ENDS_SESSION.get(end, EndReason.GONE))
         finally:
-            session.detach(connection)
+            session.detach(connection, away=end is ConnectionEnd.AWAY)
         await connection.close(*close_code(end, session))
 
     def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:

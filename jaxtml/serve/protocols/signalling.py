@@ -58,7 +58,7 @@ async def answer_offer(
         session.scheduled.detach()
         # The session waits for the client as after a lost connection: for the grace period, and additionally for the
         # time that a first connection may take.
-        session.scheduled.detached_at += service.manager.limits.first_message_s
+        session.scheduled.waits_until += service.manager.limits.first_message_s
         answer = await peer.create_answer()
     except BaseException as error:
         if session is not None:

@@ -43,6 +43,11 @@ class WorkerPool:
         return sum(scheduler.capacity for scheduler in self.schedulers)
 
     @property
+    def taken(self) -> int:
+        """The number of slots that a new session cannot have."""
+        return self.capacity - sum(scheduler.free_slots() for scheduler in self.schedulers)
+
+    @property
     def sessions(self) -> list[ScheduledSession]:
         """The sessions of all schedulers."""
         return list(itertools.chain.from_iterable(scheduler.sessions.values() for scheduler in self.schedulers))

@@ -12,6 +12,8 @@ The rules, which the tests hold:
 - A tick that ends after the next tick's start time is a deadline miss. The next tick then starts at once. If the clock
   is more than a second behind, it jumps forward to now, and the ticks in between are counted as lost.
 - A session whose client is disconnected is paused until the client is back, for at most `grace_s`. It produces nothing.
+- A client may announce that it will be back at once, as a page that reloads does. Its session then waits for at most
+  `AWAY_S`, and ends earlier if a new session needs its slot.
 - A journal holds 30 seconds of results. A session whose results nobody reads is ended, so that no queue grows without
   bound.
 """
@@ -38,6 +40,7 @@ from jaxtml.stream.tokens import Control
 
 TICK_S = MICRO_TURN_MS / 1000
 MAX_JOURNAL = 150  # micro-turns: 30 s
+AWAY_S = 10.0  # for which a session waits for a client that will be back at once; a page reloads in less
 _MAX_BEHIND_S = 1.0  # a clock further behind than this jumps forward to now
 
 
@@ -68,7 +71,8 @@ class EndReason(StrEnum):
     ASKED = "close_requested"  # the client asked to close it
     EXPIRED = "expired"  # the session reached its maximum length
     DRAINED = "drained"  # the server shuts down
-    LEFT = "remote_hangup"  # the client closed its connection normally
+    LEFT = "remote_hangup"  # the client closed its connection on purpose
+    INVALID = "invalid_message"  # the client sent what is no WebSocket message, or a message that is too large
     GONE = "connection_lost"  # the client's connection was lost and the client did not come back in time
     SLOW = "slow_client"  # the client does not take what the server sends
     FAILED = "internal_error"  # the server failed
@@ -151,7 +155,8 @@ class ScheduledSession:
       journal: results that nobody has read yet.
       begun: the worker has a slot for it.
       micro_turns: number of micro-turns that it has had.
-      detached_at: when the client was lost, on `clock`.
+      waits_until: when it ends unless its client is back before, on `clock`. Counts while it is not attached.
+      away: the client announced that it will be back at once. A new session may take the slot.
       changed: set when there is a new result or the session has ended.
     """
 
@@ -168,7 +173,8 @@ class ScheduledSession:
     journal: deque[TickResult] = field(default_factory=deque)
     begun: bool = False
     micro_turns: int = 0
-    detached_at: float = 0.0
+    waits_until: float = 0.0
+    away: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def queue_text(
@@ -209,16 +215,21 @@ class ScheduledSession:
             self.changed.clear()
             await self.changed.wait()
 
-    def detach(self) -> None:
-        """Pauses the session: its client is disconnected."""
-        self.attached, self.detached_at = False, self.clock.now()
+    def detach(self, away: bool = False) -> None:
+        """Pauses the session: its client is disconnected.
+
+        Args:
+          away: the client announced that it will be back at once.
+        """
+        self.attached, self.away = False, away
+        self.waits_until = self.clock.now() + (min(AWAY_S, self.grace_s) if away else self.grace_s)
 
     def attach(self) -> None:
         """Resumes the session: its client is connected again."""
-        self.attached = True
+        self.attached, self.away = True, False
 
     def end(self, reason: EndReason) -> None:
-        """Ends the session. Its slot is free from the next tick on. On a second call the first reason is kept."""
+        """Ends the session. A new session may have its slot at once. On a second call the first reason is kept."""
         self.end_reason = self.end_reason or reason
         self.changed.set()
 
@@ -292,6 +303,8 @@ class Scheduler:
     def admit(self, seed: int, grace_s: float = 30.0) -> ScheduledSession:
         """Returns a new session, which begins at the next tick.
 
+        If all slots are taken, the new session gets the slot of the session whose client is away the longest.
+
         Args:
           seed: seed of its sampling.
           grace_s: seconds for which it waits for a disconnected client.
@@ -301,20 +314,22 @@ class Scheduler:
         """
         if not self.free_slots():
             raise ServerFull(self.retry_after_s())
+        # Sessions that have ended leave at the next tick, in which the worker ends sessions before it begins others.
+        living = [session for session in self.sessions.values() if not session.end_reason]
+        if len(living) == self.capacity:
+            min((one for one in living if one.away), key=lambda one: one.waits_until).end(EndReason.GONE)
         session = ScheduledSession(next(self._next_number), seed, grace_s, self.clock)
         self.sessions[session.number] = session
         return session
 
     def retry_after_s(self) -> float:
         """Returns the seconds until the first paused session loses its slot, at least 1; 5 if no session is paused."""
-        given_up_at = [
-            session.detached_at + session.grace_s for session in self.sessions.values() if not session.attached
-        ]
+        given_up_at = [session.waits_until for session in self.sessions.values() if not session.attached]
         return max(1.0, min(given_up_at, default=self.clock.now() + 5) - self.clock.now())
 
     def free_slots(self) -> int:
-        """Returns the number of free slots."""
-        return self.capacity - len(self.sessions)
+        """Returns the number of slots that a new session may have."""
+        return self.capacity - sum(not (session.end_reason or session.away) for session in self.sessions.values())
 
     async def run(self) -> None:
         """Runs a tick every 200 ms until the task is cancelled.
@@ -359,7 +374,7 @@ class Scheduler:
         """Ends sessions whose client stayed away too long, and frees the slots of all sessions that have ended."""
         now = self.clock.now()
         for session in list(self.sessions.values()):
-            if not session.attached and now > session.detached_at + session.grace_s:
+            if not session.attached and now > session.waits_until:
                 session.end(EndReason.GONE)
             if session.end_reason:
                 del self.sessions[session.number]

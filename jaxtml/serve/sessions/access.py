@@ -212,6 +212,10 @@ class Access:
             raise Refused(429, "rate_limit_exceeded", "too many requests with this key in a minute", retry_after_s)
         requests.append(now)
 
+    def is_at_session_limit(self, grant: Grant) -> bool:
+        """Returns whether the key has as many live sessions as it may have."""
+        return len(self._live[grant.key.name]) >= grant.key.sessions
+
     def check_session(self, grant: Grant, scope: str) -> None:
         """Checks whether a session may begin.
 
@@ -225,9 +229,8 @@ class Access:
         name = grant.key.name
         if grant.scopes is not None and scope not in grant.scopes:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
-        live = self._live[name]
-        if len(live) >= grant.key.sessions:
-            text = f"this key has {len(live)} sessions already, and may have no more"
+        if self.is_at_session_limit(grant):
+            text = f"this key has {len(self._live[name])} sessions already, and may have no more"
             raise Refused(429, "session_limit_exceeded", text, 5.0)
         if self.minutes_used(name) >= grant.key.minutes_per_day:
             retry_after_s = self._used[name][0][0] + _DAY_S - self.now() if self._used[name] else _MINUTE_S

@@ -85,11 +85,16 @@ class ClientSession:
         self.connection = connection
         self.scheduled.attach()
 
-    def detach(self, connection: Carrier) -> None:
-        """Pauses the session because `connection` is lost, unless another connection carries the session already."""
+    def detach(self, connection: Carrier, away: bool = False) -> None:
+        """Pauses the session because `connection` has ended, unless another connection carries the session already.
+
+        Args:
+          connection: the connection that has ended.
+          away: the client announced that it will be back at once.
+        """
         if self.connection is connection and not self.scheduled.end_reason:
             self.connection = None
-            self.scheduled.detach()
+            self.scheduled.detach(away)
             self.span.add_event("client gone")
 
     def prepare_resume(self) -> None:

@@ -104,6 +104,7 @@ class SessionManager:
         with self._refusing_when_full():
             self.check_open()
             self.access.count_request(grant)
+            self._end_away_session(grant)
             self.access.check_session(grant, scope)
             self.pool.check_capacity()
 
@@ -123,6 +124,7 @@ class SessionManager:
         with self._refusing_when_full():
             self.check_open()
             self.pool.check_capacity()
+            self._end_away_session(grant)
             self.access.begin_session(grant, session_id, scope)
         scheduled = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
         reader = Reader(self.model.codec, self.model.config.duplex.control_base)
@@ -144,6 +146,19 @@ class SessionManager:
         self.metrics.sessions_begun.labels(scope).inc()
         log.event("session began", session=session_id, key=grant.key.name, protocol=scope)
         return session
+
+    def _end_away_session(self, grant: Grant) -> None:
+        """Ends a session of a key that may have no more sessions, if the session's client is away.
+
+        So a page that is opened again in place of the one before is not refused because of the one before.
+        """
+        if not self.access.is_at_session_limit(grant):
+            return
+        for session in self.sessions.values():
+            if session.grant.key.name == grant.key.name and session.scheduled.away:
+                session.scheduled.end(EndReason.GONE)
+                self.access.end_session(grant.key.name, session.id)
+                return
 
     # --- clients that come back
 

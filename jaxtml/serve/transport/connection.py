@@ -10,6 +10,7 @@ The rules, which the tests hold:
   clients get a turn.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
 - A client from which nothing arrives for `_SILENT_S`, not even the answer to a ping, counts as gone.
+- `serve.transport.endings` says what each end of a connection means for the session.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from enum import Enum, auto
 from typing import Protocol
 
 from absl import logging
-from aiohttp import WSMsgType, web
+from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
 from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.transport.endings import INVALID_CODES, NO_CLOSE_FRAME, NO_CODE, ConnectionEnd, client_closed
 from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 from jaxtml.serve.transport.token_bucket import TokenBucket
 
@@ -41,26 +42,18 @@ CLOSE_TIMEOUT_S = 3.0  # for a client to confirm that its connection is closed
 MessageHandler = Callable[[bytes], Awaitable[None]]
 
 
-class ConnectionEnd(Enum):
-    """How a connection ended."""
-
-    DONE = auto()  # all frames were sent, and no more will come
-    LEFT = auto()  # the client closed it normally
-    GONE = auto()  # the client is no longer there
-    SLOW = auto()  # the client read so slowly that the replay buffer dropped frames for it
-    REPLACED = auto()  # the client is back over another connection
-
-
 class Transport(Protocol):
     """What a connection runs over.
 
     Attributes:
       heard_at: when anything last arrived from the client, on the monotonic clock.
-      left: the client closed the transport normally.
+      end: how the transport ended, as far as it can tell: LEFT, AWAY, INVALID or, otherwise, GONE.
+      close_code: close code of the WebSocket protocol with which it ended; None: it has not ended, or has no codes.
     """
 
     heard_at: float
-    left: bool
+    end: ConnectionEnd
+    close_code: int | None
 
     async def receive(self) -> bytes | None:
         """Waits for the next message and returns it; None: the client is gone."""
@@ -110,7 +103,8 @@ class WebSocketTransport:
     def __init__(self, request: web.Request, ws: web.WebSocketResponse, kind: WSMsgType):
         self.ws, self.kind = ws, kind
         self._transport = request.transport
-        self.heard_at, self.left = time.monotonic(), False
+        self.heard_at, self.end = time.monotonic(), ConnectionEnd.GONE
+        self.close_code: int | None = None
         self._pings = TokenBucket(_PINGS_PER_SECOND, _PINGS_BURST)
 
     async def receive(self) -> bytes | None:
@@ -124,8 +118,18 @@ class WebSocketTransport:
                     await self.ws.pong(message.data)
                 await asyncio.sleep(self._pings.take(1))
             else:
-                self.left = message.type is WSMsgType.CLOSE and message.data == 1000
+                self._note_end(message)
                 return None
+
+    def _note_end(self, message: WSMessage) -> None:
+        """Notes how the WebSocket ended, from the last message that aiohttp gives."""
+        if message.type is WSMsgType.CLOSE:
+            self.close_code, self.end = message.data or NO_CODE, client_closed(message.data)
+        elif isinstance(message.data, WebSocketError) and message.data.code in INVALID_CODES:
+            self.close_code, self.end = message.data.code, ConnectionEnd.INVALID
+            logging.warning("a client's WebSocket message cannot be read: %s", message.data)
+        else:
+            self.close_code = NO_CLOSE_FRAME
 
     async def send(self, frame: bytes) -> None:
         await self.ws.send_frame(frame, self.kind)
@@ -159,6 +163,11 @@ class Connection:
         self._replaced = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
         self._written = 0  # number of the last frame that was written
+
+    @property
+    def close_code(self) -> int | None:
+        """The close code with which the client's side ended, as `Transport.close_code`."""
+        return self.transport.close_code
 
     def replace(self) -> None:
         """Stops taking messages at once: another connection has taken over the session."""
@@ -209,7 +218,7 @@ class Connection:
             return ConnectionEnd.SLOW
         if replay_buffer.closed:
             return ConnectionEnd.DONE
-        return ConnectionEnd.LEFT if self.transport.left else ConnectionEnd.GONE
+        return self.transport.end
 
     async def close(self, code: int, reason: str = "") -> None:
         """Closes the connection. A client that does not confirm in time is cut off."""

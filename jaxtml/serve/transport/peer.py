@@ -46,6 +46,7 @@ from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
 from jaxtml.serve.transport.connection import CLOSE_TIMEOUT_S, MESSAGE_BYTES
+from jaxtml.serve.transport.endings import ConnectionEnd
 from jaxtml.serve.transport.sound import MediaSink
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.serve.transport.tracks import IncomingTrack, OutgoingTrack, PacketReorderer, VideoJitterBuffer
@@ -75,11 +76,13 @@ class Peer:
     Attributes:
       voice: the track on which the peer hears the model.
       heard_at: when anything last arrived from the peer, on the monotonic clock.
-      left: the peer closed the connection normally.
+      end: LEFT if the peer closed the connection on purpose, else GONE.
+      close_code: None, because WebRTC has no close codes.
     """
 
     def __init__(self) -> None:
-        self.voice, self.heard_at, self.left = OutgoingTrack(), time.monotonic(), False
+        self.voice, self.heard_at, self.end = OutgoingTrack(), time.monotonic(), ConnectionEnd.GONE
+        self.close_code: int | None = None
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._microphone = IncomingTrack(PacketReorderer())
         self._channel: RTCDataChannel | None = None
@@ -290,7 +293,8 @@ class Peer:
 
     def _on_close(self) -> None:
         ice = None if self._pc.sctp is None else self._pc.sctp.transport.transport
-        self.left = not self._over and ice is not None and ice.state == "completed"
+        if not self._over and ice is not None and ice.state == "completed":
+            self.end = ConnectionEnd.LEFT
         self._end()
 
     def _on_state(self) -> None:
@@ -341,7 +345,7 @@ def _check_offer(sdp: str) -> tuple[str, list[str]]:
     Raises:
       ValueError: the offer is too long, or asks for something that this server does not have.
     """
-    if len(sdp) > _MAX_SDP_BYTES:
+    if len(sdp.encode()) > _MAX_SDP_BYTES:
         raise ValueError(f"an offer may have at most {_MAX_SDP_BYTES} bytes")
     sdp = "".join(f"{line}\r\n" for line in sdp.splitlines() if line and not line.startswith(_IGNORED_LINES))
     offered_media = SessionDescription.parse(sdp).media

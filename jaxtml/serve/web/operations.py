@@ -40,11 +40,12 @@ class _Handlers:
     async def ready(self, request: web.Request) -> web.Response:
         """Says whether the server takes sessions: it has loaded and compiled the model, and does not drain.
 
-        A full server is ready. It tells new clients when to come again.
+        A full server is ready. It tells new clients when to come again. `sessions` are those that no new session
+        displaces, so the difference to `capacity` is what the server still takes.
         """
         self.service.manager.check_open()
         pool = self.service.manager.pool
-        return web.json_response({"status": "ready", "sessions": len(pool.sessions), "capacity": pool.capacity})
+        return web.json_response({"status": "ready", "sessions": pool.taken, "capacity": pool.capacity})
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self.service.metrics.text(), content_type="text/plain", charset="utf-8")

@@ -119,6 +119,40 @@ def test_client_that_does_not_come_back_frees_its_slot(slots):
     scheduling(slots, test)
 
 
+def test_slot_of_an_ended_session_and_of_one_that_is_away_goes_to_a_new_session_at_once(slots):
+    async def test(scheduler: Scheduler, clock: SteppedClock, model: InProcessWorker) -> None:
+        ended, first_away, away, _ = [scheduler.admit(seed) for seed in range(4)]
+        await clock.advance(1)
+        ended.end(EndReason.LEFT)
+        assert scheduler.free_slots() == 1 and scheduler.admit(4).number == 5
+        first_away.detach(away=True)
+        await clock.advance(1)
+        away.detach(away=True)
+        assert scheduler.free_slots() == 2
+        scheduler.admit(5)
+        assert first_away.end_reason is EndReason.GONE and not away.end_reason, "the longest absence ends first"
+        away.attach()
+        with pytest.raises(ServerFull):
+            scheduler.admit(6)
+        await clock.advance(1)
+        assert sorted(slots.live) == [3, 4, 5, 6]
+
+    scheduling(slots, test)
+
+
+def test_session_that_is_away_waits_ten_seconds(slots):
+    async def test(scheduler: Scheduler, clock: SteppedClock, model: InProcessWorker) -> None:
+        patient, hasty = scheduler.admit(0), scheduler.admit(1, grace_s=2)
+        patient.detach(away=True)
+        hasty.detach(away=True)
+        await clock.advance(12)
+        assert hasty.end_reason is EndReason.GONE and not patient.end_reason, "never longer than any lost client"
+        await clock.advance(40)
+        assert patient.end_reason is EndReason.GONE
+
+    scheduling(slots, test)
+
+
 def test_session_that_ends_before_its_first_tick_never_reaches_the_model(slots):
     async def test(scheduler: Scheduler, clock: SteppedClock, model: InProcessWorker) -> None:
         scheduler.admit(1).end(EndReason.GONE)

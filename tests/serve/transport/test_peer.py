@@ -25,6 +25,7 @@ from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
+from jaxtml.serve.transport.endings import ConnectionEnd
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
 from jaxtml.stream.tokens import Control
 from tests.serve.serving import Serving, eventually, serving
@@ -255,7 +256,7 @@ def test_peer_that_floods_is_given_up_and_its_messages_are_dropped(slots, engine
                 client.send("session.input_audio.mute")
             async with serving.ticking():
                 await eventually(lambda: not serving.session().scheduled.attached)
-            assert not transport._inbox and not transport.left
+            assert not transport._inbox and transport.end is ConnectionEnd.GONE
             async with serving.http.get(f"{serving.url}/health") as health:
                 assert health.status == 200
 

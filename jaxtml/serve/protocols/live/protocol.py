@@ -72,7 +72,12 @@ _USAGE_MICRO_TURNS = 75  # between two `session.usage.updated`
 _ANSWERED = float("-inf")
 _CONTEXT_NAMES = {AppendInstructions: "instructions", AppendThinking: "thinking", AppendCommentary: "commentary"}
 # The Live API's names for the end of a session, where they differ from ours.
-_END_REASONS = {EndReason.SLOW: "connection_lost", EndReason.FAILED: "connection_lost", EndReason.DRAINED: "expired"}
+_END_REASONS = {
+    EndReason.SLOW: "connection_lost",
+    EndReason.INVALID: "connection_lost",
+    EndReason.FAILED: "connection_lost",
+    EndReason.DRAINED: "expired",
+}
 
 
 class LiveProtocol:

@@ -27,18 +27,6 @@ def test_connection_without_a_valid_first_message_is_closed(slots, engine):
     serving(slots, engine, test, limits=Limits(first_message_s=0.5))
 
 
-def test_too_large_message_ends_the_connection_but_not_the_session(slots, engine):
-    async def test(serving: Serving) -> None:
-        client = await serving.start()
-        session = serving.session()
-        await client.ws.send_bytes(b"x" * (connection.MESSAGE_BYTES + 1))
-        assert await client.closed() == 1009
-        await eventually(lambda: not session.scheduled.attached)
-        assert not session.scheduled.end_reason
-
-    serving(slots, engine, test)
-
-
 def test_sound_without_room_waits_in_the_network(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
