@@ -11,6 +11,12 @@ shard, so that the content of a shard depends only on the utterances that the pl
     00012.pcm    samples of all utterances of a shard, one after the other (int16, 16 kHz)
     00012.jsonl  checksum of the samples, then one line per utterance, in the same order
 
+A bank of another plan is appended to. Two utterances are the same if all fields of `PlannedUtterance` are. Utterances
+that the bank has are kept, and missing ones are spoken into new shards. Utterances that the new plan does not have stay
+on disk and are not used. Such a bank has format 2 and one more file, which `bank.json` names:
+
+    order-1f2e3d4c5b6a7988.jsonl  one line per utterance, in the order of the plan: the number of its shard, its fields
+
 Axis glossary: N samples of one utterance.
 """
 
@@ -26,9 +32,10 @@ from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
+from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxtml.data.voices import registry
@@ -37,6 +44,12 @@ from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
 
 FORMAT = 1
+"""A bank of one plan: shard `i` holds the utterances of the plan's shard `i`."""
+
+APPENDED_FORMAT = 2
+"""A bank to which another plan was appended: a file says which shard holds each utterance of the plan."""
+
+_APPENDED_SHARD = 60  # utterances; the slowest engine needs about a minute for them
 
 
 @dataclass(frozen=True)
@@ -67,14 +80,30 @@ Shards = Sequence[Sequence[PlannedUtterance]]
 
 Speak = Callable[[PlannedUtterance], Utterance]
 
+Adapt = Callable[[Sequence[PlannedUtterance]], Shards]
+"""Returns the plan to append to a bank of another plan, given the utterances that the bank already has."""
+
 
 class BankHead(TypedDict):
-    """The content of `bank.json`. `plan` is the digest of the plan, `items` the number of its utterances."""
+    """The content of `bank.json`.
+
+    Attributes:
+      format: `FORMAT` or `APPENDED_FORMAT`.
+      plan: digest of the plan that `build` was called with.
+      shards: number of shards, finished or not.
+      items: number of utterances of the plan.
+      order: name of the file with the order of the utterances, in the appended format only.
+    """
 
     format: int
     plan: str
     shards: int
     items: int
+    order: NotRequired[str]
+
+
+Order = list[tuple[int, PlannedUtterance]]
+"""`(number of its shard, utterance)` for each utterance of a plan, in the order of the plan."""
 
 
 def _synthesise(planned: PlannedUtterance) -> Utterance:
@@ -89,37 +118,123 @@ def _digest(shards: Shards) -> str:
 # --- building
 
 
-def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise) -> None:
-    """Speaks every shard that is not finished yet. Can be killed and started again.
+def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise, adapt: Adapt | None = None) -> None:
+    """Speaks every utterance that the bank does not have yet. Can be killed and started again.
 
     Args:
-      folder: the bank, created if it is not there.
+      folder: the bank, created if it is not there. A bank of another plan is appended to.
       shards: the plan.
       workers: shards that are spoken at a time, each in a process of its own.
       speak: makes the sound. Worker processes import it by name, so it is a function at the top of a module.
+      adapt: called if the bank has another plan, see `Adapt`. None appends `shards` as they are.
 
     Raises:
-      InputError: `folder` holds a bank of another plan, or a speech engine is missing.
+      InputError: the bank's files are damaged, or a speech engine is missing.
       RuntimeError: a worker process died.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    head = BankHead(format=FORMAT, plan=_digest(shards), shards=len(shards), items=sum(map(len, shards)))
-    if (folder / "bank.json").exists():
-        if _read_head(folder) != head:
-            raise InputError(f"{folder} holds a bank of another plan: name a new folder, or remove this one")
-    else:
-        _write_atomically(folder / "bank.json", json.dumps(head).encode())
-    missing = [number for number in range(len(shards)) if not _index_path(folder, number).exists()]
+    plan = _digest(shards)
+    has_head = (folder / "bank.json").exists()
+    if not has_head and not _numbers(folder):
+        _write_head(folder, BankHead(format=FORMAT, plan=plan, shards=len(shards), items=sum(map(len, shards))))
+    elif not has_head or _read_head(folder)["plan"] != plan:  # without its head, a bank is known by its shards
+        _append_plan(folder, shards, adapt, _read_head(folder)["shards"] if has_head else 0)
+    contents = _contents(folder, shards)
+    missing = [number for number in contents if not _index_path(folder, number).exists()]
     columns = (
         *(TextColumn("bank"), BarColumn(), MofNCompleteColumn(), TextColumn("utterances")),
         *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
     )
     with Progress(*columns) as progress:
-        remaining = sum(len(shards[number]) for number in missing)
-        task = progress.add_task("", total=head["items"], completed=head["items"] - remaining)
-        jobs = [(number, (folder, number, shards[number], speak)) for number in missing]
+        total = sum(map(len, contents.values()))
+        remaining = sum(len(contents[number]) for number in missing)
+        task = progress.add_task("", total=total, completed=total - remaining)
+        jobs = [(number, (folder, number, contents[number], speak)) for number in missing]
         for number in _run_in_processes(jobs, workers):
-            progress.advance(task, len(shards[number]))
+            progress.advance(task, len(contents[number]))
+
+
+def missing_utterances(folder: Path, shards: Shards, adapt: Adapt | None = None) -> list[PlannedUtterance]:
+    """Returns the utterances that `build`, called with the same arguments, would speak.
+
+    Raises:
+      InputError: `folder` holds no bank, or damaged files.
+    """
+    if _read_head(folder)["plan"] != _digest(shards):
+        spoken = _spoken(folder)
+        wanted = shards if adapt is None else adapt(list(spoken))
+        return [planned for planned in _unique(wanted) if planned not in spoken]
+    contents = _contents(folder, shards)
+    return [planned for n, shard in contents.items() if not _index_path(folder, n).exists() for planned in shard]
+
+
+def _append_plan(folder: Path, shards: Shards, adapt: Adapt | None, count: int) -> None:
+    """Gives a bank of `count` shards another plan: writes which shard has each utterance, or will have it.
+
+    The head is written last, and names the file that was written before it. So the bank has either plan at any time.
+    """
+    plan, spoken = _digest(shards), _spoken(folder)
+    wanted = shards if adapt is None else adapt(list(spoken))
+    utterances = [planned for shard in wanted for planned in shard]
+    missing = [planned for planned in _unique(wanted) if planned not in spoken]
+    logging.info(
+        "%s has another plan: %d of %d utterances are kept, %d are spoken now, %d on disk are not used",
+        folder, len(set(utterances)) - len(missing), len(set(utterances)), len(missing),
+        len(spoken.keys() - set(utterances)),
+    )  # fmt: skip
+    if _is_first_format(folder, wanted):
+        _write_head(folder, BankHead(format=FORMAT, plan=plan, shards=len(wanted), items=len(utterances)))
+        return
+    # A worker of a build that was killed may still be writing a shard of the former plan, so no number is used twice.
+    first = max(count, *(number + 1 for number in _numbers(folder)), 0)
+    places = spoken | {planned: first + i // _APPENDED_SHARD for i, planned in enumerate(missing)}
+    lines = "\n".join(json.dumps({"shard": places[planned], **asdict(planned)}) for planned in utterances).encode()
+    order = f"order-{hashlib.sha256(lines).hexdigest()[:16]}.jsonl"
+    _write_atomically(folder / order, lines)
+    shard_count = first + -(-len(missing) // _APPENDED_SHARD)
+    _write_head(
+        folder, BankHead(format=APPENDED_FORMAT, plan=plan, shards=shard_count, items=len(utterances), order=order)
+    )
+
+
+def _unique(shards: Shards) -> list[PlannedUtterance]:
+    """Returns each utterance of a plan once, in the order of the plan."""
+    return list(dict.fromkeys(planned for shard in shards for planned in shard))
+
+
+def _numbers(folder: Path) -> set[int]:
+    """Returns the numbers of the shards that are on disk, whole or in part."""
+    return {int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9].*")}
+
+
+def _spoken(folder: Path) -> dict[PlannedUtterance, int]:
+    """Returns utterance -> shard for every utterance on disk, whether or not the bank's plan has it."""
+    spoken: dict[PlannedUtterance, int] = {}
+    for path in sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9].jsonl")):
+        number = int(path.stem)
+        for entry in _read_shard(folder, number)[1]:
+            spoken.setdefault(entry.planned, number)
+    return spoken
+
+
+def _is_first_format(folder: Path, shards: Shards) -> bool:
+    """Returns whether the shards 0, 1, ... on disk are those of the plan, as when a bank returns to its first plan."""
+    return all(
+        _index_path(folder, number).exists()
+        and [entry.planned for entry in _read_shard(folder, number)[1]] == list(shard)
+        for number, shard in enumerate(shards)
+    )
+
+
+def _contents(folder: Path, shards: Shards) -> dict[int, Sequence[PlannedUtterance]]:
+    """Returns the number of each shard of the bank's plan, and its utterances. `shards` is the plan of `build`."""
+    head = _read_head(folder)
+    if head["format"] == FORMAT:
+        return dict(enumerate(shards))
+    contents: dict[int, dict[PlannedUtterance, None]] = {}
+    for number, planned in _read_order(folder, head):
+        contents.setdefault(number, {})[planned] = None
+    return {number: list(contents[number]) for number in sorted(contents)}
 
 
 def _run_in_processes(jobs: list[tuple[int, tuple]], workers: int) -> Iterator[int]:
@@ -183,6 +298,10 @@ def _build_shard(
         result.send(None)
 
 
+def _write_head(folder: Path, head: BankHead) -> None:
+    _write_atomically(folder / "bank.json", json.dumps(head).encode())
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     """Writes a file under another name and renames it: a reader finds all of the file or none of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -229,7 +348,7 @@ class Bank:
     """The finished shards of a bank.
 
     Index `i` counts utterances in the order of the plan, over the shards that were finished when the bank was opened.
-    The index of an utterance is stable in a complete bank. It changes while a bank is being built.
+    The index of an utterance is stable in a complete bank. It changes while a bank is being built or appended to.
 
     Attributes:
       folder: the bank's folder.
@@ -254,16 +373,21 @@ class Bank:
         """
         folder = Path(folder)
         head = _read_head(folder)
-        numbers = [number for number in range(head["shards"]) if _index_path(folder, number).exists()]
+        order = _read_order(folder, head) if head["format"] == APPENDED_FORMAT else None
+        planned_numbers = range(head["shards"]) if order is None else sorted({number for number, _ in order})
+        numbers = [number for number in planned_numbers if _index_path(folder, number).exists()]
         if not numbers:
             raise InputError(f"{folder} has no finished shard yet: let `jaxtml data` run on, or start it again")
-        entries: list[BankEntry] = []
-        digest = hashlib.sha256(head["plan"].encode())
+        shards: dict[int, list[BankEntry]] = {}
+        digest = hashlib.sha256((head["plan"] + head.get("order", "")).encode())
         for number in numbers:
-            shard_digest, shard_entries = _read_shard(folder, number)
+            shard_digest, shards[number] = _read_shard(folder, number)
             digest.update(f"{number} {shard_digest}".encode())
-            entries += shard_entries
-        return cls(folder, tuple(entries), len(numbers) == head["shards"], digest.hexdigest())
+        if order is None:
+            entries = [entry for number in numbers for entry in shards[number]]
+        else:
+            entries = _in_order(folder, order, shards)
+        return cls(folder, tuple(entries), len(numbers) == len(planned_numbers), digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -303,13 +427,39 @@ class Bank:
 def _read_head(folder: Path) -> BankHead:
     try:
         head = json.loads((folder / "bank.json").read_bytes())
-        if head["format"] != FORMAT:
-            raise InputError(f"{folder} is a bank of format {head['format']}, not {FORMAT}: build it anew")
+        if head["format"] not in (FORMAT, APPENDED_FORMAT):
+            raise InputError(
+                f"{folder} is a bank of format {head['format']}, this version reads {FORMAT} and {APPENDED_FORMAT}: "
+                "build it anew, or use a newer version"
+            )
         return head
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no utterance bank: build one with `jaxtml data`") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'bank.json'} is damaged: remove the folder and build the bank anew") from error
+        raise InputError(f"{folder / 'bank.json'} is damaged: remove it and run `jaxtml data` again") from error
+
+
+def _read_order(folder: Path, head: BankHead) -> Order:
+    """Reads which shard holds each utterance of the plan of an appended bank."""
+    path = folder / head.get("order", "order")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line.pop("shard"), PlannedUtterance(**line)) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is missing or damaged: remove {folder / 'bank.json'} and run `jaxtml data` again"
+        ) from error
+
+
+def _in_order(folder: Path, order: Order, shards: dict[int, list[BankEntry]]) -> list[BankEntry]:
+    """Returns the utterances of the finished `shards` in the order of the plan."""
+    places = {(number, entry.planned): entry for number, entries in shards.items() for entry in entries}
+    finished = [place for place in order if place[0] in shards]
+    lost = next((place for place in finished if place not in places), None)
+    if lost is not None:
+        path = _index_path(folder, lost[0])
+        raise InputError(f"{path} lacks {lost[1].text!r}: remove it and run `jaxtml data` again, which builds it anew")
+    return [places[place] for place in finished]
 
 
 def _read_shard(folder: Path, number: int) -> tuple[str, list[BankEntry]]:

@@ -1,7 +1,10 @@
 """Plans an utterance bank: which voice says which text, at what speed and pitch, in which shard.
 
-A plan is a pure function of voices, texts, counts and a seed. Called by `jaxtml.data.conversations`, which has the plan
-spoken by `jaxtml.data.bank.build`.
+A plan is a pure function of voices, texts, counts, a seed, and the utterances that a bank already has. Called by
+`jaxtml.data.conversations`, which has the plan spoken by `jaxtml.data.bank.build`.
+
+A new text changes the random draws of most plans. So a plan for a bank that exists keeps the bank's utterances where
+they serve as well as new ones (`_keep_sentences`, `_keep_words`).
 
 How to add a voice: add its name to `jaxtml.data.voices.registry` with its split (train or test, never both). Then add
 two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words`. The second one says each word
@@ -10,8 +13,9 @@ of the vocabulary alone. `jaxtml.data.talks.user_turns` joins these recordings i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +32,9 @@ per worker, and the start of a process for each shard costs little in comparison
 
 _VOCABULARY_ROUNDS = {"flite": 4, "piper": 4}
 """How often each voice says the whole vocabulary, for engines that have few voices. Other voices say it once."""
+
+_ROUNDING = 0.0005
+"""A rate or a pitch may lie outside its bounds by this much, because it is rounded to three decimals."""
 
 DrawText = Callable[[np.random.Generator], str]
 
@@ -85,14 +92,20 @@ def full_voice_groups() -> tuple[VoiceGroup, ...]:
     )
 
 
-def full_plan(seed: int) -> tuple[tuple[PlannedUtterance, ...], ...]:
-    """Returns the plan of the bank for the config `tiny`: all replies and user texts of the short-answer task."""
+def full_plan(seed: int, spoken: Sequence[PlannedUtterance] = ()) -> tuple[tuple[PlannedUtterance, ...], ...]:
+    """Returns the plan of the bank for the config `tiny`: all replies and user texts of the short-answer task.
+
+    Args:
+      seed: seed of the random draws.
+      spoken: the utterances of a bank that the plan is appended to.
+    """
     return plan_bank(
         full_voice_groups(),
         scenarios.assistant_texts(),
         lambda rng: scenarios.sample_user_text(rng)[1],
         seed,
         scenarios.VOCABULARY,
+        spoken,
     )
 
 
@@ -102,6 +115,7 @@ def plan_bank(
     draw_user_text: DrawText,
     seed: int,
     vocabulary: Sequence[str] = (),
+    spoken: Sequence[PlannedUtterance] = (),
 ) -> tuple[tuple[PlannedUtterance, ...], ...]:
     """Plans a bank, as shards in the order in which they are built.
 
@@ -116,11 +130,15 @@ def plan_bank(
       draw_user_text: draws a sentence.
       seed: seed of the random generator that draws texts, rates and pitches.
       vocabulary: the words that groups with `single_words` say.
+      spoken: utterances that a bank already has. Of two plans that serve equally well, the one with more of these
+        utterances is returned. If `spoken` has all utterances of the plan for an empty bank, the result is that plan.
     """
     assistant = [PlannedUtterance("assistant", "train", registry.OWN_VOICE, reply) for reply in replies]
     quick, slow = [], []
     for number, group in enumerate(groups):
         planned = list(_plan_group(np.random.default_rng([seed, number]), group, draw_user_text, vocabulary))
+        usable = [utterance for utterance in spoken if _fits(utterance, group)]
+        planned = (_keep_words if group.single_words else _keep_sentences)(planned, usable)
         # Sorting by the relative position inside its group interleaves the groups in proportion to their size.
         (slow if group.voices[0].startswith("kokoro:") else quick).extend(
             ((index + 0.5) / len(planned), number, utterance) for index, utterance in enumerate(planned)
@@ -136,7 +154,7 @@ def plan_bank(
 def _plan_group(
     rng: np.random.Generator, group: VoiceGroup, draw_user_text: DrawText, vocabulary: Sequence[str]
 ) -> Iterator[PlannedUtterance]:
-    role = "words" if group.single_words else "user"
+    role = _role(group)
     texts = _word_texts(rng, group, vocabulary) if group.single_words else _sentences(rng, group, draw_user_text)
     for voice, text in texts:
         rate, pitch = (round(float(np.exp(rng.uniform(*np.log(bounds)))), 3) for bounds in (group.rate, group.pitch))
@@ -163,3 +181,83 @@ def _word_texts(rng: np.random.Generator, group: VoiceGroup, vocabulary: Sequenc
     for first in range(0, group.count * len(vocabulary), WORDS_PER_UTTERANCE):
         for voice in group.voices:
             yield voice, " ".join(f"{word}." for word in orders[voice][first : first + WORDS_PER_UTTERANCE])
+
+
+def _role(group: VoiceGroup) -> str:
+    return "words" if group.single_words else "user"
+
+
+# --- keeping what is spoken
+
+
+def _fits(utterance: PlannedUtterance, group: VoiceGroup) -> bool:
+    """Returns whether the group could have planned this utterance, whatever its text is."""
+    return (
+        (utterance.role, utterance.split) == (_role(group), group.split)
+        and utterance.voice in group.voices
+        and group.rate[0] - _ROUNDING <= utterance.rate <= group.rate[1] + _ROUNDING
+        and group.pitch[0] - _ROUNDING <= utterance.pitch <= group.pitch[1] + _ROUNDING
+    )
+
+
+def _keep_sentences(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
+    """Replaces planned sentences by spoken ones of the same voice, except where the text is new.
+
+    A spoken sentence serves as well if the plan has its text, with whatever voice. New texts are spoken as often as
+    they are planned.
+    """
+    texts, spoken_texts = {utterance.text for utterance in planned}, {utterance.text for utterance in usable}
+    exact = set(planned) & set(usable)
+    remaining: dict[str, list[PlannedUtterance]] = {}
+    for utterance in reversed(usable):
+        if utterance not in exact and utterance.text in texts:
+            remaining.setdefault(utterance.voice, []).append(utterance)
+    return [
+        remaining[utterance.voice].pop()
+        if utterance not in exact and utterance.text in spoken_texts and remaining.get(utterance.voice)
+        else utterance
+        for utterance in planned
+    ]
+
+
+def _keep_words(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
+    """Replaces planned utterances of single words by spoken ones of the same voice. Each word is said as often.
+
+    Words that are missing then are planned anew. The last utterance of a voice is filled up with words that were said.
+    """
+    by_voice: dict[str, list[PlannedUtterance]] = {}
+    for utterance in planned:
+        by_voice.setdefault(utterance.voice, []).append(utterance)
+    kept = {
+        voice: _keep_words_of_voice(utterances, [utterance for utterance in usable if utterance.voice == voice])
+        for voice, utterances in by_voice.items()
+    }
+    longest = max(map(len, kept.values()), default=0)
+    return [utterances[i] for i in range(longest) for utterances in kept.values() if i < len(utterances)]
+
+
+def _keep_words_of_voice(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
+    exact = set(planned) & set(usable)
+    changed = [utterance for utterance in planned if utterance not in exact]
+    kept = [utterance for utterance in planned if utterance in exact]
+    wanted = _count_words(planned)
+    wanted -= _count_words(kept)
+    for utterance in [*(utterance for utterance in usable if utterance not in exact), *changed]:
+        words = _count_words([utterance])
+        if words <= wanted:
+            kept.append(utterance)
+            wanted -= words
+    missing = []
+    while wanted:
+        missing += list(wanted)  # each word once before any word twice
+        wanted -= Counter(list(wanted))
+    said = [word for utterance in planned for word in utterance.text.split() if word not in missing]
+    for number, first in enumerate(range(0, len(missing), WORDS_PER_UTTERANCE)):
+        words = missing[first : first + WORDS_PER_UTTERANCE]
+        words += said[: WORDS_PER_UTTERANCE - len(words)]
+        kept.append(replace(changed[number], text=" ".join(words)))
+    return kept
+
+
+def _count_words(utterances: Sequence[PlannedUtterance]) -> Counter[str]:
+    return Counter(word for utterance in utterances for word in utterance.text.split())

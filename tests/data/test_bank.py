@@ -1,11 +1,14 @@
 """The utterance bank: plans are balanced, a killed build continues, a half-built or damaged bank is recognised."""
 
+import dataclasses
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +158,128 @@ def test_the_error_of_a_worker_is_the_error_of_the_build(tmp_path):
         bank.build(tmp_path / "b", plan(), 1, dies)
 
 
-def test_a_folder_with_a_bank_of_another_plan_is_refused(folder):
-    with pytest.raises(InputError, match="another plan"):
-        bank.build(folder, plan()[:2], 1, beep)
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    """A copy of the finished bank."""
+    return shutil.copytree(folder, tmp_path / "copied")
+
+
+def other_plan() -> tuple[tuple[bank.PlannedUtterance, ...], ...]:
+    """The plan of the finished bank with a reply and a user's sentence more, and without its last shard."""
+    replies, sentences, *others, _ = plan()
+    reply = bank.PlannedUtterance("assistant", "train", registry.OWN_VOICE, "good day")
+    user = bank.PlannedUtterance("user", "train", "espeak:a", "good day", 0.9)
+    return ((replies[0], reply, replies[1]), (user, *sentences), *others)
+
+
+def test_a_bank_of_another_plan_keeps_what_it_has_and_speaks_only_what_is_new(copied):
+    before, wanted = files_of(copied), [planned for shard in other_plan() for planned in shard]
+    assert [planned.text for planned in bank.missing_utterances(copied, other_plan())] == ["good day", "good day"]
+    bank.build(copied, other_plan(), 1, beep)
+    assert bank.missing_utterances(copied, other_plan()) == []
+    after = files_of(copied)
+    assert all(after[name] == data for name, data in before.items() if name != "bank.json")
+    (new_index,) = [name for name in after.keys() - before.keys() if name[0] == "0" and name.endswith(".jsonl")]
+    assert len(after[new_index].splitlines()) == 1 + 2
+    opened = bank.Bank.open(copied)
+    assert opened.complete and [entry.planned for entry in opened.entries] == wanted
+    for index in (1, 3, 200, len(wanted) - 1):
+        np.testing.assert_allclose(opened.utterance(index).wave, beep(wanted[index]).wave, atol=1 / 32767)
+    bank.build(copied, other_plan(), 1, dies)
+    assert files_of(copied) == after, "nothing is spoken again"
+
+
+def test_an_append_that_was_stopped_leaves_a_bank_that_can_be_used_and_goes_on(copied, folder):
+    first = bank.Bank.open(folder)
+    with pytest.raises(RuntimeError, match="died"):
+        bank.build(copied, other_plan(), 1, dies)
+    half = bank.Bank.open(copied)
+    assert not half.complete
+    assert [e.planned for e in half.entries] == [e.planned for e in first.entries][: len(half)]
+    bank.build(copied, other_plan(), 1, beep)
+    whole = bank.Bank.open(copied)
+    assert whole.complete and len({first.digest, half.digest, whole.digest}) == 3
+
+
+def test_a_bank_that_returns_to_its_first_plan_has_its_first_digest_and_speaks_nothing_twice(copied, folder):
+    bank.build(copied, other_plan(), 1, beep)
+    appended = bank.Bank.open(copied)
+    bank.build(copied, plan(), 1, dies)
+    assert bank.Bank.open(copied).digest == bank.Bank.open(folder).digest
+    assert (copied / "bank.json").read_bytes() == (folder / "bank.json").read_bytes()
+    bank.build(copied, other_plan(), 1, dies)
+    assert bank.Bank.open(copied).digest == appended.digest
+
+
+def test_a_bank_without_its_head_is_known_by_its_shards(copied, folder):
+    (copied / "bank.json").unlink()
+    bank.build(copied, plan(), 1, dies)
+    assert bank.Bank.open(copied).digest == bank.Bank.open(folder).digest
+
+
+def test_a_damaged_order_of_an_appended_bank_is_refused_in_one_line(copied):
+    bank.build(copied, other_plan(), 1, beep)
+    (order,) = copied.glob("order-*.jsonl")
+    order.write_bytes(order.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"order-.* damaged: remove .*bank\.json"):
+        bank.Bank.open(copied)
+    (copied / "bank.json").unlink()
+    bank.build(copied, other_plan(), 1, dies)
+    assert bank.Bank.open(copied).complete
+
+
+def test_a_plan_for_a_bank_keeps_its_sentences_except_where_the_text_is_new():
+    spoken = [planned for shard in plan() for planned in shard]
+
+    def say_more(rng: np.random.Generator) -> str:
+        text = say_something(rng)
+        return "say four red" if text == "say one red" and rng.random() < 0.2 else text
+
+    def plan_for(spoken: Sequence[bank.PlannedUtterance]) -> list[bank.PlannedUtterance]:
+        shards = bank_plan.plan_bank(GROUPS, ["hello", "yes it is"], say_more, 7, spoken=spoken)
+        return [planned for shard in shards for planned in shard]
+
+    anew, kept = plan_for([]), plan_for(spoken)
+    assert len(set(anew) - set(spoken)) > 200, "other random draws"
+    assert {planned.text for planned in set(kept) - set(spoken)} == {"say four red"}
+    count = sum(planned.text == "say four red" for planned in anew)
+    assert sum(planned.text == "say four red" for planned in kept) == count > 0
+    assert sorted(planned.voice for planned in kept) == sorted(planned.voice for planned in anew)
+    assert plan_for(anew) == anew
+
+
+def test_a_plan_for_a_bank_says_single_words_that_are_new_and_keeps_the_others():
+    voices = ("espeak:a", "kokoro:b")
+    groups = (VoiceGroup("train", voices, 2, single_words=True),)
+
+    def plan_for(words: str, spoken: Sequence[bank.PlannedUtterance] = ()) -> list[bank.PlannedUtterance]:
+        shards = bank_plan.plan_bank(groups, [], say_something, 7, words.split(), spoken)
+        return [planned for shard in shards for planned in shard]
+
+    spoken = plan_for("ab cd ef gh ij kl mn op")
+    more = plan_for("ab cd ef gh ij kl mn op howdy", spoken)
+    assert set(spoken) <= set(more)
+    new = [planned for planned in more if planned not in spoken]
+    assert [planned.voice for planned in new] == list(voices)
+    for planned in new:
+        assert planned.text.count("howdy.") >= 1 and len(words_of(planned.text)) == bank_plan.WORDS_PER_UTTERANCE
+    for voice in voices:
+        said = [word for planned in more if planned.voice == voice for word in words_of(planned.text)]
+        assert min(said.count(word) for word in ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "howdy"]) == 2
+
+
+def test_a_voice_whose_bounds_changed_is_spoken_anew():
+    spoken = [planned for shard in plan() for planned in shard]
+    slower = tuple(dataclasses.replace(group, rate=(0.5, 0.6)) for group in GROUPS)
+    shards = bank_plan.plan_bank(slower, ["hello", "yes it is"], say_something, 7, spoken=spoken)
+    assert not {planned for shard in shards[1:] for planned in shard} & set(spoken)
+
+
+def test_the_plan_of_existing_banks_is_the_one_of_earlier_versions():
+    """A bank holds this digest. With another digest, `jaxtml data` would append to it."""
+    shards = bank_plan.full_plan(1)
+    assert bank._digest(shards) == "54607fd0a283894facd41b86aa2132115259179a42dd3a18313add44114be915"
+    assert bank_plan.full_plan(1, [planned for shard in shards for planned in shard]) == shards
 
 
 def test_a_missing_empty_or_damaged_bank_is_refused_in_one_line(folder, tmp_path):
