@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from jaxtml.config import Config
 from jaxtml.data import bank, bank_plan
@@ -24,7 +25,7 @@ from jaxtml.data.rows import Row, max_own_speech, pad
 from jaxtml.data.talks.mix import make_conversation
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.weights import ScenarioWeights
-from jaxtml.data.tasks.scenarios import VOCABULARY
+from jaxtml.data.tasks.scenarios import VOCABULARY, assistant_texts, fingerprint
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.encoding import encode
 from jaxtml.stream.layout import EncodedConversation
@@ -35,7 +36,12 @@ BANK_FOLDER = "bank"
 """The utterance bank inside the folder that `jaxtml data` writes."""
 
 _FORMAT = 1
-"""Part of the digest. Raise it when the same inputs make other rows than before."""
+"""Part of the digest. Raise it when changed code makes other rows from the same inputs. The texts of the task need no
+such care: the digest has their fingerprint."""
+
+_FIRST_TASK = "46d7f74014cfe6232d57901df0605d78358248ebb3ff9b2546c35c64f855d61d"
+"""The fingerprint of the task's texts when the digest had no fingerprint yet. Digests of these texts stay as they were,
+so that existing caches and runs can be used."""
 
 _MISHEARD_SHARE = (0.1, 0.4)
 """In a row with wrong words, this share of the transcript's tokens is replaced. Each such row draws its share between
@@ -45,8 +51,23 @@ The bounds are wide, because a model mishears many words early in training and f
 
 
 def build(config: Config, folder: Path, workers: int) -> None:
-    """Synthesises the utterance bank of this dataset into `folder`, or finishes one that was begun."""
-    bank.build(folder / BANK_FOLDER, bank_plan.full_plan(config.data.seed), workers)
+    """Synthesises the utterance bank of this dataset into `folder`, or speaks what an existing one lacks."""
+    seed = config.data.seed
+    bank.build(
+        folder / BANK_FOLDER, bank_plan.full_plan(seed), workers, adapt=lambda spoken: bank_plan.full_plan(seed, spoken)
+    )
+
+
+def missing(config: Config, folder: Path) -> str | None:
+    """Returns in words what `build` would speak; None if the bank in `folder` is complete."""
+    path, plan = folder / BANK_FOLDER, bank_plan.full_plan(config.data.seed)
+    if not path.is_dir():
+        return f"{path} is missing, with all {sum(map(len, plan))} utterances"
+    lacking = bank.missing_utterances(path, plan, lambda spoken: bank_plan.full_plan(config.data.seed, spoken))
+    if not lacking:
+        return None
+    first = f"{lacking[0].voice} saying {lacking[0].text!r}"
+    return f"{path} lacks {len(lacking)} utterances of the plan, the first is {first}"
 
 
 @dataclass(frozen=True)
@@ -69,12 +90,19 @@ class GeneratedConversations:
 
     @staticmethod
     def open(config: Config, codec: TextCodec, folder: Path, split: str = "train") -> GeneratedConversations:
-        """Opens the bank inside `folder`.
+        """Opens the bank inside `folder`. Logs a warning if the bank lacks replies of the task.
 
         Raises:
           InputError: `folder` has no readable bank, or the bank has no voices of this split.
         """
-        return GeneratedConversations(config, codec, Speakers.of(Bank.open(folder / BANK_FOLDER), split))
+        speakers = Speakers.of(Bank.open(folder / BANK_FOLDER), split)
+        lacking = [text for text in assistant_texts() if text not in speakers.replies]
+        if lacking:
+            logging.warning(
+                "%s has no recording of %d replies, the first is %r: no session has them. `jaxtml data` without "
+                "--no-build speaks them", folder / BANK_FOLDER, len(lacking), lacking[0],
+            )  # fmt: skip
+        return GeneratedConversations(config, codec, speakers)
 
     @property
     def digest(self) -> str:
@@ -92,6 +120,7 @@ class GeneratedConversations:
             dataclasses.asdict(self.weights),
             [self.codec.encode(text) for text in sorted(self.speakers.replies)],
             hashlib.sha256(self.speakers.users.tobytes()).hexdigest(),
+            *([] if fingerprint() == _FIRST_TASK else [fingerprint()]),
         ]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 

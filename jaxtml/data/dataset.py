@@ -9,9 +9,10 @@ How to add a dataset:
    `jaxtml.data.conversations` is an example. To make a row from a two-channel recording, fill a
    `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
    shapes with `jaxtml.data.rows.pad`.
-2. Add its name to `_KINDS` below, with one function that makes what the dataset needs on disk (`jaxtml data` calls it)
-   and one that opens the dataset. For a dataset that needs nothing on disk, the first function does nothing. If rows
-   depend on the tokenizer, `digest` must depend on it too: hash the token ids of a few texts.
+2. Add its name to `_KINDS` below, with three functions: one makes what the dataset needs on disk (`jaxtml data` calls
+   it), one says what is missing there (for `jaxtml data --no-build`), and one opens the dataset. For a dataset that
+   needs nothing on disk, the first does nothing and the second returns None. If rows depend on the tokenizer, `digest`
+   must depend on it too: hash the token ids of a few texts.
 3. Build and train with the same override: `jaxtml data CONFIG --out DIR --set data.dataset=NAME` and
    `jaxtml train CONFIG --workdir RUN --data DIR --set data.dataset=NAME`. The folder of `--data` also has to hold a
    `tokenizer.json`. If there is none, `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
@@ -81,14 +82,15 @@ class ConversationDataset(Dataset, Protocol):
 
 
 class _Kind(NamedTuple):
-    """The functions behind the name of a dataset (see `build_dataset` and `open_dataset` for their arguments)."""
+    """The functions behind the name of a dataset (see `build_dataset`, `missing_data` and `open_dataset`)."""
 
     build: Callable[[Config, Path, int], None]
+    missing: Callable[[Config, Path], str | None]
     open: Callable[[Config, TextCodec, Path, str], Dataset]
 
 
 _KINDS = {
-    "conversations": _Kind(conversations.build, conversations.GeneratedConversations.open),
+    "conversations": _Kind(conversations.build, conversations.missing, conversations.GeneratedConversations.open),
 }
 
 
@@ -99,6 +101,15 @@ def build_dataset(config: Config, folder: Path, workers: int) -> None:
       InputError: `config` names no dataset that exists, or the build cannot run.
     """
     _kind(config).build(config, folder, workers)
+
+
+def missing_data(config: Config, folder: Path) -> str | None:
+    """Returns in words what `build_dataset` would still make in `folder`; None if everything is there.
+
+    Raises:
+      InputError: `config` names no dataset that exists, or files in `folder` are damaged.
+    """
+    return _kind(config).missing(config, folder)
 
 
 def open_dataset(config: Config, codec: TextCodec, folder: Path, split: str = "train") -> Dataset:

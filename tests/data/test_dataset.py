@@ -114,6 +114,27 @@ def test_the_digest_changes_with_whatever_changes_a_row(config, codec, folder, c
     assert open_dataset(other, codec, folder).digest != open_dataset(config, codec, folder).digest
 
 
+def test_the_digest_changes_with_the_texts_of_the_task(config, codec, folder, monkeypatch):
+    """Nobody has to remember to change a number when a text is added, or gets another reply."""
+    original = open_dataset(config, codec, folder).digest
+    digests = set()
+    for text, reply in (("hi", "good morning"), ("good day", "hello"), ("hi", "hello")):
+        monkeypatch.setitem(scenarios.GREETINGS, text, reply)
+        scenarios.fingerprint.cache_clear()
+        digests.add(open_dataset(config, codec, folder).digest)
+    monkeypatch.undo()
+    scenarios.fingerprint.cache_clear()
+    assert len(digests) == 3 and original not in digests
+    assert open_dataset(config, codec, folder).digest == original
+
+
+def test_a_bank_that_lacks_replies_is_used_with_a_warning(config, codec, folder, monkeypatch, caplog):
+    monkeypatch.setitem(scenarios.GREETINGS, "good day", "good day")
+    with caplog.at_level("WARNING"):
+        open_dataset(config, codec, folder)
+    assert "1 replies, the first is 'good day'" in caplog.text
+
+
 def test_a_config_file_that_names_no_dataset_has_the_generated_conversations(config):
     """A checkpoint of an earlier version has a config.json without the field."""
     tree = json.loads(configs.to_json(config))

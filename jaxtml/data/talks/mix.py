@@ -3,7 +3,8 @@
 A scenario is a rule for when each side is heard, for example an interruption. One session has one user (one voice, one
 room) and several scenarios. Called by `jaxtml.data.conversations` (training) and `jaxtml.evals.material` (evaluation).
 
-A new text alone needs no scenario. Add it to `jaxtml.data.tasks.scenarios` (a greeting is one line in `GREETINGS`).
+A new text alone needs no scenario. Add it to `jaxtml.data.tasks.scenarios` (a greeting is one line in `GREETINGS`), and
+run `jaxtml data` again: it speaks what the bank lacks. The digest of the dataset follows the texts by itself.
 
 How to add a scenario:
 
@@ -17,11 +18,12 @@ How to add a scenario:
 4. Its entry in `SCENARIOS` below; in `WITHOUT_USER_TURN` too if the user says nothing that wants a reply. The
    evaluation reads both. The sessions with a recorded human voice have a list of their own, `KINDS` in
    `recorded_prompts.py`.
-5. Raise `_FORMAT` in `jaxtml.data.conversations`: the same bank now gives other rows, and old caches must be refused.
-   The pinned digest in `tests/data/test_dataset.py` changes with it.
+5. A new weight changes the digest of the dataset, so old caches are refused. If you change the code of a scenario that
+   exists, raise `_FORMAT` in `jaxtml.data.conversations` instead. The pinned digest in `tests/data/test_dataset.py`
+   changes with either.
 6. Its timing rules as a test in `tests/data/talks/test_mix.py`. New sentences go into `USER_TEXTS` of
    `tests/data/tones.py`, which speaks for the tests.
-7. Look at some: `jaxtml data tiny --out NEW_FOLDER --show 5`. New texts need a new bank, about 40 minutes on two cores.
+7. Look at some: `jaxtml data tiny --out FOLDER --show 5`. A folder with a bank keeps it: only new texts are spoken.
 
 A session is a pure function of the random generator, the bank and the weights. If you change the order of the random
 draws, the same seed gives another session. Row caches on disk then hold other rows than the dataset makes, so raise

@@ -25,6 +25,7 @@ to every drawn text is among the listed replies.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -371,3 +372,27 @@ def corpus(user_texts: int = 5000) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for _ in range(user_texts):
         yield sample_user_text(rng)[1]
+
+
+@cache
+def fingerprint() -> str:
+    """Returns a sha256 that changes with the texts of the task: what users say, the replies, what is complete.
+
+    It is taken over the lists of texts and over 2,000 drawn texts. Part of the digest of a dataset.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [sample_user_text(rng)[1] for _ in range(2000)]
+    texts = [
+        VOCABULARY,
+        assistant_texts(),
+        sorted(GREETINGS.items()),
+        _other_texts(),
+        [draw_bare_list(rng) for _ in range(500)],
+        [(text, reply_to(text.split()), _open_places(text)) for text in drawn],
+    ]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _open_places(text: str) -> list[int]:
+    words = text.split()
+    return [k for k in range(len(words)) if incomplete_after(words, k)]
