@@ -7,10 +7,13 @@ rank of this process: JAX_COORDINATOR_ADDRESS, NNODES and NODE_RANK.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 
 import jax
+from absl import logging
 
 from jaxtml.errors import InputError
 
@@ -18,6 +21,11 @@ from jaxtml.errors import InputError
 # JAX finds the processes of the job itself.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 _MEGASCALE_DEFAULTS = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
+# JAX recognises a Slurm step if these variables and SLURM_STEP_NODELIST are set (jax._src.clusters.slurm_cluster).
+_READ_IN_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_PROCID")
+_SLURM_REMEDY = "start the command with srun, or unset SLURM_STEP_NODELIST for a single process"
+_WAIT_S = 300  # how long a process waits for the others; JAX's default too
+_LONGEST_CAUSE = 160  # characters of a library's error that a message repeats
 
 
 def process_rank() -> int | None:
@@ -45,30 +53,83 @@ def join_processes() -> None:
     the number of processes and the rank. Inside a Slurm step and on a TPU pod of GKE, JAX finds the processes itself.
 
     Raises:
-      InputError: the variables are incomplete or wrong.
+      InputError: the variables are incomplete or wrong, or the processes do not find each other.
     """
-    if process_rank() is None:
+    count, rank = _job_position()
+    if count == 1:
         return
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(address, *_position_from_variables())
-    else:
-        jax.distributed.initialize()
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address and os.environ.get("SLURM_STEP_NODELIST"):
+        for name in _READ_IN_SLURM:
+            _whole_number(name, "", _SLURM_REMEDY)
+    logging.info("process %d of %d: waiting for the others, at most %d s", rank, count, _WAIT_S)
+    if address and rank == 0:
+        _check_port(address)
+    elif address:
+        _wait_for_first_process(address, rank, count)
+    try:
+        if address:
+            jax.distributed.initialize(address, count, rank)
+        else:
+            jax.distributed.initialize()
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # ValueError: JAX cannot read the scheduler's variables
+        cause = " ".join(str(error).split())[:_LONGEST_CAUSE]
+        raise _not_joined(address, rank, count, cause) from error
+
+
+def _check_port(address: str) -> None:
+    """Raises `InputError` if another program listens on the port of `address`: JAX would crash on it."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"JAX_COORDINATOR_ADDRESS={address}: another program uses port {port} of {host}: name a free port"
+            ) from error
+
+
+def _wait_for_first_process(address: str, rank: int, count: int) -> None:
+    """Returns when process 0 answers at `address`. JAX itself would abort the process if nobody answers.
+
+    Raises:
+      InputError: process 0 does not answer within `_WAIT_S`.
+    """
+    host, _, port = address.rpartition(":")
+    deadline_s = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:  # nobody listens there yet, or its name is not known yet
+            if time.monotonic() > deadline_s:
+                raise _not_joined(address, rank, count, str(error)) from error
+        time.sleep(0.2)
+
+
+def _not_joined(address: str | None, rank: int, count: int, cause: str) -> InputError:
+    """Returns the error of a process that does not find the others. `cause` is what a library says."""
+    place = f" at {address}" if address else ""
+    return InputError(
+        f"process {rank} of {count} cannot join the others{place}: start all {count} processes within {_WAIT_S} s of "
+        f"each other, and let each reach the host and port of process 0 ({cause})"
+    )
 
 
 def _job_position() -> tuple[int, int]:
     """Returns the number of processes of the job and the rank of this one."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return _position_from_variables()
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return _position_from_variables(address)
     if os.environ.get("SLURM_STEP_NODELIST"):
-        count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
-        return int(count), int(os.environ.get("SLURM_PROCID", "0"))
-    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
-    slices, slice_id = (int(os.environ.get(f"MEGASCALE_{name}", default)) for name, default in _MEGASCALE_DEFAULTS)
-    return hosts * slices, hosts * slice_id + int(os.environ.get("TPU_WORKER_ID", "0"))
+        return _position_in_slurm()
+    return _position_in_pod()
 
 
-def _position_from_variables() -> tuple[int, int]:
+def _position_from_variables(address: str) -> tuple[int, int]:
     """Returns the number of processes and the rank of this one from NNODES and NODE_RANK."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
+        raise InputError(f"JAX_COORDINATOR_ADDRESS={address}: write host:port, for example {host or address}:9876")
     try:
         count, rank = (int(os.environ[name]) for name in ("NNODES", "NODE_RANK"))
     except (KeyError, ValueError) as error:
@@ -76,3 +137,39 @@ def _position_from_variables() -> tuple[int, int]:
     if not 0 <= rank < count:
         raise InputError(f"NODE_RANK={rank}, NNODES={count}: NODE_RANK must be at least 0 and less than NNODES")
     return count, rank
+
+
+def _position_in_slurm() -> tuple[int, int]:
+    """Returns the number of tasks of this Slurm step and the rank of this task."""
+    counted_by = "SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    count = _whole_number(counted_by, "1", _SLURM_REMEDY)
+    if count <= 1:
+        return 1, 0
+    rank = _whole_number("SLURM_PROCID", "", _SLURM_REMEDY)
+    if rank >= count:
+        raise InputError(f"SLURM_PROCID={rank} is not below {counted_by}={count}: {_SLURM_REMEDY}")
+    return count, rank
+
+
+def _position_in_pod() -> tuple[int, int]:
+    """Returns the number of hosts in all slices of a TPU pod and the rank of this host; (1, 0) outside of a pod."""
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(names) > 1 and not all(name.strip() for name in names):
+        raise InputError(f"TPU_WORKER_HOSTNAMES={','.join(names)} has an empty name: give all hosts of the slice")
+    remedy = "set it as GKE does, or unset TPU_WORKER_HOSTNAMES and MEGASCALE_COORDINATOR_ADDRESS for a single process"
+    slices, slice_id = (_whole_number(f"MEGASCALE_{name}", default, remedy) for name, default in _MEGASCALE_DEFAULTS)
+    if slice_id >= max(slices, 1):
+        raise InputError(f"MEGASCALE_SLICE_ID={slice_id} is not below MEGASCALE_NUM_SLICES={slices}: {remedy}")
+    worker = _whole_number("TPU_WORKER_ID", "0" if len(names) == 1 else "", remedy)
+    if worker >= len(names) and len(names) * slices > 1:
+        raise InputError(f"TPU_WORKER_ID={worker}, but TPU_WORKER_HOSTNAMES has {len(names)} names: {remedy}")
+    return len(names) * max(slices, 1), len(names) * slice_id + worker
+
+
+def _whole_number(name: str, default: str, remedy: str) -> int:
+    """Returns the environment variable `name` as an integer of at least 0. `remedy` ends the error message."""
+    text = os.environ.get(name) or default
+    if not text.isdecimal() or len(text) > 18:
+        problem = f"{name}={text} is not a whole number" if text else f"{name} is not set"
+        raise InputError(f"{problem}: {remedy}")
+    return int(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import jax
 import pytest
 
@@ -22,6 +24,57 @@ def test_a_job_with_half_of_its_variables_is_refused_in_one_line(variables, mess
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
+        processes.join_processes()
+
+
+JOB = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+POD = {"TPU_WORKER_HOSTNAMES": "a-0,a-1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({**JOB, "SLURM_PROCID": ""}, "SLURM_PROCID is not set: start the command with srun, or unset"),
+        ({**JOB, "SLURM_JOB_ID": "7"}, "SLURM_LOCALID is not set: start the command with srun, or unset"),
+        ({**JOB, "SLURM_STEP_NUM_TASKS": "2(x2)"}, r"SLURM_STEP_NUM_TASKS=2\(x2\) is not a whole number"),
+        ({**JOB, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 is not below SLURM_NTASKS=4"),
+        ({**POD, "TPU_WORKER_ID": "x"}, "TPU_WORKER_ID=x is not a whole number: set it as GKE does, or unset"),
+        (POD, "TPU_WORKER_ID is not set"),
+        ({**POD, "TPU_WORKER_ID": "2"}, "TPU_WORKER_ID=2, but TPU_WORKER_HOSTNAMES has 2 names"),
+        ({"TPU_WORKER_HOSTNAMES": "a-0,", "TPU_WORKER_ID": "0"}, "TPU_WORKER_HOSTNAMES=a-0, has an empty name"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES=two is not"),
+        ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID=2 is not below"),
+        ({"JAX_COORDINATOR_ADDRESS": "h", "NNODES": "2", "NODE_RANK": "0"}, "=h: write host:port, .* h:9876"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:x", "NNODES": "2", "NODE_RANK": "0"}, "=h:x: write host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:70000", "NNODES": "2", "NODE_RANK": "0"}, "=h:70000: write host:port"),
+    ],
+)
+def test_a_scheduler_whose_variables_are_partial_or_odd_is_named_with_the_remedy(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message) as refused:
+        processes.join_processes()
+    assert "\n" not in str(refused.value)
+
+
+def test_processes_that_do_not_find_each_other_are_told_so_in_one_line(monkeypatch):
+    def fail(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\n# of tasks: 1/2")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(processes, "_WAIT_S", 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for name, value in {"JAX_COORDINATOR_ADDRESS": address, "NNODES": "2", "NODE_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        refused = f"process 1 of 2 cannot join the others at {address}: start all 2 processes"
+        with pytest.raises(InputError, match=f"{refused}.*DEADLINE"):
+            processes.join_processes()
+        monkeypatch.setenv("NODE_RANK", "0")
+        with pytest.raises(InputError, match=f"{address}: another program uses port .* name a free port"):
+            processes.join_processes()
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(InputError, match=f"{refused}.*refused"):
         processes.join_processes()
 
 
