@@ -16,7 +16,6 @@ the same command runs again.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -34,6 +33,7 @@ from jaxtml.evals.material import SEED, EvaluationTalk, human_talks, synthetic_t
 from jaxtml.evals.outcomes import uninterrupted_stretches
 from jaxtml.evals.scores import score
 from jaxtml.session.engine import Engine
+from jaxtml.strict_json import dumps
 
 
 def choose_sessions(
@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "listener": settings.listener,
         "left_out": left_out,
     }
-    (args.out / run.RESULTS).write_text(json.dumps(head | scores, indent=1) + "\n")
+    (args.out / run.RESULTS).write_text(dumps(head | scores, indent=1) + "\n")
     console.print(report.metrics_table(scores["rows"]))
     for name, groups in scores["sets"].items():
         for by in ("intents", "scenes", "voices"):

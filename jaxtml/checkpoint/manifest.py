@@ -20,6 +20,7 @@ from isal import isal_zlib
 
 from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 _VERSION = 1
 # Files whose checksums are not recorded. Each tensor of a .safetensors file has a checksum of its own instead. The
@@ -61,7 +62,7 @@ def write_manifest(folder: Path, source: str, tensors: Mapping[str, TensorRecord
     files = [path for path in (*folder.glob("*"), *folder.glob(f"{RELEASE_FILES}/*")) if path.is_file()]
     names = [str(path.relative_to(folder)) for path in sorted(files) if path.suffix not in _UNRECORDED_SUFFIXES]
     manifest = Manifest(source, dict(sorted(tensors.items())), file_checksums(folder, names))
-    (folder / MANIFEST).write_text(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1) + "\n")
+    (folder / MANIFEST).write_text(dumps({"version": _VERSION, **asdict(manifest)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
 from jaxtml.commands.arguments import add_checkpoint, check_outputs
+from jaxtml.strict_json import dumps
 
 HELP = "run a full-duplex session over a recording"
 EXAMPLE = "converse --in user.wav --out reply.wav --stereo both.wav"
@@ -65,4 +65,4 @@ def run(args: argparse.Namespace) -> None:
     if args.picture:
         draw(args.picture, wave, reply)
     summary = summarise(wave, reply)
-    print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())
+    print(dumps(dataclasses.asdict(summary)) if args.json else summary.sentence())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 if TYPE_CHECKING:  # heavy to import
     from jaxtml.convert.inspection import Description
@@ -57,7 +57,7 @@ def _run_on_config(args: argparse.Namespace) -> None:
     config = configs.load(args.config, args.set)
     groups = _count_groups(spec_table(config))
     if args.json:
-        print(json.dumps(_config_report(config, groups)))
+        print(dumps(_config_report(config, groups)))
     else:
         _print_config(config, groups)
 
@@ -77,7 +77,7 @@ def _run_on_checkpoint(args: argparse.Namespace) -> None:
             "uses": description.uses,
             **verified,
         }
-        print(json.dumps(_config_report(description.config, groups) | {"checkpoint": checkpoint}))
+        print(dumps(_config_report(description.config, groups) | {"checkpoint": checkpoint}))
     else:
         _print_config(description.config, groups)
         _print_checkpoint(description)

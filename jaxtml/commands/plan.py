@@ -4,10 +4,10 @@ time."""
 from __future__ import annotations
 
 import argparse
-import json
 
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
+from jaxtml.strict_json import dumps
 
 HELP = "compile a training step, or a server's step of 200 ms, for hardware that this machine lacks"
 EXAMPLE = "plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128"
@@ -48,4 +48,4 @@ def run(args: argparse.Namespace) -> None:
 
     plan = planning.search_largest_plan if args.search else planning.make_plan
     report = plan(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
-    print(json.dumps(report) if args.json else format_report(report))
+    print(dumps(report) if args.json else format_report(report))

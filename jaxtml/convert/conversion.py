@@ -8,7 +8,6 @@ newest step is read. This module decides what is read and what is written, in wh
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from jaxtml.convert.streaming import copy_parameters
 from jaxtml.convert.verification import verify_conversion
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
+from jaxtml.strict_json import dumps
 
 
 def convert(
@@ -115,7 +115,7 @@ def write_checkpoint(
 def _source_id(source: Path, step: int | None, parameters: ParameterSource, to: str, dtype: str | None) -> str:
     """Returns what identifies a conversion. It changes with any file of the source, the config and the options."""
     config_digest = hashlib.sha256(to_json(parameters.config).encode()).hexdigest()[:16]
-    return json.dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])
+    return dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])
 
 
 def fingerprint(directory: Path, step: int | None = None) -> str:

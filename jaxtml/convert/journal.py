@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 JOURNAL = "journal.jsonl"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -72,7 +73,7 @@ class Journal:
         is_new = not self.file.is_file()
         self._opened = open(self.file, "a")  # noqa: SIM115 (closed by `close`)
         # An old journal may end in the middle of a line: end that line.
-        self._append(json.dumps(self._head) if is_new else "")
+        self._append(dumps(self._head) if is_new else "")
 
     def note(self, layer: str, chunks: int, crc32: int, nbytes: int) -> None:
         """Notes that one more chunk of a layer is written. Several threads may call this method at the same time.
@@ -83,7 +84,7 @@ class Journal:
           crc32: the checksum of these chunks.
           nbytes: the size of the new chunk.
         """
-        self._append(json.dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))
+        self._append(dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))
 
     def _append(self, line: str) -> None:
         assert self._opened is not None, "begin() comes first"

@@ -13,7 +13,6 @@ Called by `convert.conversion`.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -33,6 +32,7 @@ from jaxtml.convert.progress import CopyProgress
 from jaxtml.convert.threads import run_in_threads
 from jaxtml.convert.verification import VerificationFailed
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 
 def copy_parameters(
@@ -67,7 +67,7 @@ def copy_parameters(
     folder = destination.with_name(f".{destination.name}.converting")
     work = conversion_chunks(sink.specs, sink.dtype)
     total = parameter_bytes(sink.specs, sink.dtype)
-    with closing(Journal(folder, json.dumps([source_id, total, len(work)]))) as journal:
+    with closing(Journal(folder, dumps([source_id, total, len(work)]))) as journal:
         try:
             _check_room(destination, total - journal.bytes_written)
         except InputError:

@@ -42,6 +42,7 @@ from jaxtml.data.voices import registry
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Word
+from jaxtml.strict_json import dumps
 
 FORMAT = 1
 """A bank of one plan: shard `i` holds the utterances of the plan's shard `i`."""
@@ -112,7 +113,7 @@ def _synthesise(planned: PlannedUtterance) -> Utterance:
 
 def _digest(shards: Shards) -> str:
     plan = [[asdict(planned) for planned in shard] for shard in shards]
-    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    return hashlib.sha256(dumps(plan).encode()).hexdigest()
 
 
 # --- building
@@ -188,7 +189,7 @@ def _append_plan(folder: Path, shards: Shards, adapt: Adapt | None, count: int) 
     # A worker of a build that was killed may still be writing a shard of the former plan, so no number is used twice.
     first = max(count, *(number + 1 for number in _numbers(folder)), 0)
     places = spoken | {planned: first + i // _APPENDED_SHARD for i, planned in enumerate(missing)}
-    lines = "\n".join(json.dumps({"shard": places[planned], **asdict(planned)}) for planned in utterances).encode()
+    lines = "\n".join(dumps({"shard": places[planned], **asdict(planned)}) for planned in utterances).encode()
     order = f"order-{hashlib.sha256(lines).hexdigest()[:16]}.jsonl"
     _write_atomically(folder / order, lines)
     shard_count = first + -(-len(missing) // _APPENDED_SHARD)
@@ -285,12 +286,12 @@ def _build_shard(
         for planned in utterances:
             spoken = speak(planned)
             words = [[w.text, round(w.start_s, 3), round(w.end_s, 3)] for w in spoken.words]
-            lines.append(json.dumps({**asdict(planned), "offset": offset, "length": len(spoken.wave), "words": words}))
+            lines.append(dumps({**asdict(planned), "offset": offset, "length": len(spoken.wave), "words": words}))
             samples.append(np.round(spoken.wave * 32767).astype("<i2"))
             offset += len(spoken.wave)
         pcm = np.concatenate(samples).tobytes()
         _write_atomically(_pcm_path(folder, number), pcm)
-        lines.insert(0, json.dumps({"sha256": hashlib.sha256(pcm).hexdigest(), "bytes": len(pcm)}))
+        lines.insert(0, dumps({"sha256": hashlib.sha256(pcm).hexdigest(), "bytes": len(pcm)}))
         _write_atomically(_index_path(folder, number), "\n".join(lines).encode())
     except Exception as error:
         result.send(error)
@@ -299,7 +300,7 @@ def _build_shard(
 
 
 def _write_head(folder: Path, head: BankHead) -> None:
-    _write_atomically(folder / "bank.json", json.dumps(head).encode())
+    _write_atomically(folder / "bank.json", dumps(head).encode())
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

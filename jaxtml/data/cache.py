@@ -32,6 +32,7 @@ from jaxtml.data.dataset import ConversationDataset, Dataset
 from jaxtml.data.rows import Row, pad
 from jaxtml.errors import InputError
 from jaxtml.stream.layout import EncodedConversation
+from jaxtml.strict_json import dumps
 
 CACHE_FOLDER = "cache"
 """The row cache inside the folder that `jaxtml data` writes."""
@@ -71,7 +72,7 @@ def build(dataset: ConversationDataset, folder: Path, count: int, workers: int) 
         if _read_head(folder) != head:
             raise InputError(f"{folder} holds a cache of other rows: name a new folder, or remove this one")
     else:
-        _write_atomically(folder / "cache.json", json.dumps(head).encode())
+        _write_atomically(folder / "cache.json", dumps(head).encode())
     shards = count // SHARD_ROWS
     missing = [shard for shard in range(shards) if not _shard_path(folder, shard, shards).exists()]
     context = multiprocessing.get_context("spawn")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from jaxtml.stream.encoding import encode
 from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Term
+from jaxtml.strict_json import dumps
 
 BANK_FOLDER = "bank"
 """The utterance bank inside the folder that `jaxtml data` writes."""
@@ -122,7 +122,7 @@ class GeneratedConversations:
             hashlib.sha256(self.speakers.users.tobytes()).hexdigest(),
             *([] if fingerprint() == _FIRST_TASK else [fingerprint()]),
         ]
-        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+        return hashlib.sha256(dumps(made_from).encode()).hexdigest()
 
     def conversation(self, index: int) -> Conversation:
         """Returns the session that row `index` is made from."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 from jaxtml.errors import InputError
+from jaxtml.user_cache import cache_folder
 
 INSTALL = "run tools/install_voices"
 """The remedy that error messages name."""
@@ -38,7 +38,9 @@ def cached_file(name: str) -> Path:
     Raises:
       InputError: the file is not there.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtml"
+    cache = cache_folder()
+    if cache is None:
+        raise InputError(f"no cache folder for {name}: set HOME or XDG_CACHE_HOME, then {INSTALL}")
     if not (cache / name).is_file():
         raise InputError(f"{cache / name} is missing: {INSTALL}")
     return cache / name

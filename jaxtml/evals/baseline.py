@@ -13,6 +13,7 @@ from pathlib import Path
 from jaxtml.data.bank import Bank
 from jaxtml.evals.judge import Judge, count_errors
 from jaxtml.evals.metrics import Metric, ratio
+from jaxtml.strict_json import dumps
 
 TRANSCRIPTS = "recordings.json"
 
@@ -32,7 +33,7 @@ def judge_baseline(judge: Judge, bank: Bank, texts: Sequence[str], out: Path) ->
     for text in recorded:
         if text not in transcripts:
             transcripts[text] = judge.transcribe(bank.utterance(bank.replies[text]).wave)
-    path.write_text(json.dumps(transcripts, indent=0))
+    path.write_text(dumps(transcripts, indent=0))
     counts = [count_errors(text, transcripts[text]) for text in recorded]
     errors, words = sum(errors for errors, _ in counts), sum(words for _, words in counts)
     return ratio("recordings_word_errors", "own voice", errors, words, at_least=False)

@@ -30,6 +30,7 @@ from jaxtml.session.engine import Engine
 from jaxtml.session.records import Reply
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.conversation import Conversation
+from jaxtml.strict_json import dumps
 
 BATCH = 8
 RUN, RECORDS, RESULTS = "run.json", "items.jsonl", "results.json"
@@ -116,7 +117,7 @@ def hold_sessions(
                     judged[talk.set] += sum(stretch.understood is not None for stretch in session.stretches)
                 if int(talk.id.rpartition("-")[2]) < _WAVS_PER_SET:
                     write_wav(out / "wavs" / f"{talk.id}.wav", np.stack([conversation.user, reply.wave], axis=1))
-                records.write(json.dumps(to_json(session)) + "\n")
+                records.write(dumps(to_json(session)) + "\n")
                 progress.advance(task)
                 done[talk.id] = session
             records.flush()
@@ -127,7 +128,7 @@ def _claim(out: Path, settings: EvaluationSettings) -> None:
     """Makes the folder, or checks that its evaluation has the same settings."""
     (out / "wavs").mkdir(parents=True, exist_ok=True)
     if not (out / RUN).exists():
-        (out / RUN).write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        (out / RUN).write_text(dumps(asdict(settings), indent=2) + "\n")
     elif json.loads((out / RUN).read_text()) != asdict(settings):
         raise InputError(f"{out} holds an evaluation of another model or of other material: name a new --out")
 

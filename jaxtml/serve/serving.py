@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import ipaddress
-import json
 import logging as standard_logging
 import os
 import re
@@ -46,6 +45,7 @@ from jaxtml.serve.sessions.client_session import ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.web.application import application
 from jaxtml.stream.text import TextCodec
+from jaxtml.strict_json import dumps
 
 _REQUESTS_END_S = 5.0  # open HTTP requests are cut off this long after the sessions have ended
 
@@ -232,7 +232,7 @@ async def _serve(
             url = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
             log.event("ready", after_s=round(time.monotonic() - started_at, 1), url=url)
             summary = {"url": url, "model": model.name, "sessions": pool.capacity, "workers": workers}
-            print(json.dumps(summary) if options.json else f"talk to {model.name}: {url} (Ctrl-C ends it)", flush=True)
+            print(dumps(summary) if options.json else f"talk to {model.name}: {url} (Ctrl-C ends it)", flush=True)
             await _run_until_shutdown(signals, pool, manager, options.drain_s)
         finally:
             await runner.cleanup()

@@ -8,7 +8,6 @@ Axis: N samples at 16 kHz.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtml.stream.audio_file import read_audio, write_wav
 from jaxtml.stream.images import image_patches
 from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.video_file import read_frame_pairs
+from jaxtml.strict_json import dumps
 
 
 def read_recording(path: str | Path) -> np.ndarray:
@@ -98,6 +98,6 @@ def write_events(path: str | Path, reply: Reply) -> None:
       InputError: the file cannot be written.
     """
     try:
-        Path(path).write_text("".join(json.dumps(micro_turn.event()) + "\n" for micro_turn in reply.turns))
+        Path(path).write_text("".join(dumps(micro_turn.event()) + "\n" for micro_turn in reply.turns))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -5,7 +5,6 @@ Called by `jaxtml.train.loop`, in the first process only. Names in `log.jsonl` a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tensorboardX import SummaryWriter
 from jaxtml.config import Config
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.chips import find_chip
+from jaxtml.strict_json import dumps
 from jaxtml.train.balance import balance_text, expert_balance, max_load_by_layer
 from jaxtml.train.step import Metrics
 
@@ -94,7 +94,7 @@ class TrainProgress:
     def _write_log(self, done: int, metrics: dict[str, float], speed: dict[str, float], load: np.ndarray) -> None:
         line = {"step": done, **speed, **{name: round(value, 5) for name, value in metrics.items()}}
         with (self.workdir / "log.jsonl").open("a") as log:
-            log.write(json.dumps({**line, "load_by_layer": max_load_by_layer(load)}) + "\n")
+            log.write(dumps({**line, "load_by_layer": max_load_by_layer(load)}) + "\n")
 
     def _write_board(self, done: int, figures: dict[str, float], load: np.ndarray) -> None:
         for name, value in figures.items():

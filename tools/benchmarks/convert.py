@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -41,6 +40,7 @@ from jaxtml.checkpoint.source import Index, index_shape, spec_table
 from jaxtml.commands.arguments import amount, count, run_tool, tool_parser
 from jaxtml.config import Config
 from jaxtml.convert.conversion import write_checkpoint
+from jaxtml.strict_json import dumps
 
 N_EXPERTS, D_MODEL, D_FF_EXPERT = 64, 1024, 512
 LAYER_BYTES = N_EXPERTS * 3 * D_MODEL * D_FF_EXPERT * 2  # of a layer's experts in bfloat16; other parts are small
@@ -174,7 +174,7 @@ def benchmark(args: argparse.Namespace) -> None:
             rows.append(measure_pair(folder))
             console.print(sentence(rows[-1]))
     medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
-    print(json.dumps({"bytes": size, **medians}) if args.json else f"{size / 1e9:.2f} GB, medians: {sentence(medians)}")
+    print(dumps({"bytes": size, **medians}) if args.json else f"{size / 1e9:.2f} GB, medians: {sentence(medians)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -43,6 +42,7 @@ from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params, init_params
+from jaxtml.strict_json import dumps
 
 BATCH, TOKENS = 4, 512
 READ, WRITTEN = 6, 6  # positions of a micro-turn that are read at once, and tokens that are generated one by one
@@ -248,7 +248,7 @@ def benchmark(args: argparse.Namespace) -> None:
     config = dataclasses.replace(configs.load(args.config), vision=VisionConfig(default_folds(2)))
     result = measure(config, args.rounds)
     if args.json:
-        print(json.dumps(result))
+        print(dumps(result))
     else:
         show(config.name, result)
 

@@ -47,6 +47,7 @@ from jaxtml.commands.arguments import amount, count, run_tool, tool_parser
 from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
+from jaxtml.strict_json import dumps
 
 MICRO_TURN_S = MICRO_TURN_SAMPLES / SAMPLE_RATE
 AUDIBLE = 10 ** (-45 / 20)  # root mean square
@@ -355,7 +356,7 @@ def load(args: argparse.Namespace) -> int:
             raise InputError(f"{url}: {error}") from error
     draw(found, args.out / "loadtest.png")
     values = {name: value for name, value in found.items() if not name.startswith("_")}
-    (args.out / "loadtest.json").write_text(json.dumps(values, indent=2))
+    (args.out / "loadtest.json").write_text(dumps(values, indent=2))
     show(found)
     return int(found["refused"] + found["failed"] + found["events_lost"] > 0)
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from jaxtml.commands.arguments import run_tool, tool_parser
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 CONFIG = "tml_interaction_small"
 TRAIN = ("--program", "train", "--topology", "v5p:4x4x8", "--mesh", "data=16,expert=8", "--set", "train.batch=128",
@@ -77,7 +78,7 @@ def make_table(args: argparse.Namespace) -> None:
         if not args.json:
             print(table_row(name, reports[name]), flush=True)
     if args.json:
-        print(json.dumps(reports))
+        print(dumps(reports))
 
 
 if __name__ == "__main__":

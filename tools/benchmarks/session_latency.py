@@ -26,6 +26,7 @@ from jaxtml.commands.arguments import add_checkpoint, add_recording, count, run_
 from jaxtml.errors import InputError
 from jaxtml.stream.audio_file import write_wav
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES
+from jaxtml.strict_json import dumps
 
 
 def converse(folder: Path, recording: Path, checkpoint: Path | str) -> float:
@@ -69,7 +70,7 @@ def measure(checkpoint: Path | str, recording: Path, warm_runs: int) -> dict[str
 def benchmark(args: argparse.Namespace) -> None:
     result = measure(args.checkpoint, args.recording, args.warm_runs)
     if args.json:
-        print(json.dumps(result))
+        print(dumps(result))
         return
     for name, value in result.items():
         Console().print(f"{name:24} {value:8.2f}")

@@ -36,6 +36,7 @@ from jaxtml.session.records import SlotInput
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.dmel import DmelStream
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
+from jaxtml.strict_json import dumps
 
 MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
 WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
@@ -161,9 +162,9 @@ async def run_cycles(checkpoint: Path | str, cycles: int) -> dict[str, object]:
 def soak(args: argparse.Namespace) -> None:
     if args.minutes > 0:
         result = asyncio.run(run_long_session(args.checkpoint, args.recording, args.minutes))
-        print(json.dumps(result, indent=2), flush=True)
+        print(dumps(result, indent=2), flush=True)
     if args.cycles > 0:
-        print(json.dumps(asyncio.run(run_cycles(args.checkpoint, args.cycles)), indent=2))
+        print(dumps(asyncio.run(run_cycles(args.checkpoint, args.cycles)), indent=2))
 
 
 if __name__ == "__main__":

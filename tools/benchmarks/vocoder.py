@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import time
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from jaxtml.model.spec import Params
 from jaxtml.model.speech.vocoder import init_state, vocode
 from jaxtml.stream.dmel import fine_log_mel, mel_filterbank
 from jaxtml.stream.timebase import FINE_HOP, FINE_PER_MICRO_TURN, FINE_WINDOW, MICRO_TURN_SAMPLES, SAMPLE_RATE
+from jaxtml.strict_json import dumps
 from jaxtml.train.vocoder.data import disturb
 from jaxtml.train.vocoder.storage import load_vocoder
 
@@ -195,7 +195,7 @@ def benchmark(args: argparse.Namespace) -> None:
         out = args.out / name.split()[0] if args.out else None
         report[name] = measure(voices(args.sentences), ways, judge, out)
     if args.json:
-        print(json.dumps(report))
+        print(dumps(report))
     else:
         show(report)
 

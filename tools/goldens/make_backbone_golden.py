@@ -9,7 +9,6 @@ with NumPy alone.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import zlib
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from jaxtml.checkpoint.inkling.mapping import released_tensors
 from jaxtml.commands.arguments import run_tool, tool_parser
 from jaxtml.config import Config
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 SEED = 20261123
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "backbone.npz"
@@ -178,7 +178,7 @@ def reference_heads(directory: Path, inputs: dict[str, np.ndarray]) -> np.ndarra
 def write_checkpoint(directory: Path, described: dict[str, Any]) -> None:
     """Writes a checkpoint in the released format, with the config `described` and the weights of `released_weights`."""
     save_file(released_weights(config_from_inkling(described)), directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(described))
+    (directory / "config.json").write_text(dumps(described))
 
 
 def make(args: argparse.Namespace) -> None:
@@ -195,7 +195,7 @@ def make(args: argparse.Namespace) -> None:
             logits["heads"] = reference_heads(Path(folder), case_inputs("text")).astype(np.float32)
     except ImportError as error:
         raise InputError(f"{error}: pip install -e .[oracle]") from error
-    made_by = json.dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
+    made_by = dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
     np.savez_compressed(args.out, allow_pickle=False, made_by=made_by, **logits)
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} KB, {made_by}")
 

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtml.errors import InputError
+from jaxtml.strict_json import dumps
 
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -123,7 +124,7 @@ def create_file(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dty
     for name, shape, dtype in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     if not _begins_with(file, header, len(header) + end):

@@ -7,7 +7,6 @@ and the vocoder. A release is written without their parameters, so keep the jaxt
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from jaxtml.checkpoint.source import Index, Position, spec_table
 from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import Config
 from jaxtml.model.spec import ParamSpec
+from jaxtml.strict_json import dumps
 
 SHARD_BYTES = 5 * 10**9  # the largest size of a file; a tensor that is larger has a file of its own
 _FLOAT32 = (".gate.bias", ".gate.global_scale")  # endings of the tensors that are float32 in every release
@@ -68,13 +68,13 @@ class ReleasedSink:
             weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
             total = sum(self._nbytes(tensor) for tensor in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            (folder / INDEX).write_text(dumps(index, indent=1) + "\n")
         for file, shard in shards.items():
             tensors = ((tensor.name, tensor.layout.shape, self.dtypes[tensor.path]) for tensor in shard)
             self.stored |= create_file(folder / file, tensors)
         for name, file in self.extra_files.items():
             shutil.copyfile(file, folder / name)
-        (folder / "config.json").write_text(json.dumps(self.inkling_config, indent=2) + "\n")
+        (folder / "config.json").write_text(dumps(self.inkling_config, indent=2) + "\n")
 
     def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:
         spec = self.specs[path]

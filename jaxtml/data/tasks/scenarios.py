@@ -25,11 +25,12 @@ to every drawn text is among the listed replies.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
+
+from jaxtml.strict_json import dumps
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TO_NINETEEN = (*DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
@@ -390,7 +391,7 @@ def fingerprint() -> str:
         [draw_bare_list(rng) for _ in range(500)],
         [(text, reply_to(text.split()), _open_places(text)) for text in drawn],
     ]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return hashlib.sha256(dumps(texts).encode()).hexdigest()
 
 
 def _open_places(text: str) -> list[int]:

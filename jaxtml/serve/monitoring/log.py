@@ -5,11 +5,12 @@ Called by every part of the server. Before changing it, know that an API key or 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 
 from absl import logging as absl
+
+from jaxtml.strict_json import dumps
 
 _FIELDS = "jaxtml_fields"  # attribute of a log record that holds the event and its fields
 
@@ -37,4 +38,4 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return dumps(line)

@@ -36,6 +36,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtml.errors import InputError
 from jaxtml.parallel.processes import first_host
 from jaxtml.serve.runtime.wire import END_FRAME, LENGTH, receive_data, receive_exactly
+from jaxtml.strict_json import dumps
 
 _INVITATION_BYTES = 512  # size of the broadcast that tells followers where the leader is
 _CONNECT_S = 60.0  # within this time all followers must have connected
@@ -108,7 +109,7 @@ def start_leader(setup: Setup) -> Leader:
     """
     host, secret = first_host(), secrets.token_bytes(32)
     with _listen(host) as listener:
-        invitation = json.dumps([setup, host, listener.getsockname()[1], secret.hex()]).encode()
+        invitation = dumps([setup, host, listener.getsockname()[1], secret.hex()]).encode()
         assert len(invitation) <= _INVITATION_BYTES, "the invitation is too long for the broadcast"
         broadcast_one_to_all(np.frombuffer(invitation.ljust(_INVITATION_BYTES), np.uint8))
         listener.settimeout(_CONNECT_S)

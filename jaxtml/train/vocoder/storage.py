@@ -21,6 +21,7 @@ from jaxtml.config import Config, from_json, to_json
 from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
 from jaxtml.model.speech.vocoder import param_specs
+from jaxtml.strict_json import dumps
 from jaxtml.train.vocoder.optimizer import optimizer
 
 SETTINGS = "training.json"  # a run of the whole model has no such file
@@ -36,7 +37,7 @@ def claim(workdir: Path, config: Config, settings: dict[str, object]) -> None:
     path = workdir / SETTINGS
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{workdir} holds a vocoder run of other settings (see {SETTINGS}): name a new --workdir")
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(dumps(settings, indent=2) + "\n")
     (workdir / CONFIG).write_text(to_json(config))
 
 

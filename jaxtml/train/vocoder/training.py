@@ -10,7 +10,6 @@ then keep their pages from step to step.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from jaxtml.config import Config, VocoderConfig
 from jaxtml.model.spec import Params, count_parameters, init_params
 from jaxtml.model.speech.vocoder import PITCH_MIN, init_state, param_specs, predict_controls, render
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
+from jaxtml.strict_json import dumps
 from jaxtml.train.vocoder.data import VocoderBatch, join_recordings, make_batch, read_recordings
 from jaxtml.train.vocoder.loss import mel_loss, pitch_loss, stft_loss
 from jaxtml.train.vocoder.optimizer import optimizer
@@ -175,7 +175,7 @@ def _report(workdir: Path, done: int, steps: int, step_s: float, metrics: Sequen
     """
     means = {name: float(sum(step[name] for step in metrics)) / len(metrics) for name in metrics[0]}
     with (workdir / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"step": done, "step_s": round(step_s, 4), **means}) + "\n")
+        log.write(dumps({"step": done, "step_s": round(step_s, 4), **means}) + "\n")
     terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     eta_min = step_s * (steps - done) / 60
     logging.info("vocoder %d/%d  %s  %.2f s/step  ETA %.0f min", done, steps, terms, step_s, eta_min)

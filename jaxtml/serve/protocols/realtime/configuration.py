@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder
 from jaxtml.stream.tokens import Control
+from jaxtml.strict_json import dumps
 
 INSTRUCTIONS_TOKENS = 16_384  # of the instructions of a session or a response
 DEFAULT_FORMAT: AudioFormat = RealtimePcm(rate=24_000)
@@ -99,7 +99,7 @@ class SessionConfiguration:
         tools = self.tools if change.tools is None else change.tools
         text = "" if instructions == self.instructions else instructions
         if tools != self.tools:
-            text += "\n" + json.dumps([msgspec.to_builtins(tool) for tool in tools])
+            text += "\n" + dumps([msgspec.to_builtins(tool) for tool in tools])
         if text.strip():
             self.intake.queue_text(Control.BACKGROUND, text, "session.instructions", INSTRUCTIONS_TOKENS)
         self.instructions, self.tools = instructions, tools

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from jaxtml.serve.protocols.realtime.messages import Tool
+from jaxtml.strict_json import dumps
 
 
 def function_call(task: str, tools: list[Tool]) -> tuple[str, str]:
@@ -33,9 +34,9 @@ def function_call(task: str, tools: list[Tool]) -> tuple[str, str]:
     except ValueError:
         arguments = None
     if isinstance(arguments, dict):
-        return tool.name, json.dumps(arguments)
+        return tool.name, dumps(arguments)
     parameter = _first_text_parameter(tool.parameters or {})
-    return tool.name, json.dumps({} if parameter is None else {parameter: rest})
+    return tool.name, dumps({} if parameter is None else {parameter: rest})
 
 
 def _first_text_parameter(schema: dict[str, Any]) -> str | None:
