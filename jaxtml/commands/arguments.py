@@ -11,28 +11,48 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from jaxtml import DEMO_RECORDING
 from jaxtml.checkpoint.files import SHIPPED
+from jaxtml.commands.failures import explain
 from jaxtml.errors import InputError
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130  # exit statuses
+OK, FAULT, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141  # exit statuses; 128 + the number of a signal
+
+_REPORT = (
+    "this is a fault of jaxtml, not of your input: please report it to the project, with the lines above, the command "
+    "and what `jaxtml --version` prints"
+)
 
 
 def count(text: str) -> int:
     """An argument type: a whole number, at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: give at least 1")
     return value
 
 
+def path_name(text: str) -> str:
+    """An argument type: the name of a file or folder. An empty name comes from a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty: give a file or a folder")
+    return text
+
+
 def amount(text: str) -> float:
     """An argument type: a number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
     return value
@@ -94,15 +114,26 @@ def check_outputs(*paths: str | None, source: str) -> None:
 def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Calls `run(args)` and returns the exit status of the program. A result of None is status 0.
 
-    Bad input and files that cannot be used become one line on stderr and status 2, without a traceback.
+    Bad input and what fails outside of jaxtml (`jaxtml.commands.failures`) become one line on stderr and status 2,
+    without a traceback. Any other exception is a fault of jaxtml: it keeps its traceback, and has status 1.
     """
     try:
-        return run(args) or OK
-    except (InputError, OSError) as error:  # OSError: a full disk, or a folder where a file should be
-        print(f"{program}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        status = run(args) or OK
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has ended, as in `jaxtml info tiny | head -1`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes stdout once more when it ends
+        return CLOSED_PIPE
+    except Exception as error:
+        line = explain(error)
+        if line is not None:
+            print(f"{program}: {line}", file=sys.stderr)
+            return BAD_INPUT
+        traceback.print_exc()
+        print(f"{program}: {_REPORT}", file=sys.stderr)
+        return FAULT
 
 
 def tool_parser(description: str | None, example: str) -> argparse.ArgumentParser:

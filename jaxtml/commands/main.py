@@ -15,18 +15,22 @@ import gc
 import logging as standard_logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from absl import app, logging
 from absl.flags import argparse_flags
 
+from jaxtml import __version__
 from jaxtml.commands import converse, convert, data, info, logits, plan, serve, train
 from jaxtml.commands.arguments import exit_status
+from jaxtml.commands.failures import explain
+from jaxtml.errors import InputError
+from jaxtml.user_cache import cache_folder, is_writable_folder
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtml" / "compiled"
-"""The default folder of compiled programs. A program that was compiled once starts in a fraction of the time."""
+_CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 class Command(Protocol):
@@ -63,9 +67,17 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+class _Parser(argparse_flags.ArgumentParser):
+    """A parser that reports wrong arguments in one line. `argparse` would print the whole usage before the line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands. The parsed arguments have the name of the command as `command`."""
-    top = argparse_flags.ArgumentParser(prog="jaxtml", description="Full-duplex interaction models in JAX.")
+    top = _Parser(prog="jaxtml", description="Full-duplex interaction models in JAX.")
+    top.add_argument("--version", action="version", version=f"jaxtml {__version__}")
     parsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_arguments(
@@ -77,40 +89,100 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Sets up the compilation cache and the log, runs the command, and returns the exit status."""
-    _set_up_compilation_cache()
+    """Sets up the log and the compilation cache, runs the command, and returns the exit status."""
     _set_up_log()
-    return exit_status(f"jaxtml {args.command}", COMMANDS[args.command].run, args)
+    return exit_status(f"jaxtml {args.command}", _run_command, args)
+
+
+def _run_command(args: argparse.Namespace) -> None:
+    _set_up_compilation_cache()
+    COMMANDS[args.command].run(args)
 
 
 def _set_up_compilation_cache() -> None:
-    """Makes JAX keep compiled programs in `CACHE`, or in the folder that the environment names."""
-    # Environment variables, because the processes that a command starts inherit them.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    import jax
+    """Makes JAX keep compiled programs in the user's cache folder, or in the folder that the environment names.
 
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    minimum_s = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum_s)
+    A program that was compiled once starts in a fraction of the time. Where no such folder can be written, programs are
+    compiled anew by every command.
+    """
+    # Environment variables, because the processes that a command starts inherit them.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    default = cache_folder()
+    folder = os.environ.get(_CACHE_VARIABLE) or (str(default / "compiled") if default else "")
+    # JAX also takes addresses such as gs://bucket/folder.
+    if folder and ("://" in folder or is_writable_folder(Path(folder))):
+        os.environ[_CACHE_VARIABLE] = folder
+    else:
+        os.environ.pop(_CACHE_VARIABLE, None)
+        reason = f"{folder} cannot be written" if folder else "the user has no home folder"
+        logging.warning("compiled programs are not kept: %s; set %s to a folder", reason, _CACHE_VARIABLE)
+    try:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", os.environ.get(_CACHE_VARIABLE))
+        minimum_s = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum_s)
+    except ValueError as error:
+        raise InputError(
+            f"JAX cannot read one of its environment variables: unset it, or correct it: {error}"
+        ) from error
 
 
 def _set_up_log() -> None:
-    """Shows our messages from INFO on, and those of other packages from WARNING on."""
+    """Shows our messages from INFO on, and those of other packages from WARNING on.
+
+    Orbax logs an error with its traceback and then raises the error, which we report in one line: only what it calls
+    fatal is shown.
+    """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    # Orbax and JAX write many messages at INFO, through the same logger.
     package = str(Path(__file__).resolve().parents[1])
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > standard_logging.INFO or record.pathname.startswith(package)
-    )
+
+    def is_shown(record: standard_logging.LogRecord) -> bool:
+        if record.pathname.startswith(package):
+            return True
+        least = standard_logging.CRITICAL if f"{os.sep}orbax{os.sep}" in record.pathname else standard_logging.WARNING
+        return record.levelno >= least
+
+    logging.get_absl_handler().addFilter(is_shown)
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Reports the exception that ended a thread of a library in one line, for example TensorBoard's on a full disk."""
+    line = explain(failure.exc_value) if failure.exc_value else None
+    if line is None:
+        threading.__excepthook__(failure)
+    else:
+        print(f"jaxtml: a background thread has ended: {line}", file=sys.stderr)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process now, after the functions of `atexit`. Does not wait for threads.
+
+    After a checkpoint that could not be written, threads of Orbax wait ten minutes for a signal that never comes.
+    """
+    atexit._run_exitfuncs()  # ends worker processes and leaves the job of several processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """The entry point of the console script. Exits the process. `argv` begins with the program's name."""
     # At exit, Python's garbage collector searches all of JAX, which takes a third of a second. It skips frozen objects.
     atexit.register(gc.freeze)
-    app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))
+    is_program = argv is None  # else a test calls this function, and its process goes on
+    if is_program:
+        threading.excepthook = _report_thread
+        # Grain's workers leave shared memory to this tracker when a run stops early. The tracker frees the memory, and
+        # would warn that it does.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    try:
+        app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))
+    except SystemExit as ended:
+        if is_program and isinstance(ended.code, int) and ended.code:
+            _leave(ended.code)
+        raise
 
 
 if __name__ == "__main__":

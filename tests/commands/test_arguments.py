@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 
+import jax
 import pytest
 
-from jaxtml.commands.arguments import amount, check_outputs, count, exit_status
+from jaxtml.commands.arguments import amount, check_outputs, count, exit_status, path_name
 from jaxtml.errors import InputError
 
 
@@ -25,17 +27,75 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
 
 def test_counts_and_amounts_are_positive():
     assert count("3") == 3 and amount("0.5") == 0.5
-    for kind, text in ((count, "0"), (amount, "0"), (amount, "inf")):
+    for kind, text in ((count, "0"), (amount, "0"), (amount, "inf"), (path_name, " ")):
         with pytest.raises(argparse.ArgumentTypeError, match="give"):
+            kind(text)
+    for kind, text in ((count, "1.5"), (count, ""), (amount, "x")):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a .*number"):
             kind(text)
 
 
+def jax_error(text: str) -> Exception:
+    return jax.errors.JaxRuntimeError(text)
+
+
+def wrapped(error: Exception) -> Exception:
+    """An error of a library that a disk's error caused."""
+    outer = ValueError("cannot write the array")
+    outer.__cause__ = error
+    return outer
+
+
 @pytest.mark.parametrize(
-    ("error", "status"), [(InputError("no such file"), 2), (OSError("disk full"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "line"),
+    [
+        (InputError("no such file"), "no such file"),
+        (OSError("disk full"), "disk full"),
+        (OSError(errno.ENOSPC, "x", "run/log.jsonl"), "run/log.jsonl: the disk is full: free some space"),
+        (OSError(errno.EDQUOT, "x", "run"), "run: the disk quota is used up: free"),
+        (PermissionError(errno.EACCES, "x", "run"), "run: permission denied: change its permissions"),
+        (IsADirectoryError(errno.EISDIR, "x", "out.wav"), "out.wav: it is a folder, and a file is needed: name"),
+        (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), "a/b: a part of this path is a file"),
+        (FileNotFoundError(errno.ENOENT, "x", "a"), "a: there is no such file or folder: check the path"),
+        (wrapped(OSError(errno.ENOSPC, "x", "run/0")), "run/0: the disk is full: free some space"),
+        (ValueError("Error writing /run/d/1 [No space left on device]"), "/run/d/1: the disk is full: free"),
+        (jax_error("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"), "not enough memory for 99 bytes: end"),
+        (MemoryError(), "there is not enough memory: end other programs"),
+        (jax_error("UNAVAILABLE: failed to connect\nto all"), "lost the connection to the other processes of the job"),
+        (RuntimeError("Unable to initialize backend 'gpu': none"), "JAX has no such device here: unset JAX_PLATFORMS"),
+        (ModuleNotFoundError("x", name="aiortc.media"), "the Python package aiortc is missing: install"),
+    ],
 )
-def test_a_failure_is_one_line_and_an_exit_status(capsys, error, status):
+def test_what_fails_outside_of_jaxtml_is_one_line_with_the_remedy(capsys, error, line):
     def fail(args: argparse.Namespace) -> None:
         raise error
 
-    assert exit_status("jaxtml info", fail, argparse.Namespace()) == status
-    assert capsys.readouterr().err == (f"jaxtml info: {error}\n" if status == 2 else "")
+    assert exit_status("jaxtml info", fail, argparse.Namespace()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("jaxtml info: ") and line in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("loss"), ModuleNotFoundError("x", name="jaxtml.gone"), jax_error("INTERNAL")]
+)
+def test_a_fault_of_jaxtml_keeps_its_traceback_and_says_how_to_report_it(capsys, error):
+    def fail(args: argparse.Namespace) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "x", "handled already")
+        except OSError:
+            if isinstance(error, KeyError):
+                raise error  # noqa: B904  # as a mistake in a handler does
+            raise error from None
+
+    assert exit_status("jaxtml info", fail, argparse.Namespace()) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and printed.splitlines()[-1].startswith("jaxtml info: this is a fault of jaxtml")
+    assert "report it" in printed and "--version" in printed
+
+
+def test_an_interrupted_command_prints_nothing(capsys):
+    def fail(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert exit_status("jaxtml info", fail, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == ""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from jaxtml import __version__
 from jaxtml.commands.main import COMMANDS
+from jaxtml.data.packages import cached_file
+from jaxtml.errors import InputError
+from jaxtml.user_cache import cache_folder, is_writable_folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -23,6 +28,36 @@ def test_the_module_runs_as_a_program_and_exits_with_2():
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("jaxtml info: no config 'nosuch'")
+
+
+def test_the_version_is_printed(jaxtml):
+    assert jaxtml("--version") == (0, f"jaxtml {__version__}\n", "")
+
+
+@pytest.mark.parametrize("argv", [(), ("info",), ("train", "tiny", "--workdir", "w", "--steps", "x"), ("nosuch",)])
+def test_wrong_arguments_are_one_line_that_names_the_help(jaxtml, argv):
+    status, out, err = jaxtml(*argv)
+    assert status == 2 and not out
+    assert err.count("\n") == 1 and err.startswith("jaxtml") and "--help`" in err
+
+
+def test_a_user_without_a_home_gets_no_cache_and_no_failure(monkeypatch, tmp_path):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() is None
+    with pytest.raises(InputError, match="set HOME or XDG_CACHE_HOME"):
+        cached_file("voice.onnx")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "jaxtml"
+
+
+def test_a_cache_folder_is_used_only_if_it_can_be_written(tmp_path):
+    assert is_writable_folder(tmp_path / "not" / "there")
+    (tmp_path / "file").touch()
+    assert not is_writable_folder(tmp_path / "file" / "compiled")
 
 
 def test_help_imports_nothing_that_takes_long():
