@@ -15,12 +15,11 @@ from typing import Any
 from jaxtml.config.rules import LARGEST_INT
 from jaxtml.config.tree import Config
 from jaxtml.errors import InputError
-from jaxtml.strict_json import dumps
 
 
 def to_json(config: Config) -> str:
     """Returns the config as indented JSON that ends with a newline. A config that was checked has no NaN."""
-    return dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Config:
