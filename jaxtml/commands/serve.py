@@ -35,7 +35,26 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="a JSON file of API keys (format: jaxtml/serve/sessions/access.py)"
     )
-    add_repeatable(parser, "--allow-origin", "URL", "a web page that may use the server, besides the server's own")
+    add_repeatable(
+        parser,
+        "--allow-origin",
+        "URL",
+        "the origin of a web page that may use the server besides the server's own page, for example "
+        "https://app.example; * stands for all pages, null for pages from files",
+    )
+    add_repeatable(
+        parser,
+        "--trust-proxy",
+        "IP",
+        "the address or the network of a reverse proxy; the server believes its Forwarded or X-Forwarded-* headers, "
+        "which say what address the browser uses",
+    )
+    parser.add_argument(
+        "--path-prefix",
+        default="",
+        metavar="PATH",
+        help="the path under which a proxy passes requests on without removing it, for example /talk",
+    )
     parser.add_argument(
         "--tls-cert", type=Path, metavar="PEM", help="a certificate chain; the server then speaks https and wss"
     )
@@ -111,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
             replica=args.replica,
             keys=args.keys,
             origins=args.allow_origin,
+            proxies=args.trust_proxy,
+            path_prefix=args.path_prefix,
             certificate=args.tls_cert,
             private_key=args.tls_key,
             limits=Limits(session_s=60 * args.session_minutes, grace_s=args.resume_seconds),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import logging as standard_logging
 import os
 import re
@@ -44,6 +43,8 @@ from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.client_session import ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.web.application import application
+from jaxtml.serve.web.origins import Host
+from jaxtml.serve.web.site import Site
 from jaxtml.stream.text import TextCodec
 from jaxtml.strict_json import dumps
 
@@ -74,8 +75,13 @@ class ServerOptions:
     keys: Path | None = None
     """File of API keys, see `serve.sessions.access`. None, the default: no keys, and everyone may do everything."""
     origins: Sequence[str] = ()
-    """Origins of the web pages that may use the server besides its own page; "*" stands for all. The default is none,
-    because a page could use the server through the browser of any visitor."""
+    """Origins of the web pages that may use the server besides its own page; "*" stands for all, "null" for pages from
+    files. The default is none, because a page could use the server through the browser of any visitor."""
+    proxies: Sequence[str] = ()
+    """IP addresses or networks of reverse proxies whose `Forwarded` and `X-Forwarded-*` headers are believed. The
+    default is none, because anyone can send these headers."""
+    path_prefix: str = ""
+    """Path under which a proxy passes requests on without removing it, for example "/talk". The default is none."""
     certificate: Path | None = None
     """TLS certificate chain, PEM. None, the default: plain HTTP, for the loopback or behind a proxy that does TLS."""
     private_key: Path | None = None
@@ -108,12 +114,13 @@ def serve(options: ServerOptions) -> None:
         log.event("runs the model with the first host", process=process_rank())
         worker.follow_leader(options.checkpoint)
         return
+    site = Site.read(options.origins, options.proxies, options.path_prefix)
     access, tls = _load_access(options), _load_tls(options)
     workers = 1 if has_mesh else options.workers or min(_default_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the workers
     try:
         with _bind(options) as listener:
-            asyncio.run(_serve(options, access, tls, workers, listener))
+            asyncio.run(_serve(options, site, access, tls, workers, listener))
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
@@ -157,9 +164,9 @@ def _load_tls(options: ServerOptions) -> ssl.SSLContext | None:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return Host.parse(f"[{host}]" if ":" in host else host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def _has_mesh(options: ServerOptions) -> bool:
@@ -201,7 +208,12 @@ def _bind(options: ServerOptions) -> socket.socket:
 
 
 async def _serve(
-    options: ServerOptions, access: Access, tls: ssl.SSLContext | None, workers: int, listener: socket.socket
+    options: ServerOptions,
+    site: Site,
+    access: Access,
+    tls: ssl.SSLContext | None,
+    workers: int,
+    listener: socket.socket,
 ) -> None:
     """Starts everything, tells the user where the server is, and serves until it is told to end."""
     metrics, signals = Metrics(), _ShutdownSignals()
@@ -223,7 +235,7 @@ async def _serve(
         model = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
         manager = SessionManager(pool, access, model, options.limits, metrics, session_prefix(options.replica))
         _add_server_metrics(metrics, pool, manager)
-        runner = _runner(application(Service(manager, access, model, metrics), options.origins), options)
+        runner = _runner(application(Service(manager, access, model, metrics), site), options)
         await runner.setup()
         try:
             _freeze_loaded_objects()

@@ -31,6 +31,7 @@ from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.web.application import application
+from jaxtml.serve.web.site import Site
 from jaxtml.session.engine import Engine
 from jaxtml.session.records import SlotInput
 from jaxtml.session.slots import Slots
@@ -168,7 +169,7 @@ def serving(
     test: Callable[[Serving], Awaitable[None]],
     access: Access | None = None,
     limits: Limits | None = None,
-    origins: tuple[str, ...] = (),
+    site: Site | None = None,
     model: Callable[[Slots, SteppedClock], InProcessWorker] = InProcessWorker,
 ) -> None:
     """Runs `test` beside a server of the small model. Its sessions have the same seeds in each run.
@@ -179,7 +180,7 @@ def serving(
       test: gets the running server.
       access: the keys; None: no keys, so everyone may do everything.
       limits: the time limits; None: the defaults.
-      origins: web pages that may use the server.
+      site: where browsers find the server, and the other pages that may use it; None: the defaults.
       model: called with the compiled model and the clock; returns the worker.
     """
     seeds = itertools.count(7)  # with these seeds the small model hears words and speaks
@@ -192,7 +193,7 @@ def serving(
         keys = access or Access()
         served_model = ServedModel(engine.config.name, engine.config, engine.codec)
         manager = SessionManager(pool, keys, served_model, limits or Limits(), metrics)
-        runner = web.AppRunner(application(Service(manager, keys, served_model, metrics), origins), access_log=None)
+        runner = web.AppRunner(application(Service(manager, keys, served_model, metrics), site), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         running = asyncio.create_task(pool.run())

@@ -23,8 +23,12 @@ from jaxtml.serve.sessions.manager import SessionManager
 from jaxtml.serve.transport.connection import Connection
 from jaxtml.serve.transport.endings import ENDS_SESSION, ConnectionEnd
 
+# Under this name a request has the beginning of the browser's path that a proxy has removed. The middleware sets it.
+PUBLIC_PREFIX = web.RequestKey("public_prefix", str)
+
 # Browsers cannot set headers of a WebSocket, so they send the key as a subprotocol with this prefix.
 _KEY_SUBPROTOCOL = "openai-insecure-api-key."
+_LOGGED_PATH = 200  # characters of a path in the log
 _CLEANUP_S = 5.0  # for background tasks to end after they are cancelled
 
 # Code with which a WebSocket is closed, by the reason for which its session ended (RFC 6455, section 7.4).
@@ -80,6 +84,18 @@ class Service:
         if name not in (None, self.model.name):
             raise Refused(404, "model_not_found", f"this server has the model {self.model.name}")
 
+    def count_refusal(self, refused: Refused, request: web.Request) -> None:
+        """Counts and logs a refusal: of an HTTP request, or of the first message on its WebSocket."""
+        self.metrics.rejections.labels(refused.code).inc()
+        log.event(
+            "refused",
+            code=refused.code,
+            reason=str(refused),
+            method=request.method,
+            path=request.path[:_LOGGED_PATH],  # without the query, which may contain a key
+            upgrade="Upgrade" in request.headers,
+        )
+
     async def hang_up(self, request: web.Request) -> web.Response:
         """Handles a POST that ends the session `{session}` of its path. The session may run over any transport."""
         self.manager.find(request.match_info["session"], self.authorise(request)).scheduled.end(EndReason.ASKED)
@@ -119,6 +135,11 @@ class Service:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
+
+
+def public_path(request: web.Request) -> str:
+    """Returns the path of a request as the client wrote it, also if a proxy has removed the beginning."""
+    return request.get(PUBLIC_PREFIX, "") + request.path
 
 
 def close_code(end: ConnectionEnd, session: ClientSession) -> tuple[int, str]:

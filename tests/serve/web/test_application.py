@@ -10,6 +10,7 @@ from aiohttp import WSMsgType
 
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
+from jaxtml.serve.web.site import Site
 from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
 
@@ -45,7 +46,7 @@ def test_keys_and_origins_decide_who_may_begin_a_session(slots, engine):
             assert asked.headers["Access-Control-Allow-Origin"] == "https://page.example"
         assert serving.counted("duplex_admission_rejected_total", reason="session_limit_exceeded") == 1
 
-    serving(slots, engine, test, access=access, origins=("https://page.example",))
+    serving(slots, engine, test, access=access, site=Site.read(["https://page.example"]))
 
 
 def test_server_without_keys_refuses_pages_under_another_name_of_this_machine(slots, engine):

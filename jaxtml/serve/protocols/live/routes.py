@@ -57,7 +57,7 @@ class _LiveHandlers:
         response, connection = await websocket.open_connection(self.service, request, LiveProtocol.frame_kind)
         try:
             async with asyncio.timeout(self.manager.limits.first_message_s):
-                found = await self._read_first_message(connection, grant)
+                found = await self._read_first_message(request, connection, grant)
         except TimeoutError:
             invalid = InvalidMessage("timeout", "the first message did not come in time")
             await _reject(connection, invalid, _POLICY_VIOLATION)
@@ -104,7 +104,9 @@ class _LiveHandlers:
 
     # --- the first message over a WebSocket
 
-    async def _read_first_message(self, connection: Connection, grant: Grant) -> tuple[ClientSession, int] | None:
+    async def _read_first_message(
+        self, request: web.Request, connection: Connection, grant: Grant
+    ) -> tuple[ClientSession, int] | None:
         """Reads messages until one of them begins or resumes a session.
 
         Returns:
@@ -129,7 +131,7 @@ class _LiveHandlers:
                 invalid.event_id = invalid.event_id or event_id
                 await connection.send(_first_error(invalid))
             except Refused as refused:
-                self.metrics.rejections.labels(refused.code).inc()
+                self.service.count_refusal(refused, request)
                 invalid = InvalidMessage(refused.code, str(refused), None, event_id)
                 code = _POLICY_VIOLATION if refused.retry_after_s is None else _TRY_AGAIN_LATER
                 await _reject(connection, invalid, code, refused.retry_after_s)

@@ -23,7 +23,7 @@ from jaxtml.serve.protocols.live.protocol import SCOPE as LIVE_SCOPE
 from jaxtml.serve.protocols.messages import UNREADABLE
 from jaxtml.serve.protocols.realtime.messages import ClientSecretRequest, RealtimeSessionConfig
 from jaxtml.serve.protocols.realtime.protocol import SCOPE, RealtimeProtocol
-from jaxtml.serve.protocols.service import Service
+from jaxtml.serve.protocols.service import Service, public_path
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
 from jaxtml.serve.sessions.errors import Refused
@@ -78,7 +78,7 @@ class _RealtimeHandlers:
             return RealtimeProtocol(session, self.model, self.service.metrics, grace_s, config, track)
 
         session, answer = await signalling.answer_offer(self.service, request, grant, sdp, make_protocol, SCOPE)
-        headers = {"Location": f"/v1/realtime/calls/{session.id}", "Access-Control-Expose-Headers": "Location"}
+        headers = {"Location": f"{public_path(request)}/{session.id}"}
         return web.Response(text=answer, status=201, content_type="application/sdp", headers=headers)
 
     async def create_client_secret(self, request: web.Request) -> web.Response:
