@@ -18,12 +18,15 @@ class TextCodec:
     """Encodes text to ids and decodes ids to text.
 
     Attributes:
-      size: number of ids. Ids stay below it; control tokens lie at or above it.
+      size: the largest id, plus one. Control tokens lie at or above it. A tokenizer may leave ids below it unused.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self.size = tokenizer.get_vocab_size()
+        self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        # The tokenizers of many released models put no space before the first word of a text. Words are encoded one by
+        # one and joined later, so each needs its space.
+        self._space = "" if self.decode(self._encode("a")).startswith(" ") else " "
 
     @classmethod
     def load(cls, path: str | Path) -> TextCodec:
@@ -58,8 +61,15 @@ class TextCodec:
         """Writes the tokenizer file."""
         self._tokenizer.save(str(path))
 
+    def to_json(self) -> bytes:
+        """Returns the content of the tokenizer file."""
+        return self._tokenizer.to_str(pretty=True).encode()
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text. Each word's first token begins with a space."""
+        return self._encode(text if not text or text[0].isspace() else self._space + text)
+
+    def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
