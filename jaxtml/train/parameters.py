@@ -94,7 +94,11 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) 
     if not (directory / TOKENIZER).is_file():
         logging.warning("%s has no %s: nothing says whether the tokenizer of %s fits it", directory, TOKENIZER, data)
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
-        raise InputError(f"{directory} cannot start this run: its {TOKENIZER} differs from the tokenizer of {data}")
+        raise InputError(
+            f"{directory} cannot start this run: its {TOKENIZER} differs from the tokenizer of {data}. "
+            f"`jaxtml data {model.config.name} --out {data} --tokenizer {directory}` gives it to the data, and keeps "
+            "the speech bank"
+        )
     return place_parameters(source, parameter_shapes(model))
 
 
