@@ -28,6 +28,9 @@ _REPORT = (
     "and what `jaxtml --version` prints"
 )
 
+MOST_WORKERS = 32
+"""Processes that "auto" starts at most. Each holds batches, or a speech engine, of hundreds of megabytes."""
+
 
 def count(text: str) -> int:
     """An argument type: a whole number, at least 1."""
@@ -45,6 +48,21 @@ def path_name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty: give a file or a folder")
     return text
+
+
+def worker_count(cores_each: int) -> Callable[[str], int]:
+    """Returns an argument type: how many processes, at least 1, or "auto".
+
+    "auto" is one process for each `cores_each` CPU cores that this process may use, and at most `MOST_WORKERS`.
+    """
+
+    def parse(text: str) -> int:
+        if text != "auto":
+            return count(text)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(1, cores // cores_each), MOST_WORKERS)
+
+    return parse
 
 
 def amount(text: str) -> float:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from jaxtml import config as configs
-from jaxtml.commands.arguments import add_config, count
+from jaxtml.commands.arguments import add_config, count, worker_count
 from jaxtml.errors import InputError
 
 HELP = "train or resume a model, or the vocoder"
@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the config whose vocoder `jaxtml train vocoder` trains (default: tiny)",
     )
     parser.add_argument(
-        "--workers", type=count, default=1, help="how many processes prepare batches in advance (default: 1)"
+        "--workers",
+        type=worker_count(cores_each=2),
+        default="auto",
+        metavar="N",
+        help="how many processes prepare batches in advance (default: auto, one for every two CPU cores)",
     )
     parser.add_argument(
         "--mesh",

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 
 import jax
 import pytest
 
-from jaxtml.commands.arguments import amount, check_outputs, count, exit_status, path_name
+from jaxtml.commands.arguments import (
+    MOST_WORKERS,
+    amount,
+    check_outputs,
+    count,
+    exit_status,
+    path_name,
+    worker_count,
+)
 from jaxtml.errors import InputError
 
 
@@ -44,6 +53,14 @@ def wrapped(error: Exception) -> Exception:
     outer = ValueError("cannot write the array")
     outer.__cause__ = error
     return outer
+
+
+def test_automatic_workers_follow_the_cores_that_this_process_may_use(monkeypatch):
+    for cores, both, halves in ((1, 1, 1), (2, 2, 1), (16, 16, 8), (208, MOST_WORKERS, MOST_WORKERS)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        assert (worker_count(1)("auto"), worker_count(2)("auto"), worker_count(2)("7")) == (both, halves, 7)
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+        worker_count(1)("0")
 
 
 @pytest.mark.parametrize(
