@@ -52,6 +52,20 @@ class CacheHead(TypedDict):
     rows: int
 
 
+def check_count(folder: Path, count: int) -> None:
+    """Checks, before the long work, that `folder` can become a cache of `count` rows.
+
+    Raises:
+      InputError: `count` is no positive multiple of `SHARD_ROWS`, or `folder` holds a cache of another size.
+    """
+    if count < 1 or count % SHARD_ROWS:
+        raise InputError(f"a cache of {count} rows: give a positive multiple of {SHARD_ROWS}")
+    if (folder / "cache.json").exists():
+        held = _read_head(folder)["rows"]
+        if held != count:
+            raise InputError(f"{folder} holds a cache of {held} rows, not {count}: remove it, or name a new folder")
+
+
 def build(dataset: ConversationDataset, folder: Path, count: int, workers: int) -> None:
     """Writes those of the rows `[0, count)` that `folder` does not have yet.
 
@@ -64,13 +78,14 @@ def build(dataset: ConversationDataset, folder: Path, count: int, workers: int) 
     Raises:
       InputError: `count` is no positive multiple of `SHARD_ROWS`, or `folder` holds a cache of other rows.
     """
-    if count < 1 or count % SHARD_ROWS:
-        raise InputError(f"a cache of {count} rows: give a positive multiple of {SHARD_ROWS}")
+    check_count(folder, count)
     folder.mkdir(parents=True, exist_ok=True)
     head: CacheHead = {"digest": dataset.digest, "rows": count}
     if (folder / "cache.json").exists():
         if _read_head(folder) != head:
-            raise InputError(f"{folder} holds a cache of other rows: name a new folder, or remove this one")
+            raise InputError(
+                f"{folder} holds rows of another bank, config or tokenizer: remove it, or name a new folder"
+            )
     else:
         _write_atomically(folder / "cache.json", dumps(head).encode())
     shards = count // SHARD_ROWS
@@ -171,7 +186,10 @@ class CachedRows:
                 f"{folder} lacks {missing} of {shards} shards: finish it with `jaxtml data --rows {head['rows']}`"
             )
         if original is not None and head["digest"] != original.digest:
-            raise InputError(f"{folder} is a cache of another bank, config or tokenizer: build a new one")
+            raise InputError(
+                f"{folder} holds rows of another bank, config or tokenizer: remove it; to have new rows, run "
+                f"`jaxtml data --rows {head['rows']}`"
+            )
         return CachedRows(config, folder, head["rows"], head["digest"])
 
     @property

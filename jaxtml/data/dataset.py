@@ -15,7 +15,7 @@ How to add a dataset:
    must depend on it too: hash the token ids of a few texts.
 3. Build and train with the same override: `jaxtml data CONFIG --out DIR --set data.dataset=NAME` and
    `jaxtml train CONFIG --workdir RUN --data DIR --set data.dataset=NAME`. The folder of `--data` also has to hold a
-   `tokenizer.json`. If there is none, `jaxtml data` trains one on the texts of `jaxtml.data.tasks.scenarios`.
+   `tokenizer.json`: `jaxtml.data.tokenizer` says which one it gets.
 4. Test that rows have the shapes of `row_shapes`, that a pickled copy gives the same rows, and that the digest changes
    with whatever changes a row. `tests/data/test_dataset.py` has these tests for the generated conversations.
 

@@ -67,7 +67,7 @@ def test_a_cache_of_other_rows_is_refused(dataset, folder):
     other = dataclasses.replace(dataset, weights=ScenarioWeights(silence=0.5))
     with pytest.raises(InputError, match="another bank"):
         cache.CachedRows.open(dataset.config, folder, other)
-    with pytest.raises(InputError, match="other rows"):
+    with pytest.raises(InputError, match="rows of another bank"):
         cache.build(other, folder, COUNT, workers=1)
 
 

@@ -1,0 +1,32 @@
+"""`jaxtml data` says what is missing, and refuses what cannot work before the long work."""
+
+from __future__ import annotations
+
+from jaxtml.checkpoint.files import SHIPPED
+
+
+def test_data_without_building_refuses_a_missing_bank_that_is_to_be_shown(refusal, tmp_path):
+    assert "bank" in refusal("data", "tiny", "--out", tmp_path / "d", "--no-build", "--show", 1)
+
+
+def test_data_without_building_says_what_is_missing(jaxtml, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        assert jaxtml("data", "tiny", "--out", tmp_path, "--no-build")[0] == 0
+    assert "bank is missing, with all 20004 utterances" in caplog.text
+
+
+def test_a_number_of_rows_that_no_cache_has_is_refused_before_anything_is_made(refusal, tmp_path):
+    assert "multiple of 64" in refusal("data", "tiny", "--out", tmp_path / "d", "--rows", 100)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_cache_of_another_size_is_refused_before_anything_is_spoken(refusal, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").write_text('{"digest": "", "rows": 128}')
+    assert "holds a cache of 128 rows, not 64" in refusal("data", "tiny", "--out", tmp_path, "--rows", 64)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_two_tokenizers_cannot_be_asked_for_at_once(jaxtml, tmp_path):
+    status, _, err = jaxtml("data", "tiny", "--out", tmp_path, "--tokenizer", SHIPPED, "--new-tokenizer")
+    assert status == 2 and "not allowed with" in err
