@@ -1,58 +1,73 @@
-"""Reads WAV, FLAC, OGG and MP3 files as 16 kHz mono, and writes WAV files.
+"""Reads recordings of any kind as 16 kHz mono, and writes WAV, FLAC, Ogg and MP3 files.
 
 Called wherever a user names a recording: by `converse`, the evaluations and the makers of data. Whatever is wrong with
-a recording becomes an `InputError` here.
+a recording becomes an `InputError` here. What could be read in spite of a fault is heard, and a line in the log says
+what was wrong.
 
-Axes: N samples.
+Axes: N samples, n samples of a block, C channels.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
+import stat
+import sys
+import tempfile
 import wave as wave_format
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-import soundfile
 import soxr
+from absl import logging
 
 from jaxtml.errors import InputError
+from jaxtml.stream.audio_decoding import TOLERANCE_S, NotAudio, cut_short, decode, too_long
+from jaxtml.stream.audio_level import Channels, level_notes
+from jaxtml.stream.audio_parts import Data, Part, find_parts
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 MAX_HOURS = 4
 """Longer recordings are refused."""
 
-_BLOCK_SECONDS = 60  # seconds of the file that are read at a time, so that memory never holds hours of stereo at 48 kHz
+STDIN = "-"
+"""The path that stands for standard input."""
+
 # Larger samples are refused. Audio stays within [-1, 1], or exceeds it a little. Samples in the thousands are integers
 # that somebody stored as floats.
 _LOUDEST = 16.0
+_MOST_PIPED = 4 << 30  # bytes that are read from a pipe: more than four hours of 16-bit stereo at 48 kHz
+_MOST_WAV = (1 << 32) - 64  # bytes of samples whose length a WAV header can say
 
 
 def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns the recording as `[N]` float32 at 16 kHz, full scale at -1 and 1.
 
-    Channels are averaged. soxr resamples.
+    Channels are averaged, unless they cancel each other. soxr resamples. Files that were joined end to end are heard
+    one after the other. The log has a line for each fault: what was cut short, left out, filled in, clipped, or is
+    silent or very quiet.
+
+    Args:
+      path: the file; "-" for standard input. It may be a pipe.
 
     Raises:
       InputError: the file cannot be read, is damaged, empty or too long, or has NaN, infinite or far too large samples.
     """
-    _check_openable(path)
+    name = "standard input" if os.fspath(path) == STDIN else os.fspath(path)
+    notes: list[str] = []
     try:
-        with _open(path) as file:
-            if file.seekable() and file.frames > MAX_HOURS * 3600 * file.samplerate:
-                raise _too_long(path)
-            blocks = _resampled_blocks(path, file)
-    except soundfile.LibsndfileError as error:
-        raise InputError(
-            f"{path}: not audio that can be read here, or damaged; give WAV, FLAC, OGG or MP3, "
-            f"for example from: ffmpeg -i INPUT -ar 16000 -ac 1 OUTPUT.wav"
-        ) from error
-    audio = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
-    if len(audio) == 0:
-        raise InputError(f"{path}: holds no sound at all (zero samples); give a recording with audio in it")
-    return audio
+        with _mapped(path) as data:
+            wave = _read(data, path, notes)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    for note in [*notes, *level_notes(wave)]:
+        logging.warning("%s: %s", name, note)
+    return wave
 
 
 def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE_RATE) -> None:
@@ -79,59 +94,135 @@ def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
-def _check_openable(path: str | os.PathLike[str]) -> None:
-    """Raises an `InputError` that says what is wrong with the path.
+@contextmanager
+def _mapped(path: str | os.PathLike[str]) -> Iterator[Data]:
+    """Yields the bytes of a file. What comes through a pipe is first copied into a temporary file.
 
-    soundfile itself would only say "System error" in each of these cases.
+    Raises:
+      InputError: the path cannot be opened, or nothing is there. The message does not name the path.
     """
+    with ExitStack() as stack:
+        file = stack.enter_context(_opened(path))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            _copy_pipe(file, copy)
+            file = copy
+        if os.fstat(file.fileno()).st_size == 0:
+            raise InputError("is empty (0 bytes); give a recording with audio in it")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def _opened(path: str | os.PathLike[str]) -> IO[bytes]:
+    if os.fspath(path) == STDIN:
+        if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+            raise InputError("is a terminal, not a recording; pipe one in, as in: jaxtml converse --in - < user.wav")
+        return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     try:
-        with open(path, "rb"):
-            pass
+        return open(path, "rb")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give the path of a recording") from error
+        raise InputError("no such file; give the path of a recording") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path}: is a directory; give one audio file") from error
+        raise InputError("is a directory; give one audio file") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be opened ({error}); give a readable audio file") from error
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise InputError(f"{path}: is empty (0 bytes); give a recording with audio in it")
+        raise InputError(f"cannot be opened ({error}); give a readable audio file") from error
 
 
-def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile:
+def _copy_pipe(source: IO[bytes], target: IO[bytes]) -> None:
+    copied = 0
+    while piece := source.read(1 << 20):
+        copied += len(piece)
+        if copied > _MOST_PIPED:
+            raise InputError(f"more than {_MOST_PIPED >> 30} GiB come through this pipe; give shorter recordings")
+        target.write(piece)
+    target.flush()
+
+
+def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndarray:
+    """Returns the file's audio `[N]` at 16 kHz. Where the average of the channels is silent, one of them is used."""
+    parts = find_parts(data)
+    channels = Channels()
     try:
-        return soundfile.SoundFile(os.fspath(path))
-    except TypeError as error:  # soundfile raises it for a name that ends in .raw
-        raise InputError(f"{path}: raw samples without a header; give WAV, FLAC, OGG or MP3") from error
+        wave = np.concatenate([np.empty(0, np.float32), *_mono_blocks(data, parts, notes, channels, None)])
+        if (best := channels.best) is not None:
+            wave = np.concatenate(list(_mono_blocks(data, parts, [], Channels(), best)))
+    except NotAudio as error:
+        if Path(path).suffix.lower() in (".raw", ".pcm"):
+            raise InputError("raw samples without a header; give WAV, FLAC, OGG or MP3") from error
+        raise InputError(str(error)) from error
+    if len(wave) == 0:
+        raise InputError("holds no sound at all (zero samples); give a recording with audio in it")
+    if len(parts) > 1:
+        notes.append(f"holds {len(parts)} recordings, joined end to end; all are heard")
+    notes += channels.notes()
+    return wave
 
 
-def _resampled_blocks(path: str | os.PathLike[str], file: soundfile.SoundFile) -> list[np.ndarray]:
-    """Returns every block of the file as mono 16 kHz float32, in order."""
-    rate = file.samplerate
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    blocks = []
-    frames = 0
-    while len(block := file.read(_BLOCK_SECONDS * rate, dtype="float32", always_2d=True)):
-        _check_samples(path, block, frames / rate)
-        mono = block.mean(axis=1)
-        frames += len(mono)
-        if frames > MAX_HOURS * 3600 * rate:
-            raise _too_long(path)
-        blocks.append(resampler.resample_chunk(mono) if resampler else mono)
-    if resampler and frames:
-        blocks.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-    return blocks
+def _mono_blocks(
+    data: Data, parts: list[Part], notes: list[str], channels: Channels, chosen: int | None
+) -> Iterator[np.ndarray]:
+    """Yields all parts as mono blocks at 16 kHz, in order. `chosen` is the only channel to hear; None: all."""
+    total_s = 0.0
+    for number, part in enumerate(parts):
+        resampler = _Resampler()
+        heard_s = 0.0
+        part_notes: list[str] = []
+        try:
+            for rate, block in decode(data, part, MAX_HOURS * 3600 - total_s, part_notes):
+                _check_samples(block, total_s + heard_s)
+                channels.add(rate, block)
+                heard_s += len(block) / rate
+                if total_s + heard_s > MAX_HOURS * 3600:
+                    raise too_long(MAX_HOURS * 3600)
+                mono = block.mean(axis=1) if chosen is None else block[:, min(chosen, block.shape[1] - 1)]
+                yield from resampler.resample(rate, mono)
+            yield from resampler.rest()
+        except NotAudio as error:
+            if number == 0:
+                raise
+            part_notes.append(f"its joined recording {number + 1} cannot be read ({error})")
+        notes += part_notes
+        if abs(part.promised - 1) * heard_s > TOLERANCE_S and part.promised and not part_notes:
+            notes.append(_wrong_length(heard_s, part.promised * heard_s))
+        elif part.has_no_end and not part_notes and heard_s:
+            notes.append(f"has no end mark, so it may have been cut short: it ends at {total_s + heard_s:.1f} s")
+        total_s += heard_s
 
 
-def _check_samples(path: str | os.PathLike[str], block: np.ndarray, start_s: float) -> None:
+def _wrong_length(heard_s: float, promised_s: float) -> str:
+    if promised_s > heard_s:
+        return cut_short(heard_s, promised_s)
+    return f"its header promises {promised_s:.1f} s, but {heard_s:.1f} s are there; all of it is heard"
+
+
+class _Resampler:
+    """Resamples mono blocks to 16 kHz. The rate may change between blocks."""
+
+    def __init__(self):
+        self._rate = SAMPLE_RATE
+        self._stream: soxr.ResampleStream | None = None
+
+    def resample(self, rate: int, mono: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields what is ready after a block `[n]` float32."""
+        if rate != self._rate:
+            yield from self.rest()
+            self._rate = rate
+            self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+        yield mono if self._stream is None else self._stream.resample_chunk(np.ascontiguousarray(mono))
+
+    def rest(self) -> Iterator[np.ndarray]:
+        """Yields what the resampler still holds."""
+        if self._stream is not None:
+            yield self._stream.resample_chunk(np.empty(0, np.float32), last=True)
+            self._stream, self._rate = None, SAMPLE_RATE
+
+
+def _check_samples(block: np.ndarray, start_s: float) -> None:
     """Raises `InputError` if a block has NaN, infinite or far too large samples. The block begins at `start_s`."""
     if not np.isfinite(block).all():
-        raise InputError(f"{path}: has NaN or infinite samples after {start_s:.0f} s; export it again as 16-bit WAV")
-    if (peak := np.abs(block).max()) > _LOUDEST:
-        raise InputError(f"{path}: samples reach {peak:.0f} where full scale is 1; scale them to [-1, 1]")
-
-
-def _too_long(path: str | os.PathLike[str]) -> InputError:
-    return InputError(f"{path}: longer than {MAX_HOURS} hours; cut it into shorter files")
+        raise InputError(f"has NaN or infinite samples after {start_s:.0f} s; export it again as 16-bit WAV")
+    if (peak := np.abs(block).max(initial=0)) > _LOUDEST:
+        raise InputError(f"samples reach {peak:.0f} where full scale is 1; scale them to [-1, 1]")
 
 
 def _wav_bytes(wave: np.ndarray, rate: int) -> bytes:

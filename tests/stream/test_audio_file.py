@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from jaxtml.errors import InputError
-from jaxtml.stream import audio_file
+from jaxtml.stream import audio_decoding
 from jaxtml.stream.audio_file import read_audio, write_wav
 
 
@@ -56,7 +56,7 @@ def test_channels_are_averaged(tmp_path: Path):
 def test_reading_in_blocks_equals_reading_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soundfile.write(tmp_path / "a.wav", tone(44100, 3.3), 44100)
     at_once = read_audio(tmp_path / "a.wav")
-    monkeypatch.setattr(audio_file, "_BLOCK_SECONDS", 1)
+    monkeypatch.setattr(audio_decoding, "BLOCK_SECONDS", 1)
     assert np.allclose(read_audio(tmp_path / "a.wav"), at_once, atol=1e-6)
 
 

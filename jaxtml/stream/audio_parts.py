@@ -1,0 +1,338 @@
+"""Finds the parts of a recording's file: files that were joined end to end, and headers whose lengths are wrong.
+
+Programs that write into a pipe cannot go back to fill in the lengths. A program that is killed does not either.
+Decoders believe the lengths, and then hear nothing or a piece. Joined files are heard to the end of the first one.
+So `find_parts` walks over the containers here, and `jaxtml.stream.audio_decoding` decodes each part on its own.
+
+Sources: the RIFF and WAVE specification of 1991; EBU Tech 3306 (RF64); Sony's Wave64; Apple's AIFF-C and CAF; RFC 3533
+(Ogg); RFC 9639 (FLAC); RFC 4867 (AMR); ISO/IEC 14496-12 (MP4); RFC 8794 (EBML, for WebM).
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Data = mmap.mmap | bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a file that is a recording of its own.
+
+    Attributes:
+      start, end: the bytes of the file.
+      header: bytes to put in front, when the file's own header is wrong. `start` is then the first sample.
+      promised: the length that the header promises, divided by the length that is there; 1 where it promises nothing.
+      has_no_end: the container marks its end, and the mark is missing.
+      lacks_index: an MP4 without the whole box `moov`, which no decoder can read.
+      by_av: PyAV decodes this container; libsndfile cannot, or hears less of it.
+    """
+
+    start: int
+    end: int
+    header: bytes = b""
+    promised: float = 1.0
+    has_no_end: bool = False
+    lacks_index: bool = False
+    by_av: bool = False
+
+
+class PartFile(io.RawIOBase):
+    """The bytes of a part, as a file that decoders read."""
+
+    def __init__(self, data: Data, part: Part):
+        super().__init__()
+        self._data, self._part, self._position = data, part, 0
+        self._size = len(part.header) + part.end - part.start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = (0, self._position, self._size)[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        header, begin = self._part.header, self._position
+        end = min(begin + len(buffer), self._size)
+        piece = header[begin:end]
+        first = self._part.start - len(header)  # the byte of the file that position 0 would be
+        piece += self._data[first + max(begin, len(header)) : first + max(end, len(header))]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+def find_parts(data: Data) -> list[Part]:
+    """Returns the parts of a file, in order. A file of an unknown kind is one part."""
+    if _layout_at(data, 0):
+        return list(_chunked_parts(data))
+    if data[:4] == b".snd" and len(data) > 24:
+        return [_au_part(data)]
+    if data[:4] == b"OggS":
+        return list(_ogg_parts(data))
+    if data[4:8] == b"ftyp":
+        return list(_mp4_parts(data))
+    if _is_mp3(data):
+        return _mp3_parts(data)
+    for pattern in _MAGIC:
+        if pattern.match(data):
+            return _cut(data, [match.start() for match in pattern.finditer(data)], pattern is _EBML)
+    return [Part(0, len(data))]
+
+
+# --- WAV, RF64, Wave64, AIFF and CAF: chunks with an id and a size
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a container writes its chunks.
+
+    Attributes:
+      head: bytes of the container's header.
+      id_bytes: bytes of a chunk's id.
+      size: `struct` format of a chunk's size.
+      pad: a chunk begins at a multiple of this many bytes.
+      sound: id of the chunk with the samples.
+      counts_header: a chunk's size counts its id and its size too.
+    """
+
+    head: int
+    id_bytes: int
+    size: str
+    pad: int
+    sound: bytes
+    counts_header: bool = False
+
+    @property
+    def chunk_head(self) -> int:
+        return self.id_bytes + struct.calcsize(self.size)
+
+
+_W64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # the end of every GUID of Wave64
+_RIFF_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+_WAVE = _Layout(12, 4, "<I", 2, b"data")
+_WAVE_BIG_ENDIAN = _Layout(12, 4, ">I", 2, b"data")
+_WAVE64 = _Layout(40, 16, "<Q", 8, b"data" + _W64, counts_header=True)
+_AIFF = _Layout(12, 4, ">I", 2, b"SSND")
+_CAF = _Layout(8, 4, ">Q", 1, b"data")
+
+_JOINED_WAVE = re.compile(rb"RIFF.{4}WAVE(?=fmt |LIST|JUNK|bext)", re.DOTALL)
+
+_MOST_KEPT = 1 << 20  # bytes of a chunk before the samples that a mended header repeats; longer ones are pictures
+_TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")  # tags that players append behind the last chunk
+
+
+def _layout_at(data: Data, start: int) -> _Layout | None:
+    """Returns the layout of the container that begins at `start`, or None."""
+    head = data[start : start + 16]
+    kind = head[:4], head[8:12]
+    if kind in ((b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"BW64", b"WAVE")):
+        return _WAVE
+    if kind == (b"RIFX", b"WAVE"):
+        return _WAVE_BIG_ENDIAN
+    if kind in ((b"FORM", b"AIFF"), (b"FORM", b"AIFC")):
+        return _AIFF
+    if head == _RIFF_W64:
+        return _WAVE64
+    return _CAF if head[:6] == b"caff\x00\x01" else None
+
+
+def _chunked_parts(data: Data) -> Iterator[Part]:
+    start: int | None = 0
+    while start is not None and (layout := _layout_at(data, start)):
+        part, start = _chunked_part(data, start, layout)
+        yield part
+
+
+def _chunked_part(data: Data, start: int, layout: _Layout) -> tuple[Part, int | None]:
+    """Returns the part that begins at `start`, and where the next one begins if another follows."""
+    position, kept, is_misaligned = start + layout.head, [], False
+    while True:
+        chunk = _chunk_at(data, position, layout)
+        if chunk is None:
+            return Part(start, len(data)), None
+        name, size, body = chunk
+        if name == layout.sound:
+            break
+        kept.append((name, data[body : body + min(size, _MOST_KEPT)]))
+        position, is_aligned = _next_chunk(data, start, body + size, layout)
+        is_misaligned |= not is_aligned
+    if layout is _WAVE and size == 0xFFFFFFFF:
+        size = next((struct.unpack("<Q", ds64[8:16])[0] for name, ds64 in kept if name == b"ds64"), size)
+    following = _end_of_chunks(data, start, body + size, layout) if body + size <= len(data) else None
+    if following is not None and not is_misaligned:
+        return Part(start, following), following if following < len(data) else None
+    # Decoders look for samples where the padding should be, and believe a length that is wrong.
+    end, promised = body + size, 1.0
+    if following is None:
+        joined = _JOINED_WAVE.search(data, body) if layout is _WAVE else None
+        end = following = joined.start() if joined else len(data)
+        promised = 1.0 if _is_open(size) or end == body else size / (end - body)
+    header = _header(data[start : start + layout.head], kept, end - body, layout)
+    return Part(body, end, header, promised), following if following < len(data) else None
+
+
+def _chunk_at(data: Data, position: int, layout: _Layout) -> tuple[bytes, int, int] | None:
+    """Returns the id and the size of the chunk at `position`, and where its body begins; None behind the last one."""
+    head = data[position : position + layout.chunk_head]
+    if len(head) < layout.chunk_head:
+        return None
+    size = struct.unpack(layout.size, head[layout.id_bytes :])[0]
+    if layout.counts_header:
+        size = max(0, size - layout.chunk_head)
+    return head[: layout.id_bytes], size, position + layout.chunk_head
+
+
+def _next_chunk(data: Data, start: int, end: int, layout: _Layout) -> tuple[int, bool]:
+    """Returns where the chunk behind `end` begins, and whether it is where the container wants it.
+
+    Some programs forget the byte that pads a chunk of odd length.
+    """
+    aligned = end + (start - end) % layout.pad
+    if aligned != end and not _is_chunk(data, aligned, layout) and _is_chunk(data, end, layout):
+        return end, False
+    return aligned, True
+
+
+def _is_chunk(data: Data, position: int, layout: _Layout) -> bool:
+    """Whether a chunk may begin at `position`: its id is text, and it ends within the file or holds the samples."""
+    chunk = _chunk_at(data, position, layout)
+    if chunk is None:
+        return False
+    name, size, body = chunk
+    is_name = name[4:] == _W64 if layout is _WAVE64 else all(0x20 <= byte < 0x7F for byte in name)
+    return is_name and (name == layout.sound or body + size <= len(data))
+
+
+def _end_of_chunks(data: Data, start: int, end: int, layout: _Layout) -> int | None:
+    """Returns where the chunks behind the samples end: at the file's end, or at another container.
+
+    None if what is behind the samples is no chunk, so that the length of the samples must be wrong.
+    """
+    while end < len(data):
+        if _layout_at(data, end):
+            return end
+        position, _ = _next_chunk(data, start, end, layout)
+        if _layout_at(data, position):
+            return position
+        if len(data) - position < layout.chunk_head or data[position : position + 11].startswith(_TAGS):
+            return len(data)
+        if not _is_chunk(data, position, layout):
+            return None
+        _, size, body = _chunk_at(data, position, layout) or (b"", 0, 0)
+        end = body + size
+    return len(data)
+
+
+def _is_open(size: int) -> bool:
+    """Whether a length stands for "unknown". ffmpeg, sox, arecord and CAF write different ones into pipes."""
+    return 0x7FFF0000 <= size <= 0x80000000 or 0xFFFF0000 <= size <= 0xFFFFFFFF or size >= 1 << 62
+
+
+def _header(head: bytes, kept: list[tuple[bytes, bytes]], size: int, layout: _Layout) -> bytes:
+    """Returns the container's header and chunks, up to the first sample, with the true length `size`."""
+    if layout is _WAVE:
+        head = b"RIFF\xff\xff\xff\xffWAVE"  # RF64 would need its chunk ds64, which is wrong too
+    largest = (1 << 8 * struct.calcsize(layout.size)) - 1
+    extra = layout.chunk_head if layout.counts_header else 0
+    out = bytearray(head)
+    for name, body in kept:
+        if name == b"ds64":
+            continue
+        out += name + struct.pack(layout.size, len(body) + extra) + body
+        out += bytes(-len(out) % layout.pad)
+    return bytes(out + layout.sound + struct.pack(layout.size, min(size + extra, largest)))
+
+
+# --- the other containers
+
+
+def _au_part(data: Data) -> Part:
+    """Returns a file of Sun's AU format. It says the length of its samples, or 0xFFFFFFFF for "unknown"."""
+    begin, size = struct.unpack(">II", data[4:12])
+    there = len(data) - begin
+    if size == there or not 24 <= begin < len(data):
+        return Part(0, len(data))
+    header = data[:8] + b"\xff\xff\xff\xff" + data[12:begin]
+    return Part(begin, len(data), header, 1.0 if _is_open(size) else size / there)
+
+
+def _ogg_parts(data: Data) -> Iterator[Part]:
+    """Yields the links of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning."""
+    start = position = 0
+    is_beginning, has_end, is_whole = True, False, True
+    while position >= 0 and len(data) - position >= 27:
+        flags, segments = data[position + 5], data[position + 26]
+        table = data[position + 27 : position + 27 + segments]
+        end = position + 27 + segments + sum(table)
+        if flags & 2 and not is_beginning:
+            yield Part(start, position, has_no_end=not has_end)
+            start, has_end = position, False
+        is_beginning = bool(flags & 2)
+        has_end = has_end or bool(flags & 4)
+        is_whole = len(table) == segments and end <= len(data)
+        position = end if data[end : end + 4] == b"OggS" else data.find(b"OggS", min(end, len(data)))
+    yield Part(start, len(data), has_no_end=not (has_end and is_whole))
+
+
+def _mp4_parts(data: Data) -> Iterator[Part]:
+    """Yields the files in a file of MP4 boxes. The box `ftyp` begins each."""
+    start = position = 0
+    has_index = False
+    while position + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind == b"ftyp" and position > start:
+            yield Part(start, position, lacks_index=not has_index, by_av=True)
+            start, has_index = position, False
+        if size == 1 and position + 16 <= len(data):
+            size = struct.unpack(">Q", data[position + 8 : position + 16])[0]
+        has_index |= kind == b"moov" and position + size <= len(data)
+        if size < 8:  # 0: the box reaches to the end of the file
+            break
+        position += size
+    yield Part(start, len(data), lacks_index=not has_index, by_av=True)
+
+
+_XING = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:..)??(?:.{9}|.{17}|.{32})(?:Xing|Info)", re.DOTALL)
+_EBML = re.compile(rb"\x1aE\xdf\xa3.{1,60}?B\x82.(?:webm|matroska)", re.DOTALL)
+_MAGIC = (_EBML, re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"), re.compile(rb"#!AMR(?:-WB)?\n"))
+
+
+def _is_mp3(data: Data) -> bool:
+    return data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1] & 0xE6 == 0xE2)
+
+
+def _mp3_parts(data: Data) -> list[Part]:
+    """Returns the files in a joined MP3. The first frame of a file says its length, in a tag "Xing" or "Info"."""
+    begin = _id3_end(data, 0)
+    starts = [match.start() for match in _XING.finditer(data, min(begin, len(data)))]
+    if starts and starts[0] < begin + 4096:
+        starts = starts[1:]
+    # A tag ID3 in front of the frame belongs to it. Decoders would take the tag for a damaged frame.
+    tags = {_id3_end(data, match.start()): match.start() for match in re.finditer(rb"ID3[\x02-\x04]", data)}
+    return _cut(data, [0, *(tags.get(start, start) for start in starts)], True)
+
+
+def _id3_end(data: Data, start: int) -> int:
+    """Returns where the ID3v2 tag that begins at `start` ends; `start` if none begins there."""
+    head = data[start : start + 10]
+    if head[:3] != b"ID3" or len(head) < 10:
+        return start
+    return start + 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+
+
+def _cut(data: Data, starts: list[int], by_av: bool) -> list[Part]:
+    return [Part(a, b, by_av=by_av) for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]

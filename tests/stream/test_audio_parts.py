@@ -1,0 +1,253 @@
+"""Joined, unfinished, truncated and odd recordings are heard as far as they go, and one line says what was wrong."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+
+import av
+import numpy as np
+import pytest
+
+from jaxtml.errors import InputError
+from jaxtml.stream import audio_file
+from jaxtml.stream.audio_file import read_audio
+from tests.stream.recordings import encode_track, encoded, from_phone, tone
+
+NOISE = (0.1 * np.random.default_rng(0).standard_normal(8000)).astype(np.float32)  # half a second at 16 kHz
+SAMPLES = encoded(NOISE, 16000, "WAV")[44:]
+ODD_CHUNK = struct.pack("<4sI5s", b"LIST", 5, b"abcde")
+CHUNK = struct.pack("<4sI6s", b"LIST", 6, b"abcdef")
+
+
+@pytest.fixture
+def heard(tmp_path, monkeypatch):
+    """`heard(bytes)` reads a file of these bytes. It returns the audio and the lines of the log."""
+    lines: list[str] = []
+    monkeypatch.setattr(audio_file.logging, "warning", lambda text, *values: lines.append(text % values))
+
+    def read(content: bytes, name: str = "a.bin") -> tuple[np.ndarray, list[str]]:
+        lines.clear()
+        (tmp_path / name).write_bytes(content)
+        return read_audio(tmp_path / name), list(lines)
+
+    return read
+
+
+def wav(size: int, riff: int = 0, before: bytes = b"", behind: bytes = b"", samples: bytes = SAMPLES) -> bytes:
+    """Returns a mono 16-bit WAV at 16 kHz whose header says the length `size`."""
+    head = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
+    return head + before + struct.pack("<4sI", b"data", size) + samples + behind
+
+
+UNFINISHED = {
+    "zero": wav(0),
+    "no length": wav(0xFFFFFFFF, 0xFFFFFFFF),
+    "sox": wav(0x7FFFF000, 0x7FFFF024),
+    "arecord": wav(0x80000000, 0x80000024),
+    "unpadded chunk": wav(16000, before=ODD_CHUNK),
+    "unpadded chunk, no length": wav(0, before=ODD_CHUNK),
+    "chunk behind": wav(16000, 99, behind=CHUNK),
+    "odd samples": wav(15999, samples=SAMPLES[:-1], behind=CHUNK),
+    "tag behind": wav(16000, behind=b"TAG" + bytes(125)),
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_a_wav_with_a_length_that_says_nothing_is_heard_whole(heard, case):
+    audio, lines = heard(UNFINISHED[case])
+    assert abs(len(audio) - 8000) <= 1 and not lines
+    np.testing.assert_allclose(audio[:7999], NOISE[:7999], atol=4e-5)
+
+
+def with_length(content: bytes, chunk: bytes, format: str, length: int, behind: int = 0) -> bytes:
+    """Returns the file with another length in its chunk. The length is `behind` bytes behind the chunk's name."""
+    at = content.index(chunk) + 4 + behind
+    return content[:at] + struct.pack(format, length) + content[at + struct.calcsize(format) :]
+
+
+OTHERS = {  # the container, the place of its length, a length that is there, and one that is far too long
+    "WAV": (b"data", "<I", 0, 4000, 64000),
+    "RF64": (b"ds64", "<Q", 12, 4000, 64000),
+    "W64": (b"data", "<Q", 12, 4024, 64024),
+    "AIFF": (b"SSND", ">I", 0, 4008, 64008),
+    "CAF": (b"data", ">Q", 0, 4004, 64004),
+    "AU": (b".snd", ">I", 4, 4000, 64000),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_length_that_is_wrong_is_said_and_all_samples_are_heard(heard, kind):
+    chunk, format, behind, short, long = OTHERS[kind]
+    content = encoded(NOISE, 16000, kind)
+    assert not heard(content)[1]
+    for length, says in ((0, ""), (short, "promises 0.1 s, but 0.5 s are there"), (long, "it ends at 0.5 s")):
+        audio, lines = heard(with_length(content, chunk, format, length, behind))
+        np.testing.assert_allclose(audio, NOISE, atol=4e-5)
+        assert len(lines) == bool(says) and all(says in line for line in lines)
+    audio, (line,) = heard(content[: -len(content) // 2])
+    assert 2900 < len(audio) < 4500 and "it ends at 0.2 s" in line and "promises 0.5 s" in line
+
+
+def test_joined_files_are_all_heard(heard, tmp_path):
+    a, b = tone(16000, 0.5), tone(48000, 0.5, 880)
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x64" + bytes(100)
+    joined = {
+        "WAV": encoded(a, 16000, "WAV") + encoded(b, 48000, "WAV"),
+        "unfinished WAV": wav(0) + encoded(b, 48000, "WAV"),
+        "AIFF": encoded(a, 16000, "AIFF") + encoded(b, 48000, "AIFF"),
+        "FLAC": encoded(a, 16000, "FLAC") + encoded(b, 48000, "FLAC"),
+        "OGG": encoded(a, 16000, "OGG") + encoded(b, 48000, "OGG"),
+        "OGG of two codecs": encoded(a, 16000, "OGG", "OPUS") + encoded(np.stack([b, b], 1), 48000, "OGG"),
+        "MP3": tag + encoded(a, 16000, "MP3") + tag + encoded(b, 48000, "MP3"),
+        "M4A": from_phone(tmp_path / "m", "ipod", "alac", a, 16000)
+        + from_phone(tmp_path / "m", "ipod", "alac", b, 48000),
+        "WebM": 2 * from_phone(tmp_path / "m", "webm", "libopus", b, 48000),
+    }
+    for kind, content in joined.items():
+        audio, (line,) = heard(content)
+        assert len(audio) == pytest.approx(16000, abs=800), kind
+        assert audio[9000:15000].std() == pytest.approx(0.21, abs=0.02), kind
+        assert "holds 2 recordings, joined end to end" in line, kind
+
+
+def test_a_truncated_recording_is_heard_to_its_end_and_the_line_says_when_that_is(heard, tmp_path):
+    webm = from_phone(tmp_path / "m", "webm", "libopus", tone(48000, 1.0), 48000)
+    mp4 = from_phone(tmp_path / "m", "mp4", "aac", tone(48000, 1.0), 48000, movflags="faststart")
+    noise = np.tile(NOISE, 3)
+    cut = {
+        "WebM": (webm[: len(webm) * 2 // 3], 0.7),
+        "MP4": (mp4[: len(mp4) * 2 // 3], 0.6),
+        "FLAC": (encoded(noise, 16000, "FLAC")[:30000], 1.0),
+        "MP3": (encoded(noise, 16000, "MP3")[:4500], 1.0),
+        "OGG": (encoded(noise, 16000, "OGG")[:8000], 0.9),
+    }
+    for kind, (content, seconds) in cut.items():
+        audio, (line,) = heard(content)
+        assert len(audio) / 16000 == pytest.approx(seconds, abs=0.2), kind
+        assert f"ends at {len(audio) / 16000:.1f} s" in line, (kind, line)
+    mp4 = from_phone(tmp_path / "m", "mp4", "aac", tone(48000, 0.3), 48000)
+    with pytest.raises(InputError, match="cut short before its index"):
+        heard(mp4[: len(mp4) - 300])
+
+
+PHONES = {
+    "m4a": ("ipod", "aac", 44100),
+    "mov": ("mov", "pcm_s16le", 48000),
+    "webm": ("webm", "libopus", 48000),
+    "3gp": ("3gp", "libopencore_amrnb", 8000),
+    "amr": ("amr", "libopencore_amrnb", 8000),
+    "aac": ("adts", "aac", 44100),
+    "caf": ("caf", "pcm_s16be", 44100),
+    "ts": ("mpegts", "aac", 48000),
+}
+
+
+@pytest.mark.parametrize("ending", PHONES)
+def test_the_files_of_phones_and_browsers_are_heard(heard, tmp_path, ending):
+    format, codec, rate = PHONES[ending]
+    audio, lines = heard(from_phone(tmp_path / "m", format, codec, tone(rate, 0.6), rate), f"a.{ending}")
+    assert 9600 <= len(audio) < 9600 + 1600 and not lines
+    assert audio[1600:8000].std() == pytest.approx(0.21, abs=0.03)
+
+
+def test_a_pause_without_packets_is_heard_as_silence(heard, tmp_path):
+    with av.open(str(tmp_path / "m"), "w", format="webm") as container:
+        stream = container.add_stream("libopus", rate=48000)
+        stream.layout = "mono"
+        for start in (0, 48000):
+            frame = av.AudioFrame.from_ndarray(tone(48000, 0.3)[None], format="flt", layout="mono")
+            frame.sample_rate, frame.pts = 48000, start
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    audio, (line,) = heard((tmp_path / "m").read_bytes())
+    assert len(audio) == pytest.approx(1.3 * 16000, abs=500)
+    assert not audio[6000:15000].any() and audio[17500:20000].std() > 0.15
+    assert "without any data, are heard as silence" in line
+
+
+def test_the_default_track_is_heard_and_named(heard, tmp_path):
+    with av.open(str(tmp_path / "m"), "w", format="matroska") as container:
+        tracks = [container.add_stream("pcm_s16le", rate=16000) for _ in range(2)]
+        for track, language in zip(tracks, ("deu", "eng"), strict=True):
+            track.layout, track.metadata["language"] = "mono", language
+        tracks[0].disposition = av.stream.Disposition(0)
+        tracks[1].disposition = av.stream.Disposition.default
+        encode_track(container, tracks[0], np.zeros(8000), 16000)
+        encode_track(container, tracks[1], NOISE, 16000)
+    audio, (line,) = heard((tmp_path / "m").read_bytes())
+    np.testing.assert_allclose(audio, NOISE, atol=1e-4)
+    assert "has 2 audio tracks; track 2 (eng) is heard" in line
+
+
+def test_a_file_without_sound_is_refused(heard, tmp_path):
+    with av.open(str(tmp_path / "m"), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(InputError, match="holds pictures without any sound; give"):
+        heard((tmp_path / "m").read_bytes())
+
+
+def test_a_playlist_opens_no_other_file(heard, tmp_path):
+    (tmp_path / "b.wav").write_bytes(encoded(NOISE, 16000, "WAV"))
+    for text in ("ffconcat version 1.0\nfile b.wav\n", f"#EXTM3U\n#EXTINF:5,\n{tmp_path}/b.wav\n#EXT-X-ENDLIST\n"):
+        with pytest.raises(InputError, match="not audio"):
+            heard(text.encode())
+
+
+def stereo(left: np.ndarray, right: np.ndarray) -> bytes:
+    return encoded(np.stack([left, right], axis=1), 16000, "WAV", "FLOAT")
+
+
+def test_channels_that_cancel_each_other_are_heard_alone(heard):
+    voice = np.concatenate([NOISE, NOISE])
+    half = np.concatenate([NOISE, -0.9 * NOISE])
+    for right in (-voice, half, -0.8 * voice):
+        audio, (line,) = heard(stereo(voice, right))
+        np.testing.assert_allclose(audio, voice, atol=1e-6)
+        assert "its channels cancel each other" in line and "channel 1 is heard alone" in line
+    audio, lines = heard(stereo(voice, 0 * voice))
+    np.testing.assert_allclose(audio, voice / 2, atol=1e-6)
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    "wave, says",
+    [
+        (NOISE * 0.005, "very quiet: its loudest 200 ms are at -66 dBFS"),
+        (NOISE * 0, "digital silence: every sample is 0 (-inf dBFS)"),
+        (np.clip(NOISE * 20, -1, 1), "of its samples are clipped at full scale (0 dBFS)"),
+        (NOISE + 0.4, "constant offset (DC) of +0.40 of full scale; without it the loudest 200 ms are at -20 dBFS"),
+        (NOISE * 0.1, ""),
+        (np.clip(NOISE * 3, -1, 1), ""),
+    ],
+)
+def test_a_level_that_is_hard_to_hear_is_said_and_nothing_is_changed(heard, wave, says):
+    audio, lines = heard(encoded(wave, 16000, "WAV", "FLOAT"))
+    np.testing.assert_array_equal(audio, wave.astype(np.float32))
+    assert len(lines) == bool(says) and all(says in line for line in lines)
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(encoded(NOISE, 16000, "FLAC")))
+    writer.start()
+    audio = read_audio(tmp_path / "pipe")
+    writer.join()
+    np.testing.assert_allclose(audio, NOISE, atol=4e-5)
+
+
+def test_standard_input_is_read_and_named(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(from_phone(tmp_path / "m", "ipod", "alac", NOISE, 16000))
+    with open(tmp_path / "a") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        np.testing.assert_allclose(read_audio("-"), NOISE, atol=4e-5)
+    (tmp_path / "a").write_bytes(b"")
+    with open(tmp_path / "a") as file, pytest.raises(InputError, match="standard input: is empty"):
+        monkeypatch.setattr("sys.stdin", file)
+        read_audio("-")
