@@ -73,12 +73,13 @@ def converse_with(
     return Reply.join(done, len(wave))
 
 
-def _video_patches(model: Model, video: str | Path, micro_turns: int) -> list[np.ndarray]:
-    """Returns the patches `[P, 2, 40, 40, 3]` float32 of each micro-turn that the video covers."""
+def _video_patches(model: Model, video: str | Path, micro_turns: int) -> list[np.ndarray | None]:
+    """Returns the patches `[P, 2, 40, 40, 3]` float32 of each micro-turn; None where the video has not begun."""
     config = model.config
     if not config.duplex.max_patches:
         raise InputError(f"--video: the checkpoint {config.name!r} takes no video (duplex.max_patches is 0)")
-    return [image_patches(pair) for pair in read_frame_pairs(video, micro_turns, config.duplex.max_patches)]
+    pairs = read_frame_pairs(video, micro_turns, config.duplex.max_patches)
+    return [None if pair is None else image_patches(pair) for pair in pairs]
 
 
 def write_reply(path: str | Path, reply: Reply) -> None:
