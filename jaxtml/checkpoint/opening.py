@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtml.checkpoint.inkling.directory import INDEX
+from jaxtml.checkpoint.contents import is_release
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import read_parameters
 from jaxtml.config import Config
-from jaxtml.errors import InputError
 from jaxtml.model.spec import Params
 
 
@@ -20,11 +19,7 @@ def open_checkpoint(directory: str | Path) -> ReleasedCheckpoint | OrbaxCheckpoi
       InputError: the directory is missing, is no such checkpoint, or the checkpoint is damaged.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"no checkpoint directory {directory}: name the directory of a checkpoint or a training run")
-    if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
-        return ReleasedCheckpoint(directory)
-    return OrbaxCheckpoint(directory)
+    return ReleasedCheckpoint(directory) if is_release(directory) else OrbaxCheckpoint(directory)
 
 
 def read_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:

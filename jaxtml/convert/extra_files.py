@@ -10,11 +10,11 @@ from pathlib import Path
 
 from absl import logging
 
-from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES, TOKENIZER
+from jaxtml.checkpoint.contents import adapter_files, holds_arrays
+from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES, TOKENIZER, WEIGHT_SUFFIXES
 from jaxtml.checkpoint.inkling.directory import INDEX
 
 LARGEST = 2**26  # bytes of an extra file; a larger file holds weights
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def find_extra_files(directory: Path) -> dict[str, Path]:
@@ -22,7 +22,7 @@ def find_extra_files(directory: Path) -> dict[str, Path]:
 
     The log names the files that are left out, except shards, the index, the manifest and hidden files.
     """
-    is_release = any(directory.glob("*.safetensors"))
+    is_release = not holds_arrays(directory)
     folder = directory if is_release else directory / RELEASE_FILES
     files = [file for file in sorted(folder.iterdir())] if folder.is_dir() else []
     kept = [file for file in files if file.is_file() and not _belongs_to_weights(file)]
@@ -36,13 +36,16 @@ def find_extra_files(directory: Path) -> dict[str, Path]:
 
 
 def _belongs_to_weights(file: Path) -> bool:
-    """Returns whether a file has weights, or says how weights are sharded or quantised. Hidden files count as well."""
+    """Returns whether a file has weights, belongs to an adapter, or says how weights are sharded or quantised.
+
+    Hidden files count as well.
+    """
     about_quantisation = file.suffix == ".json" and "quant" in file.name
     is_large = file.stat().st_size > LARGEST
     return (
         about_quantisation
         or is_large
-        or file.suffix in _WEIGHT_SUFFIXES
-        or file.name in (INDEX, MANIFEST)
+        or file.name.endswith(WEIGHT_SUFFIXES)
+        or file.name in (INDEX, MANIFEST, *adapter_files(file.parent))
         or file.name.startswith(".")
     )

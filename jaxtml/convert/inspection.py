@@ -19,8 +19,10 @@ from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, layer_chunks, parameter_bytes
 from jaxtml.checkpoint.files import RUN_CHECKPOINTS, TOKENIZER
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, StoredTensor
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.manifest import TensorRecord, crc32, file_checksums, read_manifest
+from jaxtml.checkpoint.nonfinite import has_nonfinite
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
@@ -91,13 +93,14 @@ def verify_manifest(directory: str | Path) -> int:
       How many tensors there are.
 
     Raises:
-      InputError: the directory has no checkpoint or no manifest, or tensors or files have changed. The message names
-        at most five of them, and the log names all.
+      InputError: the directory has no checkpoint or no manifest, tensors or files have changed, or tensors have NaN or
+        infinite values. The message names at most five of them, and the log names all.
     """
     directory = Path(directory)
     manifest, source = read_manifest(directory), open_checkpoint(directory)
     tensors = list(_recorded_tensors(source))
     progress = CopyProgress(parameter_bytes(_held_specs(source), source.dtype), 0, "verified ")
+    nonfinite: set[str] = set()
 
     def record(tensor: _RecordedTensor, stop: threading.Event) -> tuple[str, TensorRecord | None]:
         checksum = 0
@@ -106,6 +109,8 @@ def verify_manifest(directory: str | Path) -> int:
                 if stop.is_set():
                     raise CancelledError
                 checksum = crc32(values, checksum)
+                if has_nonfinite(values):
+                    nonfinite.add(tensor.name)
                 progress.add(values.nbytes)
         except InputError:  # a chunk is missing or damaged
             return tensor.name, None
@@ -119,6 +124,11 @@ def verify_manifest(directory: str | Path) -> int:
     if changed:
         logging.info("all that has changed:\n%s", "\n".join(changed))
         raise InputError(f"{directory} has changed since it was converted, convert again: {join_names(changed)} differ")
+    if nonfinite:
+        raise InputError(
+            f"{directory} is as it was written, and {len(nonfinite)} of {len(records)} tensors have NaN or infinite "
+            f"values: {join_names(sorted(nonfinite))}; convert a sound checkpoint"
+        )
     return len(records)
 
 
@@ -135,12 +145,16 @@ class _RecordedTensor:
 def _recorded_tensors(source: ReleasedCheckpoint | OrbaxCheckpoint) -> Iterator[_RecordedTensor]:
     if isinstance(source, ReleasedCheckpoint):
         for name, stored in source.stored.items():
-            yield _RecordedTensor(name, stored.dtype, stored.shape, partial(stored.blocks, _BLOCK_BYTES))
+            yield _RecordedTensor(name, stored.dtype, stored.shape, partial(_read_blocks, stored))
         return
     for layer in layer_chunks(source.specs, source.chunk_shape):
         spec = source.specs[layer.path]
         dtype, shape = source.dtype(layer.path).name, spec.shape[spec.stacked :]
         yield _RecordedTensor(layer.name, dtype, shape, partial(_read_chunks, source, layer))
+
+
+def _read_blocks(stored: StoredTensor) -> Iterator[np.ndarray]:
+    return (block.view(DTYPES.get(stored.dtype, np.uint8)) for block in stored.blocks(_BLOCK_BYTES))
 
 
 def _read_chunks(source: OrbaxCheckpoint, layer: LayerChunks) -> Iterator[np.ndarray]:

@@ -15,6 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
+from absl import logging
+
 from jaxtml.errors import InputError
 from jaxtml.strict_json import dumps
 
@@ -26,7 +28,8 @@ class Journal:
     """The journal of the conversion that writes to `folder`.
 
     If the journal belongs to another conversion, the folder is emptied, and the conversion begins anew. The same
-    happens if the machine has been restarted since: a chunk in the journal may not have reached the disk.
+    happens if the machine has been restarted since: a chunk in the journal may not have reached the disk. The log says
+    which of the two it was.
 
     Until it is closed, a journal locks its folder against other conversions.
 
@@ -37,6 +40,7 @@ class Journal:
     Attributes:
       done: for each layer, the number of chunks that are written, and the CRC-32 of all of them.
       bytes_written: the size of these chunks.
+      nonfinite: the layers in which NaN or an infinite value has been written.
 
     Raises:
       InputError: another conversion writes to the folder.
@@ -46,6 +50,7 @@ class Journal:
         self.file = folder / JOURNAL
         self.done: dict[str, tuple[int, int]] = {}
         self.bytes_written = 0
+        self.nonfinite: set[str] = set()
         self._lock = threading.Lock()
         self._opened: TextIO | None = None
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
@@ -53,7 +58,12 @@ class Journal:
         folder.mkdir(exist_ok=True)
         self._folder = _lock_folder(folder)
         lines = self.file.read_text(errors="replace").splitlines() if self.file.is_file() else []
-        if not lines or _parse(lines[0]) != self._head:
+        head = _parse(lines[0]) if lines else None
+        if head != self._head:
+            if head is not None:
+                restarted = isinstance(head, dict) and head.get("identity") == identity
+                reason = "the machine was restarted since" if restarted else "it was of another source or other options"
+                logging.info("%s has an earlier conversion, and %s: beginning anew", folder, reason)
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return
@@ -63,6 +73,8 @@ class Journal:
                 continue
             self.done[entry["layer"]] = (entry["chunks"], entry["crc32"])
             self.bytes_written += entry["bytes"]
+            if entry.get("nonfinite"):
+                self.nonfinite.add(entry["layer"])
 
     def forget(self) -> None:
         """Makes the next conversion begin anew."""
@@ -75,7 +87,7 @@ class Journal:
         # An old journal may end in the middle of a line: end that line.
         self._append(dumps(self._head) if is_new else "")
 
-    def note(self, layer: str, chunks: int, crc32: int, nbytes: int) -> None:
+    def note(self, layer: str, chunks: int, crc32: int, nbytes: int, nonfinite: bool) -> None:
         """Notes that one more chunk of a layer is written. Several threads may call this method at the same time.
 
         Args:
@@ -83,8 +95,13 @@ class Journal:
           chunks: the number of chunks of this part that are written.
           crc32: the checksum of these chunks.
           nbytes: the size of the new chunk.
+          nonfinite: whether the new chunk has NaN or an infinite value.
         """
-        self._append(dumps({"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}))
+        entry = {"layer": layer, "chunks": chunks, "crc32": crc32, "bytes": nbytes}
+        if nonfinite:
+            self.nonfinite.add(layer)
+            entry["nonfinite"] = True
+        self._append(dumps(entry))
 
     def _append(self, line: str) -> None:
         assert self._opened is not None, "begin() comes first"

@@ -34,8 +34,13 @@ class CopyProgress:
             self.reported_s = now_s
             rate = (self.done - self.done_before) / max(now_s - self.started_s, 1e-9)
             minutes, seconds = divmod(round((self.total - self.done) / rate), 60)
-            unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
+            unit, name = byte_unit(self.total)
             logging.info(
                 "%s%.1f of %.1f %s  %.2f %s/s  %d:%02d left",
                 self.prefix, self.done / unit, self.total / unit, name, rate / unit, name, minutes, seconds,
             )  # fmt: skip
+
+
+def byte_unit(nbytes: int) -> tuple[float, str]:
+    """Returns the unit in which a number of bytes is shown, and its name."""
+    return (1e9, "GB") if nbytes >= 1e9 else (1e6, "MB")

@@ -25,13 +25,15 @@ from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
 from jaxtml.checkpoint.manifest import TensorRecord, crc32, write_manifest
+from jaxtml.checkpoint.nonfinite import has_nonfinite
 from jaxtml.checkpoint.sink import ParameterSink
 from jaxtml.checkpoint.source import ParameterSource
 from jaxtml.convert.journal import JOURNAL, Journal
-from jaxtml.convert.progress import CopyProgress
+from jaxtml.convert.progress import CopyProgress, byte_unit
+from jaxtml.convert.tensor_names import source_names
 from jaxtml.convert.threads import run_in_threads
 from jaxtml.convert.verification import VerificationFailed
-from jaxtml.errors import InputError
+from jaxtml.errors import InputError, join_names
 from jaxtml.strict_json import dumps
 
 
@@ -74,12 +76,17 @@ def copy_parameters(
             if not journal.bytes_written:
                 shutil.rmtree(folder)
             raise
-        if journal.bytes_written:
-            logging.info("%s: going on after %.1f of %.1f GB", destination, journal.bytes_written / 1e9, total / 1e9)
+        _log_where_it_goes_on(destination, journal, work, total)
         sink.prepare(folder)
         journal.begin()
         try:
             records = _copy_chunks(source, sink, work, journal, CopyProgress(total, journal.bytes_written), workers)
+            if journal.nonfinite:
+                names = join_names(source_names(source, work, journal.nonfinite))
+                logging.warning(
+                    "%s has NaN or infinite values in %d of %d tensors, as its source has: %s",
+                    destination, len(journal.nonfinite), len(work), names,
+                )  # fmt: skip
             write_manifest(folder, source_id, records)
             os.sync()
             check(folder)
@@ -112,7 +119,7 @@ def _copy_chunks(
                 raise CancelledError
             values = source.read(layer.path, index).astype(sink.dtype(layer.path), copy=False)
             checksum = crc32(sink.write(layer.path, index, values), checksum)
-            journal.note(layer.name, chunks, checksum, values.nbytes)
+            journal.note(layer.name, chunks, checksum, values.nbytes, has_nonfinite(values))
             progress.add(values.nbytes)
         return sink.manifest_record(layer.path, layer.position, checksum)
 
@@ -127,13 +134,26 @@ def _copy_chunks(
         ) from error
 
 
+def _log_where_it_goes_on(destination: Path, journal: Journal, work: list[LayerChunks], total: int) -> None:
+    """Says what an interrupted conversion has written, if there was one. `total` is the size of all tensors."""
+    if not journal.bytes_written:
+        return
+    tensors = sum(journal.done.get(layer.name, (0, 0))[0] == len(layer.indices) for layer in work)
+    unit, name = byte_unit(total)
+    logging.info(
+        "%s: going on with an earlier conversion, which has written %d of %d tensors, %.1f of %.1f %s",
+        destination, tensors, len(work), journal.bytes_written / unit, total / unit, name,
+    )  # fmt: skip
+
+
 def _check_room(destination: Path, needed: int) -> None:
     """Raises `InputError` unless the destination is new or empty and its disk has room for `needed` bytes."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination} exists: name a new directory")
     free = shutil.disk_usage(destination.parent).free
     if free < needed:
+        unit, name = byte_unit(needed)
         raise InputError(
-            f"{destination} needs {needed / 1e9:.1f} GB, and {destination.parent} has {free / 1e9:.1f} GB left: "
+            f"{destination} needs {needed / unit:.1f} {name}, and its disk has {free / unit:.1f} {name} left: "
             "make room, or name a directory on another disk"
         )

@@ -17,11 +17,13 @@ from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
 from jaxtml.checkpoint.manifest import crc32
+from jaxtml.checkpoint.nonfinite import has_nonfinite
 from jaxtml.checkpoint.source import ParameterSource, read_parameters, spec_table
 from jaxtml.convert.logits import text_logits
 from jaxtml.convert.progress import CopyProgress
+from jaxtml.convert.tensor_names import source_names
 from jaxtml.convert.threads import run_in_threads
-from jaxtml.errors import InputError
+from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import ParamSpec
 
 PROMPT_TOKENS = 64  # tokens whose logits are compared
@@ -50,6 +52,7 @@ def verify_conversion(original: ParameterSource, source: ParameterSource, result
 
     Raises:
       VerificationFailed: tensors or logits differ.
+      InputError: tensors are equal, and some tensors or the logits have NaN or infinite values.
     """
     specs = {
         path: spec for path, spec in spec_table(result.config).items() if to == "orbax" or spec.released is not None
@@ -63,7 +66,12 @@ def verify_conversion(original: ParameterSource, source: ParameterSource, result
     theirs, ours = (
         text_logits(checkpoint.config, read_parameters(checkpoint), ids) for checkpoint in (original, result)
     )
-    if np.array_equal(theirs, ours, equal_nan=True):
+    if not np.isfinite(theirs).all() and not np.isfinite(ours).all():
+        raise InputError(
+            "all tensors are equal and finite, and the logits of both models have NaN or infinite values: "
+            "give a sound source, or convert without --verify"
+        )
+    if np.array_equal(theirs, ours):
         return f"{verified}, logits of {PROMPT_TOKENS} tokens too"
     difference = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
     if not np.isfinite(difference) or (_compute_alike(original, result, specs) and difference > ROUNDING):
@@ -81,7 +89,9 @@ def compare_tensors(
 
     Raises:
       VerificationFailed: tensors differ. The message names the first, and the log all of them.
+      InputError: tensors are equal, and some have NaN or infinite values. The message names the first five.
     """
+    nonfinite: set[str] = set()
 
     def checksum(parameters: ParameterSource, layer: LayerChunks, stop: threading.Event) -> int:
         crc = 0
@@ -90,6 +100,8 @@ def compare_tensors(
                 raise CancelledError
             values = parameters.read(layer.path, index).astype(result.dtype(layer.path), copy=False)
             crc = crc32(values, crc)
+            if has_nonfinite(values):
+                nonfinite.add(layer.name)
             progress.add(values.nbytes)
         return crc
 
@@ -103,6 +115,12 @@ def compare_tensors(
         logging.info("all tensors that differ:\n%s", "\n".join(different))
         raise VerificationFailed(
             f"the result differs from its source in {len(different)} of {len(work)} tensors, first in {different[0]}"
+        )
+    if nonfinite:
+        names = join_names(source_names(source, work, nonfinite))
+        raise InputError(
+            f"all tensors are equal, and {len(nonfinite)} of {len(work)} have NaN or infinite values, in the source "
+            f"too: {names}; give a sound source, or convert without --verify"
         )
     return len(work)
 

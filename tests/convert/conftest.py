@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import logging
 
 from jaxtml.checkpoint import chunks
 from jaxtml.checkpoint.inkling.safetensors_file import read_header, write_at
@@ -32,6 +33,15 @@ def many_chunks(monkeypatch) -> None:
     """Cuts even the small models of the tests into many chunks."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 8192)
     monkeypatch.setattr(sink, "PIECE_BYTES", 512)
+
+
+@pytest.fixture
+def info_log(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    """`caplog` with all messages from INFO on, also after a conversion, which restores the verbosity of absl."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    yield caplog
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,7 @@ convert(sys.argv[1], sys.argv[2], to=sys.argv[3])
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
-def test_a_killed_conversion_goes_on_and_writes_no_chunk_twice(to, release, tmp_path, monkeypatch):
+def test_a_killed_conversion_goes_on_says_where_and_writes_no_chunk_twice(to, release, tmp_path, monkeypatch, info_log):
     source = release
     if to == "hf":
         convert(release, tmp_path / "source")
@@ -73,6 +74,10 @@ def test_a_killed_conversion_goes_on_and_writes_no_chunk_twice(to, release, tmp_
 
     monkeypatch.setattr(Journal, "note", note_and_remember)
     assert "tensors equal" in convert(source, tmp_path / "out", to=to, verify=True)
+    written = re.search(
+        r"going on with an earlier conversion, which has written (\d+) of (\d+) tensors, \d+\.\d of", info_log.text
+    )
+    assert written is not None and 0 < int(written[1]) < int(written[2]), info_log.text
     assert not done & set(noted) and len(noted) == len(set(noted)) > 0
     assert not list(tmp_path.glob(".out*"))
     convert(source, tmp_path / "uninterrupted", to=to)
@@ -82,7 +87,9 @@ def test_a_killed_conversion_goes_on_and_writes_no_chunk_twice(to, release, tmp_
     assert resumed["tensors"] == uninterrupted["tensors"]
 
 
-def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_restarted(release, tmp_path, monkeypatch):
+def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_restarted(
+    release, tmp_path, monkeypatch, info_log
+):
     source = tmp_path / "source"
     shutil.copytree(release, source)
     write, chunks_left = OrbaxSink.write, [0]
@@ -108,9 +115,11 @@ def test_a_conversion_begins_anew_after_the_source_changed_or_the_machine_restar
     boot_id.write_text("another")
     monkeypatch.setattr(journal, "_BOOT_ID", boot_id)
     assert chunks_after_an_interruption() <= first
+    assert "and the machine was restarted since: beginning anew" in info_log.text
     boot_id.write_text("")
     os.utime(source / "model.safetensors")
     assert chunks_after_an_interruption() <= first
+    assert "and it was of another source or other options: beginning anew" in info_log.text
 
 
 @contextmanager
@@ -171,7 +180,7 @@ def test_one_error_stops_all_threads_at_their_next_chunk(release, tmp_path, monk
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(release, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(InputError, match=r"out needs 0.0 GB, .* has 0.0 GB left"):
+    with pytest.raises(InputError, match=r"out needs \d.\d MB, and its disk has 0.0 MB left"):
         convert(release, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxtml.checkpoint.files import check_not_pointer
 from jaxtml.errors import InputError
 from jaxtml.strict_json import dumps
 
@@ -72,6 +73,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: the file is missing, is damaged, or is no safetensors file.
     """
+    if file.is_symlink() and not file.exists():
+        raise InputError(f"{file} is a link to a file that is missing, {file.readlink()}: download it again")
+    if file.is_file():
+        check_not_pointer(file)
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:

@@ -18,9 +18,10 @@ from absl import logging
 
 from jaxtml.checkpoint.inkling import quantised
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.directory import MTP_PREFIX, model_name, read_json, stored_tensors
+from jaxtml.checkpoint.inkling.directory import MTP_PREFIX, model_name, read_json
 from jaxtml.checkpoint.inkling.mapping import ReleasedTensor, released_tensors
 from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, StoredTensor
+from jaxtml.checkpoint.inkling.shards import stored_tensors
 from jaxtml.checkpoint.source import Index, index_shape, spec_table
 from jaxtml.checkpoint.transposed_copy import copy_contiguous
 from jaxtml.config import Config

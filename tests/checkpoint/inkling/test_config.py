@@ -92,4 +92,7 @@ def test_another_architecture_is_refused_by_the_field_that_differs(checkpoint, d
 
 def test_a_model_of_text_alone_is_refused(checkpoint, described, refusal):
     (checkpoint / "config.json").write_text(json.dumps(described["text_config"]))
+    assert "holds inkling_text (model_type and architectures in its config.json), the text model" in refusal(checkpoint)
+    del described["text_config"]["model_type"]
+    (checkpoint / "config.json").write_text(json.dumps(described["text_config"]))
     assert "no text_config" in refusal(checkpoint)
