@@ -13,7 +13,7 @@ from aiohttp import web
 PAGE = Path(__file__).parent / "page"
 _INDEX = "index.html"
 _FILES = {
-    **{name: PAGE / name for name in (_INDEX, "style.css", "page.js", "live.js", "sound.js", "timeline.js")},
+    **{path.name: path for path in sorted(PAGE.iterdir())},
     "demo.flac": Path(__file__).parents[2] / "assets" / "demo" / "human.flac",
 }
 _HEADERS = {
