@@ -20,6 +20,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from jaxtml.data.tasks import scenarios
 from jaxtml.serve.web.static_page import PAGE
 from tests.serve.serving import Serving, eventually, serving
 
@@ -34,12 +35,14 @@ def test_page_is_served_whole_and_loads_nothing_from_elsewhere(slots, engine):
             assert "default-src 'self'" in response.headers["Content-Security-Policy"]
         parts = re.findall(r'(?:src|href)="([^"]+)"', html)
         assert "page.js" in parts and "style.css" in parts
-        for part in (*parts, "live.js", "sound.js", "timeline.js", "demo.flac"):
+        for part in (*parts, *(file.name for file in PAGE.iterdir()), "demo.flac"):
             if not part.startswith("data:"):
                 async with serving.http.get(f"{serving.url}/{part}") as response:
                     assert response.status == 200 and await response.read()
         for file in PAGE.iterdir():
-            assert not re.search(r"https?://|//cdn", file.read_text()), f"{file.name} loads from another server"
+            text = file.read_text().replace("`http://localhost", "")  # an address that a message names
+            assert not re.search(r"https?://|//cdn", text), f"{file.name} loads from another server"
+            assert not re.search(r"""["'`]/[a-z]|location\.host\b""", text), f"{file.name} assumes to be at the root"
         async with serving.http.get(f"{serving.url}/../access.py") as response:
             assert response.status == 404
 
@@ -131,7 +134,8 @@ def test_person_talks_types_mutes_and_ends(slots, engine, tmp_path):
     async def test(serving: Serving) -> None:
         async with browser(serving.url, tmp_path) as tab, serving.ticking():
             await tab.until("document.getElementById('state')?.textContent === 'Ready'")
-            assert await tab.run("document.getElementById('model').textContent") == "small_test"
+            assert "small_test" in await tab.run("document.getElementById('title').textContent")
+            assert "three plus four" not in await tab.run("document.body.textContent"), "these are tiny's sentences"
             assert not await tab.run("document.getElementById('access').checkVisibility()")
             assert await tab.run("document.querySelectorAll('#cards li').length") > 1
             await tab.run("document.getElementById('talk').click()")
@@ -260,11 +264,12 @@ def test_keyboard_is_enough_and_every_control_has_a_name(slots, engine, tmp_path
             for _ in range(2):
                 await tab.press("Tab")
                 order.append(await tab.run(focus))
-            assert order == ["text", "send"]
+            assert order == ["mute", "camera"]
             await tab.run("text.focus()")
             await tab.ask("Input.insertText", text="the sky")
             await tab.press("Enter")
             await tab.until("document.getElementById('words').textContent.includes('the sky')")
+            assert await tab.run(focus) == "text"
             await tab.press("m", alt=True)
             await tab.until("document.getElementById('mute').getAttribute('aria-pressed') === 'true'")
             assert await tab.run("text.value") == "", "a shortcut types no letter"
@@ -311,5 +316,162 @@ def test_camera_picture_reaches_the_model_the_right_way_round(slots, engine, tmp
         assert left[:30, :20].mean() < -1 and right[:30, :8].mean() > 1, (
             "the left half is dark and the right half is bright, in CLIP's normalisation"
         )
+
+    serving(slots, engine, test)
+
+
+# --- what a first-time user meets
+
+STATE = "document.getElementById('state').textContent"
+ADVICE = "document.getElementById('advice').textContent"
+WORDS = "[...document.querySelectorAll('#words li')].map((line) => line.querySelector('b').textContent).join()"
+
+
+def test_sentences_to_try_are_sentences_that_the_shipped_model_was_trained_on():
+    shown = re.search(r"sentences: \[\n(.*?)\n  \]", (PAGE / "models.js").read_text(), re.DOTALL)
+    assert shown is not None
+    sentences = re.findall(r'\["([^"]+)", "[^"]+"\]', shown[1])
+    assert len(sentences) == shown[1].count("\n") + 1 >= 4
+    for sentence in sentences:
+        assert scenarios.is_complete(sentence.split()) and scenarios.reply_to(sentence.split()) != scenarios.I_SEE
+
+
+@asynccontextmanager
+async def proxy(port: int, prefix: bytes) -> AsyncIterator[int]:
+    """A proxy that has the server of `port` under a path. Gives its own port."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, old: bytes, new: bytes) -> None:
+        while data := await reader.read(65536):
+            writer.write(re.sub(old, new, data))
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection("127.0.0.1", port)
+        requests = copy(reader, their_writer, rb"^(GET|POST|OPTIONS) " + prefix, rb"\1 ")
+        await asyncio.gather(requests, copy(their_reader, writer, b"^$", b""), return_exceptions=True)
+
+    listener = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_page_under_any_path_converses_without_a_microphone(slots, engine, tmp_path):
+    no_microphone = "Object.defineProperty(navigator, 'mediaDevices', { value: undefined })"
+    never_resumes = """AudioContext.prototype.resume = () => new Promise(() => {});
+        Object.defineProperty(BaseAudioContext.prototype, 'state', { get: () => 'suspended' })"""
+    written = """import('./models.js').then(({ spellOut }) =>
+        ['What is 3+4?', 'Is 12 more than 20?', 'my code is 391', '9 - 2', 'Say red, green!'].map(spellOut).join())"""
+
+    async def test(serving: Serving) -> None:
+        port = int(serving.url.rpartition(":")[2])
+        async with proxy(port, b"/a/path") as through, browser("about:blank", tmp_path) as tab, serving.ticking():
+            await tab.ask("Page.addScriptToEvaluateOnNewDocument", source=f"{no_microphone}; {never_resumes}")
+            await tab.ask("Page.navigate", url=f"http://127.0.0.1:{through}/a/path/")
+            await tab.until("document.getElementById('cards')?.children.length")
+            advice = await tab.run(ADVICE)
+            assert "https" in advice and "localhost" in advice and "Typing works" in advice
+            assert await tab.run("talk.disabled && !text.disabled && !document.getElementById('unloaded')")
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await tab.until(f"{STATE} === 'Connected'")
+            await eventually(lambda: typed(serving) == engine.codec.encode("the sky"))
+            assert await tab.run(WORDS + ".startsWith('You typed')")
+            assert not await tab.run("document.getElementById('stop').disabled"), "it can be ended"
+            await tab.until(f"{STATE} === 'Your browser has not started the sound'")
+            began = "document.getElementById('timeline').toDataURL()"
+            await tab.run("document.getElementById('stop').click()")
+            await tab.until(f"{STATE} === 'The conversation is over'")
+            await tab.run("new Promise((resolve) => setTimeout(resolve, 100))")
+            frozen = await tab.run(began)
+            await asyncio.sleep(0.3)
+            assert await tab.run(began) == frozen, "the clock stops at the end"
+            assert (await tab.run(written)).split(",") == [
+                "what is three plus four",
+                "is twelve more than twenty",
+                "my code is three nine one",
+                "nine minus two",
+                "say red green",
+            ]
+            assert tab.errors == []
+
+    serving(slots, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_page_says_what_is_wrong_and_what_to_do(slots, engine, tmp_path):
+    ask = """
+        const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        navigator.mediaDevices.getUserMedia = async (wants) => {
+          if (window.answer instanceof Error) throw window.answer;
+          if (window.answer) return new Promise(() => {});
+          return window.stream = await ask(wants);
+        };"""
+
+    end = "document.getElementById('stop').click();"
+
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking(0.02):
+            await tab.until(f"document.getElementById('state') && {STATE} === 'Ready'")
+            await tab.run(ask)
+            for error, said in (
+                ("NotAllowedError', 'Permission denied", "choose Allow"),
+                ("NotAllowedError', 'Permission denied by system", "privacy settings"),
+                ("NotFoundError', '", "Connect one"),
+                ("NotReadableError', '", "Another program"),
+            ):
+                name, message = error.split("', '")
+                await tab.run(f"answer = new DOMException('{message}', '{name}'); talk.click()")
+                await tab.until(f"{ADVICE}.includes('{said}')", seconds=3)
+                assert "You can also type" in await tab.run(ADVICE) and not await tab.run("talk.disabled")
+            await tab.run("answer = 'never'; talk.click()")
+            await tab.until(f"{STATE} === 'Waiting for the microphone'")
+            await tab.run(end)
+            await tab.until(f"{STATE} === 'Ready'")
+            await tab.run("answer = null; talk.click()")
+            await tab.until(f"{STATE} === 'Connected'")
+            await tab.run("latency.value = '0.40 s'")
+            await tab.run("const [track] = stream.getTracks(); track.stop(); track.dispatchEvent(new Event('ended'))")
+            await tab.until(f"{STATE} === 'The microphone has stopped'")
+            await tab.run("talk.click()")
+            await tab.until(f"{STATE} === 'Connected'")
+            await tab.run(end + end)  # the second click ends at once
+            await tab.until(f"{STATE} === 'The conversation is over'")
+            taken = [await serving.start() for _ in range(slots.capacity)]
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await tab.until(f"{STATE} === 'The server is full'")
+            assert (await tab.run(ADVICE)).lower().count("try again in") == 1
+            assert await tab.run("text.value") == "the sky", "text that reached nobody is not lost"
+            assert await tab.run("latency.value") == "–", "latencies are those of one conversation"
+            for client in taken:
+                await client.ws.close()
+            assert tab.errors == []
+
+    serving(slots, engine, test)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_reload_goes_on_with_the_conversation_and_leaving_frees_its_place(slots, engine, tmp_path):
+    async def test(serving: Serving) -> None:
+        async with browser(serving.url, tmp_path) as tab, serving.ticking(0.02):
+            await tab.until(f"document.getElementById('state') && {STATE} === 'Ready'")
+            await tab.run("text.value = 'the sky'; typing.requestSubmit()")
+            await tab.until(f"{STATE} === 'Connected'")
+            session = serving.session()
+            for _ in range(slots.capacity + 1):
+                await tab.run("window.old = true")
+                await tab.ask("Page.reload")
+                await tab.until(f"!window.old && document.getElementById('state') && {STATE} === 'Connected'")
+                assert serving.session() is session
+            assert await tab.run(WORDS + ".startsWith('You typed')"), "the words are still there"
+            await tab.run("text.value = 'a number'; typing.requestSubmit()")
+            both = engine.codec.encode("the sky") + engine.codec.encode("a number")
+            await eventually(lambda: typed(serving) == both)
+            await tab.ask("Page.navigate", url="about:blank")
+            await eventually(lambda: session.scheduled.away)
+            async with serving.http.get(f"{serving.url}/ready") as ready:
+                assert (await ready.json())["sessions"] == 0, "the place is free for others"
+            assert tab.errors == []
 
     serving(slots, engine, test)

@@ -4,42 +4,71 @@
 // client's sound it has received, and the number of the last other message that it has received. The client then sends
 // everything after that again.
 
+const BACK_SOON = 4001; // close code: the session waits some seconds, see "How a session ends" in docs/serving.md
 const RECONNECT_MS = 4000; // the longest time between two attempts to reconnect
+const ANSWER_MS = 10000; // the server must answer a new connection within this time
 const KEPT_PACKETS = 500; // packets of sound that were sent and may have been lost on the way
 const QUEUED_PACKETS = 100; // packets of sound that wait for a connection
 const KEPT_MESSAGES = 100; // other messages that may have been lost on the way
 
 export class Live extends EventTarget {
-  // model: name of the model. key: key of the server, or "".
-  // Dispatches `event` (detail: an event of the server), `state` (detail: a text for the user, and whether the text is
-  // about a problem) and `over` (the conversation is over).
-  constructor(model, key) {
+  // model: name of the model. key: key of the server, or "". saved: what `save` returned for a session that goes on, or
+  // null for a new session.
+  // Dispatches
+  // - `event` (detail: an event of the server),
+  // - `state` (detail: "connecting", "connected" or "lost"), and
+  // - `over` (the conversation is over; detail: why, for one of the functions in messages.js: { reason } from the
+  //   server, { refused: error } by the server, { unreachable }, { lost: seconds of grace } or { gone } for a saved
+  //   session that the server no longer has).
+  constructor(model, key, saved = null) {
     super();
     this.model = model;
     this.key = key;
-    this.lastNumber = 0; // `sequence_number` of the last event that was received
-    this.session = null; // as in `session.started`
+    this.lastNumber = saved?.lastNumber ?? 0; // `sequence_number` of the last event that was received
+    this.session = saved?.session ?? null; // as in `session.started`
+    this.restoring = saved !== null; // whether the session is saved and not yet resumed
     this.ready = false; // whether the connection carries the session
-    this.over = false; // whether the session has ended
+    this.end = null; // why the session has ended: the detail of `over`
     this.closing = false; // whether the user has ended the conversation
     this.attempts = 0; // attempts to reconnect since the connection was lost
-    this.messages = []; // the last messages without sound and pictures; their `event_id` is their number
-    this.messageCount = 0;
+    this.messages = saved?.messages ?? []; // the last messages without sound and pictures; `event_id` is their number
+    this.messageCount = saved?.messageCount ?? 0;
     this.packets = []; // the last messages with sound, in order
     this.sentPackets = 0; // how many of `packets` were sent, from the first on
     this.droppedBytes = 0; // bytes of sound in the packets that are no longer in `packets`
     this.connect();
   }
 
+  // Returns what the page needs to go on with the session after a reload, as JSON can hold it; null if there is nothing
+  // to go on with.
+  save() {
+    const { session, lastNumber, messages, messageCount } = this;
+    return session && !this.end && !this.closing ? { session, lastNumber, messages, messageCount } : null;
+  }
+
+  // Lets go of the session when the page goes away. The page cannot know whether it is left or loaded again. So the
+  // server keeps the session for some seconds, as long as nobody else needs its place.
+  leave() {
+    if (this.save() && this.socket.readyState === WebSocket.OPEN) this.socket.close(BACK_SOON);
+  }
+
   connect() {
-    if (this.over) return;
+    if (this.end) return;
     // A router in front of several servers finds the session's server by this parameter.
-    const query = this.session ? `?session_id=${this.session.id}` : "";
-    const address = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live/sessions${query}`;
+    const query = this.session ? `?session_id=${encodeURIComponent(this.session.id)}` : "";
+    const address = new URL(`v1/live/sessions${query}`, document.baseURI); // the page may be under any path
+    address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
     // A browser cannot set headers of a WebSocket, so the key is sent as a subprotocol.
     const protocols = this.key ? ["realtime", `openai-insecure-api-key.${this.key}`] : ["realtime"];
-    this.socket = new WebSocket(address, protocols);
     this.ready = false;
+    try {
+      this.socket = new WebSocket(address, protocols);
+    } catch { // the key has characters that a subprotocol cannot have
+      const refused = { code: "invalid_api_key", message: "the key has characters that no key has" };
+      setTimeout(() => this.finish({ refused }));
+      return;
+    }
+    this.timer = setTimeout(() => this.socket.close(), ANSWER_MS);
     this.socket.onopen = () => {
       if (this.session) {
         const { id, resume } = this.session;
@@ -50,7 +79,7 @@ export class Live extends EventTarget {
       }
     };
     this.socket.onmessage = ({ data }) => this.onEvent(JSON.parse(data));
-    this.socket.onclose = ({ code, reason }) => this.onClose(code, reason);
+    this.socket.onclose = () => this.onClose();
   }
 
   write(message) {
@@ -105,33 +134,36 @@ export class Live extends EventTarget {
     if (event.sequence_number) this.lastNumber = event.sequence_number;
     if (event.type === "session.started") this.session = event.session;
     if (event.type === "session.started" || event.type === "session.resumed") {
+      clearTimeout(this.timer);
       this.ready = true;
+      this.restoring = false;
       this.attempts = 0;
       this.sendAgain(event.input_audio_bytes ?? 0, Number(event.last_client_event_id ?? 0));
       if (this.closing) this.write({ type: "session.close" }); // the first one may have been lost
-      this.showState("Connected");
+      this.showState("connected");
     }
-    if (event.type === "session.closed") this.over = true;
+    if (event.type === "session.closed") this.end = { reason: event.reason };
     if (event.type === "error" && !this.ready) {
-      this.over = true;
-      const again = event.error.retry_after_s ? ` Try again in ${event.error.retry_after_s} s.` : "";
-      this.showState(`${event.error.message}.${again}`, true);
+      return this.abandon(this.restoring ? { gone: true } : { refused: event.error });
     }
     this.dispatchEvent(new CustomEvent("event", { detail: event }));
   }
 
-  onClose(code, reason) {
+  onClose() {
+    clearTimeout(this.timer);
+    const wasReady = this.ready;
     this.ready = false;
-    if (this.over) {
-      if (this.session || this.closing) this.showState("The conversation is over");
-    } else if (this.session && this.canResume()) {
-      this.showState("Connection lost, coming back …", true);
-      this.timer = setTimeout(() => this.connect(), Math.min(250 * 2 ** ++this.attempts, RECONNECT_MS));
-      return;
-    } else {
-      this.showState(this.session ? "The connection is gone" : `No connection (${reason || code})`, true);
-    }
-    this.dispatchEvent(new Event("over"));
+    if (this.end) return this.finish(this.end);
+    if (this.closing && !this.session) return this.finish({ reason: "close_requested" });
+    if (!this.session) return this.finish({ unreachable: true });
+    if (!this.canResume()) return this.finish(this.restoring ? { gone: true } : { lost: this.session.resume.grace_s });
+    if (wasReady) this.showState("lost");
+    this.timer = setTimeout(() => this.connect(), Math.min(250 * 2 ** ++this.attempts, RECONNECT_MS));
+  }
+
+  finish(end) {
+    this.end = end;
+    this.dispatchEvent(new CustomEvent("over", { detail: end }));
   }
 
   // Whether the server may still have the session.
@@ -140,20 +172,33 @@ export class Live extends EventTarget {
     return performance.now() < this.lostAt + 1000 * this.session.resume.grace_s;
   }
 
-  // Ends the conversation.
+  // Ends the conversation: when the model has finished speaking, or at once if this is the second call.
   close() {
+    const again = this.closing;
     this.closing = true;
-    if (this.ready) this.write({ type: "session.close" });
-    else {
-      this.over = true;
-      clearTimeout(this.timer);
-      if (this.socket.readyState === WebSocket.CLOSED) this.onClose();
-      else this.socket.close(1000);
-    }
+    if (this.ready && !again) return this.write({ type: "session.close" });
+    if (this.session && !this.ready) this.hangUp();
+    this.abandon({ reason: "close_requested" });
   }
 
-  showState(text, bad = false) {
-    this.dispatchEvent(new CustomEvent("state", { detail: { text, bad } }));
+  // Ends the conversation without waiting for the server.
+  abandon(end) {
+    clearTimeout(this.timer);
+    this.socket.onclose = this.socket.onmessage = null;
+    this.socket.close(1000); // ends the session on the server, if this connection carries one
+    this.ready = false;
+    this.finish(end);
+  }
+
+  // Ends a session that no connection carries. Otherwise the server would keep its place for a client that comes back.
+  hangUp() {
+    const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
+    const path = `v1/live/sessions/${encodeURIComponent(this.session.id)}/hangup`;
+    fetch(path, { method: "POST", headers, keepalive: true }).catch(() => {}); // the server then waits in vain
+  }
+
+  showState(state) {
+    this.dispatchEvent(new CustomEvent("state", { detail: state }));
   }
 }
 

@@ -19,11 +19,28 @@ export class Timeline {
     this.levels = { you: [], model: [] }; // [start, end, root mean square]
     this.gates = []; // [start, end] of each time in which the gate was open
     this.words = []; // [start, who, text]
-    this.began = null; // time at which the conversation began, by performance.now()
+    this.began = null; // time at which the conversation began, by performance.now(), without the times it stood still
+    this.stoppedAt = null; // time since which the conversation stands still, or null
   }
 
   get now() {
-    return this.began === null ? 0 : performance.now() - this.began;
+    return this.began === null ? 0 : (this.stoppedAt ?? performance.now()) - this.began;
+  }
+
+  // Whether the conversation goes on.
+  get runs() {
+    return this.began !== null && this.stoppedAt === null;
+  }
+
+  // Lets the conversation go on from `ms`.
+  run(ms) {
+    this.began = performance.now() - ms;
+    this.stoppedAt = null;
+  }
+
+  // Stops the clock: the conversation is over, or its connection is lost. The server's clock stands still too.
+  stop() {
+    this.stoppedAt ??= performance.now();
   }
 
   // Adds a piece of a voice; `value` is its root mean square.
