@@ -73,6 +73,7 @@ function connectedAdvice() {
 // Returns the title of the cards.
 function cardsTitle() {
   if (!about.sentences.length) return "Try";
+  if (model === null) return "It understands sentences like these";
   if (source || asking) return "Say one of these, or click it";
   return Microphone.available ? "Press Talk and say one of these, or just click one" : "Click one of these, or type";
 }
@@ -134,7 +135,11 @@ async function loadModel() {
   showModel();
   // The request above carries no origin, but a conversation does: find out now whether the server accepts this page's.
   const preflight = await fetch("v1/live/sessions", { method: "OPTIONS" }).catch(() => null);
-  if (preflight?.status === 403) sayRefused(await messages.errorOf(preflight));
+  const refused = preflight?.status === 403 ? await messages.errorOf(preflight) : {}; // of the server, or of a proxy
+  if (refused.code === "origin_not_allowed") {
+    model = null;
+    return sayRefused(refused);
+  }
   refresh();
   if (saved) goOn(saved);
   saved = null;
