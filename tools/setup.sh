@@ -7,15 +7,26 @@
 #
 # The functions below the line "optional steps" install one optional thing each. They expect an active environment.
 
+# Prints the comment at the top of the script, if the first argument asks for help, and exits.
+show_help() {
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
+      exit
+      ;;
+  esac
+}
+
 find_python() {
   local candidate
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "no Python 3.11-3.13 with venv found: install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
+  echo "no Python 3.11-3.13 with venv and pip found: install one (Debian: apt-get install python3-venv)," \
+    "or name it: PYTHON=/path/to/python3.12 $0" >&2
   return 2
 }
 
@@ -36,7 +47,7 @@ make_environment() {
   . "$venv/bin/activate"
   inputs=$(python -V; cat setup.py pyproject.toml)
   if [ "$inputs" != "$(cat "$venv/$extra.stamp" 2>/dev/null)" ]; then
-    echo "installing jaxtml${extra:+[$extra]}"
+    echo "installing jaxtml${extra:+ with its extra $extra}, which takes some minutes the first time"
     pip_install --editable ".${extra:+[$extra]}"
     printf '%s\n' "$inputs" >"$venv/$extra.stamp"
   fi
