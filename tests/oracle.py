@@ -18,7 +18,7 @@ ORACLE = Path(sys.prefix) / "oracle"
 TORCHVISION = Path(sys.prefix) / "torchvision"
 # Torch's threads wait for each other. While a second test process takes the cores, they wait for seconds.
 ONE_THREAD = ("OMP_NUM_THREADS", "1")
-MISSING = "needs torch and transformers: pip install -e .[oracle]"
+MISSING = "needs torch and transformers: pip install -e '.[oracle]'"
 
 
 @pytest.hookimpl(tryfirst=True)

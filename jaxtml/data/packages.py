@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxtml.errors import InputError
 from jaxtml.user_cache import cache_folder
 
-INSTALL = "run tools/install_voices"
+INSTALL = "run tools/install_voices in the clone of jaxtml"
 """The remedy that error messages name."""
 
 

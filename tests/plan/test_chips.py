@@ -21,7 +21,7 @@ def compile_layer(topology: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e '.[plan]')")
 @pytest.mark.parametrize(
     ("topology", "most_bytes"),
     [
@@ -43,7 +43,7 @@ def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, mo
     assert found["in_place"]["8 True"] < 1e6 and found["in_place"]["128 False"] < 6e6
 
 
-@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
+@pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e '.[plan-cuda]')")
 def test_a_gpu_multiplies_little_padding_and_needs_little_memory():
     """The compiler for GPUs gives no FLOPs. They are counted from the rows that tokamax gets, not in its kernels."""
     found = compile_layer("h100:1x8")

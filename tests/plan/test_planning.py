@@ -24,8 +24,8 @@ from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
 KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
         "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
-NEEDS_LIBTPU = pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e .[plan])")
-NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e .[plan-cuda])")
+NEEDS_LIBTPU = pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e '.[plan]')")
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e '.[plan-cuda]')")
 
 
 def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():

@@ -166,7 +166,7 @@ def test_load_runs(tmp_path, checkpoint):
     assert (tmp_path / "loadtest.png").is_file()
 
 
-@pytest.mark.skipif(not compilers.LIBTPU, reason="needs libtpu: pip install -e .[plan]")
+@pytest.mark.skipif(not compilers.LIBTPU, reason="needs libtpu: pip install -e '.[plan]'")
 def test_plan_table_runs(checkpoint):
     arguments = ("--config", str(checkpoint / "config.json"), "serve-tpu7x-8")
     row = run("tools/benchmarks/plan_table.py", *arguments, environment=compilers.environment())

@@ -26,7 +26,8 @@ def setuptools_major() -> int:
         return 0
 
 
-pytestmark = pytest.mark.skipif(setuptools_major() < 77, reason="needs setuptools 77 or newer: pip install -e .[test]")
+NEEDED = "needs setuptools 77 or newer: pip install -e '.[test]'"
+pytestmark = pytest.mark.skipif(setuptools_major() < 77, reason=NEEDED)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ class Theirs:
             import torch
             from transformers import InklingForConditionalGeneration
         except ImportError as error:
-            raise InputError(f"torch or transformers is missing ({error}): pip install -e .[oracle]") from error
+            raise InputError(f"torch or transformers is missing ({error}): pip install -e '.[oracle]'") from error
         self.torch = torch
         self.model: Any = InklingForConditionalGeneration.from_pretrained(
             directory, attn_implementation="eager", dtype="float32"

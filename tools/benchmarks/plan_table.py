@@ -2,7 +2,8 @@
 """Prints the table of plans for the 276B model: runs `jaxtml plan` for one pod after the other.
 
 Each row is a line of a Markdown table, with the time and the memory that the plan itself took. Needs the compilers,
-but no pod: `pip install -e .[plan]`, and for the H100 row also `.[plan-cuda]`. All rows take half an hour on two cores.
+but no pod: `pip install -e '.[plan]'`, and for the H100 row also `pip install -e '.[plan-cuda]'`. All rows take half
+an hour on two cores.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def show(report: dict[str, Any]) -> None:
 def benchmark(args: argparse.Namespace) -> None:
     for module in ("pesq", "pystoi"):
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"the package {module} is missing: pip install -e .[judges]")
+            raise InputError(f"the package {module} is missing: pip install -e '.[judges]'")
     if args.workdir is not None:
         config, params = load_vocoder(args.workdir)
     else:

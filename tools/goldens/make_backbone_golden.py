@@ -194,7 +194,7 @@ def make(args: argparse.Namespace) -> None:
             write_checkpoint(Path(folder), HEADS_CASE)
             logits["heads"] = reference_heads(Path(folder), case_inputs("text")).astype(np.float32)
     except ImportError as error:
-        raise InputError(f"{error}: pip install -e .[oracle]") from error
+        raise InputError(f"{error}: pip install -e '.[oracle]'") from error
     made_by = dumps({"seed": SEED} | {package: version(package) for package in ("torch", "transformers", "numpy")})
     np.savez_compressed(args.out, allow_pickle=False, made_by=made_by, **logits)
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} KB, {made_by}")

@@ -120,7 +120,7 @@ def make(args: argparse.Namespace) -> None:
         entries = released_sound()
         images = released_patches([golden_image(*size) for size in IMAGE_SIZES])
     except ImportError as error:
-        raise InputError(f"{error}: pip install -e .[oracle] torchvision") from error
+        raise InputError(f"{error}: pip install -e '.[oracle]' torchvision") from error
     versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "transformers", "numpy")]
     entries["versions"] = np.array(versions)
     for size, patches in zip(IMAGE_SIZES, images, strict=True):

@@ -1,6 +1,6 @@
 """Signalling: from a client's WebRTC offer to a session that runs over the client's tracks and data channel.
 
-Called by the routes of the protocols that offer WebRTC. WebRTC is an extra (`pip install 'jaxtml[webrtc]'`), so its
+Called by the routes of the protocols that offer WebRTC. WebRTC is an extra (`pip install -e '.[webrtc]'`), so its
 modules are imported when the first offer comes.
 """
 
@@ -26,6 +26,11 @@ from jaxtml.serve.transport.sound import VoiceTrack
 
 if TYPE_CHECKING:
     from jaxtml.serve.transport.peer import Peer
+
+_NOT_INSTALLED = (
+    "this server has no WebRTC: the same protocols work over a WebSocket; to install WebRTC, run "
+    "pip install -e '.[webrtc]' in the server's clone of jaxtml"
+)
 
 MakeTrackProtocol = Callable[[ClientSession, VoiceTrack], SessionProtocol]
 
@@ -87,8 +92,7 @@ async def open_peer(request: web.Request, sdp: str, sees: bool) -> Peer:
     try:
         peers = await asyncio.to_thread(_import_peers)  # the first import takes a second
     except ImportError as error:
-        text = "this server has no WebRTC (pip install 'jaxtml[webrtc]'); over a WebSocket it has the same protocols"
-        raise Refused(501, "webrtc_not_installed", text) from error
+        raise Refused(501, "webrtc_not_installed", _NOT_INSTALLED) from error
     assert request.transport is not None
     address = ipaddress.ip_address(request.transport.get_extra_info("sockname")[0])
     if isinstance(address, ipaddress.IPv6Address):

@@ -378,7 +378,7 @@ def test_offer_without_the_webrtc_extra_is_refused_with_the_remedy(slots, engine
         async with serving.http.post(f"{serving.url}/v1/live/sessions", json=body) as refused:
             assert refused.status == 501
             error = (await refused.json())["error"]
-            assert error["code"] == "webrtc_not_installed" and "jaxtml[webrtc]" in error["message"]
+            assert error["code"] == "webrtc_not_installed" and "pip install -e '.[webrtc]'" in error["message"]
 
     serving(slots, engine, test, model=scripted({}))
 
