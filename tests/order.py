@@ -28,6 +28,7 @@ LONGEST_FIRST = (
     "serve/runtime/test_pool.py",
     "serve/protocols/realtime/test_realtime.py",
     "serve/transport/test_peer.py",
+    "commands/test_documented.py",
 )
 
 

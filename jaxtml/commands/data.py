@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="DIR", help="the folder of the data: bank/, tokenizer.json, examples/, cache/"
     )
     parser.add_argument(
-        "--show", type=count, default=0, metavar="K", help="write K examples, each as a WAV file and a picture"
+        "--show",
+        type=count,
+        default=0,
+        metavar="K",
+        help="write K examples, each as a WAV file and a picture (default: none)",
     )
     parser.add_argument(
         "--workers",
@@ -33,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=count,
         metavar="N",
-        help="also encode N training rows (one conversation each) and keep them in DIR/cache for `jaxtml train`",
+        help="also encode N training rows (one conversation each) and keep them in DIR/cache for `jaxtml train` "
+        "(default: none)",
     )
     parser.add_argument(
         "--no-build",

@@ -33,7 +33,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=8080, metavar="P", help="the port to listen on (default: 8080); 0 takes a free port"
     )
     parser.add_argument(
-        "--keys", type=Path, metavar="FILE", help="a JSON file of API keys (format: jaxtml/serve/sessions/access.py)"
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="a JSON file of API keys; its format and an example: docs/serving.md, Keys and quotas",
     )
     add_repeatable(
         parser,

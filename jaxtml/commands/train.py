@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how devices share the work, for example data=16,expert=8 (default: the axis data, over all devices)",
     )
     parser.add_argument(
-        "--profile", type=count, default=0, metavar="N", help="write a profile of N steps to WORKDIR/profile"
+        "--profile",
+        type=count,
+        default=0,
+        metavar="N",
+        help="write a profile of N steps to WORKDIR/profile (default: none)",
     )
 
 
