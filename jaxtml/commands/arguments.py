@@ -43,6 +43,36 @@ def count(text: str) -> int:
     return value
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Returns an argument type: a whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text:.60}: give a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Returns an argument type: a number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number") from None
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text:.60}: give a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
 def path_name(text: str) -> str:
     """An argument type: the name of a file or folder. An empty name comes from a shell variable that is not set."""
     if not text.strip():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxtml.commands.arguments import add_checkpoint, add_repeatable, count
+from jaxtml.commands.arguments import add_checkpoint, add_repeatable, number, path_name, whole_number
+
+_MOST_SESSIONS = 10_000  # one process serves the network for all of them
+_YEAR_MINUTES, _DAY_S = 525_600, 86_400
+_SHORTEST_MINUTES = 0.01
 
 HELP = "run the duplex server and its web page"
 EXAMPLE = "serve --port 8080 --max-sessions 24"
@@ -30,13 +34,21 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="the address to listen on (default: 127.0.0.1); an address that other machines can reach needs --keys",
     )
     parser.add_argument(
-        "--port", type=int, default=8080, metavar="P", help="the port to listen on (default: 8080); 0 takes a free port"
+        "--port",
+        type=whole_number(0, 65_535),
+        default=8080,
+        metavar="P",
+        help="the port to listen on (default: 8080); 0 takes a free port",
     )
     parser.add_argument(
         "--keys",
-        type=Path,
+        type=path_name,
         metavar="FILE",
-        help="a JSON file of API keys; its format and an example: docs/serving.md, Keys and quotas",
+        help="a JSON file of API keys; its format and an example: docs/serving.md, Keys and quotas. SIGHUP makes the "
+        "server read it again",
+    )
+    add_repeatable(
+        parser, "--model-alias", "NAME", "a further name of the model, for clients that always ask for the same one"
     )
     add_repeatable(
         parser,
@@ -59,10 +71,13 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="the path under which a proxy passes requests on without removing it, for example /talk",
     )
     parser.add_argument(
-        "--tls-cert", type=Path, metavar="PEM", help="a certificate chain; the server then speaks https and wss"
+        "--tls-cert",
+        type=path_name,
+        metavar="PEM",
+        help="a certificate chain; the server then speaks https and wss; SIGHUP makes the server read it again",
     )
     parser.add_argument(
-        "--tls-key", type=Path, metavar="PEM", help="the private key, if it is not in the file of the certificate"
+        "--tls-key", type=path_name, metavar="PEM", help="the private key, if it is not in the file of the certificate"
     )
     parser.add_argument(
         "--replica",
@@ -76,14 +91,14 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say how many sessions run, on what, and for how long."""
     parser.add_argument(
         "--max-sessions",
-        type=count,
+        type=whole_number(1, _MOST_SESSIONS),
         default=8,
         metavar="N",
         help="how many sessions may run at the same time (default: 8); the server refuses others",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole_number(0, _MOST_SESSIONS),
         default=0,
         metavar="N",
         help="how many processes run the model (default: one; on CPUs one for each core)",
@@ -96,21 +111,21 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--session-minutes",
-        type=float,
+        type=number(_SHORTEST_MINUTES, _YEAR_MINUTES),
         default=120,
         metavar="M",
         help="how many minutes a session may last (default: 120)",
     )
     parser.add_argument(
         "--resume-seconds",
-        type=float,
+        type=number(0, _DAY_S),
         default=30,
         metavar="S",
         help="for how many seconds the server keeps the session of a client that lost its connection (default: 30)",
     )
     parser.add_argument(
         "--drain-seconds",
-        type=float,
+        type=number(0, _DAY_S),
         default=30,
         metavar="S",
         help="for how many seconds after SIGTERM or SIGINT the server lets sessions go on (default: 30)",
@@ -131,15 +146,20 @@ def run(args: argparse.Namespace) -> None:
             workers=args.workers,
             mesh=args.mesh,
             replica=args.replica,
-            keys=args.keys,
+            aliases=args.model_alias,
+            keys=_path(args.keys),
             origins=args.allow_origin,
             proxies=args.trust_proxy,
             path_prefix=args.path_prefix,
-            certificate=args.tls_cert,
-            private_key=args.tls_key,
+            certificate=_path(args.tls_cert),
+            private_key=_path(args.tls_key),
             limits=Limits(session_s=60 * args.session_minutes, grace_s=args.resume_seconds),
             drain_s=args.drain_seconds,
             json=args.json,
             log_json=args.log_json,
         )
     )
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

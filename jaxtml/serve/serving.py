@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging as standard_logging
 import os
 import re
-import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -32,18 +31,17 @@ from jaxtml.config import from_json
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.processes import process_rank
+from jaxtml.serve.credentials import Credentials
 from jaxtml.serve.monitoring import log
 from jaxtml.serve.monitoring.metrics import Metrics
-from jaxtml.serve.protocols.registry import PROTOCOLS
 from jaxtml.serve.protocols.service import Service
-from jaxtml.serve.runtime import hosts, worker
+from jaxtml.serve.runtime import worker
 from jaxtml.serve.runtime.pool import WorkerPool, start_pool
 from jaxtml.serve.runtime.scheduler import EndReason
-from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.client_session import ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
+from jaxtml.serve.signals import ServerSignals, follower_drains
 from jaxtml.serve.web.application import application
-from jaxtml.serve.web.origins import Host
 from jaxtml.serve.web.site import Site
 from jaxtml.stream.text import TextCodec
 from jaxtml.strict_json import dumps
@@ -72,6 +70,8 @@ class ServerOptions:
     for a server that stands alone."""
     mesh: str = ""
     """Mesh of the devices that share the model, as `MeshShape.parse` reads it. Empty, the default, is one device."""
+    aliases: Sequence[str] = ()
+    """Further names under which clients may ask for the model. The default is none."""
     keys: Path | None = None
     """File of API keys, see `serve.sessions.access`. None, the default: no keys, and everyone may do everything."""
     origins: Sequence[str] = ()
@@ -99,8 +99,8 @@ class ServerOptions:
 def serve(options: ServerOptions) -> None:
     """Serves until SIGTERM or SIGINT, then until the sessions have ended, for at most `drain_s` more seconds.
 
-    A second signal ends the server at once. If JAX finds several processes, the first one serves clients, and the
-    others run the model with it.
+    `jaxtml.serve.signals` says what each signal does. If JAX finds several processes, the first one serves clients, and
+    the others run the model with it.
 
     Raises:
       InputError: the options, the checkpoint, the keys or the certificate cannot be used, or the port is taken.
@@ -112,15 +112,18 @@ def serve(options: ServerOptions) -> None:
     has_mesh = _has_mesh(options)
     if process_rank():
         log.event("runs the model with the first host", process=process_rank())
-        worker.follow_leader(options.checkpoint)
+        has_files = options.keys is not None or options.certificate is not None
+        worker.follow_leader(options.checkpoint, follower_drains(has_files))
         return
     site = Site.read(options.origins, options.proxies, options.path_prefix)
-    access, tls = _load_access(options), _load_tls(options)
+    aliases = read_aliases(options.aliases)
+    _check_host(options)
+    credentials = Credentials(options.keys, options.certificate, options.private_key)
     workers = 1 if has_mesh else options.workers or min(_default_workers(), options.max_sessions)
     jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the workers
     try:
         with _bind(options) as listener:
-            asyncio.run(_serve(options, site, access, tls, workers, listener))
+            asyncio.run(_serve(options, site, aliases, credentials, workers, listener))
     except ConnectionError as error:
         logging.error("%s: all sessions are lost", error)
         raise SystemExit(1) from error
@@ -137,36 +140,33 @@ def session_prefix(replica: str) -> str:
     return f"sess_{replica}." if replica else "sess_"
 
 
-def _load_access(options: ServerOptions) -> Access:
-    """Reads the keys. Raises `InputError` if a server that others can reach has none."""
-    if options.keys is not None:
-        return Access.load(options.keys, PROTOCOLS)
-    if not _is_loopback(options.host):
+def read_aliases(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the values of `--model-alias`, each once.
+
+    Raises:
+      InputError: a name has other characters than names of models have.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}", name):
+            raise InputError(
+                f"--model-alias {name!r}: give one name as clients send it, for example gpt-realtime; letters, digits "
+                "and . _ : / @ + - are possible"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _check_host(options: ServerOptions) -> None:
+    """Raises `InputError` if the host is not one of this machine's, or has no keys and other machines can reach it."""
+    try:
+        found = socket.getaddrinfo(options.host or ".", None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise InputError(f"--host {options.host!r}: {reason}; give a name or an address of this machine") from error
+    addresses = {str(address[0]).partition("%")[0] for *_, address in found}
+    if options.keys is None and not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         raise InputError(
             f"--host {options.host} can be reached by other machines: give --keys FILE, else anyone may use it"
         )
-    return Access()
-
-
-def _load_tls(options: ServerOptions) -> ssl.SSLContext | None:
-    """Reads the certificate; None: there is none. Raises `InputError` if it cannot be used."""
-    if options.certificate is None:
-        if options.private_key is not None:
-            raise InputError("--tls-key needs --tls-cert too")
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(options.certificate, options.private_key)
-    except OSError as error:  # includes ssl.SSLError
-        raise InputError(f"--tls-cert {options.certificate}: {error}") from error
-    return context
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return Host.parse(f"[{host}]" if ":" in host else host).is_loopback
-    except ValueError:
-        return False
 
 
 def _has_mesh(options: ServerOptions) -> bool:
@@ -203,20 +203,22 @@ def _bind(options: ServerOptions) -> socket.socket:
         listener.bind(address)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot listen on {options.host}:{options.port}: {reason}") from error
+        where = f"{options.host}:{options.port}"
+        raise InputError(f"cannot listen on {where}: {reason}; give another --port or --host") from error
     return listener
 
 
 async def _serve(
     options: ServerOptions,
     site: Site,
-    access: Access,
-    tls: ssl.SSLContext | None,
+    aliases: Sequence[str],
+    credentials: Credentials,
     workers: int,
     listener: socket.socket,
 ) -> None:
     """Starts everything, tells the user where the server is, and serves until it is told to end."""
-    metrics, signals = Metrics(), _ShutdownSignals()
+    metrics, access, tls = Metrics(), credentials.access, credentials.tls
+    signals = ServerSignals(credentials.reload if credentials.has_files else None)
     started_at = time.monotonic()
     log.event("loading and compiling, which takes longer the first time", workers=workers)
     async with contextlib.AsyncExitStack() as stack:
@@ -232,7 +234,7 @@ async def _serve(
             return
         pool, ready = starting.result()
         config = from_json(ready.config)
-        model = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER))
+        model = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER), tuple(aliases))
         manager = SessionManager(pool, access, model, options.limits, metrics, session_prefix(options.replica))
         _add_server_metrics(metrics, pool, manager)
         runner = _runner(application(Service(manager, access, model, metrics), site), options)
@@ -274,32 +276,8 @@ def _freeze_loaded_objects() -> None:
     gc.collect()
 
 
-class _ShutdownSignals:
-    """Listens to signals from now on.
-
-    Attributes:
-      drain: set by SIGTERM or SIGINT, or when another host got one of these signals. The server then ends when its
-        sessions have ended.
-      now: set by a second SIGTERM or SIGINT. The server then ends at once.
-    """
-
-    def __init__(self) -> None:
-        self.drain, self.now = asyncio.Event(), asyncio.Event()
-        self._signalled = False
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, self._on_signal)
-        loop.add_signal_handler(hosts.DRAIN_SIGNAL, self.drain.set)
-
-    def _on_signal(self) -> None:
-        if self._signalled:
-            self.now.set()
-        self.drain.set()
-        self._signalled = True
-
-
 async def _run_until_shutdown(
-    signals: _ShutdownSignals, pool: WorkerPool, manager: SessionManager, drain_s: float
+    signals: ServerSignals, pool: WorkerPool, manager: SessionManager, drain_s: float
 ) -> None:
     """Runs the ticks until a signal comes and the sessions have ended.
 

@@ -171,6 +171,7 @@ def serving(
     limits: Limits | None = None,
     site: Site | None = None,
     model: Callable[[Slots, SteppedClock], InProcessWorker] = InProcessWorker,
+    aliases: tuple[str, ...] = (),
 ) -> None:
     """Runs `test` beside a server of the small model. Its sessions have the same seeds in each run.
 
@@ -182,6 +183,7 @@ def serving(
       limits: the time limits; None: the defaults.
       site: where browsers find the server, and the other pages that may use it; None: the defaults.
       model: called with the compiled model and the clock; returns the worker.
+      aliases: further names of the model.
     """
     seeds = itertools.count(7)  # with these seeds the small model hears words and speaks
 
@@ -191,7 +193,7 @@ def serving(
         metrics = Metrics()
         pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
         keys = access or Access()
-        served_model = ServedModel(engine.config.name, engine.config, engine.codec)
+        served_model = ServedModel(engine.config.name, engine.config, engine.codec, aliases)
         manager = SessionManager(pool, keys, served_model, limits or Limits(), metrics)
         runner = web.AppRunner(application(Service(manager, keys, served_model, metrics), site), access_log=None)
         await runner.setup()

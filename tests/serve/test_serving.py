@@ -18,6 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from jaxtml.commands.main import parser
 from tests.serve.serving import Client
 
 
@@ -136,8 +137,8 @@ def test_server_whose_worker_dies_tells_its_clients_and_ends(checkpoint):
     [
         (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached by other machines: give --keys FILE"),
         (("--keys", "missing.json"), "no keys in missing.json"),
-        (("--tls-cert", "missing.pem"), "--tls-cert missing.pem: "),
-        (("--tls-key", "missing.pem"), "--tls-key needs --tls-cert too"),
+        (("--model-alias", "two names"), "--model-alias 'two names': give one name"),
+        (("--host", "nowhere.invalid"), "--host 'nowhere.invalid': "),
         (("--checkpoint", "missing"), "missing"),
         (("--workers", "9", "--max-sessions", "2"), "9 workers for 2 sessions"),
     ],
@@ -149,6 +150,27 @@ def test_wrong_options_are_one_line_on_stderr(arguments, line, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("jaxtml serve: ") and line in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--port", ("99999", "-1", "http", "80.5")),
+        ("--max-sessions", ("0", "-3", "1000000000", "inf")),
+        ("--workers", ("-1", "two")),
+        ("--session-minutes", ("inf", "nan", "-1", "0", "1e300")),
+        ("--resume-seconds", ("inf", "nan", "-1")),
+        ("--drain-seconds", ("inf", "nan", "-0.1", "soon")),
+        ("--keys", ("",)),
+    ],
+)
+def test_numbers_that_no_server_can_mean_are_refused_before_anything_starts(option, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            parser().parse_args(["serve", f"{option}={value}"])
+        assert ended.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("jaxtml serve: ") and option in last, last
 
 
 def test_port_that_is_taken_is_one_line_on_stderr(checkpoint, tmp_path):

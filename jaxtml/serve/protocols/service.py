@@ -81,16 +81,20 @@ class Service:
         Raises:
           Refused: this server has another model.
         """
-        if name not in (None, self.model.name):
-            raise Refused(404, "model_not_found", f"this server has the model {self.model.name}")
+        if name is not None and not self.model.is_called(name):
+            raise Refused(404, "model_not_found", self.model.refuse(name))
 
     def count_refusal(self, refused: Refused, request: web.Request) -> None:
         """Counts and logs a refusal: of an HTTP request, or of the first message on its WebSocket."""
         self.metrics.rejections.labels(refused.code).inc()
+        self.log_refusal(refused.code, str(refused), request)
+
+    def log_refusal(self, code: str, reason: str, request: web.Request) -> None:
+        """Logs why a request, or the first message on its WebSocket, is refused."""
         log.event(
             "refused",
-            code=refused.code,
-            reason=str(refused),
+            code=code,
+            reason=reason,
             method=request.method,
             path=request.path[:_LOGGED_PATH],  # without the query, which may contain a key
             upgrade="Upgrade" in request.headers,

@@ -9,7 +9,8 @@ leader passes each tick on, unchanged, over TCP before it runs the tick. The oth
 same tick and keep the results to themselves. Followers learn the leader's address once, through a broadcast over the
 devices, together with a secret. The leader sends ticks only to connections that show the secret.
 
-- A follower that gets SIGTERM or SIGINT tells the leader, and the leader's server drains.
+- A follower that gets SIGTERM or SIGINT tells the leader, and the leader's server drains. `serve.signals` says when
+  SIGHUP does the same.
 - A process that dies takes all others with it at once, because a step would wait for it forever. A supervisor must
   start them again.
 """
@@ -23,7 +24,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import NoReturn, TypedDict
@@ -128,10 +129,13 @@ def start_leader(setup: Setup) -> Leader:
     return Leader(followers)
 
 
-def join_leader() -> tuple[Setup, Iterator[bytes]]:
+def join_leader(drains: Collection[signal.Signals]) -> tuple[Setup, Iterator[bytes]]:
     """Called on any other process: connects to the leader and returns its `setup` and an iterator over its ticks.
 
     The ticks are encoded, without their length. The iterator ends when the leader ends.
+
+    Args:
+      drains: signals at which this process asks the leader to drain.
 
     Raises:
       InputError: the leader cannot be reached.
@@ -151,7 +155,7 @@ def join_leader() -> tuple[Setup, Iterator[bytes]]:
         with suppress(OSError):  # if the leader is gone, `_receive_ticks` notices too
             leader.send(b"\0")
 
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in drains:
         signal.signal(name, ask_to_drain)
     return setup, iter(ticks.get, b"")
 

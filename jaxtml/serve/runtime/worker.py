@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -79,10 +79,14 @@ def run_tick(slots: Slots, tick: Tick) -> TickReply:
     return TickReply(outputs, 1000 * (time.perf_counter() - started_at))
 
 
-def follow_leader(checkpoint: str | Path) -> None:
+def follow_leader(checkpoint: str | Path, drains: Collection[signal.Signals]) -> None:
     """Runs the worker of a follower host: repeats the leader's ticks until the leader ends.
 
     The process ends with status 2 and a message if it cannot run the model, and with status 1 if the leader is gone.
+
+    Args:
+      checkpoint: directory of the model.
+      drains: signals at which this process asks the leader to drain.
 
     Raises:
       InputError: the leader cannot be reached.
@@ -90,7 +94,7 @@ def follow_leader(checkpoint: str | Path) -> None:
     # Libraries print to stdout, and callers parse the server's stdout as JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     join_processes()
-    setup, ticks = hosts.join_leader()
+    setup, ticks = hosts.join_leader(drains)
     try:
         groups = _load_groups(checkpoint, setup["capacity"], MeshShape(**setup["mesh"]))
         for data in ticks:
@@ -114,11 +118,11 @@ def _load_groups(checkpoint: str | Path, capacity: int, mesh: MeshShape) -> list
 
 
 def _ignore_signals() -> None:
-    """Ignores SIGINT and SIGTERM.
+    """Ignores SIGINT, SIGTERM and SIGHUP.
 
     A terminal or a supervisor signals all processes. The server then drains, and needs this process until the end.
     """
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
 
 

@@ -21,10 +21,10 @@ import hashlib
 import re
 import secrets
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jwt
 import msgspec
@@ -34,10 +34,16 @@ from jaxtml.serve.sessions.errors import Refused
 
 SHORT_LIVED_PREFIX = "ek_"  # of short-lived keys, as in OpenAI's API
 _DIGEST_PREFIX = "sha256:"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _MIN_KEY_LENGTH, _MIN_SECRET_LENGTH = 8, 32  # characters
 # Browsers send the key as a WebSocket subprotocol, which must be a token (RFC 9110, section 5.6.2).
 _HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
+
+
+# Limits below these would lock the key's holder out.
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Minutes = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -55,9 +61,9 @@ class Key(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
 
     name: str
     key: str = ""
-    sessions: int = 1_000_000
-    minutes_per_day: float = float("inf")
-    requests_per_minute: int = 1_000_000
+    sessions: _Count = 1_000_000
+    minutes_per_day: _Minutes = float("inf")
+    requests_per_minute: _Count = 1_000_000
     scopes: tuple[str, ...] | None = None
 
 
@@ -95,15 +101,17 @@ class Access:
     """
 
     def __init__(self, keys: Iterable[Key] = (), secret: str = "", now: Callable[[], float] = time.time):
-        self.keys = {_key_digest(key): key for key in keys}
-        self.keys_by_name = {key.name: key for key in self.keys.values()} or {EVERYONE.name: EVERYONE}
-        self.secret, self.now = secret or secrets.token_urlsafe(32), now
-        # The keys of these three dictionaries are the names of API keys. Times of the requests in the last minute:
-        self._requests: dict[str, deque[float]] = {name: deque() for name in self.keys_by_name}
+        self.now = now
+        # The keys of these three dictionaries are the names of API keys, also of keys that a newer file no longer has.
+        # Times of the requests in the last minute:
+        self._requests: defaultdict[str, deque[float]] = defaultdict(deque)
         # Sessions that ended within the same minute share an entry: (end of the first one, seconds of all of them).
-        self._used: dict[str, deque[tuple[float, float]]] = {name: deque() for name in self.keys_by_name}
+        self._used: defaultdict[str, deque[tuple[float, float]]] = defaultdict(deque)
         # The start of each live session, by the name of the session:
-        self._live: dict[str, dict[str, float]] = {name: {} for name in self.keys_by_name}
+        self._live: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        self._has_own_secret = bool(secret)
+        self.secret = secret or secrets.token_urlsafe(32)
+        self._set_keys({_key_digest(key): key for key in keys})
 
     @classmethod
     def load(cls, path: str | Path, protocols: Collection[str]) -> Access:
@@ -121,6 +129,9 @@ class Access:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InputError(f"no keys in {path}: {error}") from error
         for key in file.keys:
+            if key.key.startswith(_DIGEST_PREFIX) and not _DIGEST.fullmatch(_key_digest(key)):
+                text = f"after {_DIGEST_PREFIX} come the 64 hex digits of the key's SHA-256"
+                raise InputError(f"{path}: the key of {key.name!r} cannot be used: {text}")
             if not key.key.startswith(_DIGEST_PREFIX) and not _HTTP_TOKEN.fullmatch(key.key):
                 raise InputError(f"{path}: key {key.name!r} has characters that HTTP headers cannot carry as they are")
             if len(key.key) < _MIN_KEY_LENGTH or not key.name or not set(key.scopes or ()) <= set(protocols):
@@ -137,6 +148,19 @@ class Access:
         if file.secret and len(file.secret) < _MIN_SECRET_LENGTH:
             raise InputError(f"{path}: the secret needs at least {_MIN_SECRET_LENGTH} characters")
         return access
+
+    def replace_keys(self, other: Access) -> None:
+        """Takes over the keys and the secret of `other`. What the keys have used stays counted, by their names.
+
+        Short-lived keys stay valid if their key is still there, and the secret is the same or random in both files.
+        """
+        if other._has_own_secret or self._has_own_secret:
+            self.secret, self._has_own_secret = other.secret, other._has_own_secret
+        self._set_keys(other.keys)
+
+    def _set_keys(self, keys: dict[str, Key]) -> None:
+        self.keys = keys
+        self.keys_by_name = {key.name: key for key in keys.values()} or {EVERYONE.name: EVERYONE}
 
     def authenticate(self, token: str | None) -> Grant:
         """Returns what the sender of a request may do.
@@ -191,7 +215,7 @@ class Access:
                 token[len(SHORT_LIVED_PREFIX) :].encode(errors="replace"),
                 self.secret,
                 algorithms=["HS256"],
-                options={"verify_exp": False, "require": ["exp", "sub", "scopes", "session"]},
+                options={"verify_exp": False, "require": ["exp", "sub", "scopes"]},
             )
         except jwt.InvalidTokenError as error:
             raise Refused(401, "invalid_api_key", "this short-lived key is not one of this server's") from error
@@ -268,7 +292,7 @@ class Access:
 
 def _key_digest(key: Key) -> str:
     """Returns the digest by which a key is found, whether the file has the key or its digest."""
-    return key.key.removeprefix(_DIGEST_PREFIX) if key.key.startswith(_DIGEST_PREFIX) else _digest(key.key)
+    return key.key.removeprefix(_DIGEST_PREFIX).lower() if key.key.startswith(_DIGEST_PREFIX) else _digest(key.key)
 
 
 def _digest(text: str) -> str:

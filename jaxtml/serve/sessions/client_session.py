@@ -24,11 +24,23 @@ from jaxtml.stream.text import TextCodec
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that a server serves: its name, its config and its tokenizer."""
+    """The model that a server serves: its name, its config, its tokenizer, and further names for clients."""
 
     name: str
     config: Config
     codec: TextCodec
+    aliases: tuple[str, ...] = ()
+
+    def is_called(self, name: str) -> bool:
+        """Returns whether a client that asks for the model `name` means this one."""
+        return name == self.name or name in self.aliases
+
+    def refuse(self, name: str) -> str:
+        """Returns what a client is told that asks for another model."""
+        return (
+            f"this server has no model {name!r:.100}: ask for {self.name!r}, or start the server with --model-alias "
+            "and the name that your client sends"
+        )
 
     @property
     def sees(self) -> bool:

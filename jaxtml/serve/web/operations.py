@@ -5,7 +5,7 @@
 | `/health` | the process is alive |
 | `/ready` | the server takes sessions; 503 while it drains |
 | `/metrics` | metrics in Prometheus' text format |
-| `/v1/models`, `/v1/models/{model}` | the model, in the format of OpenAI's API; needs a key |
+| `/v1/models`, `/v1/models/{model}` | the model and its aliases, in the format of OpenAI's API; needs a key |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def routes(service: Service) -> list[web.RouteDef]:
         web.get("/ready", handlers.ready),
         web.get("/metrics", handlers.metrics),
         web.get("/v1/models", handlers.models),
-        web.get("/v1/models/{model}", handlers.model),
+        web.get("/v1/models/{model:.+}", handlers.model),  # names may contain slashes
     ]
 
 
@@ -52,13 +52,18 @@ class _Handlers:
 
     async def models(self, request: web.Request) -> web.Response:
         self.service.authorise(request)
-        return web.json_response({"object": "list", "data": [self._model()]})
+        model = self.service.model
+        return web.json_response(
+            {"object": "list", "data": [self._model(name) for name in (model.name, *model.aliases)]}
+        )
 
     async def model(self, request: web.Request) -> web.Response:
         self.service.authorise(request)
-        self.service.check_model(request.match_info["model"])
-        return web.json_response(self._model())
+        name = request.match_info["model"]
+        self.service.check_model(name)
+        return web.json_response(self._model(name))
 
-    def _model(self) -> dict[str, str | int]:
-        name = self.service.model.name
-        return {"id": name, "object": "model", "created": self.began_at, "owned_by": "jaxtml"}
+    def _model(self, name: str) -> dict[str, str | int]:
+        """Returns what a client is told of the model under one of its names. `root` is the model's own name."""
+        root = self.service.model.name
+        return {"id": name, "object": "model", "created": self.began_at, "owned_by": "jaxtml", "root": root}

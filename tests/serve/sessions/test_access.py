@@ -124,6 +124,10 @@ def test_thousands_of_short_sessions_take_no_memory():
         '{"keys": [{"name": "a", "key": "sk-long-enough", "scopes": ["all"]}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough", "colour": 1}]}',
         '{"keys": [{"name": "a", "key": "sk-long/enough"}]}',
+        '{"keys": [{"name": "a", "key": "sha256:sk-long-enough"}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough", "sessions": 0}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough", "minutes_per_day": -1}]}',
+        '{"keys": [{"name": "a", "key": "sk-long-enough", "requests_per_minute": 0}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "a", "key": "sk-another-one"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}, {"name": "b", "key": "sk-long-enough"}]}',
         '{"keys": [{"name": "a", "key": "sk-long-enough"}], "secret": "short"}',
@@ -142,3 +146,27 @@ def test_file_of_keys_is_read(tmp_path):
     keys = [{"name": "a", "key": "sk-long-enough", "sessions": 3}]
     (tmp_path / "keys.json").write_text(json.dumps({"keys": keys, "secret": "s" * 32}))
     assert Access.load(tmp_path / "keys.json", PROTOCOLS).authenticate("sk-long-enough").key.sessions == 3
+
+
+def test_replaced_keys_count_on_and_keep_short_lived_keys():
+    clock = Clock()
+    old = Access([Key(name="a", key="sk-first-key", minutes_per_day=10), Key(name="b", key="sk-second-key")], now=clock)
+    grant, gone = old.authenticate("sk-first-key"), old.authenticate("sk-second-key")
+    short = old.create_short_lived_key(grant, int(clock.time) + 600, ["live"], None)
+    old.begin_session(grant, "sess_1", "live")
+    old.begin_session(gone, "sess_2", "live")
+    clock.time += 300
+    digest = "sha256:" + hashlib.sha256(b"sk-new-key").hexdigest().upper()
+    old.replace_keys(
+        Access([Key(name="a", key=digest, sessions=1, minutes_per_day=10), Key(name="c", key="sk-third-key")])
+    )
+    assert refusal("sk-first-key", of=old.authenticate) == refusal("sk-second-key", of=old.authenticate)
+    renewed = old.authenticate("sk-new-key")
+    assert old.minutes_used("a") == 5 and refusal(renewed, "live", of=old.check_session) == "session_limit_exceeded"
+    assert old.authenticate(short).key == renewed.key
+    assert old.remaining_s(gone) == float("inf")
+    for name, session in (("a", "sess_1"), ("b", "sess_2")):
+        old.end_session(name, session)
+    old.begin_session(renewed, "sess_3", "live")
+    old.replace_keys(Access([Key(name="a", key="sk-first-key")], secret="s" * 32))
+    assert refusal(short, of=old.authenticate) == "invalid_api_key", "another secret"

@@ -324,6 +324,7 @@ def test_offers_that_cannot_be_answered_are_refused_with_the_apis_error(slots, e
             offer.replace("a=group:BUNDLE 0 1", "a=group:BUNDLE 0"): "bundle",
             offer.replace("a=fingerprint", "a=nothing"): "fingerprint",
             offer + "a=x\r\n" * 8_000: "at most 32768 bytes",
+            offer + "a=\u00e9\r\n" + "\u00e9" * 16_000: "at most 32768 bytes",
         }
         before = await at_rest(serving)
         for sdp, word in wrong.items():

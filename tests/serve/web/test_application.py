@@ -115,3 +115,36 @@ def test_pings_are_answered_at_a_limited_rate(slots, engine):
         assert 40 <= answered <= 41 + 20 * took_s
 
     serving(slots, engine, test, model=scripted({}))
+
+
+def test_model_answers_to_its_aliases_wherever_a_name_is_asked(slots, engine, caplog):
+    caplog.set_level("INFO", logger="absl")
+    fixed = "openai/gpt-realtime"
+
+    async def test(serving: Serving) -> None:
+        async with serving.http.get(f"{serving.url}/v1/models") as listed:
+            models = (await listed.json())["data"]
+            assert [(one["id"], one["root"]) for one in models] == [("small_test", "small_test"), (fixed, "small_test")]
+        async with serving.http.get(f"{serving.url}/v1/models/{fixed}") as one:
+            assert (await one.json())["id"] == fixed
+        live = await serving.open()
+        await live.send("session.start", session={"model": fixed})
+        assert (await live.until("session.started"))["session"]["model"] == "small_test"
+        realtime = await serving.open(f"/v1/realtime?model={fixed}")
+        await realtime.send("session.update", session={"type": "realtime", "model": fixed})
+        await realtime.until("session.updated")
+        secret = {"session": {"type": "realtime", "model": fixed}}
+        async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets", json=secret) as made:
+            value = (await made.json())["value"]
+        await serving.open("/v1/realtime", headers={"Authorization": f"Bearer {value}"})
+        upgrade, wrong = {"Upgrade": "websocket"}, f"{serving.url}/v1/realtime?model=gpt-4o"
+        async with serving.http.get(wrong, headers=upgrade) as refused:
+            message = (await refused.json())["error"]["message"]
+            assert refused.status == 404 and "'gpt-4o'" in message and "--model-alias" in message
+        other = await serving.open()
+        await other.send("session.start", session={"model": "gpt-live"})
+        assert (await other.until("error"))["error"]["code"] == "model_not_found"
+
+    serving(slots, engine, test, model=scripted({}), aliases=(fixed,))
+    logged = [line for line in caplog.text.splitlines() if "code=model_not_found" in line]
+    assert len(logged) == 2 and "gpt-4o" in logged[0] and "gpt-live" in logged[1], "both refusals are in the log"

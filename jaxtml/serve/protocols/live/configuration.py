@@ -17,8 +17,8 @@ def check(config: LiveSessionConfig, model: ServedModel) -> None:
     Raises:
       InvalidMessage: the server cannot; names the field.
     """
-    if config.model != model.name:
-        raise InvalidMessage("model_not_found", f"this server has the model {model.name}", "session.model")
+    if not model.is_called(config.model):
+        raise InvalidMessage("model_not_found", model.refuse(config.model), "session.model")
     if config.delegation is not None and config.delegation.type != "client":
         text = "this server sends delegations to the client only"
         raise InvalidMessage("unsupported_value", text, "session.delegation.type")

@@ -128,6 +128,7 @@ class _LiveHandlers:
                 return self._start(grant, message), 0
             except InvalidMessage as invalid:
                 self.metrics.malformed_messages.labels(SCOPE).inc()
+                self.service.log_refusal(invalid.code, str(invalid), request)
                 invalid.event_id = invalid.event_id or event_id
                 await connection.send(_first_error(invalid))
             except Refused as refused:

@@ -68,8 +68,8 @@ class SessionConfiguration:
         Raises:
           InvalidMessage: what is wrong with the change.
         """
-        if change.model is not None and change.model != self.model.name:
-            raise InvalidMessage("model_not_found", f"this server has the model {self.model.name}", "session.model")
+        if change.model is not None and not self.model.is_called(change.model):
+            raise InvalidMessage("model_not_found", self.model.refuse(change.model), "session.model")
         audio_input = change.audio.input if change.audio and change.audio.input else AudioInput()
         audio_output = change.audio.output if change.audio and change.audio.output else AudioOutput()
         input_format = audio_input.format or self._input_format

@@ -12,8 +12,8 @@ const QUEUED_PACKETS = 100; // packets of sound that wait for a connection
 const KEPT_MESSAGES = 100; // other messages that may have been lost on the way
 
 export class Live extends EventTarget {
-  // model: name of the model. key: a key of the server that `canSend` accepts, or "".
-  // saved: what `save` returned for a session that goes on, or null for a new session.
+  // model: name of the model. key: key of the server, or "". saved: what `save` returned for a session that goes on, or
+  // null for a new session.
   // Dispatches
   // - `event` (detail: an event of the server),
   // - `state` (detail: "connecting", "connected" or "lost"), and
@@ -61,7 +61,13 @@ export class Live extends EventTarget {
     // A browser cannot set headers of a WebSocket, so the key is sent as a subprotocol.
     const protocols = this.key ? ["realtime", `openai-insecure-api-key.${this.key}`] : ["realtime"];
     this.ready = false;
-    this.socket = new WebSocket(address, protocols);
+    try {
+      this.socket = new WebSocket(address, protocols);
+    } catch { // the key has characters that a subprotocol cannot have
+      const refused = { code: "invalid_api_key", message: "the key has characters that no key has" };
+      setTimeout(() => this.finish({ refused }));
+      return;
+    }
     this.timer = setTimeout(() => this.socket.close(), ANSWER_MS);
     this.socket.onopen = () => {
       if (this.session) {
@@ -194,11 +200,6 @@ export class Live extends EventTarget {
   showState(state) {
     this.dispatchEvent(new CustomEvent("state", { detail: state }));
   }
-}
-
-// Whether a browser can send this key as a subprotocol: it must consist of the characters of a token (RFC 9110).
-export function canSend(key) {
-  return /^[A-Za-z0-9!#$%&'*+.^_`|~-]*$/.test(key);
 }
 
 // Bytes of sound in a message, from the length of its base64.

@@ -48,8 +48,8 @@ export function noMicrophone() {
     text: window.isSecureContext ? "This browser gives the page no microphone" : "No microphone over plain http",
     advice:
       "Browsers give a microphone only to pages that come over https or from the same machine. Ask for an https " +
-      `address of this server, or open ${localAddress()} on the server's own machine. Typing works here: the answers ` +
-      "come as words.",
+      `address of this server, or open ${localAddress()} on the server's own machine. Typing works here: the answers come as ` +
+      "words.",
   };
 }
 
@@ -123,17 +123,9 @@ export function refusal(error) {
     case "insufficient_scope":
       return { text: "This key is not for this page", advice: "Use a key whose scopes include “live”." };
     case "missing_api_key":
-      return {
-        text: "This server asks for a key",
-        advice: "Enter the key below. Whoever runs the server gives you one.",
-      };
+      return { text: "This server asks for a key", advice: "Enter the key below. Whoever runs the server gives you one." };
     case "invalid_api_key":
       return { text: "The server does not know this key", advice: "Check it and enter it again." };
-    case "unusable_key":
-      return {
-        text: "Browsers cannot send this key",
-        advice: "It has a space or another character that they do not allow. Check it, or use another key.",
-      };
     case "expired_api_key":
       return { text: "This key has expired", advice: "Enter another one." };
     case "model_not_found":
@@ -190,8 +182,8 @@ export async function whyNotConnected(key) {
   return {
     text: "The connection for sound does not come about",
     advice:
-      "The server answers, but a WebSocket to it cannot be opened. If a proxy stands between, it must pass on " +
-      "upgrades to WebSockets.",
+      "The server answers, but a WebSocket to it cannot be opened. If a proxy stands between, it must pass on upgrades " +
+      "to WebSockets.",
   };
 }
 

@@ -10,8 +10,8 @@ const CONDUCT = [
 ];
 
 const TIPS =
-  "You may talk while it talks: it hears you, and stops when you mean it to. You may stop in the middle of a " +
-  "sentence: it waits.";
+  "You may talk while it talks: it hears you, and stops when you mean it to. You may stop in the middle of a sentence: " +
+  "it waits.";
 
 const TINY = {
   limits:

@@ -4,7 +4,7 @@
 // lists what was said, timeline.js draws, models.js and messages.js have the texts.
 
 import { Camera, Microphone, Recording, Sound } from "./devices.js";
-import { Live, canSend, decode, encode } from "./live.js";
+import { Live, decode, encode } from "./live.js";
 import * as messages from "./messages.js";
 import { aboutModel } from "./models.js";
 import { Timeline, drawHistory } from "./timeline.js";
@@ -15,7 +15,7 @@ const ANSWER_S = 3; // what the model says later than this is no answer to the u
 const SHOWN_LATENCIES = 12;
 const ASK_AGAIN_MS = 3000; // until the page asks a server again that does not answer
 const SAVED = "jaxtml conversation"; // name in the session storage, while the page is away
-const KEY_CODES = ["missing_api_key", "invalid_api_key", "expired_api_key", "insufficient_scope", "unusable_key"];
+const KEY_CODES = ["missing_api_key", "invalid_api_key", "expired_api_key", "insufficient_scope"];
 const OVER = new Error("the conversation is over"); // ends `startCamera`; the user is not told
 
 const $ = (id) => document.getElementById(id);
@@ -95,8 +95,7 @@ function refresh() {
   offer("play", model !== null && Sound.available, !busy);
   offer("stop", busy, busy);
   offer("mute", live !== null, live !== null && source !== null);
-  const sees = live?.session?.sees === true;
-  offer("camera", sees && !live.asksForCamera, sees);
+  offer("camera", camera !== null || (live?.session?.sees === true && !live.asksForCamera), live?.session?.sees === true);
   for (const id of ["text", "send"]) $(id).disabled = model === null;
   for (const card of document.querySelectorAll("#cards button")) card.disabled = model === null;
   const lost = document.activeElement.matches("body, :disabled") && focused.matches("#controls *");
@@ -121,7 +120,6 @@ function say(message, bad = true) {
 async function loadModel() {
   clearTimeout(asksAgain);
   const key = $("key").value;
-  if (!canSend(key)) return sayRefused({ code: "unusable_key" });
   let answer;
   try {
     answer = await fetch("v1/models", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
