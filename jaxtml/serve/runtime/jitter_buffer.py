@@ -12,7 +12,7 @@ The rules, which the tests hold:
   silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
 - A client that sends in real time has a reserve of at most two seconds, plus the late audio: the model has already
   heard silence in its place. A larger reserve is an upload, for example of a file. The model hears an upload at 200 ms
-  per tick, and the buffer removes no silence as long as the reserve is that large.
+  per tick, and hears it whole: the buffer removes silence only if no upload was in it for the last five seconds.
 - At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 
@@ -46,8 +46,8 @@ class JitterBuffer:
         self.chunks: deque[np.ndarray] = deque()
         self.waiting_samples = self.missed_samples = self.cut_samples = 0
         self.muted = False
-        # The smallest reserve since the last decision about latency, and the number of micro-turns since then.
-        self._smallest_reserve, self._micro_turns = CAPACITY, 0
+        # The smallest and the largest reserve since the last decision about latency, and the micro-turns since then.
+        self._smallest_reserve, self._largest_reserve, self._micro_turns = CAPACITY, 0, 0
 
     def free_samples(self) -> int:
         """Returns the number of samples that still fit."""
@@ -84,19 +84,21 @@ class JitterBuffer:
     def _reduce_latency(self) -> None:
         """Removes one micro-turn of silence if a reserve has lasted for `_PATIENCE` micro-turns."""
         reserve = self.waiting_samples - MICRO_TURN_SAMPLES
-        self._smallest_reserve, self._micro_turns = min(self._smallest_reserve, reserve), self._micro_turns + 1
+        self._smallest_reserve = min(self._smallest_reserve, reserve)
+        self._largest_reserve = max(self._largest_reserve, reserve)
+        self._micro_turns += 1
         if self._micro_turns < _PATIENCE:
             return
         # Audio that a stalled network delivers at once is no upload: it makes up for audio that was missed before.
         late_samples = max(0, self.missed_samples - self.cut_samples)
-        if MICRO_TURN_SAMPLES < self._smallest_reserve <= _UPLOAD + late_samples:
+        if self._smallest_reserve > MICRO_TURN_SAMPLES and self._largest_reserve <= _UPLOAD + late_samples:
             oldest = self._pop_samples(MICRO_TURN_SAMPLES)
             if np.sqrt(np.mean(np.square(oldest))) >= _SILENT_RMS:  # someone is speaking: try again next micro-turn
                 self.chunks.appendleft(oldest)
                 self.waiting_samples += len(oldest)
                 return
             self.cut_samples += len(oldest)
-        self._smallest_reserve, self._micro_turns = CAPACITY, 0
+        self._smallest_reserve, self._largest_reserve, self._micro_turns = CAPACITY, 0, 0
 
     def _pop_samples(self, count: int) -> np.ndarray:
         """Removes the oldest samples, at most `count`, and returns them as `[N]` float32."""

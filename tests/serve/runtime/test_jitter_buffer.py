@@ -103,6 +103,15 @@ def test_upload_is_heard_whole_and_more_than_ten_seconds_do_not_fit():
     assert buffer.free_samples() == 30 * MICRO_TURN_SAMPLES
 
 
+def test_upload_of_silence_is_heard_whole_whatever_its_length():
+    for tenths in range(1, 101):
+        buffer, micro_turns = JitterBuffer(), tenths / 2
+        buffer.push(silence(micro_turns))
+        for _ in range(60):
+            buffer.pop_frames()
+        assert buffer.cut_samples == 0, f"{tenths / 10} s"
+
+
 def test_muted_audio_and_cleared_audio_are_not_heard():
     buffer, wave = JitterBuffer(), sound(1)
     buffer.muted = True
