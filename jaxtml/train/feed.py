@@ -9,6 +9,7 @@ Axes: R rows of the global batch, r rows of this process; the other axes are tho
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -23,7 +24,12 @@ Index = tuple[slice, ...]
 
 
 class BatchFeed:
-    """An endless iterator over the batches of a run, from a first step on."""
+    """An endless iterator over the batches of a run, from a first step on.
+
+    Attributes:
+      waited_s: seconds for which the devices had nothing to do, because the next batch was not there; counted by
+        `next_batch` since the start or the last `take_waited_s`.
+    """
 
     def __init__(self, dataset: Dataset, batch: int, mesh: MeshShape, *, first_step: int, workers: int):
         """Opens the feed.
@@ -38,12 +44,31 @@ class BatchFeed:
         self.batch = batch
         self.sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES)) if mesh.devices > 1 else None
         self.host_rows = self._host_rows()
+        self.waited_s = 0.0
         self.batches = batches(dataset, batch, start=first_step, workers=workers, host_rows=self.host_rows)
 
     def __next__(self) -> dict[str, Any]:
         """Returns the next batch: `[R, ...]` each, as global arrays on a mesh, else as NumPy arrays."""
         local = next(self.batches)
         return {name: self._global_array(rows) for name, rows in local.items()} if self.sharding else local
+
+    def next_batch(self, running: jax.Array | None) -> dict[str, Any]:
+        """Returns the next batch, and counts the time for which the devices wait for it.
+
+        Args:
+          running: a result of the step before this batch's. A step runs on while the host asks for the next batch, so
+            the time counts only if the step has ended when the batch is there. None: no step is running.
+        """
+        asked_s = time.monotonic()
+        batch = next(self)
+        if running is None or running.is_ready():  # pyright: ignore[reportAttributeAccessIssue] (not in its stub)
+            self.waited_s += time.monotonic() - asked_s
+        return batch
+
+    def take_waited_s(self) -> float:
+        """Returns `waited_s` and sets it to 0."""
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         """Ends the worker processes."""

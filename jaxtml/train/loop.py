@@ -114,14 +114,15 @@ def train(
                 last = done == steps
                 if done in profiled[:1]:
                     jax.profiler.start_trace(str(workdir / "profile"))
-                state, metrics = compiled_step(state, next(feed))
+                running = unreported[-1]["loss"] if unreported else None
+                state, metrics = compiled_step(state, feed.next_batch(running))
                 unreported.append(metrics)
                 if done in profiled[-1:]:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 if done % REPORT_EVERY == 0 or last:
                     if progress:
-                        progress.report(done, unreported)
+                        progress.report(done, unreported, feed.take_waited_s())
                     for number, metrics in enumerate(unreported, done - len(unreported) + 1):
                         skipped = skipped + 1 if int(metrics["skipped"]) else 0
                         if skipped == MAX_SKIPPED:

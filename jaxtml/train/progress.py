@@ -47,23 +47,24 @@ class TrainProgress:
                 self.flops, devices, chip.name, self.peak,
             )  # fmt: skip
 
-    def report(self, done: int, steps: Sequence[Metrics]) -> None:
+    def report(self, done: int, steps: Sequence[Metrics], waited_s: float) -> None:
         """Reports on the last steps of a run.
 
         Args:
           done: the number of steps that the run has done.
           steps: the metrics of each step since the last report: scalars, and "load" (see `jaxtml.train.balance`).
+          waited_s: seconds since the last report for which the devices waited for batches.
         """
         load = np.sum([np.asarray(metrics["load"], np.float64) for metrics in steps], axis=0)
         names = [name for name in steps[0] if name != "load"]
         means = {name: float(np.mean([float(metrics[name]) for metrics in steps])) for name in names}
         now_s = time.monotonic()
-        speed = self._speed(len(steps), now_s - self.reported_s)
+        speed = self._speed(len(steps), now_s - self.reported_s) | {"input_wait_s": round(waited_s / len(steps), 4)}
         self._write_log(done, means | expert_balance(load), speed, load)
         self._write_board(done, means | expert_balance(load) | speed, load)
         eta_min = (self.config.train.steps - done) * (now_s - self.began_s) / (done - self.first) / 60
         logging.info(
-            "%d/%d  %s  norm %.2f  load %s  %s%.2f s  %.0f tokens/s  %s  ETA %d:%02d",
+            "%d/%d  %s  norm %.2f  load %s  %s%.2f s (%.2f waiting for data)  %.0f tokens/s  %s  ETA %d:%02d",
             done,
             self.config.train.steps,
             "  ".join(f"{name} {means[name]:.3f}" for name in LINE_METRICS if name in means),
@@ -71,6 +72,7 @@ class TrainProgress:
             balance_text(load),
             f"{means['dropped']:.0f} dropped  " if means["dropped"] else "",
             speed["step_s"],
+            speed["input_wait_s"],
             speed["tokens_per_s"],
             f"MFU {speed['mfu']:.1%}" if self.peak else f"{speed['tokens_per_s'] * self.flops / 1e9:.0f} GFLOP/s",
             *divmod(round(eta_min), 60),
