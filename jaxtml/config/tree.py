@@ -299,6 +299,11 @@ class DataConfig:
     """Share of the rows in whose transcript some words are wrong. Such rows teach the model to trust the sound more
     than its own transcript (`jaxtml.data.conversations`)."""
 
+    max_patches: NonNegativeInt | None = None
+    """Patches of a row, at most. A dataset with video cuts a session before the micro-turn whose patches find no room.
+    Each patch takes 38 kB of every row of such a dataset. Rows of generated conversations have no patches. None: as
+    many as `duplex.max_patches` and `tokens` allow."""
+
     dataset: str = "conversations"
     """Name of the dataset that training reads. `jaxtml.data.dataset` has the names, and says how to add a dataset."""
 

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.progress import Progress
 
 from jaxtml.config import Config
-from jaxtml.data.dataset import ConversationDataset, Dataset
+from jaxtml.data.dataset import ConversationDataset, CountsPatches, Dataset
 from jaxtml.data.rows import Row, pad
 from jaxtml.errors import InputError
 from jaxtml.stream.layout import EncodedConversation
@@ -159,12 +159,14 @@ class CachedRows:
       folder: the cache.
       count: rows in the cache.
       original_digest: digest of the dataset that was cached.
+      max_patches: patches of the fullest row; None for as many as the config allows.
     """
 
     config: Config
     folder: Path
     count: int
     original_digest: str
+    max_patches: int | None = None
 
     @staticmethod
     def open(config: Config, folder: Path, original: Dataset | None = None) -> CachedRows:
@@ -190,7 +192,8 @@ class CachedRows:
                 f"{folder} holds rows of another bank, config or tokenizer: remove it; to have new rows, run "
                 f"`jaxtml data --rows {head['rows']}`"
             )
-        return CachedRows(config, folder, head["rows"], head["digest"])
+        patches = original.max_patches if isinstance(original, CountsPatches) else None
+        return CachedRows(config, folder, head["rows"], head["digest"], patches)
 
     @property
     def digest(self) -> str:
@@ -204,7 +207,7 @@ class CachedRows:
         """Returns the arrays of row `index` of an endless series of epochs."""
         epoch, within = divmod(index, self.count)
         stored = _epoch_order(self.config.data.seed, epoch, self.count)[within]
-        return pad(_from_bytes(self._records[int(stored)]), self.config)
+        return pad(_from_bytes(self._records[int(stored)]), self.config, self.max_patches)
 
     @cached_property
     def _records(self) -> grain.sources.ArrayRecordDataSource:

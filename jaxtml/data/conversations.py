@@ -108,10 +108,11 @@ class GeneratedConversations:
     def digest(self) -> str:
         """The sha256 of everything that decides what row `i` is.
 
-        `data.dataset` is left out. The name of a dataset changes no row, and existing caches have a digest without it.
+        `data.dataset` and `data.max_patches` are left out. Neither changes a row of generated conversations, and
+        existing caches have a digest without them.
         """
         data = dataclasses.asdict(self.config.data)
-        del data["dataset"]
+        del data["dataset"], data["max_patches"]
         made_from = [
             _FORMAT,
             self.speakers.bank.digest,
@@ -149,7 +150,12 @@ class GeneratedConversations:
 
     def row(self, index: int) -> Row:
         """Returns the arrays of row `index` (see `jaxtml.data.rows.row_shapes`)."""
-        return pad(self.encoded(index), self.config)
+        return pad(self.encoded(index), self.config, self.max_patches)
+
+    @property
+    def max_patches(self) -> int:
+        """Patches of a row: none, as nobody shows a picture in a generated conversation."""
+        return 0
 
     @cached_property
     def _vocabulary(self) -> np.ndarray:

@@ -21,6 +21,10 @@ How to add a dataset:
 
 A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more. `jaxtml data` shows and caches
 its rows. During training the trainer opens its split "test" and lets the model answer some of those conversations.
+
+A patch takes 38 kB of every row. A class whose fullest row has fewer patches than the config allows has `max_patches`
+(`CountsPatches`), and gives this number to `pad`. Other classes can be bounded with `data.max_patches`, which they
+give to `encode`.
 """
 
 from __future__ import annotations
@@ -78,6 +82,16 @@ class ConversationDataset(Dataset, Protocol):
 
     def encoded(self, index: int, /) -> EncodedConversation:
         """Returns the conversation of row `index`, encoded but not padded."""
+        ...
+
+
+@runtime_checkable
+class CountsPatches(Protocol):
+    """A dataset that knows how many patches its fullest row has. Its rows take no memory for more."""
+
+    @property
+    def max_patches(self) -> int:
+        """Patches of the fullest row, at most `jaxtml.data.rows.max_patches`. Every row is padded to this number."""
         ...
 
 

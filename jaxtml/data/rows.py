@@ -1,7 +1,7 @@
 """The arrays of one row of training data: their names, shapes and dtypes, and the padding to those shapes.
 
-Datasets make rows with `pad`. All rows of a config have the shapes of `row_shapes`, so that one compiled training step
-fits them. `jaxtml plan` compiles the step for the same shapes.
+Datasets make rows with `pad`. All rows of a dataset have the same shapes, those of `row_shapes`, so that one compiled
+training step fits them. `jaxtml plan` compiles the step for rows with the most patches that the config allows.
 
 Axis glossary: T positions, C clock features, P patches, S own-speech positions.
 """
@@ -25,8 +25,12 @@ _POSITIONS_PER_OWN_SPEECH = 3
 closest to this limit, because their replies follow each other closely."""
 
 
-def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+def row_shapes(config: Config, patches: int | None = None) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
     """Returns the shape and dtype of each array of a row.
+
+    Args:
+      config: the resolved config.
+      patches: patches of the fullest row of a dataset; None for as many as the config allows.
 
     | array | shape | dtype | meaning |
     |---|---|---|---|
@@ -43,7 +47,7 @@ def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
     """
     tokens = config.data.tokens
     own_speech = max_own_speech(tokens)
-    patches = min(config.duplex.max_patches * config.data.turns, tokens)
+    patches = max_patches(config) if patches is None else patches
     return {
         "kind": ((tokens,), np.uint8),
         "ids": ((tokens,), np.int32),
@@ -58,20 +62,30 @@ def row_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
     }
 
 
+def max_patches(config: Config) -> int:
+    """Returns the number of patches that a row has room for, see `DataConfig.max_patches`."""
+    room = min(config.duplex.max_patches * config.data.turns, config.data.tokens)
+    return room if config.data.max_patches is None else min(room, config.data.max_patches)
+
+
 def max_own_speech(tokens: int) -> int:
     """Returns the number of own-speech positions that a row of `tokens` positions has room for."""
     return FRAMES_PER_MICRO_TURN * (tokens // (FRAMES_PER_MICRO_TURN * _POSITIONS_PER_OWN_SPEECH))
 
 
-def pad(encoded: EncodedConversation, config: Config) -> Row:
-    """Returns an encoded conversation in the fixed shapes of `row_shapes`, with PAD positions at the end.
+def pad(encoded: EncodedConversation, config: Config, patches: int | None = None) -> Row:
+    """Returns an encoded conversation in the shapes of `row_shapes(config, patches)`, with PAD positions at the end.
+
+    A dataset calls it with the same `patches` for all of its rows.
 
     Raises:
-      ValueError: the conversation has more positions, or more own-speech positions, than a row.
+      ValueError: the conversation has more positions, own-speech positions or patches than a row.
     """
-    shapes = row_shapes(config)
+    shapes = row_shapes(config, patches)
     length, spoken = len(encoded.kind), len(encoded.speech_at)
     (tokens,), (own_speech,) = shapes["kind"][0], shapes["speech_at"][0]
+    if len(encoded.patches) > shapes["patches"][0][0]:
+        raise ValueError(f"{len(encoded.patches)} patches: a row has room for {shapes['patches'][0][0]}")
     if length > tokens or spoken > own_speech:
         raise ValueError(f"{length} positions ({spoken} own speech): a row has {tokens} ({own_speech} own speech)")
 

@@ -52,8 +52,9 @@ def encode(
     lead_ms: int = 200,
     max_tokens: int | None = None,
     max_speech: int | None = None,
+    max_patches: int | None = None,
 ) -> EncodedConversation:
-    """Encodes a conversation. It is cut after the last micro-turn that fits completely into both limits.
+    """Encodes a conversation. It is cut after the last micro-turn that fits completely into all limits.
 
     Args:
       conversation: both waveforms and what is known about them.
@@ -63,6 +64,7 @@ def encode(
       lead_ms: milliseconds by which the assistant's text precedes its sound.
       max_tokens: positions, at most; None for no limit.
       max_speech: own-speech positions, at most; None for no limit.
+      max_patches: patches of the whole conversation, at most; None for no limit.
 
     Raises:
       ValueError: the waveforms have different lengths or no whole number of micro-turns, stretches of speech overlap,
@@ -100,8 +102,8 @@ def encode(
         if speaks[micro_turn]:
             for frame in frames:
                 writer.add_own_speech(previous_bins[frame], np.concatenate([coarse[frame], fine[frame]]))
-        is_too_long = max_tokens is not None and writer.length > max_tokens
-        if is_too_long or (max_speech is not None and len(writer.speech_at) > max_speech):
+        sizes = ((writer.length, max_tokens), (len(writer.speech_at), max_speech), (len(writer.patches), max_patches))
+        if any(limit is not None and size > limit for size, limit in sizes):
             writer.cut(start)
             break
     return writer.finish(_clock(conversation, writer.micro_turns))

@@ -44,6 +44,12 @@ def test_an_epoch_has_every_row_of_the_dataset_once_in_an_order_of_its_own(datas
     assert first != second
 
 
+def test_rows_of_a_cache_have_the_patches_of_its_dataset(dataset, folder):
+    shows = configs.override(dataset.config, "duplex.max_patches=12")
+    assert len(cache.CachedRows.open(shows, folder, dataset).row(0)["patches"]) == dataset.max_patches == 0
+    assert len(cache.CachedRows.open(shows, folder).row(0)["patches"]) == 128, "as many as the config allows"
+
+
 def test_batches_from_a_cache_start_at_any_step(dataset, folder):
     cached = cache.CachedRows.open(dataset.config, folder)
     from_the_start = list(itertools.islice(pipeline.batches(cached, 4), 4))

@@ -20,7 +20,7 @@ from jaxtml.data import bank, pipeline
 from jaxtml.data.cache import CachedRows
 from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.data.dataset import ConversationDataset, Dataset, open_dataset
-from jaxtml.data.rows import Row, row_shapes
+from jaxtml.data.rows import Row, pad, row_shapes
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
@@ -74,6 +74,26 @@ def test_the_test_split_has_voices_that_the_training_split_does_not_have(config,
     splits = [open_dataset(config, codec, folder, split) for split in ("train", "test")]
     voices = [set(dataset.speakers.by_voice) for dataset in splits if isinstance(dataset, GeneratedConversations)]
     assert voices == [{"tone:low"}, {"tone:unseen"}]
+
+
+def test_rows_of_generated_conversations_take_no_memory_for_pictures(config, codec, folder):
+    """A row of `tml_interaction_small` had 157 MB of zeros."""
+    shows = configs.override(config, "duplex.max_patches=12")
+    dataset = open_dataset(shows, codec, folder)
+    assert dataset.row(0)["patches"].nbytes == 0
+    assert row_shapes(shows)["patches"][0][0] == 128, "as many as positions"
+    bounded = configs.override(shows, "data.max_patches=5")
+    assert row_shapes(bounded)["patches"][0][0] == 5
+    assert open_dataset(bounded, codec, folder).digest == dataset.digest
+
+
+def test_a_conversation_with_too_many_patches_is_no_row(config, codec, folder):
+    dataset = open_dataset(configs.override(config, "duplex.max_patches=12"), codec, folder)
+    assert isinstance(dataset, GeneratedConversations)
+    seen = dataclasses.replace(dataset.encoded(0), patches=np.ones((3, 2, 40, 40, 3), np.float32))
+    assert pad(seen, dataset.config, 4)["patches"][:, 0, 0, 0, 0].tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="3 patches: a row has room for 2"):
+        pad(seen, dataset.config, 2)
 
 
 def test_an_unknown_dataset_is_refused_with_the_names_that_exist(config, codec, folder):

@@ -242,11 +242,15 @@ def test_a_cut_falls_on_a_micro_turn_edge_and_keeps_all_that_fits(talk, codec, l
     uncut = encode(talk(seed), codec, limits)
     ends = np.append(np.flatnonzero(np.diff(uncut.micro_turn)) + 1, len(uncut.kind))
     spoken = np.array([(uncut.speech_at < end).sum() for end in ends])
+    shown = np.array([(uncut.kind[:end] == PositionKind.PATCH).sum() for end in ends])
     limitless = 10**6
-    for tokens, speech in ((0, None), (40, None), (77, None), (ends[3], None), (None, 0), (None, 7), (100, 8)):
-        cut = encode(talk(seed), codec, limits, max_tokens=tokens, max_speech=speech)
-        most_tokens, most_speech = (limitless if limit is None else limit for limit in (tokens, speech))
-        fits = ends[(ends <= most_tokens) & (spoken <= most_speech)]
+    for most in ((0,), (40,), (77,), (ends[3],), (None, 0), (None, 7), (100, 8), (None, None, 0), (None, None, 3)):
+        tokens, speech, patches = (*most, None, None)[:3]
+        cut = encode(talk(seed), codec, limits, max_tokens=tokens, max_speech=speech, max_patches=patches)
+        most_tokens, most_speech, most_shown = (
+            limitless if limit is None else limit for limit in (tokens, speech, patches)
+        )
+        fits = ends[(ends <= most_tokens) & (spoken <= most_speech) & (shown <= most_shown)]
         length = int(fits[-1]) if len(fits) else 0
         for name in ("kind", "ids", "bins", "micro_turn", "target", "term"):
             np.testing.assert_array_equal(getattr(cut, name), getattr(uncut, name)[:length])
