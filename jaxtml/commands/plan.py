@@ -7,6 +7,7 @@ import argparse
 
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
+from jaxtml.parallel.chips import CHIPS
 from jaxtml.strict_json import dumps
 
 HELP = "compile a training step, or a server's step of 200 ms, for hardware that this machine lacks"
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="T",
-        help="the chips and how they are connected, for example v5p:4x4x8, v6e:16x16 or tpu7x:4x4x8",
+        help=f"the chips ({', '.join(chip.name for chip in CHIPS)}) and how they are connected: v5p:4x4x8 or v5p-256 "
+        "(TensorCores, two for each chip), v6e:4x4 or v6e-16 (chips), 2xv5p:4x4x8 (two slices), h100:2x8 (two hosts "
+        "with eight GPUs each), 8xh200 (eight GPUs)",
     )
     parser.add_argument(
         "--program",

@@ -5,7 +5,11 @@
 | TPU v5e | docs.cloud.google.com/tpu/docs/v5e (links 400 GB/s both ways, 6.4 Tb/s to the network per 256 chips) |
 | TPU v5p, v6e, tpu7x | docs.cloud.google.com/tpu/docs/tpu7x, the table that compares the three, read 2026-11-24 |
 | H100 SXM | NVIDIA H100 datasheet (dense bf16, 80 GB HBM3, NVLink 900 GB/s, 400 Gb/s InfiniBand per GPU) |
+| H200 SXM | NVIDIA H200 datasheet (dense bf16 as H100, 141 GB HBM3e at 4.8 TB/s, NVLink 900 GB/s) |
 | GB200 | NVIDIA GB200 NVL72 datasheet (dense bf16 per GPU, 186 GB, NVLink 1,800 GB/s) |
+
+Names of TPUs follow docs.cloud.google.com/tpu/docs: "v5p-256" and "tpu7x-256" count TensorCores, "v6e-16" and
+"v5litepod-16" count chips. An H200 is an H100 with other memory.
 
 The trainer's progress line and `jaxtml plan` read the figures. The kernels of the model use `TPU_LANES`.
 """
@@ -52,6 +56,8 @@ class Chip:
       link_rate: bytes/s to the neighbours over all links of one chip, in one direction.
       network_rate: bytes/s to other slices or nodes, per chip, in one direction.
       devices: JAX devices per chip.
+      cores: TensorCores per chip, if names such as "v5p-256" count TensorCores; 1 if they count chips.
+      aliases: other names of the chip in topologies.
       gpu: what only a GPU has; None: the chip is a TPU.
     """
 
@@ -64,16 +70,39 @@ class Chip:
     network_rate: float
     devices: int = 1
     gpu: Gpu | None = None
+    cores: int = 1
+    aliases: tuple[str, ...] = ()
 
 
 _H100 = Gpu(9, 132, 50 * 2**20, 1.98, per_host=8)
 _GB200 = Gpu(10, 148, 126 * 2**20, 1.965, per_host=4, per_domain=72)
 CHIPS = (
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197 * TERA, 16 * 2**30, 819 * GB, 200 * GB, 3.1 * GB),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB),
+    Chip(
+        "v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        197 * TERA,
+        16 * 2**30,
+        819 * GB,
+        200 * GB,
+        3.1 * GB,
+        aliases=("v5litepod", "v5lite"),
+    ),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459 * TERA, 95 * 2**30, 2765 * GB, 600 * GB, 6.25 * GB, cores=2),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918 * TERA, 32 * 2**30, 1638 * GB, 400 * GB, 12.5 * GB),
-    Chip("tpu7x", ("TPU7x", "TPU v7x", "TPU v7"), 2307 * TERA, 192 * 2**30, 7380 * GB, 600 * GB, 12.5 * GB, 2),
+    Chip(
+        "tpu7x",
+        ("TPU7x", "TPU v7x", "TPU v7"),
+        2307 * TERA,
+        192 * 2**30,
+        7380 * GB,
+        600 * GB,
+        12.5 * GB,
+        2,
+        cores=2,
+        aliases=("v7x", "tpuv7x"),
+    ),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, gpu=_H100),
+    Chip("h200", ("NVIDIA H200",), 989 * TERA, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, gpu=_H100),
     Chip("gb200", ("NVIDIA GB200",), 2500 * TERA, 186 * GB, 8000 * GB, 900 * GB, 50 * GB, gpu=_GB200),
 )
 

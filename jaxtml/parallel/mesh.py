@@ -24,7 +24,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_device_mesh
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtml.errors import InputError
@@ -114,7 +115,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     Its axes are explicit. The axes of a mesh of one device are automatic, because a program for one device names none.
 
     Raises:
-      InputError: the number of devices is not what the shape needs.
+      InputError: the number of devices is not what the shape needs, or the shape does not fit several slices of TPUs.
     """
     count = len(devices) if devices is not None else jax.device_count()
     if count != shape.devices:
@@ -124,11 +125,32 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         )
     axis_types = ((AxisType.Explicit if count > 1 else AxisType.Auto),) * 4
     sizes = tuple(shape.sizes.values())
+    tpus = [device for device in (jax.devices() if devices is None else devices) if device.platform == "tpu"]
+    slices = len({getattr(device, "slice_index", 0) for device in tpus})
+    if slices > 1:
+        return Mesh(_grid_of_slices(shape, slices, devices), AXES, axis_types=axis_types)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
     except NotImplementedError:  # an axis is not a product of sides of the TPU torus: split a side
         grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=axis_types)
+
+
+def _grid_of_slices(shape: MeshShape, slices: int, devices: Sequence[Any] | None) -> np.ndarray:
+    """Returns the devices of several slices in the shape of a mesh: `replica` goes over slices first, then `data`.
+
+    Raises:
+      InputError: these axes cannot be split over the slices.
+    """
+    replicas = math.gcd(shape.replica, slices)
+    if shape.data % (slices // replicas):
+        raise InputError(
+            f"mesh {shape} does not fit {slices} slices, which a slow network connects: "
+            f"give a replica axis for them, for example replica={slices}"
+        )
+    over_network = (replicas, slices // replicas, 1, 1)
+    inside = tuple(size // part for size, part in zip(shape.sizes.values(), over_network, strict=True))
+    return create_hybrid_device_mesh(inside, over_network, devices, allow_split_physical_axes=True)
 
 
 def axis_names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def make_plan(config: Config, topology: str, mesh: str | None, program: str) -> 
 
     Args:
       config: the model, with its training and serving.
-      topology: such as "v5p:4x4x8".
+      topology: such as "v5p:4x4x8"; `Topology.parse` lists all spellings.
       mesh: such as "data=16,expert=8"; None: the usual mesh, see `_usual_mesh`.
       program: "train" or "serve".
 
@@ -98,21 +98,24 @@ def search_largest_plan(config: Config, topology: str, mesh: str | None, program
 
 def _parse_place(config: Config, topology: str, mesh: str | None, program: str) -> tuple[Topology, MeshShape]:
     where = Topology.parse(topology)
-    return where, MeshShape.parse(mesh) if mesh else _usual_mesh(config, where.devices, program)
+    return where, MeshShape.parse(mesh) if mesh else _usual_mesh(config, where, program)
 
 
-def _usual_mesh(config: Config, devices: int, program: str) -> MeshShape:
+def _usual_mesh(config: Config, topology: Topology, program: str) -> MeshShape:
     """Returns the mesh for a plan that names none.
 
-    For training, all devices are `data`. For serving, `expert` is the largest divisor of the devices that divides both
-    sessions and experts. Of the remaining devices, `tensor` is the largest divisor that divides the key/value heads.
+    For training, slices are `replica`, and all devices of a slice are `data`. For serving, `expert` is the largest
+    divisor of a slice's devices that divides both sessions and experts. Of the remaining devices, `tensor` is the
+    largest divisor that divides the key/value heads.
     The rest is `data`.
     """
+    devices = topology.devices
     if program == "train":
-        return MeshShape(data=devices)
+        return MeshShape(replica=topology.slices, data=devices // topology.slices)
     b = config.backbone
-    expert = math.gcd(devices, config.serve.sessions, b.n_experts)
-    tensor = math.gcd(devices // expert, b.sliding.n_kv_heads, b.global_.n_kv_heads)
+    slice_devices = devices // topology.slices
+    expert = math.gcd(slice_devices, config.serve.sessions, b.n_experts)
+    tensor = math.gcd(slice_devices // expert, b.sliding.n_kv_heads, b.global_.n_kv_heads)
     return MeshShape(data=devices // (expert * tensor), expert=expert, tensor=tensor)
 
 

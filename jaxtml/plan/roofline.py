@@ -71,8 +71,8 @@ class Times:
 def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: MeshShape) -> Times:
     """Computes the roofline of one device's program.
 
-    A topology of TPUs is one slice, in which all chips have fast links to each other. On GPUs, a collective that
-    reaches beyond the GPUs with fast links goes over the network. Devices that differ only in the last axes of a mesh
+    In a slice of TPUs all chips have fast links to each other, as few GPUs have. A collective that reaches beyond the
+    devices with fast links goes over the network. Devices that differ only in the last axes of a mesh
     are neighbours.
 
     Args:

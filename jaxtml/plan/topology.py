@@ -1,5 +1,7 @@
 """Hardware that this machine lacks, such as `v5p:4x4x8` or `h100:2x8`, as devices for which programs can be compiled.
 
+`Topology.parse` also reads the names that clouds and users have for the same hardware, such as `v5p-256` or `8xh200`.
+
 Called by `planning` and `compilation`. TPU topologies come from libtpu, which needs no TPU (package `libtpu`, extra
 `plan`). GPU topologies come from JAX's CUDA plugin and a description of the device, which need no GPU
 (`jax-cuda12-plugin` and `jax-cuda12-pjrt`, in JAX's own version).
@@ -26,6 +28,10 @@ _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _CUBE_SIDES = range(4, 25, 4)
 _MAX_CHIPS = 9216
 _HOSTS = re.compile(r"[1-9]\d{0,3}x[1-9]\d?")  # hosts x GPUs per host
+# A number of slices or GPUs, the chip, and its shape or a number of chips, TensorCores or GPUs.
+_TOPOLOGY = re.compile(r"(?:([1-9]\d{0,4})x)?(?:tpu-)?([a-z][a-z0-9]*)(?:([:-])(.*))?")
+_NUMBER = re.compile(r"[1-9]\d{0,6}")
+_MOST_SLICES = 1024
 # Without these variables, libtpu asks the cloud for metadata, complains about the answer, and refuses a second process.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -44,36 +50,49 @@ class Topology:
     Attributes:
       chip: the kind of chip.
       shape: the sides of a TPU torus in chips; for GPUs, hosts and GPUs per host.
+      slices: how many such tori a network connects; 1 for GPUs.
     """
 
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @staticmethod
     def parse(text: str) -> Topology:
-        """Reads a topology such as "v5p:4x4x8".
+        """Reads a topology such as "v5p:4x4x8", or one of the names that users have for it.
+
+        | name | means |
+        |---|---|
+        | `v5p:4x4x8`, `v6e:4x4` | one slice of TPUs of this shape |
+        | `v5p-256`, `tpu7x-256` | one slice with this number of TensorCores, which is two for each chip |
+        | `v6e-16`, `v5litepod-16` | one slice with this number of chips |
+        | `2xv5p:4x4x8`, `2xv5p-256` | two slices that a network connects |
+        | `h100:2x8` | two hosts with eight GPUs each |
+        | `h200`, `8xh200`, `h200-8` | one GPU; eight GPUs, on as few hosts as possible |
 
         Raises:
           InputError: the chip is unknown, or does not come in this shape; the message lists what there is.
         """
-        name, _, shape = text.partition(":")
-        chip = next((chip for chip in CHIPS if chip.name == name), None)
-        known = [chip.name for chip in CHIPS]
-        if chip is None:
-            raise InputError(f"topology {text!r}: no chip {name!r}; there are {', '.join(known)}")
-        if chip.gpu is not None and not (_HOSTS.fullmatch(shape) and int(shape.split("x")[1]) <= chip.gpu.per_host):
-            raise InputError(
-                f"topology {text!r}: write it as {name}:2x{chip.gpu.per_host}, "
-                f"two hosts with {chip.gpu.per_host} GPUs each"
-            )
-        if chip.gpu is None and shape not in _shapes(name):
-            raise InputError(f"topology {text!r}: {name} comes as {', '.join(_nearest(name, shape))} and others")
-        return Topology(chip, tuple(map(int, shape.split("x"))))
+        match = _TOPOLOGY.fullmatch(text.strip().lower())
+        name = match[2] if match else text
+        chip = next((chip for chip in CHIPS if name == chip.name or name in chip.aliases), None)
+        if match is None or chip is None:
+            known = ", ".join(chip.name for chip in CHIPS)
+            raise InputError(f"topology {text!r}: no chip {name!r}; there are {known}, for example v5p:4x4x8 or 8xh200")
+        count, separator, rest = match[1], match[3], match[4] or ""
+        if chip.gpu is not None:
+            return Topology(chip, _gpu_shape(text, chip, count, separator, rest))
+        slices = int(count or 1)
+        if slices > _MOST_SLICES:
+            raise InputError(f"topology {text!r}: give at most {_MOST_SLICES} slices")
+        number = separator == "-" and _NUMBER.fullmatch(rest) is not None
+        shape = _shape_of_size(text, chip, int(rest)) if number else _tpu_shape(text, chip, rest)
+        return Topology(chip, shape, slices)
 
     @property
     def chips(self) -> int:
         """The number of chips."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
@@ -82,8 +101,10 @@ class Topology:
 
     @property
     def domain(self) -> int | None:
-        """How many GPUs have fast links to each other; None for TPUs, where fast links connect all chips of a slice."""
-        return None if self.chip.gpu is None else max(self.chip.gpu.per_domain, self.shape[1])
+        """How many devices have fast links to each other; None if all have, as in one slice of TPUs."""
+        if self.chip.gpu is not None:
+            return max(self.chip.gpu.per_domain, self.shape[1])
+        return None if self.slices == 1 else self.devices // self.slices
 
     @property
     def platform(self) -> str:
@@ -91,6 +112,11 @@ class Topology:
         return "tpu" if self.chip.gpu is None else "cuda"
 
     def __str__(self) -> str:
+        return f"{self.slices}x{self._slice_name}" if self.slices > 1 else self._slice_name
+
+    @property
+    def _slice_name(self) -> str:
+        """The name of one slice, or of the GPUs, as JAX's plugins read it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def find_devices(self) -> Sequence[Any]:
@@ -101,7 +127,7 @@ class Topology:
         """
         from jax.experimental import topologies
 
-        options = {}
+        options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if self.chip.gpu is not None:
             options = {
                 "topology": f"1x{'x'.join(map(str, self.shape))}",
@@ -110,7 +136,9 @@ class Topology:
         environment = dict(os.environ)
         os.environ.update(_LIBTPU | environment)
         try:
-            return topologies.get_topology_desc(platform=self.platform, topology_name=str(self), **options).devices
+            return topologies.get_topology_desc(
+                platform=self.platform, topology_name=self._slice_name, **options
+            ).devices
         except Exception as error:  # plugins raise many kinds of errors
             message = " ".join(str(error).split())[:200]
             packages = ("libtpu",) if self.chip.gpu is None else ("jax-cuda12-plugin", "jax-cuda12-pjrt")
@@ -151,6 +179,52 @@ def _gpu_target_config(chip: Chip) -> str:
     )
 
 
+def _gpu_shape(text: str, chip: Chip, count: str | None, separator: str | None, rest: str) -> tuple[int, int]:
+    """Returns hosts and GPUs per host of a topology of GPUs, whose parts are those of `_TOPOLOGY`."""
+    assert chip.gpu is not None
+    most = chip.gpu.per_host
+    if count is None and separator == ":" and _HOSTS.fullmatch(rest) and int(rest.split("x")[1]) <= most:
+        hosts, gpus = map(int, rest.split("x"))
+        return hosts, gpus
+    number = rest if count is None and separator == "-" else (count or "1") if separator is None else ""
+    if not _NUMBER.fullmatch(number):
+        raise InputError(
+            f"topology {text!r}: write it as {chip.name}:2x{most}, two hosts with {most} GPUs each, "
+            f"or as {2 * most}x{chip.name}"
+        )
+    if int(number) > most and int(number) % most:
+        raise InputError(
+            f"topology {text!r}: a host has at most {most} GPUs, so give a multiple of {most}, or "
+            f"{chip.name}:HOSTSxGPUS"
+        )
+    return max(1, int(number) // most), min(int(number), most)
+
+
+def _tpu_shape(text: str, chip: Chip, written: str) -> tuple[int, ...]:
+    """Returns the sides of a slice that is written as its sides, in any order."""
+    sides = sorted(written.split("x"))
+    for shape in _shapes(chip.name):
+        if sorted(shape.split("x")) == sides:
+            return tuple(map(int, shape.split("x")))
+    numbers = [int(side[:9]) for side in written.split("x") if side.isdecimal() and int(side[:9])]
+    nearest = _nearest(chip.name, math.prod(numbers) if numbers else 1)
+    raise InputError(
+        f"topology {text!r}: {chip.name} comes as {', '.join(nearest)} and others; write it as {chip.name}:{nearest[0]}"
+    )
+
+
+def _shape_of_size(text: str, chip: Chip, size: int) -> tuple[int, ...]:
+    """Returns the sides of the slice that a name such as "v5p-256" stands for: of this size, the nearest to a cube."""
+    shapes = [tuple(map(int, shape.split("x"))) for shape in _shapes(chip.name)]
+    fitting = [shape for shape in shapes if math.prod(shape) * chip.cores == size]
+    if not fitting:
+        sizes = {math.prod(map(int, near.split("x"))) for near in _nearest(chip.name, size / chip.cores)}
+        names = ", ".join(f"{chip.name}-{chips * chip.cores}" for chips in sorted(sizes))
+        unit = "TensorCores, two for each chip" if chip.cores == 2 else "chips"
+        raise InputError(f"topology {text!r}: this name counts {unit}, and {chip.name} comes as {names} and others")
+    return min(fitting, key=sum)
+
+
 @cache
 def _shapes(name: str) -> tuple[str, ...]:
     """Returns the shapes in which a TPU chip comes, smallest first; none for a GPU."""
@@ -162,12 +236,10 @@ def _shapes(name: str) -> tuple[str, ...]:
     return (*_SMALL_CUBES, *("x".join(map(str, s)) for s in sorted(cubes, key=math.prod)))
 
 
-def _nearest(name: str, shape: str) -> list[str]:
-    """Returns the four shapes whose number of chips is nearest to that of `shape`."""
-    sides = [int(side[:9]) for side in shape.split("x") if side.isdecimal() and int(side[:9])]
-    wanted = math.prod(sides) if sides else 1
+def _nearest(name: str, chips: float) -> list[str]:
+    """Returns the four shapes whose number of chips is nearest to `chips`."""
 
-    def distance(other: str) -> float:
-        return abs(math.log(math.prod(map(int, other.split("x"))) / wanted))
+    def distance(shape: str) -> float:
+        return abs(math.log(math.prod(map(int, shape.split("x"))) / chips))
 
     return sorted(_shapes(name), key=distance)[:4]

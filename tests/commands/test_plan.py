@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from jaxtml.parallel.chips import CHIPS
+
 
 @pytest.mark.parametrize(
     ("argv", "message"),
@@ -16,3 +18,10 @@ import pytest
 )
 def test_plan_refuses_what_does_not_fit(refusal, argv, message):
     assert message in refusal("plan", "tml_interaction_small", *argv)
+
+
+def test_the_help_lists_all_chips_and_spellings(jaxtml):
+    status, out, _ = jaxtml("plan", "--help")
+    words = " ".join(out.split())
+    assert status == 0
+    assert all(word in words for word in (*(chip.name for chip in CHIPS), "v5p-256", "v6e-16", "2xv5p:4x4x8", "8xh200"))

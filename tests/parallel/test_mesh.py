@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -115,3 +116,27 @@ def test_a_mesh_that_needs_more_devices_than_there_are_is_refused():
     with pytest.raises(InputError, match="needs 4096 devices, there are "):
         make_mesh(MeshShape(data=4096))
     assert make_mesh(MeshShape(data=2), jax.devices()[:2]).axis_types == (AxisType.Explicit,) * 4
+
+
+@dataclass(frozen=True)
+class FakeTpu:
+    """What JAX reads of a TPU device to arrange a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_slices_are_split_over_replica_first_and_then_over_data(monkeypatch):
+    devices = [FakeTpu(4 * s + i, s, (i % 2, i // 2, 0)) for s in range(2) for i in range(4)]
+    monkeypatch.setattr("jaxtml.parallel.mesh.Mesh", lambda grid, *_, **__: grid)
+    by_replica = make_mesh(MeshShape(replica=2, data=4), devices)
+    assert [{device.slice_index for device in part.flat} for part in by_replica] == [{0}, {1}]
+    by_data = make_mesh(MeshShape(data=4, expert=2), devices)
+    assert [{device.slice_index for device in part.flat} for part in by_data[0]] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(InputError, match="does not fit 2 slices, .* for example replica=2"):
+        make_mesh(MeshShape(expert=4, tensor=2), devices)

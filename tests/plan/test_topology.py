@@ -17,9 +17,37 @@ def test_a_topology_counts_chips_and_devices(text, chips, devices):
 
 
 @pytest.mark.parametrize(
+    ("text", "meant"),
+    [("v5p-8", "v5p:2x2x1"), ("v5p-256", "v5p:4x4x8"), ("v5p-1536", "v5p:8x8x12"), ("tpu7x-256", "tpu7x:4x4x8"),
+     ("v6e-1", "v6e:1x1"), ("v6e-16", "v6e:4x4"), ("v5litepod-16", "v5e:4x4"), ("v5e-256", "v5e:16x16"),
+     ("v7x:8x4x4", "tpu7x:4x4x8"), ("V5P-256", "v5p:4x4x8"), (" v5p:8x4x4 ", "v5p:4x4x8"), ("v6e:16x8", "v6e:8x16"),
+     ("v5p-4x4x8", "v5p:4x4x8"), ("tpu-v6e:4x4", "v6e:4x4"), ("1xv5p-256", "v5p:4x4x8"), ("2xv5p-256", "2xv5p:4x4x8"),
+     ("h200", "h200:1x1"), ("8xh200", "h200:1x8"), ("16xH200", "h200:2x8"), ("h100-8", "h100:1x8"),
+     ("72xgb200", "gb200:18x4")],
+)  # fmt: skip
+def test_a_name_that_people_use_is_read(text, meant):
+    assert str(Topology.parse(text)) == meant and Topology.parse(meant) == Topology.parse(text)
+
+
+def test_slices_add_up_and_a_network_connects_them():
+    one, two = Topology.parse("tpu7x:4x4x8"), Topology.parse("2xtpu7x:4x4x8")
+    assert (two.chips, two.devices, two.domain) == (256, 512, 256) and one.domain is None
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v4:4x4x4", "no chip 'v4'; there are v5e, v5p, v6e, tpu7x, h100, gb200"),
+        ("v4:4x4x4", "no chip 'v4'; there are v5e, v5p, v6e, tpu7x, h100, h200, gb200, for example"),
+        ("", "no chip ''; there are"),
+        (
+            "v5p-250",
+            "this name counts TensorCores, two for each chip, and v5p comes as v5p-128, v5p-256,",
+        ),
+        ("v6e-12", "this name counts chips, and v6e comes as v6e-4, v6e-8, v6e-16"),
+        ("0xv5p:4x4x8", "no chip '0xv5p:4x4x8'"),
+        ("2000xv5p:4x4x8", "give at most 1024 slices"),
+        ("12xh200", "a host has at most 8 GPUs, so give a multiple of 8"),
+        ("2xh100:2x8", "write it as h100:2x8, two hosts with 8 GPUs each, or as 16xh100"),
         ("h100:16", "write it as h100:2x8, two hosts with 8 GPUs each"),
         ("h100:1x16", "write it as h100:2x8, two hosts with 8 GPUs each"),
         ("gb200:0x4", "write it as gb200:2x4, two hosts with 4 GPUs each"),
