@@ -113,7 +113,7 @@ def add_repeatable(parser: argparse.ArgumentParser, option: str, metavar: str, h
 
 def add_config(parser: argparse.ArgumentParser, help: str = "the name of a config in configs/, or its path") -> None:
     """Adds the positional CONFIG and the repeatable option `--set A.B=C`."""
-    parser.add_argument("config", metavar="CONFIG", help=help)
+    parser.add_argument("config", type=path_name, metavar="CONFIG", help=help)
     add_repeatable(parser, "--set", "A.B=C", "give a field of the config another value")
 
 
@@ -184,9 +184,16 @@ def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], a
         return FAULT
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser that reports wrong arguments in one line. `argparse` would print the whole usage before the line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def tool_parser(description: str | None, example: str) -> argparse.ArgumentParser:
     """Returns the parser of a tool. `description` is the tool's docstring, `example` a command line that works."""
-    return argparse.ArgumentParser(
+    return OneLineErrors(
         description=description,
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

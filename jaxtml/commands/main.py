@@ -25,7 +25,7 @@ from absl.flags import argparse_flags
 
 from jaxtml import __version__
 from jaxtml.commands import converse, convert, data, info, logits, plan, serve, train
-from jaxtml.commands.arguments import exit_status
+from jaxtml.commands.arguments import OneLineErrors, exit_status
 from jaxtml.commands.failures import explain
 from jaxtml.errors import InputError
 from jaxtml.user_cache import cache_folder, is_writable_folder
@@ -67,11 +67,8 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-class _Parser(argparse_flags.ArgumentParser):
-    """A parser that reports wrong arguments in one line. `argparse` would print the whole usage before the line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+class _Parser(OneLineErrors, argparse_flags.ArgumentParser):
+    """The parser of the command line and of each command."""
 
 
 def parser() -> argparse.ArgumentParser:

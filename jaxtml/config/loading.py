@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,11 +50,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         path = CONFIG_DIR / f"{name}.py"
     if not path.is_file():
         raise InputError(f"no config {name!r}: give one of {', '.join(names())}, or a path to a .py or .json file")
-    config = from_json(path.read_text(errors="replace")) if path.suffix == ".json" else _evaluate(path)
+    config = _read_json(path) if path.suffix == ".json" else _evaluate(path)
     for text in overrides:
         config = override(config, text)
     validate(config)
     return config
+
+
+def _read_json(path: Path) -> Config:
+    """Reads a `config.json`. The error names the file."""
+    try:
+        return from_json(path.read_text(errors="replace"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}; correct the file, or take the config.json of another checkpoint") from error
 
 
 def _evaluate(path: Path) -> Config:
@@ -66,7 +75,9 @@ def _evaluate(path: Path) -> Config:
         config = module.get_config()
     except Exception as error:  # a user's file may fail in any way
         message = " ".join(str(error).split())
-        raise InputError(f"config {path} does not evaluate: {type(error).__name__}: {message}") from error
+        raise InputError(
+            f"config {path} does not evaluate: {type(error).__name__}: {message}; correct the file"
+        ) from error
     if not isinstance(config, Config):
         raise InputError(f"config {path}: get_config() returned {type(config).__name__}, not a jaxtml.config.Config")
     return config
@@ -88,8 +99,15 @@ def override(config: Config, text: str) -> Config:
     try:
         value = json.loads(raw)
     except ValueError:
-        value = raw
+        value = _number(raw)
     return _replace(config, key.split("."), value, key)
+
+
+def _number(raw: str) -> float | str:
+    """Returns the number that people write as `.001`, `+5` or `5.`, which is not JSON; any other text unchanged."""
+    if re.fullmatch(r"[+-]?\d{1,18}", raw):
+        return int(raw)
+    return float(raw) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", raw) else raw
 
 
 def _replace(node: Any, path: list[str], value: Any, key: str) -> Any:

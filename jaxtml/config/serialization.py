@@ -16,6 +16,8 @@ from jaxtml.config.rules import LARGEST_INT
 from jaxtml.config.tree import Config
 from jaxtml.errors import InputError
 
+_ADVICE = {int: ": give a whole number", float: ": give a number", bool: ": give true or false", str: ": give a text"}
+
 
 def to_json(config: Config) -> str:
     """Returns the config as indented JSON that ends with a newline. A config that was checked has no NaN."""
@@ -69,7 +71,8 @@ def typed(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:  # `type`: True is an int to `isinstance`
         return value
-    raise InputError(f"config field {path}: {value!r:.60} is not {getattr(hint, '__name__', hint)}")
+    advice = _ADVICE.get(hint, "")
+    raise InputError(f"config field {path}: {value!r:.60} is not {getattr(hint, '__name__', hint)}{advice}")
 
 
 def _dataclass(hint: Any, value: dict[str, Any], path: str) -> Any:

@@ -76,8 +76,10 @@ class MeshShape:
         """Reads a shape such as "data=16,expert=8"; axes that are not named have length 1.
 
         Raises:
-          InputError: an axis is unknown or named twice, or its length is not a positive integer.
+          InputError: the shape is empty, an axis is unknown or named twice, or its length is not a positive integer.
         """
+        if not text.strip(", "):
+            raise InputError(f"mesh {text!r}: it is empty; write it as data=16,expert=8, or leave it out")
         lengths: dict[str, int] = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")

@@ -8,6 +8,7 @@ In `workdir`:
 - `checkpoints/<step>`: Orbax;
 - `config.json`, `tokenizer.json`;
 - `data.txt`: a digest of the data, so that a run never resumes on other data;
+- `changes.jsonl`: settings that were changed on purpose, with the step;
 - `log.jsonl`: a line for each report; `tensorboard/` has the same figures;
 - `samples/<step>/`: conversations with voices that training never hears;
 - `profile/`: a trace, if asked for;
@@ -56,6 +57,7 @@ def train(
     start_from: Path | None = None,
     mesh: MeshShape = MeshShape(),
     profile: int = 0,
+    change_run: bool = False,
 ) -> TrainState:
     """Trains or resumes in `workdir` up to `config.train.steps` updates.
 
@@ -69,10 +71,12 @@ def train(
         zero.
       mesh: the shape of the mesh, which contains all devices of all processes.
       profile: steps to trace into `workdir/profile`; 0 for none.
+      change_run: whether the fields `storage.CHANGED_ON_PURPOSE` may differ from those of the run in `workdir`.
 
     Raises:
-      InputError: `data` lacks something, `workdir` holds a run of another config or on other data, `start_from` is of
-        another size or has another tokenizer, the mesh does not fit, or `MAX_SKIPPED` steps in a row were skipped.
+      InputError: `data` lacks something, `workdir` holds a run of another config, on other data or with more steps
+        done, `start_from` does not fit or has NaN, the mesh does not fit, too few steps are left for a profile, or
+        `MAX_SKIPPED` steps in a row were skipped.
     """
     codec = TextCodec.load(data / TOKENIZER)
     _check(config, codec, data, mesh)
@@ -89,7 +93,8 @@ def train(
         logging.info("no sample conversations: %s", reason)
 
     with jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext():
-        storage.claim(workdir, config, data, dataset.digest)
+        _check_profile(profile, config.train.steps - (storage.newest_step(workdir) or 0))
+        storage.claim(workdir, config, data, dataset.digest, change_run=change_run)
         init, step = make_train_step(model)
         compiled_step = jax.jit(step, donate_argnums=0)
         checkpointer = storage.open_checkpointer(workdir)
@@ -97,6 +102,7 @@ def train(
             first = checkpointer.latest.step
             state = storage.load_state(checkpointer, workdir, first, model)
             logging.info("resumed at step %d", first)
+            _warn_of_unused(workdir, first, start_from, vocoder)
         else:
             first = 0
             params = first_parameters(model, data, vocoder, start_from)
@@ -157,6 +163,25 @@ def _check(config: Config, codec: TextCodec, data: Path, mesh: MeshShape) -> Non
         raise InputError(
             f"mesh {mesh} is smaller than the {jax.process_count()} processes: name a --mesh of all their devices"
         )
+
+
+def _check_profile(profile: int, left: int) -> None:
+    """Raises `InputError` if the run ends before a profile of `profile` steps does. `left` steps are left."""
+    if profile and left < PROFILE_AFTER + profile - 1:
+        raise InputError(
+            f"--profile {profile} needs {PROFILE_AFTER + profile - 1} steps, because it begins with the "
+            f"{PROFILE_AFTER}th, and the run has {max(left, 0)} left: give more --steps, or a shorter profile"
+        )
+
+
+def _warn_of_unused(workdir: Path, step: int, start_from: Path | None, vocoder: Params | None) -> None:
+    """Says which arguments of a run that resumes have no effect. A job that is started again repeats them all."""
+    unused = [name for name, value in (("--start-from", start_from), ("--vocoder", vocoder)) if value is not None]
+    if unused:
+        logging.warning(
+            "%s: no effect, because %s goes on with its own parameters of step %d; to begin with others, name a new "
+            "--workdir", " and ".join(unused), workdir, step,
+        )  # fmt: skip
 
 
 def _stop(workdir: Path, dataset: Dataset, batch: int, last: int) -> InputError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jaxtml.config import TrainConfig
@@ -29,6 +30,11 @@ def schedule(config: TrainConfig) -> optax.Schedule:
         ],
         [config.warmup, max(config.warmup, config.steps - falling)],
     )
+
+
+def rate_at(schedule: optax.Schedule, step: int) -> float:
+    """Returns the learning rate of the update that follows `step` updates."""
+    return np.asarray(schedule(step)).item()
 
 
 def optimizer(config: TrainConfig, specs: SpecTable) -> optax.GradientTransformation:

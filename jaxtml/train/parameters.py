@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -20,11 +21,25 @@ from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.source import place_parameters, spec_table
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config
-from jaxtml.errors import InputError
+from jaxtml.errors import InputError, join_names
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.placement import partition_specs
-from jaxtml.model.spec import Params, ParamSpec, init_params
+from jaxtml.model.spec import Params, ParamSpec, flatten, init_params
 from jaxtml.parallel.mesh import TRAIN
+
+_NO_VOCODER = "no trained vocoder: the voice of this run's checkpoints is noise; give one with --vocoder"
+# Parts of the parameter tree, by the names that people know, in the order in which the model uses them.
+_PARTS = {
+    "embed": "token embedding",
+    "audio": "audio tower",
+    "visual": "vision tower",
+    "clock": "clock",
+    "own": "embedding of the model's own speech",
+    "unembed": "unembedding",
+    "mtp": "prediction heads",
+    "flow": "flow head",
+    "vocoder": "vocoder",
+}
 
 
 def parameter_shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
@@ -63,25 +78,33 @@ def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None
     """
     shapes = parameter_shapes(model)
     if start_from:
-        params = checkpoint_parameters(start_from, model, data)
+        params = checkpoint_parameters(start_from, model, data, has_vocoder=vocoder is not None)
     else:
         params = init_params(model.specs(), model.config.train.seed, jax.tree.map(lambda s: s.sharding, shapes))
         if vocoder is None:
-            logging.warning("no trained vocoder: the voice of this run's checkpoints is noise; give one with --vocoder")
+            logging.warning(_NO_VOCODER)
     if vocoder is not None:
+        check_finite({"vocoder": vocoder}, "the vocoder of --vocoder")
         params = {**params, "vocoder": vocoder}
     return jax.tree.map(lambda array, shape: _place(array, shape.sharding).astype(shape.dtype), params, shapes)
 
 
-def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) -> Params:
+def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path, *, has_vocoder: bool = False) -> Params:
     """Returns the parameters of a checkpoint, with which a run of `model` begins.
 
     Their dtypes and shardings are those of `parameter_shapes`. The checkpoint is one of ours whose parameters have the
     same shapes, or a released one with the same backbone. Prediction heads that the
-    checkpoint lacks get initial values.
+    checkpoint lacks get initial values. A release lacks more than that, for example the flow head: a warning names the
+    parts that begin untrained.
+
+    Args:
+      directory: the checkpoint.
+      model: the model of the run.
+      data: the run's data, with its tokenizer.
+      has_vocoder: whether the run takes its vocoder from elsewhere.
 
     Raises:
-      InputError: `directory` is neither, or its tokenizer is not the tokenizer of `data`.
+      InputError: `directory` is neither, its tokenizer is not the tokenizer of `data`, or a parameter is not finite.
     """
     source = open_checkpoint(directory)
     if not isinstance(source, ReleasedCheckpoint):
@@ -99,7 +122,34 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path) 
             f"`jaxtml data {model.config.name} --out {data} --tokenizer {directory}` gives it to the data, and keeps "
             "the speech bank"
         )
-    return place_parameters(source, parameter_shapes(model))
+    _warn_of_new_parts(directory, source, has_vocoder)
+    params = place_parameters(source, parameter_shapes(model))
+    check_finite(params, str(directory))
+    return params
+
+
+def check_finite(params: Params, place: str) -> None:
+    """Raises `InputError`, which names the parameters, if some of `params` have NaN or infinities.
+
+    `place` says where the parameters come from. Parameters may be sharded: every process gets the same answer.
+    """
+    finite = jax.jit(lambda tree: jax.tree.map(lambda array: jnp.isfinite(array).all(), tree))(params)
+    broken = [path for path, is_finite in flatten(finite) if not is_finite]
+    if broken:
+        raise InputError(
+            f"{place} cannot start this run: NaN or infinity in {join_names(broken)}; take an earlier or an undamaged "
+            "checkpoint"
+        )
+
+
+def _warn_of_new_parts(directory: Path, source: WarmStart, has_vocoder: bool) -> None:
+    """Names the parts of the model that `directory` lacks, so that they begin with initial values."""
+    new = {path.split("/")[0] for path in source.specs if not source.holds(path)}
+    names = [name for part, name in _PARTS.items() if part in new and not (part == "vocoder" and has_vocoder)]
+    if names:
+        logging.warning("%s has no %s: training begins with new ones", directory, ", ".join(names))
+    if "vocoder" in new and not has_vocoder:
+        logging.warning(_NO_VOCODER)
 
 
 def _differing_shape(a: Config, b: Config) -> str | None:

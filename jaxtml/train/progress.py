@@ -19,6 +19,7 @@ from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.chips import find_chip
 from jaxtml.strict_json import dumps
 from jaxtml.train.balance import balance_text, expert_balance, max_load_by_layer
+from jaxtml.train.optimizer import rate_at, schedule
 from jaxtml.train.step import Metrics
 
 # The metrics of the progress line; `log.jsonl` has all.
@@ -38,6 +39,7 @@ class TrainProgress:
         self.workdir, self.config, self.first = workdir, config, first
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self.began_s = self.reported_s = time.monotonic()
+        self.schedule = schedule(config.train)
         self.flops = train_flops_per_token(config)
         chip = find_chip(jax.devices()[0].device_kind)
         self.peak = chip.flops / chip.devices * devices if chip else None
@@ -60,14 +62,16 @@ class TrainProgress:
         means = {name: float(np.mean([float(metrics[name]) for metrics in steps])) for name in names}
         now_s = time.monotonic()
         speed = self._speed(len(steps), now_s - self.reported_s) | {"input_wait_s": round(waited_s / len(steps), 4)}
-        self._write_log(done, means | expert_balance(load), speed, load)
-        self._write_board(done, means | expert_balance(load) | speed, load)
+        rate = {"learning_rate": float(f"{rate_at(self.schedule, done - 1):.6g}")}  # of the last update
+        self._write_log(done, means | expert_balance(load), speed | rate, load)
+        self._write_board(done, means | expert_balance(load) | speed | rate, load)
         eta_min = (self.config.train.steps - done) * (now_s - self.began_s) / (done - self.first) / 60
         logging.info(
-            "%d/%d  %s  norm %.2f  load %s  %s%.2f s (%.2f waiting for data)  %.0f tokens/s  %s  ETA %d:%02d",
+            "%d/%d  %s  rate %.3g  norm %.2f  load %s  %s%.2f s (%.2f waiting for data)  %.0f tokens/s  %s  ETA %d:%02d",
             done,
             self.config.train.steps,
             "  ".join(f"{name} {means[name]:.3f}" for name in LINE_METRICS if name in means),
+            rate["learning_rate"],
             means["grad_norm"],
             balance_text(load),
             f"{means['dropped']:.0f} dropped  " if means["dropped"] else "",

@@ -98,6 +98,7 @@ def test_vectors_are_replicated():
         ("data=0", "write it as data=16"),
         ("data", "write it as data=16"),
         ("data=-1", "write it as data=16"),
+        ("", "it is empty; write it as data=16"),
     ],
 )
 def test_a_malformed_mesh_is_refused(text, message):

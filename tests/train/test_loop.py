@@ -199,6 +199,7 @@ def test_the_log_has_every_term_and_the_speed(uninterrupted):
     figures = [value for name, value in lines[0].items() if name != "load_by_layer"]
     assert np.isfinite([*figures, *lines[0]["load_by_layer"]]).all() and lines[0]["load_by_layer"]
     assert lines[0]["skipped"] == 0 and lines[0]["tokens_per_s"] > 0
+    assert 0 < lines[0]["learning_rate"] <= 3e-3
 
 
 def test_the_samples_are_conversations_that_can_be_heard_and_read(config, uninterrupted):
@@ -260,7 +261,8 @@ def test_a_checkpoint_of_another_size_or_tokenizer_starts_no_run(config, data, u
 def test_a_run_of_another_config_is_refused_and_left_alone(config, data, uninterrupted, change):
     workdir, _ = uninterrupted
     before = (workdir / "config.json").read_bytes()
-    with pytest.raises(InputError, match="holds a run of another config .* name a new --workdir"):
+    field = change.partition("=")[0]
+    with pytest.raises(InputError, match=f"holds a run of another config .{field} is .* now.* name a new --workdir"):
         train(configs.override(config, change), workdir, data)
     assert (workdir / "config.json").read_bytes() == before
 

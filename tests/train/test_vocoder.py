@@ -19,6 +19,7 @@ from jaxtml.model.spec import init_params
 from jaxtml.model.speech.vocoder import param_specs
 from jaxtml.stream.dmel import fine_log_mel
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
+from jaxtml.train.vocoder import storage
 from jaxtml.train.vocoder.data import join_recordings, make_batch, read_recordings
 from jaxtml.train.vocoder.loss import mel_loss, stft_loss
 from jaxtml.train.vocoder.pitch import track_pitch
@@ -169,3 +170,48 @@ def test_other_settings_a_damaged_checkpoint_and_a_bank_without_the_voice_are_re
     index.write_text(index.read_text().replace('"assistant"', '"user"'))
     with pytest.raises(InputError, match="assistant"):
         train_vocoder(config(), [bank], tmp_path / "other", 1, QUICK)
+
+
+def test_a_run_that_never_began_keeps_its_folder_from_nobody(bank, tmp_path):
+    with pytest.raises(InputError, match="bank"):
+        train_vocoder(config(), [tmp_path / "nothing"], tmp_path / "run", 1, QUICK)
+    assert not (tmp_path / "run").exists()
+    storage.claim(tmp_path / "run", config(), {"steps": 1})
+    storage.claim(tmp_path / "run", config(), {"steps": 2})
+
+
+def test_a_vocoder_run_names_the_settings_that_differ_and_its_damaged_files(tmp_path):
+    storage.claim(tmp_path, config(), {"steps": 2, "training": {"seed": 0}})
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"\(steps is 2 in the run and 3 now, training.seed is 0 in the run and 1 now\)"
+    ):
+        storage.claim(tmp_path, config(), {"steps": 3, "training": {"seed": 1}})
+    for damage in ("", "[]", "{"):
+        (tmp_path / "training.json").write_text(damage)
+        with pytest.raises(InputError, match=r"training.json is missing or damaged.* restore this file, or name a new"):
+            storage.claim(tmp_path, config(), {"steps": 2})
+    (tmp_path / "data.txt").touch()
+    with pytest.raises(InputError, match="holds a run of a whole model"):
+        storage.claim(tmp_path, config(), {"steps": 2})
+
+
+def test_a_vocoder_run_starts_from_another_and_refuses_one_of_other_sizes_or_with_nan(bank, tmp_path):
+    first = train_vocoder(config(), [bank], tmp_path / "first", 1, QUICK)
+    still = dataclasses.replace(QUICK, learning_rate=0.0)
+    second = train_vocoder(config(), [bank], tmp_path / "second", 1, still, start_from=tmp_path / "first")
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    line = json.loads((tmp_path / "second" / "log.jsonl").read_text())
+    assert line["learning_rate"] == 0.0
+    wider = dataclasses.replace(config(), vocoder=dataclasses.replace(SMALL, width=24))
+    with pytest.raises(InputError, match="its vocoder has other sizes .vocoder.width is 16 in the run and 24 now"):
+        train_vocoder(wider, [bank], tmp_path / "third", 1, QUICK, start_from=tmp_path / "first")
+
+
+def test_a_damaged_vocoder_run_does_not_resume(bank, tmp_path):
+    train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)
+    for path in (tmp_path / "run" / "checkpoints" / "1").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(b"")
+    with pytest.raises(InputError, match="the checkpoint of step 1 is damaged .*: train a vocoder in a new --workdir"):
+        train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)

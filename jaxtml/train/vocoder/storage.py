@@ -8,6 +8,7 @@ also by `jaxtml train --vocoder` and by tools.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,56 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS
-from jaxtml.checkpoint.orbax.source import load_checkpoint
-from jaxtml.config import Config, from_json, to_json
-from jaxtml.errors import InputError
+from jaxtml.checkpoint.orbax.source import load_checkpoint, load_config
+from jaxtml.config import Config, to_json
+from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import Params
 from jaxtml.model.speech.vocoder import param_specs
 from jaxtml.strict_json import dumps
+from jaxtml.train.storage import DATA_DIGEST, check_folder, compare, newest_step, write_atomically
 from jaxtml.train.vocoder.optimizer import optimizer
 
 SETTINGS = "training.json"  # a run of the whole model has no such file
 
 
-def claim(workdir: Path, config: Config, settings: dict[str, object]) -> None:
+def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
     """Makes `workdir`, or checks that the run in it has the same settings.
 
+    A run without a checkpoint has nothing to lose, so another run may take its place.
+
     Raises:
-      InputError: `workdir` holds a run of other settings.
+      InputError: `workdir` holds a run of other settings or of a whole model, or cannot be used.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_folder(workdir, [RUN_CHECKPOINTS], [SETTINGS, CONFIG, "log.jsonl"])
     path = workdir / SETTINGS
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise InputError(f"{workdir} holds a vocoder run of other settings (see {SETTINGS}): name a new --workdir")
-    path.write_text(dumps(settings, indent=2) + "\n")
-    (workdir / CONFIG).write_text(to_json(config))
+    if newest_step(workdir) is not None:
+        if (workdir / DATA_DIGEST).exists():
+            raise InputError(f"{workdir} holds a run of a whole model: name a new --workdir")
+        differences = compare(_read_settings(path), settings)
+        if differences:
+            names = join_names([str(difference) for difference in differences])
+            raise InputError(
+                f"{workdir} holds a vocoder run of other settings ({names}): no setting can change in a run, and the "
+                "course of the learning rate depends on the steps; give the settings of the run, or name a new "
+                "--workdir, with --start-from this run to train its vocoder on"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dumps(settings, indent=2) + "\n")
+    write_atomically(workdir / CONFIG, to_json(config))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings of a run. Raises `InputError`, which names the file, if it is missing or damaged."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError):  # ValueError: no text, or no JSON
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"{path} is missing or damaged, and the vocoder run in its folder cannot resume without it: restore this "
+            "file, or name a new --workdir"
+        )
+    return settings
 
 
 def open_checkpointer(workdir: Path) -> ocp.training.Checkpointer:
@@ -61,19 +89,40 @@ def load_vocoder(directory: Path | str) -> tuple[Config, Params]:
         if (directory / CONFIG).is_file() and not (directory / RUN_CHECKPOINTS).is_dir():
             config, params = load_checkpoint(directory)
             return config, params["vocoder"]
+        if (directory / RUN_CHECKPOINTS).is_dir():
+            raise InputError(
+                f"{directory} is a run of a whole model and holds no vocoder run: make a checkpoint of it with "
+                f"`jaxtml convert {directory} DST`, and name DST"
+            )
+        missing = "does not exist and" if not directory.exists() else "is no checkpoint and"
         raise InputError(
-            f"{directory} holds no vocoder run: train one with `jaxtml train vocoder --workdir {directory}`"
+            f"{directory} {missing} holds no vocoder run: name a checkpoint, or the --workdir of a run of "
+            "`jaxtml train vocoder`"
         )
-    config = from_json((directory / CONFIG).read_text())
-    with ocp.training.Checkpointer(str(directory / RUN_CHECKPOINTS)) as checkpointer:
+    config = load_config(directory)
+    with open_checkpointer(directory) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{directory} has no checkpoint yet: wait until the training run has saved one")
-        step = checkpointer.latest.step
-        try:
-            state = checkpointer.load(step, _state_shapes(config))
-        except Exception as error:  # Orbax and TensorStore raise many kinds of exception
-            raise InputError(f"{directory}: the checkpoint of step {step} is damaged") from error
+        state = load_state(checkpointer, directory, checkpointer.latest.step, _state_shapes(config))
     return config, state["params"]
+
+
+def load_state(checkpointer: ocp.training.Checkpointer, directory: Path, step: int, like: Any) -> Any:
+    """Returns the state of a run after `step`, as a tree like `like`.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    try:
+        return checkpointer.load(step, like)
+    except Exception as error:  # Orbax and TensorStore raise many kinds of exception
+        folder = directory / RUN_CHECKPOINTS
+        has_earlier = any(int(name) < step for name in os.listdir(folder) if name.isdecimal())
+        earlier = f"remove {folder / str(step)} to use the checkpoint before it, or " if has_earlier else ""
+        raise InputError(
+            f"{directory}: the checkpoint of step {step} is damaged ({type(error).__name__}): {earlier}train a vocoder "
+            "in a new --workdir"
+        ) from error
 
 
 def _state_shapes(config: Config) -> dict[str, Any]:

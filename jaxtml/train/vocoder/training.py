@@ -23,14 +23,18 @@ import optax
 from absl import logging
 
 from jaxtml.config import Config, VocoderConfig
+from jaxtml.errors import InputError, join_names
 from jaxtml.model.spec import Params, count_parameters, init_params
 from jaxtml.model.speech.vocoder import PITCH_MIN, init_state, param_specs, predict_controls, render
 from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
 from jaxtml.strict_json import dumps
+from jaxtml.train.optimizer import rate_at
+from jaxtml.train.parameters import check_finite
+from jaxtml.train.storage import compare
 from jaxtml.train.vocoder.data import VocoderBatch, join_recordings, make_batch, read_recordings
 from jaxtml.train.vocoder.loss import mel_loss, pitch_loss, stft_loss
-from jaxtml.train.vocoder.optimizer import optimizer
-from jaxtml.train.vocoder.storage import claim, open_checkpointer
+from jaxtml.train.vocoder.optimizer import optimizer, schedule
+from jaxtml.train.vocoder.storage import claim, load_state, load_vocoder, open_checkpointer
 
 Metrics = dict[str, jax.Array]
 
@@ -83,6 +87,8 @@ def train_vocoder(
     workdir: Path | str,
     steps: int,
     training: VocoderTraining | None = None,
+    *,
+    start_from: Path | None = None,
 ) -> Params:
     """Trains or resumes in `workdir` up to `steps` updates and returns the parameters (float32).
 
@@ -92,26 +98,36 @@ def train_vocoder(
       workdir: made if it is not there, see `jaxtml.train.vocoder.storage`.
       steps: steps of the whole run, also if it resumes; the schedule of the learning rate depends on this number.
       training: the other settings; None for the defaults.
+      start_from: a vocoder run or a checkpoint whose vocoder a new run begins with; None: the parameters are
+        initialised.
 
     Raises:
-      InputError: no bank there, no utterance of the assistant in it, or `workdir` holds a run of other settings.
+      InputError: no bank there, no utterance of the assistant in it, `workdir` holds a run of other settings or a
+        damaged one, or the vocoder of `start_from` does not fit or has NaN.
     """
     training = training or VocoderTraining()
     workdir = Path(workdir).absolute()
+    recordings = read_recordings(banks)  # before the folder is claimed: a start without data leaves nothing behind
+    first_params = _read_vocoder(start_from, config) if start_from else None
     claim(workdir, config, {"vocoder": asdict(config.vocoder), "training": asdict(training), "steps": steps})
-    voice = join_recordings(read_recordings(banks))
+    voice = join_recordings(recordings)
     specs = param_specs(config.vocoder)
     minutes = len(voice.wave) / SAMPLE_RATE / 60
     logging.info("vocoder: %d parameters, %.1f minutes of voice", count_parameters(specs)[0], minutes)
 
-    params = init_params(specs, training.seed)
+    params = first_params or init_params(specs, training.seed)
     state: VocoderState = {"params": params, "opt": _optimizer(training, steps).init(params)}
     with open_checkpointer(workdir) as checkpointer:
         first = 0
         if checkpointer.latest is not None:
             first = checkpointer.latest.step
-            state = checkpointer.load(first, state)
-            logging.info("vocoder: resumed at step %d", first)
+            state = load_state(checkpointer, workdir, first, state)
+            logging.info("vocoder: resumed at step %d of %d", first, steps)
+            if start_from:
+                logging.warning(
+                    "--start-from %s: no effect, because %s goes on with its own parameters; to begin with others, "
+                    "name a new --workdir", start_from, workdir,
+                )  # fmt: skip
         began_s = time.monotonic()
         unreported: list[Metrics] = []
         for done in range(first + 1, steps + 1):
@@ -120,7 +136,8 @@ def train_vocoder(
             unreported.append(metrics)
             if done % training.report_every == 0 or done == steps:
                 step_s = (time.monotonic() - began_s) / (done - first)
-                _report(workdir, done, steps, step_s, unreported)
+                rate = rate_at(schedule(training.learning_rate, training.warmup, steps), done - 1)
+                _report(workdir, done, steps, step_s, rate, unreported)
                 unreported = []
             if done % training.checkpoint_every == 0 or done == steps:
                 checkpointer.save(done, state, force=True)
@@ -164,18 +181,36 @@ def loss_fn(
     return total, terms
 
 
+def _read_vocoder(directory: Path, config: Config) -> Params:
+    """Returns the vocoder's parameters of a vocoder run or of a checkpoint.
+
+    Raises:
+      InputError: there is no vocoder, its sizes are not those of `config`, or it has NaN.
+    """
+    found, params = load_vocoder(directory)
+    if found.vocoder != config.vocoder:
+        names = join_names([str(d) for d in compare(found.vocoder, config.vocoder, "vocoder")])
+        raise InputError(f"{directory} cannot start this run: its vocoder has other sizes ({names})")
+    check_finite({"vocoder": params}, str(directory))
+    return params
+
+
 def _optimizer(training: VocoderTraining, steps: int) -> optax.GradientTransformation:
     return optimizer(training.learning_rate, training.warmup, steps)
 
 
-def _report(workdir: Path, done: int, steps: int, step_s: float, metrics: Sequence[Metrics]) -> None:
+def _report(
+    workdir: Path, done: int, steps: int, step_s: float, learning_rate: float, metrics: Sequence[Metrics]
+) -> None:
     """Writes a progress line, and a line with the same figures to `log.jsonl`.
 
     The figures are means over `metrics`, which holds the metrics of each step since the last line.
     """
     means = {name: float(sum(step[name] for step in metrics)) / len(metrics) for name in metrics[0]}
     with (workdir / "log.jsonl").open("a") as log:
-        log.write(dumps({"step": done, "step_s": round(step_s, 4), **means}) + "\n")
+        log.write(dumps({"step": done, "step_s": round(step_s, 4), "learning_rate": learning_rate, **means}) + "\n")
     terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     eta_min = step_s * (steps - done) / 60
-    logging.info("vocoder %d/%d  %s  %.2f s/step  ETA %.0f min", done, steps, terms, step_s, eta_min)
+    logging.info(
+        "vocoder %d/%d  %s  rate %.3g  %.2f s/step  ETA %.0f min", done, steps, terms, learning_rate, step_s, eta_min
+    )
