@@ -43,7 +43,7 @@ BANK = "speech synthesis takes 40 minutes: the bank is prepared, and its voices 
 TRAINED = "a model of two layers and one step: the real training takes over an hour"
 ONE_STEP = ("--steps", "1")
 TINY = {"tiny": "small.json"}
-PLANNED = "a model of two layers: the real one takes minutes to compile"
+PLANNED = "a model of two layers on four chips: the real one takes minutes to compile"
 LARGE = {"tml_interaction_small": "plan.json"}
 
 SMALL = {
@@ -171,10 +171,15 @@ SMALL = {
     ),
     # planning
     "jaxtml plan tml_interaction_small --topology v5p:4x4x8 --mesh data=16,expert=8 --set train.batch=128": Small(
-        needs=("plan.json",), instead=LARGE, why=PLANNED, prints="v5p:4x4x8", slow=True
+        needs=("plan.json",),
+        instead=LARGE
+        | {"v5p:4x4x8": "v5p:2x2x1", "data=16,expert=8": "data=2,expert=2", "train.batch=128": "train.batch=8"},
+        why=PLANNED,
+        prints="v5p:2x2x1",
+        slow=True,
     ),
     "jaxtml plan tml_interaction_small --topology v6e:4x8 --program serve": Small(
-        needs=("plan.json",), instead=LARGE, why=PLANNED, prints="v6e:4x8", slow=True
+        needs=("plan.json",), instead=LARGE | {"v6e:4x8": "v6e:2x2"}, why=PLANNED, prints="v6e:2x2", slow=True
     ),
 }
 
