@@ -31,6 +31,7 @@ from jaxtml.config import (
     DataConfig,
     DuplexConfig,
     FlowConfig,
+    ServeConfig,
     TrainConfig,
     VisionConfig,
     VocoderConfig,
@@ -105,6 +106,7 @@ def small_config() -> Config:
         vocoder=VocoderConfig(width=8, depth=2, expansion=2, kernel=3),
         data=DataConfig(turns=12, tokens=128),
         train=TrainConfig(batch=2, warmup=2, learning_rate=3e-3),
+        serve=ServeConfig(background_text=True),
     )
 
 

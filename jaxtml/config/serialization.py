@@ -18,10 +18,19 @@ from jaxtml.errors import InputError
 
 _ADVICE = {int: ": give a whole number", float: ": give a number", bool: ": give true or false", str: ": give a text"}
 
+# Fields that were added after checkpoints had been written. At their default they are left out. So a config that was
+# written before has the same text as now, and a conversion that an earlier revision began can be resumed. Earlier
+# revisions can also read the configs that are written now.
+_LEFT_OUT_AT_DEFAULT = (("serve", "background_text", False),)
+
 
 def to_json(config: Config) -> str:
     """Returns the config as indented JSON that ends with a newline. A config that was checked has no NaN."""
-    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+    value = dataclasses.asdict(config)
+    for section, name, default in _LEFT_OUT_AT_DEFAULT:
+        if value[section][name] == default:
+            del value[section][name]
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Config:

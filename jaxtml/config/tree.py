@@ -194,9 +194,9 @@ class DuplexConfig:
     vocabulary."""
 
     max_typed: NonNegativeInt = 8
-    """Text that the user typed, or text of the background model: the larger model that the assistant delegates requests
-    to. The limit counts the control token before the text. Longer text continues in the next micro-turn. A limit of 8
-    admits 7 tokens of text per micro-turn, or 35 a second. A person types more slowly."""
+    """Text that the user typed, or background text (`serve.background_text`). The limit counts the control token before
+    the text. Longer text continues in the next micro-turn. A limit of 8 admits 7 tokens of text per micro-turn, or 35 a
+    second. A person types more slowly."""
 
     max_patches: NonNegativeInt = 0
     """Patches of video. A patch covers the same square of two frames, 100 ms apart. 0 by default: no video."""
@@ -419,6 +419,12 @@ class ServeConfig:
     transport: Annotated[str, OneOf("replicated", "ring")] = "ring"
     """How tokens reach their experts on a mesh (`jaxtml.model.experts.transports`). "replicated": every device has all
     tokens, and the results are summed. "ring": tokens are gathered from all devices, and results scattered back."""
+
+    background_text: bool = False
+    """Whether a server gives the model background text: instructions, tools, an earlier conversation, and results of
+    functions and delegations. A model that was not trained on such text answers it with nonsense. Without the field a
+    server keeps such text from the model, and tells the client. Set it to true for a model that was trained on such
+    text. False is right for `tiny`, and for a converted release: a release has never read our control tokens."""
 
 
 @dataclass(frozen=True)

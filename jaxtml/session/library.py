@@ -212,7 +212,8 @@ class Session:
         Args:
           chunk: `[3200]` float32 at 16 kHz, full scale 1.
           typed: text that the user has typed; several texts are joined.
-          background: text of the background model, such as the answer to `MicroTurn.delegate`.
+          background: text that the user did not type, such as instructions or the answer to `MicroTurn.delegate`. Only
+            a model that was trained on such text makes sense of it (`config.serve.background_text`).
           patches: `[P, 2, 40, 40, 3]` float32, the user's video (from `jaxtml.stream.images.image_patches`).
 
         Raises:

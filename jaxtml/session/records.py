@@ -30,8 +30,9 @@ class SlotInput:
     Attributes:
       bins: `[4, 80]` uint8, the dMel frames of what the user says.
       text: token ids; the empty tuple where no text arrives.
-      mark: the control token in front of the text. TYPED: the user typed the text. BACKGROUND: the text comes from
-        elsewhere, such as the background model, the larger model to which this model delegates requests.
+      mark: the control token in front of the text. TYPED: the user typed the text. BACKGROUND: anything else, which
+        is instructions, tools, an earlier conversation, or results of functions and of the background model. The
+        background model is the larger model to which this model delegates requests.
       patches: `[P, 2, 40, 40, 3]` float32, video; None without video.
     """
 

@@ -117,3 +117,12 @@ def test_json_with_a_field_of_another_type_names_it(refused):
         '"d_model": 123', '"d_model": "wide"'
     )
     refused(r"config.backbone.d_model: 'wide' is not int", configs.from_json, text)
+
+
+def test_config_from_before_a_field_was_added_reads_right_and_keeps_its_text():
+    """Old checkpoints have no `serve.background_text`. A conversion is resumed only if its config has its old text."""
+    config = configs.load("tiny")
+    text = configs.to_json(config)
+    assert "background_text" not in text and configs.from_json(text) == config and not config.serve.background_text
+    reads = configs.load("tiny", ["serve.background_text=true"])
+    assert '"background_text": true' in configs.to_json(reads) and configs.from_json(configs.to_json(reads)) == reads
