@@ -1,15 +1,22 @@
 """JSON messages of clients as types. A message that fits no type is refused with an error that says what is wrong.
 
 A protocol declares each message of its clients as a subclass of `Event`. The field `type` tells them apart. A
-`MessageTypes` reads the messages that a client may send at one point of a session. Fields of type `bytes` are base64 in
-JSON. Used by the protocols whose messages are JSON.
+`MessageTypes` reads the messages that a client may send at one point of a session. Used by the protocols whose messages
+are JSON.
+
+Every field is done, or refused with an error, or declared with `no_effect` and named to the client by
+`fields_without_effect`. `tests/serve/protocols/test_fields.py` has the list of all fields.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import cache
 from typing import Annotated, Any, Generic, TypeVar, get_args
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -21,6 +28,106 @@ UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 # An id or a name that a client chooses.
 Name = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class Binary(bytes):
+    """Bytes that are base64 in JSON. Padding may be missing, lines may be wrapped, and the alphabet may be url-safe."""
+
+
+class PictureFile(bytes):
+    """The bytes of a picture, in JSON as a `data:` URL (RFC 2397) or as the base64 of `Binary`."""
+
+
+def decode_base64(text: str) -> bytes:
+    """Returns the bytes that `text` encodes in base64, as `Binary` describes it.
+
+    Raises:
+      ValueError: `text` is not base64.
+    """
+    try:
+        return base64.b64decode(text, validate=True)  # the usual form, which is by far the fastest to read
+    except ValueError:
+        pass
+    try:
+        data = text.encode("ascii").translate(_STANDARD_ALPHABET, delete=b" \t\r\n")
+        digits = data.rstrip(b"=")
+        padding = len(data) - len(digits)
+        if padding and len(data) % 4 or padding > 2:
+            raise ValueError("its padding is wrong")
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
+    except (UnicodeEncodeError, binascii.Error, ValueError) as error:
+        raise ValueError(f"this is not base64: {error}"[:200]) from error
+
+
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+
+def decode_data_url(url: str) -> bytes:
+    """Returns the content of a `data:` URL of a picture (RFC 2397), in base64.
+
+    Raises:
+      ValueError: it is another URL, its content is no picture, or it is not in base64.
+    """
+    head, comma, content = url.strip().partition(",")
+    kind, *attributes = head[len("data:") :].split(";")
+    if head[:5].lower() != "data:" or not comma or not kind.strip().lower().startswith("image/"):
+        raise ValueError("a picture must be a data: URL with the type image/jpeg or image/png; nothing is downloaded")
+    if not any(attribute.strip().lower() == "base64" for attribute in attributes):
+        raise ValueError("the picture in a data: URL must be in base64")
+    return decode_base64(unquote_to_bytes(content).decode("ascii", "replace") if "%" in content else content)
+
+
+def _decode_field(kind: type, value: Any) -> Any:
+    """Reads the types of fields that msgspec does not know; the signature is that of its `dec_hook`."""
+    if kind not in (Binary, PictureFile):
+        raise NotImplementedError(f"no field has the type {kind}")
+    if not isinstance(value, str):
+        raise ValueError("base64 is a string")
+    is_url = kind is PictureFile and value[:5].lower() == "data:"
+    return kind(decode_data_url(value) if is_url else decode_base64(value))
+
+
+def no_effect(reason: str) -> msgspec.Meta:
+    """Declares in a field's `Annotated` type that the field is accepted, and has no effect because of `reason`."""
+    return msgspec.Meta(extra={"no_effect": reason})
+
+
+def fields_without_effect(value: Any, path: str = "") -> dict[str, str]:
+    """Returns the fields that a client has set although they have no effect.
+
+    Args:
+      value: an object from a client's message, or a list of objects.
+      path: path of `value`, for the keys of the result.
+
+    Returns:
+      For each such field its path, and why it has no effect.
+    """
+    if isinstance(value, list | tuple):
+        found: dict[str, str] = {}
+        for index, item in enumerate(value):
+            found |= fields_without_effect(item, f"{path}[{index}]")
+        return found
+    if not isinstance(value, msgspec.Struct):
+        return {}
+    found = {}
+    for name, reason in declared_fields(type(value)).items():
+        content = getattr(value, name)
+        if content is None or content is msgspec.UNSET:
+            continue
+        where = f"{path}.{name}" if path else name
+        found |= fields_without_effect(content, where) if reason is None else {where: reason}
+    return found
+
+
+@cache
+def declared_fields(kind: type[msgspec.Struct]) -> Mapping[str, str | None]:
+    """Returns the names of a type's fields, and why a field has no effect; None: the field has an effect."""
+    reasons: dict[str, str | None] = {}
+    for field in msgspec.structs.fields(kind):
+        info = msgspec.inspect.type_info(field.type)
+        extra = (isinstance(info, msgspec.inspect.Metadata) and info.extra) or {}
+        reasons[field.name] = extra.get("no_effect")
+    return reasons
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -50,7 +157,7 @@ class MessageTypes(Generic[_Message]):
     """
 
     def __init__(self, accepted: Any, elsewhere: Any = None, unsupported: Collection[str] = ()):
-        self.decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(accepted)
+        self.decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(accepted, dec_hook=_decode_field)
         self.elsewhere = _type_names(elsewhere) if elsewhere is not None else ()
         self.known = sorted((*_type_names(accepted), *self.elsewhere))
         self.unsupported = unsupported

@@ -29,12 +29,17 @@ from jaxtml.serve.transport.endings import INVALID_CODES, NO_CLOSE_FRAME, NO_COD
 from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 from jaxtml.serve.transport.token_bucket import TokenBucket
 
-MESSAGE_BYTES = 2**20  # the largest message that is read
+# The largest message that is read. OpenAI's API takes 15 MiB of audio in a message; these are 20 MiB in base64, and a
+# little more if the base64 is wrapped in lines. So a connection holds at most this much of a client's messages, and the
+# network is not read while a message is handled.
+MESSAGE_BYTES = 22 * 2**20
+_TOO_LARGE = 1009  # close code
+_REST_S = 2.0  # for a client to send the rest of a message that is too large
 _MESSAGES_PER_SECOND, _MESSAGES_BURST = 250, 1000  # audio in packets of 10 ms needs 100 per second
 _PINGS_PER_SECOND, _PINGS_BURST = 20, 40
-# A message costs one token, plus one token per `_UNIT_BYTES` of its size. So a client may send half a megabyte per
-# second, and two megabytes in a burst: ten times what audio needs.
-_UNIT_BYTES = 2048
+# A message costs one token, plus one token per `_UNIT_BYTES` of its size. So a client may send two megabytes per
+# second, and eight megabytes in a burst, which is a large photo. To read a megabyte takes about 9 ms.
+_UNIT_BYTES = 8192
 _WATCH_S, _PING_S = 1.0, 5.0  # from one check of the client to the next, and from one ping to the next
 _SILENT_S = 20.0  # a client from which nothing arrives for this time counts as gone
 CLOSE_TIMEOUT_S = 3.0  # for a client to confirm that its connection is closed
@@ -81,7 +86,7 @@ class Transport(Protocol):
 
 def new_websocket() -> web.WebSocketResponse:
     """Returns a WebSocket for `WebSocketTransport`. It does not answer pings by itself, and delivers text as bytes."""
-    return web.WebSocketResponse(
+    return _WebSocket(
         autoping=False,
         compress=False,
         max_msg_size=MESSAGE_BYTES,
@@ -89,6 +94,22 @@ def new_websocket() -> web.WebSocketResponse:
         protocols=("realtime",),
         timeout=CLOSE_TIMEOUT_S,
     )
+
+
+class _WebSocket(web.WebSocketResponse):
+    """A WebSocket that stays open after a message that is too large, so that its client can be told.
+
+    aiohttp reads nothing more then, and its method `receive` closes the WebSocket. Here the first such call does
+    nothing: the owner of the WebSocket sends an error and then closes it.
+    """
+
+    _told = False
+
+    async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
+        if code == _TOO_LARGE and not self._told:
+            self._told = True
+            return True
+        return await super().close(code=code, message=message, drain=drain)
 
 
 class WebSocketTransport:
@@ -141,10 +162,21 @@ class WebSocketTransport:
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     async def close(self, code: int, reason: str) -> None:
+        if self.close_code == _TOO_LARGE:
+            await self._let_client_finish()
         with contextlib.suppress(TimeoutError, ConnectionError):
             await asyncio.wait_for(self.ws.close(code=code, message=reason.encode()[:120]), 2 * CLOSE_TIMEOUT_S)
         if self._transport is not None and self.unsent():
             self._transport.abort()
+
+    async def _let_client_finish(self) -> None:
+        """Waits until the client has sent the rest of a message that is too large, which aiohttp discards.
+
+        A connection that is closed while its client sends is reset, and many clients then lose the error before it.
+        """
+        until = time.monotonic() + _REST_S
+        while time.monotonic() < until and self._transport is not None and not self._transport.is_closing():
+            await asyncio.sleep(0.05)
 
 
 class Connection:
@@ -157,7 +189,8 @@ class Connection:
 
     def __init__(self, transport: Transport, metrics: Metrics):
         self.transport, self.metrics = transport, metrics
-        # True while a message waits for room in the session. Nothing is read then, so no sign of life is expected.
+        # True while a message waits for room in the session, or the next message may not be read yet. Nothing is read
+        # then, so no sign of life is expected.
         self._handling = False
         self._messages = TokenBucket(_MESSAGES_PER_SECOND, _MESSAGES_BURST)
         self._replaced = asyncio.Event()
@@ -169,6 +202,11 @@ class Connection:
         """The close code with which the client's side ended, as `Transport.close_code`."""
         return self.transport.close_code
 
+    @property
+    def message_was_too_large(self) -> bool:
+        """Whether the connection has ended because of a message that is too large. It can still send frames."""
+        return self.transport.close_code == _TOO_LARGE
+
     def replace(self) -> None:
         """Stops taking messages at once: another connection has taken over the session."""
         self._replaced.set()
@@ -176,10 +214,18 @@ class Connection:
             self._reading.cancel()
 
     async def receive(self) -> bytes | None:
-        """Waits for the next message and returns it; None: the client is gone. Messages that come too fast wait."""
+        """Waits for the next message and returns it; None: the client is gone, or its message is too large.
+
+        After messages that came too fast, the next one is read later.
+        """
+        self._handling = True
+        # Sleep even for zero seconds: reading a message that has already arrived does not yield to the event loop.
+        await asyncio.sleep(self._messages.take(0))
+        self._handling = False
+        self.transport.heard_at = time.monotonic()
         message = await self.transport.receive()
         if message is not None:
-            await self._pace(len(message))
+            self._messages.take(1 + len(message) / _UNIT_BYTES)
         return message
 
     async def send(self, frame: bytes) -> None:
@@ -220,6 +266,13 @@ class Connection:
             return ConnectionEnd.DONE
         return self.transport.end
 
+    async def send_last(self, replay_buffer: ReplayBuffer) -> None:
+        """Sends the frames that `run` has not sent. A client that does not take them in time does not get them."""
+        if replay_buffer.last_number > self._written and not self._has_lost_frames(replay_buffer):
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                for frame in await replay_buffer.frames_after(self._written):
+                    await asyncio.wait_for(self.send(frame), CLOSE_TIMEOUT_S)
+
     async def close(self, code: int, reason: str = "") -> None:
         """Closes the connection. A client that does not confirm in time is cut off."""
         await self.transport.close(code, reason)
@@ -228,8 +281,6 @@ class Connection:
         while (message := await self.receive()) is not None and not self._replaced.is_set():
             self._handling = True
             await on_message(message)
-            self._handling = False
-            self.transport.heard_at = time.monotonic()
 
     def _has_lost_frames(self, replay_buffer: ReplayBuffer) -> bool:
         """Returns whether the replay buffer has dropped a frame before it was written."""
@@ -261,8 +312,3 @@ class Connection:
             if time.monotonic() > pinged_at + _PING_S and not self.transport.unsent():
                 await self.transport.ping()
                 pinged_at = time.monotonic()
-
-    async def _pace(self, size: int) -> None:
-        """Waits as long as the rate limit says for a message of `size` bytes, and lets other clients run."""
-        # Sleep even for zero seconds: reading a message that has already arrived does not yield to the event loop.
-        await asyncio.sleep(self._messages.take(1 + size / _UNIT_BYTES))

@@ -19,7 +19,7 @@ from av.error import FFmpegError
 
 from jaxtml.stream.images import fitted_size, image_patches
 
-MAX_PIXELS = 2**22  # a larger picture is not decoded
+MAX_PIXELS = 2**24  # a larger picture is not decoded; photos of phones have 12 million pixels
 _MAX_PAIR_S = 0.5  # the most time between the two pictures of a pair
 # One thread for all sessions, one picture at a time, in order of arrival: more threads would make ticks late.
 IMAGE_EXECUTOR = ThreadPoolExecutor(1, "pictures")

@@ -45,7 +45,7 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from aiortc.sdp import SessionDescription
 
-from jaxtml.serve.transport.connection import CLOSE_TIMEOUT_S, MESSAGE_BYTES
+from jaxtml.serve.transport.connection import CLOSE_TIMEOUT_S
 from jaxtml.serve.transport.endings import ConnectionEnd
 from jaxtml.serve.transport.sound import MediaSink
 from jaxtml.serve.transport.token_bucket import TokenBucket
@@ -62,7 +62,7 @@ _STUN_SUCCESS = b"\1\1"  # begins a Binding success response (RFC 8489)
 _BUSY_SHARE, _BUSY_BURST_S = 0.1, 0.3
 _MAX_SOURCES = 8  # of one track (SSRCs): aiortc keeps state for each one for ever
 _MAX_UNDECODED = 4  # frames that may wait to be decoded, or to be shown to the model; further frames are dropped
-_MAX_MESSAGES = 512  # messages that may wait to be handled; their bytes have a limit too
+_MAX_MESSAGES, _INBOX_BYTES = 512, 2**20  # of messages that may wait to be handled
 _MAX_UNSENT = 2**16  # bytes that may wait in a data channel before `send` waits
 _POLL_S = 0.02
 _SCTP_CHUNK_BYTES = 1200  # size of an SCTP chunk at most
@@ -258,7 +258,7 @@ class Peer:
         await handle_data(data)
         sctp = self._pc.sctp
         # The fragments of a message that never ends use up the receive window.
-        never_ends = sctp is not None and sctp._advertised_rwnd < -MESSAGE_BYTES
+        never_ends = sctp is not None and sctp._advertised_rwnd < -_INBOX_BYTES
         if never_ends or not self._busy_s.try_take(time.thread_time() - started_at):
             self._give_up()
 
@@ -288,7 +288,7 @@ class Peer:
         self._inbox.append(data)
         self._inbox_bytes += len(data)
         self._changed.set()
-        if len(self._inbox) > _MAX_MESSAGES or self._inbox_bytes > MESSAGE_BYTES:
+        if len(self._inbox) > _MAX_MESSAGES or self._inbox_bytes > _INBOX_BYTES:
             self._give_up()
 
     def _on_close(self) -> None:

@@ -70,6 +70,8 @@ class SoundFormat:
 class SoundDecoder:
     """Turns a client's audio stream into samples for the model.
 
+    Clients cut their stream where their buffers end, which may be inside a sample of 16 bits.
+
     Args:
       format: the client's format.
     """
@@ -77,10 +79,22 @@ class SoundDecoder:
     def __init__(self, format: SoundFormat):
         self.format = format
         self._resampler = _Resampler(format.rate, SAMPLE_RATE)
+        self._half_sample = b""  # the first byte of a sample whose second byte has not come
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Returns the next samples of the stream, `[N]` float32 at 16 kHz. Raises as `SoundFormat.decode`."""
-        return self.resample(self.format.decode(data))
+        """Returns the next samples of the stream, `[N]` float32 at 16 kHz. Half of a sample waits for its other half.
+
+        Args:
+          data: the next bytes of the stream, of any number.
+        """
+        data = self._half_sample + data
+        whole = len(data) - len(data) % self.format.width
+        self._half_sample = data[whole:]
+        return self.resample(self.format.decode(data[:whole]))
+
+    def drop_half_sample(self) -> None:
+        """Forgets half of a sample: the next byte begins a sample."""
+        self._half_sample = b""
 
     def resample(self, samples: np.ndarray) -> np.ndarray:
         """Returns the next samples of the stream, `[N]` float32 at 16 kHz, from `[M]` float32 at the format's rate."""

@@ -32,7 +32,6 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RtpPacket
 from av.error import FFmpegError
 
-from jaxtml.serve.transport.images import MAX_PIXELS
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.stream.timebase import SAMPLE_RATE
 
@@ -45,6 +44,7 @@ _QUIET_RMS = 10 ** (-50 / 20)  # root mean square relative to full scale, -50 dB
 _STALLED_S = 0.2  # after a pause, the server makes up for at most this much time of packets and skips the others
 _BIT_RATE = "32000"  # bits per second: more does not improve speech with a bandwidth of 8 kHz
 _COMPRESSION_LEVEL = "5"  # 0 to 10; 5 takes half of the computing time of 10
+_MAX_FRAME_PIXELS = 2**22  # a larger frame of a camera is not decoded
 _MAX_EARLY = 2  # packets that may wait for a missing one before them
 _MAX_LOST = 10  # missing packets in a row that become silence; if more are missing, it is another stream
 _MAX_READY = 50  # packets in order that nobody has taken yet; beyond this the oldest are dropped
@@ -192,7 +192,7 @@ class VideoJitterBuffer(JitterBuffer):
     def add(self, packet: RtpPacket) -> tuple[bool, JitterFrame | None]:
         """Takes a packet; returns whether to ask for a key frame, and a frame to decode if one is complete."""
         lost, frame = super().add(packet)
-        if frame is None or _frame_pixels(frame.data) > MAX_PIXELS:
+        if frame is None or _frame_pixels(frame.data) > _MAX_FRAME_PIXELS:
             return lost, None
         return (True, None) if self.decoder_is_behind() else (lost, frame)
 

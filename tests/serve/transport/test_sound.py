@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -47,12 +49,30 @@ def test_audio_decodes_the_same_in_chunks_of_any_size(format, tone):
     np.testing.assert_allclose(joined[:common], whole[:common], atol=1e-5)
 
 
-def test_partial_samples_are_refused_and_no_data_is_accepted():
-    decoder = SoundDecoder(FORMATS[0])
-    with pytest.raises(ValueError, match="3 bytes are not a whole number of samples of 16 bits"):
-        decoder.decode(b"abc")
-    assert len(decoder.decode(b"")) == 0
-    assert all(len(SoundDecoder(format).decode(b"")) == 0 for format in FORMATS)
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (4801,), (1,)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_stream_that_is_cut_inside_samples_sounds_like_the_whole(format, sizes):
+    data = format.encode(np.sin(np.arange(4000, dtype=np.float32) / 7) / 2)
+    parts, chunks, rest = SoundDecoder(format), [], data
+    for size in itertools.cycle(sizes):
+        chunks.append(parts.decode(rest[:size]))
+        rest = rest[size:]
+        if not rest:
+            break
+    whole = SoundDecoder(format).decode(data)
+    joined = np.concatenate(chunks)
+    common = min(len(joined), len(whole))
+    assert common > len(whole) - 64
+    np.testing.assert_allclose(joined[:common], whole[:common], atol=1e-5)
+
+
+def test_half_of_a_sample_waits_until_it_is_dropped():
+    decoder = SoundDecoder(SoundFormat("pcm", 16_000))
+    assert len(decoder.decode(b"")) == len(decoder.decode(b"\x00")) == 0
+    assert decoder.decode(b"\x40").tolist() == [0.5]
+    decoder.decode(b"\x00\x40\x07")
+    decoder.drop_half_sample()
+    assert decoder.decode(b"\x00\x40").tolist() == [0.5], "the next recording begins with a whole sample"
 
 
 def test_samples_beyond_full_scale_are_clipped():
