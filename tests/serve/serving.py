@@ -7,6 +7,7 @@ Called by the tests of the protocols, the transports and the web server.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ from aiohttp import web
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.runtime.pool import WorkerPool
-from jaxtml.serve.runtime.scheduler import ScheduledSession, Scheduler
+from jaxtml.serve.runtime.scheduler import ScheduledSession, Scheduler, TextQueue
 from jaxtml.serve.sessions.access import Access
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
 from jaxtml.serve.sessions.manager import Limits, SessionManager
@@ -172,6 +173,7 @@ def serving(
     site: Site | None = None,
     model: Callable[[Slots, SteppedClock], InProcessWorker] = InProcessWorker,
     aliases: tuple[str, ...] = (),
+    reads_background: bool = True,
 ) -> None:
     """Runs `test` beside a server of the small model. Its sessions have the same seeds in each run.
 
@@ -184,6 +186,7 @@ def serving(
       site: where browsers find the server, and the other pages that may use it; None: the defaults.
       model: called with the compiled model and the clock; returns the worker.
       aliases: further names of the model.
+      reads_background: whether the model is served as one that reads background text.
     """
     seeds = itertools.count(7)  # with these seeds the small model hears words and speaks
 
@@ -193,7 +196,9 @@ def serving(
         metrics = Metrics()
         pool = WorkerPool([Scheduler(worker, slots.capacity, clock, metrics.observe_tick, week_ms=lambda: 0)])
         keys = access or Access()
-        served_model = ServedModel(engine.config.name, engine.config, engine.codec, aliases)
+        serve = dataclasses.replace(engine.config.serve, background_text=reads_background)
+        config = dataclasses.replace(engine.config, serve=serve)
+        served_model = ServedModel(config.name, config, engine.codec, aliases)
         manager = SessionManager(pool, keys, served_model, limits or Limits(), metrics)
         runner = web.AppRunner(application(Service(manager, keys, served_model, metrics), site), access_log=None)
         await runner.setup()
@@ -228,6 +233,11 @@ def jpeg(shade: int) -> bytes:
 def unread(session: ScheduledSession) -> list[int]:
     """Returns the tokens of the text that waits for its micro-turns."""
     return [token for piece in session.text_queue for token in piece.tokens]
+
+
+def forget_text(session: ScheduledSession) -> None:
+    """Drops the text that waits for its micro-turns."""
+    session.typed, session.other = TextQueue(), TextQueue()
 
 
 async def eventually(condition: Callable[[], object]) -> None:

@@ -18,9 +18,9 @@ from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.access import Access, Grant
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
-from jaxtml.serve.sessions.errors import Refused
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
 from jaxtml.serve.sessions.manager import SessionManager
-from jaxtml.serve.transport.connection import Connection
+from jaxtml.serve.transport.connection import MESSAGE_BYTES, Connection
 from jaxtml.serve.transport.endings import ENDS_SESSION, ConnectionEnd
 
 # Under this name a request has the beginning of the browser's path that a proxy has removed. The middleware sets it.
@@ -121,11 +121,14 @@ class Service:
             end = await connection.run(session.replay_buffer, after, session.protocol.receive)
             if end is not ConnectionEnd.DONE:
                 log.event("connection ended", session=session.id, how=end.name.lower(), code=connection.close_code)
+            if connection.message_was_too_large:
+                session.protocol.on_unreadable(message_too_large())
+                await connection.send_last(session.replay_buffer)
             if end in ENDS_SESSION or not session.protocol.resumable:
                 session.scheduled.end(ENDS_SESSION.get(end, EndReason.GONE))
         finally:
             session.detach(connection, away=end is ConnectionEnd.AWAY)
-        await connection.close(*close_code(end, session))
+        await connection.close(*close_code(end, session, connection))
 
     def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs `work` beyond the request that asks for it, at most until the server ends."""
@@ -146,9 +149,17 @@ def public_path(request: web.Request) -> str:
     return request.get(PUBLIC_PREFIX, "") + request.path
 
 
-def close_code(end: ConnectionEnd, session: ClientSession) -> tuple[int, str]:
-    """Returns the code and the reason with which a WebSocket of `session` is closed."""
+def close_code(end: ConnectionEnd, session: ClientSession, connection: Connection) -> tuple[int, str]:
+    """Returns the code and the reason with which a WebSocket of `session` is closed, after `end`."""
     if end is ConnectionEnd.REPLACED:
         return 1008, "another connection has taken over"
+    if connection.message_was_too_large:
+        return 1009, "message too large"
     reason = session.scheduled.end_reason
     return (1001, "") if reason is None else (_CLOSE_CODES[reason], reason.value)
+
+
+def message_too_large() -> InvalidMessage:
+    """Returns the error for a message of more than `MESSAGE_BYTES`."""
+    limit = f"a message has at most {MESSAGE_BYTES // 2**20} MiB"
+    return InvalidMessage("message_too_large", f"{limit}: send the sound in several messages, or a smaller picture")

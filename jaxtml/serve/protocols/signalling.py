@@ -70,7 +70,7 @@ async def answer_offer(
             session.scheduled.end(EndReason.LEFT)
         await peer.close(1011, "")
         if isinstance(error, InvalidMessage):  # from the session's configuration
-            raise Refused(400, error.code, str(error)) from error
+            raise error.as_refusal() from error
         raise
     service.run_in_background(_run_peer(service, peer, session))
     return session, answer

@@ -134,6 +134,35 @@ class TextPiece(NamedTuple):
     on_placed: Callable[[int], None] | None = None
 
 
+class TextQueue:
+    """Text that waits for its micro-turns.
+
+    Attributes:
+      pieces: the pieces, oldest first. Each micro-turn takes one piece.
+      tokens: number of tokens in all pieces.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: deque[TextPiece] = deque()
+        self.tokens = 0
+
+    def add(
+        self, mark: Control, tokens: Sequence[int], max_tokens: int, on_placed: Callable[[int], None] | None
+    ) -> None:
+        """Adds a text; arguments as in `ScheduledSession.queue_text`."""
+        self.tokens += len(tokens)
+        for start in range(0, len(tokens), max_tokens):
+            is_last = start + max_tokens >= len(tokens)
+            piece = tuple(tokens[start : start + max_tokens])
+            self.pieces.append(TextPiece(mark, piece, on_placed if is_last else None))
+
+    def pop(self) -> TextPiece:
+        """Removes the oldest piece and returns it."""
+        piece = self.pieces.popleft()
+        self.tokens -= len(piece.tokens)
+        return piece
+
+
 @dataclass
 class ScheduledSession:
     """One session, as the scheduler runs it. `Scheduler.admit` creates one.
@@ -149,8 +178,8 @@ class ScheduledSession:
       jitter_buffer: audio that waits for its micro-turn.
       attached: the client is connected. A session that is not attached is paused.
       end_reason: why it ended; None: it has not ended.
-      text_queue: pieces of text. Each micro-turn takes one piece.
-      waiting_tokens: number of tokens in `text_queue`.
+      typed: what the user types now. The model reads it before `other`.
+      other: background text, and messages of an earlier conversation.
       patches: `[P, 2, 40, 40, 3]` float32, the picture for the next micro-turn; None: no picture.
       journal: results that nobody has read yet.
       begun: the worker has a slot for it.
@@ -167,8 +196,8 @@ class ScheduledSession:
     jitter_buffer: JitterBuffer = field(default_factory=JitterBuffer)
     attached: bool = True
     end_reason: EndReason | None = None
-    text_queue: deque[TextPiece] = field(default_factory=deque)
-    waiting_tokens: int = 0
+    typed: TextQueue = field(default_factory=TextQueue)
+    other: TextQueue = field(default_factory=TextQueue)
     patches: np.ndarray | None = None
     journal: deque[TickResult] = field(default_factory=deque)
     begun: bool = False
@@ -183,20 +212,35 @@ class ScheduledSession:
         tokens: Sequence[int],
         max_tokens: int,
         on_placed: Callable[[int], None] | None = None,
+        in_order: bool = False,
     ) -> None:
         """Queues text for the next micro-turns.
+
+        What the user types goes before all other text: the user must not wait until a model has read long instructions.
 
         Args:
           mark: TYPED or BACKGROUND.
           tokens: token ids, of any number.
           max_tokens: the most that one micro-turn takes. The text is cut into pieces of at most this size.
           on_placed: called with the start of the micro-turn that takes the last piece, in ms since the session began.
+          in_order: as in `queue_of`.
         """
-        self.waiting_tokens += len(tokens)
-        for start in range(0, len(tokens), max_tokens):
-            is_last = start + max_tokens >= len(tokens)
-            piece = tuple(tokens[start : start + max_tokens])
-            self.text_queue.append(TextPiece(mark, piece, on_placed if is_last else None))
+        self.queue_of(mark, in_order).add(mark, tokens, max_tokens, on_placed)
+
+    def queue_of(self, mark: Control, in_order: bool = False) -> TextQueue:
+        """Returns the queue for text of a kind.
+
+        Args:
+          mark: TYPED or BACKGROUND.
+          in_order: the text belongs to an earlier conversation, which the model reads in its order, behind background
+            text that was queued before.
+        """
+        return self.typed if mark is Control.TYPED and not in_order else self.other
+
+    @property
+    def text_queue(self) -> list[TextPiece]:
+        """All pieces of text that wait, in the order in which the model reads them."""
+        return [*self.typed.pieces, *self.other.pieces]
 
     def set_patches(self, patches: np.ndarray) -> None:
         """Sets the picture for the next micro-turn, `[P, 2, 40, 40, 3]` float32. Replaces a waiting picture."""
@@ -235,8 +279,8 @@ class ScheduledSession:
 
     def next_input(self) -> SlotInput:
         """Removes the input of one micro-turn from the queues and returns it."""
-        text = self.text_queue.popleft() if self.text_queue else TextPiece(Control.TYPED, ())
-        self.waiting_tokens -= len(text.tokens)
+        queue = self.typed if self.typed.pieces else self.other
+        text = queue.pop() if queue.pieces else TextPiece(Control.TYPED, ())
         if text.on_placed is not None:
             text.on_placed(self.micro_turns * MICRO_TURN_MS)
         patches, self.patches = self.patches, None

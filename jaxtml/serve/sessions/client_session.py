@@ -21,6 +21,8 @@ from jaxtml.serve.transport.replay_buffer import ReplayBuffer
 from jaxtml.stream.reading import Reader
 from jaxtml.stream.text import TextCodec
 
+BACKGROUND_UNREAD = "this model was not trained on text that the user does not type, so it is not given this text"
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -46,6 +48,14 @@ class ServedModel:
     def sees(self) -> bool:
         """Whether the model takes pictures."""
         return self.config.duplex.max_patches > 0
+
+    @property
+    def reads_background(self) -> bool:
+        """Whether the model is given background text: all text that the user does not type, such as instructions.
+
+        To a client that sends background text to another model, a protocol says `BACKGROUND_UNREAD`.
+        """
+        return self.config.serve.background_text
 
 
 class Carrier(Protocol):

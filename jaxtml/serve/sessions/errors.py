@@ -33,3 +33,7 @@ class InvalidMessage(Exception):
     def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None):
         super().__init__(message)
         self.code, self.param, self.event_id = code, param, event_id
+
+    def as_refusal(self) -> Refused:
+        """Returns the refusal of the HTTP request whose body, or whose key, has the wrong field."""
+        return Refused(400, self.code, str(self) if self.param is None else f"{self.param}: {self}")

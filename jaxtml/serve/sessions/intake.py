@@ -20,9 +20,14 @@ from jaxtml.serve.transport.images import IMAGE_EXECUTOR, ImageIntake
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.serve.transport.token_bucket import TokenBucket
 from jaxtml.stream.text import TextCodec
+from jaxtml.stream.timebase import SAMPLE_RATE
 from jaxtml.stream.tokens import Control
 
-_MAX_WAITING_TOKENS, _MAX_WAITING_PIECES = 24_576, 4096  # of text that waits for its micro-turn
+# Of text that waits for its micro-turn. What the user types has limits of its own, so that long instructions cannot
+# keep the user from typing.
+_MAX_WAITING_TOKENS, _MAX_WAITING_PIECES = 24_576, 4096
+_MAX_APPEND_BYTES = 15 * 2**20  # of audio in one message, as in OpenAI's Realtime API
+_PIECE_S = 10  # seconds of audio that are decoded at a time, as much as a jitter buffer holds
 _BYTES_PER_TOKEN = 8  # real text has fewer bytes per token than this, on average
 _IMAGES_PER_SECOND, _IMAGES_BURST = 10.0, 20  # two pictures per micro-turn: the model sees pictures in pairs
 _TEXT_PER_SECOND, _TEXT_BURST = 2**14, 2**18  # bytes; tokenising a megabyte takes half a second
@@ -41,6 +46,7 @@ class Intake:
       decoder: decodes the client's audio.
       images: the client's pictures.
       received_bytes: bytes of audio that have arrived. Audio from a track counts as 16 bits at 16 kHz.
+      received_ms: duration of this audio.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class Intake:
     ):
         self.session, self.model, self.observe = session, model, observe
         self.decoder, self.images = SoundDecoder(format), ImageIntake(model.config.duplex.max_patches)
-        self.received_bytes = 0
+        self.received_bytes, self.received_ms = 0, 0.0
         self._image_rate = TokenBucket(_IMAGES_PER_SECOND, _IMAGES_BURST)
         self._text_rate = TokenBucket(_TEXT_PER_SECOND, _TEXT_BURST)
         self._overflow = np.zeros(0, np.float32)  # audio that does not fit into the jitter buffer yet
@@ -62,23 +68,42 @@ class Intake:
     async def receive_audio(self, data: bytes) -> None:
         """Takes audio in the client's format, and returns when there was room for it.
 
-        All audio that is counted in `received_bytes` reaches the model, even if the connection is lost meanwhile.
+        The bytes of all messages are one stream: a message may end inside a sample, and the next one goes on there.
+        Long audio is decoded piece by piece, as the session gets room for it. So a session holds little more than the
+        message itself. All audio that is counted in `received_bytes` reaches the model, even if the connection is lost
+        meanwhile.
 
         Raises:
-          ValueError: `data` does not hold whole samples.
+          InvalidMessage: `data` is longer than OpenAI's API allows.
         """
-        await self.wait_for_room()
-        samples = self.decoder.decode(data)
-        self.observe(samples)
-        self.received_bytes += len(data)
-        await self.push(samples)
+        if len(data) > _MAX_APPEND_BYTES:
+            text = f"one message has at most {_MAX_APPEND_BYTES // 2**20} MiB of audio: send several"
+            raise InvalidMessage("string_above_max_length", text, "audio")
+        format = self.decoder.format
+        piece_bytes = _PIECE_S * format.rate * format.width
+        for start in range(0, len(data), piece_bytes):
+            await self.wait_for_room()
+            piece = data[start : start + piece_bytes]
+            samples = self.decoder.decode(piece)
+            self.observe(samples)
+            self.received_bytes += len(piece)
+            self.received_ms += 1000 * _PIECE_S * len(piece) / piece_bytes
+            await self.push(samples)
 
     async def receive_track(self, samples: np.ndarray) -> None:
         """Takes audio from a track, `[N]` float32 at 16 kHz, and returns when there was room for it."""
         self.observe(samples)
         await self.wait_for_room()
         self.received_bytes += 2 * len(samples)
+        self.received_ms += 1000 * len(samples) / SAMPLE_RATE
         await self.push(samples)
+
+    def drop_half_sample(self) -> None:
+        """Forgets the first half of a sample whose second half has not come: the client's recording has ended.
+
+        Called where a protocol ends a recording. What comes next begins with a whole sample.
+        """
+        self.decoder.drop_half_sample()
 
     async def push(self, samples: np.ndarray) -> None:
         """Adds audio, `[N]` float32 at 16 kHz, and returns when there was room for all of it.
@@ -115,7 +140,8 @@ class Intake:
             self._overflow = self._overflow[free_samples:]
 
     def clear(self) -> None:
-        """Drops all audio that has not reached the model."""
+        """Drops all audio that has not reached the model, half of a sample included."""
+        self.drop_half_sample()
         self._overflow = self._overflow[:0]
         self.session.scheduled.jitter_buffer.clear()
 
@@ -152,8 +178,11 @@ class Intake:
         param: str,
         max_tokens: int = _MAX_WAITING_TOKENS,
         on_placed: Callable[[int], None] | None = None,
+        in_order: bool = False,
     ) -> None:
         """Queues text for the next micro-turns.
+
+        Background text is for models that read it: check `ServedModel.reads_background` before.
 
         Args:
           mark: control token before the text. TYPED: the user typed the text. BACKGROUND: it comes from elsewhere.
@@ -161,24 +190,36 @@ class Intake:
           param: path of the text in the client's message, for errors.
           max_tokens: the most tokens that the text may have.
           on_placed: as in `ScheduledSession.queue_text`.
+          in_order: as in `ScheduledSession.queue_of`.
 
         Raises:
           InvalidMessage: as `read_text`.
         """
-        self.queue_tokens(mark, self.read_text(text, param, max_tokens), on_placed)
+        self.queue_tokens(mark, self.read_text(mark, text, param, max_tokens, in_order), on_placed, in_order)
 
-    def queue_tokens(self, mark: Control, tokens: list[int], on_placed: Callable[[int], None] | None = None) -> None:
+    def queue_tokens(
+        self,
+        mark: Control,
+        tokens: list[int],
+        on_placed: Callable[[int], None] | None = None,
+        in_order: bool = False,
+    ) -> None:
         """Queues tokens from `read_text` for the next micro-turns; arguments as in `queue_text`."""
         # The mark takes one of the positions that a micro-turn has for text.
-        self.session.scheduled.queue_text(mark, tokens, self.model.config.duplex.max_typed - 1, on_placed)
+        max_tokens = self.model.config.duplex.max_typed - 1
+        self.session.scheduled.queue_text(mark, tokens, max_tokens, on_placed, in_order)
 
-    def read_text(self, text: str, param: str, max_tokens: int = _MAX_WAITING_TOKENS) -> list[int]:
+    def read_text(
+        self, mark: Control, text: str, param: str, max_tokens: int = _MAX_WAITING_TOKENS, in_order: bool = False
+    ) -> list[int]:
         """Returns the tokens of a text, if the session has room for the text now.
 
         Args:
+          mark: as in `queue_text`.
           text: the text.
           param: path of the text in the client's message, for errors.
           max_tokens: the most tokens that the text may have.
+          in_order: as in `ScheduledSession.queue_of`.
 
         Raises:
           InvalidMessage: the text is empty or too long, text arrives too fast, or too much text waits already.
@@ -192,9 +233,8 @@ class Intake:
         tokens = _encode(self.model.codec, text)
         if not tokens:
             raise InvalidMessage("invalid_value", "there is no text", param)
-        scheduled = self.session.scheduled
-        too_many_tokens = scheduled.waiting_tokens + len(tokens) > _MAX_WAITING_TOKENS
-        if too_many_tokens or len(scheduled.text_queue) >= _MAX_WAITING_PIECES:
+        queue = self.session.scheduled.queue_of(mark, in_order)
+        if queue.tokens + len(tokens) > _MAX_WAITING_TOKENS or len(queue.pieces) >= _MAX_WAITING_PIECES:
             raise InvalidMessage("rate_limit_exceeded", "too much text waits until the model can read it", param)
         return tokens
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from aiohttp import WSMsgType
 
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.transport.sound import MediaSink
 from jaxtml.stream.reading import Words
 
@@ -58,6 +59,10 @@ class SessionProtocol(Protocol):
         Answers a message that it cannot use with the protocol's own error. While this method waits, for example for
         room in the jitter buffer, the server reads no further message from the connection.
         """
+        ...
+
+    def on_unreadable(self, invalid: InvalidMessage) -> None:
+        """Answers a message that could not be handed to `receive`, with the protocol's own error."""
         ...
 
     def on_micro_turn(self, result: TickResult, words: Words) -> None:

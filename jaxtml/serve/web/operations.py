@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from aiohttp import web
 
@@ -63,7 +64,13 @@ class _Handlers:
         self.service.check_model(name)
         return web.json_response(self._model(name))
 
-    def _model(self, name: str) -> dict[str, str | int]:
-        """Returns what a client is told of the model under one of its names. `root` is the model's own name."""
-        root = self.service.model.name
-        return {"id": name, "object": "model", "created": self.began_at, "owned_by": "jaxtml", "root": root}
+    def _model(self, name: str) -> dict[str, Any]:
+        """Returns what a client is told of the model under one of its names. `root` is the model's own name.
+
+        `capabilities` is what the model takes besides sound and typed text. `background_text` means text that the user
+        does not type: instructions, tools, earlier conversations, results.
+        """
+        model = self.service.model
+        takes = {"background_text": model.reads_background, "pictures": model.sees}
+        shared = {"id": name, "object": "model", "created": self.began_at, "owned_by": "jaxtml", "root": model.name}
+        return shared | {"capabilities": takes}

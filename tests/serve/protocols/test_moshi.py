@@ -100,12 +100,13 @@ def test_text_is_typed_text_and_wrong_frames_get_errors(slots, engine):
             (SOUND + b"nonsense" * 100, "no Ogg pages"),
             (SOUND + b"OggS" + bytes(600), "no Ogg pages"),
             (b"\x08picture", "JPEG or PNG"),
+            (b"\x04{}", "kind 4"),
         ):
             await ws.send_bytes(frame)
             while (message := await ws.receive()).data[:1] != ERROR:
                 pass
             assert word in message.data.decode(), frame
-        for frame in (b"\x03\x00", b"\x04{}", b"\x06"):
+        for frame in (b"\x03\x00", b"\x06"):
             await ws.send_bytes(frame)
         await ws.send_bytes(TEXT + b"the sky")
         scheduled = serving.session().scheduled
@@ -116,7 +117,7 @@ def test_text_is_typed_text_and_wrong_frames_get_errors(slots, engine):
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
         await ws.send_bytes(SOUND + writer.append_pcm(np.zeros(FRAME, np.float32)))
         await eventually(lambda: scheduled.jitter_buffer.waiting_samples)
-        assert serving.counted("duplex_malformed_messages_total", protocol="moshi") == 7
+        assert serving.counted("duplex_malformed_messages_total", protocol="moshi") == 8
 
     serving(slots, engine, test, model=scripted({}))
 

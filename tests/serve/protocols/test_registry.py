@@ -8,6 +8,7 @@ from jaxtml.serve.protocols import registry, websocket
 from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
 from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
+from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.sound import SoundFormat
 from jaxtml.stream.reading import Words
@@ -32,6 +33,9 @@ class TextProtocol:
 
     def on_micro_turn(self, result: TickResult, words: Words) -> None:
         self.session.replay_buffer.append(words.said.encode())
+
+    def on_unreadable(self, invalid: InvalidMessage) -> None:
+        self.session.replay_buffer.append(str(invalid).encode())
 
     def on_expiring(self, in_s: float) -> None:
         self.session.replay_buffer.append(b"expiring")

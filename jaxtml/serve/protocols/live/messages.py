@@ -1,16 +1,19 @@
 """The messages that a client of GPT-Live may send, as types. Every other message is refused with an error.
 
 Fields and limits are those of OpenAI's Live API (the types in `openai.types.live` of the `openai` package). Three
-messages are our own: `session.resume`, `session.input_text.append` and `session.input_image.append`. Fields of type
-`bytes` are base64 in JSON. Used by `protocol` and `routes`.
+messages are our own: `session.resume`, `session.input_text.append` and `session.input_image.append`. A field that is
+declared with `no_effect` is accepted, and named in the field `no_effect` of the session that the server sends back.
+`configuration` refuses what this server cannot give. Used by `protocol` and `routes`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from jaxtml.serve.protocols.messages import Event, MessageTypes, Strict
+from jaxtml.serve.protocols.messages import Binary, Event, MessageTypes, PictureFile, Strict, no_effect
 from jaxtml.serve.transport.sound import SoundFormat
+
+_OfItem = Annotated[Any, no_effect("nothing refers to a message of the history later")]
 
 # --- the session
 
@@ -34,9 +37,9 @@ class LivePcma(Strict, tag_field="type", tag="audio/pcma"):
 
 
 class LiveVoice(Strict):
-    """The voice that the client asks for. The model has its own voice, so this has no effect."""
+    """The voice that the client asks for."""
 
-    voice: str | dict[str, str] | None = None
+    voice: Annotated[Any, no_effect("the model has one voice")] = None
 
 
 class LiveAudio(Strict):
@@ -67,8 +70,8 @@ class HistoryItem(Strict, kw_only=True):
 
     role: Literal["developer", "user", "assistant"]
     content: tuple[TextPart]
-    id: str | None = None
-    status: Literal["incomplete", "completed"] | None = None
+    id: _OfItem = None
+    status: _OfItem = None
     type: Literal["message"] | None = None
 
 
@@ -81,7 +84,7 @@ class LiveSessionConfig(Strict, kw_only=True):
     delegation: Delegation | None = None
     input: list[HistoryItem] | None = None
     instructions: str | None = None
-    safety_identifier: str | None = None
+    safety_identifier: Annotated[Any, no_effect("this server does not report its users to anyone")] = None
     store: bool | None = None
     triggers: list[dict[str, Any]] | None = None
 
@@ -139,7 +142,7 @@ class LiveUpdate(Event, tag="session.update", kw_only=True):
 class AppendAudio(Event, tag="session.input_audio.append", kw_only=True):
     """Sound of the user, in the session's format."""
 
-    audio: bytes
+    audio: Binary
 
 
 class Mute(Event, tag="session.input_audio.mute"):
@@ -179,9 +182,9 @@ class AppendText(Event, tag="session.input_text.append", kw_only=True):
 
 
 class AppendImage(Event, tag="session.input_image.append", kw_only=True):
-    """What the user's camera sees now, as JPEG or PNG (our own message)."""
+    """What the user's camera sees now: JPEG or PNG, in base64 or as a data: URL (our own message)."""
 
-    image: bytes
+    image: PictureFile
 
 
 class Close(Event, tag="session.close"):

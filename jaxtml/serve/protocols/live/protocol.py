@@ -13,12 +13,18 @@ Events and their fields are those of OpenAI's Live API (`openai.types.live`). Th
   (whether the model takes pictures).
 - `session.output_audio.delta` has its times, and whether the model's gate was open (`speaking`).
 - A delegation has its text, in `task`.
+- A session has `no_effect` if the client has set fields that have no effect: their paths, each with the reason. If the
+  model does not get the instructions or the history, an `info` with the code `background_text_unread` says so too.
 - Clients may send typed text and pictures (`session.input_text.append`, `session.input_image.append`).
 
 Text that a client appends is cut into pieces. Each micro-turn begins with at most one piece, so a long text takes
 several micro-turns. The model reads two kinds of text. What the user types, now or in the history, is typed text.
 Instructions, thinking, commentary, and the history's messages of developers and the assistant are background text. If a
 client sends no sound, the model hears silence and the session goes on.
+
+A model that was not trained on background text gets none (`ServedModel.reads_background`). It does not get a history
+either: it would answer the user's old questions. `session.instructions.append`, `session.thinking.append` and
+`session.commentary.append` are then refused.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from aiohttp import WSMsgType
 
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.live import events
+from jaxtml.serve.protocols.live.configuration import check_delegation, without_effect
 from jaxtml.serve.protocols.live.messages import (
     SESSION_MESSAGES,
     SOUNDLESS_MESSAGES,
@@ -57,7 +64,7 @@ from jaxtml.serve.protocols.live.messages import (
 from jaxtml.serve.protocols.live.sideband import SendEvent, Sideband
 from jaxtml.serve.protocols.messages import MessageTypes
 from jaxtml.serve.runtime.scheduler import EndReason, TickResult
-from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
+from jaxtml.serve.sessions.client_session import BACKGROUND_UNREAD, ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.sound import SoundEncoder, VoiceTrack
@@ -125,11 +132,18 @@ class LiveProtocol:
             "sees": model.sees,
         }
         self._send("session.started", start_event_id, session=started)
+        if model.reads_background:
+            self._queue_background(config)
+        elif config.instructions or config.input:
+            self._send("info", code="background_text_unread", message=BACKGROUND_UNREAD)
+
+    def _queue_background(self, config: LiveSessionConfig) -> None:
+        """Queues the history and the instructions. The model reads the history in its order."""
         for item in config.input or ():
             mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
-            self.intake.queue_text(mark, item.content[0].text, "input")
+            self.intake.queue_text(mark, item.content[0].text, "session.input", in_order=True)
         if config.instructions:
-            self.intake.queue_text(Control.BACKGROUND, config.instructions, "instructions")
+            self.intake.queue_text(Control.BACKGROUND, config.instructions, "session.instructions")
 
     # --- from the session to the client
 
@@ -214,6 +228,9 @@ class LiveProtocol:
         accepted = SESSION_MESSAGES if self.track is None else SOUNDLESS_MESSAGES
         await self._handle(accepted, message, self._send_to_client, self._use_own)
 
+    def on_unreadable(self, invalid: InvalidMessage) -> None:
+        self._refuse(invalid, self._send_to_client)
+
     async def receive_from_sideband(self, message: bytes, send: SendEvent) -> None:
         """Handles one message of a sideband. `send` writes an error to that sideband."""
         await self._handle(SOUNDLESS_MESSAGES, message, send, self._use)
@@ -225,8 +242,11 @@ class LiveProtocol:
         try:
             await accepted.handle(message, use)
         except InvalidMessage as invalid:
-            self.metrics.malformed_messages.labels(SCOPE).inc()
-            send(events.new_event("error", invalid.event_id, error=events.error_fields(invalid)))
+            self._refuse(invalid, send)
+
+    def _refuse(self, invalid: InvalidMessage, send: SendEvent) -> None:
+        self.metrics.malformed_messages.labels(SCOPE).inc()
+        send(events.new_event("error", invalid.event_id, error=events.error_fields(invalid)))
 
     async def _use_own(self, message: SessionMessage) -> None:
         """Uses a message of the session's own client, and remembers its id.
@@ -258,6 +278,8 @@ class LiveProtocol:
                 self._append_context(message)
 
     def _append_context(self, message: Context) -> None:
+        if not self.model.reads_background:
+            raise InvalidMessage("unsupported_event", BACKGROUND_UNREAD, "type")
         if message.delegation_id is not None:
             made_at = self._delegations.get(message.delegation_id)
             if made_at is None:
@@ -282,9 +304,7 @@ class LiveProtocol:
         if change.triggers:
             text = "this server does not support triggers"
             raise InvalidMessage("unsupported_parameter", text, "session.triggers")
-        if change.delegation is not None and change.delegation.type != "client":
-            text = "the type of delegation cannot change"
-            raise InvalidMessage("invalid_value", text, "session.delegation.type")
+        check_delegation(change.delegation)
         self._send("session.updated", message.event_id, session=self._resource())
 
     # --- events
@@ -316,6 +336,8 @@ class LiveProtocol:
         }
         if self.config.instructions is not None:
             resource["instructions"] = self.config.instructions
+        if no_effect := without_effect(self.config, self.model):
+            resource["no_effect"] = no_effect
         return resource
 
     def _usage(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxtml.serve.protocols.live.messages import FIRST_MESSAGES, CreateSession, 
 from jaxtml.serve.protocols.live.protocol import SCOPE, LiveProtocol
 from jaxtml.serve.protocols.live.sideband import Sideband
 from jaxtml.serve.protocols.messages import UNREADABLE
-from jaxtml.serve.protocols.service import Service, close_code
+from jaxtml.serve.protocols.service import Service, close_code, message_too_large
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
 from jaxtml.serve.sessions.errors import InvalidMessage, Refused
@@ -33,7 +33,8 @@ from jaxtml.serve.transport.sound import VoiceTrack
 
 _FIRST_MESSAGE_TRIES = 8  # first messages that may be wrong before the server closes the connection
 _SIDEBANDS = 4  # sidebands of one session
-_POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013  # close codes of a WebSocket (RFC 6455, IANA registry)
+# Close codes of a WebSocket (RFC 6455, IANA registry).
+_POLICY_VIOLATION, _MESSAGE_TOO_BIG, _TRY_AGAIN_LATER = 1008, 1009, 1013
 
 
 def routes(service: Service) -> list[web.RouteDef]:
@@ -83,7 +84,10 @@ class _LiveHandlers:
             end = await connection.run(sideband.replay_buffer, 0, sideband.receive)
         finally:
             protocol.sidebands.remove(sideband)
-        await connection.close(*close_code(end, session))
+        if connection.message_was_too_large:
+            sideband.send(events.new_event("error", error=events.error_fields(message_too_large())))
+            await connection.send_last(sideband.replay_buffer)
+        await connection.close(*close_code(end, session, connection))
         return response
 
     async def create_over_webrtc(self, request: web.Request) -> web.Response:
@@ -115,6 +119,8 @@ class _LiveHandlers:
         """
         for _ in range(_FIRST_MESSAGE_TRIES):
             data = await connection.receive()
+            if connection.message_was_too_large:
+                await _reject(connection, message_too_large(), _MESSAGE_TOO_BIG)
             if data is None:
                 return None
             event_id = None
@@ -167,7 +173,7 @@ class _LiveHandlers:
                 raise InvalidMessage("invalid_value", text, "session.audio.format")
             configuration.check(body.session, self.service.model)
         except InvalidMessage as invalid:
-            raise Refused(400, invalid.code, str(invalid)) from invalid
+            raise invalid.as_refusal() from invalid
         except UNREADABLE as error:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
         return body

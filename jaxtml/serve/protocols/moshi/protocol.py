@@ -5,8 +5,10 @@
 | 0 | the server is ready; clients send nothing before it |
 | 1 | sound, both ways: Ogg pages of Opus, 24 kHz, mono |
 | 2 | text: from the server what the model says, from a client what the user types |
-| 3, 4, 6 | control, metadata and ping of a client; this server ignores them |
+| 3 | control of a client: 0 starts the session, which has started already; others are refused |
+| 4 | metadata; a client's are refused |
 | 5 | an error, as text |
+| 6 | ping of a client: a sign of life, without an answer |
 | 8 | a picture of a client, JPEG or PNG (our own addition) |
 
 Moshi's clients measure the latency of an answer by comparing two streams: the sound that they send, and one 80 ms frame
@@ -14,8 +16,12 @@ of silence followed by the sound that they receive. This model hears a whole mic
 So the server begins its stream with 120 ms of silence: with the client's 80 ms this makes 200 ms. Without this silence,
 the model would seem to answer sooner than it does.
 
-A session cannot be resumed: it ends with its connection. Query parameters that tune the sampling of Moshi's own model
-have no effect.
+A session cannot be resumed: it ends with its connection.
+
+Moshi's web client always sends query parameters that tune the sampling of Moshi's own model. Clients of variants of
+Moshi send a prompt or a picture in this way. They have no effect here. The header `Jaxtml-No-Effect` of the answer
+names those that a client has sent, and so does the server's log. The protocol has no frame that says so and that all
+clients survive.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ from jaxtml.stream.tokens import Control
 
 SCOPE = "moshi"
 READY, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, IMAGE = (bytes([kind]) for kind in (0, 1, 2, 3, 4, 5, 6, 8))
+_START = b"\0"  # body of a control frame
 _RATE = 24_000
 _FRAME_SAMPLES = 960  # of an Opus frame, 40 ms
 _CLIENT_SILENCE_MS = 80  # silence that clients put before what they receive
@@ -95,12 +102,20 @@ class MoshiProtocol:
                 self.intake.queue_text(Control.TYPED, body.decode(), "text", _TEXT_TOKENS)
             elif kind == IMAGE:
                 await self.intake.show_image(body)
-            elif kind not in (CONTROL, METADATA, PING):
+            elif kind == METADATA or kind == CONTROL and body != _START:
+                raise ValueError(f"this server does not support frames of kind {kind[0]} with this content")
+            elif kind not in (CONTROL, PING):
                 found = kind[0] if kind else "nothing"
                 raise ValueError(f"the first byte of a frame must be one of 1 to 6 and 8, not {found}")
         except (InvalidMessage, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-            self.metrics.malformed_messages.labels(SCOPE).inc()
-            self._send_error(str(error))
+            self._refuse(str(error))
+
+    def on_unreadable(self, invalid: InvalidMessage) -> None:
+        self._refuse(str(invalid))
+
+    def _refuse(self, text: str) -> None:
+        self.metrics.malformed_messages.labels(SCOPE).inc()
+        self._send_error(text)
 
     async def _receive_sound(self, pages: bytes) -> None:
         """Passes Ogg pages of Opus to the session. Raises `ValueError` on anything else."""

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from jaxtml.serve.monitoring import log
 from jaxtml.serve.protocols import websocket
 from jaxtml.serve.protocols.moshi.protocol import SCOPE, MoshiProtocol
 from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.sessions.client_session import ClientSession
+from jaxtml.serve.sessions.errors import Refused
+
+# Query parameters of Moshi's web client and of its variants (PersonaPlex, MoshiVis).
+_NO_EFFECT = {
+    *("text_temperature", "text_topk", "audio_temperature", "audio_topk", "pad_mult", "text_seed", "audio_seed"),
+    *("repetition_penalty", "repetition_penalty_context", "image_url", "image_resolution", "xa_start", "lora"),
+    *("worker_auth_id", "email", "voice_prompt", "text_prompt", "seed"),
+}
 
 
 def routes(service: Service) -> list[web.RouteDef]:
@@ -21,6 +30,12 @@ def routes(service: Service) -> list[web.RouteDef]:
 
     async def chat(request: web.Request) -> web.StreamResponse:
         grant = service.authorise(request)
-        return await websocket.run_new_session(service, request, grant, make_protocol, SCOPE)
+        headers = {}
+        if unused := sorted(_NO_EFFECT & set(request.query)):
+            headers["Jaxtml-No-Effect"] = ", ".join(unused)
+            log.event("query parameters have no effect", protocol=SCOPE, names=",".join(unused))
+        for name in sorted(set(request.query) - _NO_EFFECT - {"auth_id"}):
+            raise Refused(400, "unknown_parameter", f"this server does not know the query parameter {name[:64]}")
+        return await websocket.run_new_session(service, request, grant, make_protocol, SCOPE, headers)
 
     return [web.get("/api/chat", chat)]

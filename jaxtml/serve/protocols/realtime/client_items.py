@@ -6,31 +6,42 @@ background text. Called by `protocol`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
 import time
 from functools import cached_property
 
 import msgspec
-import numpy as np
 
 from jaxtml.serve.monitoring.metrics import Metrics
+from jaxtml.serve.protocols.messages import decode_data_url, fields_without_effect
 from jaxtml.serve.protocols.realtime.conversation import Item, RealtimeConversation
 from jaxtml.serve.protocols.realtime.messages import (
+    ContentPart,
     ConversationItem,
     FunctionCallItem,
     FunctionOutputItem,
     MessageItem,
 )
-from jaxtml.serve.sessions.client_session import ClientSession
+from jaxtml.serve.sessions.client_session import BACKGROUND_UNREAD, ClientSession
 from jaxtml.serve.sessions.errors import InvalidMessage
-from jaxtml.serve.sessions.intake import Intake
+from jaxtml.serve.sessions.intake import Intake, check_length
 from jaxtml.serve.transport.sound import SoundDecoder, SoundFormat
 from jaxtml.stream.tokens import Control
 
 _TEXT_TOKENS = 8_192  # of one item
 _RECORDING = SoundFormat("pcm", 24_000)  # of sound in an item, whatever the session's format is
+
+
+# The fields that a part of each type may have. The transcript beside a recording is for the client alone, as in
+# OpenAI's API: the model hears the recording. A transcript without a recording is text.
+_PART_FIELDS = {
+    "input_text": ("text",),
+    "input_audio": ("audio", "transcript"),
+    "input_image": ("image_url",),
+    "output_text": ("text",),
+    "output_audio": ("transcript",),
+    "text": ("text",),
+}
 
 
 class ClientItems:
@@ -46,10 +57,17 @@ class ClientItems:
     def __init__(self, session: ClientSession, intake: Intake, conversation: RealtimeConversation, metrics: Metrics):
         self.session, self.intake, self.conversation, self.metrics = session, intake, conversation, metrics
 
-    async def create(self, item: ConversationItem) -> None:
+    async def create(self, item: ConversationItem, previous_id: str | None) -> None:
         """Adds an item. The model gets all of it, or nothing if an error is raised.
 
+        A model that reads no background text does not get the parts of an item that would become background text. The
+        item then says so in its field `no_effect`.
+
         The sound of a message may wait for room in the session: call `Intake.wait_for_room` afterwards.
+
+        Args:
+          item: the item.
+          previous_id: id of the item after which it comes; "root": it comes first; None: it comes last.
 
         Raises:
           InvalidMessage: what is wrong with the item.
@@ -57,19 +75,25 @@ class ClientItems:
         """
         if item.id in self.conversation.items:
             raise InvalidMessage("item_create_duplicate_item_id", "there is already an item with this id", "item.id")
+        self.conversation.check_place(previous_id)
         match item:
             case MessageItem():
                 await self._give_message(item)
             case FunctionOutputItem():
                 self._give_function_output(item)
             case FunctionCallItem():
-                text = f"{item.name}({item.arguments})"
-                self.intake.queue_text(Control.BACKGROUND, text, "item.arguments", _TEXT_TOKENS)
+                self._give_background(f"{item.name}({item.arguments})", "item.arguments")
                 if item.call_id is not None:
                     self.conversation.expect_result(item.call_id, None)
-        resource = _resource(item)
-        self.conversation.add(resource)
+        resource = self._resource(item)
+        self.conversation.add(resource, previous_id)
         self.conversation.finish(resource)
+
+    def _give_background(self, text: str, param: str) -> None:
+        """Gives the model text that the user did not type, if the model reads such text. Raises `InvalidMessage`."""
+        check_length(self.intake.model, text, _TEXT_TOKENS, param)
+        if self.intake.model.reads_background:
+            self.intake.queue_text(Control.BACKGROUND, text, param, _TEXT_TOKENS)
 
     def _give_function_output(self, item: FunctionOutputItem) -> None:
         calls = self.conversation.pending_calls
@@ -77,7 +101,7 @@ class ClientItems:
             text = "no function call with this id waits for a result"
             raise InvalidMessage("item_call_id_not_found", text, "item.call_id")
         if item.output:
-            self.intake.queue_text(Control.BACKGROUND, item.output, "item.output", _TEXT_TOKENS)
+            self._give_background(item.output, "item.output")
         called_at = calls.pop(item.call_id)
         if called_at is not None:
             self.metrics.delegations.observe(time.monotonic() - called_at)
@@ -89,53 +113,86 @@ class ClientItems:
         Of several pictures only the last is decoded: the model sees one new picture per micro-turn.
         """
         texts: list[str] = []
-        recordings: list[np.ndarray] = []
+        recordings: list[bytes] = []
         picture = None
         for n, part in enumerate(item.content):
             where = f"item.content[{n}]"
-            if part.type == "input_audio" and part.audio:
-                recordings.append(_RECORDING.decode(part.audio))
-            elif part.type == "input_image" and part.image_url is not None:
-                picture = _read_data_url(part.image_url, f"{where}.image_url")
-            elif text := part.text or part.transcript:
-                texts.append(text)
+            _check_part(part, item.role, where)
+            if part.audio:
+                recordings.append(part.audio)
+            elif part.image_url:
+                picture = _read_picture(part.image_url, f"{where}.image_url")
             else:
-                raise InvalidMessage("invalid_value", f"{where} is empty", where)
-        tokens = self.intake.read_text("\n".join(texts), "item.content", _TEXT_TOKENS) if texts else []
+                texts.append(part.text or part.transcript or "")
+        text = "\n".join(texts)
+        mark = Control.TYPED if item.role == "user" else Control.BACKGROUND
+        if text:
+            check_length(self.intake.model, text, _TEXT_TOKENS, "item.content")
+        reads = mark is Control.TYPED or self.intake.model.reads_background
+        tokens = self.intake.read_text(mark, text, "item.content", _TEXT_TOKENS) if text and reads else []
         patches = None if picture is None else await self.intake.read_image(picture)
         await self.intake.wait_for_room()
         # Nothing below awaits. So a connection that is lost cannot leave the model with half of the message.
         if tokens:
-            self.intake.queue_tokens(Control.TYPED if item.role == "user" else Control.BACKGROUND, tokens)
+            self.intake.queue_tokens(mark, tokens)
         if patches is not None:
             self.session.scheduled.set_patches(patches)
-        for samples in recordings:
+        for recording in recordings:
+            whole = len(recording) // _RECORDING.width * _RECORDING.width  # without half of a sample at the end
+            samples = _RECORDING.decode(recording[:whole])
             self.intake.push_nowait(self._recording_decoder.resample(samples))
+
+    def _resource(self, item: ConversationItem) -> Item:
+        """Returns an item as events show it: without sound and pictures, and without fields that had no effect."""
+        resource = msgspec.to_builtins(item, enc_hook=lambda recording: None) | {
+            "object": "realtime.item",
+            "status": "completed",
+        }
+        resource.pop("phase", None)
+        for part in resource.get("content", ()):
+            for name in ("audio", "image_url", "detail"):
+                part.pop(name, None)
+        resource["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
+        no_effect = fields_without_effect(item)
+        if not self.intake.model.reads_background:
+            match item:
+                case MessageItem() if item.role != "user":
+                    no_effect["content"] = BACKGROUND_UNREAD
+                case FunctionOutputItem() if item.output:
+                    no_effect["output"] = BACKGROUND_UNREAD
+                case FunctionCallItem():
+                    no_effect["arguments"] = BACKGROUND_UNREAD
+        return resource | ({"no_effect": no_effect} if no_effect else {})
 
     @cached_property
     def _recording_decoder(self) -> SoundDecoder:
         return SoundDecoder(_RECORDING)
 
 
-def _resource(item: ConversationItem) -> Item:
-    """Returns an item as events show it: without sound and pictures, and without fields that had no effect."""
-    resource = msgspec.to_builtins(item) | {"object": "realtime.item", "status": "completed"}
-    resource.pop("phase", None)
-    for part in resource.get("content", ()):
-        is_media = bool(part.get("audio") or part.get("image_url"))
-        unread = [name for name, unused in (("text", is_media), ("transcript", is_media or part.get("text"))) if unused]
-        for name in ("audio", "image_url", "detail", *unread):
-            part.pop(name, None)
-    resource["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
-    return resource
+def _check_part(part: ContentPart, role: str, where: str) -> None:
+    """Checks that one part of a message has what its type says, and nothing else.
+
+    Args:
+      part: the part.
+      role: the message's role.
+      where: path of the part, for errors.
+
+    Raises:
+      InvalidMessage: the part is empty, or has a field of another type of part, or only the user may send such a part.
+    """
+    given = [name for name in ("text", "audio", "transcript", "image_url") if getattr(part, name)]
+    if not given:
+        raise InvalidMessage("invalid_value", f"{where} is empty", where)
+    if foreign := [name for name in given if name not in _PART_FIELDS[part.type]]:
+        text = f"a part of type {part.type} has no {foreign[0]}"
+        raise InvalidMessage("invalid_value", text, f"{where}.{foreign[0]}")
+    if role != "user" and (part.audio or part.image_url):
+        raise InvalidMessage("invalid_value", f"a message of the {role} has no sound or pictures: send text", where)
 
 
-def _read_data_url(url: str, param: str) -> bytes:
+def _read_picture(url: str, param: str) -> bytes:
     """Returns the picture in a `data:` URL. Raises `InvalidMessage` on any other URL."""
-    head, _, data = url.partition(";base64,")
-    if not head.startswith("data:image/"):
-        raise InvalidMessage("invalid_value", "a picture must be a data: URL", param)
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise InvalidMessage("invalid_value", "a picture must be in base64", param) from error
+        return decode_data_url(url)
+    except ValueError as error:
+        raise InvalidMessage("invalid_value", str(error), param) from error

@@ -6,19 +6,22 @@ from typing import Any
 
 import msgspec
 
+from jaxtml.serve.protocols.messages import fields_without_effect
 from jaxtml.serve.protocols.realtime.messages import (
     AudioFormat,
     AudioInput,
     AudioOutput,
+    MaxTokens,
     RealtimePcm,
     RealtimeSessionConfig,
+    ResponseConfig,
     Tool,
     TurnDetection,
     sound_format,
 )
-from jaxtml.serve.sessions.client_session import ClientSession, ServedModel
+from jaxtml.serve.sessions.client_session import BACKGROUND_UNREAD, ClientSession, ServedModel
 from jaxtml.serve.sessions.errors import InvalidMessage
-from jaxtml.serve.sessions.intake import Intake
+from jaxtml.serve.sessions.intake import Intake, check_length
 from jaxtml.serve.transport.sound import SoundDecoder, SoundEncoder
 from jaxtml.stream.tokens import Control
 from jaxtml.strict_json import dumps
@@ -34,22 +37,33 @@ class SessionConfiguration:
       session: the session.
       model: the model that is served.
       intake: takes the instructions, and decodes the client's sound.
+      on_track: sound comes and goes on the tracks of a WebRTC connection, in the tracks' own format.
 
     Attributes:
       turn_detection: None: the client itself says when turns end and when it wants a response.
       modality: "audio" (with a transcript) or "text": what a response has.
       instructions: the last instructions.
       tools: functions of the client that the model may call.
+      tool_choice: "auto", or "none": a delegation calls no function.
+      parallel_tool_calls: whether one response may have several function calls.
+      max_output_tokens: the most tokens of one response; "inf": there is no limit.
+      transcribes: whether the client gets the transcript of the user's turns.
+      no_effect: fields that the client has set and that have no effect, by path, with the reason.
       encoder: encodes the model's sound for the client.
       formats_fixed: there has been sound, so its formats cannot change any more.
     """
 
-    def __init__(self, session: ClientSession, model: ServedModel, intake: Intake):
-        self.session, self.model, self.intake = session, model, intake
+    def __init__(self, session: ClientSession, model: ServedModel, intake: Intake, on_track: bool):
+        self.session, self.model, self.intake, self.on_track = session, model, intake, on_track
         self.turn_detection: TurnDetection | None = TurnDetection(type="server_vad")
         self.modality: str = "audio"
         self.instructions = ""
         self.tools: list[Tool] = []
+        self.tool_choice: str = "auto"
+        self.parallel_tool_calls = True
+        self.max_output_tokens: MaxTokens = "inf"
+        self.transcribes = True
+        self.no_effect: dict[str, str] = {}
         self.encoder = SoundEncoder(sound_format(DEFAULT_FORMAT))
         self.formats_fixed = False
         self._input_format, self._output_format = DEFAULT_FORMAT, DEFAULT_FORMAT
@@ -68,8 +82,7 @@ class SessionConfiguration:
         Raises:
           InvalidMessage: what is wrong with the change.
         """
-        if change.model is not None and not self.model.is_called(change.model):
-            raise InvalidMessage("model_not_found", self.model.refuse(change.model), "session.model")
+        check_session(change, self.model)
         audio_input = change.audio.input if change.audio and change.audio.input else AudioInput()
         audio_output = change.audio.output if change.audio and change.audio.output else AudioOutput()
         input_format = audio_input.format or self._input_format
@@ -84,6 +97,14 @@ class SessionConfiguration:
         self._tell_model(change)
         if change.output_modalities:
             self.modality = change.output_modalities[0]
+        if change.tool_choice is not None:
+            self.tool_choice = str(change.tool_choice)
+        if change.parallel_tool_calls is not None:
+            self.parallel_tool_calls = change.parallel_tool_calls
+        if change.max_output_tokens is not None:
+            self.max_output_tokens = change.max_output_tokens
+        if not isinstance(audio_input.transcription, msgspec.UnsetType):
+            self.transcribes = audio_input.transcription is not None
         discard = formats_change
         if not isinstance(audio_input.turn_detection, msgspec.UnsetType):
             self.turn_detection, discard = audio_input.turn_detection, True
@@ -94,15 +115,58 @@ class SessionConfiguration:
         return discard
 
     def _tell_model(self, change: RealtimeSessionConfig) -> None:
-        """Gives new instructions and tools to the model, as background text. Raises `InvalidMessage`."""
+        """Gives new instructions and tools to the model, as background text, if the model reads such text.
+
+        Raises:
+          InvalidMessage: the text is too long, or the session has no room for it now.
+        """
         instructions = self.instructions if change.instructions is None else change.instructions
         tools = self.tools if change.tools is None else change.tools
         text = "" if instructions == self.instructions else instructions
         if tools != self.tools:
-            text += "\n" + dumps([msgspec.to_builtins(tool) for tool in tools])
-        if text.strip():
+            text += "\n" + tools_text(tools)
+        if text.strip() and self.model.reads_background:
             self.intake.queue_text(Control.BACKGROUND, text, "session.instructions", INSTRUCTIONS_TOKENS)
         self.instructions, self.tools = instructions, tools
+        self._note_no_effect(change)
+
+    def _note_no_effect(self, change: RealtimeSessionConfig) -> None:
+        """Notes which fields of the session have no effect after a change."""
+        detection = change.audio and change.audio.input and change.audio.input.turn_detection
+        stale = [*(["tools"] if change.tools is not None else []), "instructions"]
+        if not isinstance(detection, msgspec.UnsetType):
+            stale.append("audio.input.turn_detection")
+        kept = {path: reason for path, reason in self.no_effect.items() if not path.startswith(tuple(stale))}
+        self.no_effect = kept | fields_without_effect(change)
+        for direction in ("input", "output") if self.on_track and change.audio is not None else ():
+            if getattr(getattr(change.audio, direction), "format", None):
+                self.no_effect[f"audio.{direction}.format"] = "WebRTC decides the format of sound itself"
+        if not self.model.reads_background:
+            unread = {"instructions": self.instructions, "tools": self.tools}
+            self.no_effect |= {name: BACKGROUND_UNREAD for name, value in unread.items() if value}
+
+    def check_response(self, config: ResponseConfig) -> None:
+        """Checks that this server can give a client the response that it asks for.
+
+        Raises:
+          InvalidMessage: the server cannot; names the field.
+        """
+        if config.conversation == "none":
+            text = "this server has no responses outside the conversation: the model is always in it"
+            raise InvalidMessage("unsupported_value", text, "response.conversation")
+        if config.conversation not in (None, "auto"):
+            raise InvalidMessage("invalid_value", 'this must be "auto" or "none"', "response.conversation")
+        if config.input is not None:
+            text = "this server does not support response.input: a response answers the conversation"
+            raise InvalidMessage("unsupported_parameter", text, "response.input")
+        if config.instructions and not self.model.reads_background:
+            raise InvalidMessage("unsupported_parameter", BACKGROUND_UNREAD, "response.instructions")
+        check_supported(config, "response")
+        output = config.audio.output if config.audio is not None else None
+        format = None if output is None or isinstance(output.format, msgspec.UnsetType) else output.format
+        if format is not None and sound_format(format) != sound_format(self._output_format):
+            text = "a response has the sound format of its session"
+            raise InvalidMessage("unsupported_value", text, "response.audio.output.format")
 
     def resource(self) -> dict[str, Any]:
         """Returns the session as it is, as events show it."""
@@ -122,12 +186,55 @@ class SessionConfiguration:
             "output_modalities": [self.modality],
             "instructions": self.instructions,
             "tools": [msgspec.to_builtins(tool) for tool in self.tools],
-            "tool_choice": "auto",
+            "tool_choice": self.tool_choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "max_output_tokens": self.max_output_tokens,
             "audio": {
-                "input": {"format": _format_resource(self._input_format), "turn_detection": detection},
+                "input": {
+                    "format": _format_resource(self._input_format),
+                    "transcription": {"model": self.model.name} if self.transcribes else None,
+                    "turn_detection": detection,
+                },
                 "output": {"format": _format_resource(self._output_format), "voice": "own"},
             },
-        }
+        } | ({"no_effect": self.no_effect} if self.no_effect else {})
+
+
+def check_session(config: RealtimeSessionConfig, model: ServedModel) -> None:
+    """Checks that this server can give a client the session that it asks for.
+
+    Raises:
+      InvalidMessage: the server cannot; names the field.
+    """
+    if config.model is not None and not model.is_called(config.model):
+        raise InvalidMessage("model_not_found", model.refuse(config.model), "session.model")
+    check_supported(config, "session")
+    if config.include:
+        raise InvalidMessage("unsupported_parameter", "this server has no such further fields", "session.include")
+    check_length(model, config.instructions or "", INSTRUCTIONS_TOKENS, "session.instructions")
+    check_length(model, tools_text(config.tools or []), INSTRUCTIONS_TOKENS, "session.tools")
+
+
+def check_supported(config: RealtimeSessionConfig | ResponseConfig, path: str) -> None:
+    """Checks the fields that a session and a response share.
+
+    Args:
+      config: the configuration of a session or a response.
+      path: "session" or "response".
+
+    Raises:
+      InvalidMessage: this server cannot give what a field asks for; names the field.
+    """
+    if config.prompt is not None:
+        raise InvalidMessage("unsupported_parameter", "this server stores no prompts", f"{path}.prompt")
+    if config.tool_choice not in (None, "auto", "none"):
+        text = 'nobody can make the model call a function: the choice is "auto" or "none"'
+        raise InvalidMessage("unsupported_value", text, f"{path}.tool_choice")
+
+
+def tools_text(tools: list[Tool]) -> str:
+    """Returns a list of tools as the model reads it."""
+    return dumps([msgspec.to_builtins(tool) for tool in tools])
 
 
 def _format_resource(format: AudioFormat) -> dict[str, Any]:

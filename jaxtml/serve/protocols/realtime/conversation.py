@@ -14,16 +14,25 @@ from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.sessions.errors import InvalidMessage
 
 _KEPT = 256  # items, and function calls without a result
+_UNKNOWN_ITEM = f"there is no item with this id; the server keeps the last {_KEPT} items of a conversation"
 
 Item = dict[str, Any]
+
+
+_FIRST = "root"  # as `previous_item_id`: before all items
 
 
 class RealtimeConversation:
     """The items of one session, of which the last 256 are kept.
 
+    The order of the items is the client's: it may put an item between others. The model has no such choice. It reads
+    and hears everything in the order in which it arrives.
+
     Attributes:
       id: id of the conversation.
-      items: items by id, in the order in which they were added.
+      items: items by id, in the order of the conversation.
+      sound_ms: duration of the model's sound in an item, by the item's id; items without such sound are left out.
+      truncated: ids of the items whose sound the client has cut.
       pending_calls: the function calls that wait for a result. Keys are call ids. Values are the times at which the
         model made the calls, on the monotonic clock. None: the client added the call, from an earlier conversation.
     """
@@ -32,19 +41,42 @@ class RealtimeConversation:
         self.events = events
         self.id = f"conv_{secrets.token_urlsafe(12)}"
         self.items: OrderedDict[str, Item] = OrderedDict()
+        self.sound_ms: dict[str, int] = {}
+        self.truncated: set[str] = set()
         self.pending_calls: OrderedDict[str, float | None] = OrderedDict()
 
     def last_id(self) -> str | None:
         """Returns the id of the last item; None: there are no items."""
         return next(reversed(self.items), None)
 
-    def add(self, item: Item) -> None:
-        """Adds an item that may still grow."""
-        self._store("conversation.item.added", item)
+    def check_place(self, previous_id: str | None) -> None:
+        """Checks a client's `previous_item_id`; None: the client gave none. Raises `InvalidMessage` on a wrong id."""
+        if previous_id not in (None, _FIRST) and previous_id not in self.items:
+            raise InvalidMessage("item_create_invalid_previous_item_id", _UNKNOWN_ITEM, "previous_item_id")
+
+    def add(self, item: Item, previous_id: str | None = None) -> None:
+        """Adds an item that may still grow.
+
+        Args:
+          item: the item.
+          previous_id: a client's `previous_item_id`, checked; None: the item comes last.
+        """
+        following: list[str] = []
+        if previous_id == _FIRST:
+            following = list(self.items)
+        elif previous_id is not None:
+            ids = list(self.items)
+            following = ids[ids.index(previous_id) + 1 :]
+        self.items[item["id"]] = item
+        for name in following:
+            self.items.move_to_end(name)
+        self._send("added", item)
+        while len(self.items) > _KEPT:
+            self._forget_sound(self.items.popitem(last=False)[0])
 
     def finish(self, item: Item) -> None:
-        """Stores an item that has been added and is now complete."""
-        self._store("conversation.item.done", item)
+        """Sends an item that has been added and is now complete."""
+        self._send("done", item)
 
     def retrieve(self, item_id: str) -> None:
         """Sends an item to the client. Raises `InvalidMessage` if there is no such item."""
@@ -54,13 +86,39 @@ class RealtimeConversation:
         """Deletes an item. Raises `InvalidMessage` if there is no such item."""
         self._find(item_id, "delete")
         del self.items[item_id]
+        self._forget_sound(item_id)
         self.events.send("conversation.item.deleted", item_id=item_id)
 
     def truncate(self, item_id: str, content_index: int, audio_end_ms: int) -> None:
-        """Acknowledges how much of an item the client has played. Raises `InvalidMessage` if there is no such item."""
-        self._find(item_id, "truncate")
+        """Cuts the sound of one of the model's items to what the client has played.
+
+        The item loses its transcript, as in OpenAI's API: the transcript has words that the client has not played. The
+        model itself has said the words, and does not forget them.
+
+        Raises:
+          InvalidMessage: there is no such item, it has no sound of the model, or the sound is not that long.
+        """
+        item = self._find(item_id, "truncate")
+        sound_ms = self.sound_ms.get(item_id)
+        if sound_ms is None:
+            raise InvalidMessage("invalid_value", "Only model output audio messages can be truncated", "item_id")
+        if content_index != 0:
+            raise InvalidMessage("invalid_value", "the item has one part of content, part 0", "content_index")
+        if audio_end_ms < 0:
+            raise InvalidMessage("integer_below_min_value", "audio_end_ms must be 0 or more", "audio_end_ms")
+        if audio_end_ms > sound_ms:
+            text = f"Audio content of {sound_ms}ms is already shorter than {audio_end_ms}ms"
+            raise InvalidMessage("invalid_value", text, "audio_end_ms")
+        self.sound_ms[item_id] = audio_end_ms
+        self.truncated.add(item_id)
+        item["content"] = [{"type": "output_audio"} for _ in item["content"]]
         where = {"item_id": item_id, "content_index": content_index}
         self.events.send("conversation.item.truncated", audio_end_ms=audio_end_ms, **where)
+
+    def add_sound(self, item_id: str, duration_ms: int) -> None:
+        """Counts sound that the model adds to an item, unless the client has cut the item's sound."""
+        if item_id in self.items and item_id not in self.truncated:
+            self.sound_ms[item_id] = self.sound_ms.get(item_id, 0) + duration_ms
 
     def expect_result(self, call_id: str, called_at: float | None) -> None:
         """Lets the client give the result of a function call; `called_at` as in `pending_calls`."""
@@ -68,17 +126,22 @@ class RealtimeConversation:
         while len(self.pending_calls) > _KEPT:
             self.pending_calls.popitem(last=False)
 
-    def _store(self, kind: str, item: Item) -> None:
-        previous_id = self.last_id() if item["id"] not in self.items else None
-        self.items[item["id"]] = item
-        while len(self.items) > _KEPT:
-            self.items.popitem(last=False)
-        self.events.send(kind, item=dict(item), previous_item_id=previous_id)
+    def _send(self, name: str, item: Item) -> None:
+        """Sends an item with the id of the item before it, if the item is kept."""
+        previous_id = None
+        for key in self.items:
+            if key == item["id"]:
+                self.events.send(f"conversation.item.{name}", item=dict(item), previous_item_id=previous_id)
+                return
+            previous_id = key
+        self.events.send(f"conversation.item.{name}", item=dict(item), previous_item_id=None)
+
+    def _forget_sound(self, item_id: str) -> None:
+        self.sound_ms.pop(item_id, None)
+        self.truncated.discard(item_id)
 
     def _find(self, item_id: str, action: str) -> Item:
         item = self.items.get(item_id)
         if item is None:
-            raise InvalidMessage(
-                f"item_{action}_invalid_item_id", "there is no such item, or the server no longer keeps it", "item_id"
-            )
+            raise InvalidMessage(f"item_{action}_invalid_item_id", _UNKNOWN_ITEM, "item_id")
         return item

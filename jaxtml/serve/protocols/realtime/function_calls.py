@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtml.serve.protocols.realtime.messages import Tool
 from jaxtml.strict_json import dumps
 
 
-def function_call(task: str, tools: list[Tool]) -> tuple[str, str]:
+def function_call(task: str, tools: Sequence[Tool]) -> tuple[str, str]:
     """Returns the name and the JSON arguments of the function that a delegation calls.
 
     A task that begins with the name of a tool calls that tool; any other task calls the first tool. The rest of the

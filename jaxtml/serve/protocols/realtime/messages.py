@@ -1,7 +1,8 @@
 """The messages that a client of OpenAI's Realtime API may send, as types (`openai.types.realtime` of `openai`).
 
-Fields of type `_Ignored` are accepted and have no effect: this server has no use for them, and names none of them in
-the sessions that it sends back. Fields of type `bytes` are base64 in JSON.
+A field that is declared with `no_effect` is accepted, because the API's clients send it as a matter of course. The
+server names it in the field `no_effect` of the session, the response or the item that it sends back. `configuration`
+refuses fields without which a client would not get what it asks for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,23 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from jaxtml.serve.protocols.messages import Event, MessageTypes, Name, Strict
+from jaxtml.serve.protocols.messages import Binary, Event, MessageTypes, Name, Strict, no_effect
 from jaxtml.serve.transport.sound import SoundFormat
 
-_Ignored = Any
+# Types of fields that have no effect, by the reason.
+_OfDetector = Annotated[Any, no_effect("there is no detector of turns: the model decides when it speaks")]
+_OfTranscriber = Annotated[
+    dict[str, Any] | None | msgspec.UnsetType, no_effect("the model itself writes what it hears, in its own way")
+]
+_OfSound = Annotated[Any, no_effect("the model hears the sound as it comes")]
+_OfVoice = Annotated[Any, no_effect("the model has one voice")]
+_OfSpeed = Annotated[Any, no_effect("the model speaks at its own speed")]
+_OfReasoning = Annotated[Any, no_effect("the model does not reason in steps")]
+_OfTracing = Annotated[Any, no_effect("the operator of this server decides what is traced")]
+_OfTruncation = Annotated[Any, no_effect("the model forgets the oldest part of a long conversation by itself")]
+_OfTool = Annotated[Any, no_effect("arguments are not checked against their schema")]
+_OfPicture = Annotated[Any, no_effect("every picture is scaled to the size that the model takes")]
+_OfItem = Annotated[Any, no_effect("the server itself decides this field of an item")]
 
 # --- the session
 
@@ -44,29 +58,32 @@ class TurnDetection(Strict, kw_only=True):
 
     type: Literal["server_vad", "semantic_vad"]
     create_response: bool | None = None
-    interrupt_response: bool | None = None
-    threshold: _Ignored = None
-    prefix_padding_ms: _Ignored = None
-    silence_duration_ms: _Ignored = None
-    idle_timeout_ms: _Ignored = None
-    eagerness: _Ignored = None
+    interrupt_response: _OfDetector = None
+    threshold: _OfDetector = None
+    prefix_padding_ms: _OfDetector = None
+    silence_duration_ms: _OfDetector = None
+    idle_timeout_ms: _OfDetector = None
+    eagerness: _OfDetector = None
 
 
 class AudioInput(Strict):
-    """Sound of the user. A field that is absent stays as it is; `turn_detection: null` switches the detection off."""
+    """Sound of the user. A field that is absent stays as it is.
+
+    `turn_detection: null` switches the detection off, and `transcription: null` the events with the transcript.
+    """
 
     format: AudioFormat | None | msgspec.UnsetType = msgspec.UNSET
     turn_detection: TurnDetection | None | msgspec.UnsetType = msgspec.UNSET
-    transcription: _Ignored = None
-    noise_reduction: _Ignored = None
+    transcription: _OfTranscriber = msgspec.UNSET
+    noise_reduction: _OfSound = None
 
 
 class AudioOutput(Strict):
     """Sound of the model."""
 
     format: AudioFormat | None | msgspec.UnsetType = msgspec.UNSET
-    voice: _Ignored = None
-    speed: _Ignored = None
+    voice: _OfVoice = None
+    speed: _OfSpeed = None
 
 
 class RealtimeAudio(Strict):
@@ -83,10 +100,21 @@ class Tool(Strict, kw_only=True):
     name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: _Ignored = None
+    strict: _OfTool = None
 
 
-Modality = Literal["audio", "text"]
+class NamedTool(Strict, kw_only=True):
+    """Asks for a call of one function. Always refused: nobody can make the model call a function."""
+
+    type: Literal["function", "mcp"]
+    name: str | None = None
+    server_label: str | None = None
+
+
+# One of the two, as in the API: "audio" (with a transcript) or "text".
+Modalities = Annotated[list[Literal["audio", "text"]], msgspec.Meta(min_length=1, max_length=1)]
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=4096)] | Literal["inf"]
 
 
 class RealtimeSessionConfig(Strict, kw_only=True):
@@ -96,16 +124,16 @@ class RealtimeSessionConfig(Strict, kw_only=True):
     model: str | None = None
     audio: RealtimeAudio | None = None
     instructions: str | None = None
-    output_modalities: list[Modality] | None = None
+    output_modalities: Modalities | None = None
     tools: list[Tool] | None = None
-    tool_choice: _Ignored = None
-    parallel_tool_calls: _Ignored = None
-    include: _Ignored = None
-    max_output_tokens: _Ignored = None
-    prompt: _Ignored = None
-    reasoning: _Ignored = None
-    tracing: _Ignored = None
-    truncation: _Ignored = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[str] | None = None
+    max_output_tokens: MaxTokens | None = None
+    prompt: dict[str, Any] | None = None
+    reasoning: _OfReasoning = None
+    tracing: _OfTracing = None
+    truncation: _OfTruncation = None
 
 
 # --- short-lived keys
@@ -133,10 +161,10 @@ class ContentPart(Strict, kw_only=True):
 
     type: Literal["input_text", "input_audio", "input_image", "output_text", "output_audio", "text"]
     text: str | None = None
-    audio: bytes | None = None
+    audio: Binary | None = None
     transcript: str | None = None
     image_url: str | None = None
-    detail: _Ignored = None
+    detail: _OfPicture = None
 
 
 class MessageItem(Strict, tag_field="type", tag="message", kw_only=True):
@@ -145,9 +173,9 @@ class MessageItem(Strict, tag_field="type", tag="message", kw_only=True):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[ContentPart], msgspec.Meta(max_length=64)]
     id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
-    phase: _Ignored = None
+    object: _OfItem = None
+    status: _OfItem = None
+    phase: _OfItem = None
 
 
 class FunctionOutputItem(Strict, tag_field="type", tag="function_call_output", kw_only=True):
@@ -156,8 +184,8 @@ class FunctionOutputItem(Strict, tag_field="type", tag="function_call_output", k
     call_id: Name
     output: str
     id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
+    object: _OfItem = None
+    status: _OfItem = None
 
 
 class FunctionCallItem(Strict, tag_field="type", tag="function_call", kw_only=True):
@@ -167,8 +195,8 @@ class FunctionCallItem(Strict, tag_field="type", tag="function_call", kw_only=Tr
     arguments: str
     call_id: Name | None = None
     id: Name | None = None
-    object: Name | None = None
-    status: Name | None = None
+    object: _OfItem = None
+    status: _OfItem = None
 
 
 ConversationItem = MessageItem | FunctionOutputItem | FunctionCallItem
@@ -186,7 +214,7 @@ class RealtimeUpdate(Event, tag="session.update", kw_only=True):
 class AppendInput(Event, tag="input_audio_buffer.append", kw_only=True):
     """Sound of the user, in the session's input format."""
 
-    audio: bytes
+    audio: Binary
 
 
 class CommitInput(Event, tag="input_audio_buffer.commit"):
@@ -198,10 +226,10 @@ class ClearInput(Event, tag="input_audio_buffer.clear"):
 
 
 class ItemCreate(Event, tag="conversation.item.create", kw_only=True):
-    """Adds an item to the conversation."""
+    """Adds an item to the conversation, at its end or after the item `previous_item_id` ("root": as the first item)."""
 
     item: ConversationItem
-    previous_item_id: str | None = None
+    previous_item_id: Name | None = None
 
 
 class ItemRetrieve(Event, tag="conversation.item.retrieve", kw_only=True):
@@ -217,7 +245,7 @@ class ItemDelete(Event, tag="conversation.item.delete", kw_only=True):
 
 
 class ItemTruncate(Event, tag="conversation.item.truncate", kw_only=True):
-    """Says how much of an item the client has played."""
+    """Cuts the sound of one of the model's items to what the client has played."""
 
     item_id: Name
     content_index: int
@@ -228,20 +256,26 @@ class ClearOutput(Event, tag="output_audio_buffer.clear"):
     """Stops what plays on the client's track."""
 
 
+class ResponseAudio(Strict):
+    """Sound of one response."""
+
+    output: AudioOutput | None = None
+
+
 class ResponseConfig(Strict):
-    """What a client asks of one response."""
+    """What a client asks of one response. `Responses.create` says what this server can give."""
 
     metadata: Annotated[dict[Name, Name], msgspec.Meta(max_length=16)] | None = None
     instructions: str | None = None
-    output_modalities: list[Modality] | None = None
-    audio: _Ignored = None
-    conversation: _Ignored = None
-    input: list[dict[str, Any]] | None = None
-    max_output_tokens: _Ignored = None
-    parallel_tool_calls: _Ignored = None
-    prompt: _Ignored = None
-    reasoning: _Ignored = None
-    tool_choice: _Ignored = None
+    output_modalities: Modalities | None = None
+    audio: ResponseAudio | None = None
+    conversation: str | None = None
+    input: list[Any] | None = None
+    max_output_tokens: MaxTokens | None = None
+    parallel_tool_calls: bool | None = None
+    prompt: dict[str, Any] | None = None
+    reasoning: _OfReasoning = None
+    tool_choice: ToolChoice | None = None
     tools: list[Tool] | None = None
 
 

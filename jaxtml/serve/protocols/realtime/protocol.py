@@ -110,7 +110,7 @@ class RealtimeProtocol:
         self.session, self.metrics = session, metrics
         self.intake = Intake(session, model, sound_format(DEFAULT_FORMAT))
         self.events = EventWriter(session.replay_buffer)
-        self.configuration = SessionConfiguration(session, model, self.intake)
+        self.configuration = SessionConfiguration(session, model, self.intake, track is not None)
         self.conversation = RealtimeConversation(self.events)
         self.client_items = ClientItems(session, self.intake, self.conversation, metrics)
         self.user_turns = UserTurns(self.events, self.configuration, self.conversation)
@@ -162,8 +162,11 @@ class RealtimeProtocol:
         try:
             await accepted.handle(message, self._use)
         except InvalidMessage as invalid:
-            self.metrics.malformed_messages.labels(SCOPE).inc()
-            self.events.send_error(invalid)
+            self.on_unreadable(invalid)
+
+    def on_unreadable(self, invalid: InvalidMessage) -> None:
+        self.metrics.malformed_messages.labels(SCOPE).inc()
+        self.events.send_error(invalid)
 
     async def _use(self, message: WebSocketMessage | WebRtcMessage) -> None:
         match message:
@@ -174,13 +177,14 @@ class RealtimeProtocol:
                 self._commit()
             case ClearInput():
                 self.intake.clear()
+                self.user_turns.clear()
                 self.events.send("input_audio_buffer.cleared")
             case RealtimeUpdate():
                 if self.configuration.apply(message.session):
                     self.responses.drop_kept_speech()
                 self.events.send("session.updated", session=self.configuration.resource())
             case ItemCreate():
-                await self.client_items.create(message.item)
+                await self.client_items.create(message.item, message.previous_item_id)
                 self.responses.drop_stale_speech()
                 await self.intake.wait_for_room()
             case ItemRetrieve():
@@ -198,8 +202,6 @@ class RealtimeProtocol:
 
     def _commit(self) -> None:
         """Ends the user's turn because the client asks for it."""
-        if not self.intake.received_bytes:
-            raise InvalidMessage("input_audio_buffer_commit_empty", "there is no sound to commit")
         now_ms = self.session.scheduled.micro_turns * MICRO_TURN_MS
-        self.responses.extend_deadline()
         self.user_turns.commit(now_ms, 1000 * self.intake.waiting_samples // SAMPLE_RATE)
+        self.responses.extend_deadline()

@@ -7,11 +7,37 @@ then deltas. At the end, the part, the item and the response are completed, in t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtml.serve.protocols.realtime.conversation import Item, RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
+from jaxtml.serve.protocols.realtime.messages import MaxTokens, Tool
+from jaxtml.stream.timebase import MICRO_TURN_MS
+
+
+@dataclass(frozen=True)
+class ResponseSettings:
+    """What one response is made with: what the client asked of the response, and otherwise what its session has.
+
+    Attributes:
+      modality: "audio" (with a transcript) or "text".
+      tools: functions that a delegation may call.
+      tool_choice: "auto", or "none": a delegation calls no function.
+      parallel_tool_calls: whether the response may have several function calls.
+      max_output_tokens: the most tokens that the model generates for the response; "inf": there is no limit.
+      metadata: from the client's `response.create`; sent back unchanged.
+      no_effect: fields of the client's `response.create` that have no effect, by path, with the reason.
+    """
+
+    modality: str
+    tools: Sequence[Tool]
+    tool_choice: str
+    parallel_tool_calls: bool
+    max_output_tokens: MaxTokens
+    metadata: Mapping[str, str] | None = None
+    no_effect: Mapping[str, str] = field(default_factory=dict)
 
 
 class Response:
@@ -20,37 +46,42 @@ class Response:
     Args:
       events: writes the events.
       conversation: takes the response's items.
-      modality: "audio" (with a transcript) or "text".
-      metadata: from the client's `response.create`; sent back unchanged.
+      settings: what the response is made with.
 
     Attributes:
       id: id of the response.
       message: the item of what the model says; None: the model has said nothing yet.
       output: all items of the response.
       text: what the model has said so far.
+      tokens: number of tokens that the model has generated for the response.
     """
 
-    def __init__(
-        self,
-        events: EventWriter,
-        conversation: RealtimeConversation,
-        modality: str,
-        metadata: Mapping[str, str] | None,
-    ):
-        self.events, self.conversation, self.modality, self.metadata = events, conversation, modality, metadata
+    def __init__(self, events: EventWriter, conversation: RealtimeConversation, settings: ResponseSettings):
+        self.events, self.conversation, self.settings = events, conversation, settings
+        self.modality, self.tokens = settings.modality, 0
         self.id = f"resp_{secrets.token_urlsafe(12)}"
         self.message: Item | None = None
         self.output: list[Item] = []
         self.text = ""
         events.send("response.created", response=self._resource("in_progress"))
 
-    def add_speech(self, text: str, sound: bytes | None) -> None:
+    @property
+    def is_full(self) -> bool:
+        """Whether the response has reached its limit of tokens."""
+        limit = self.settings.max_output_tokens
+        return not isinstance(limit, str) and self.tokens >= limit
+
+    def add_speech(self, text: str, sound: bytes | None, tokens: int) -> None:
         """Adds what the model says in one micro-turn.
+
+        The limit of tokens is checked after a micro-turn, so the last micro-turn may exceed it by some tokens.
 
         Args:
           text: words; may be empty.
           sound: the voice, in the client's format; None: the client has it on a track.
+          tokens: number of tokens that the model generated for it.
         """
+        self.tokens += tokens
         if self.message is None:
             self.message = self._begin_message()
         self.text += text
@@ -59,6 +90,7 @@ class Response:
             if text:
                 self.events.send("response.output_text.delta", delta=text, **where)
             return
+        self.conversation.add_sound(self.message["id"], MICRO_TURN_MS)
         if text:
             self.events.send("response.output_audio_transcript.delta", delta=text, **where)
         if sound is not None:
@@ -117,7 +149,8 @@ class Response:
             self.events.send("response.output_audio.done", **where)
             self.events.send("response.output_audio_transcript.done", transcript=self.text, **where)
             part = {"type": "audio", "transcript": self.text}
-            content = {"type": "output_audio", "transcript": self.text}
+            cut = message["id"] in self.conversation.truncated
+            content = {"type": "output_audio"} | ({} if cut else {"transcript": self.text})
         self.events.send("response.content_part.done", part=part, **where)
         message["content"] = [content]
         message["status"] = status
@@ -141,12 +174,15 @@ class Response:
 
     def _resource(self, status: str) -> dict[str, Any]:
         """Returns the response as events show it."""
-        return {
+        settings = self.settings
+        resource = {
             "id": self.id,
             "object": "realtime.response",
             "status": status,
             "output": [dict(item) for item in self.output],
             "conversation_id": self.conversation.id,
             "output_modalities": [self.modality],
-            "metadata": self.metadata,
+            "max_output_tokens": settings.max_output_tokens,
+            "metadata": settings.metadata,
         }
+        return resource | ({"no_effect": settings.no_effect} if settings.no_effect else {})

@@ -11,15 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtml.serve.protocols.realtime.configuration import INSTRUCTIONS_TOKENS, SessionConfiguration
+from jaxtml.serve.protocols.messages import fields_without_effect
+from jaxtml.serve.protocols.realtime.configuration import INSTRUCTIONS_TOKENS, SessionConfiguration, tools_text
 from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.protocols.realtime.function_calls import function_call
 from jaxtml.serve.protocols.realtime.messages import ResponseConfig
-from jaxtml.serve.protocols.realtime.response import Response
+from jaxtml.serve.protocols.realtime.response import Response, ResponseSettings
 from jaxtml.serve.protocols.realtime.user_turn import UserTurns
 from jaxtml.serve.runtime.scheduler import TickResult
-from jaxtml.serve.sessions.client_session import ClientSession
+from jaxtml.serve.sessions.client_session import BACKGROUND_UNREAD, ClientSession
 from jaxtml.serve.sessions.errors import InvalidMessage
 from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.sound import VoiceTrack
@@ -33,10 +34,17 @@ _PATIENCE_MICRO_TURNS = 50
 
 
 class _Speech(NamedTuple):
-    """What the model said in one micro-turn, for a response that the client may still ask for."""
+    """What the model said in one micro-turn, for a response that the client may still ask for.
+
+    Attributes:
+      text: words; may be empty.
+      sound: the voice, in the client's format; None: the client has it on a track.
+      tokens: number of tokens that the model generated for it.
+    """
 
     text: str
     sound: bytes | None
+    tokens: int
 
 
 class Responses:
@@ -92,8 +100,9 @@ class Responses:
         sound = self.configuration.encoder.encode(result.wave) if self.track is None else None
         speaks = result.speaking or bool(text)
         self._dropping = self._dropping and speaks
-        response = self._response_for(text, sound, speaks)
-        audible = response is not None and self._extend_response(response, result, text, sound, speaks)
+        speech = _Speech(text, sound, len(result.tokens) if speaks else 0)
+        response = self._response_for(speech, speaks)
+        audible = response is not None and self._extend_response(response, result, speech, speaks)
         if self.track is not None:
             self.track.put(result.wave if audible else np.zeros_like(result.wave))
 
@@ -101,24 +110,26 @@ class Responses:
         """Turns a delegation into a call of one of the client's functions.
 
         The call is part of the current response, or of a new response if there is none. A response in which the model
-        has not spoken ends with the call. Without functions the delegation is dropped, because nobody could answer it.
+        has not spoken, or may have no second call, ends with the call. Without functions the delegation is dropped,
+        because nobody could answer it. It is also dropped if the client wants no calls.
         """
-        if not self.configuration.tools:
+        settings = self._settings(None) if self.current is None else self.current.settings
+        if not settings.tools or settings.tool_choice == "none":
             return
-        alone = not self.speaking
+        alone = not self.speaking or not settings.parallel_tool_calls
         if self.current is None:
             self.current = self._begin(None)
-        call_id = self.current.add_function_call(*function_call(task, self.configuration.tools))
+        call_id = self.current.add_function_call(*function_call(task, settings.tools))
         self.conversation.expect_result(call_id, time.monotonic())
         self.session.span.add_event("delegation", {"id": call_id})
         if alone:
             self.end()
 
-    def _response_for(self, text: str, sound: bytes | None, speaks: bool) -> Response | None:
+    def _response_for(self, speech: _Speech, speaks: bool) -> Response | None:
         """Returns the response that takes the output of this micro-turn. Begins a response if the gate opens one."""
         if self.current is None:
             if not self.configuration.responds_by_itself:
-                self._keep_speech(text, sound, speaks)
+                self._keep_speech(speech, speaks)
                 return None
             if not speaks or self._dropping:
                 return None
@@ -126,9 +137,7 @@ class Responses:
             self.current = self._begin(None)
         return self.current
 
-    def _extend_response(
-        self, response: Response, result: TickResult, text: str, sound: bytes | None, speaks: bool
-    ) -> bool:
+    def _extend_response(self, response: Response, result: TickResult, speech: _Speech, speaks: bool) -> bool:
         """Adds one micro-turn to a response, and ends the response if it is over.
 
         Returns:
@@ -138,20 +147,23 @@ class Responses:
             self.user_turns.end_for_answer()
         self._silent = 0 if speaks else self._silent + 1
         if speaks or response.message is not None:
-            response.add_speech(text, sound)
+            response.add_speech(speech.text, speech.sound, speech.tokens)
         has_speech = response.message is not None
         audible = has_speech and response.modality == "audio"
         if audible and self.track is not None and self._on_track is None:
             self._on_track = response.id
             self.events.send("output_audio_buffer.started", response_id=response.id)
         over = self._silent >= _SILENT_MICRO_TURNS if has_speech else result.number + 1 >= self._deadline
-        if over and self.user_turns.interrupts(result):
+        if response.is_full:
+            self._dropping = speaks
+            self.end("incomplete", "max_output_tokens")
+        elif over and self.user_turns.interrupts(result):
             self.end("cancelled", "turn_detected")
         elif over:
             self.end()
         return audible
 
-    def _keep_speech(self, text: str, sound: bytes | None, speaks: bool) -> None:
+    def _keep_speech(self, speech: _Speech, speaks: bool) -> None:
         """Keeps speech for a `response.create` that may follow.
 
         Nothing is kept for a track: a track plays only what is said now.
@@ -163,7 +175,7 @@ class Responses:
         if self._silent > _PATIENCE_MICRO_TURNS or for_track:
             self._kept.clear()
         elif not self._dropping and (speaks or self._kept and self._silent <= _SILENT_MICRO_TURNS):
-            self._kept.append(_Speech(text, sound))
+            self._kept.append(speech)
 
     # --- what the client does
 
@@ -176,13 +188,11 @@ class Responses:
         if self.current is not None and self.current.output:
             text = f"response {self.current.id} is not done yet"
             raise InvalidMessage("conversation_already_has_active_response", text)
-        if config is not None and config.input:
-            text = "this server does not support response.input: a response answers the conversation"
-            raise InvalidMessage("unsupported_parameter", text, "response.input")
-        if config is not None and config.instructions:
-            self.intake.queue_text(
-                Control.BACKGROUND, config.instructions, "response.instructions", INSTRUCTIONS_TOKENS
-            )
+        if config is not None:
+            self.configuration.check_response(config)
+            text = "\n".join([config.instructions or "", *([tools_text(config.tools)] if config.tools else [])])
+            if text.strip() and self.configuration.model.reads_background:
+                self.intake.queue_text(Control.BACKGROUND, text, "response.instructions", INSTRUCTIONS_TOKENS)
         if self.current is not None:
             self.end("cancelled", "client_cancelled")
         self._dropping = False
@@ -191,7 +201,11 @@ class Responses:
         if kept:
             self.user_turns.end_for_answer()
             for speech in kept:
-                self.current.add_speech(speech.text, speech.sound)
+                self.current.add_speech(speech.text, speech.sound, speech.tokens)
+                if self.current.is_full:
+                    self._dropping = not over
+                    self.end("incomplete", "max_output_tokens")
+                    return
             if over:
                 self.end()
 
@@ -249,12 +263,27 @@ class Responses:
             self._on_track = None
 
     def _begin(self, config: ResponseConfig | None) -> Response:
-        modalities = (config.output_modalities if config else None) or [self.configuration.modality]
         self.configuration.formats_fixed = True
         self._silent, self._deadline = 0, self._new_deadline()
         self._kept.clear()
-        metadata = config.metadata if config else None
-        return Response(self.events, self.conversation, modalities[0], metadata)
+        return Response(self.events, self.conversation, self._settings(config))
+
+    def _settings(self, config: ResponseConfig | None) -> ResponseSettings:
+        """Returns what a new response is made with; `config` is what the client asks of it, checked."""
+        session, asked = self.configuration, config or ResponseConfig()
+        no_effect = fields_without_effect(asked)
+        if asked.tools and not session.model.reads_background:
+            no_effect["tools"] = BACKGROUND_UNREAD
+        parallel = asked.parallel_tool_calls
+        return ResponseSettings(
+            modality=asked.output_modalities[0] if asked.output_modalities else session.modality,
+            tools=session.tools if asked.tools is None else asked.tools,
+            tool_choice=str(asked.tool_choice or session.tool_choice),
+            parallel_tool_calls=session.parallel_tool_calls if parallel is None else parallel,
+            max_output_tokens=asked.max_output_tokens or session.max_output_tokens,
+            metadata=asked.metadata,
+            no_effect=no_effect,
+        )
 
     def _new_deadline(self) -> int:
         """Returns the number of the micro-turn at which a response without speech is given up.

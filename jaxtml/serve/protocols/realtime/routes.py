@@ -21,15 +21,19 @@ from aiohttp import web
 from jaxtml.serve.protocols import signalling, websocket
 from jaxtml.serve.protocols.live.protocol import SCOPE as LIVE_SCOPE
 from jaxtml.serve.protocols.messages import UNREADABLE
+from jaxtml.serve.protocols.realtime.configuration import check_session
 from jaxtml.serve.protocols.realtime.messages import ClientSecretRequest, RealtimeSessionConfig
 from jaxtml.serve.protocols.realtime.protocol import SCOPE, RealtimeProtocol
 from jaxtml.serve.protocols.service import Service, public_path
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
-from jaxtml.serve.sessions.errors import Refused
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
 from jaxtml.serve.transport.sound import VoiceTrack
 
 _KEY_BYTES = 7000  # of a short-lived key: it is sent in a header, and aiohttp reads headers of up to 8 KB
+# A sideband of a session over WebRTC or SIP, and a session that only transcribes.
+_UNSUPPORTED_QUERY = {"call_id", "intent"}
+_OFFER_FIELDS = {"sdp", "session"}
 
 
 def routes(service: Service) -> list[web.RouteDef]:
@@ -53,6 +57,8 @@ class _RealtimeHandlers:
         if "session_id" in request.query:
             return await self._resume(request, grant)
         self.service.check_model(request.query.get("model"))
+        for name in sorted(_UNSUPPORTED_QUERY & set(request.query)):
+            raise Refused(400, "unsupported_parameter", f"this server does not support {name} in the query")
         config = self._config_of_key(grant)
 
         def make_protocol(session: ClientSession) -> RealtimeProtocol:
@@ -70,7 +76,7 @@ class _RealtimeHandlers:
             if grant.session is not None:
                 text = "the short-lived key has the configuration of the session already"
                 raise Refused(400, "invalid_value", text)
-            self.service.check_model(config_of_request.model)
+            self._check(config_of_request)
         config = self._config_of_key(grant) or config_of_request
 
         def make_protocol(session: ClientSession, track: VoiceTrack) -> RealtimeProtocol:
@@ -91,7 +97,7 @@ class _RealtimeHandlers:
         except UNREADABLE as error:
             raise Refused(400, "invalid_value", str(error)[:300]) from error
         config = body.session or RealtimeSessionConfig(type="realtime")
-        self.service.check_model(config.model)
+        self._check(config)
         self.service.access.count_request(grant)
         expires_at = int(time.time()) + body.expires_after.seconds
         fields = msgspec.to_builtins(config)
@@ -115,6 +121,14 @@ class _RealtimeHandlers:
         session.prepare_resume()
         await self.service.run_session(connection, session, after)
         return response
+
+    def _check(self, config: RealtimeSessionConfig) -> None:
+        """Checks the configuration in the body of a request. Raises `Refused` if this server cannot give it."""
+        self.service.check_model(config.model)
+        try:
+            check_session(config, self.model)
+        except InvalidMessage as invalid:
+            raise invalid.as_refusal() from invalid
 
     def _config_of_key(self, grant: Grant) -> RealtimeSessionConfig | None:
         """Returns the configuration that a short-lived key fixes; None: the key is no short-lived key.
@@ -143,6 +157,8 @@ async def _read_offer(request: web.Request) -> tuple[str, RealtimeSessionConfig 
             for name, value in (await request.post()).items():
                 content = value.file.read() if isinstance(value, web.FileField) else value
                 form[name] = content.encode() if isinstance(content, str) else bytes(content)
+            for name in sorted(set(form) - _OFFER_FIELDS):
+                raise Refused(400, "unknown_parameter", f"a form with an offer has no field {name[:64]}")
         else:
             form["sdp"] = await request.read()
         config = msgspec.json.decode(form["session"], type=RealtimeSessionConfig) if "session" in form else None

@@ -13,8 +13,10 @@ from jaxtml.serve.protocols.realtime.configuration import SessionConfiguration
 from jaxtml.serve.protocols.realtime.conversation import RealtimeConversation
 from jaxtml.serve.protocols.realtime.events import EventWriter
 from jaxtml.serve.runtime.scheduler import TickResult
-from jaxtml.stream.timebase import MICRO_TURN_MS
+from jaxtml.serve.sessions.errors import InvalidMessage
+from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 
+_SHORTEST_COMMIT_MS = 100  # as in OpenAI's API
 _QUIET_MICRO_TURNS = 4  # this many micro-turns without a word end a user turn
 
 
@@ -46,6 +48,7 @@ class UserTurns:
     def __init__(self, events: EventWriter, configuration: SessionConfiguration, conversation: RealtimeConversation):
         self.events, self.configuration, self.conversation = events, configuration, conversation
         self._current: _UserTurn | None = None
+        self._committed_ms = 0.0  # duration of the client's sound up to the last commit or clear
 
     @property
     def _detected(self) -> bool:
@@ -83,6 +86,15 @@ class UserTurns:
         turn = self._current
         return turn is not None and self._detected and bool(turn.text) and not turn.is_over(result)
 
+    def clear(self) -> None:
+        """Forgets the client's sound since the last commit, because the client discards it.
+
+        With turn detection, words that the model has heard stay part of the user's turn.
+        """
+        self._committed_ms = self.configuration.intake.received_ms
+        if not self._detected and self._current is not None and not self._current.committed:
+            self._current = None
+
     def commit(self, now_ms: int, waiting_ms: int) -> None:
         """Makes the user's turn an item, because the client asks for it.
 
@@ -91,7 +103,17 @@ class UserTurns:
         Args:
           now_ms: time of the session.
           waiting_ms: duration of the sound that has arrived and that the model has not heard yet.
+
+        Raises:
+          InvalidMessage: no sound has arrived since the last commit or clear, or too little.
         """
+        intake = self.configuration.intake
+        new_ms = intake.received_ms - self._committed_ms
+        if new_ms < _SHORTEST_COMMIT_MS:
+            text = f"there is no sound to commit: it must have {_SHORTEST_COMMIT_MS} ms or more since the last commit"
+            raise InvalidMessage("input_audio_buffer_commit_empty", f"{text} or clear, and has {new_ms:.0f} ms")
+        self._committed_ms = intake.received_ms
+        intake.drop_half_sample()
         if self._current is not None and self._current.committed:
             self._finish(self._current)
         turn = self._current = self._current or _UserTurn(now_ms)
@@ -103,6 +125,8 @@ class UserTurns:
         """Completes the turn's item with the transcript."""
         self._current = None
         if not turn.committed:
+            intake = self.configuration.intake
+            self._committed_ms = intake.received_ms - 1000 * intake.waiting_samples / SAMPLE_RATE  # what was heard
             if turn.announced:
                 self._send_detected("speech_stopped", audio_end_ms=turn.end_ms, item_id=turn.id)
             self._commit(turn)
@@ -110,10 +134,12 @@ class UserTurns:
         usage = {"type": "duration", "seconds": (turn.end_ms - turn.start_ms) / 1000}
         where = {"item_id": turn.id, "content_index": 0}
         kind = "conversation.item.input_audio_transcription"
-        self.events.send(f"{kind}.delta", delta=turn.text, **where)
-        self.events.send(f"{kind}.completed", transcript=turn.text, usage=usage, **where)
+        if self.configuration.transcribes:
+            self.events.send(f"{kind}.delta", delta=turn.text, **where)
+            self.events.send(f"{kind}.completed", transcript=turn.text, usage=usage, **where)
         if item is not None:
-            item["content"] = [{"type": "input_audio", "transcript": turn.text}]
+            transcript = turn.text if self.configuration.transcribes else None
+            item["content"] = [{"type": "input_audio", "transcript": transcript}]
             item["status"] = "completed"
             self.conversation.finish(item)
 

@@ -139,7 +139,7 @@ def test_limits_hold_a_client_that_tries_to_fill_memory_or_time(slots, engine, m
             await client.send("session.input_text.append", content="a", event_id=str(n))
         error = (await client.until("error"))["error"]
         assert error["code"] == "rate_limit_exceeded" and len(session.scheduled.text_queue) == 4096
-        assert session.scheduled.waiting_tokens == sum(len(piece.tokens) for piece in session.scheduled.text_queue)
+        assert session.scheduled.typed.tokens == sum(len(piece.tokens) for piece in session.scheduled.text_queue)
         began = time.monotonic()
         await client.send("session.commentary.append", content="x" * 900_000, delegation_id=None)
         while (await client.until("error"))["error"]["code"] != "string_above_max_length":

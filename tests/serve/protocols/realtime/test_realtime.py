@@ -15,7 +15,7 @@ from jaxtml.serve.protocols.realtime.messages import Tool
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.stream.tokens import Control
-from tests.serve.serving import Client, Serving, eventually, serving, unread
+from tests.serve.serving import Client, Serving, eventually, forget_text, serving, unread
 from tests.serve.stepped import scripted
 
 OPENAI_EVENT = TypeAdapter(RealtimeServerEvent)
@@ -212,11 +212,10 @@ def test_speech_that_nobody_asked_for_does_not_answer_the_next_words(slots, engi
 def test_each_commit_becomes_an_item(slots, engine):
     async def test(serving: Serving) -> None:
         client = await open_session(serving, audio={"input": {"turn_detection": None}})
-        await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
-        await eventually(lambda: serving.session().scheduled.jitter_buffer.waiting_samples)
         await serving.advance(2)
         found = []
         for _ in range(2):
+            await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
             await client.send("input_audio_buffer.commit")
             found.append((await client.until("input_audio_buffer.committed"))["item_id"])
             await serving.advance(1)
@@ -341,7 +340,7 @@ def test_delegation_calls_the_clients_function_and_its_result_becomes_background
             "weather",
             {"city": "sky"},
         )
-        serving.session().scheduled.text_queue.clear()
+        forget_text(serving.session().scheduled)
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "the sky is a number"}
         await client.send("conversation.item.create", item=output)
         await client.until("conversation.item.done")
