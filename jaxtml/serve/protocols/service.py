@@ -85,9 +85,13 @@ class Service:
             raise Refused(404, "model_not_found", self.model.refuse(name))
 
     def count_refusal(self, refused: Refused, request: web.Request) -> None:
-        """Counts and logs a refusal: of an HTTP request, or of the first message on its WebSocket."""
+        """Counts a refusal: of an HTTP request, or of the first message on its WebSocket. Logs those that clients get.
+
+        Other GET requests come from probes, which ask again and again.
+        """
         self.metrics.rejections.labels(refused.code).inc()
-        self.log_refusal(refused.code, str(refused), request)
+        if "Origin" in request.headers or "Upgrade" in request.headers or request.method == "POST":
+            self.log_refusal(refused.code, str(refused), request)
 
     def log_refusal(self, code: str, reason: str, request: web.Request) -> None:
         """Logs why a request, or the first message on its WebSocket, is refused."""
