@@ -171,7 +171,7 @@ def _check_host(options: ServerOptions) -> None:
 
 def _has_mesh(options: ServerOptions) -> bool:
     """Returns whether one worker has several devices. Raises `InputError` if the options contradict each other."""
-    mesh = MeshShape.parse(options.mesh)
+    mesh = MeshShape.parse(options.mesh) if options.mesh else MeshShape()
     if mesh.devices == 1 and process_rank() is not None:
         raise InputError("there are several processes: say with --mesh how their devices share the model")
     if mesh.devices > 1 and options.workers > 1:

@@ -86,7 +86,7 @@ def test_converse_refuses_bad_checkpoints_folders_and_video(refusal, checkpoint,
     assert "no checkpoint directory" in refusal(*missing_directory)
     (tmp_path / "empty").mkdir()
     no_checkpoint = ("converse", "--in", recording, "--out", out, "--checkpoint", tmp_path / "empty")
-    assert "is not a jaxtml checkpoint" in refusal(*no_checkpoint)
+    assert "has no config.json, so it is no checkpoint: it is empty" in refusal(*no_checkpoint)
     no_folder = ("converse", "--checkpoint", checkpoint, "--in", recording, "--out", tmp_path / "no" / "reply.wav")
     assert "there is no folder" in refusal(*no_folder)
     video = ("converse", "--checkpoint", checkpoint, "--in", recording, "--out", out, "--video", recording)

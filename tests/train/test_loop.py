@@ -221,7 +221,7 @@ def test_a_run_is_read_back_at_its_newest_step(config, codec, uninterrupted):
 
 
 def test_reading_a_run_without_a_checkpoint_is_one_clear_line(config, tmp_path):
-    with pytest.raises(InputError, match="is not a jaxtml checkpoint"):
+    with pytest.raises(InputError, match="has no config.json, so it is no checkpoint"):
         read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(config))
     (tmp_path / "checkpoints").mkdir()

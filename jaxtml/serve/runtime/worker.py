@@ -144,7 +144,7 @@ def main() -> None:
     with socket.socket(fileno=args.descriptor) as connection:
         try:
             join_processes()
-            mesh = MeshShape.parse(args.mesh)
+            mesh = MeshShape.parse(args.mesh) if args.mesh else MeshShape()
             if jax.process_count() > 1:
                 leader = hosts.start_leader({"capacity": args.capacity, "mesh": mesh.sizes})
             groups = _load_groups(args.checkpoint, args.capacity, mesh)

@@ -76,5 +76,5 @@ def test_wrong_checkpoint_is_refused_and_leaves_no_worker(tmp_path):
         async with start_pool(tmp_path, 2, min(2, len(os.sched_getaffinity(0)))):
             pass
 
-    with pytest.raises(InputError, match="not a jaxtml checkpoint"):
+    with pytest.raises(InputError, match="so it is no checkpoint: it is empty"):
         asyncio.run(main())
