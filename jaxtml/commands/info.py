@@ -75,6 +75,7 @@ def _run_on_checkpoint(args: argparse.Namespace) -> None:
             "dtypes": description.dtypes,
             "bytes": description.nbytes,
             "uses": description.uses,
+            "lacks": description.lacks,
             **verified,
         }
         print(dumps(_config_report(description.config, groups) | {"checkpoint": checkpoint}))
@@ -125,3 +126,5 @@ def _print_checkpoint(description: Description) -> None:
     step = f" at step {description.step}" if description.step is not None else ""
     print(f"{description.kind}{step}, {description.nbytes / 1e9:.3f} GB: {numbers}")
     print(f"good for: {', '.join(description.uses)}")
+    for line in description.lacks:
+        print(line)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from absl import logging
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.files import MANIFEST, RUN_CHECKPOINTS
@@ -22,6 +23,7 @@ from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.sink import OrbaxSink
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
+from jaxtml.checkpoint.tokenizer import missing_tokenizer
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import to_json
 from jaxtml.convert.extra_files import find_extra_files
@@ -68,6 +70,10 @@ def convert(
     step = original.step if isinstance(original, OrbaxCheckpoint) else None
     source_id = _source_id(source, step, parameters, to, dtype)
     summary = [f"{source} -> {destination} ({to}): {parameters.config.name}, {_count_parameters(parameters, to)}"]
+
+    missing = missing_tokenizer(source)
+    if missing is not None:
+        logging.warning("%s; the result will lack it too", missing)
 
     def check(folder: Path) -> None:
         if verify:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, layer_chunks, parameter_bytes
-from jaxtml.checkpoint.files import RUN_CHECKPOINTS, TOKENIZER
+from jaxtml.checkpoint.files import RUN_CHECKPOINTS
 from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, StoredTensor
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.manifest import TensorRecord, crc32, file_checksums, read_manifest
@@ -26,6 +26,7 @@ from jaxtml.checkpoint.nonfinite import has_nonfinite
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
+from jaxtml.checkpoint.tokenizer import missing_tokenizer
 from jaxtml.config import Config
 from jaxtml.convert.progress import CopyProgress
 from jaxtml.convert.threads import run_in_threads
@@ -47,6 +48,7 @@ class Description:
       dtypes: how many elements have each dtype.
       nbytes: the size on disk in bytes.
       uses: the commands that can use the checkpoint.
+      lacks: a line for each thing that the checkpoint lacks: what it is needed for, and the remedy.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Description:
     dtypes: dict[str, int]
     nbytes: int
     uses: list[str]
+    lacks: list[str]
 
 
 def describe_checkpoint(directory: str | Path) -> Description:
@@ -72,14 +75,17 @@ def describe_checkpoint(directory: str | Path) -> Description:
         kind = f"Inkling checkpoint{', routed experts in ' + ' and '.join(formats) if formats else ''}"
     elif source.step is not None:
         kind, step, folder = "training run", source.step, directory / RUN_CHECKPOINTS / str(source.step)
-        uses.append("train (resumes)")
+        uses.append("train --workdir")
     else:
         kind = "jaxtml checkpoint"
     uses.append("train --start-from")
-    if (directory / TOKENIZER).is_file():
-        uses.append("converse")
+    missing = missing_tokenizer(directory)
+    if missing is None:
+        uses += ["converse", "serve"]
     nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Description(source.config, specs, kind, step, dict(dtypes), nbytes, uses)
+    return Description(
+        source.config, specs, kind, step, dict(dtypes), nbytes, uses, [] if missing is None else [missing]
+    )
 
 
 def _held_specs(source: ParameterSource) -> dict[str, ParamSpec]:

@@ -26,7 +26,7 @@ import jax
 from absl import logging
 from aiohttp import web
 
-from jaxtml.checkpoint.files import TOKENIZER
+from jaxtml.checkpoint.tokenizer import load_tokenizer
 from jaxtml.config import from_json
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
@@ -43,7 +43,6 @@ from jaxtml.serve.sessions.manager import Limits, SessionManager
 from jaxtml.serve.signals import ServerSignals, follower_drains
 from jaxtml.serve.web.application import application
 from jaxtml.serve.web.site import Site
-from jaxtml.stream.text import TextCodec
 from jaxtml.strict_json import dumps
 
 _REQUESTS_END_S = 5.0  # open HTTP requests are cut off this long after the sessions have ended
@@ -234,7 +233,7 @@ async def _serve(
             return
         pool, ready = starting.result()
         config = from_json(ready.config)
-        model = ServedModel(config.name, config, TextCodec.load(options.checkpoint / TOKENIZER), tuple(aliases))
+        model = ServedModel(config.name, config, load_tokenizer(options.checkpoint), tuple(aliases))
         manager = SessionManager(pool, access, model, options.limits, metrics, session_prefix(options.replica))
         _add_server_metrics(metrics, pool, manager)
         runner = _runner(application(Service(manager, access, model, metrics), site), options)

@@ -72,16 +72,18 @@ class Engine:
         process reads the parameters of its own devices only.
 
         Raises:
-          InputError: there is no readable checkpoint or tokenizer (see `open_checkpoint` and `TextCodec.load`), the
+          InputError: there is no readable checkpoint or tokenizer (see `open_checkpoint` and `load_tokenizer`), the
             mesh does not fit the devices, or the mesh cannot split a parameter evenly.
         """
-        from jaxtml.checkpoint.files import TOKENIZER
-        from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
+        from jaxtml.checkpoint.opening import open_checkpoint
+        from jaxtml.checkpoint.source import read_parameters
+        from jaxtml.checkpoint.tokenizer import load_tokenizer
 
-        tokenizer = Path(directory) / TOKENIZER
+        # Both are checked before the parameters are read, which may take minutes.
+        source, codec = open_checkpoint(directory), load_tokenizer(directory)
         if shape.devices == 1:
-            return cls.create(*read_checkpoint(directory), TextCodec.load(tokenizer))
-        return cls._load_on_mesh(open_checkpoint(directory), TextCodec.load(tokenizer), shape)
+            return cls.create(source.config, read_parameters(source), codec)
+        return cls._load_on_mesh(source, codec, shape)
 
     @classmethod
     def _load_on_mesh(cls, source: ParameterSource, codec: TextCodec, shape: MeshShape) -> Engine:

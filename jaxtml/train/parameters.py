@@ -19,6 +19,7 @@ from jaxtml.checkpoint.files import CONFIG, TOKENIZER
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.source import place_parameters, spec_table
+from jaxtml.checkpoint.tokenizer import missing_tokenizer
 from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config
 from jaxtml.errors import InputError, join_names
@@ -114,8 +115,9 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path, 
                 f"{directory} cannot start this run: its {differing} is of another size (see its {CONFIG})"
             )
     source = WarmStart(source, model.config, model.config.train.seed)
-    if not (directory / TOKENIZER).is_file():
-        logging.warning("%s has no %s: nothing says whether the tokenizer of %s fits it", directory, TOKENIZER, data)
+    missing = missing_tokenizer(directory)
+    if missing is not None:
+        logging.warning("%s; until then nothing says whether the tokenizer of %s fits the weights", missing, data)
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(
             f"{directory} cannot start this run: its {TOKENIZER} differs from the tokenizer of {data}. "

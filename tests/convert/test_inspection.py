@@ -101,6 +101,7 @@ def test_a_description_counts_what_the_checkpoint_has(full_release, ours, tmp_pa
         "vocoder",
     }
     assert description.uses == ["logits", "convert", "train --start-from"]
+    assert "has no tokenizer.json, which converse, serve and training need, only vocab.tiktoken" in description.lacks[0]
     shutil.copytree(full_release, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    assert describe_checkpoint(tmp_path / "hf").uses[-1] == "converse"
+    assert describe_checkpoint(tmp_path / "hf").uses[-2:] == ["converse", "serve"]
