@@ -21,6 +21,7 @@ LONGEST = 300  # characters of a library's text that a message repeats
 _OS_ERRORS: dict[int, str] = {
     errno.ENOSPC: "the disk is full: free some space, or name a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: free some space, or name a folder on another disk",
+    errno.EFBIG: "a file would be larger than the limit: raise the limit with `ulimit -f`",
     errno.EROFS: "the file system is read-only: name a folder elsewhere",
     errno.EACCES: "permission denied: change its permissions, or name another file or folder",
     errno.EPERM: "not permitted: change its owner or permissions, or name another file or folder",

@@ -67,7 +67,8 @@ class TrainProgress:
         self._write_board(done, means | expert_balance(load) | speed | rate, load)
         eta_min = (self.config.train.steps - done) * (now_s - self.began_s) / (done - self.first) / 60
         logging.info(
-            "%d/%d  %s  rate %.3g  norm %.2f  load %s  %s%.2f s (%.2f waiting for data)  %.0f tokens/s  %s  ETA %d:%02d",
+            "%d/%d  %s  rate %.3g  norm %.2f  load %s  %s"
+            "%.2f s (%.2f waiting for data)  %.0f tokens/s  %s  ETA %d:%02d",
             done,
             self.config.train.steps,
             "  ".join(f"{name} {means[name]:.3f}" for name in LINE_METRICS if name in means),
