@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, Protocol
 
 from absl import app, logging
@@ -153,11 +154,23 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
         print(f"jaxtml: a background thread has ended: {line}", file=sys.stderr)
 
 
+def _report_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Reports an exception that no caller catches: those of a command are reported by `exit_status`.
+
+    If Orbax gives up a checkpoint, it closes its event loop. Each of TensorStore's writes then fails to report there,
+    hundreds of times, and none of these errors says anything about the disk.
+    """
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _leave(status: int) -> NoReturn:
     """Ends the process now, after the functions of `atexit`. Does not wait for threads.
 
     After a checkpoint that could not be written, threads of Orbax wait ten minutes for a signal that never comes.
     """
+    # What failed is reported. TensorBoard's thread, and its function of `atexit`, would fail on the same disk again.
+    sys.unraisablehook = threading.excepthook = lambda failure: None
     atexit._run_exitfuncs()  # ends worker processes and leaves the job of several processes
     sys.stdout.flush()
     sys.stderr.flush()
@@ -171,6 +184,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     is_program = argv is None  # else a test calls this function, and its process goes on
     if is_program:
         threading.excepthook = _report_thread
+        sys.excepthook = _report_callback
         # Grain's workers leave shared memory to this tracker when a run stops early. The tracker frees the memory, and
         # would warn that it does.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,14 +91,27 @@ def run(args: argparse.Namespace) -> None:
 
     if args.config == "vocoder":
         _check_vocoder_options(args, process_rank() is not None)
-        _train_vocoder(args)
+        with _named_disk(args.workdir):
+            _train_vocoder(args)
         return
     if args.base is not None:
         raise InputError(f"--base {args.base} is an option of `jaxtml train vocoder`: leave it out")
     config = configs.load(args.config, args.set + ([f"train.steps={args.steps}"] if args.steps else []))
     data = _data_folder(args, args.config)
     join_processes()
-    _train_model(args, config, data)
+    with _named_disk(args.workdir):
+        _train_model(args, config, data)
+
+
+@contextmanager
+def _named_disk(workdir: str) -> Iterator[None]:
+    """Names `workdir` in the error of a full disk, if the error names no file: a flush does not know its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            error.filename = workdir
+        raise
 
 
 def _train_model(args: argparse.Namespace, config: configs.Config, data: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
+
+from jaxtml.commands import train
 
 
 def test_train_refuses_data_without_a_tokenizer_and_makes_nothing(refusal, tmp_path):
@@ -39,3 +43,11 @@ def test_a_model_refuses_options_of_the_vocoder_and_the_vocoder_a_job(refusal, t
 def test_an_empty_name_is_refused(refusal, tmp_path, option):
     line = refusal("train", "tiny", "--workdir", tmp_path / "w", option, "")
     assert f"argument {option}: the name is empty" in line
+
+
+def test_a_full_disk_is_named_though_a_flush_does_not_know_its_file():
+    with pytest.raises(OSError, match="run") as failed, train._named_disk("run"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert failed.value.filename == "run"
+    with pytest.raises(OSError, match="other") as failed, train._named_disk("run"):
+        raise OSError(errno.ENOSPC, "No space left on device", "other")
