@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -127,6 +128,26 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds `--mesh AXES`, as `jaxtml serve` has it. The default is one device."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="the devices that share the model, for example expert=8 or expert=4,tensor=2 (default: one device)",
+    )
+
+
+def seed(text: str) -> int:
+    """An argument type: a seed, a whole number in [0, 2**32)."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number") from None
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value}: give a number from 0 to {(1 << 32) - 1}")
+    return value
+
+
 def add_recording(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--recording WAV`, by default the recording that ships with the package. `what` says what is in the file."""
     parser.add_argument(
@@ -138,25 +159,40 @@ def add_recording(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def check_outputs(*paths: str | None, source: str) -> None:
+def check_outputs(*paths: str | None, sources: Sequence[str | None]) -> None:
     """Checks, before the long work, that every output can be written after the work. None stands for no output.
 
     Raises:
-      InputError: the folder of an output is missing; or an output is a folder, may not be written, is the input
-        `source`, or is named twice.
+      InputError: the folder of an output is missing; or an output is a folder, may not be written, is one of the
+        inputs `sources`, or is named twice.
     """
-    taken = {Path(source).resolve(): "it is the input"}
+    taken: list[tuple[Path, str]] = [(Path(source), "it is an input") for source in sources if source]
     for path in filter(None, paths):
-        output = Path(path).resolve()
-        if not output.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {output.parent}; make it first")
+        output = Path(path)
+        if path == "-":
+            raise InputError("cannot write -: standard output has the words of the session; name a file")
+        if output.exists() and not output.is_file() and not output.is_dir():
+            continue  # a device or a pipe: nothing there is lost, and it may be named twice
+        if not output.resolve().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {output.resolve().parent}; make it first")
         if output.is_dir():
             raise InputError(f"cannot write {path}: it is a folder; name a file")
-        if not os.access(output if output.exists() else output.parent, os.W_OK):
-            raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
-        if output in taken:
-            raise InputError(f"cannot write {path}: {taken[output]}; name another file")
-        taken[output] = "another output has the same name"
+        for other, what in taken:
+            if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):
+                raise InputError(f"cannot write {path}: {what}; name another file")
+        _try_writing(path, output.resolve())
+        taken.append((output, "another output has the same name"))
+
+
+def _try_writing(path: str, output: Path) -> None:
+    """Raises `InputError` if no file can be made beside `output`, or if `output` may not be replaced."""
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
+    try:  # Files are written beside their place under a longer name, and then renamed.
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; name another file or folder") from error
 
 
 def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from jaxtml.commands.arguments import add_checkpoint, check_outputs
+from jaxtml.commands.arguments import add_checkpoint, add_mesh, check_outputs, path_name, seed
 from jaxtml.strict_json import dumps
 
 HELP = "run a full-duplex session over a recording"
@@ -15,23 +15,48 @@ EXAMPLE = "converse --in user.wav --out reply.wav --stereo both.wav"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
-        "--in", dest="input", required=True, metavar="WAV", help="the user's recording: WAV, FLAC, OGG or MP3"
+        "--in",
+        dest="input",
+        required=True,
+        type=path_name,
+        metavar="FILE",
+        help="the user's recording: WAV, FLAC, OGG, MP3, M4A, MP4, WebM and others; - reads standard input",
     )
     parser.add_argument(
         "--out",
         required=True,
-        metavar="WAV",
-        help="the model's reply, as long as the input and aligned with it in time",
+        type=path_name,
+        metavar="FILE",
+        help="the model's reply, as long as the input and aligned with it in time: .wav, .flac, .ogg or .mp3",
     )
-    parser.add_argument("--events", metavar="JSONL", help="write one record per 200 ms (a micro-turn) to this file")
+    parser.add_argument(
+        "--events",
+        type=path_name,
+        metavar="FILE",
+        help="write one record per 200 ms (a micro-turn) to this file: lines of JSON, or one array in a .json",
+    )
     parser.add_argument(
         "--stereo",
-        metavar="WAV",
+        type=path_name,
+        metavar="FILE",
         help="write both sides to this file: the user in the left channel, the model in the right one",
     )
-    parser.add_argument("--picture", metavar="PNG", help="draw the session as a timeline in this file")
-    parser.add_argument("--video", metavar="FILE", help="an input: a video that the model sees during the recording")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the model's random choices (default: 0)")
+    parser.add_argument(
+        "--picture",
+        type=path_name,
+        metavar="FILE",
+        help="draw the session as a timeline in this file: .png, .svg, .pdf or .jpg",
+    )
+    parser.add_argument(
+        "--video",
+        type=path_name,
+        metavar="FILE",
+        help="an input: a video that the model sees during the recording",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="the seed of the model's random choices (default: 0)"
+    )
+    add_mesh(parser)
     parser.add_argument(
         "--realtime", action="store_true", help="give the model the recording at the speed at which it was spoken"
     )
@@ -49,10 +74,14 @@ def run(args: argparse.Namespace) -> None:
     from jaxtml.session.picture import draw
     from jaxtml.session.summary import summarise
     from jaxtml.session.timeline import print_micro_turn
+    from jaxtml.stream.video_file import check_video
 
+    recording.check_formats(args.out, args.stereo, args.events, args.picture)
+    check_outputs(args.out, args.events, args.stereo, args.picture, sources=(args.input, args.video))
+    if args.video:
+        check_video(args.video)
     wave = recording.read_recording(args.input)
-    check_outputs(args.out, args.events, args.stereo, args.picture, source=args.input)
-    model = load(args.checkpoint)
+    model = load(args.checkpoint, args.mesh)
     show = (lambda turn: None) if args.json else print_micro_turn
     reply = recording.converse_with(
         model, wave, seed=args.seed, video=args.video, realtime=args.realtime, on_micro_turn=show

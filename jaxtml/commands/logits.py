@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from jaxtml.commands.arguments import add_checkpoint, check_outputs
+from jaxtml.commands.arguments import add_checkpoint, add_mesh, check_outputs
+from jaxtml.errors import InputError
 
 HELP = "write the text logits of a checkpoint for given tokens (teacher forcing)"
 EXAMPLE = "logits --checkpoint DIR --tokens ids.npy --out logits.npy"
@@ -16,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", required=True, metavar="NPY", help="a .npy file of token ids: an integer array [B, T] or [T]"
     )
     parser.add_argument("--out", required=True, metavar="NPY", help="the .npy file to write: float32 logits [B, T, V]")
+    add_mesh(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the logits. Raises `InputError` if the checkpoint or the tokens cannot be used."""
-    check_outputs(args.out, source=args.tokens)
+    if Path(args.out).suffix.lower() not in ("", ".npy"):
+        raise InputError(f"{args.out}: logits are written as NumPy's .npy; let the name end in .npy")
+    check_outputs(args.out, sources=[args.tokens])
     from jaxtml.convert.logits import token_logits
 
-    token_logits(args.checkpoint, args.tokens, args.out)
+    token_logits(args.checkpoint, args.tokens, args.out, args.mesh)

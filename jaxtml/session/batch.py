@@ -47,7 +47,8 @@ class SessionBatch:
 
     Args:
       engine: the loaded model.
-      batch: number of sessions. Session i samples with the key (seed, i).
+      batch: number of sessions. Session i samples with the key (seed, i). A mesh that splits sessions into parts gets
+        as many idle slots as it needs for equal parts.
       seed: of the sampling.
       week_ms: wall clock at the beginning, in milliseconds since Monday, 00:00 UTC.
     """
@@ -55,9 +56,11 @@ class SessionBatch:
     def __init__(self, engine: Engine, batch: int, seed: int = 0, week_ms: int = 0):
         self.engine = engine
         self.micro_turns = 0
-        self._step = engine.compiled_step(batch)
-        self._state = engine.duplex.init_state(batch, seed, week_ms)
-        self._empty = engine.empty_inputs(batch)
+        parts = engine.duplex.model.placement.session_shards
+        slots = -(-batch // parts) * parts
+        self._step = engine.compiled_step(slots)
+        self._state = engine.init_state(slots, seed, week_ms)
+        self._empty = engine.empty_inputs(slots)
         self._dmel = [DmelStream()] * batch
         self._readers = [engine.reader() for _ in range(batch)]
 

@@ -113,9 +113,12 @@ class Engine:
                 self._steps[batch] = self.duplex.compiled(self.params, batch, self.mesh)
         return self._steps[batch]
 
-    def init_state(self, batch: int) -> DuplexState:
-        """Returns the state of `batch` sessions that have not begun, on the engine's devices."""
-        make = partial(self.duplex.init_state, batch)
+    def init_state(self, batch: int, seed: int = 0, week_ms: int = 0) -> DuplexState:
+        """Returns the state of `batch` sessions that have not begun, on the engine's devices.
+
+        Session i samples with the key (seed, i). `week_ms` is the wall clock at its beginning.
+        """
+        make = partial(self.duplex.init_state, batch, seed, week_ms)
         return make() if self.mesh is None else self.compile_for_state(make)()
 
     def compile_for_state(

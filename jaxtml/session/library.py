@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxtml.config import Config
 from jaxtml.errors import InputError
+from jaxtml.parallel.mesh import MeshShape
 from jaxtml.session.batch import SessionBatch, SessionInput
 from jaxtml.session.converse import micro_turns_of
 from jaxtml.session.engine import Engine
@@ -46,19 +47,22 @@ _MAX_SAMPLE = 16.0  # full scale is 1; integers stored as floats reach thousands
 _PATCH_SHAPE = (2, 40, 40, 3)
 
 
-def load(directory: str | Path | None = None) -> Model:
-    """Loads a model onto the first device.
+def load(directory: str | Path | None = None, mesh: str | None = None) -> Model:
+    """Loads a model onto the first device, or onto a mesh of all devices.
 
     Args:
       directory: a checkpoint of this project, a training run (its newest checkpoint), or a released Inkling checkpoint;
         None: the `tiny` model that ships with the package.
+      mesh: how the devices share the model, such as "expert=8" or "expert=4,tensor=2"; None: the first device alone.
 
     Raises:
-      InputError: there is no readable checkpoint, or no tokenizer beside it.
+      InputError: there is no readable checkpoint, or no tokenizer beside it; or the mesh does not fit the devices or
+        the model.
     """
     from jaxtml.checkpoint.files import SHIPPED
 
-    return Model(Engine.load(SHIPPED if directory is None else directory))
+    shape = MeshShape() if mesh is None else MeshShape.parse(mesh)
+    return Model(Engine.load(SHIPPED if directory is None else directory, shape))
 
 
 class Model:

@@ -6,20 +6,26 @@ Axis: N samples at 16 kHz.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxtml.session.records import Reply
 from jaxtml.stream.timebase import SAMPLE_RATE
 
+_WORDS: Any = {"fontsize": 9, "parse_math": False}  # a text with two dollar signs would be read as a formula
+
 WIDEST_INCHES = 160.0
 """Width of the picture of a session of two minutes. Longer sessions are squeezed into this width."""
+
+PICTURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+"""The endings of names for `draw`. Matplotlib writes each of them without another program, at any width."""
 
 USER_COLOUR, MODEL_COLOUR, STEP_COLOUR = "#33658a", "#bc4b51", "#7a7a7a"
 
 
 def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
-    """Writes a PNG of the session to `path`.
+    """Writes a picture of the session to `path`, in the format that the name promises; without an ending a PNG.
 
     It shows both voices on a grid of micro-turns (200 ms each), what was heard and said, when the model spoke, and the
     time per step. `wave` `[N]` float32 is the user's recording.
@@ -40,9 +46,9 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     for micro_turn in reply.turns:
         start = micro_turn.t_ms / 1000
         if micro_turn.heard:
-            user.text(start + 0.2, 1.05, micro_turn.heard.strip(), fontsize=9, color=USER_COLOUR)
+            user.text(start + 0.2, 1.05, micro_turn.heard.strip(), color=USER_COLOUR, **_WORDS)
         if micro_turn.text:
-            model.text(start + 0.2, 1.05, micro_turn.text.strip(), fontsize=9, color=MODEL_COLOUR)
+            model.text(start + 0.2, 1.05, micro_turn.text.strip(), color=MODEL_COLOUR, **_WORDS)
         if micro_turn.gate == "speak":
             model.axvspan(start + 0.2, start + 0.4, color=MODEL_COLOUR, alpha=0.12, linewidth=0)
     starts = np.array([micro_turn.t_ms for micro_turn in reply.turns]) / 1000
@@ -53,4 +59,4 @@ def draw(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
     for axis in axes if width < WIDEST_INCHES else ():  # squeezed, a micro-turn is too narrow for a line
         axis.set_xticks(np.arange(0, seconds, 0.2), minor=True)
         axis.grid(which="minor", axis="x", alpha=0.25)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format=Path(path).suffix[1:].lower() or "png")

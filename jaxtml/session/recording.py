@@ -17,12 +17,26 @@ import numpy as np
 from jaxtml.errors import InputError
 from jaxtml.session.converse import micro_turns_of
 from jaxtml.session.library import Model
+from jaxtml.session.picture import PICTURE_ENDINGS
 from jaxtml.session.records import MicroTurn, Reply
-from jaxtml.stream.audio_file import read_audio, write_wav
+from jaxtml.stream.audio_file import AUDIO_ENDINGS, STDIN, check_ending, read_audio, write_audio
 from jaxtml.stream.images import image_patches
 from jaxtml.stream.timebase import MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 from jaxtml.stream.video_file import read_frame_pairs
 from jaxtml.strict_json import dumps
+
+EVENT_ENDINGS = (".jsonl", ".ndjson", ".json", ".txt")
+"""The endings of names for `write_events`."""
+
+
+def check_formats(out: str, stereo: str | None, events: str | None, picture: str | None) -> None:
+    """Raises `InputError` if the name of an output promises a format that is not written. None: no such output."""
+    for sound in filter(None, (out, stereo)):
+        check_ending(sound, AUDIO_ENDINGS)
+    if events:
+        check_ending(events, EVENT_ENDINGS)
+    if picture:
+        check_ending(picture, PICTURE_ENDINGS)
 
 
 def read_recording(path: str | Path) -> np.ndarray:
@@ -33,7 +47,8 @@ def read_recording(path: str | Path) -> np.ndarray:
     """
     wave = read_audio(path)
     if len(wave) < MICRO_TURN_SAMPLES:
-        raise InputError(f"{path} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: give at least {MICRO_TURN_MS} ms")
+        name = "standard input" if str(path) == STDIN else path
+        raise InputError(f"{name} lasts {len(wave) * 1000 // SAMPLE_RATE} ms: give at least {MICRO_TURN_MS} ms")
     return wave
 
 
@@ -83,22 +98,27 @@ def _video_patches(model: Model, video: str | Path, micro_turns: int) -> list[np
 
 
 def write_reply(path: str | Path, reply: Reply) -> None:
-    """Writes what the model said as a WAV file that is as long as the recording and in time with it."""
-    write_wav(path, reply.wave)
+    """Writes what the model said in the format that the name promises, as long as the recording and in time with it."""
+    write_audio(path, reply.wave)
 
 
 def write_stereo(path: str | Path, wave: np.ndarray, reply: Reply) -> None:
-    """Writes a WAV file with the user on the left and the model on the right."""
-    write_wav(path, np.stack([wave, reply.wave], axis=1))
+    """Writes the user on the left and the model on the right, in the format that the name promises."""
+    write_audio(path, np.stack([wave, reply.wave], axis=1))
 
 
 def write_events(path: str | Path, reply: Reply) -> None:
-    """Writes one JSON line per micro-turn: `t_ms, gate, p_speak, heard, text, delegate, step_ms`.
+    """Writes one record per micro-turn: `t_ms, gate, p_speak, heard, text, delegate, step_ms`.
+
+    A file whose name ends in ".json" is one array. Any other has one line of JSON for each record.
 
     Raises:
       InputError: the file cannot be written.
     """
+    records = [micro_turn.event() for micro_turn in reply.turns]
+    is_array = Path(path).suffix.lower() == ".json"
+    text = dumps(records, indent=1) + "\n" if is_array else "".join(dumps(record) + "\n" for record in records)
     try:
-        Path(path).write_text("".join(dumps(micro_turn.event()) + "\n" for micro_turn in reply.turns))
+        Path(path).write_text(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -17,12 +17,13 @@ import stat
 import sys
 import tempfile
 import wave as wave_format
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import soundfile
 import soxr
 from absl import logging
 
@@ -31,6 +32,9 @@ from jaxtml.stream.audio_decoding import TOLERANCE_S, NotAudio, cut_short, decod
 from jaxtml.stream.audio_level import Channels, level_notes
 from jaxtml.stream.audio_parts import Data, Part, find_parts
 from jaxtml.stream.timebase import SAMPLE_RATE
+
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", *([".mp3"] if "MP3" in soundfile.available_formats() else []))
+"""The endings of names that `write_audio` writes. Old builds of libsndfile write no MP3."""
 
 MAX_HOURS = 4
 """Longer recordings are refused."""
@@ -74,20 +78,73 @@ def write_wav(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE
     """Writes audio as a 16-bit WAV file, whole or not at all.
 
     Args:
-      path: the file, replaced if it is there.
+      path: the file, replaced if it is there. Its name ends in ".wav", or has no ending.
       wave: `[N]` (mono) or `[N, 2]` (stereo) floats in [-1, 1]; louder samples are clipped.
       rate: samples per second.
 
     Raises:
-      InputError: the place cannot be written, or has no space left.
-      ValueError: `wave` has another shape, or NaN or infinite samples.
+      InputError: the name has another ending, or the place cannot be written, or has no space left.
+      ValueError: `wave` has another shape or dtype, or NaN, infinite or far too large samples; or `rate` is not
+        positive.
     """
+    if check_ending(path, AUDIO_ENDINGS) not in ("", ".wav"):
+        raise InputError(f"{path}: this writes WAV; let the name end in .wav")
+    _write(path, _wav_bytes(_checked(wave, rate), rate))
+
+
+def write_audio(path: str | os.PathLike[str], wave: np.ndarray, rate: int = SAMPLE_RATE) -> None:
+    """Writes audio in the format that the name of the file promises, whole or not at all.
+
+    The names end as `AUDIO_ENDINGS` says. WAV and FLAC have 16 bits; Ogg (Vorbis) and MP3 lose a little. All keep the
+    length. A name without an ending is a WAV file. Arguments and errors are those of `write_wav`.
+    """
+    ending = check_ending(path, AUDIO_ENDINGS)
+    if ending in ("", ".wav"):
+        write_wav(path, wave, rate)
+        return
+    wave = np.clip(_checked(wave, rate), -1, 1)
+    samples = _int16(wave) if ending == ".flac" else wave
+    buffer = io.BytesIO()
+    channels = 1 if wave.ndim == 1 else wave.shape[1]
+    with soundfile.SoundFile(buffer, "w", rate, channels, format=ending[1:].upper()) as file:
+        for start in range(0, len(samples), rate):  # libsndfile crashes when it is given minutes of Vorbis at once
+            file.write(samples[start : start + rate])
+    _write(path, buffer.getvalue())
+
+
+def check_ending(path: str | os.PathLike[str], endings: Sequence[str]) -> str:
+    """Returns the ending of a file's name in lower case, such as ".wav"; "" where the name promises no format.
+
+    Raises:
+      InputError: the ending is not in `endings`.
+    """
+    ending = Path(path).suffix.lower()
+    if ending and ending not in endings:
+        raise InputError(f"{path}: cannot be written as {ending[1:]!r}; let its name end in {', '.join(endings)}")
+    return ending
+
+
+def _checked(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Returns audio that can be written. Raises `ValueError` as `write_wav`."""
+    wave = np.asarray(wave)
     if wave.ndim not in (1, 2) or (wave.ndim == 2 and wave.shape[1] not in (1, 2)):
         raise ValueError(f"audio to write is [N] or [N, 2], got {wave.shape}")
+    if wave.dtype.kind != "f":
+        raise ValueError(f"audio to write is floats in [-1, 1], got {wave.dtype}; divide 16-bit samples by 32768.0")
     if not np.isfinite(wave).all():
         raise ValueError("audio to write has NaN or infinite samples")
+    if (peak := np.abs(wave).max(initial=0)) > _LOUDEST:
+        raise ValueError(f"audio to write reaches {peak:.0f} where full scale is 1; scale it to [-1, 1]")
+    if rate != int(rate) or rate < 1:
+        raise ValueError(f"the rate is {rate}; give whole samples per second, at least 1")
+    if 2 * wave.size > _MOST_WAV:
+        raise ValueError(f"audio to write has {wave.size} samples, more than a file holds; cut it into pieces")
+    return wave
+
+
+def _write(path: str | os.PathLike[str], content: bytes) -> None:
     try:
-        _write_atomically(Path(path), _wav_bytes(wave, rate))
+        _write_atomically(Path(path), content)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{path}: no space left there; free some, or write elsewhere") from error
@@ -115,7 +172,9 @@ def _mapped(path: str | os.PathLike[str]) -> Iterator[Data]:
 
 def _opened(path: str | os.PathLike[str]) -> IO[bytes]:
     if os.fspath(path) == STDIN:
-        if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.closed:
+            raise InputError("is closed; pipe a recording in, as in: jaxtml converse --in - < user.wav")
+        if sys.stdin.isatty():
             raise InputError("is a terminal, not a recording; pipe one in, as in: jaxtml converse --in - < user.wav")
         return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     try:
@@ -225,9 +284,13 @@ def _check_samples(block: np.ndarray, start_s: float) -> None:
         raise InputError(f"samples reach {peak:.0f} where full scale is 1; scale them to [-1, 1]")
 
 
+def _int16(wave: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype("<i2")
+
+
 def _wav_bytes(wave: np.ndarray, rate: int) -> bytes:
     """Returns a WAV file. Reading and writing both scale by 32768, so samples of 16 bits come back unchanged."""
-    samples = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype("<i2")
+    samples = _int16(wave)
     buffer = io.BytesIO()
     with wave_format.open(buffer, "wb") as out:
         out.setnchannels(1 if wave.ndim == 1 else wave.shape[1])

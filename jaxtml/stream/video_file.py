@@ -78,7 +78,9 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     from av.stream import Disposition
 
     if not Path(path).is_file():
-        raise InputError(f"no video file {path}")
+        if Path(path).exists() or str(path) == "-":
+            raise InputError(f"{path} is no video file: a video cannot come through a pipe; save it to a file first")
+        raise InputError(f"no video file {path}: give the path of a video")
     try:
         # A playlist would make FFmpeg open other files and addresses, so no other protocol is allowed.
         container = av.open(str(path), "r", metadata_errors="replace", options={"protocol_whitelist": "file"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,15 +24,22 @@ from jaxtml.errors import InputError
 
 def test_outputs_that_cannot_be_written_are_refused(tmp_path):
     source, out = str(tmp_path / "in.wav"), str(tmp_path / "out.wav")
-    check_outputs(out, None, str(tmp_path / "events.jsonl"), source=source)
+    Path(source).touch()
+    os.link(source, tmp_path / "link.wav")
+    check_outputs(out, None, str(tmp_path / "events.jsonl"), "/dev/null", "/dev/null", sources=[source, None])
     for paths, message in (
-        ((source,), "in.wav: it is the input; name another file"),
+        ((source,), "in.wav: it is an input; name another file"),
+        ((str(tmp_path / "link.wav"),), "link.wav: it is an input; name another file"),
         ((out, out), "out.wav: another output has the same name; name another file"),
         ((str(tmp_path),), "it is a folder; name a file"),
         ((str(tmp_path / "no" / "out.wav"),), "there is no folder .*no"),
+        ((str(tmp_path / ("n" * 250)),), "File name too long; name another file"),
+        (("/proc/out.wav",), "cannot write /proc/out.wav: .*; name another"),
+        (("-",), "cannot write -: .*; name a file"),
     ):
         with pytest.raises(InputError, match=message):
-            check_outputs(*paths, source=source)
+            check_outputs(*paths, sources=["other.wav", source])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.wav", "link.wav"]
 
 
 def test_counts_and_amounts_are_positive():

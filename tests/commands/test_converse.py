@@ -45,15 +45,6 @@ def test_converse_gives_the_same_reply_for_the_same_seed(jaxtml, checkpoint, rec
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
-def test_converse_resamples_a_48_khz_stereo_mp3(jaxtml, checkpoint, tmp_path):
-    noise = 0.1 * np.random.default_rng(1).standard_normal((48_000, 2))
-    soundfile.write(tmp_path / "user.mp3", noise, 48_000, format="MP3")
-    argv = ("--checkpoint", checkpoint, "--in", tmp_path / "user.mp3", "--out", tmp_path / "reply.wav", "--json")
-    status, printed, _ = jaxtml("converse", *argv)
-    assert status == 0
-    assert abs(json.loads(printed)["seconds"] - 1.0) < 0.1
-
-
 def bad_recordings(folder: Path) -> dict[str, tuple[Path, str]]:
     """Makes files that are no recording of a user. Returns each path with what the message has to contain."""
     (folder / "text.wav").write_text("not sound")
@@ -104,3 +95,45 @@ def test_converse_refuses_a_checkpoint_whose_sizes_are_not_those_of_its_config(
     (other / "config.json").write_text(json.dumps(config))
     argv = ("converse", "--checkpoint", other, "--in", recording, "--out", tmp_path / "reply.wav")
     assert "does not have the sizes of its config.json" in refusal(*argv)
+
+
+def test_converse_reads_standard_input_and_writes_what_the_names_promise(jaxtml, checkpoint, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "u.mp3", 0.1 * np.random.default_rng(1).standard_normal((48_000, 2)), 48_000)
+    files = ("--events", tmp_path / "e.json", "--stereo", tmp_path / "s.mp3", "--picture", tmp_path / "t.svg")
+    argv = ("converse", "--checkpoint", checkpoint, "--in", "-", "--out", tmp_path / "r.flac", *files, "--json")
+    with open(tmp_path / "u.mp3") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        status, printed, _ = jaxtml(*argv)
+    assert status == 0 and json.loads(printed)["seconds"] == 1.0
+    assert [soundfile.info(tmp_path / name).format for name in ("r.flac", "s.mp3")] == ["FLAC", "MP3"]
+    assert [event["t_ms"] for event in json.loads((tmp_path / "e.json").read_text())] == [0, 200, 400, 600, 800]
+    assert (tmp_path / "t.svg").read_text().startswith("<?xml")
+
+
+BAD_OPTIONS = {
+    "sound": (("--out", "r.m4a"), "r.m4a: cannot be written as 'm4a'; let its name end in .wav, .flac, .ogg"),
+    "stereo": (("--out", "r.wav", "--stereo", "s.aac"), "s.aac: cannot be written as 'aac'"),
+    "picture": (
+        ("--out", "r.wav", "--picture", "t.bmp"),
+        "cannot be written as 'bmp'; let its name end in .png",
+    ),
+    "events": (
+        ("--out", "r.wav", "--events", "e.csv"),
+        "cannot be written as 'csv'; let its name end in .jsonl",
+    ),
+    "stdout": (("--out", "-"), "cannot write -"),
+    "no name": (("--out", ""), "the name is empty"),
+    "seed": (("--out", "r.wav", "--seed", "-1"), "--seed: -1: give a number from 0 to 4294967295"),
+    "video": (("--out", "r.wav", "--video", "none.mp4"), "no video file none.mp4: give"),
+    "piped video": (("--out", "r.wav", "--video", "-"), "a video cannot come through a pipe"),
+    "mesh": (("--out", "r.wav", "--mesh", "experts=2"), "there is no axis 'experts'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_converse_checks_every_option_before_it_loads_the_model(refusal, recording, tmp_path, monkeypatch, case):
+    options, message = BAD_OPTIONS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxtml.session.engine.Engine.load", lambda *_: pytest.fail("the model was loaded"))
+    assert message in refusal("converse", "--in", recording, *options)
+    assert not list(tmp_path.iterdir())

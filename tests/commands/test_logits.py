@@ -22,3 +22,16 @@ def test_logits_depend_on_earlier_tokens_alone_and_bad_tokens_are_refused(jaxtml
     np.save(tmp_path / "float.npy", ids * 1.0)
     assert "integer array" in refusal(*argv, tmp_path / "float.npy")
     assert "no token file" in refusal(*argv, tmp_path / "absent.npy")
+
+
+def test_logits_on_a_mesh_are_those_of_one_device(jaxtml, refusal, checkpoint, small, tmp_path):
+    ids = np.random.default_rng(0).integers(0, small.backbone.vocab_size, (3, 30))
+    np.save(tmp_path / "ids.npy", ids)
+    argv = ("logits", "--checkpoint", checkpoint, "--tokens", tmp_path / "ids.npy", "--out")
+    assert jaxtml(*argv, tmp_path / "one.npy")[0] == 0
+    assert jaxtml(*argv, tmp_path / "mesh.npy", "--mesh", "data=2,expert=4")[0] == 0
+    one, mesh_logits = np.load(tmp_path / "one.npy"), np.load(tmp_path / "mesh.npy")
+    np.testing.assert_allclose(mesh_logits, one, atol=1e-3)
+    assert "needs 2 devices, there are 8" in refusal(*argv, tmp_path / "mesh.npy", "--mesh", "tensor=2")
+    assert "there is no axis 'experts'" in refusal(*argv, tmp_path / "mesh.npy", "--mesh", "experts=2")
+    assert "let the name end in .npy" in refusal(*argv, tmp_path / "mesh.csv")

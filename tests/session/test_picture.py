@@ -20,3 +20,11 @@ def test_the_picture_of_a_long_session_is_as_wide_as_the_picture_of_two_minutes(
     assert matplotlib.image.imread(tmp_path / "long.png").shape[1] == 160 * 110
     draw(tmp_path / "short.png", wave[: 20 * SAMPLES], Reply(wave[: 20 * SAMPLES], turns[:20]))
     assert matplotlib.image.imread(tmp_path / "short.png").shape[1] == 9 * 110
+
+
+def test_words_with_dollar_signs_are_no_formulas_and_the_name_decides_the_format(tmp_path):
+    wave = np.zeros(2 * SAMPLES, np.float32)
+    turns = (MicroTurn(0, "listen", 0.5, "$5 and ^ $", "$_", "", 10.0), MicroTurn(200, "listen", 0.5, "", "", "", 10.0))
+    for name, beginning in (("a.svg", b"<?xml"), ("a.PDF", b"%PDF"), ("a.jpeg", b"\xff\xd8"), ("a", b"\x89PNG")):
+        draw(tmp_path / name, wave, Reply(wave, turns))
+        assert (tmp_path / name).read_bytes().startswith(beginning)

@@ -12,7 +12,7 @@ import soundfile
 
 from jaxtml.errors import InputError
 from jaxtml.stream import audio_decoding
-from jaxtml.stream.audio_file import read_audio, write_wav
+from jaxtml.stream.audio_file import AUDIO_ENDINGS, read_audio, write_audio, write_wav
 
 
 def tone(rate: int, seconds: float = 2.0, hz: float = 440.0) -> np.ndarray:
@@ -106,6 +106,46 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
     for place in (tmp_path / "missing" / "a.wav", tmp_path):
         with pytest.raises(InputError, match="cannot be written"):
             write_wav(place, tone(16000))
+
+
+@pytest.mark.parametrize("ending", ["", *AUDIO_ENDINGS, ".FLAC"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_name_of_a_file_decides_its_format_and_no_format_moves_the_sound(
+    tmp_path: Path, ending: str, channels: int
+):
+    silence_first = np.concatenate([np.zeros(3200, np.float32), tone(16000, 1.234)])
+    wave = silence_first if channels == 1 else np.stack([silence_first, silence_first / 2], axis=1)
+    path = tmp_path / f"a{ending}"
+    write_audio(path, wave)
+    assert soundfile.info(path).format == (ending[1:].upper() or "WAV")
+    back, rate = soundfile.read(path, dtype="float32")
+    assert rate == 16000 and back.shape == wave.shape
+    assert np.abs(back[:3000]).max() < 0.02 and np.abs(back - wave)[3400:-400].max() < 0.03
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.mp4", "a.txt", "a.wav.gz"])
+def test_a_name_that_promises_another_format_is_refused(tmp_path: Path, name: str):
+    for write in (write_audio, write_wav):
+        with pytest.raises(InputError, match="cannot be written as .*; let its name end in .wav, .flac, .ogg"):
+            write(tmp_path / name, tone(16000))
+    with pytest.raises(InputError, match="this writes WAV; let the name end in .wav"):
+        write_wav(tmp_path / "a.flac", tone(16000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wave, rate, says",
+    [
+        (np.zeros(9, np.int16), 16000, "floats in .* got int16; divide 16-bit samples by 32768.0"),
+        (np.full(9, 12000.0), 16000, "reaches 12000 where full scale is 1"),
+        (np.zeros(9), 0, "the rate is 0; give"),
+        (np.zeros(9), 0.5, "the rate is 0.5; give"),
+    ],
+)
+def test_what_would_be_written_as_noise_is_refused(tmp_path: Path, wave: np.ndarray, rate: float, says: str):
+    with pytest.raises(ValueError, match=says):
+        write_wav(tmp_path / "a.wav", wave, rate)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_audio_with_nan_is_never_written(tmp_path: Path):

@@ -27,6 +27,7 @@ from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.errors import InputError
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.session.engine import Engine
+from jaxtml.session.library import Model
 from jaxtml.session.records import SlotInput, SlotOutput
 from jaxtml.session.slots import Slots
 from jaxtml.stream.dmel import DmelStream
@@ -83,6 +84,10 @@ def test_sessions_on_a_mesh_match_those_of_one_device(shared, slots, wave):
         for session, output in outputs.items():
             np.testing.assert_array_equal(output.tokens, expected[session].tokens)
             np.testing.assert_allclose(output.wave, expected[session].wave, atol=1e-4)
+    # A lone session of the library, as `converse --mesh` runs it, gets idle slots for the other parts of the mesh.
+    alone = Model(on_mesh.engine).converse(wave[: 10 * MICRO_TURN_SAMPLES], seed=7, week_ms=0)
+    for turn, expected in zip(alone.turns, expected_outputs, strict=False):
+        np.testing.assert_allclose(turn.wave, expected[0].wave, atol=1e-4)
 
 
 @pytest.mark.parametrize(
