@@ -21,6 +21,11 @@ class ParameterSink(Protocol):
 
     specs: dict[str, ParamSpec]
 
+    @property
+    def layout_id(self) -> str:
+        """Identifies where values lie in the files. A conversion goes on only with values of the same layout."""
+        ...
+
     def dtype(self, path: str) -> np.dtype:
         """Returns the dtype in which the parameter is written."""
         ...

@@ -8,6 +8,7 @@ newest step is read. This module decides what is read and what is written, in wh
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,9 @@ from absl import logging
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.files import MANIFEST, RUN_CHECKPOINTS
+from jaxtml.checkpoint.inkling.layout import ReleaseLayout
 from jaxtml.checkpoint.inkling.sink import ReleasedSink, released_dtypes
+from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.manifest import read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax.sink import OrbaxSink
@@ -25,7 +28,7 @@ from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint
 from jaxtml.checkpoint.source import ParameterSource, spec_table
 from jaxtml.checkpoint.tokenizer import missing_tokenizer
 from jaxtml.checkpoint.warm_start import WarmStart
-from jaxtml.config import to_json
+from jaxtml.config import Config, to_json
 from jaxtml.convert.extra_files import find_extra_files
 from jaxtml.convert.streaming import copy_parameters
 from jaxtml.convert.verification import verify_conversion
@@ -66,9 +69,10 @@ def convert(
     if destination.is_mount():
         raise InputError(f"{destination} is a mount point: name a new directory in it")
     original = open_checkpoint(source)
-    parameters = original if begin_as is None else WarmStart(original, configs.load(begin_as))
+    larger = None if begin_as is None else configs.load(begin_as)
+    parameters = original if larger is None else WarmStart(original, larger)
     step = original.step if isinstance(original, OrbaxCheckpoint) else None
-    source_id = _source_id(source, step, parameters, to, dtype)
+    source_id = _source_id(source, step, larger, to, dtype)
     summary = [f"{source} -> {destination} ({to}): {parameters.config.name}, {_count_parameters(parameters, to)}"]
 
     missing = missing_tokenizer(source)
@@ -80,13 +84,14 @@ def convert(
             summary.append(verify_conversion(original, parameters, open_checkpoint(folder), to))
 
     if verify and (destination / MANIFEST).is_file():
-        if read_manifest(destination).source != source_id:
+        if not _same_conversion(read_manifest(destination).source, source_id):
             raise InputError(
                 f"{destination} was made by another conversion, or {source} has changed since: name a new directory"
             )
         check(destination)
     else:
-        write_checkpoint(parameters, destination, source_id, to, dtype, find_extra_files(source), check)
+        layout = _release_layout(original) if begin_as is None else None
+        write_checkpoint(parameters, destination, source_id, to, dtype, find_extra_files(source), layout, check)
     return "; ".join(summary)
 
 
@@ -97,6 +102,7 @@ def write_checkpoint(
     to: str = "orbax",
     dtype: str | None = None,
     extra_files: Mapping[str, Path] = MappingProxyType({}),
+    layout: ReleaseLayout | None = None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes the parameters of a source as a new checkpoint.
@@ -109,19 +115,47 @@ def write_checkpoint(
       dtype: the dtype to write; None keeps the dtype of each parameter. Parameters that are float32 in every release
         are written as float32 even if `dtype` is "bfloat16".
       extra_files: files to copy into the checkpoint, by name.
+      layout: the layout of the release from which the parameters come; None: they come from no release.
       check: a function that is called with the hidden folder before it is renamed; see `copy_parameters`.
     """
     dtypes = {path: source.dtype(path) for path in spec_table(source.config)}
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype)) | released_dtypes(source.config, dtype)
     sink = ReleasedSink if to == "hf" else OrbaxSink
-    copy_parameters(source, sink(source.config, dtypes, extra_files), destination, source_id, check)
+    copy_parameters(source, sink(source.config, dtypes, extra_files, layout), destination, source_id, check)
 
 
-def _source_id(source: Path, step: int | None, parameters: ParameterSource, to: str, dtype: str | None) -> str:
-    """Returns what identifies a conversion. It changes with any file of the source, the config and the options."""
-    config_digest = hashlib.sha256(to_json(parameters.config).encode()).hexdigest()[:16]
+def _release_layout(original: ReleasedCheckpoint | OrbaxCheckpoint) -> ReleaseLayout | None:
+    """Returns the layout of a release, or of the release from which a jaxtml checkpoint was converted."""
+    if isinstance(original, OrbaxCheckpoint):
+        return ReleaseLayout.kept_in(original.directory)
+    files = sorted({tensor.file.name for tensor in original.stored.values()})
+    return ReleaseLayout.of_release(original.directory, files)
+
+
+def _source_id(source: Path, step: int | None, begin_as: Config | None, to: str, dtype: str | None) -> str:
+    """Returns what identifies a conversion. It changes with any file of the source, and with the options.
+
+    The config of the source is among its files. So a conversion goes on, and is verified again, after an update of
+    jaxtml that has brought new fields of the config.
+    """
+    config_digest = "" if begin_as is None else hashlib.sha256(to_json(begin_as).encode()).hexdigest()[:16]
     return dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])
+
+
+def _same_conversion(written: str, source_id: str) -> bool:
+    """Returns whether a manifest's `written` identity is `source_id`.
+
+    Until 0.1.0 the identity also had a digest of the source's config. It follows from the files of the source.
+    """
+    expected = json.loads(source_id)
+    try:
+        found = json.loads(written)
+    except ValueError:
+        return False
+    if isinstance(found, list) and len(found) == len(expected) and expected[2] == "":
+        found[2] = ""
+    return found == expected
 
 
 def fingerprint(directory: Path, step: int | None = None) -> str:

@@ -13,7 +13,9 @@ from absl import logging
 from jaxtml.checkpoint.contents import adapter_files, holds_arrays
 from jaxtml.checkpoint.files import MANIFEST, RELEASE_FILES, TOKENIZER, WEIGHT_SUFFIXES
 from jaxtml.checkpoint.inkling.directory import INDEX
+from jaxtml.checkpoint.inkling.layout import LAYOUT
 
+_NOT_EXTRA = (INDEX, MANIFEST, LAYOUT)  # files that say how weights are stored: a conversion writes its own
 LARGEST = 2**26  # bytes of an extra file; a larger file holds weights
 
 
@@ -27,7 +29,9 @@ def find_extra_files(directory: Path) -> dict[str, Path]:
     files = [file for file in sorted(folder.iterdir())] if folder.is_dir() else []
     kept = [file for file in files if file.is_file() and not _belongs_to_weights(file)]
     left_out = [file.name for file in files if file not in kept and not file.name.startswith(".")]
-    left_out = [name for name in left_out if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST)]
+    left_out = [
+        name for name in left_out if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST, LAYOUT)
+    ]
     if left_out:
         logging.info("not copied to the new checkpoint: %s", ", ".join(left_out))
     if not is_release and (directory / TOKENIZER).is_file():
@@ -46,6 +50,6 @@ def _belongs_to_weights(file: Path) -> bool:
         about_quantisation
         or is_large
         or file.name.endswith(WEIGHT_SUFFIXES)
-        or file.name in (INDEX, MANIFEST, *adapter_files(file.parent))
+        or file.name in (*_NOT_EXTRA, *adapter_files(file.parent))
         or file.name.startswith(".")
     )

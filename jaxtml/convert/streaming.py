@@ -69,7 +69,8 @@ def copy_parameters(
     folder = destination.with_name(f".{destination.name}.converting")
     work = conversion_chunks(sink.specs, sink.dtype)
     total = parameter_bytes(sink.specs, sink.dtype)
-    with closing(Journal(folder, dumps([source_id, total, len(work)]))) as journal:
+    identity = [source_id, total, len(work), *([sink.layout_id] if sink.layout_id else [])]
+    with closing(Journal(folder, dumps(identity))) as journal:
         try:
             _check_room(destination, total - journal.bytes_written)
         except InputError:

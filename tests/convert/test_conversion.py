@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.inkling import sink
+from jaxtml.checkpoint.inkling.directory import INDEX
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.checkpoint.source import InMemorySource, first_device_shapes, spec_table
@@ -50,13 +55,42 @@ def test_parameters_in_memory_are_written_with_their_config(releasable, lively, 
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_a_release_in_shards_becomes_one_file_without_an_index(ours, tmp_path, monkeypatch):
+@pytest.fixture
+def shards(release, tmp_path, monkeypatch) -> Path:
+    """`release`, cut into several shards with an index."""
     with monkeypatch.context() as patched:
         patched.setattr(sink, "SHARD_BYTES", 200_000)
-        convert(ours, tmp_path / "shards", to="hf")
-    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file() and verify_manifest(tmp_path / "shards")
-    convert(tmp_path / "shards", tmp_path / "one", to="hf", verify=True)
-    assert not (tmp_path / "one" / "model.safetensors.index.json").exists() and verify_manifest(tmp_path / "one")
+        write_checkpoint(open_checkpoint(release), tmp_path / "shards", "memory", "hf")
+    assert (tmp_path / "shards" / INDEX).is_file() and verify_manifest(tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_a_release_in_shards_has_the_bytes_of_all_its_files_after_the_way_there_and_back(shards, tmp_path):
+    # As another program may have written them: with other metadata, tabs, and no last line break.
+    first = min(shards.glob("*.safetensors"))
+    save_file(load_file(first), first, metadata={"of": "another"})
+    index = (shards / INDEX).read_text()
+    (shards / INDEX).write_text(index.replace("  ", "\t").rstrip())
+    convert(shards, tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    for name in [file.name for file in shards.glob("*.safetensors")] + [INDEX]:
+        assert (shards / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    assert verify_manifest(tmp_path / "back") and not (tmp_path / "back" / "safetensors_layout.json").exists()
+
+
+def test_a_release_in_another_dtype_is_cut_into_files_anew(shards, tmp_path):
+    convert(shards, tmp_path / "one", to="hf", dtype="float32", verify=True)
+    assert not (tmp_path / "one" / INDEX).exists() and verify_manifest(tmp_path / "one")
+
+
+def test_a_conversion_of_an_earlier_version_can_be_verified_again(release, tmp_path):
+    """The identity of a conversion had a digest of the source's config, which new fields of the config change."""
+    convert(release, tmp_path / "ours")
+    manifest = json.loads((tmp_path / "ours" / "manifest.json").read_text())
+    source, files, _, to, dtype = json.loads(manifest["source"])
+    manifest["source"] = json.dumps([source, files, "0123456789abcdef", to, dtype])
+    (tmp_path / "ours" / "manifest.json").write_text(json.dumps(manifest))
+    assert "tensors equal" in convert(release, tmp_path / "ours", verify=True)
 
 
 def test_a_destination_inside_the_source_is_refused(release):

@@ -34,6 +34,8 @@ DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Dtypes in the order in which the library writes them: by the size of an element, then by its list of dtypes.
+_LIBRARY_ORDER = ("I64", "F32", "I32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "U8")
 _LENGTH_BYTES = 8  # a file begins with the length of its header, a number of 8 bytes
 _LONGEST_HEADER = 100 * 2**20  # bytes; the library's own limit
 
@@ -119,23 +121,47 @@ def _check_that_tensors_fill(tensors: Iterable[StoredTensor], start: int, size: 
         raise ValueError(f"{size - end} bytes follow its tensors")
 
 
-def create_file(file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, StoredTensor]:
-    """Makes a file of zeros for tensors `(name, shape, dtype)` in this order, to be filled with `write_at`.
+def read_header_text(file: Path) -> str:
+    """Returns the header of a file that `read_header` reads, with its padding."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        return opened.read(length).decode()
 
-    Keeps a file that is there already and has the same header.
+
+def dtype_name(dtype: np.dtype) -> str:
+    """Returns the name of a dtype in safetensors files, for example "BF16"."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def header_text(tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> str:
+    """Returns the header that the `safetensors` library writes for tensors `(name, shape, dtype)`, to the byte.
+
+    The library puts tensors of wide elements first, so that each is aligned, and sorts the others by name.
+    `transformers` writes the metadata.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape, dtype in tensors:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
-    text = dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    if not _begins_with(file, header, len(header) + end):
+    named = [(name, shape, dtype_name(dtype)) for name, shape, dtype in tensors]
+    for name, shape, dtype in sorted(named, key=lambda tensor: (_LIBRARY_ORDER.index(tensor[2]), tensor[0])):
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-len(text.encode()) % _LENGTH_BYTES)
+
+
+def create_file(file: Path, header: str) -> dict[str, StoredTensor]:
+    """Makes a file of zeros with a header from `header_text` or `read_header_text`, to be filled with `write_at`.
+
+    Keeps a file that is there already and has the same header.
+    """
+    text = header.encode()
+    entries = json.loads(text)
+    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    if not _begins_with(file, content, len(content) + end):
         with open(file, "wb") as opened:
-            opened.write(header)
-            opened.truncate(len(header) + end)
+            opened.write(content)
+            opened.truncate(len(content) + end)
     return read_header(file)
 
 

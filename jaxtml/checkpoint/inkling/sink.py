@@ -7,6 +7,7 @@ and the vocoder. A release is written without their parameters, so keep the jaxt
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -17,8 +18,15 @@ from absl import logging
 
 from jaxtml.checkpoint.inkling.config import inkling_config
 from jaxtml.checkpoint.inkling.directory import INDEX, WEIGHTS, read_json
+from jaxtml.checkpoint.inkling.layout import ReleaseLayout
 from jaxtml.checkpoint.inkling.mapping import ReleasedTensor, released_tensors
-from jaxtml.checkpoint.inkling.safetensors_file import StoredTensor, create_file, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import (
+    StoredTensor,
+    create_file,
+    dtype_name,
+    header_text,
+    write_at,
+)
 from jaxtml.checkpoint.manifest import TensorRecord
 from jaxtml.checkpoint.source import Index, Position, spec_table
 from jaxtml.checkpoint.transposed_copy import copy_contiguous
@@ -39,12 +47,20 @@ class ReleasedSink:
       extra_files: files to copy into the checkpoint, by name. A `config.json` among them comes from the original
         release. Its fields are copied to the new `config.json`, except for those that follow from the sizes of the
         model.
+      layout: the layout of the release from which the parameters come. If it has the same tensors, the files get the
+        same headers and the same index. Otherwise they get those that the `safetensors` library writes.
 
     Raises:
       InputError: Inkling's config cannot express the model.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], extra_files: Mapping[str, Path]):
+    def __init__(
+        self,
+        config: Config,
+        dtypes: Mapping[str, np.dtype],
+        extra_files: Mapping[str, Path],
+        layout: ReleaseLayout | None = None,
+    ):
         self.specs = {path: spec for path, spec in spec_table(config).items() if spec.released is not None}
         original = read_json(extra_files["config.json"]) if "config.json" in extra_files else {}
         window = config.backbone.global_.window
@@ -57,21 +73,21 @@ class ReleasedSink:
         self.dtypes, self.extra_files = dtypes, extra_files
         self.tensors = {(tensor.path, tensor.position): tensor for tensor in released_tensors(config)}
         self.stored: dict[str, StoredTensor] = {}
+        self.layout = layout if layout is not None and self._fits(layout) else self._library_layout()
+
+    @property
+    def layout_id(self) -> str:
+        return hashlib.sha256(self.layout.to_json().encode()).hexdigest()[:16]
 
     def dtype(self, path: str) -> np.dtype:
         return self.dtypes[path]
 
     def prepare(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        shards = self._shards()
-        if len(shards) > 1:
-            weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
-            total = sum(self._nbytes(tensor) for tensor in self.tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(dumps(index, indent=1) + "\n")
-        for file, shard in shards.items():
-            tensors = ((tensor.name, tensor.layout.shape, self.dtypes[tensor.path]) for tensor in shard)
-            self.stored |= create_file(folder / file, tensors)
+        if self.layout.index is not None:
+            (folder / INDEX).write_text(self.layout.index)
+        for file, header in self.layout.headers.items():
+            self.stored |= create_file(folder / file, header)
         for name, file in self.extra_files.items():
             shutil.copyfile(file, folder / name)
         (folder / "config.json").write_text(dumps(self.inkling_config, indent=2) + "\n")
@@ -90,6 +106,27 @@ class ReleasedSink:
     def manifest_record(self, path: str, position: Position, crc32: int) -> tuple[str, TensorRecord]:
         name = self.tensors[path, position].name
         return name, TensorRecord.create(self.stored[name].dtype, self.stored[name].shape, crc32)
+
+    def _fits(self, layout: ReleaseLayout) -> bool:
+        """Returns whether a layout has exactly the tensors that are written, with their dtypes and shapes."""
+        wanted = {
+            tensor.name: (dtype_name(self.dtypes[tensor.path]), tensor.layout.shape) for tensor in self.tensors.values()
+        }
+        return layout.tensors() == wanted
+
+    def _library_layout(self) -> ReleaseLayout:
+        """Returns the layout that the `safetensors` library and `transformers` write for the same shards."""
+        shards = self._shards()
+        headers = {
+            file: header_text((tensor.name, tensor.layout.shape, self.dtypes[tensor.path]) for tensor in shard)
+            for file, shard in shards.items()
+        }
+        if len(shards) == 1:
+            return ReleaseLayout(headers, None)
+        weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+        total = sum(self._nbytes(tensor) for tensor in self.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return ReleaseLayout(headers, dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _shards(self) -> dict[str, list[ReleasedTensor]]:
         """Returns the tensors of each file by the file's name."""

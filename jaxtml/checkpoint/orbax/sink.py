@@ -21,6 +21,7 @@ from absl import logging
 
 from jaxtml.checkpoint.chunks import chunk_shape, layer_name
 from jaxtml.checkpoint.files import CONFIG, RELEASE_FILES, STATE, TOKENIZER
+from jaxtml.checkpoint.inkling.layout import LAYOUT, ReleaseLayout
 from jaxtml.checkpoint.manifest import TensorRecord
 from jaxtml.checkpoint.orbax.arrays import array_folder, open_array, uncached_context
 from jaxtml.checkpoint.source import Index, Position, spec_table
@@ -37,10 +38,19 @@ class OrbaxSink:
       config: the config of the model.
       dtypes: the dtype in which each parameter is written.
       extra_files: files to copy into the checkpoint, by their names in a release.
+      layout: the layout of the release from which the parameters come, kept for a conversion back; None: there is none.
     """
 
-    def __init__(self, config: Config, dtypes: Mapping[str, np.dtype], extra_files: Mapping[str, Path]):
-        self.config, self.dtypes, self.extra_files = config, dtypes, extra_files
+    layout_id = ""  # the chunks of a parameter follow from its shape and dtype alone
+
+    def __init__(
+        self,
+        config: Config,
+        dtypes: Mapping[str, np.dtype],
+        extra_files: Mapping[str, Path],
+        layout: ReleaseLayout | None = None,
+    ):
+        self.config, self.dtypes, self.extra_files, self.layout = config, dtypes, extra_files, layout
         self.specs = spec_table(config)
         self.arrays: dict[str, ts.TensorStore] = {}
 
@@ -64,6 +74,9 @@ class OrbaxSink:
             target = folder / (TOKENIZER if name == TOKENIZER else f"{RELEASE_FILES}/{name}")
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+        if self.layout is not None:
+            (folder / RELEASE_FILES).mkdir(exist_ok=True)
+            (folder / RELEASE_FILES / LAYOUT).write_text(self.layout.to_json())
         (folder / CONFIG).write_text(to_json(self.config))
 
     def write(self, path: str, index: Index, values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.inkling.config import config_from_inkling
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, read_header, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, header_text, read_header, write_at
 from jaxtml.checkpoint.inkling.source import ReleasedCheckpoint
 from jaxtml.checkpoint.opening import open_checkpoint, read_checkpoint
 from jaxtml.checkpoint.source import full_index
@@ -72,7 +72,9 @@ def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarr
             weights |= {name + suffix: part for suffix, part in parts.items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(DESCRIBED))
-    stored = create_file(folder / "model.safetensors", [(name, w.shape, w.dtype) for name, w in weights.items()])
+    stored = create_file(
+        folder / "model.safetensors", header_text((name, w.shape, w.dtype) for name, w in weights.items())
+    )
     for name, tensor in stored.items():
         write_at(tensor, 0, np.ascontiguousarray(weights[name]))
     return meant
@@ -113,7 +115,7 @@ def _change(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> None
     weights = {n: np.array(tensor.mapped()) for n, tensor in read_header(path).items()}
     weights[name] = np.zeros(shape, DTYPES[dtype])
     path.unlink()
-    for n, tensor in create_file(path, [(n, w.shape, w.dtype) for n, w in weights.items()]).items():
+    for n, tensor in create_file(path, header_text((n, w.shape, w.dtype) for n, w in weights.items())).items():
         write_at(tensor, 0, np.ascontiguousarray(weights[n]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, read_header, write_at
+from jaxtml.checkpoint.inkling.safetensors_file import DTYPES, create_file, header_text, read_header, write_at
 from jaxtml.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_tensors_that_the_library_wrote_are_mapped(tensors, tmp_path):
 
 def test_the_library_reads_a_file_that_was_written_piece_by_piece(tensors, tmp_path):
     path = tmp_path / "x.safetensors"
-    stored = create_file(path, [(name, t.shape, t.dtype) for name, t in tensors.items()])
+    stored = create_file(path, header_text((name, t.shape, t.dtype) for name, t in tensors.items()))
     for name, tensor in tensors.items():
         for i in range(len(tensor)):
             write_at(stored[name], i * tensor[:1].nbytes, np.ascontiguousarray(tensor[i : i + 1]))
@@ -42,11 +42,19 @@ def test_the_library_reads_a_file_that_was_written_piece_by_piece(tensors, tmp_p
         np.testing.assert_array_equal(tensor, tensors[name])
 
 
+def test_a_header_is_that_of_the_library_to_the_byte(tmp_path):
+    dtypes = (np.uint8, np.float16, ml_dtypes.bfloat16, np.int32, np.float32, np.int64)
+    tensors = {f"{i}.é{dtype.__name__}": np.zeros((i, 3), dtype) for i, dtype in enumerate((*dtypes, *dtypes), 1)}
+    save_file(tensors, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    create_file(tmp_path / "ours.safetensors", header_text((name, t.shape, t.dtype) for name, t in tensors.items()))
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+
+
 def test_a_file_with_the_same_header_is_kept_and_another_file_is_replaced(tmp_path):
-    path, layout = tmp_path / "x.safetensors", [("a", (4,), np.dtype(np.float32))]
+    path, layout = tmp_path / "x.safetensors", header_text([("a", (4,), np.dtype(np.float32))])
     write_at(create_file(path, layout)["a"], 0, np.full(4, 3, np.float32))
     assert (create_file(path, layout)["a"].mapped() == 3).all()
-    assert not create_file(path, [("b", (4,), np.dtype(np.float32))])["b"].mapped().any()
+    assert not create_file(path, header_text([("b", (4,), np.dtype(np.float32))]))["b"].mapped().any()
 
 
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E8M0"])
