@@ -179,7 +179,7 @@ def _warn_of_unused(workdir: Path, step: int, start_from: Path | None, vocoder: 
     unused = [name for name, value in (("--start-from", start_from), ("--vocoder", vocoder)) if value is not None]
     if unused:
         logging.warning(
-            "%s: no effect, because %s goes on with its own parameters of step %d; to begin with others, name a new "
+            "%s: no effect, because %s resumed with its own parameters of step %d; to begin with others, name a new "
             "--workdir", " and ".join(unused), workdir, step,
         )  # fmt: skip
 

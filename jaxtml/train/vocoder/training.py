@@ -125,7 +125,7 @@ def train_vocoder(
             logging.info("vocoder: resumed at step %d of %d", first, steps)
             if start_from:
                 logging.warning(
-                    "--start-from %s: no effect, because %s goes on with its own parameters; to begin with others, "
+                    "--start-from %s: no effect, because %s resumed with its own parameters; to begin with others, "
                     "name a new --workdir", start_from, workdir,
                 )  # fmt: skip
         began_s = time.monotonic()
