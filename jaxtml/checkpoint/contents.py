@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import logging
 
-from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, STATE, WEIGHT_SUFFIXES
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, STATE, VOCODER_SETTINGS, WEIGHT_SUFFIXES
 from jaxtml.checkpoint.inkling.directory import INDEX, WEIGHTS, read_json
 from jaxtml.checkpoint.inkling.safetensors_file import read_header
 from jaxtml.errors import InputError, join_names
@@ -53,6 +53,11 @@ def is_release(directory: Path) -> bool:
             "to have the adapter too, merge it into the base first (PEFT: merge_and_unload, then save_pretrained)",
             directory, join_names(adapters),
         )  # fmt: skip
+    if (directory / VOCODER_SETTINGS).is_file() and (directory / RUN_CHECKPOINTS).is_dir():
+        raise InputError(
+            f"{directory} is a run of the vocoder alone: give it to a model with `jaxtml train CONFIG --vocoder`, "
+            "or name the directory of a whole model"
+        )
     if holds_arrays(directory):
         return False
     config = read_json(directory / CONFIG)

@@ -26,6 +26,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 STATE = "state"
 MANIFEST = "manifest.json"
+VOCODER_SETTINGS = "training.json"  # a run of the vocoder has this file, and a run of the model has not
 RELEASE_FILES = "released"
 RUN_CHECKPOINTS = "checkpoints"
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import gc
 
+from jaxtml.commands.arguments import path_name
+
 HELP = "convert a checkpoint between the jaxtml format and Inkling's"
 EXAMPLE = "convert inkling_dir out --to orbax --verify"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "src", metavar="SRC", help="the directory of a jaxtml checkpoint, an Inkling checkpoint or a training run"
+        "src",
+        type=path_name,
+        metavar="SRC",
+        help="the directory of a jaxtml checkpoint, an Inkling checkpoint or a training run",
     )
-    parser.add_argument("dst", metavar="DST", help="the directory to write; it must be new or empty")
+    parser.add_argument("dst", type=path_name, metavar="DST", help="the directory to write; it must be new or empty")
     parser.add_argument(
         "--to",
         choices=("orbax", "hf"),

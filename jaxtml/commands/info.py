@@ -45,10 +45,23 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{args.config} is a checkpoint, and its config is fixed: leave out --set")
     if args.verify and not is_directory:
         raise InputError(f"{args.config} is not a checkpoint: --verify needs the directory of a converted checkpoint")
+    if not is_directory:
+        _check_config_name(args.config)
     if is_directory:
         _run_on_checkpoint(args)
     else:
         _run_on_config(args)
+
+
+def _check_config_name(name: str) -> None:
+    """Raises `InputError` for a name that looks like the path of a checkpoint, and is no directory."""
+    path = Path(name)
+    if path.suffix in (".py", ".json"):
+        return
+    if path.is_file():
+        raise InputError(f"{name} is a file: name the directory of the checkpoint, or a config (.py or .json)")
+    if len(path.parts) > 1:
+        raise InputError(f"there is no directory {name}: name the directory of a checkpoint, or a config")
 
 
 def _run_on_config(args: argparse.Namespace) -> None:

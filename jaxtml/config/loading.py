@@ -48,6 +48,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     path = Path(name)
     if path.suffix not in {".py", ".json"}:
         path = CONFIG_DIR / f"{name}.py"
+    if not path.is_file() and (Path(name) / "config.json").is_file():
+        raise InputError(f"{name} is a directory, and this command takes a config: name {Path(name) / 'config.json'}")
     if not path.is_file():
         raise InputError(f"no config {name!r}: give one of {', '.join(names())}, or a path to a .py or .json file")
     config = _read_json(path) if path.suffix == ".json" else _evaluate(path)

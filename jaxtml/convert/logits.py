@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtml.checkpoint.opening import open_checkpoint
@@ -50,6 +51,11 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path, me
         logits = text_logits(source.config, read_parameters(source), ids)
     else:
         logits = _logits_on_mesh(source, ids, shape)
+    if not np.isfinite(logits).all():
+        logging.warning(
+            "the logits have NaN or infinite values; `jaxtml convert %s DST --verify` names the tensors that have some",
+            checkpoint,
+        )
     try:
         with open(out, "wb") as file:
             np.save(file, logits)

@@ -98,7 +98,15 @@ def search_largest_plan(config: Config, topology: str, mesh: str | None, program
 
 def _parse_place(config: Config, topology: str, mesh: str | None, program: str) -> tuple[Topology, MeshShape]:
     where = Topology.parse(topology)
-    return where, MeshShape.parse(mesh) if mesh else _usual_mesh(config, where, program)
+    if mesh is None:
+        return where, _usual_mesh(config, where, program)
+    shape = MeshShape.parse(mesh)
+    if shape.devices != where.devices:
+        raise InputError(
+            f"mesh {shape} has {shape.devices} devices, and {where} has {where.devices}: name axes whose product is "
+            f"{where.devices}, or leave --mesh out"
+        )
+    return where, shape
 
 
 def _usual_mesh(config: Config, topology: Topology, program: str) -> MeshShape:

@@ -153,6 +153,18 @@ def test_a_link_to_a_missing_file_is_named(folder):
     assert f"{WEIGHTS} is a link to a file that is missing, ../blobs/0ab: download it again" in refusal(made)
 
 
+def test_a_run_of_the_vocoder_is_told_what_it_is_good_for(folder):
+    made = folder("training.json", "config.json", "checkpoints/100/state/_METADATA")
+    assert "is a run of the vocoder alone: give it to a model with `jaxtml train CONFIG --vocoder`" in refusal(made)
+
+
+@pytest.mark.parametrize("name", ["config.json", "state/_METADATA"])
+def test_a_jaxtml_checkpoint_of_pointers_is_named_as_such(name, release, tmp_path):
+    convert(release, tmp_path / "ours")
+    (tmp_path / "ours" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert f"{name} is a Git LFS pointer" in refusal(tmp_path / "ours")
+
+
 def test_a_file_or_a_step_of_a_run_is_told_which_directory_to_name(release, tmp_path):
     assert "is a file: name the directory" in refusal(release / WEIGHTS)
     step = tmp_path / "run" / "checkpoints" / "300"

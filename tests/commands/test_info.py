@@ -41,6 +41,8 @@ def test_info_counts_the_large_models_without_their_weights(jaxtml, name, total,
     ("argv", "message"),
     [
         (("nosuch",), "no config 'nosuch'"),
+        (("no/such",), "there is no directory no/such: name the directory of a checkpoint, or a config"),
+        (("README.md",), "README.md is a file: name the directory of the checkpoint"),
         (("tiny", "--set", "backbone.depth=3"), "no field 'depth'"),
         (("tiny", "--set", "train.steps=soon"), "'soon' is not int"),
         (("tiny", "--set", "train.steps"), "path.to.field=value"),

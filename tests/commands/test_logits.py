@@ -35,3 +35,12 @@ def test_logits_on_a_mesh_are_those_of_one_device(jaxtml, refusal, checkpoint, s
     assert "needs 2 devices, there are 8" in refusal(*argv, tmp_path / "mesh.npy", "--mesh", "tensor=2")
     assert "there is no axis 'experts'" in refusal(*argv, tmp_path / "mesh.npy", "--mesh", "experts=2")
     assert "let the name end in .npy" in refusal(*argv, tmp_path / "mesh.csv")
+
+
+def test_logits_that_are_not_finite_get_a_word(jaxtml, checkpoint, tmp_path, monkeypatch, caplog):
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    monkeypatch.setattr("jaxtml.convert.logits.text_logits", lambda *_: np.full((1, 3, 5), np.nan, np.float32))
+    status, _, _ = jaxtml(
+        "logits", "--checkpoint", checkpoint, "--tokens", tmp_path / "ids.npy", "--out", tmp_path / "l.npy"
+    )
+    assert status == 0 and "the logits have NaN or infinite values; `jaxtml convert" in caplog.text

@@ -122,7 +122,9 @@ class ReleasedCheckpoint:
                 logging.info("all %d %s tensors:\n%s", len(names), kind, "\n".join(names))
         found = [f"{len(names)} {kind} tensors: {join_names(names)}" for kind, names in problems.items() if names]
         if found:
-            raise InputError(f"{self.directory} does not fit its config.json: {'; '.join(found)}")
+            raise InputError(
+                f"{self.directory} does not fit its config.json: {'; '.join(found)}; take both from the same release"
+            )
         return {
             name: {suffix: tensor for suffix, tensor in tensors.items() if suffix not in quantised.UNUSED}
             for name, tensors in parts.items()

@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import tensorstore as ts
 
-from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, STATE
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, STATE, check_not_pointer
 from jaxtml.checkpoint.orbax.arrays import open_array, uncached_context
 from jaxtml.checkpoint.source import Index, read_parameters, spec_table
 from jaxtml.config import Config, from_json, validate
@@ -75,6 +75,8 @@ class OrbaxCheckpoint:
     def _open_arrays(self, state: Path, prefix: str) -> dict[str, ts.TensorStore]:
         """Returns the arrays of the tree in `state` whose paths begin with `prefix`, by the rest of the path."""
         context = uncached_context()
+        if (state / "_METADATA").is_file():
+            check_not_pointer(state / "_METADATA")
         try:
             entries = json.loads((state / "_METADATA").read_text())["tree_metadata"].values()
             names = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
@@ -97,7 +99,8 @@ class OrbaxCheckpoint:
                 in_checkpoint, in_config = ("missing" if s is None else f"{s}" for s in (found, wanted))
                 raise InputError(
                     f"checkpoint {self.directory} does not have the sizes of its {CONFIG}: "
-                    f"{path} is {in_checkpoint} in the checkpoint, and {in_config} in the config"
+                    f"{path} is {in_checkpoint} in the checkpoint, and {in_config} in the config; "
+                    "copy both from the same checkpoint"
                 )
 
     def _damaged(self, error: Exception) -> InputError:
@@ -117,11 +120,14 @@ def load_config(directory: str | Path) -> Config:
         raise InputError(f"no checkpoint directory {directory}: name the directory of a checkpoint or a training run")
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is not a jaxtml checkpoint: it has no {CONFIG}")
+    check_not_pointer(directory / CONFIG)
     try:
         config = from_json((directory / CONFIG).read_text())
         validate(config)
     except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{directory / CONFIG} is not the config of a jaxtml checkpoint: {error}") from error
+        raise InputError(
+            f"{directory / CONFIG} is not the config of a jaxtml checkpoint: {error}; copy it again"
+        ) from error
     return config
 
 

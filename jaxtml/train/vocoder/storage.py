@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, VOCODER_SETTINGS
 from jaxtml.checkpoint.orbax.source import load_checkpoint, load_config
 from jaxtml.config import Config, to_json
 from jaxtml.errors import InputError, join_names
@@ -26,7 +26,7 @@ from jaxtml.strict_json import dumps
 from jaxtml.train.storage import DATA_DIGEST, check_folder, compare, newest_step, write_atomically
 from jaxtml.train.vocoder.optimizer import optimizer
 
-SETTINGS = "training.json"  # a run of the whole model has no such file
+SETTINGS = VOCODER_SETTINGS
 
 
 def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
