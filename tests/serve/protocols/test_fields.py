@@ -258,7 +258,12 @@ def test_session_names_the_fields_that_have_no_effect(slots, engine):
         updated = (await client.until("session.updated"))["session"]
         names = {"audio.input.turn_detection.threshold", "audio.output.voice", "audio.output.speed", "tracing"}
         assert set(updated["no_effect"]) == names and all(updated["no_effect"].values())
-        await client.send("session.update", session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        change = {"output_modalities": ["text"], "audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+        await client.send("session.update", session={"type": "realtime", **change})
+        updated = (await client.until("session.updated"))["session"]
+        assert set(updated["no_effect"]) == names | {"audio.input.transcription"}, "noted until it changes"
+        audio = {"input": {"turn_detection": None, "transcription": None}}
+        await client.send("session.update", session={"type": "realtime", "audio": audio})
         updated = (await client.until("session.updated"))["session"]
         assert set(updated["no_effect"]) == names - {"audio.input.turn_detection.threshold"}
         await client.send("response.create", response={"audio": {"output": {"voice": "marin"}}})

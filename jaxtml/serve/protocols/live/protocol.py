@@ -118,7 +118,9 @@ class LiveProtocol:
         start_event_id: str | None = None,
         track: VoiceTrack | None = None,
     ):
-        self.session, self.model, self.config, self.metrics, self.track = session, model, config, metrics, track
+        self.session, self.model, self.metrics, self.track = session, model, metrics, track
+        # Not `config` itself, whose fields without effect may be large.
+        self.instructions, self.no_effect = config.instructions, without_effect(config, model)
         self.format = sound_format(config.audio)
         self.intake = Intake(session, model, self.format, self._pass_input_to_sidebands)
         self.sidebands: list[Sideband] = []
@@ -334,10 +336,10 @@ class LiveProtocol:
             "store": False,
             "triggers": [],
         }
-        if self.config.instructions is not None:
-            resource["instructions"] = self.config.instructions
-        if no_effect := without_effect(self.config, self.model):
-            resource["no_effect"] = no_effect
+        if self.instructions is not None:
+            resource["instructions"] = self.instructions
+        if self.no_effect:
+            resource["no_effect"] = self.no_effect
         return resource
 
     def _usage(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from jaxtml.stream.tokens import Control
 
 _TEXT_TOKENS = 8_192  # of one item
 _RECORDING = SoundFormat("pcm", 24_000)  # of sound in an item, whatever the session's format is
-
+_UNSEEN = "the model sees one new picture at a time: of a message it sees the last"
 
 # The fields that a part of each type may have. The transcript beside a recording is for the client alone, as in
 # OpenAI's API: the model hears the recording. A transcript without a recording is text.
@@ -154,6 +154,9 @@ class ClientItems:
                 part.pop(name, None)
         resource["id"] = item.id or f"item_{secrets.token_urlsafe(12)}"
         no_effect = fields_without_effect(item)
+        if isinstance(item, MessageItem):
+            pictures = [n for n, part in enumerate(item.content) if part.image_url]
+            no_effect |= {f"content[{n}].image_url": _UNSEEN for n in pictures[:-1]}
         if not self.intake.model.reads_background:
             match item:
                 case MessageItem() if item.role != "user":

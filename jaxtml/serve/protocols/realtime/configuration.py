@@ -106,8 +106,13 @@ class SessionConfiguration:
         if not isinstance(audio_input.transcription, msgspec.UnsetType):
             self.transcribes = audio_input.transcription is not None
         discard = formats_change
-        if not isinstance(audio_input.turn_detection, msgspec.UnsetType):
-            self.turn_detection, discard = audio_input.turn_detection, True
+        detection = audio_input.turn_detection
+        if not isinstance(detection, msgspec.UnsetType):
+            # Without the fields that have no effect, which may be large.
+            self.turn_detection = detection and TurnDetection(
+                type=detection.type, create_response=detection.create_response
+            )
+            discard = True
         if formats_change:
             self._input_format, self._output_format = input_format, output_format
             self.intake.decoder = SoundDecoder(sound_format(input_format))
@@ -131,12 +136,21 @@ class SessionConfiguration:
         self._note_no_effect(change)
 
     def _note_no_effect(self, change: RealtimeSessionConfig) -> None:
-        """Notes which fields of the session have no effect after a change."""
-        detection = change.audio and change.audio.input and change.audio.input.turn_detection
-        stale = [*(["tools"] if change.tools is not None else []), "instructions"]
-        if not isinstance(detection, msgspec.UnsetType):
-            stale.append("audio.input.turn_detection")
-        kept = {path: reason for path, reason in self.no_effect.items() if not path.startswith(tuple(stale))}
+        """Notes which fields of the session have no effect after a change.
+
+        A field that the change does not mention stays noted. The change replaces the fields below as a whole, so what
+        was noted of them before is forgotten, also if they become null.
+        """
+        audio_input = change.audio.input if change.audio and change.audio.input else AudioInput()
+        replaced = {
+            "tools": msgspec.UNSET if change.tools is None else change.tools,
+            "audio.input.turn_detection": audio_input.turn_detection,
+            "audio.input.transcription": audio_input.transcription,
+            "audio.input.noise_reduction": audio_input.noise_reduction,
+            "tracing": change.tracing,
+        }
+        stale = ("instructions", *(path for path, value in replaced.items() if value is not msgspec.UNSET))
+        kept = {path: reason for path, reason in self.no_effect.items() if not path.startswith(stale)}
         self.no_effect = kept | fields_without_effect(change)
         for direction in ("input", "output") if self.on_track and change.audio is not None else ():
             if getattr(getattr(change.audio, direction), "format", None):

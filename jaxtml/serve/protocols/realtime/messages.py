@@ -75,7 +75,7 @@ class AudioInput(Strict):
     format: AudioFormat | None | msgspec.UnsetType = msgspec.UNSET
     turn_detection: TurnDetection | None | msgspec.UnsetType = msgspec.UNSET
     transcription: _OfTranscriber = msgspec.UNSET
-    noise_reduction: _OfSound = None
+    noise_reduction: _OfSound = msgspec.UNSET
 
 
 class AudioOutput(Strict):
@@ -132,7 +132,7 @@ class RealtimeSessionConfig(Strict, kw_only=True):
     max_output_tokens: MaxTokens | None = None
     prompt: dict[str, Any] | None = None
     reasoning: _OfReasoning = None
-    tracing: _OfTracing = None
+    tracing: _OfTracing = msgspec.UNSET
     truncation: _OfTruncation = None
 
 

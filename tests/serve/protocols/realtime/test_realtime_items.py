@@ -97,7 +97,8 @@ def test_message_reaches_the_model_whole_or_not_at_all(slots, engine):
         assert not scheduled.text_queue and not scheduled.jitter_buffer.waiting_samples and scheduled.patches is None
         assert not client.events_of("conversation.item.added")
         await create(client, picture(jpeg(20)), picture(jpeg(200)))
-        await client.until("conversation.item.done")
+        item = (await client.until("conversation.item.done"))["item"]
+        assert set(item["no_effect"]) == {"content[0].image_url"}, "the model does not see the first picture"
         (before, now) = scheduled.patches[0]
         assert np.array_equal(before, now), (
             "the model sees the last picture paired with itself, not with a refused or an earlier picture"
