@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Annotated, Any
 
 import pytest
@@ -85,6 +86,17 @@ def test_fields_are_read_and_errors_name_them():
         with pytest.raises(InvalidMessage) as refused:
             MESSAGES.read(b'{"type": "message", "part": {"sound": %s}}' % value.encode())
         assert (refused.value.code, refused.value.param) == ("invalid_value", "part.sound")
+
+
+@pytest.mark.parametrize("where", ['"part": {"voice": [%s]}', '"more": [%s]', '"type": [%s]', '"unknown": [%s]'])
+def test_message_of_very_many_values_is_refused_before_it_becomes_objects(where):
+    """A message of 22 MiB of `[],[],[]` would take two seconds to read, and 800 MB."""
+    values = b",".join([b"[]"] * 2**19)
+    began_at = time.thread_time()
+    with pytest.raises(InvalidMessage, match="at most 65536 values") as refused:
+        MESSAGES.read(b'{"event_id": "mine", "type": "message", %s}' % (where.encode() % values))
+    assert refused.value.event_id == "mine"
+    assert time.thread_time() - began_at < 0.1
 
 
 def test_fields_without_effect_are_found_wherever_they_are_set():
