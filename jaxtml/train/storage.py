@@ -182,9 +182,10 @@ def _check_steps(workdir: Path, before: Config, config: Config, step: int) -> No
     if not math.isclose(planned, now, rel_tol=0.01):
         last = rate_at(schedule(before.train), step - 1)
         logging.warning(
-            "the learning rate of the resumed run goes from %.3g at step %d to %.3g at step %d, because its "
-            "course depends on train.steps (%d before, %d now) and on the other settings of the schedule; to train on at a "
-            "low rate, begin a new --workdir with --start-from this run, a lower train.learning_rate and a short train.warmup",
+            "the learning rate of the resumed run goes from %.3g at step %d to %.3g at step %d, because its course "
+            "depends on train.steps (%d before, %d now) and on the other settings of the schedule; to train on at a "
+            "low rate, begin a new --workdir with --start-from this run, a lower "
+            "train.learning_rate and a short train.warmup",
             last, step, now, step + 1, before.train.steps, steps,
         )  # fmt: skip
 
