@@ -5,7 +5,8 @@ data channel of a WebRTC peer (`serve.transport.peer`). A session outlives its c
 
 The rules, which the tests hold:
 
-- A client that sends more audio than its session has room for is not read until there is room. TCP then holds it back.
+- A client that sends more audio than its session has room for is read ahead a little, and then not until there is room.
+  TCP then holds it back. If the client closes the connection meanwhile, a Close frame that was read ahead counts.
 - The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
   clients get a turn.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -30,9 +32,12 @@ from jaxtml.serve.transport.replay_buffer import ReplayBuffer, ReplayLost
 from jaxtml.serve.transport.token_bucket import TokenBucket
 
 # The largest message that is read. OpenAI's API takes 15 MiB of audio in a message; these are 20 MiB in base64, and a
-# little more if the base64 is wrapped in lines. So a connection holds at most this much of a client's messages, and the
-# network is not read while a message is handled.
+# little more if the base64 is wrapped in lines.
 MESSAGE_BYTES = 22 * 2**20
+# While a message waits for room in the session, further messages are read as long as fewer bytes than these wait. These
+# are 65 s of sound in base64. So a connection holds at most two messages and this much more.
+_AHEAD_BYTES = 4 * 2**20
+_LAST_S = 1.0  # for messages that were read ahead to be handled after their client has closed the connection
 _TOO_LARGE = 1009  # close code
 _REST_S = 2.0  # for a client to send the rest of a message that is too large
 _MESSAGES_PER_SECOND, _MESSAGES_BURST = 250, 1000  # audio in packets of 10 ms needs 100 per second
@@ -189,12 +194,15 @@ class Connection:
 
     def __init__(self, transport: Transport, metrics: Metrics):
         self.transport, self.metrics = transport, metrics
-        # True while a message waits for room in the session, or the next message may not be read yet. Nothing is read
-        # then, so no sign of life is expected.
-        self._handling = False
+        # True while the next message may not be read yet. Nothing is read then, so no sign of life is expected.
+        self._paused = False
         self._messages = TokenBucket(_MESSAGES_PER_SECOND, _MESSAGES_BURST)
         self._replaced = asyncio.Event()
-        self._reading: asyncio.Task[None] | None = None
+        self._ahead: deque[bytes] = deque()  # messages that were read while another one is handled
+        self._ahead_bytes = 0
+        self._idle = True  # whether no message is handled now
+        self._progress = asyncio.Event()  # set when a message was read or handled
+        self._taking: tuple[asyncio.Task[None], ...] = ()  # the tasks that read and handle messages
         self._written = 0  # number of the last frame that was written
 
     @property
@@ -210,18 +218,18 @@ class Connection:
     def replace(self) -> None:
         """Stops taking messages at once: another connection has taken over the session."""
         self._replaced.set()
-        if self._reading is not None:
-            self._reading.cancel()
+        for task in self._taking:
+            task.cancel()
 
     async def receive(self) -> bytes | None:
         """Waits for the next message and returns it; None: the client is gone, or its message is too large.
 
         After messages that came too fast, the next one is read later.
         """
-        self._handling = True
+        self._paused = True
         # Sleep even for zero seconds: reading a message that has already arrived does not yield to the event loop.
         await asyncio.sleep(self._messages.take(0))
-        self._handling = False
+        self._paused = False
         self.transport.heard_at = time.monotonic()
         message = await self.transport.receive()
         if message is not None:
@@ -238,17 +246,17 @@ class Connection:
         Args:
           replay_buffer: the frames to write.
           after: number of the last frame that the client already has.
-          on_message: called with each message. The next message is read when it returns.
+          on_message: called with each message, one after the other.
         """
         self._written = after
-        self._reading = asyncio.create_task(self._read(on_message))
+        self._taking = (asyncio.create_task(self._read()), asyncio.create_task(self._handle(on_message)))
         others = (
             self._write(replay_buffer),
             self._watch(replay_buffer),
             self._replaced.wait(),
             self._wait_written(replay_buffer),
         )
-        tasks = [self._reading, *(asyncio.create_task(coroutine) for coroutine in others)]
+        tasks = [*self._taking, *(asyncio.create_task(coroutine) for coroutine in others)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -277,10 +285,35 @@ class Connection:
         """Closes the connection. A client that does not confirm in time is cut off."""
         await self.transport.close(code, reason)
 
-    async def _read(self, on_message: MessageHandler) -> None:
-        while (message := await self.receive()) is not None and not self._replaced.is_set():
-            self._handling = True
+    async def _read(self) -> None:
+        """Reads messages for `_handle`. Returns when the client's side has ended."""
+        while (message := await self.receive()) is not None:
+            self._ahead.append(message)
+            self._ahead_bytes += len(message)
+            self._progress.set()
+            self._paused = True
+            await self._wait_until(lambda: self._ahead_bytes < _AHEAD_BYTES)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_until(lambda: self._idle and not self._ahead), _LAST_S)
+
+    async def _handle(self, on_message: MessageHandler) -> None:
+        """Hands messages to `on_message`, one after the other."""
+        while True:
+            await self._wait_until(lambda: bool(self._ahead))
+            message = self._ahead.popleft()
+            self._ahead_bytes -= len(message)
+            self._idle = False
+            self._progress.set()
             await on_message(message)
+            self._idle = True
+            self._progress.set()
+            await asyncio.sleep(0)  # many small messages may wait: let other clients have a turn
+
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits until the messages that were read and handled fulfil `condition`."""
+        while not condition():
+            self._progress.clear()
+            await self._progress.wait()
 
     def _has_lost_frames(self, replay_buffer: ReplayBuffer) -> bool:
         """Returns whether the replay buffer has dropped a frame before it was written."""
@@ -305,7 +338,7 @@ class Connection:
     async def _watch(self, replay_buffer: ReplayBuffer) -> None:
         """Returns when nothing has arrived from the client for too long, or the client has missed frames."""
         pinged_at = time.monotonic()
-        while self._handling or time.monotonic() < self.transport.heard_at + _SILENT_S:
+        while self._paused or time.monotonic() < self.transport.heard_at + _SILENT_S:
             await asyncio.sleep(_WATCH_S)
             if self._has_lost_frames(replay_buffer):  # `_write` cannot notice: it still waits to send a frame
                 return

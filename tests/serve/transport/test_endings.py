@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -73,6 +74,23 @@ def test_every_close_code_of_a_client_has_the_stated_effect(slots, engine, path)
             session.scheduled.end(EndReason.ASKED)
             await serving.advance()
             await eventually(lambda: not serving.manager.sessions)
+
+    serving(slots, engine, test, model=scripted({}))
+
+
+@pytest.mark.parametrize("messages", [1, 400])
+def test_client_that_closes_behind_a_minute_of_unheard_sound_ends_its_session(slots, engine, messages):
+    """Its Close frame comes after sound for which the session has no room yet."""
+    sound = base64.b64encode(bytes(60 * 32_000 // messages)).decode()
+
+    async def test(serving: Serving) -> None:
+        client = await serving.start()
+        session = serving.session()
+        for _ in range(messages):
+            await client.send("session.input_audio.append", audio=sound)
+        await client.ws._writer.send_frame(b"", aiohttp.WSMsgType.CLOSE)
+        await eventually(lambda: session.scheduled.end_reason)
+        assert session.scheduled.end_reason is EndReason.LEFT
 
     serving(slots, engine, test, model=scripted({}))
 
