@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -22,6 +23,7 @@ from jaxtml.stream.dmel import log_mel
 from jaxtml.stream.timebase import DMEL_HOP, LOG_MEL_MAX, LOG_MEL_MIN, MICRO_TURN_MS, MICRO_TURN_SAMPLES, SAMPLE_RATE
 
 _MIN_PAUSE_S = 0.38  # a gap between two words of a user turn that is at least this long is a pause
+_WORDS: Any = {"fontsize": 8, "parse_math": False}  # a text with two dollar signs would be read as a formula
 _USER_COLOUR, _ASSISTANT_COLOUR, _TAKEOVER_COLOUR, _PAUSE_COLOUR = "tab:blue", "tab:green", "tab:red", "gold"
 
 
@@ -96,9 +98,7 @@ def _draw_spectrogram(axes: Axes, wave: np.ndarray, words: list[Word], colour: s
     for n, word in enumerate(words):
         height = 84 + 9 * (n % 3)  # Neighbours stand on different lines, so that they do not cover each other.
         axes.plot([word.start_s, word.end_s], [81, 81], color=colour, linewidth=3, clip_on=False)
-        axes.text(
-            (word.start_s + word.end_s) / 2, height, word.text, color=colour, ha="center", va="bottom", fontsize=8
-        )
+        axes.text((word.start_s + word.end_s) / 2, height, word.text, color=colour, ha="center", va="bottom", **_WORDS)
     axes.set_ylim(0, 82)
     axes.set_ylabel(title)
     axes.set_yticks([])

@@ -1,5 +1,8 @@
 """An example lets a person hear, see and read the same conversation."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
@@ -32,6 +35,12 @@ def test_examples_are_a_stereo_wav_a_picture_and_a_text(talks, tmp_path):
     np.testing.assert_allclose(heard[:, 0], talks[1].user, atol=1e-4)
     np.testing.assert_allclose(heard[:, 1], talks[1].assistant, atol=1e-4)
     assert (tmp_path / "new" / "example_1.png").stat().st_size > 20_000
+
+
+def test_words_with_dollar_signs_are_no_formulas(talks):
+    words = tuple(Word(text, i, i + 0.5) for i, text in enumerate(("$5 and ^ $", "$_")))
+    figure = examples.draw(replace(talks[0], user_words=words), "title")
+    figure.savefig(io.BytesIO(), dpi=20)
 
 
 def test_the_text_lists_user_turns_pauses_and_answers_in_order():
