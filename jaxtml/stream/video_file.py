@@ -8,6 +8,7 @@ Axes: H x W pixels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
+_DURATION = re.compile(r"(\d+):(\d+):([\d.]+)")
 _STEP_S = MICRO_TURN_MS / 2000  # the two pictures of a pair are half a micro-turn apart
 _ROUNDING_S = 0.001  # containers round times to a millisecond
 _MISSING_S = 0.5  # a video that is shorter than its header says by more than this was cut short
@@ -78,12 +80,17 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     from av.stream import Disposition
 
     if not Path(path).is_file():
+        if Path(path).is_dir():
+            raise InputError(f"{path} is a directory; give one video file")
         if Path(path).exists() or str(path) == "-":
             raise InputError(f"{path} is no video file: a video cannot come through a pipe; save it to a file first")
         raise InputError(f"no video file {path}: give the path of a video")
     try:
         # A playlist would make FFmpeg open other files and addresses, so no other protocol is allowed.
-        container = av.open(str(path), "r", metadata_errors="replace", options={"protocol_whitelist": "file"})
+        # A relative name such as "10:30.mp4" would be taken for an address.
+        container = av.open(
+            str(Path(path).absolute()), "r", metadata_errors="replace", options={"protocol_whitelist": "file"}
+        )
     except FFmpegError as error:
         raise InputError(f"{path} is not a video that can be read: {error.strerror or error}") from error
     with container:
@@ -140,8 +147,8 @@ class _Frames:
 
     def note(self, end_s: float | None) -> str:
         """Returns what was wrong, as a sentence, or nothing. `end_s`: end of the last frame, if all were read."""
-        if end_s is not None and self._stream.duration and self._stream.time_base:
-            promised_s = float(self._stream.duration * self._stream.time_base) + _start_s(self._stream) - self._origin_s
+        if end_s is not None and (length_s := _length_s(self._stream)):
+            promised_s = length_s + _start_s(self._stream) - self._origin_s
             if end_s + _MISSING_S < promised_s:
                 return f"the video is cut short or damaged: its pictures end at {end_s:.1f} s of {promised_s:.1f} s"
         if self._damaged:
@@ -172,6 +179,14 @@ class _Picture:
 
 def _start_s(stream: Any) -> float:
     return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+
+
+def _length_s(stream: Any) -> float:
+    """Returns the length that the file promises, in seconds; 0 if it promises none. Matroska has it as a tag."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tag = _DURATION.fullmatch(stream.metadata.get("DURATION", ""))
+    return sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True)) if tag else 0.0
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:

@@ -163,3 +163,22 @@ def test_a_cover_picture_is_no_video(tmp_path):
         encode_track(container, sound, np.zeros(8000), 16000)
     with pytest.raises(InputError, match="holds no video, only a cover picture; give"):
         read_frame_pairs(tmp_path / "a.m4a", 3, 6)
+
+
+def test_a_relative_name_with_a_colon_is_no_address_and_a_folder_is_named(video, tmp_path, monkeypatch):
+    (tmp_path / "at 10:30.mp4").write_bytes(video.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert len(read_frame_pairs("at 10:30.mp4", 3, 6)) == 3
+    with pytest.raises(InputError, match="is a directory; give one video file"):
+        read_frame_pairs(".", 3, 6)
+
+
+def test_a_matroska_that_is_cut_short_is_said(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(video_file.logging, "warning", lambda text, *values: lines.append(text % values))
+    path = write_video(tmp_path / "a.mkv", [(i / 10, grey(i, 32, 32)) for i in range(30)])
+    assert len(read_frame_pairs(path, 15, 6)) == 15 and not lines
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    read_frame_pairs(path, 15, 6)
+    (line,) = lines
+    assert "cut short or damaged: its pictures end at" in line and "of 2.9 s" in line
