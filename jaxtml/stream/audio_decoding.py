@@ -1,6 +1,6 @@
 """Decodes a part of a recording into blocks of samples, and notes what a listener would want to know about it.
 
-libsndfile decodes WAV, AIFF, CAF, AU, FLAC and Ogg exactly. PyAV (FFmpeg) decodes everything else, such as the files of
+libsndfile decodes WAV, AIFF, CAF, AU and whole Ogg exactly. PyAV (FFmpeg) decodes everything else, such as the files of
 phones and browsers, and what of a damaged file can still be read. Called by `jaxtml.stream.audio_file`.
 
 Axes: n samples of a block, C channels.
@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 
 from jaxtml.errors import InputError
-from jaxtml.stream.audio_parts import Data, Part, PartFile
+from jaxtml.stream.audio_parts import Data, Part, PartFile, mp3_says_its_length
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -32,7 +32,7 @@ _GAP_S = 0.1  # shorter gaps between packets are roundings of their times
 # Containers whose headers promise a duration that was measured, not estimated.
 _PROMISING = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "caf", "mp3")
 # Containers whose packets have times of their own. Recorders leave packets out in silence and in pauses.
-_TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg")
 
 
 class Block(NamedTuple):
@@ -132,7 +132,7 @@ def _decode_with_av(data: Data, part: Part, limit_s: float, notes: list[str]) ->
     if track.heard_s == 0 and track.damage:
         raise NotAudio(_NOT_AUDIO.format(track.damage))
     if track.filled_s:
-        notes.append(f"its pauses, {track.filled_s:.1f} s without any data, are heard as silence")
+        notes.append(f"its pauses or gaps, {track.filled_s:.1f} s without any data, are heard as silence")
     if promised_s > track.heard_s + TOLERANCE_S:
         notes.append(cut_short(track.heard_s, promised_s))
     elif track.damage:
@@ -165,17 +165,12 @@ def _promised_s(container: InputContainer, stream: AudioStream, data: Data, part
     kind = container.format.name
     if kind not in _PROMISING:
         return 0.0
-    if kind == "mp3" and not _has_length(data, part):
-        return 0.0  # FFmpeg estimates it from the bit rate
+    if kind == "mp3" and not mp3_says_its_length(data, part):
+        return 0.0
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     is_alone = len(container.streams) == 1
     return container.duration / 1e6 if is_alone and container.duration else 0.0
-
-
-def _has_length(data: Data, part: Part) -> bool:
-    head = data[part.start : min(part.start + (1 << 20), part.end)]
-    return b"Xing" in head or b"Info" in head
 
 
 class _Track:

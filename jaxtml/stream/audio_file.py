@@ -211,8 +211,6 @@ def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndar
         raise InputError(str(error)) from error
     if len(wave) == 0:
         raise InputError("holds no sound at all (zero samples); give a recording with audio in it")
-    if len(parts) > 1:
-        notes.append(f"holds {len(parts)} recordings, joined end to end; all are heard")
     notes += channels.notes()
     return wave
 
@@ -222,6 +220,7 @@ def _mono_blocks(
 ) -> Iterator[np.ndarray]:
     """Yields all parts as mono blocks at 16 kHz, in order. `chosen` is the only channel to hear; None: all."""
     total_s = 0.0
+    unreadable: list[NotAudio] = []
     for number, part in enumerate(parts):
         resampler = _Resampler()
         heard_s = 0.0
@@ -237,15 +236,21 @@ def _mono_blocks(
                 yield from resampler.resample(rate, mono)
             yield from resampler.rest()
         except NotAudio as error:
-            if number == 0:
-                raise
-            part_notes.append(f"its joined recording {number + 1} cannot be read ({error})")
+            unreadable.append(error)
+            part_notes.append(f"its joined recording {number + 1} cannot be read: {error}")
         notes += part_notes
         if abs(part.promised - 1) * heard_s > TOLERANCE_S and part.promised and not part_notes:
             notes.append(_wrong_length(heard_s, part.promised * heard_s))
-        elif part.has_no_end and not part_notes and heard_s:
+        elif part.is_damaged and not part_notes:
+            notes.append(f"is damaged: pieces of it are missing; it ends at {total_s + heard_s:.1f} s")
+        elif part.has_no_end and not part_notes:
             notes.append(f"has no end mark, so it may have been cut short: it ends at {total_s + heard_s:.1f} s")
         total_s += heard_s
+    if len(unreadable) == len(parts):
+        raise unreadable[0]
+    if len(parts) > 1:
+        which = "all are heard" if not unreadable else f"the other {len(parts) - len(unreadable)} can be read"
+        notes.append(f"holds {len(parts)} recordings, joined end to end; {which}")
 
 
 def _wrong_length(heard_s: float, promised_s: float) -> str:

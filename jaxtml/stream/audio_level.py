@@ -20,6 +20,7 @@ _FULL = 32766 / 32768  # samples from here on are at full scale
 _CLIPPED = 0.001  # the part of the samples from which on clipping is mentioned
 _OFFSET = 0.02  # of full scale; microphones have a hundredth of this
 _CANCELS = 0.1  # the power of the sum of the channels over the sum of their powers; 1 for unrelated channels
+_SILENT = 0.001  # of the power of the loudest channel; crosstalk between the speakers of a call is louder
 _AUDIBLE = 1e-9  # power (-90 dBFS) below which channels are not compared
 
 
@@ -31,12 +32,14 @@ class Channels:
       compared_s: seconds with sound.
       cancelled_s: seconds with sound whose channels cancel each other when they are added.
       power: `[C]`, the power of each channel where they cancel.
+      silent_s: `[C]`, seconds in which this channel is silent, other channels have sound, and nothing cancels.
       clipped, samples: the number of samples that are clipped, and of all samples.
     """
 
     compared_s: float = 0.0
     cancelled_s: float = 0.0
     power: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    silent_s: np.ndarray = field(default_factory=lambda: np.zeros(1))
     clipped: int = 0
     samples: int = 0
 
@@ -55,15 +58,21 @@ class Channels:
             self.compared_s += seconds
             if piece.sum(axis=1).var() < _CANCELS * powers.sum():
                 self.cancelled_s += seconds
-                self.power = np.pad(self.power, (0, max(0, len(powers) - len(self.power))))
-                self.power[: len(powers)] += seconds * powers
+                self.power = _sum(self.power, seconds * powers)
+            else:
+                self.silent_s = _sum(self.silent_s, seconds * (powers < _SILENT * powers.max()))
 
     @property
     def best(self) -> int | None:
         """The channel to hear alone, because the average of all channels loses sound; None: the average is good."""
         if self.cancelled_s <= 0.02 * self.compared_s:
             return None
-        return int(self.power.argmax())
+        best = int(self.power.argmax())
+        return None if self._loss_s(best) > self.cancelled_s else best
+
+    def _loss_s(self, channel: int) -> float:
+        """Returns the seconds of sound that `channel` alone lacks, such as those of a speaker in another channel."""
+        return float(self.silent_s[channel]) if channel < len(self.silent_s) else 0.0
 
     def notes(self) -> list[str]:
         """Returns a sentence about each thing that was noticed."""
@@ -73,9 +82,20 @@ class Channels:
                 f"its channels cancel each other in {self.cancelled_s:.1f} s (one is upside down); "
                 f"channel {best + 1} is heard alone"
             )
+        elif self.cancelled_s > 0.02 * self.compared_s:
+            notes.append(
+                f"its channels cancel each other in {self.cancelled_s:.1f} s, which are lost; no channel alone has all "
+                "of the sound: give one channel, or turn one upside down"
+            )
         if self.clipped > _CLIPPED * self.samples:
             notes.append(f"{100 * self.clipped / self.samples:.1f} % of its samples are clipped at full scale (0 dBFS)")
         return notes
+
+
+def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the sum of two arrays `[C]`. Joined recordings may have different numbers of channels."""
+    size = max(len(a), len(b))
+    return np.pad(a, (0, size - len(a))) + np.pad(b, (0, size - len(b)))
 
 
 def level_notes(wave: np.ndarray) -> list[str]:

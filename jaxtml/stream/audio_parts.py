@@ -14,8 +14,9 @@ import io
 import mmap
 import re
 import struct
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Data = mmap.mmap | bytes
 
@@ -29,6 +30,7 @@ class Part:
       header: bytes to put in front, when the file's own header is wrong. `start` is then the first sample.
       promised: the length that the header promises, divided by the length that is there; 1 where it promises nothing.
       has_no_end: the container marks its end, and the mark is missing.
+      is_damaged: pieces of an Ogg file are missing, or their checksums are wrong.
       lacks_index: an MP4 without the whole box `moov`, which no decoder can read.
       by_av: PyAV decodes this container; libsndfile cannot, or hears less of it.
     """
@@ -38,6 +40,7 @@ class Part:
     header: bytes = b""
     promised: float = 1.0
     has_no_end: bool = False
+    is_damaged: bool = False
     lacks_index: bool = False
     by_av: bool = False
 
@@ -89,7 +92,8 @@ def find_parts(data: Data) -> list[Part]:
         return _mp3_parts(data)
     for pattern in _MAGIC:
         if pattern.match(data):
-            return _cut(data, [match.start() for match in pattern.finditer(data)], pattern is _EBML)
+            parts = _cut(data, [match.start() for match in pattern.finditer(data)], pattern in (_EBML, _FLAC))
+            return [replace(part, has_no_end=_segment_end(data, part) > part.end) for part in parts]
     return [Part(0, len(data))]
 
 
@@ -271,27 +275,66 @@ def _au_part(data: Data) -> Part:
 
 
 def _ogg_parts(data: Data) -> Iterator[Part]:
-    """Yields the links of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning."""
+    """Yields the links of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning.
+
+    libsndfile leaves out what is damaged or missing, so that all later sound is too early. PyAV tells the times.
+    """
     start = position = 0
-    is_beginning, has_end, is_whole = True, False, True
-    while position >= 0 and len(data) - position >= 27:
-        flags, segments = data[position + 5], data[position + 26]
-        table = data[position + 27 : position + 27 + segments]
-        end = position + 27 + segments + sum(table)
-        if flags & 2 and not is_beginning:
-            yield Part(start, position, has_no_end=not has_end)
-            start, has_end = position, False
-        is_beginning = bool(flags & 2)
-        has_end = has_end or bool(flags & 4)
-        is_whole = len(table) == segments and end <= len(data)
-        position = end if data[end : end + 4] == b"OggS" else data.find(b"OggS", min(end, len(data)))
-    yield Part(start, len(data), has_no_end=not (has_end and is_whole))
+    is_beginning, has_end, is_damaged = True, False, False
+    numbers: dict[bytes, int] = {}  # serial number of a stream -> number of its next page
+    while position >= 0:
+        end = _ogg_page_end(data, position)
+        if end is None:
+            has_more = (following := data.find(b"OggS", position + 4)) >= 0
+            if not has_more:  # the last page is cut
+                has_end = False
+            is_damaged |= has_more and not _begins_ogg(data, following)
+            position = following
+            continue
+        begins, serial = _begins_ogg(data, position), data[position + 14 : position + 18]
+        if begins and not is_beginning:
+            yield _ogg_part(start, position, has_end, is_damaged)
+            start, has_end, is_damaged, numbers = position, False, False, {}
+        number = struct.unpack("<I", data[position + 18 : position + 22])[0]
+        is_damaged |= numbers.get(serial, number) != number
+        numbers[serial] = number + 1
+        is_beginning = begins
+        has_end = has_end or bool(data[position + 5] & 4)
+        position = data.find(b"OggS", end)
+    yield _ogg_part(start, len(data), has_end, is_damaged)
+
+
+def _ogg_part(start: int, end: int, has_end: bool, is_damaged: bool) -> Part:
+    return Part(start, end, has_no_end=not has_end, is_damaged=is_damaged, by_av=is_damaged)
+
+
+def _begins_ogg(data: Data, page: int) -> bool:
+    return bool(data[page + 5 : page + 6] and data[page + 5] & 2)
+
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_page_end(data: Data, page: int) -> int | None:
+    """Returns where the page that begins at `page` ends; None if the page is cut, or its checksum is wrong."""
+    head = data[page : page + 27]
+    if len(head) < 27:
+        return None
+    table = data[page + 27 : page + 27 + head[26]]
+    end = page + 27 + head[26] + sum(table)
+    if end > len(data) or len(table) < head[26]:
+        return None
+    # The checksum of Ogg is that of zlib, but with the bits of each byte and of the result in reverse order, and
+    # without the two complements. The checksum itself counts as zero.
+    content = (head[:22] + bytes(4) + data[page + 26 : end]).translate(_REVERSED)
+    checksum = int(f"{zlib.crc32(content, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
+    return end if checksum == struct.unpack("<I", head[22:26])[0] else None
 
 
 def _mp4_parts(data: Data) -> Iterator[Part]:
     """Yields the files in a file of MP4 boxes. The box `ftyp` begins each."""
     start = position = 0
-    has_index = False
+    has_index = is_cut = False
     while position + 8 <= len(data):
         size, kind = struct.unpack(">I4s", data[position : position + 8])
         if kind == b"ftyp" and position > start:
@@ -300,38 +343,74 @@ def _mp4_parts(data: Data) -> Iterator[Part]:
         if size == 1 and position + 16 <= len(data):
             size = struct.unpack(">Q", data[position + 8 : position + 16])[0]
         has_index |= kind == b"moov" and position + size <= len(data)
+        is_cut = kind in (b"moof", b"mdat") and position + size > len(data)
         if size < 8:  # 0: the box reaches to the end of the file
             break
         position += size
-    yield Part(start, len(data), lacks_index=not has_index, by_av=True)
+    yield Part(start, len(data), has_no_end=is_cut, lacks_index=not has_index, by_av=True)
+
+
+def _segment_end(data: Data, part: Part) -> int:
+    """Returns where a WebM ends by its header; 0 if the header does not say it, or the part is no WebM."""
+    match = _SEGMENT.search(data, part.start, min(part.start + 200, part.end))
+    if match is None:
+        return 0
+    width = 9 - data[match.end()].bit_length()  # the first bit that is set says how many bytes the size has
+    value = int.from_bytes(data[match.end() : match.end() + width], "big") & ((1 << 7 * width) - 1)
+    return 0 if value == (1 << 7 * width) - 1 else match.end() + width + value  # all bits set: not known
 
 
 _XING = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:..)??(?:.{9}|.{17}|.{32})(?:Xing|Info)", re.DOTALL)
 _EBML = re.compile(rb"\x1aE\xdf\xa3.{1,60}?B\x82.(?:webm|matroska)", re.DOTALL)
-_MAGIC = (_EBML, re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"), re.compile(rb"#!AMR(?:-WB)?\n"))
+_SEGMENT = re.compile(rb"\x18\x53\x80\x67(?=[\x01-\xff])", re.DOTALL)
+_FIRST_FRAME = 4096  # bytes in which the first frame of an MP3 lies
+_FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+_MAGIC = (_EBML, _FLAC, re.compile(rb"#!AMR(?:-WB)?\n"))
 
 
 def _is_mp3(data: Data) -> bool:
-    return data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1] & 0xE6 == 0xE2)
+    return data[:3] == b"ID3" or _is_frame(data, 0)
+
+
+def _is_frame(data: Data, start: int) -> bool:
+    """Whether a frame of MP3 may begin at `start`."""
+    head = data[start : start + 2]
+    return len(head) == 2 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
 
 
 def _mp3_parts(data: Data) -> list[Part]:
-    """Returns the files in a joined MP3. The first frame of a file says its length, in a tag "Xing" or "Info"."""
+    """Returns the files in a joined MP3. A file begins with tags ID3, or with a frame that says the file's length."""
     begin = _id3_end(data, 0)
     starts = [match.start() for match in _XING.finditer(data, min(begin, len(data)))]
-    if starts and starts[0] < begin + 4096:
+    if starts and starts[0] < begin + _FIRST_FRAME:
         starts = starts[1:]
-    # A tag ID3 in front of the frame belongs to it. Decoders would take the tag for a damaged frame.
-    tags = {_id3_end(data, match.start()): match.start() for match in re.finditer(rb"ID3[\x02-\x04]", data)}
-    return _cut(data, [0, *(tags.get(start, start) for start in starts)], True)
+    # A tag belongs to the frame behind it. Decoders would take the tag for a damaged frame.
+    tags: dict[int, int] = {}
+    for match in re.finditer(rb"ID3[\x02-\x04]", data):
+        if match.start() >= begin:
+            tags.setdefault(_id3_end(data, match.start()), match.start())
+    joined = {tags.get(start, start) for start in starts} | {tags[end] for end in tags if _is_frame(data, end)}
+    return _cut(data, [0, *sorted(joined)], True)
 
 
 def _id3_end(data: Data, start: int) -> int:
-    """Returns where the ID3v2 tag that begins at `start` ends; `start` if none begins there."""
-    head = data[start : start + 10]
-    if head[:3] != b"ID3" or len(head) < 10:
-        return start
-    return start + 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    """Returns where the ID3v2 tags that begin at `start` end; `start` if none begins there."""
+    while (head := data[start : start + 10])[:3] == b"ID3" and len(head) == 10:
+        start += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return start
+
+
+def mp3_says_its_length(data: Data, part: Part) -> bool:
+    """Returns whether the first frame of an MP3 says how many frames follow. FFmpeg estimates the length of others.
+
+    FFmpeg does not believe a frame that says a much smaller size than the file has.
+    """
+    begin = _id3_end(data, part.start)
+    tag = _XING.search(data, begin, min(begin + _FIRST_FRAME, part.end)) if begin < part.end else None
+    if tag is None or tag.end() + 12 > part.end:
+        return False
+    has, _, size = struct.unpack(">III", data[tag.end() : tag.end() + 12])
+    return bool(has & 1) and (not has & 2 or 16 * (part.end - tag.start()) <= 17 * size)
 
 
 def _cut(data: Data, starts: list[int], by_av: bool) -> list[Part]:

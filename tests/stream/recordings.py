@@ -39,7 +39,6 @@ def encode_track(container, stream, wave: np.ndarray, rate: int, offset: int = 0
 def from_phone(path: Path, format: str, codec: str, wave: np.ndarray, rate: int, **options: str) -> bytes:
     """Returns a file that FFmpeg writes with one mono audio track. It is also written to `path`."""
     with av.open(str(path), "w", format=format, options=options) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.layout = "mono"
+        stream = container.add_stream(codec, rate=rate, layout="mono")
         encode_track(container, stream, wave, rate)
     return path.read_bytes()

@@ -132,6 +132,98 @@ def test_a_truncated_recording_is_heard_to_its_end_and_the_line_says_when_that_i
         heard(mp4[: len(mp4) - 300])
 
 
+def flac_with_total(total: int) -> bytes:
+    """Returns a FLAC of one second whose header says another number of samples. Programs write 0 into pipes."""
+    content = encoded(np.tile(NOISE, 2), 16000, "FLAC")
+    field = int.from_bytes(content[18:26], "big") >> 36 << 36 | total  # the lowest 36 bits are the number
+    return content[:18] + field.to_bytes(8, "big") + content[26:]
+
+
+def test_a_flac_with_a_length_that_is_wrong_is_heard_whole(heard):
+    for total, says in ((16000, ""), (0, ""), (8000, ""), (32000, "promises 2.0 s")):
+        audio, lines = heard(flac_with_total(total))
+        np.testing.assert_allclose(audio, np.tile(NOISE, 2), atol=4e-5)
+        assert len(lines) == bool(says) and all(says in line for line in lines)
+    audio, (line,) = heard(2 * flac_with_total(0))
+    assert len(audio) == 32000 and "holds 2 recordings" in line
+
+
+def ogg_pages(content: bytes) -> list[bytes]:
+    return [b"OggS" + page for page in content.split(b"OggS")[1:]]
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_lost_and_damaged_pages_of_an_ogg_are_said_and_later_sound_stays_in_time(heard, codec):
+    wave = np.concatenate([np.tile(NOISE, 10), tone(16000, 1.0)])
+    pages = ogg_pages(encoded(wave, 16000, "OGG", codec))
+    assert not heard(b"".join(pages))[1]
+    middle = len(pages) // 2
+    damaged = bytearray(pages[middle])
+    damaged[-9] ^= 0xFF
+    for page in (b"", bytes(damaged)):
+        audio, (line,) = heard(b"".join([*pages[:middle], page, *pages[middle + 1 :]]))
+        assert len(audio) == len(wave) and "without any data, are heard as silence" in line
+        assert np.corrcoef(audio[81600:95000], wave[81600:95000])[0, 1] > 0.9
+    _, (line,) = heard(b"".join([*pages[:2], *pages[3:]]))
+    assert "is damaged: pieces of it are missing" in line
+
+
+def test_a_cut_recording_does_not_swallow_the_one_joined_to_it(heard):
+    whole = encoded(np.tile(NOISE, 8), 16000, "OGG")
+    audio, (line, other) = heard(whole[: len(whole) * 3 // 4] + whole)
+    assert 6.0 < len(audio) / 16000 < 7.5
+    assert "has no end mark" in line and "holds 2 recordings, joined end to end; all are heard" in other
+
+
+def test_a_joined_recording_that_cannot_be_read_is_said(heard, tmp_path):
+    mp4 = from_phone(tmp_path / "m", "mp4", "aac", tone(16000, 0.5), 16000)
+    cut = mp4[:28] + struct.pack(">I4s4x", 12, b"mdat")  # an MP4 without its index
+    for content in (mp4 + cut, cut + mp4):
+        audio, lines = heard(content)
+        assert len(audio) == pytest.approx(8000, abs=200)
+        assert "cannot be read: was cut short before its index" in lines[0] and "the other 1 can be read" in lines[1]
+
+
+def test_tags_and_padding_of_an_mp3_are_no_damage_and_no_promise(heard, tmp_path):
+    plain = from_phone(tmp_path / "m", "mp3", "libmp3lame", tone(16000, 1.0), 16000, write_xing="0")
+    assert plain.startswith(b"ID3")
+    audio, (line,) = heard(plain + plain)
+    assert len(audio) == pytest.approx(32000, abs=3000) and "holds 2 recordings, joined end to end" in line
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x64" + bytes(100)
+    whole = encoded(np.tile(NOISE, 4), 16000, "MP3")
+    assert len(heard(tag + tag + whole)[0]) == 32000
+    _, lines = heard(whole + bytes(len(whole)))  # FFmpeg estimates 4 s then
+    assert not any("promises" in line for line in lines)
+
+
+def test_a_video_recording_that_ends_inside_its_container_is_said(heard, tmp_path):
+    with av.open(str(tmp_path / "m"), "w", format="webm") as container:
+        video = container.add_stream("libvpx", rate=10)
+        video.width = video.height = 16
+        sound = container.add_stream("libopus", rate=48000, layout="mono")
+        for _ in range(10):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        encode_track(container, sound, tone(48000, 1.0), 48000)
+        container.mux(video.encode())
+    content = (tmp_path / "m").read_bytes()
+    assert not heard(content)[1]
+    _, (line,) = heard(content[: len(content) * 2 // 3])
+    assert "has no end mark, so it may have been cut short: it ends at" in line
+    options = {"movflags": "frag_keyframe+empty_moov", "frag_duration": "200000"}
+    mp4 = from_phone(tmp_path / "m", "mp4", "alac", NOISE, 16000, **options)
+    assert not heard(mp4)[1] and not heard(mp4 + b"junk behind it")[1]
+    assert len(heard(mp4[: len(mp4) * 2 // 3])[1]) == 1
+
+
+@pytest.mark.parametrize("size", range(1, 13))
+@pytest.mark.parametrize(
+    "start", [b"\xff\xfb\x90", b"RIFF", b"OggS", b"ID3", b"fLaC", b".snd", b"\x1aE\xdf\xa3", b"\0\0\0\x18ftyp"]
+)
+def test_a_file_of_a_few_bytes_is_refused(heard, start, size):
+    with pytest.raises(InputError, match="not audio|cut short before"):
+        heard((start + bytes(12))[:size])
+
+
 PHONES = {
     "m4a": ("ipod", "aac", 44100),
     "mov": ("mov", "pcm_s16le", 48000),
@@ -214,6 +306,15 @@ def test_channels_that_cancel_each_other_are_heard_alone(heard):
     audio, lines = heard(stereo(voice, 0 * voice))
     np.testing.assert_allclose(audio, voice / 2, atol=1e-6)
     assert not lines
+
+
+def test_no_speaker_is_dropped_because_a_short_stretch_cancels(heard):
+    silence = 0 * NOISE
+    left = np.concatenate([NOISE, NOISE, silence, silence, NOISE])
+    right = np.concatenate([silence, silence, NOISE, NOISE, -NOISE])
+    audio, (line,) = heard(stereo(left, right))
+    np.testing.assert_allclose(audio, (left + right) / 2, atol=1e-6)
+    assert "its channels cancel each other in 0.5 s, which are lost; no channel alone has all of the sound" in line
 
 
 @pytest.mark.parametrize(
