@@ -1,7 +1,7 @@
 """Turns text into token ids and back, with the `tokenizers` file that lies beside every checkpoint.
 
-`jaxtml data` trains a tokenizer; the data, the training and the server read it. A change to it changes the meaning of
-every id that a checkpoint knows.
+`jaxtml data` gives its folder a tokenizer; the data, the training and the server read it. Another tokenizer changes the
+meaning of every id that a checkpoint knows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Tokenizer):
+        # Files of other projects may cut or pad texts, or split words at random. Here ids follow from the text alone.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
         # The tokenizers of many released models put no space before the first word of a text. Words are encoded one by

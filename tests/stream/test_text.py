@@ -1,5 +1,7 @@
 """Any text can be encoded, ids stay below the control tokens, and a bad file is named in one clear line."""
 
+import json
+
 import pytest
 
 from jaxtml.errors import InputError
@@ -59,3 +61,15 @@ def test_a_missing_or_broken_tokenizer_is_named_in_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="broken.json is not a tokenizer file") as caught:
         TextCodec.load(tmp_path / "broken.json")
     assert "\n" not in str(caught.value)
+
+
+def test_ids_follow_from_the_text_alone_whatever_the_file_asks_for(codec, tmp_path):
+    codec.save(tmp_path / "odd.json")
+    content = json.loads((tmp_path / "odd.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    content["padding"] |= {"pad_type_id": 0, "pad_token": "a"}
+    content["model"]["dropout"] = 0.9
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    odd = TextCodec.load(tmp_path / "odd.json")
+    assert all(odd.encode("what comes next") == codec.encode("what comes next") for _ in range(5))
