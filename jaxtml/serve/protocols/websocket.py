@@ -25,7 +25,12 @@ async def open_connection(
       request: a GET that asks for the upgrade.
       frame_kind: kind of the messages that the server sends.
       headers: further headers of the answer.
+
+    Raises:
+      Refused: the request asks for no WebSocket.
+      web.HTTPBadRequest: the request's headers are not those of the WebSocket protocol.
     """
+    _check_upgrade(request)
     response = new_websocket()
     response.headers.update(headers)
     await response.prepare(request)
@@ -55,8 +60,7 @@ async def run_new_session(
     Raises:
       Refused: the request asks for no WebSocket, the session is not admitted, or its configuration cannot be used.
     """
-    if request.headers.get("Upgrade", "").lower() != "websocket":
-        raise Refused(426, "upgrade_required", "this address is a WebSocket: connect with ws:// or wss://")
+    _check_upgrade(request)  # before the session takes a slot
     service.manager.count_request(grant, scope)
     try:
         session = service.manager.admit(grant, make_protocol, scope)
@@ -69,3 +73,9 @@ async def run_new_session(
         raise
     await service.run_session(connection, session)
     return response
+
+
+def _check_upgrade(request: web.Request) -> None:
+    """Raises `Refused` if a request does not ask for a WebSocket."""
+    if request.headers.get("Upgrade", "").lower() != "websocket":
+        raise Refused(426, "upgrade_required", "this address is a WebSocket: connect with ws:// or wss://")

@@ -60,7 +60,9 @@ class Middleware:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            response = refusal(Refused(error.status, "invalid_request", error.reason))
+            refused = Refused(error.status, "invalid_request", _message(error))
+            self.service.count_refusal(refused, request)
+            response = refusal(refused)
         except ConnectionError:  # the client is gone
             raise
         except Exception:
@@ -130,6 +132,12 @@ def _let_read(response: web.StreamResponse, request: web.Request, origin: str) -
     response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
     response.headers["Access-Control-Expose-Headers"] = "Location, Retry-After"
     response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
+
+
+def _message(error: web.HTTPException) -> str:
+    """Returns what aiohttp says is wrong with a request, in one line."""
+    is_default = error.text == f"{error.status}: {error.reason}"  # says no more than the reason
+    return " ".join((error.reason if is_default else error.text or error.reason).split())
 
 
 def refusal(refused: Refused) -> web.Response:

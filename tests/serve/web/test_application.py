@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+import pytest
 from aiohttp import WSMsgType
 
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.web.site import Site
-from tests.serve.serving import Serving, serving
+from tests.serve.serving import Serving, eventually, serving
 from tests.serve.stepped import scripted
 
 
@@ -148,3 +149,25 @@ def test_model_answers_to_its_aliases_wherever_a_name_is_asked(slots, engine, ca
     serving(slots, engine, test, model=scripted({}), aliases=(fixed,))
     logged = [line for line in caplog.text.splitlines() if "code=model_not_found" in line]
     assert len(logged) == 2 and "gpt-4o" in logged[0] and "gpt-live" in logged[1], "both refusals are in the log"
+
+
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "A" * 22 + "=="}
+
+
+@pytest.mark.parametrize("path", ["/v1/live/sessions", "/v1/realtime", "/api/chat"])
+def test_upgrade_that_cannot_be_made_is_refused_and_logged_with_its_reason(slots, engine, caplog, path):
+    caplog.set_level("INFO", logger="absl")
+
+    async def test(serving: Serving) -> None:
+        for headers, status, reason in (
+            ({}, 426, "connect with ws:// or wss://"),
+            (UPGRADE | {"Sec-WebSocket-Version": "12"}, 400, "Unsupported version: 12"),
+        ):
+            async with serving.http.get(serving.url + path, headers=headers) as refused:
+                error = (await refused.json())["error"]
+                assert refused.status == status and reason in error["message"]
+        await serving.advance()
+        await eventually(lambda: not serving.manager.sessions)
+
+    serving(slots, engine, test, model=scripted({}))
+    assert "reason=Unsupported version: 12" in caplog.text
