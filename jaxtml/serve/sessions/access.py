@@ -240,12 +240,13 @@ class Access:
         """Returns whether the key has as many live sessions as it may have."""
         return len(self._live[grant.key.name]) >= grant.key.sessions
 
-    def check_session(self, grant: Grant, scope: str) -> None:
+    def check_session(self, grant: Grant, scope: str, replaces: bool = False) -> None:
         """Checks whether a session may begin.
 
         Args:
           grant: what the sender of the request may do.
           scope: name of the session's protocol.
+          replaces: another session of the key will end when this one begins.
 
         Raises:
           Refused: the key is not for this protocol, or has used up its sessions or its minutes.
@@ -253,7 +254,7 @@ class Access:
         name = grant.key.name
         if grant.scopes is not None and scope not in grant.scopes:
             raise Refused(403, "insufficient_scope", f"this key is not for {scope}")
-        if self.is_at_session_limit(grant):
+        if self.is_at_session_limit(grant) and not replaces:
             text = f"this key has {len(self._live[name])} sessions already, and may have no more"
             raise Refused(429, "session_limit_exceeded", text, 5.0)
         if self.minutes_used(name) >= grant.key.minutes_per_day:

@@ -104,8 +104,7 @@ class SessionManager:
         with self._refusing_when_full():
             self.check_open()
             self.access.count_request(grant)
-            self._end_away_session(grant)
-            self.access.check_session(grant, scope)
+            self.access.check_session(grant, scope, replaces=self._away_session(grant) is not None)
             self.pool.check_capacity()
 
     def admit(self, grant: Grant, make_protocol: MakeProtocol, scope: str) -> ClientSession:
@@ -124,7 +123,10 @@ class SessionManager:
         with self._refusing_when_full():
             self.check_open()
             self.pool.check_capacity()
-            self._end_away_session(grant)
+            away = self._away_session(grant)
+            if away is not None and self.access.is_at_session_limit(grant):
+                away.scheduled.end(EndReason.GONE)
+                self.access.end_session(grant.key.name, away.id)
             self.access.begin_session(grant, session_id, scope)
         scheduled = self.pool.admit(secrets.randbits(31), self.limits.grace_s)
         reader = Reader(self.model.codec, self.model.config.duplex.control_base)
@@ -147,18 +149,17 @@ class SessionManager:
         log.event("session began", session=session_id, key=grant.key.name, protocol=scope)
         return session
 
-    def _end_away_session(self, grant: Grant) -> None:
-        """Ends a session of a key that may have no more sessions, if the session's client is away.
+    def _away_session(self, grant: Grant) -> ClientSession | None:
+        """Returns a session of a key whose client is away; None: there is none.
 
-        So a page that is opened again in place of the one before is not refused because of the one before.
+        It ends if the key may have no more sessions and a new one begins. So a page that is opened again in place of
+        the one before is not refused because of the one before.
         """
-        if not self.access.is_at_session_limit(grant):
-            return
         for session in self.sessions.values():
-            if session.grant.key.name == grant.key.name and session.scheduled.away:
-                session.scheduled.end(EndReason.GONE)
-                self.access.end_session(grant.key.name, session.id)
-                return
+            scheduled = session.scheduled
+            if session.grant.key.name == grant.key.name and scheduled.away and not scheduled.end_reason:
+                return session
+        return None
 
     # --- clients that come back
 

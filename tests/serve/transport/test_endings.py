@@ -155,3 +155,26 @@ def test_pages_that_are_opened_again_and_again_lock_nobody_out(slots, engine):
         await eventually(lambda: not serving.manager.sessions)
 
     serving(slots, engine, test, access=access, model=scripted({}))
+
+
+def test_client_that_is_away_loses_its_session_to_a_new_one_only(slots, engine):
+    """A request that begins no session ends none."""
+    key = {"Authorization": "Bearer sk-first-key"}
+    access = Access([Key(name="one", key="sk-first-key", sessions=1, scopes=("realtime", "live"))])
+
+    async def test(serving: Serving) -> None:
+        client = await serving.open("/v1/realtime", headers=key)
+        await client.until("session.created")
+        session = serving.session()
+        await close(client, AWAY_CODE)
+        await eventually(lambda: session.scheduled.away)
+        async with serving.http.post(f"{serving.url}/v1/live/sessions", headers=key, data="{}") as refused:
+            assert refused.status == 400
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await serving.http.ws_connect(f"{serving.url}/api/chat", headers=key)
+        assert refused.value.status == 403 and not session.scheduled.end_reason
+        client = await serving.open("/v1/realtime", headers=key)
+        await client.until("session.created")
+        assert session.scheduled.end_reason is EndReason.GONE
+
+    serving(slots, engine, test, access=access, model=scripted({}))
