@@ -206,7 +206,10 @@ def test_page_has_one_conversation_and_a_lost_connection_loses_nothing(slots, en
             await eventually(lambda: len(typed(serving)) >= len(both))
             assert typed(serving) == both, "no text reaches the model twice"
             assert all(heard), "the server unmutes before it takes the sound that waited for the connection"
-            assert serving.session() is session and session.scheduled.micro_turns and tab.errors == []
+            assert serving.session() is session and session.scheduled.micro_turns
+            type_later = "text.value = 'later'; typing.requestSubmit(); text.value"
+            assert await tab.run(f"document.getElementById('stop').click(); {type_later}") == "later", "no text is lost"
+            assert tab.errors == []
 
     serving(slots, engine, test)
 

@@ -14,7 +14,8 @@ const LOUD = 0.006; // root mean square above which the user is speaking
 const ANSWER_S = 3; // what the model says later than this is no answer to the user's last sound
 const SHOWN_LATENCIES = 12;
 const ASK_AGAIN_MS = 3000; // until the page asks a server again that does not answer
-const SAVED = "jaxtml conversation"; // name in the session storage, while the page is away
+// Name in the session storage, while the page is away. Another server may be under another path of the same origin.
+const SAVED = `jaxtml conversation ${new URL(".", location).pathname}`;
 const KEY_CODES = ["missing_api_key", "invalid_api_key", "expired_api_key", "insufficient_scope"];
 const OVER = new Error("the conversation is over"); // ends `startCamera`; the user is not told
 
@@ -303,9 +304,9 @@ function playRecording() {
   });
 }
 
-// Sends typed text, in a new conversation if there is none.
+// Sends typed text, in a new conversation if there is none. Returns whether the text could be sent.
 function type(text) {
-  if (model === null || !text || live?.closing) return;
+  if (model === null || !text || live?.closing) return false;
   if (!live) {
     begin();
     openSound();
@@ -315,6 +316,7 @@ function type(text) {
   words.addTyped(timeline.now, text);
   lastLoud = null; // what the model says next answers the text
   refresh();
+  return true;
 }
 
 // Sends a packet of the user's sound. at: the context's time of its end.
@@ -529,8 +531,7 @@ $("camera").onclick = startCamera;
 $("stop").onclick = end;
 $("typing").onsubmit = (event) => {
   event.preventDefault();
-  type($("text").value.trim());
-  $("text").value = "";
+  if (type($("text").value.trim())) $("text").value = ""; // a conversation that ends leaves the text to the next one
 };
 $("access").onsubmit = (event) => {
   event.preventDefault();
