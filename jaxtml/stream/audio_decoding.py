@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
+MAX_HOURS = 4
+"""Longer recordings are refused."""
+
 BLOCK_SECONDS = 60
 """Seconds of a file that are decoded at a time, so that memory never holds hours of stereo at 48 kHz."""
 
@@ -58,7 +61,7 @@ def decode(data: Data, part: Part, limit_s: float, notes: list[str]) -> Iterator
     Args:
       data: the file.
       part: from `find_parts`.
-      limit_s: longer recordings are not decoded.
+      limit_s: what the parts before leave of `MAX_HOURS`, in seconds; longer parts are not decoded.
       notes: gets a sentence for everything that was left out or filled in.
 
     Raises:
@@ -83,14 +86,14 @@ def decode(data: Data, part: Part, limit_s: float, notes: list[str]) -> Iterator
 def _decode_with_libsndfile(data: Data, part: Part, limit_s: float) -> Iterator[Block]:
     with soundfile.SoundFile(cast(BinaryIO, PartFile(data, part))) as file:
         if file.seekable() and file.frames > limit_s * file.samplerate:
-            raise too_long(limit_s)
+            raise too_long()
         while len(samples := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)):
             yield Block(file.samplerate, samples)
 
 
-def too_long(limit_s: float) -> InputError:
-    """Returns the error for a recording that is longer than `limit_s`."""
-    return InputError(f"longer than {limit_s / 3600:.0f} hours; cut it into shorter files")
+def too_long() -> InputError:
+    """Returns the error for a recording that is longer than `MAX_HOURS`, in one part or in all of its parts."""
+    return InputError(f"longer than {MAX_HOURS} hours; cut it into shorter files")
 
 
 # --- PyAV
@@ -113,7 +116,7 @@ def _decode_with_av(data: Data, part: Part, limit_s: float, notes: list[str]) ->
         stream = _choose_track(container, notes)
         promised_s = _promised_s(container, stream, data, part)
         if promised_s > limit_s:
-            raise too_long(limit_s)
+            raise too_long()
         track = _Track(container, stream, limit_s)
         waiting: list[np.ndarray] = []
         rate = 0
@@ -225,7 +228,7 @@ class _Track:
             gap_s = time_s - self._origin_s - self.heard_s
             if gap_s > _GAP_S:
                 if self.heard_s + gap_s > self._limit_s:
-                    raise too_long(self._limit_s)
+                    raise too_long()
                 self.filled_s += gap_s
                 yield self._heard(frame.sample_rate, np.zeros((round(gap_s * frame.sample_rate), samples.shape[1])))
         yield self._heard(frame.sample_rate, samples)

@@ -28,16 +28,13 @@ import soxr
 from absl import logging
 
 from jaxtml.errors import InputError
-from jaxtml.stream.audio_decoding import TOLERANCE_S, NotAudio, cut_short, decode, too_long
+from jaxtml.stream.audio_decoding import MAX_HOURS, TOLERANCE_S, NotAudio, cut_short, decode, too_long
 from jaxtml.stream.audio_level import Channels, level_notes
 from jaxtml.stream.audio_parts import Data, Part, find_parts
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", *([".mp3"] if "MP3" in soundfile.available_formats() else []))
 """The endings of names that `write_audio` writes. Old builds of libsndfile write no MP3."""
-
-MAX_HOURS = 4
-"""Longer recordings are refused."""
 
 STDIN = "-"
 """The path that stands for standard input."""
@@ -231,7 +228,7 @@ def _mono_blocks(
                 channels.add(rate, block)
                 heard_s += len(block) / rate
                 if total_s + heard_s > MAX_HOURS * 3600:
-                    raise too_long(MAX_HOURS * 3600)
+                    raise too_long()
                 mono = block.mean(axis=1) if chosen is None else block[:, min(chosen, block.shape[1] - 1)]
                 yield from resampler.resample(rate, mono)
             yield from resampler.rest()

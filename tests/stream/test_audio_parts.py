@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtml.errors import InputError
-from jaxtml.stream import audio_file
+from jaxtml.stream import audio_decoding, audio_file
 from jaxtml.stream.audio_file import read_audio
 from tests.stream.recordings import encode_track, encoded, from_phone, tone
 
@@ -182,6 +182,15 @@ def test_a_joined_recording_that_cannot_be_read_is_said(heard, tmp_path):
         audio, lines = heard(content)
         assert len(audio) == pytest.approx(8000, abs=200)
         assert "cannot be read: was cut short before its index" in lines[0] and "the other 1 can be read" in lines[1]
+
+
+def test_joined_recordings_may_not_be_longer_than_one(heard, monkeypatch):
+    for module in (audio_decoding, audio_file):
+        monkeypatch.setattr(module, "MAX_HOURS", 0.0002)  # 0.72 s
+    content = encoded(NOISE, 16000, "WAV")
+    assert len(heard(content)[0]) == 8000
+    with pytest.raises(InputError, match="longer than 0.0002 hours; cut it"):
+        heard(content + content)
 
 
 def test_tags_and_padding_of_an_mp3_are_no_damage_and_no_promise(heard, tmp_path):
