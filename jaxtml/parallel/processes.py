@@ -20,6 +20,14 @@ from jaxtml.errors import InputError
 # Slurm sets the first variable inside a step. GKE sets the others on TPU pods of several hosts. If one of them is set,
 # JAX finds the processes of the job itself.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+# Variables of other launchers: the number of processes, and the rank. They are our own without an address, Open MPI's,
+# MPICH's and torchrun's. JAX does not find these processes.
+_OTHER_LAUNCHERS = (
+    ("NNODES", "NODE_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("WORLD_SIZE", "RANK"),
+)
 _MEGASCALE_DEFAULTS = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 # JAX recognises a Slurm step if these variables and SLURM_STEP_NODELIST are set (jax._src.clusters.slurm_cluster).
 _READ_IN_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_PROCID")
@@ -72,8 +80,14 @@ def join_processes() -> None:
             jax.distributed.initialize(address, count, rank)
         else:
             jax.distributed.initialize()
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # ValueError: JAX cannot read the scheduler's variables
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:_LONGEST_CAUSE]
+        if isinstance(error, ValueError) and not address:
+            name = next(name for name in FOUND_BY_JAX if os.environ.get(name))
+            raise InputError(
+                f"JAX does not find the {count} processes of which {name} speaks ({cause}): set "
+                f"JAX_COORDINATOR_ADDRESS, NNODES={count} and NODE_RANK={rank}, or unset {name} for a single process"
+            ) from error
         raise _not_joined(address, rank, count, cause) from error
 
 
@@ -122,12 +136,31 @@ def _job_position() -> tuple[int, int]:
         return _position_from_variables(address)
     if os.environ.get("SLURM_STEP_NODELIST"):
         return _position_in_slurm()
+    if not any(os.environ.get(name) for name in FOUND_BY_JAX):
+        _check_other_launchers()
     return _position_in_pod()
+
+
+def _check_other_launchers() -> None:
+    """Raises `InputError` if another launcher has started several processes, and they would not find each other.
+
+    Each of them would then be a job of its own, and all would write the same files.
+    """
+    for count_name, rank_name in _OTHER_LAUNCHERS:
+        count, rank = os.environ.get(count_name, ""), os.environ.get(rank_name, "")
+        if count.isdecimal() and int(count[:18]) > 1 and rank:
+            raise InputError(
+                f"{count_name}={count} and {rank_name}={rank} are those of a job of {count} processes, and jaxtml does "
+                f"not find the others: set JAX_COORDINATOR_ADDRESS to host:port of process 0, NNODES={count} and "
+                f"NODE_RANK={rank}; for a single process unset {count_name} and {rank_name}"
+            )
 
 
 def _position_from_variables(address: str) -> tuple[int, int]:
     """Returns the number of processes and the rank of this one from NNODES and NODE_RANK."""
     host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise InputError(f"JAX_COORDINATOR_ADDRESS={address}: write host:port, without {address.split('://')[0]}://")
     if not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
         raise InputError(f"JAX_COORDINATOR_ADDRESS={address}: write host:port, for example {host or address}:9876")
     try:

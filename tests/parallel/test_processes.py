@@ -46,6 +46,16 @@ POD = {"TPU_WORKER_HOSTNAMES": "a-0,a-1"}
         ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID=2 is not below"),
         ({"JAX_COORDINATOR_ADDRESS": "h", "NNODES": "2", "NODE_RANK": "0"}, "=h: write host:port, .* h:9876"),
         ({"JAX_COORDINATOR_ADDRESS": "h:x", "NNODES": "2", "NODE_RANK": "0"}, "=h:x: write host:port"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "http://h:99", "NNODES": "2", "NODE_RANK": "0"},
+            "=http://h:99: write host:port, without http://",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "1"},
+            "does not find the others: set JAX_COORDINATOR_ADDRESS .* NODE_RANK=1",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "OMPI_COMM_WORLD_SIZE=4 .* set JAX_COORD"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 and RANK=0 are those of a job of 2 processes"),
         ({"JAX_COORDINATOR_ADDRESS": "h:70000", "NNODES": "2", "NODE_RANK": "0"}, "=h:70000: write host:port"),
     ],
 )
@@ -55,6 +65,18 @@ def test_a_scheduler_whose_variables_are_partial_or_odd_is_named_with_the_remedy
     with pytest.raises(InputError, match=message) as refused:
         processes.join_processes()
     assert "\n" not in str(refused.value)
+
+
+def test_a_job_that_jax_does_not_recognise_is_told_how_to_go_on(monkeypatch):
+    def fail() -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    for name, value in {"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    remedy = "set JAX_COORDINATOR_ADDRESS, NNODES=2 and NODE_RANK=0, or unset MEGASCALE_COORDINATOR_ADDRESS"
+    with pytest.raises(InputError, match=f"does not find the 2 processes of which MEGASCALE_COORD.*: {remedy}"):
+        processes.join_processes()
 
 
 def test_processes_that_do_not_find_each_other_are_told_so_in_one_line(monkeypatch):
