@@ -105,7 +105,7 @@ def train(
             _warn_of_unused(workdir, first, start_from, vocoder)
         else:
             first = 0
-            params = first_parameters(model, data, vocoder, start_from)
+            params = first_parameters(model, data, vocoder, start_from, _warn)
             state = jax.jit(init, donate_argnums=0)(params) if mesh.devices > 1 else init(params)
 
         steps, batch = config.train.steps, config.train.batch
@@ -172,6 +172,11 @@ def _check_profile(profile: int, left: int) -> None:
             f"--profile {profile} needs {PROFILE_AFTER + profile - 1} steps, because it begins with the "
             f"{PROFILE_AFTER}th, and the run has {max(left, 0)} left: give more --steps, or a shorter profile"
         )
+
+
+def _warn(line: str) -> None:
+    """Logs a warning about how the run begins. All such warnings have the name of this file in the log."""
+    logging.warning("%s", line)
 
 
 def _warn_of_unused(workdir: Path, step: int, start_from: Path | None, vocoder: Params | None) -> None:

@@ -6,6 +6,7 @@ its own devices. Called by `jaxtml.train.loop`; `parameter_shapes` also by `jaxt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,13 @@ def parameter_shapes(model: InteractionModel, mesh: Mesh | AbstractMesh | None =
     return jax.tree.map(shape, model.specs(), partition_specs(model.specs(), mesh_shape, TRAIN))
 
 
-def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None, start_from: Path | None) -> Params:
+Warn = Callable[[str], object]
+"""Takes a line for the user about how a run begins."""
+
+
+def first_parameters(
+    model: InteractionModel, data: Path, vocoder: Params | None, start_from: Path | None, warn: Warn = logging.warning
+) -> Params:
     """Returns the parameters that a new run begins with, with the dtypes and shardings of `parameter_shapes`.
 
     Args:
@@ -73,36 +80,44 @@ def first_parameters(model: InteractionModel, data: Path, vocoder: Params | None
       data: the run's data, with its tokenizer.
       vocoder: trained vocoder parameters, which take the place of the model's own.
       start_from: a checkpoint to take the parameters from; None: they are initialised.
+      warn: takes a line for each part of the model that begins untrained.
 
     Raises:
       InputError: the checkpoint does not fit, see `checkpoint_parameters`.
     """
     shapes = parameter_shapes(model)
     if start_from:
-        params = checkpoint_parameters(start_from, model, data, has_vocoder=vocoder is not None)
+        params = checkpoint_parameters(start_from, model, data, has_vocoder=vocoder is not None, warn=warn)
     else:
         params = init_params(model.specs(), model.config.train.seed, jax.tree.map(lambda s: s.sharding, shapes))
         if vocoder is None:
-            logging.warning(_NO_VOCODER)
+            warn(_NO_VOCODER)
     if vocoder is not None:
         check_finite({"vocoder": vocoder}, "the vocoder of --vocoder")
         params = {**params, "vocoder": vocoder}
     return jax.tree.map(lambda array, shape: _place(array, shape.sharding).astype(shape.dtype), params, shapes)
 
 
-def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path, *, has_vocoder: bool = False) -> Params:
+def checkpoint_parameters(
+    directory: Path,
+    model: InteractionModel,
+    data: Path,
+    *,
+    has_vocoder: bool = False,
+    warn: Warn = logging.warning,
+) -> Params:
     """Returns the parameters of a checkpoint, with which a run of `model` begins.
 
     Their dtypes and shardings are those of `parameter_shapes`. The checkpoint is one of ours whose parameters have the
-    same shapes, or a released one with the same backbone. Prediction heads that the
-    checkpoint lacks get initial values. A release lacks more than that, for example the flow head: a warning names the
-    parts that begin untrained.
+    same shapes, or a released one with the same backbone. Prediction heads that the checkpoint lacks get initial
+    values. A release lacks more than that, for example the flow head: a warning names the parts that begin untrained.
 
     Args:
       directory: the checkpoint.
       model: the model of the run.
       data: the run's data, with its tokenizer.
       has_vocoder: whether the run takes its vocoder from elsewhere.
+      warn: takes the warnings.
 
     Raises:
       InputError: `directory` is neither, its tokenizer is not the tokenizer of `data`, or a parameter is not finite.
@@ -117,14 +132,13 @@ def checkpoint_parameters(directory: Path, model: InteractionModel, data: Path, 
     source = WarmStart(source, model.config, model.config.train.seed)
     missing = missing_tokenizer(directory)
     if missing is not None:
-        logging.warning("%s; until then nothing says whether the tokenizer of %s fits the weights", missing, data)
+        warn(f"{missing}; until then nothing says whether the tokenizer of {data} fits the weights")
     elif (directory / TOKENIZER).read_bytes() != (data / TOKENIZER).read_bytes():
         raise InputError(
             f"{directory} cannot start this run: its {TOKENIZER} differs from the tokenizer of {data}. "
-            f"`jaxtml data {model.config.name} --out {data} --tokenizer {directory}` gives it to the data, and keeps "
-            "the speech bank"
+            f"`jaxtml data CONFIG --out {data} --tokenizer {directory}` gives it to the data, and keeps the speech bank"
         )
-    _warn_of_new_parts(directory, source, has_vocoder)
+    _warn_of_new_parts(directory, source, has_vocoder, warn)
     params = place_parameters(source, parameter_shapes(model))
     check_finite(params, str(directory))
     return params
@@ -144,14 +158,14 @@ def check_finite(params: Params, place: str) -> None:
         )
 
 
-def _warn_of_new_parts(directory: Path, source: WarmStart, has_vocoder: bool) -> None:
+def _warn_of_new_parts(directory: Path, source: WarmStart, has_vocoder: bool, warn: Warn) -> None:
     """Names the parts of the model that `directory` lacks, so that they begin with initial values."""
     new = {path.split("/")[0] for path in source.specs if not source.holds(path)}
     names = [name for part, name in _PARTS.items() if part in new and not (part == "vocoder" and has_vocoder)]
     if names:
-        logging.warning("%s has no %s: training begins with new ones", directory, ", ".join(names))
+        warn(f"{directory} has no {', '.join(names)}: training begins with new ones")
     if "vocoder" in new and not has_vocoder:
-        logging.warning(_NO_VOCODER)
+        warn(_NO_VOCODER)
 
 
 def _differing_shape(a: Config, b: Config) -> str | None:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, TOKENIZER
+from jaxtml.checkpoint.files import CONFIG, RUN_CHECKPOINTS, TOKENIZER, VOCODER_SETTINGS
 from jaxtml.config import Config, from_json, to_json
 from jaxtml.errors import InputError, join_names
 from jaxtml.model.interaction import InteractionModel
@@ -75,6 +75,8 @@ def claim(workdir: Path, config: Config, data: Path, data_digest: str, *, change
     check_folder(workdir, _FOLDERS, _FILES)
     step = newest_step(workdir)
     if step is not None:
+        if (workdir / VOCODER_SETTINGS).is_file():
+            raise InputError(f"{workdir} holds a run of the vocoder alone: name a new --workdir")
         before = _read_config(workdir / CONFIG)
         differences = _check_config(workdir, before, config, change_run)
         if _read(workdir / DATA_DIGEST) != data_digest:
@@ -179,8 +181,8 @@ def _check_steps(workdir: Path, before: Config, config: Config, step: int) -> No
         logging.info("%s has done all of its %d steps: give more with --steps to train on", workdir, steps)
         return
     planned, now = (rate_at(schedule(train), step) for train in (before.train, config.train))
-    if not math.isclose(planned, now, rel_tol=0.01):
-        last = rate_at(schedule(before.train), step - 1)
+    last = rate_at(schedule(before.train), step - 1)
+    if not math.isclose(planned, now, rel_tol=0.01) and not math.isclose(last, now, rel_tol=0.01):
         logging.warning(
             "the learning rate of the resumed run goes from %.3g at step %d to %.3g at step %d, because its course "
             "depends on train.steps (%d before, %d now) and on the other settings of the schedule; to train on at a "

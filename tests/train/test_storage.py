@@ -155,13 +155,26 @@ def test_parameters_with_nan_are_refused_by_name():
 
 def test_the_parts_that_a_release_lacks_are_named(release, releasable, warnings):
     source = WarmStart(open_checkpoint(release), releasable)
-    parameters._warn_of_new_parts(release, source, has_vocoder=False)
+    parameters._warn_of_new_parts(release, source, False, warnings.append)
     new, voice = warnings
     assert "has no clock, embedding of the model's own speech, flow head, vocoder: training begins with new" in new
     assert voice.startswith("no trained vocoder")
     warnings.clear()
-    parameters._warn_of_new_parts(release, source, has_vocoder=True)
+    parameters._warn_of_new_parts(release, source, True, warnings.append)
     assert len(warnings) == 1 and "vocoder" not in warnings[0]
+
+
+def test_how_a_run_begins_is_logged_under_the_name_of_the_loop(caplog):
+    loop._warn("100% of the clock is new")
+    assert (caplog.records[-1].filename, caplog.records[-1].levelname) == ("loop.py", "WARNING")
+    assert caplog.records[-1].getMessage() == "100% of the clock is new"
+
+
+def test_a_run_of_the_vocoder_is_not_called_damaged(run, config, data):
+    (run / "data.txt").unlink()
+    (run / "training.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run of the vocoder alone: name a new --workdir"):
+        storage.claim(run, config, data, "digest")
 
 
 def test_arguments_that_a_resumed_run_does_not_read_are_named(tmp_path, warnings):
