@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from typing import Any
@@ -17,6 +18,8 @@ from jaxtml.config.tree import Config
 from jaxtml.errors import InputError
 
 _ADVICE = {int: ": give a whole number", float: ": give a number", bool: ": give true or false", str: ": give a text"}
+
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf(inity)?)", re.IGNORECASE)  # as Python and shells write such numbers
 
 # Fields that were added after checkpoints had been written. At their default they are left out. So a config that was
 # written before has the same text as now, and a conversion that an earlier revision began can be resumed. Earlier
@@ -81,6 +84,8 @@ def typed(hint: Any, value: Any, path: str) -> Any:
     if hint in (int, bool, str) and type(value) is hint:  # `type`: True is an int to `isinstance`
         return value
     advice = _ADVICE.get(hint, "")
+    if hint in (int, float) and isinstance(value, str) and _NOT_FINITE.fullmatch(value):
+        raise InputError(f"config field {path}: {value!r} is not a finite number{advice}")
     raise InputError(f"config field {path}: {value!r:.60} is not {getattr(hint, '__name__', hint)}{advice}")
 
 

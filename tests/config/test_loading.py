@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from jaxtml import config as configs
+from jaxtml.errors import InputError
 
 
 def test_a_config_loads_from_a_path_of_python_or_of_json(tmp_path):
@@ -126,3 +127,9 @@ def test_config_from_before_a_field_was_added_reads_right_and_keeps_its_text():
     assert "background_text" not in text and configs.from_json(text) == config and not config.serve.background_text
     reads = configs.load("tiny", ["serve.background_text=true"])
     assert '"background_text": true' in configs.to_json(reads) and configs.from_json(configs.to_json(reads)) == reads
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", "Infinity"])
+def test_a_number_that_is_not_finite_is_called_so(value):
+    with pytest.raises(InputError, match="train.learning_rate.*finite number"):
+        configs.load("tiny", [f"train.learning_rate={value}"])
