@@ -38,6 +38,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _MIN_KEY_LENGTH, _MIN_SECRET_LENGTH = 8, 32  # characters
 # Browsers send the key as a WebSocket subprotocol, which must be a token (RFC 9110, section 5.6.2).
 _HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FORMAT = "docs/serving.md, section Keys and quotas, has an example"
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 
 
@@ -126,8 +127,12 @@ class Access:
         """
         try:
             file = msgspec.json.decode(Path(path).read_bytes(), type=_KeysFile)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise InputError(f"no keys in {path}: {error}") from error
+        except OSError as error:
+            raise InputError(f"no keys in {path}: {error.strerror}; name a file of keys ({_FORMAT})") from error
+        except msgspec.ValidationError as error:
+            raise InputError(f"no keys in {path}: {error}; {_FORMAT}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise InputError(f"no keys in {path}: it is not valid JSON ({error}); {_FORMAT}") from error
         for key in file.keys:
             if key.key.startswith(_DIGEST_PREFIX) and not _DIGEST.fullmatch(_key_digest(key)):
                 text = f"after {_DIGEST_PREFIX} come the 64 hex digits of the key's SHA-256"

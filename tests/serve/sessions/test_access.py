@@ -140,6 +140,16 @@ def test_wrong_file_of_keys_is_refused_without_quoting_a_key(tmp_path, text):
     assert "sk-" not in str(error.value) and "keys.json" in str(error.value)
 
 
+def test_a_file_that_is_no_json_is_called_so_and_the_format_is_named(tmp_path):
+    path = tmp_path / "keys.json"
+    for text, problem in (("", "not valid JSON"), ('{"keys": [', "not valid JSON"), ("[]", "Expected `object`")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"{problem}.*; docs/serving.md, section Keys and quotas, has an example"):
+            Access.load(path, PROTOCOLS)
+    with pytest.raises(InputError, match="No such file or directory; name a file of keys"):
+        Access.load(tmp_path / "none.json", PROTOCOLS)
+
+
 def test_file_of_keys_is_read(tmp_path):
     with pytest.raises(InputError, match="no keys in"):
         Access.load(tmp_path / "missing.json", PROTOCOLS)
