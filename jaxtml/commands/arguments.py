@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxtml import DEMO_RECORDING
 from jaxtml.checkpoint.files import SHIPPED
@@ -28,6 +29,8 @@ _REPORT = (
     "this is a fault of jaxtml, not of your input: please report it to the project, with the lines above, the command "
     "and what `jaxtml --version` prints"
 )
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 MOST_WORKERS = 32
 """Processes that "auto" starts at most. Each holds batches, or a speech engine, of hundreds of megabytes."""
@@ -75,9 +78,17 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def path_name(text: str) -> str:
-    """An argument type: the name of a file or folder. An empty name comes from a shell variable that is not set."""
+    """An argument type: the name of a file or folder. An empty name comes from a shell variable that is not set.
+
+    An address such as `gs://bucket/run` would be read as the name of a local file, or make a folder `gs:`.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty: give a file or a folder")
+    if _ADDRESS.match(text):
+        raise argparse.ArgumentTypeError(
+            f"{text:.80} is an address, and jaxtml reads and writes files of this machine alone: "
+            "copy or mount it here, and name the file or folder"
+        )
     return text
 
 
@@ -122,6 +133,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds `--checkpoint DIR`. The default is the checkpoint that ships with the package."""
     parser.add_argument(
         "--checkpoint",
+        type=path_name,
         default=SHIPPED,
         metavar="DIR",
         help="the directory of a checkpoint (default: the tiny model that ships with jaxtml)",
@@ -170,11 +182,10 @@ def check_outputs(*paths: str | None, sources: Sequence[str | None]) -> None:
     for path in filter(None, paths):
         output = Path(path)
         if path == "-":
-            raise InputError("cannot write -: standard output has the words of the session; name a file")
+            raise InputError("cannot write -: standard output is for what the command prints; name a file")
         if output.exists() and not output.is_file() and not output.is_dir():
             continue  # a device or a pipe: nothing there is lost, and it may be named twice
-        if not output.resolve().parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {output.resolve().parent}; make it first")
+        check_parent(output)
         if output.is_dir():
             raise InputError(f"cannot write {path}: it is a folder; name a file")
         for other, what in taken:
@@ -182,6 +193,15 @@ def check_outputs(*paths: str | None, sources: Sequence[str | None]) -> None:
                 raise InputError(f"cannot write {path}: {what}; name another file")
         _try_writing(path, output.resolve())
         taken.append((output, "another output has the same name"))
+
+
+def check_parent(output: Path) -> None:
+    """Raises `InputError` if the folder of an output is missing or is a file."""
+    parent = output.resolve().parent
+    if parent.exists() and not parent.is_dir():
+        raise InputError(f"cannot write {output}: {parent} is a file; name another folder")
+    if not parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {parent}; make it first")
 
 
 def _try_writing(path: str, output: Path) -> None:
@@ -222,6 +242,13 @@ def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], a
 
 class OneLineErrors(argparse.ArgumentParser):
     """A parser that reports wrong arguments in one line. `argparse` would print the whole usage before the line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuses unknown arguments here: the parser of all commands would name itself, not the command."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}; see `{self.prog} --help`\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 
 from jaxtml.errors import InputError
@@ -26,7 +27,7 @@ _OS_ERRORS: dict[int, str] = {
     errno.EACCES: "permission denied: change its permissions, or name another file or folder",
     errno.EPERM: "not permitted: change its owner or permissions, or name another file or folder",
     errno.ENOENT: "there is no such file or folder: check the path",
-    errno.EEXIST: "it exists already: remove it, or name another file or folder",
+    errno.EEXIST: "it exists already: name another file or folder",
     errno.EISDIR: "it is a folder, and a file is needed: name a file",
     errno.ENOTDIR: "a part of this path is a file, and a folder is needed: name another folder",
     errno.ENOTEMPTY: "the folder is not empty: empty it, or name another",
@@ -50,6 +51,8 @@ def explain(error: BaseException) -> str | None:
     """Returns one line that says what is wrong and what to do; None if the error is a fault of jaxtml itself."""
     if isinstance(error, InputError):
         return _one_line(error)
+    if isinstance(error, AssertionError):
+        return _of_backend(error)
     for each in _chain(error):
         for explanation in _EXPLANATIONS:
             if line := explanation(each):
@@ -112,7 +115,13 @@ def _of_other_processes(error: BaseException) -> str | None:
 
 
 def _of_backend(error: BaseException) -> str | None:
-    """Explains that JAX has no device of the kind that the environment asks for."""
+    """Explains that JAX has no device of the kind that the environment asks for.
+
+    With JAX_PLATFORMS=cuda and no GPU, JAX ends at an assertion without text.
+    """
+    if isinstance(error, AssertionError) and _raised_in(error) == ("xla_bridge.py", "backends"):
+        name = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        return f"JAX has no such device here ({name}): unset JAX_PLATFORMS or set it to cpu"
     if not (isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error))):
         return None
     return f"JAX has no such device here: unset JAX_PLATFORMS or set it to cpu ({_one_line(error)[:LONGEST]})"
@@ -134,6 +143,12 @@ _EXPLANATIONS: tuple[Callable[[BaseException], str | None], ...] = (
     _of_backend,
     _of_missing_package,
 )
+
+
+def _raised_in(error: BaseException) -> tuple[str, str] | None:
+    """Returns the names of the file and of the function in which an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (os.path.basename(frames[-1].filename), frames[-1].name) if frames else None
 
 
 def _is_of_jax(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxtml.commands.arguments import add_checkpoint, add_mesh, check_outputs
+from jaxtml.commands.arguments import add_checkpoint, add_mesh, check_outputs, path_name
 from jaxtml.errors import InputError
 
 HELP = "write the text logits of a checkpoint for given tokens (teacher forcing)"
@@ -15,9 +15,19 @@ EXAMPLE = "logits --checkpoint DIR --tokens ids.npy --out logits.npy"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
-        "--tokens", required=True, metavar="NPY", help="a .npy file of token ids: an integer array [B, T] or [T]"
+        "--tokens",
+        type=path_name,
+        required=True,
+        metavar="NPY",
+        help="a .npy file of token ids: an integer array [B, T] or [T]",
     )
-    parser.add_argument("--out", required=True, metavar="NPY", help="the .npy file to write: float32 logits [B, T, V]")
+    parser.add_argument(
+        "--out",
+        type=path_name,
+        required=True,
+        metavar="NPY",
+        help="the .npy file to write: float32 logits [B, T, V]",
+    )
     add_mesh(parser)
 
 

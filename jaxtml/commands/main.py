@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from absl import app, logging
 from absl.flags import argparse_flags
@@ -155,13 +155,24 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
 
 
 def _report_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Reports an exception that no caller catches: those of a command are reported by `exit_status`.
-
-    If Orbax gives up a checkpoint, it closes its event loop. Each of TensorStore's writes then fails to report there,
-    hundreds of times, and none of these errors says anything about the disk.
-    """
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    """Reports an exception that no caller catches: those of a command are reported by `exit_status`."""
+    if not _is_late(error):
         sys.__excepthook__(kind, error, trace)
+
+
+def _report_unraisable(failure: Any) -> None:
+    """Reports an exception in a function that a library calls from its own thread."""
+    if not _is_late(failure.exc_value):
+        sys.__unraisablehook__(failure)
+
+
+def _is_late(error: BaseException | None) -> bool:
+    """Returns whether a read or write of TensorStore could not report its end, because nobody waits for it any more.
+
+    If Orbax gives up a checkpoint, it closes its event loop. Each of TensorStore's reads and writes then fails to
+    report there, hundreds of times, and none of these errors says anything about the disk.
+    """
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _leave(status: int) -> NoReturn:
@@ -185,6 +196,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     if is_program:
         threading.excepthook = _report_thread
         sys.excepthook = _report_callback
+        sys.unraisablehook = _report_unraisable
         # Grain's workers leave shared memory to this tracker when a run stops early. The tracker frees the memory, and
         # would warn that it does.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")

@@ -113,9 +113,9 @@ def _read_ids(path: str | Path) -> np.ndarray:
     try:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
-        raise InputError(f"no token file {path}") from error
+        raise InputError(f"no token file {path}: write the token ids with numpy.save, and name that file") from error
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a .npy file: write the token ids with numpy.save") from error
     if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise InputError(f"{path}: token ids must be an integer array [B, T] or [T]")
+        raise InputError(f"{path}: give one integer array [B, T] or [T] of token ids, written with numpy.save")
     return np.atleast_2d(ids)

@@ -19,6 +19,7 @@ from jaxtml.commands.arguments import (
     path_name,
     worker_count,
 )
+from jaxtml.commands.failures import explain
 from jaxtml.errors import InputError
 
 
@@ -35,6 +36,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
         ((str(tmp_path / "no" / "out.wav"),), "there is no folder .*no"),
         ((str(tmp_path / ("n" * 250)),), "File name too long; name another file"),
         (("/proc/out.wav",), "cannot write /proc/out.wav: .*; name another"),
+        ((f"{source}/out.wav",), "cannot write .*: .*in.wav is a file; name another folder"),
         (("-",), "cannot write -: .*; name a file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -47,6 +49,10 @@ def test_counts_and_amounts_are_positive():
     for kind, text in ((count, "0"), (amount, "0"), (amount, "inf"), (path_name, " ")):
         with pytest.raises(argparse.ArgumentTypeError, match="give"):
             kind(text)
+    for address in ("gs://bucket/run", "https://example.org/x.npy"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is an address, .* copy or mount it here"):
+            path_name(address)
+    assert path_name("C:/x") == "C:/x"
     for kind, text in ((count, "1.5"), (count, ""), (amount, "x")):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a .*number"):
             kind(text)
@@ -69,6 +75,17 @@ def test_automatic_workers_follow_the_cores_that_this_process_may_use(monkeypatc
         assert (worker_count(1)("auto"), worker_count(2)("auto"), worker_count(2)("7")) == (both, halves, 7)
     with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
         worker_count(1)("0")
+
+
+def test_a_device_that_jax_lacks_is_named_and_another_assertion_is_a_fault(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    lines = []
+    for file in ("/x/jax/_src/xla_bridge.py", "/x/model.py"):
+        program = compile("def backends(): assert False\nbackends()", file, "exec")
+        with pytest.raises(AssertionError) as failed:
+            exec(program)
+        lines.append(explain(failed.value))
+    assert lines == ["JAX has no such device here (JAX_PLATFORMS=cuda): unset JAX_PLATFORMS or set it to cpu", None]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def test_logits_depend_on_earlier_tokens_alone_and_bad_tokens_are_refused(jaxtml
     assert "must lie in 0..299" in refusal(*argv, tmp_path / "big.npy")
     np.save(tmp_path / "float.npy", ids * 1.0)
     assert "integer array" in refusal(*argv, tmp_path / "float.npy")
-    assert "no token file" in refusal(*argv, tmp_path / "absent.npy")
+    assert "absent.npy: write the token ids with numpy.save, and" in refusal(*argv, tmp_path / "absent.npy")
+    assert "argument --tokens: https://a/b.npy is an address" in refusal(*argv, "https://a/b.npy")
 
 
 def test_logits_on_a_mesh_are_those_of_one_device(jaxtml, refusal, checkpoint, small, tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxtml import __version__
+from jaxtml.commands import main
 from jaxtml.commands.main import COMMANDS
 from jaxtml.data.packages import cached_file
 from jaxtml.errors import InputError
@@ -39,6 +41,22 @@ def test_wrong_arguments_are_one_line_that_names_the_help(jaxtml, argv):
     status, out, err = jaxtml(*argv)
     assert status == 2 and not out
     assert err.count("\n") == 1 and err.startswith("jaxtml") and "--help`" in err
+
+
+@pytest.mark.parametrize("command", [("info", "tiny"), ("plan", "tiny", "--topology", "v5p-8"), ("convert", "a", "b")])
+def test_an_argument_too_many_is_named_with_its_command(jaxtml, command):
+    status, _, err = jaxtml(*command, "extra", "--nosuch")
+    assert status == 2
+    assert err == f"jaxtml {command[0]}: unrecognized arguments: extra --nosuch; see `jaxtml {command[0]} --help`\n"
+
+
+def test_reads_that_end_after_orbax_gave_up_are_not_reported(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "__unraisablehook__", reported.append)
+    late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
+    main._report_unraisable(late)
+    main._report_unraisable(other)
+    assert reported == [other]
 
 
 def test_a_user_without_a_home_gets_no_cache_and_no_failure(monkeypatch, tmp_path):
