@@ -73,7 +73,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise InputError(f"{folder} has no {MANIFEST}: only a checkpoint that `jaxtml convert` wrote can be verified")
+        raise InputError(
+            f"{folder} has no {MANIFEST}, which only `jaxtml convert` writes: `jaxtml convert {folder} DST --verify` "
+            "makes a checkpoint that can be verified"
+        )
     try:
         fields = json.loads(file.read_text())
         if fields["version"] != _VERSION:

@@ -17,7 +17,11 @@ EXAMPLE = "data tiny --out data --show 5"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the folder of the data: bank/, tokenizer.json, examples/, cache/"
+        "--out",
+        type=path_name,
+        required=True,
+        metavar="DIR",
+        help="the folder of the data: bank/, tokenizer.json, examples/, cache/",
     )
     parser.add_argument(
         "--show",
@@ -76,17 +80,18 @@ def run(args: argparse.Namespace) -> None:
 
     config = configs.load(args.config, args.set)
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     if args.rows:
         cache.check_count(out / cache.CACHE_FOLDER, args.rows)
+    missing = missing_data(config, out) if args.no_build else None
     out.mkdir(parents=True, exist_ok=True)
     given = Path(args.tokenizer) if args.tokenizer else None
     codec = choose_tokenizer(config, out, given, args.new_tokenizer)
     if not args.no_build:
         build_dataset(config, out, args.workers)
-    else:
-        missing = missing_data(config, out)
-        if missing:
-            logging.warning("%s. It is used as it is; without --no-build the command makes what is missing", missing)
+    elif missing:
+        logging.warning("%s. It is used as it is; without --no-build the command makes what is missing", missing)
     if not args.show and not args.rows:
         return
     dataset = open_dataset(config, codec, out)

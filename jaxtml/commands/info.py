@@ -62,6 +62,11 @@ def _check_config_name(name: str) -> None:
         raise InputError(f"{name} is a file: name the directory of the checkpoint, or a config (.py or .json)")
     if len(path.parts) > 1:
         raise InputError(f"there is no directory {name}: name the directory of a checkpoint, or a config")
+    if name not in configs.names():
+        raise InputError(
+            f"no config {name!r}, and no such directory: give one of {', '.join(configs.names())}, a path to a .py or "
+            ".json file, or the directory of a checkpoint or training run"
+        )
 
 
 def _run_on_config(args: argparse.Namespace) -> None:

@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> None:
     """Trains until the last step. Raises `InputError` if an option, the data or a checkpoint cannot be used."""
     from jaxtml.parallel.processes import join_processes, process_rank
 
+    if Path(args.workdir).exists() and not Path(args.workdir).is_dir():
+        raise InputError(f"--workdir {args.workdir} is a file: name a folder")
+
     if args.config == "vocoder":
         _check_vocoder_options(args, process_rank() is not None)
         with _named_disk(args.workdir):
@@ -181,6 +184,12 @@ def _check_vocoder_options(args: argparse.Namespace, in_job: bool) -> None:
     if given:
         raise InputError(
             f"`jaxtml train vocoder` trains on one device in one process, and has no {', '.join(given)}: leave it out"
+        )
+    unread = [text for text in args.set if not text.startswith("vocoder.")]
+    if unread:
+        raise InputError(
+            f"--set {unread[0]}: `jaxtml train vocoder` reads the fields vocoder.* of the config alone, and --steps: "
+            "leave the others out"
         )
     if in_job:
         raise InputError("`jaxtml train vocoder` runs in one process: start it outside of the job of several processes")

@@ -61,7 +61,9 @@ def copy_parameters(
         another conversion; or the disk has no room; or `check` raised.
     """
     if not destination.parent.is_dir():
-        raise InputError(f"cannot write {destination}: there is no folder {destination.parent}; make it first")
+        is_file = destination.parent.exists()
+        problem = "{} is a file; name another folder" if is_file else "there is no folder {}; make it first"
+        raise InputError(f"cannot write {destination}: {problem.format(destination.parent)}")
     if not os.access(destination.parent, os.W_OK):
         raise InputError(
             f"cannot write {destination}: the permissions of {destination.parent} do not allow it; name another"

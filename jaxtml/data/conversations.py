@@ -25,6 +25,7 @@ from jaxtml.data.talks.mix import make_conversation
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import VOCABULARY, assistant_texts, fingerprint
+from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.encoding import encode
 from jaxtml.stream.layout import EncodedConversation
@@ -59,10 +60,17 @@ def build(config: Config, folder: Path, workers: int) -> None:
 
 
 def missing(config: Config, folder: Path) -> str | None:
-    """Returns in words what `build` would speak; None if the bank in `folder` is complete."""
+    """Returns in words what `build` would speak; None if the bank in `folder` is complete.
+
+    Raises:
+      InputError: there is no bank.
+    """
     path, plan = folder / BANK_FOLDER, bank_plan.full_plan(config.data.seed)
     if not path.is_dir():
-        return f"{path} is missing, with all {sum(map(len, plan))} utterances"
+        raise InputError(
+            f"there is no speech bank {path} to use: leave out --no-build, and the command speaks all "
+            f"{sum(map(len, plan))} utterances; or name the --out of an earlier `jaxtml data`"
+        )
     lacking = bank.missing_utterances(path, plan, lambda spoken: bank_plan.full_plan(config.data.seed, spoken))
     if not lacking:
         return None

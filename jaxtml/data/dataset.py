@@ -121,7 +121,7 @@ def missing_data(config: Config, folder: Path) -> str | None:
     """Returns in words what `build_dataset` would still make in `folder`; None if everything is there.
 
     Raises:
-      InputError: `config` names no dataset that exists, or files in `folder` are damaged.
+      InputError: `config` names no dataset that exists, nothing of it is in `folder`, or files there are damaged.
     """
     return _kind(config).missing(config, folder)
 

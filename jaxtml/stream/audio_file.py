@@ -113,9 +113,11 @@ def check_ending(path: str | os.PathLike[str], endings: Sequence[str]) -> str:
     """Returns the ending of a file's name in lower case, such as ".wav"; "" where the name promises no format.
 
     Raises:
-      InputError: the ending is not in `endings`.
+      InputError: the ending is not in `endings`, or the file is a folder.
     """
     ending = Path(path).suffix.lower()
+    if Path(path).is_dir():  # the name of a folder may have a dot
+        raise InputError(f"{path}: cannot be written, because it is a folder; name a file")
     if ending and ending not in endings:
         raise InputError(f"{path}: cannot be written as {ending[1:]!r}; let its name end in {', '.join(endings)}")
     return ending

@@ -9,10 +9,15 @@ def test_data_without_building_refuses_a_missing_bank_that_is_to_be_shown(refusa
     assert "bank" in refusal("data", "tiny", "--out", tmp_path / "d", "--no-build", "--show", 1)
 
 
-def test_data_without_building_says_what_is_missing(jaxtml, tmp_path, caplog):
-    with caplog.at_level("WARNING"):
-        assert jaxtml("data", "tiny", "--out", tmp_path, "--no-build")[0] == 0
-    assert "bank is missing, with all 20004 utterances" in caplog.text
+def test_data_without_building_and_without_a_bank_is_refused_and_makes_nothing(refusal, tmp_path):
+    line = refusal("data", "tiny", "--out", tmp_path / "d", "--no-build")
+    assert "there is no speech bank" in line and "leave out --no-build, and the command speaks all 20004" in line
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file is a file: name a folder" in refusal("data", "tiny", "--out", tmp_path / "file")
 
 
 def test_a_number_of_rows_that_no_cache_has_is_refused_before_anything_is_made(refusal, tmp_path):

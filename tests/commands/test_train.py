@@ -45,6 +45,18 @@ def test_an_empty_name_is_refused(refusal, tmp_path, option):
     assert f"argument {option}: the name is empty" in line
 
 
+def test_a_file_in_place_of_the_folder_is_refused_before_the_data_is_looked_for(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    for config in ("tiny", "vocoder"):
+        assert "file is a file: name a folder" in refusal("train", config, "--workdir", tmp_path / "file")
+
+
+def test_the_vocoder_refuses_fields_that_it_does_not_read(refusal, tmp_path):
+    fields = ("--set", "vocoder.width=8", "--set", "train.steps=5")
+    line = refusal("train", "vocoder", "--workdir", tmp_path / "w", *fields)
+    assert "--set train.steps=5: " in line and "and --steps: leave the others out" in line
+
+
 def test_a_full_disk_is_named_though_a_flush_does_not_know_its_file():
     with pytest.raises(OSError, match="run") as failed, train._named_disk("run"):
         raise OSError(errno.ENOSPC, "No space left on device")

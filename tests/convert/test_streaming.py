@@ -178,6 +178,12 @@ def test_one_error_stops_all_threads_at_their_next_chunk(release, tmp_path, monk
     assert len(written_after) < 40 < len(conversion_chunks(sink.specs, sink.dtype))
 
 
+def test_a_file_in_place_of_the_folder_is_called_a_file(release, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write .*: .*/file is a file; name another folder"):
+        convert(release, tmp_path / "file" / "out")
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(release, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(InputError, match=r"out needs \d.\d MB, and its disk has 0.0 MB left"):

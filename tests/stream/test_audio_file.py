@@ -133,6 +133,12 @@ def test_a_name_that_promises_another_format_is_refused(tmp_path: Path, name: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_with_a_dot_in_its_name_is_called_a_folder(tmp_path: Path):
+    (tmp_path / "tmp.loys8").mkdir()
+    with pytest.raises(InputError, match="tmp.loys8: cannot be written, because it is a folder; name a file"):
+        write_audio(tmp_path / "tmp.loys8", tone(16000))
+
+
 @pytest.mark.parametrize(
     "wave, rate, says",
     [
