@@ -238,12 +238,15 @@ class _Track:
         return Block(rate, samples.astype(np.float32, copy=False))
 
 
-_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}
+_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 
 def _samples(frame: Any) -> np.ndarray:
-    """Returns the samples `[n, C]` of a frame of PyAV, with full scale 1."""
-    array = frame.to_ndarray()
+    """Returns the samples `[n, C]` of a frame of PyAV, with full scale 1. Raises `NotAudio` for 64-bit integers."""
+    try:
+        array = frame.to_ndarray()
+    except ValueError as error:  # integers of 64 bits, the only samples that PyAV does not hand over
+        raise NotAudio(_NOT_AUDIO.format(f"samples of the kind {frame.format.name}")) from error
     channels = frame.layout.nb_channels
     samples = array.T if frame.format.is_planar else array.reshape(-1, channels)
     scale = _FULL_SCALE.get(array.dtype.str[1:])

@@ -294,6 +294,13 @@ def test_a_file_without_sound_is_refused(heard, tmp_path):
         heard((tmp_path / "m").read_bytes())
 
 
+def test_a_wav_of_64_bit_integers_is_refused(heard):
+    content = bytearray(encoded(NOISE, 16000, "WAV", "DOUBLE"))
+    content[20] = 1  # PCM instead of float
+    with pytest.raises(InputError, match="not audio .*samples of the kind s64"):
+        heard(bytes(content))
+
+
 def test_a_playlist_opens_no_other_file(heard, tmp_path):
     (tmp_path / "b.wav").write_bytes(encoded(NOISE, 16000, "WAV"))
     for text in ("ffconcat version 1.0\nfile b.wav\n", f"#EXTM3U\n#EXTINF:5,\n{tmp_path}/b.wav\n#EXT-X-ENDLIST\n"):
