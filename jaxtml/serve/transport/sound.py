@@ -23,6 +23,8 @@ import soundfile
 from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 
 _SPARE = 32  # samples by which the lengths of a resampler's chunks may differ
+# Samples of a frame for FFmpeg, at most. Six minutes of sound in one frame take at least twice as long as in these.
+_FRAME_SAMPLES = 2**17
 _G711_SUBTYPES = {"pcmu": "ULAW", "pcma": "ALAW"}  # as soundfile names them
 
 
@@ -177,11 +179,13 @@ class _Resampler:
         """Takes `samples`, `[M]` float32 at the input rate, and returns what is ready, `[N]` at the output rate."""
         if self.graph is None or not len(samples):
             return samples
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="flt", layout="mono")
-        frame.sample_rate = self.input_rate
-        self.graph.push(frame)
         chunks = [np.zeros(0, np.float32)]
-        with contextlib.suppress(BlockingIOError):  # raised when the graph needs more input
-            while True:
-                chunks.append(self.graph.pull().to_ndarray()[0])
+        for start in range(0, len(samples), _FRAME_SAMPLES):
+            piece = np.ascontiguousarray(samples[start : start + _FRAME_SAMPLES])
+            frame = av.AudioFrame.from_ndarray(piece[None], format="flt", layout="mono")
+            frame.sample_rate = self.input_rate
+            self.graph.push(frame)
+            with contextlib.suppress(BlockingIOError):  # raised when the graph needs more input
+                while True:
+                    chunks.append(self.graph.pull().to_ndarray()[0])
         return np.concatenate(chunks)

@@ -75,6 +75,13 @@ def test_half_of_a_sample_waits_until_it_is_dropped():
     assert decoder.decode(b"\x00\x40").tolist() == [0.5], "the next recording begins with a whole sample"
 
 
+def test_minutes_of_sound_decode_at_once_as_they_do_in_pieces():
+    noise = np.random.default_rng(0).integers(-9000, 9000, 3 * 2**17 + 5).astype("<i2").tobytes()
+    whole, pieces = SoundDecoder(SoundFormat("pcm", 24000)), SoundDecoder(SoundFormat("pcm", 24000))
+    expected = [pieces.decode(noise[at : at + 9600]) for at in range(0, len(noise), 9600)]
+    np.testing.assert_allclose(whole.decode(noise), np.concatenate(expected), atol=1e-6)
+
+
 def test_samples_beyond_full_scale_are_clipped():
     loud = SoundFormat("pcm", 16000).encode(np.array([2.0, -2.0, 0.5], np.float32))
     assert np.frombuffer(loud, "<i2").tolist() == [32767, -32768, 16384]
