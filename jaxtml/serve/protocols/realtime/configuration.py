@@ -83,7 +83,7 @@ class SessionConfiguration:
           InvalidMessage: what is wrong with the change.
         """
         check_session(change, self.model)
-        audio_input = change.audio.input if change.audio and change.audio.input else AudioInput()
+        audio_input = _input_of(change)
         audio_output = change.audio.output if change.audio and change.audio.output else AudioOutput()
         input_format = audio_input.format or self._input_format
         output_format = audio_output.format or self._output_format
@@ -141,7 +141,7 @@ class SessionConfiguration:
         A field that the change does not mention stays noted. The change replaces the fields below as a whole, so what
         was noted of them before is forgotten, also if they become null.
         """
-        audio_input = change.audio.input if change.audio and change.audio.input else AudioInput()
+        audio_input = _input_of(change)
         replaced = {
             "tools": msgspec.UNSET if change.tools is None else change.tools,
             "audio.input.turn_detection": audio_input.turn_detection,
@@ -249,6 +249,11 @@ def check_supported(config: RealtimeSessionConfig | ResponseConfig, path: str) -
 def tools_text(tools: list[Tool]) -> str:
     """Returns a list of tools as the model reads it."""
     return dumps([msgspec.to_builtins(tool) for tool in tools])
+
+
+def _input_of(change: RealtimeSessionConfig) -> AudioInput:
+    """Returns what a change says of the user's sound; without fields if it says nothing."""
+    return change.audio.input if change.audio and change.audio.input else AudioInput()
 
 
 def _format_resource(format: AudioFormat) -> dict[str, Any]:
