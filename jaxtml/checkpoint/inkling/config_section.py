@@ -15,6 +15,8 @@ from jaxtml.errors import InputError
 
 _LONGEST_VALUE = 60  # characters of a value that a message repeats
 
+_AGAIN = "take the config.json that belongs to these weights"
+
 
 class ConfigSection:
     """One section of `config.json`, for example `text_config`.
@@ -41,18 +43,20 @@ class ConfigSection:
         """Returns an integer from 0 to `most`."""
         value = self.value(*names, default=default)
         if value is None:
-            raise InputError(f"config.json has no {names[0]} in its {self.name}")
+            raise InputError(f"config.json has no {names[0]} in its {self.name}: {_AGAIN}")
         if type(value) is not int or not 0 <= value <= most:
-            raise InputError(f"config.json: {names[0]} is {short_repr(value)}, not an integer from 0 to {most}")
+            raise InputError(
+                f"config.json: {names[0]} is {short_repr(value)}, not an integer from 0 to {most}: {_AGAIN}"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Returns a finite number."""
         value = self.value(name, default=default)
         if value is None:
-            raise InputError(f"config.json has no {name} in its {self.name}")
+            raise InputError(f"config.json has no {name} in its {self.name}: {_AGAIN}")
         if type(value) not in (int, float) or not abs(value) < 2**63:
-            raise InputError(f"config.json: {name} is {short_repr(value)}, not a number")
+            raise InputError(f"config.json: {name} is {short_repr(value)}, not a number: {_AGAIN}")
         return float(value)
 
     def indices(self, name: str, size: int) -> list[int] | None:
@@ -61,7 +65,9 @@ class ConfigSection:
         if value is None:
             return None
         if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < size for i in value):
-            raise InputError(f"config.json: {name} is {short_repr(value)}, not a list of integers below {size}")
+            raise InputError(
+                f"config.json: {name} is {short_repr(value)}, not a list of integers below {size}: {_AGAIN}"
+            )
         return value
 
     def layer_kinds(self, name: str, kinds: tuple[str, str], layers: int) -> list[str] | None:
@@ -71,7 +77,8 @@ class ConfigSection:
             return None
         if not isinstance(value, list) or len(value) != layers or any(kind not in kinds for kind in value):
             raise InputError(
-                f"config.json: {name} is {short_repr(value)}, not a list of {' or '.join(kinds)} for {layers} layers"
+                f"config.json: {name} is {short_repr(value)}, not a list of {' or '.join(kinds)} for {layers} "
+                f"layers: {_AGAIN}"
             )
         return value
 

@@ -53,7 +53,12 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: str | Path, seed: int = 0):
         self.directory, self.seed = Path(directory), seed
-        config = config_from_inkling(read_json(self.directory / "config.json"), model_name(self.directory.resolve()))
+        try:
+            released = read_json(self.directory / "config.json")
+            config = config_from_inkling(released, model_name(self.directory.resolve()))
+        except InputError as error:  # the error of a field does not know the directory
+            text = str(error)
+            raise InputError(f"{self.directory}/{text}" if text.startswith("config.json") else text) from error
         self.stored = stored_tensors(self.directory)
         self.config = self._without_missing_heads(config)
         self.specs = spec_table(self.config)

@@ -119,7 +119,7 @@ def load_config(directory: str | Path) -> Config:
     if not directory.is_dir():
         raise InputError(f"no checkpoint directory {directory}: name the directory of a checkpoint or a training run")
     if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory} is not a jaxtml checkpoint: it has no {CONFIG}")
+        raise InputError(f"{directory} is not a jaxtml checkpoint, because it has no {CONFIG}: name another directory")
     check_not_pointer(directory / CONFIG)
     try:
         config = from_json((directory / CONFIG).read_text())
