@@ -141,10 +141,11 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 def _read_head(folder: Path) -> CacheHead:
     try:
-        return json.loads((folder / "cache.json").read_bytes())
+        head = json.loads((folder / "cache.json").read_bytes())
+        return {"digest": str(head["digest"]), "rows": int(head["rows"])}
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no cache of rows: build one with `jaxtml data --rows N`") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'cache.json'} is damaged: remove the folder and build the cache anew") from error
 
 

@@ -45,7 +45,7 @@ class TextCodec:
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # The library raises a bare Exception on malformed files.
-            raise InputError(f"{path} is not a tokenizer file: {error}") from error
+            raise InputError(f"{path} is not a tokenizer file: {error}; copy it again from where it came") from error
 
     @classmethod
     def train(cls, corpus: Iterable[str], size: int) -> TextCodec:

@@ -85,3 +85,10 @@ def test_the_digest_of_a_cache_is_that_of_its_dataset_and_its_number_of_rows(dat
 def test_a_folder_without_a_cache_is_refused(dataset, tmp_path):
     with pytest.raises(InputError, match="holds no cache"):
         cache.CachedRows.open(dataset.config, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"digest": "", "rows": "many"}'])
+def test_a_damaged_head_is_named(tmp_path, text):
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(InputError, match=r"cache.json is damaged: remove the folder and build"):
+        cache.check_count(tmp_path, 64)
