@@ -25,6 +25,9 @@ def cache_folder() -> Path | None:
 
 
 def is_writable_folder(folder: Path) -> bool:
-    """Returns whether files can be written into `folder`, which is made first if it does not exist."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    """Makes `folder` if it does not exist. Returns whether files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)

@@ -92,6 +92,17 @@ def path_name(text: str) -> str:
     return text
 
 
+def folder_name(text: str) -> str:
+    """An argument type: the name of a checkpoint or run, as `path_name`. TensorStore reads names in UTF-8 alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.80} is not UTF-8: rename the folder, or set LC_ALL to a UTF-8 locale such as C.UTF-8"
+        ) from None
+    return path_name(text)
+
+
 def worker_count(cores_each: int) -> Callable[[str], int]:
     """Returns an argument type: how many processes, at least 1, or "auto".
 
@@ -125,7 +136,7 @@ def add_repeatable(parser: argparse.ArgumentParser, option: str, metavar: str, h
 
 def add_config(parser: argparse.ArgumentParser, help: str = "the name of a config in configs/, or its path") -> None:
     """Adds the positional CONFIG and the repeatable option `--set A.B=C`."""
-    parser.add_argument("config", type=path_name, metavar="CONFIG", help=help)
+    parser.add_argument("config", type=folder_name, metavar="CONFIG", help=help)
     add_repeatable(parser, "--set", "A.B=C", "give a field of the config another value")
 
 
@@ -133,7 +144,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds `--checkpoint DIR`. The default is the checkpoint that ships with the package."""
     parser.add_argument(
         "--checkpoint",
-        type=path_name,
+        type=folder_name,
         default=SHIPPED,
         metavar="DIR",
         help="the directory of a checkpoint (default: the tiny model that ships with jaxtml)",
@@ -206,13 +217,13 @@ def check_parent(output: Path) -> None:
 
 def _try_writing(path: str, output: Path) -> None:
     """Raises `InputError` if no file can be made beside `output`, or if `output` may not be replaced."""
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
     try:  # Files are written beside their place under a longer name, and then renamed.
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"):
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; name another file or folder") from error
+    if output.exists() and not os.access(output, os.W_OK):
+        raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
 
 
 def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:

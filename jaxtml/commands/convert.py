@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 
-from jaxtml.commands.arguments import path_name
+from jaxtml.commands.arguments import folder_name
 
 HELP = "convert a checkpoint between the jaxtml format and Inkling's"
 EXAMPLE = "convert inkling_dir out --to orbax --verify"
@@ -14,11 +14,11 @@ EXAMPLE = "convert inkling_dir out --to orbax --verify"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
-        type=path_name,
+        type=folder_name,
         metavar="SRC",
         help="the directory of a jaxtml checkpoint, an Inkling checkpoint or a training run",
     )
-    parser.add_argument("dst", type=path_name, metavar="DST", help="the directory to write; it must be new or empty")
+    parser.add_argument("dst", type=folder_name, metavar="DST", help="the directory to write; it must be new or empty")
     parser.add_argument(
         "--to",
         choices=("orbax", "hf"),

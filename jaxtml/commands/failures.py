@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from jaxtml.errors import InputError
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 LONGEST = 300  # characters of a library's text that a message repeats
 
 _OS_ERRORS: dict[int, str] = {
@@ -65,12 +66,17 @@ _MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields the error, then the errors that caused it: libraries wrap the error of a disk in errors of their own."""
+    """Yields the error, then the errors that caused it: libraries wrap the error of a disk in errors of their own.
+
+    Libraries often do so without `raise ... from`. Our code never does: an error that our code raises while it handles
+    another one is a mistake in our code.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen and not isinstance(error, _MISTAKES):
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        has_context = not error.__suppress_context__ and not _raised_in(error).startswith(_PACKAGE)
+        error = error.__cause__ or (error.__context__ if has_context else None)
 
 
 def _of_system(error: BaseException) -> str | None:
@@ -119,7 +125,7 @@ def _of_backend(error: BaseException) -> str | None:
 
     With JAX_PLATFORMS=cuda and no GPU, JAX ends at an assertion without text.
     """
-    if isinstance(error, AssertionError) and _raised_in(error) == ("xla_bridge.py", "backends"):
+    if isinstance(error, AssertionError) and _raised_in(error).endswith("xla_bridge.py"):
         name = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         return f"JAX has no such device here ({name}): unset JAX_PLATFORMS or set it to cpu"
     if not (isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error))):
@@ -145,10 +151,10 @@ _EXPLANATIONS: tuple[Callable[[BaseException], str | None], ...] = (
 )
 
 
-def _raised_in(error: BaseException) -> tuple[str, str] | None:
-    """Returns the names of the file and of the function in which an error was raised."""
+def _raised_in(error: BaseException) -> str:
+    """Returns the path of the file in which an error was raised; "" if it was raised nowhere."""
     frames = traceback.extract_tb(error.__traceback__)
-    return (os.path.basename(frames[-1].filename), frames[-1].name) if frames else None
+    return frames[-1].filename if frames else ""
 
 
 def _is_of_jax(error: BaseException) -> bool:

@@ -194,6 +194,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     atexit.register(gc.freeze)
     is_program = argv is None  # else a test calls this function, and its process goes on
     if is_program:
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # None if the caller has closed it
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         threading.excepthook = _report_thread
         sys.excepthook = _report_callback
         sys.unraisablehook = _report_unraisable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.files import TOKENIZER
-from jaxtml.commands.arguments import add_config, count, path_name, worker_count
+from jaxtml.commands.arguments import add_config, count, folder_name, path_name, worker_count
 from jaxtml.errors import InputError
 
 if TYPE_CHECKING:  # heavy to import
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "the name of a config in configs/, its path, or `vocoder`")
     parser.add_argument(
         "--workdir",
-        type=path_name,
+        type=folder_name,
         required=True,
         metavar="DIR",
         help="the folder of the run; a run that was interrupted is resumed",
@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocoder",
-        type=path_name,
+        type=folder_name,
         metavar="DIR",
         help="the model gets the vocoder of this directory: a run of `jaxtml train vocoder`, or a checkpoint",
     )
     parser.add_argument(
         "--start-from",
-        type=path_name,
+        type=folder_name,
         metavar="DIR",
         help="a checkpoint whose parameters a new run starts with; for the vocoder, also a run of it",
     )

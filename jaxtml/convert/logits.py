@@ -60,7 +60,8 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path, me
         with open(out, "wb") as file:
             np.save(file, logits)
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
+        reason = error.strerror or "the disk is full, or a quota is used up"  # NumPy's error has no number
+        raise InputError(f"cannot write {out}: {reason}; name another file or folder") from error
 
 
 def text_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:

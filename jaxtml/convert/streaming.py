@@ -66,7 +66,7 @@ def copy_parameters(
         raise InputError(f"cannot write {destination}: {problem.format(destination.parent)}")
     if not os.access(destination.parent, os.W_OK):
         raise InputError(
-            f"cannot write {destination}: the permissions of {destination.parent} do not allow it; name another"
+            f"cannot write {destination}: {destination.parent} is read-only for this user; name another folder"
         )
     folder = destination.with_name(f".{destination.name}.converting")
     work = conversion_chunks(sink.specs, sink.dtype)

@@ -16,6 +16,7 @@ from jaxtml.commands.arguments import (
     check_outputs,
     count,
     exit_status,
+    folder_name,
     path_name,
     worker_count,
 )
@@ -53,6 +54,9 @@ def test_counts_and_amounts_are_positive():
         with pytest.raises(argparse.ArgumentTypeError, match="is an address, .* copy or mount it here"):
             path_name(address)
     assert path_name("C:/x") == "C:/x"
+    assert folder_name("naïve") == "naïve"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'a\\udcff' is not UTF-8: rename the folder"):
+        folder_name(os.fsdecode(b"a\xff"))
     for kind, text in ((count, "1.5"), (count, ""), (amount, "x")):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a .*number"):
             kind(text)
@@ -86,6 +90,15 @@ def test_a_device_that_jax_lacks_is_named_and_another_assertion_is_a_fault(monke
             exec(program)
         lines.append(explain(failed.value))
     assert lines == ["JAX has no such device here (JAX_PLATFORMS=cuda): unset JAX_PLATFORMS or set it to cpu", None]
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_error_that_it_met(monkeypatch):
+    for file, line in (("/x/library.py", "run: there is no such file or folder: check the path"), (__file__, None)):
+        monkeypatch.setattr("jaxtml.commands.failures._PACKAGE", os.path.dirname(__file__))
+        program = "try:\n    raise FileNotFoundError(2, 'x', 'run')\nexcept OSError:\n    raise ValueError('y')"
+        with pytest.raises(ValueError, match="y") as failed:
+            exec(compile(program, file, "exec"))
+        assert explain(failed.value) == line
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ def test_logits_depend_on_earlier_tokens_alone_and_bad_tokens_are_refused(jaxtml
     assert "must lie in 0..299" in refusal(*argv, tmp_path / "big.npy")
     np.save(tmp_path / "float.npy", ids * 1.0)
     assert "integer array" in refusal(*argv, tmp_path / "float.npy")
+    assert "cannot write /dev/full: No space left on device; name another" in refusal(
+        *argv[:4], "/dev/full", "--tokens", tmp_path / "one.npy"
+    )
     assert "absent.npy: write the token ids with numpy.save, and" in refusal(*argv, tmp_path / "absent.npy")
     assert "argument --tokens: https://a/b.npy is an address" in refusal(*argv, "https://a/b.npy")
 

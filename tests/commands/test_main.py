@@ -50,6 +50,12 @@ def test_an_argument_too_many_is_named_with_its_command(jaxtml, command):
     assert err == f"jaxtml {command[0]}: unrecognized arguments: extra --nosuch; see `jaxtml {command[0]} --help`\n"
 
 
+def test_a_command_runs_though_its_output_is_closed():
+    program = [sys.executable, "-m", "jaxtml", "info", "nosuch"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_reads_that_end_after_orbax_gave_up_are_not_reported(monkeypatch):
     reported = []
     monkeypatch.setattr(sys, "__unraisablehook__", reported.append)
@@ -76,6 +82,7 @@ def test_a_cache_folder_is_used_only_if_it_can_be_written(tmp_path):
     assert is_writable_folder(tmp_path / "not" / "there")
     (tmp_path / "file").touch()
     assert not is_writable_folder(tmp_path / "file" / "compiled")
+    assert not is_writable_folder(Path("/proc/jaxtml"))
 
 
 def test_help_imports_nothing_that_takes_long():
