@@ -164,6 +164,15 @@ def test_the_parts_that_a_release_lacks_are_named(release, releasable, warnings)
     assert len(warnings) == 1 and "vocoder" not in warnings[0]
 
 
+def test_a_rate_that_stays_is_not_said_to_jump(run, config, data, warnings, monkeypatch):
+    for last, expected in ((1e-3, 0), (2e-3, 1)):
+        rates = iter((0.0, 1e-3, last))  # of the former course, of the new one, and of the last step
+        monkeypatch.setattr(storage, "rate_at", lambda *_, rates=rates: next(rates))
+        storage.claim(run, longer(config), data, "digest")
+        storage.write_atomically(run / "config.json", configs.to_json(config))
+        assert len(warnings) == expected
+
+
 def test_how_a_run_begins_is_logged_under_the_name_of_the_loop(caplog):
     loop._warn("100% of the clock is new")
     assert (caplog.records[-1].filename, caplog.records[-1].levelname) == ("loop.py", "WARNING")
