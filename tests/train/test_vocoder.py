@@ -152,6 +152,16 @@ def test_a_models_checkpoint_gives_its_vocoder(small, params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, vocoder, params["vocoder"])
 
 
+def test_a_run_of_other_sizes_is_not_said_to_start_a_new_one(tmp_path):
+    settings = {"vocoder": {"width": 8}, "training": {"seed": 0}, "steps": 5}
+    storage.claim(tmp_path, config(), settings)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(InputError, match="steps is 5 in the run and 6 now.*name a new --workdir, with --start-from"):
+        storage.claim(tmp_path, config(), settings | {"steps": 6})
+    with pytest.raises(InputError, match="vocoder.width is 8 in the run and 9 now.*or name a new --workdir$"):
+        storage.claim(tmp_path, config(), settings | {"vocoder": {"width": 9}})
+
+
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="jaxtml train vocoder"):
         load_vocoder(tmp_path)

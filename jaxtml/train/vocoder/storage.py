@@ -45,10 +45,12 @@ def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
         differences = compare(_read_settings(path), settings)
         if differences:
             names = join_names([str(difference) for difference in differences])
+            same_sizes = not any(difference.field.startswith("vocoder.") for difference in differences)
+            train_on = ", with --start-from this run to train its vocoder on" if same_sizes else ""
             raise InputError(
                 f"{workdir} holds a vocoder run of other settings ({names}): no setting can change in a run, and the "
                 "course of the learning rate depends on the steps; give the settings of the run, or name a new "
-                "--workdir, with --start-from this run to train its vocoder on"
+                f"--workdir{train_on}"
             )
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dumps(settings, indent=2) + "\n")
