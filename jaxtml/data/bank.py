@@ -11,9 +11,10 @@ shard, so that the content of a shard depends only on the utterances that the pl
     00012.pcm    samples of all utterances of a shard, one after the other (int16, 16 kHz)
     00012.jsonl  checksum of the samples, then one line per utterance, in the same order
 
-A bank of another plan is appended to. Two utterances are the same if all fields of `PlannedUtterance` are. Utterances
-that the bank has are kept, and missing ones are spoken into new shards. Utterances that the new plan does not have stay
-on disk and are not used. Such a bank has format 2 and one more file, which `bank.json` names:
+If `build` gets a folder with a bank of another plan, it appends the new plan to this bank. It keeps the utterances that
+the bank has, and speaks the missing ones into new shards. Utterances that the new plan does not have stay on disk and
+are not used. Two utterances are the same if all fields of `PlannedUtterance` are. An appended bank has format 2 and one
+more file, which `bank.json` names:
 
     order-1f2e3d4c5b6a7988.jsonl  one line per utterance, in the order of the plan: the number of its shard, its fields
 
@@ -138,7 +139,7 @@ def build(folder: Path, shards: Shards, workers: int, speak: Speak = _synthesise
     has_head = (folder / "bank.json").exists()
     if not has_head and not _numbers(folder):
         _write_head(folder, BankHead(format=FORMAT, plan=plan, shards=len(shards), items=sum(map(len, shards))))
-    elif not has_head or _read_head(folder)["plan"] != plan:  # without its head, a bank is known by its shards
+    elif not has_head or _read_head(folder)["plan"] != plan:  # shards without `bank.json` count as another plan's
         _append_plan(folder, shards, adapt, _read_head(folder)["shards"] if has_head else 0)
     contents = _contents(folder, shards)
     missing = [number for number in contents if not _index_path(folder, number).exists()]
@@ -172,7 +173,8 @@ def missing_utterances(folder: Path, shards: Shards, adapt: Adapt | None = None)
 def _append_plan(folder: Path, shards: Shards, adapt: Adapt | None, count: int) -> None:
     """Gives a bank of `count` shards another plan: writes which shard has each utterance, or will have it.
 
-    The head is written last, and names the file that was written before it. So the bank has either plan at any time.
+    The head is written last, and names the file that was written before it. So a build that is killed leaves a bank
+    with the former plan or with the new one, never with parts of both.
     """
     plan, spoken = _digest(shards), _spoken(folder)
     wanted = shards if adapt is None else adapt(list(spoken))

@@ -3,8 +3,8 @@
 A plan is a pure function of voices, texts, counts, a seed, and the utterances that a bank already has. Called by
 `jaxtml.data.conversations`, which has the plan spoken by `jaxtml.data.bank.build`.
 
-A new text changes the random draws of most plans. So a plan for a bank that exists keeps the bank's utterances where
-they serve as well as new ones (`_keep_sentences`, `_keep_words`).
+A new text changes the random draws of most plans. So a plan for an existing bank keeps the bank's utterances where new
+ones would be no better (`_keep_sentences`, `_keep_words`).
 
 How to add a voice: add its name to `jaxtml.data.voices.registry` with its split (train or test, never both). Then add
 two `VoiceGroup`s to `full_voice_groups`: one for sentences, and one with `single_words`. The second one says each word
@@ -203,8 +203,8 @@ def _fits(utterance: PlannedUtterance, group: VoiceGroup) -> bool:
 def _keep_sentences(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
     """Replaces planned sentences by spoken ones of the same voice, except where the text is new.
 
-    A spoken sentence serves as well if the plan has its text, with whatever voice. New texts are spoken as often as
-    they are planned.
+    The text of the spoken sentence may differ from that of the planned one, but the plan must have it too, for some
+    voice. A text that no usable utterance has is new. New texts are spoken as often as they are planned.
     """
     texts, spoken_texts = {utterance.text for utterance in planned}, {utterance.text for utterance in usable}
     exact = set(planned) & set(usable)
@@ -221,9 +221,10 @@ def _keep_sentences(planned: list[PlannedUtterance], usable: list[PlannedUtteran
 
 
 def _keep_words(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
-    """Replaces planned utterances of single words by spoken ones of the same voice. Each word is said as often.
+    """Replaces planned utterances of single words by spoken ones of the same voice.
 
-    Words that are missing then are planned anew. The last utterance of a voice is filled up with words that were said.
+    Each voice still says each word as often as planned. Words that the spoken utterances lack are planned anew. If they
+    do not fill the last utterance of a voice, other words of the voice's plan fill it up, and are said once more.
     """
     by_voice: dict[str, list[PlannedUtterance]] = {}
     for utterance in planned:

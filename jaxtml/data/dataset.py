@@ -23,8 +23,8 @@ A class that also has `conversation` and `encoded` (`ConversationDataset`) can d
 its rows. During training the trainer opens its split "test" and lets the model answer some of those conversations.
 
 A patch takes 38 kB of every row. A class whose fullest row has fewer patches than the config allows has `max_patches`
-(`CountsPatches`), and gives this number to `pad`. Other classes can be bounded with `data.max_patches`, which they
-give to `encode`.
+(`CountsPatches`), and gives this number to `pad`. For other classes, the user can limit the patches of a row with
+`data.max_patches`, and the class gives that number to `encode`.
 """
 
 from __future__ import annotations

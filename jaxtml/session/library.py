@@ -69,8 +69,7 @@ class Model:
     """A loaded model. It may have any number of sessions. Only one thread at a time may use it and its sessions.
 
     The first session compiles the step that computes 200 ms of a session. That takes between seconds (`tiny`) and
-    minutes. Set
-    `JAX_COMPILATION_CACHE_DIR` to a folder to keep compiled programs from run to run.
+    minutes. Set `JAX_COMPILATION_CACHE_DIR` to a folder to keep compiled programs from run to run.
     """
 
     def __init__(self, engine: Engine):

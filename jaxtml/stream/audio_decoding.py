@@ -1,7 +1,7 @@
 """Decodes a part of a recording into blocks of samples, and notes what a listener would want to know about it.
 
 libsndfile decodes WAV, AIFF, CAF, AU and whole Ogg exactly. PyAV (FFmpeg) decodes everything else, such as the files of
-phones and browsers, and what of a damaged file can still be read. Called by `jaxtml.stream.audio_file`.
+phones and browsers. It also decodes the readable pieces of damaged files. Called by `jaxtml.stream.audio_file`.
 
 Axes: n samples of a block, C channels.
 """

@@ -43,7 +43,7 @@ STDIN = "-"
 # that somebody stored as floats.
 _LOUDEST = 16.0
 _MOST_PIPED = 4 << 30  # bytes that are read from a pipe: more than four hours of 16-bit stereo at 48 kHz
-_MOST_WAV = (1 << 32) - 64  # bytes of samples whose length a WAV header can say
+_MOST_WAV = (1 << 32) - 64  # the most bytes of samples in a WAV file, whose header has 32 bits for a length
 
 
 def read_audio(path: str | os.PathLike[str]) -> np.ndarray:

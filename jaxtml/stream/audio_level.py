@@ -31,7 +31,7 @@ class Channels:
     Attributes:
       compared_s: seconds with sound.
       cancelled_s: seconds with sound whose channels cancel each other when they are added.
-      power: `[C]`, the power of each channel where they cancel.
+      power: `[C]`, the power of each channel, summed over the seconds in which the channels cancel each other.
       silent_s: `[C]`, seconds in which this channel is silent, other channels have sound, and nothing cancels.
       clipped, samples: the number of samples that are clipped, and of all samples.
     """

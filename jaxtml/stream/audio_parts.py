@@ -1,7 +1,7 @@
 """Finds the parts of a recording's file: files that were joined end to end, and headers whose lengths are wrong.
 
 Programs that write into a pipe cannot go back to fill in the lengths. A program that is killed does not either.
-Decoders believe the lengths, and then hear nothing or a piece. Joined files are heard to the end of the first one.
+Decoders believe the lengths, and then decode nothing or only a piece. Of joined files, they decode only the first.
 So `find_parts` walks over the containers here, and `jaxtml.stream.audio_decoding` decodes each part on its own.
 
 Sources: the RIFF and WAVE specification of 1991; EBU Tech 3306 (RF64); Sony's Wave64; Apple's AIFF-C and CAF; RFC 3533
@@ -135,7 +135,9 @@ _CAF = _Layout(8, 4, ">Q", 1, b"data")
 
 _JOINED_WAVE = re.compile(rb"RIFF.{4}WAVE(?=fmt |LIST|JUNK|bext)", re.DOTALL)
 
-_MOST_KEPT = 1 << 20  # bytes of a chunk before the samples that a mended header repeats; longer ones are pictures
+# A mended header repeats the chunks that stand before the samples: of each chunk, at most this many bytes. Only chunks
+# with pictures are longer.
+_MOST_KEPT = 1 << 20
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")  # tags that players append behind the last chunk
 
 
@@ -179,7 +181,8 @@ def _chunked_part(data: Data, start: int, layout: _Layout) -> tuple[Part, int | 
     following = _end_of_chunks(data, start, body + size, layout) if body + size <= len(data) else None
     if following is not None and not is_misaligned:
         return Part(start, following), following if following < len(data) else None
-    # Decoders look for samples where the padding should be, and believe a length that is wrong.
+    # From here on, the padding of a chunk is missing, or the length of the samples is wrong. Decoders would look for
+    # the samples in the wrong place, or believe the wrong length. So the part gets a new header.
     end, promised = body + size, 1.0
     if following is None:
         joined = _JOINED_WAVE.search(data, body) if layout is _WAVE else None
@@ -277,7 +280,8 @@ def _au_part(data: Data) -> Part:
 def _ogg_parts(data: Data) -> Iterator[Part]:
     """Yields the links of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning.
 
-    libsndfile leaves out what is damaged or missing, so that all later sound is too early. PyAV tells the times.
+    libsndfile leaves out damaged and missing pages, so that all later sound is too early. PyAV says at what time each
+    frame belongs, so PyAV decodes the damaged links.
     """
     start = position = 0
     is_beginning, has_end, is_damaged = True, False, False

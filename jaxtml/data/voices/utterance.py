@@ -82,7 +82,10 @@ def tokens_of(text: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Returns the text as engines read it: its tokens, with one space between words. Engines count its characters."""
+    """Returns the text as eSpeak and Flite read it: its tokens, with one space between words.
+
+    eSpeak reports at which character of this text each word starts.
+    """
     return re.sub(r" (?=[,.;:!?])", "", " ".join(tokens_of(text)))
 
 

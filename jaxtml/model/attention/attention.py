@@ -81,7 +81,8 @@ class Attention(nnx.Module):
           x: `[B, T, D]`, normed hidden states.
           step: where the T tokens stand in their sessions; None: they are complete sequences.
           cache: keys and values of the sessions; needed with `step`.
-          tails: the tails of the two short convolutions, of keys and of values; None: zeros.
+          tails: the tails of the two short convolutions, of keys and of values: their last inputs before these T
+            tokens. None: zeros.
           layer_index: empty, or the layer's index in a stack. In the latter case, `cache` is that of the complete
             stack.
 

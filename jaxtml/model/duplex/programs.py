@@ -148,7 +148,8 @@ class Duplex:
     def compiled(self, params: Params, batch: int, mesh: Mesh | None = None) -> Step:
         """Returns the step compiled ahead of time for `batch` slots; it donates the state and can never recompile.
 
-        On a mesh (which has to be set), every device gets all outputs, so that any process can read them.
+        On a mesh (which the caller sets with `jax.set_mesh`), every device gets all outputs, so that any process can
+        read them.
         """
 
         def replicated(

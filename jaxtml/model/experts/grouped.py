@@ -72,7 +72,10 @@ def grouped_swiglu(
 
 
 def _traces_for_gpu() -> bool:
-    """Returns whether programs are traced for a GPU, which need not be present: tokamax refuses other platforms."""
+    """Returns whether programs are traced for a GPU; tokamax refuses to be traced for other platforms.
+
+    The GPU need not be present: the default device may be only the description of a GPU.
+    """
     return jax.extend.backend.get_default_device().platform in ("gpu", "cuda")
 
 
