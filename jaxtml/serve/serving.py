@@ -270,8 +270,9 @@ def _freeze_loaded_objects() -> None:
     """Takes all loaded objects out of garbage collection: to scan them takes longer than the time between ticks."""
     gc.collect()
     gc.freeze()
-    # Python runs the next full collection when the number of objects has grown by a quarter since the last one. After
-    # this call Python counts from the few objects that are not frozen.
+    # Python runs the next full collection when the number of objects has grown by a quarter since the last one. The
+    # collection above counted all loaded objects. The collection below counts only the few that are not frozen. So the
+    # next full collection comes early, and is short.
     gc.collect()
 
 

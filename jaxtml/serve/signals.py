@@ -7,7 +7,8 @@
 | SIGHUP | reads the files of `--keys`, `--tls-cert` and `--tls-key` again; without such files it drains |
 | SIGHUP because its terminal was closed | drains; after `nohup` the server goes on |
 
-Called by `serve.serving`. On other hosts of a pod `serve.runtime.hosts` passes the signals in `DRAINS` on.
+Called by `serve.serving`. On the other hosts of a pod, `serve.runtime.hosts` asks the first host to drain at the
+signals that `follower_drains` returns.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class ServerSignals:
 
 
 def follower_drains(has_files: bool) -> tuple[signal.Signals, ...]:
-    """Returns the signals at which a process on another host asks the first host to drain, and ignores SIGHUP if not.
+    """Returns the signals at which a process on another host asks the first host to drain.
+
+    If SIGHUP is not one of them, this process ignores SIGHUP from now on.
 
     Args:
       has_files: the first host reads files again at SIGHUP. A supervisor may send SIGHUP to all hosts.

@@ -4,8 +4,9 @@ A protocol declares each message of its clients as a subclass of `Event`. The fi
 `MessageTypes` reads the messages that a client may send at one point of a session. Used by the protocols whose messages
 are JSON.
 
-Every field is done, or refused with an error, or declared with `no_effect` and named to the client by
-`fields_without_effect`. `tests/serve/protocols/test_fields.py` has the list of all fields.
+Every field has an effect, or is refused with an error, or is declared with `no_effect`. `fields_without_effect` returns
+the fields without effect that a client has set, and the protocols name these to the client.
+`tests/serve/protocols/test_fields.py` has the list of all fields.
 """
 
 from __future__ import annotations

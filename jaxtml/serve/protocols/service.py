@@ -23,7 +23,8 @@ from jaxtml.serve.sessions.manager import SessionManager
 from jaxtml.serve.transport.connection import MESSAGE_BYTES, Connection
 from jaxtml.serve.transport.endings import ENDS_SESSION, ConnectionEnd
 
-# Under this name a request has the beginning of the browser's path that a proxy has removed. The middleware sets it.
+# A proxy may have removed the beginning of the path that the browser asked for. The middleware stores this beginning in
+# the request under this key.
 PUBLIC_PREFIX = web.RequestKey("public_prefix", str)
 
 # Browsers cannot set headers of a WebSocket, so they send the key as a subprotocol with this prefix.
@@ -85,9 +86,10 @@ class Service:
             raise Refused(404, "model_not_found", self.model.refuse(name))
 
     def count_refusal(self, refused: Refused, request: web.Request) -> None:
-        """Counts a refusal: of an HTTP request, or of the first message on its WebSocket. Logs those that clients get.
+        """Counts a refusal: of an HTTP request, or of the first message on its WebSocket.
 
-        Other GET requests come from probes, which ask again and again.
+        Also logs the refusal if the request comes from a web page, asks for a WebSocket or is a POST. Other GET
+        requests come from probes, which ask again and again.
         """
         self.metrics.rejections.labels(refused.code).inc()
         if "Origin" in request.headers or "Upgrade" in request.headers or request.method == "POST":

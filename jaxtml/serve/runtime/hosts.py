@@ -42,7 +42,7 @@ from jaxtml.strict_json import dumps
 _INVITATION_BYTES = 512  # size of the broadcast that tells followers where the leader is
 _CONNECT_S = 60.0  # within this time all followers must have connected
 _SECRET_S = 5.0  # within this time a new connection must show the secret
-# Tells the server to drain because a follower got SIGTERM or SIGINT. Sending this signal again does no harm.
+# Tells the server to drain because a follower asks for it. Sending this signal again does no harm.
 DRAIN_SIGNAL = signal.SIGUSR1
 
 
@@ -84,7 +84,7 @@ class Leader:
     def _watch(self, follower: socket.socket) -> None:
         """Waits, in a thread, for news of a follower.
 
-        A byte means that the follower got SIGTERM or SIGINT. A closed connection means that the follower is gone.
+        A byte means that the follower asks the server to drain. A closed connection means that the follower is gone.
         """
         try:
             while follower.recv(1):

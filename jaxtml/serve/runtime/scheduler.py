@@ -232,8 +232,8 @@ class ScheduledSession:
 
         Args:
           mark: TYPED or BACKGROUND.
-          in_order: the text belongs to an earlier conversation, which the model reads in its order, behind background
-            text that was queued before.
+          in_order: the text is a message of an earlier conversation. The model reads these messages one after the
+            other, after the background text that was queued before them.
         """
         return self.typed if mark is Control.TYPED and not in_order else self.other
 

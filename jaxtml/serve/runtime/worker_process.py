@@ -109,12 +109,12 @@ class WorkerProcess:
         raise ConnectionError("the model's process is gone")
 
     async def close(self) -> None:
-        """Ends the worker. No tick may be running."""
+        """Ends the worker. No call of `tick` may be in progress."""
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(_END_S):
                 self.writer.write(END_FRAME)
                 self.writer.write_eof()
-                while await self.reader.read(2**16):  # the reply of a tick that was cancelled may still arrive
+                while await self.reader.read(2**16):  # the reply to a cancelled call of `tick` may arrive
                     pass
                 await self.process.wait()
         if self.process.returncode is None:

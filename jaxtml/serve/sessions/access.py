@@ -157,7 +157,8 @@ class Access:
     def replace_keys(self, other: Access) -> None:
         """Takes over the keys and the secret of `other`. What the keys have used stays counted, by their names.
 
-        Short-lived keys stay valid if their key is still there, and the secret is the same or random in both files.
+        A short-lived key stays valid if the key from which it was made is still there, and the secret stays the same.
+        The server's random secret stays the same if neither the old nor the new file has a secret.
         """
         if other._has_own_secret or self._has_own_secret:
             self.secret, self._has_own_secret = other.secret, other._has_own_secret

@@ -132,8 +132,8 @@ class ClientSession:
     def close(self) -> None:
         """Closes the session: the model no longer hears the client.
 
-        The session ends when the model has heard and read all input that waits and is silent, or after `closing_s` of
-        `Limits`.
+        The session ends when the model is silent and no input waits to be heard or read. It ends after `closing_s` of
+        `Limits` at the latest.
         """
         self.closing_at = self.closing_at or time.monotonic()
         self.scheduled.jitter_buffer.muted = True

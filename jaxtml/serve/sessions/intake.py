@@ -23,8 +23,8 @@ from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import SAMPLE_RATE
 from jaxtml.stream.tokens import Control
 
-# Of text that waits for its micro-turn. What the user types has limits of its own, so that long instructions cannot
-# keep the user from typing.
+# The most text that may wait for its micro-turn, in each of a session's two queues of text. What the user types has its
+# own queue, so long instructions cannot keep the user from typing.
 _MAX_WAITING_TOKENS, _MAX_WAITING_PIECES = 24_576, 4096
 _MAX_APPEND_BYTES = 15 * 2**20  # of audio in one message, as in OpenAI's Realtime API
 _PIECE_S = 10  # seconds of audio that are decoded at a time, as much as a jitter buffer holds

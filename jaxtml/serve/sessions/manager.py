@@ -152,8 +152,8 @@ class SessionManager:
     def _away_session(self, grant: Grant) -> ClientSession | None:
         """Returns a session of a key whose client is away; None: there is none.
 
-        It ends if the key may have no more sessions and a new one begins. So a page that is opened again in place of
-        the one before is not refused because of the one before.
+        `admit` ends this session if the key may have no more sessions. So a visitor who leaves the page and opens it
+        again is not refused because of the old session.
         """
         for session in self.sessions.values():
             scheduled = session.scheduled

@@ -5,8 +5,9 @@ data channel of a WebRTC peer (`serve.transport.peer`). A session outlives its c
 
 The rules, which the tests hold:
 
-- A client that sends more audio than its session has room for is read ahead a little, and then not until there is room.
-  TCP then holds it back. If the client closes the connection meanwhile, a Close frame that was read ahead counts.
+- If a client sends more audio than its session has room for, the server reads a little ahead. It then reads nothing
+  until there is room, and TCP holds the client back. If the client closes the connection meanwhile, a Close frame that
+  was read ahead counts.
 - The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
   clients get a turn.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
@@ -104,8 +105,8 @@ def new_websocket() -> web.WebSocketResponse:
 class _WebSocket(web.WebSocketResponse):
     """A WebSocket that stays open after a message that is too large, so that its client can be told.
 
-    aiohttp reads nothing more then, and its method `receive` closes the WebSocket. Here the first such call does
-    nothing: the owner of the WebSocket sends an error and then closes it.
+    After such a message aiohttp reads nothing more, and its method `receive` calls `close`. Here this call of `close`
+    does nothing. The owner of the WebSocket sends an error and then calls `close` again.
     """
 
     _told = False
@@ -177,7 +178,8 @@ class WebSocketTransport:
     async def _let_client_finish(self) -> None:
         """Waits until the client has sent the rest of a message that is too large, which aiohttp discards.
 
-        A connection that is closed while its client sends is reset, and many clients then lose the error before it.
+        A connection that is closed while its client still sends is reset. Many clients then lose the error that was
+        sent to them before the reset.
         """
         until = time.monotonic() + _REST_S
         while time.monotonic() < until and self._transport is not None and not self._transport.is_closing():

@@ -2,8 +2,8 @@
 
 This file is the server's one table of these rules. The section "How a session ends" of docs/serving.md shows the same
 table, and tests/serve/transport/test_endings.py compares the two. `serve.transport.connection` finds out how a
-connection ended, and `serve.protocols.service` applies the rules. Before changing the table, know that a close code is
-all that a browser tells the server of a page that is left.
+connection ended, and `serve.protocols.service` applies the rules. Before changing the table, know that a browser
+tells the server nothing but a close code when its user leaves the page.
 
 The codes are those of the WebSocket protocol (RFC 6455, section 7.4, and IANA's registry). 1005 stands for a Close
 frame without a code, and 1006 for a connection that ends without a Close frame. Neither number is ever sent.

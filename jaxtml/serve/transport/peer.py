@@ -184,8 +184,8 @@ class Peer:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
-        # aiortc closes in a separate task, which goes on if the caller is cancelled. Otherwise a close that aiortc has
-        # already begun would fail.
+        # aiortc's `close` runs in a separate task, which goes on if the caller of this method is cancelled. aiortc may
+        # have begun to close already. Without the task, the cancelled caller would make that first close fail.
         closing = asyncio.ensure_future(self._pc.close())
         done, _ = await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
         if not done:  # aiortc waits for a task of its own that has failed

@@ -23,7 +23,8 @@ import soundfile
 from jaxtml.stream.timebase import MICRO_TURN_MS, SAMPLE_RATE
 
 _SPARE = 32  # samples by which the lengths of a resampler's chunks may differ
-# Samples of a frame for FFmpeg, at most. Six minutes of sound in one frame take at least twice as long as in these.
+# The most samples in one frame for FFmpeg. To resample six minutes of sound in a single frame takes at least twice as
+# long as in frames of this size.
 _FRAME_SAMPLES = 2**17
 _G711_SUBTYPES = {"pcmu": "ULAW", "pcma": "ALAW"}  # as soundfile names them
 

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from jaxtml.errors import InputError
 
 ALL, OPAQUE = "*", "null"
-"""Every origin, as `--allow-origin` names it. The origin of a page that has none: of a file, or in a sandbox."""
+"""`ALL` stands for every origin in `--allow-origin`. `OPAQUE` is what a browser sends for a page that has no
+origin: a page from a file or in a sandbox."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")

@@ -138,8 +138,8 @@ class SessionConfiguration:
     def _note_no_effect(self, change: RealtimeSessionConfig) -> None:
         """Notes which fields of the session have no effect after a change.
 
-        A field that the change does not mention stays noted. The change replaces the fields below as a whole, so what
-        was noted of them before is forgotten, also if they become null.
+        A field that the change does not mention stays noted. A change that sets a field of `replaced`, also to null,
+        replaces that field as a whole. Everything that was noted of that field before is then forgotten.
         """
         audio_input = _input_of(change)
         replaced = {

@@ -109,9 +109,9 @@ class Responses:
     def call_function(self, task: str) -> None:
         """Turns a delegation into a call of one of the client's functions.
 
-        The call is part of the current response, or of a new response if there is none. A response in which the model
-        has not spoken, or may have no second call, ends with the call. Without functions the delegation is dropped,
-        because nobody could answer it. It is also dropped if the client wants no calls.
+        The call is part of the current response, or of a new response if there is none. The response ends with the call
+        if the model has not spoken in it, or if the response may have only one call. Without functions the delegation
+        is dropped, because nobody could answer it. The delegation is also dropped if the client wants no calls.
         """
         settings = self._settings(None) if self.current is None else self.current.settings
         if not settings.tools or settings.tool_choice == "none":

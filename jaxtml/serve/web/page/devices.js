@@ -8,7 +8,7 @@ import { MICROPHONE_GONE, MICROPHONE_OFF, MICROPHONE_SILENT } from "./messages.j
 const RATE = 24000; // Hz, of all sound that goes to the server and comes from it
 const LOAD_MS = 5000; // the worklets must be loaded within this time
 const STARTED_MS = 2000; // the browser must have started the sound within this time
-const SILENT_PACKETS = 250; // 5 s: a microphone that gives only zeros for so long from its start on gives no sound
+const SILENT_PACKETS = 250; // 5 s: a microphone that has given only zeros since its start counts as silent then
 const PICTURE_MS = 200; // between two pictures of the camera: the model takes one every 200 ms
 
 // The browser's sound. Plays the model's voice.

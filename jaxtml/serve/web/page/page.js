@@ -13,8 +13,9 @@ import { WordList, showDelegation } from "./words.js";
 const LOUD = 0.006; // root mean square above which the user is speaking
 const ANSWER_S = 3; // what the model says later than this is no answer to the user's last sound
 const SHOWN_LATENCIES = 12;
-const ASK_AGAIN_MS = 3000; // until the page asks a server again that does not answer
-// Name in the session storage, while the page is away. Another server may be under another path of the same origin.
+const ASK_AGAIN_MS = 3000; // after this time, the page again asks a server that did not answer
+// Name of the saved conversation in the session storage. It contains the path of the page, because another server may
+// be under another path of the same origin.
 const SAVED = `jaxtml conversation ${new URL(".", location).pathname}`;
 const KEY_CODES = ["missing_api_key", "invalid_api_key", "expired_api_key", "insufficient_scope"];
 const OVER = new Error("the conversation is over"); // ends `startCamera`; the user is not told
@@ -134,7 +135,8 @@ async function loadModel() {
   notice = null;
   model = (await answer.json()).data[0].id;
   showModel();
-  // The request above carries no origin, but a conversation does: find out now whether the server accepts this page's.
+  // The request above carries no origin, but the requests of a conversation do. So find out now whether the server
+  // accepts the origin of this page.
   const preflight = await fetch("v1/live/sessions", { method: "OPTIONS" }).catch(() => null);
   const refused = preflight?.status === 403 ? await messages.errorOf(preflight) : {}; // of the server, or of a proxy
   if (refused.code === "origin_not_allowed") {
@@ -221,7 +223,8 @@ function begin(session = null) {
   ours.addEventListener("over", ({ detail }) => live === ours && onOver(detail));
 }
 
-// Opens the sound of a conversation that does not need it: its words are shown without it.
+// Opens the sound for a conversation that began with typed text or goes on after a reload. If the browser plays no
+// sound, the conversation goes on in words alone.
 async function openSound() {
   try {
     await sound.open();
@@ -233,8 +236,9 @@ async function openSound() {
   refresh();
 }
 
-// Runs `open` between the click on a button and the moment at which the model hears the source that `open` returns.
-// The user may have pressed End meanwhile; then the source is released. message: shown meanwhile.
+// Opens a source and gives it to the model.
+// message: shown until the source is open. open: opens the devices and returns { start, cancel }. `start(live)` returns
+// the source. `cancel()` releases the devices: it is called if the user has pressed End meanwhile.
 async function openSource(message, open) {
   const ours = { ...message };
   [asking, notice] = [ours, null];
@@ -281,7 +285,7 @@ function startTalking() {
 function onMicrophoneTrouble(message, gone) {
   trouble = message;
   if (gone) {
-    // The constructor of a microphone that has ended already calls this, before `source` is set.
+    // If the microphone has already ended, its constructor calls this function. `source` is set only after that.
     queueMicrotask(() => {
       source?.release();
       source = null;
@@ -531,7 +535,8 @@ $("camera").onclick = startCamera;
 $("stop").onclick = end;
 $("typing").onsubmit = (event) => {
   event.preventDefault();
-  if (type($("text").value.trim())) $("text").value = ""; // a conversation that ends leaves the text to the next one
+  // While a conversation ends, the text cannot be sent. It then stays in the field, for the next conversation.
+  if (type($("text").value.trim())) $("text").value = "";
 };
 $("access").onsubmit = (event) => {
   event.preventDefault();
