@@ -61,7 +61,8 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-# A mistake in a program. While such an error is raised, an error of a disk may be handled that has no part in it.
+# Mistakes in a program. The context of such an error may be an error of a disk that did not cause it. So `_chain` stops
+# at a mistake.
 _MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 

@@ -1,5 +1,7 @@
-"""`jaxtml plan`: compiles a program for hardware that this machine lacks, and reports its memory, FLOPs and predicted
-time."""
+"""`jaxtml plan`: compiles a program for hardware that this machine lacks.
+
+The report has the program's memory, its FLOPs and a lower bound on its time.
+"""
 
 from __future__ import annotations
 

@@ -144,9 +144,10 @@ def _source_id(source: Path, step: int | None, begin_as: Config | None, to: str,
 
 
 def _same_conversion(written: str, source_id: str) -> bool:
-    """Returns whether a manifest's `written` identity is `source_id`.
+    """Returns whether the identity that a manifest has (`written`) stands for the same conversion as `source_id`.
 
-    Until 0.1.0 the identity also had a digest of the source's config. It follows from the files of the source.
+    In 0.1.0 the identity always had a digest of the config that is written. If this is the source's own config, the
+    digest is ignored: the files of the source decide the config, and the identity has their fingerprint.
     """
     expected = json.loads(source_id)
     try:

@@ -10,7 +10,9 @@ from jaxtml.checkpoint.source import ParameterSource
 
 
 def source_names(source: ParameterSource, work: Sequence[LayerChunks], layers: Collection[str]) -> list[str]:
-    """Returns how a source names each of `layers`, sorted: as its tensor in a release, or else as we do.
+    """Returns the names of `layers` for a message, sorted.
+
+    A layer has the name of its tensor if the source is a release and has this tensor. Otherwise it has our name.
 
     Args:
       source: the source of the parameters.

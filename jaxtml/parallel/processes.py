@@ -20,8 +20,8 @@ from jaxtml.errors import InputError
 # Slurm sets the first variable inside a step. GKE sets the others on TPU pods of several hosts. If one of them is set,
 # JAX finds the processes of the job itself.
 FOUND_BY_JAX = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
-# Variables of other launchers: the number of processes, and the rank. They are our own without an address, Open MPI's,
-# MPICH's and torchrun's. JAX does not find these processes.
+# Pairs of variables with the number of processes and the rank, which do not help JAX to find the processes. The first
+# pair is our own, set without JAX_COORDINATOR_ADDRESS. The others are those of Open MPI, MPICH and torchrun.
 _OTHER_LAUNCHERS = (
     ("NNODES", "NODE_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),

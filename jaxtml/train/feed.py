@@ -56,8 +56,8 @@ class BatchFeed:
         """Returns the next batch, and counts the time for which the devices wait for it.
 
         Args:
-          running: a result of the step before this batch's. A step runs on while the host asks for the next batch, so
-            the time counts only if the step has ended when the batch is there. None: no step is running.
+          running: a result of the step that was started last; None: no step is running. The step runs on while the
+            host asks for the next batch. So the time counts only if the step has ended when the batch is there.
         """
         asked_s = time.monotonic()
         batch = next(self)

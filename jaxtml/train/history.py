@@ -1,4 +1,4 @@
-"""Adds noise and gaps to the own speech that training reads: in service the model must cope with its own errors.
+"""Adds noise and gaps to the model's own speech in training data: in service the model must cope with its own errors.
 
 Each own-speech position reads the frame spoken before it. In training this frame comes from a recording, in service
 from the model itself (exposure bias). With a perfect history, a model continues the recordings that it has learnt by

@@ -175,7 +175,10 @@ def _check_profile(profile: int, left: int) -> None:
 
 
 def _warn(line: str) -> None:
-    """Logs a warning about how the run begins. All such warnings have the name of this file in the log."""
+    """Logs a warning about how the run begins.
+
+    `jaxtml.train.parameters` warns with this function too. So all such warnings have the name of this file in the log.
+    """
     logging.warning("%s", line)
 
 

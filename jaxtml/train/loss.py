@@ -3,6 +3,9 @@
 Each device computes its rows' share of the loss; the sum over devices (`jaxtml.train.gradients`) is the loss of the
 batch. Sums are therefore divided by counts over the whole batch, not by counts over the device's rows.
 
+A position of the model's own speech is an own-speech position. Every row has the same number of places for them, its
+own-speech slots. A row with fewer own-speech positions leaves its last slots unused (`jaxtml.data.rows`).
+
 Axes: B rows of this device, T positions, D model width, S own-speech slots of a row, H prediction heads, N own-speech
 slots of all rows that the flow head works on.
 """

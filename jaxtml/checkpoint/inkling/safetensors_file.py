@@ -136,7 +136,7 @@ def dtype_name(dtype: np.dtype) -> str:
 def header_text(tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> str:
     """Returns the header that the `safetensors` library writes for tensors `(name, shape, dtype)`, to the byte.
 
-    The library puts tensors of wide elements first, so that each is aligned, and sorts the others by name.
+    The library puts tensors of wide elements first, so that each is aligned, and sorts tensors of one dtype by name.
     `transformers` writes the metadata.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -44,8 +44,8 @@ def _nearest_stages(depth: int) -> tuple[int, ...]:
         [abs(total * step / depth - math.log(time * side * side)) for time, side, _ in _STAGES]
         for step in range(depth + 1)
     ]
-    # Dynamic programming: each step takes a stage, and later steps take later stages. best[j] is the choice with the
-    # least sum of distances for the steps so far, if they may only take stages before stage j: this sum and the stages.
+    # Dynamic programming: each step takes a stage, and later steps take later stages. best[j] is a pair: the least sum
+    # of distances of the steps so far, and their stages. These steps take only stages before stage j.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(_STAGES) + 1)
     for step in range(depth + 1):
         row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
