@@ -39,7 +39,7 @@ _OS_ERRORS: dict[int, str] = {
     errno.EADDRINUSE: "another program uses this address: name another port",
     errno.EADDRNOTAVAIL: "this machine has no such address: name an address of this machine",
     errno.ENOMEM: "memory is used up: end other programs, or take a machine with more memory",
-    errno.EIO: "the disk or its connection fails: try again, or name a folder on another disk",
+    errno.EIO: "reading or writing the disk failed: try again, or name a folder on another disk",
     errno.ESTALE: "the network file system lost this file: try again",
 }
 _DISK_FULL = re.compile(r"no space left on device", re.IGNORECASE)

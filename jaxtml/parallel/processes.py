@@ -85,7 +85,7 @@ def join_processes() -> None:
         if isinstance(error, ValueError) and not address:
             name = next(name for name in FOUND_BY_JAX if os.environ.get(name))
             raise InputError(
-                f"JAX does not find the {count} processes of which {name} speaks ({cause}): set "
+                f"JAX does not find the {count} processes that {name} announces ({cause}): set "
                 f"JAX_COORDINATOR_ADDRESS, NNODES={count} and NODE_RANK={rank}, or unset {name} for a single process"
             ) from error
         raise _not_joined(address, rank, count, cause) from error

@@ -159,7 +159,7 @@ def _check_host(options: ServerOptions) -> None:
     try:
         found = socket.getaddrinfo(options.host or ".", None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a valid host name"
         raise InputError(f"--host {options.host!r}: {reason}; give a name or an address of this machine") from error
     addresses = {str(address[0]).partition("%")[0] for *_, address in found}
     if options.keys is None and not all(ipaddress.ip_address(address).is_loopback for address in addresses):

@@ -43,7 +43,7 @@ class Summary:
         """Returns what happened, in one line. If the model said nothing, the line says what to try."""
         steps = (
             f"computing each 200 ms took {self.step_ms_median:.0f} ms "
-            f"(median; at most {self.step_ms_max:.0f} ms, {self.late_turns} times more than 200 ms)"
+            f"(median; at most {self.step_ms_max:.0f} ms; {self.late_turns} took more than 200 ms)"
         )
         heard = f"heard {self.heard!r}" if self.heard else "heard no words"
         if not self.replies:

@@ -104,7 +104,7 @@ def _decode_with_av(data: Data, part: Part, limit_s: float, notes: list[str]) ->
     from av.error import FFmpegError
 
     if part.lacks_index:
-        raise NotAudio("was cut short before its index (the box moov) was complete; repair it, as with untrunc")
+        raise NotAudio("was cut short before its index (the box moov) was complete; repair it, for example by untrunc")
     try:
         # A playlist would make FFmpeg open other files and addresses, so no protocol is allowed.
         container = av.open(

@@ -79,13 +79,13 @@ class Channels:
         notes = []
         if (best := self.best) is not None:
             notes.append(
-                f"its channels cancel each other in {self.cancelled_s:.1f} s (one is upside down); "
+                f"its channels cancel each other in {self.cancelled_s:.1f} s (one is inverted); "
                 f"channel {best + 1} is heard alone"
             )
         elif self.cancelled_s > 0.02 * self.compared_s:
             notes.append(
                 f"its channels cancel each other in {self.cancelled_s:.1f} s, which are lost; no channel alone has all "
-                "of the sound: give one channel, or turn one upside down"
+                "of the sound: give one channel, or invert one"
             )
         if self.clipped > _CLIPPED * self.samples:
             notes.append(f"{100 * self.clipped / self.samples:.1f} % of its samples are clipped at full scale (0 dBFS)")

@@ -109,7 +109,10 @@ class Middleware:
             )
         allow = f"start this server with --allow-origin {origin}"
         if origin.is_at(address.scheme, address.host):
-            return f"without keys, pages under a name of the network may not use this server: {allow}, or with --keys"
+            return (
+                f"without keys, pages under a host name other than localhost may not use this server: {allow}, or with "
+                "--keys"
+            )
         return (
             f"pages of {origin} may not use this server, which the request calls {address.host}: {allow}; or, if a "
             "proxy in front changes the host, let it pass on the page's Host header"

@@ -30,7 +30,7 @@ from jaxtml.stream.tokens import Control
 
 _TEXT_TOKENS = 8_192  # of one item
 _RECORDING = SoundFormat("pcm", 24_000)  # of sound in an item, whatever the session's format is
-_UNSEEN = "the model sees one new picture at a time: of a message it sees the last"
+_UNSEEN = "the model sees one new picture at a time: of several pictures in a message it sees only the last"
 
 # The fields that a part of each type may have. The transcript beside a recording is for the client alone, as in
 # OpenAI's API: the model hears the recording. A transcript without a recording is text.

@@ -224,7 +224,7 @@ def check_session(config: RealtimeSessionConfig, model: ServedModel) -> None:
         raise InvalidMessage("model_not_found", model.refuse(config.model), "session.model")
     check_supported(config, "session")
     if config.include:
-        raise InvalidMessage("unsupported_parameter", "this server has no such further fields", "session.include")
+        raise InvalidMessage("unsupported_parameter", "this server does not support session.include", "session.include")
     check_length(model, config.instructions or "", INSTRUCTIONS_TOKENS, "session.instructions")
     check_length(model, tools_text(config.tools or []), INSTRUCTIONS_TOKENS, "session.tools")
 

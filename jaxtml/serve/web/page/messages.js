@@ -180,7 +180,7 @@ export async function whyNotConnected(key) {
   }
   if (answer.status !== 400) return refusal(await errorOf(answer));
   return {
-    text: "The connection for sound does not come about",
+    text: "The page cannot open its connection to the server",
     advice:
       "The server answers, but a WebSocket to it cannot be opened. If a proxy stands between, it must pass on upgrades " +
       "to WebSockets.",
