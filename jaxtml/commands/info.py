@@ -58,7 +58,7 @@ def _check_config_name(name: str) -> None:
     path = Path(name)
     if path.suffix in (".py", ".json"):
         return
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise InputError(f"{name} is a file: name the directory of the checkpoint, or a config (.py or .json)")
     if len(path.parts) > 1:
         raise InputError(f"there is no directory {name}: name the directory of a checkpoint, or a config")

@@ -101,7 +101,7 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, _MOST_SESSIONS),
         default=0,
         metavar="N",
-        help="how many processes run the model (default: one; on CPUs one for each core)",
+        help="how many processes run the model (default: 0, which is one, and on CPUs one for each core)",
     )
     parser.add_argument(
         "--mesh",

@@ -42,6 +42,7 @@ def test_info_counts_the_large_models_without_their_weights(jaxtml, name, total,
     [
         (("nosuch",), "no config 'nosuch', and no such directory: give one of"),
         (("gs://bucket/run",), "argument CONFIG: gs://bucket/run is an address"),
+        (("/dev/null",), "/dev/null is a file: name the directory of the checkpoint, or a config"),
         (("no/such",), "there is no directory no/such: name the directory of a checkpoint, or a config"),
         (("README.md",), "README.md is a file: name the directory of the checkpoint"),
         (("tiny", "--set", "backbone.depth=3"), "no field 'depth'"),
