@@ -75,7 +75,7 @@ def test_a_job_that_jax_does_not_recognise_is_told_how_to_go_on(monkeypatch):
     for name, value in {"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "2"}.items():
         monkeypatch.setenv(name, value)
     remedy = "set JAX_COORDINATOR_ADDRESS, NNODES=2 and NODE_RANK=0, or unset MEGASCALE_COORDINATOR_ADDRESS"
-    with pytest.raises(InputError, match=f"does not find the 2 processes of which MEGASCALE_COORD.*: {remedy}"):
+    with pytest.raises(InputError, match=f"does not find the 2 processes that MEGASCALE_COORD.*: {remedy}"):
         processes.join_processes()
 
 
