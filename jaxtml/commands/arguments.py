@@ -16,12 +16,14 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jaxtml import DEMO_RECORDING
 from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.commands.failures import explain
 from jaxtml.errors import InputError
+
+Number = TypeVar("Number", int, float)
 
 OK, FAULT, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141  # exit statuses; 128 + the number of a signal
 
@@ -38,10 +40,7 @@ MOST_WORKERS = 32
 
 def count(text: str) -> int:
     """An argument type: a whole number, at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number") from None
+    value = _convert(int, "a whole number", text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: give at least 1")
     return value
@@ -51,10 +50,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """Returns an argument type: a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number") from None
+        value = _convert(int, "a whole number", text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text:.60}: give a whole number from {low} to {high}")
         return value
@@ -66,15 +62,20 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Returns an argument type: a number from `low` to `high`."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number") from None
+        value = _convert(float, "a number", text)
         if not low <= value <= high:  # false for NaN too
             raise argparse.ArgumentTypeError(f"{text:.60}: give a number from {low:g} to {high:g}")
         return value
 
     return read
+
+
+def _convert(kind: Callable[[str], Number], noun: str, text: str) -> Number:
+    """Returns `kind(text)`; a text that is no such number is an argument error, which calls the number `noun`."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {noun}") from None
 
 
 def path_name(text: str) -> str:

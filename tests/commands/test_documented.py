@@ -28,8 +28,6 @@ from jaxtml import config as configs
 from jaxtml.commands import arguments
 from jaxtml.commands.main import COMMANDS, main, parser
 from jaxtml.convert.conversion import convert
-from jaxtml.data import bank
-from jaxtml.data.tasks import scenarios
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.plan.topology import Topology
 from tests.commands.documented import (
@@ -204,14 +202,7 @@ def two_layers(small) -> configs.Config:
 def speech_bank(codec, tmp_path_factory) -> Path:
     """A data folder as `jaxtml data` makes it. Its voices are tones instead of speech."""
     folder = tmp_path_factory.mktemp("data")
-    users = [
-        bank.PlannedUtterance("user", split, voice, text)
-        for split, voice in (("train", "tone:low"), ("train", "tone:high"), ("test", "tone:unseen"))
-        for text in tones.USER_TEXTS
-    ]
-    replies = [bank.PlannedUtterance("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
-    bank.build(folder / "bank", [users, replies], 1, tones.speak)
-    codec.save(folder / "tokenizer.json")
+    tones.write_data_folder(folder, codec)
     return folder
 
 

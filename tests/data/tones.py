@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from jaxtml.data.bank import PlannedUtterance
+from jaxtml.data.bank import PlannedUtterance, build
 from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.stream.conversation import Word
+from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 USER_TEXTS = (
@@ -77,3 +79,15 @@ class ToneBank:
 
     def select(self, *, split: str, role: str) -> np.ndarray:
         return np.flatnonzero([split == "train" and own_role == role for own_role in self.roles])
+
+
+def write_data_folder(folder: Path, codec: TextCodec) -> None:
+    """Writes a data folder as `jaxtml data` makes it. Its voices are tones instead of speech."""
+    users = [
+        PlannedUtterance("user", split, voice, text)
+        for split, voice in (("train", "tone:low"), ("train", "tone:high"), ("test", "tone:unseen"))
+        for text in USER_TEXTS
+    ]
+    replies = [PlannedUtterance("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
+    build(folder / "bank", [users, replies], 1, speak)
+    codec.save(folder / "tokenizer.json")

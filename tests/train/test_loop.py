@@ -26,9 +26,8 @@ from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.commands import main as cli
 from jaxtml.config import Config
-from jaxtml.data import bank, pipeline
+from jaxtml.data import pipeline
 from jaxtml.data.conversations import GeneratedConversations
-from jaxtml.data.tasks import scenarios
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
@@ -79,14 +78,7 @@ def config(small) -> Config:
 def data(tmp_path_factory, codec) -> Path:
     """A data folder as `jaxtml data` makes it. Its voices are tones instead of speech."""
     folder = tmp_path_factory.mktemp("data")
-    users = [
-        bank.PlannedUtterance("user", split, voice, text)
-        for split, voice in (("train", "tone:low"), ("train", "tone:high"), ("test", "tone:unseen"))
-        for text in tones.USER_TEXTS
-    ]
-    replies = [bank.PlannedUtterance("assistant", "train", "tone:own", text) for text in scenarios.assistant_texts()]
-    bank.build(folder / "bank", [users, replies], 1, tones.speak)
-    codec.save(folder / "tokenizer.json")
+    tones.write_data_folder(folder, codec)
     return folder
 
 
