@@ -1,9 +1,10 @@
-"""`jaxtml plan --search`: finds the largest batch that fits for every remat, or the largest number of sessions.
+"""`jaxtml plan --search`: finds the largest batch of each remat, or the largest number of sessions, that fits.
 
-Called by `planning`; knows no compiler. A size is a multiple of the smallest batch. Memory grows nearly in proportion
-to the size, so the next guess is extrapolated from the two largest sizes that fit. Padding may give small batches equal
-memory; the extrapolation would then go too far, so `MAX_GROWTH` bounds it. As soon as one size does not fit, the limit
-is narrowed down between that size and the largest size that is known to fit.
+Called by `planning`; knows no compiler. A variant is a value of `train.remat`; serving has only one variant. A size is
+a multiple of the smallest batch. Memory grows nearly in proportion to the size, so the next guess is extrapolated from
+the two largest sizes that fit. Padding may give small batches equal memory; the extrapolation would then go too far, so
+`MAX_GROWTH` bounds it. As soon as one size does not fit, the limit is narrowed down between that size and the largest
+size that is known to fit.
 """
 
 from __future__ import annotations

@@ -140,7 +140,10 @@ class Engine:
             return jax.jit(run, donate_argnums=donated).lower(*shapes).compile()
 
     def empty_inputs(self, batch: int) -> MicroTurnInputs:
-        """Returns the inputs of a micro-turn in which no slot is active, on the engine's devices."""
+        """Returns inputs for `make_inputs`, on the engine's devices: nothing is heard, typed or seen.
+
+        All slots are active; `make_inputs` decides which slots of a micro-turn are.
+        """
         empty = self.duplex.empty_inputs(batch)
         return empty if self.mesh is None else self._place_inputs(jax.device_get(empty))
 

@@ -61,7 +61,7 @@ def decode(data: Data, part: Part, limit_s: float, notes: list[str]) -> Iterator
     Args:
       data: the file.
       part: from `find_parts`.
-      limit_s: what the parts before leave of `MAX_HOURS`, in seconds; longer parts are not decoded.
+      limit_s: the most seconds that the part may last: `MAX_HOURS` less the length of the parts before it.
       notes: gets a sentence for everything that was left out or filled in.
 
     Raises:

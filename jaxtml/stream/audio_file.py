@@ -197,7 +197,7 @@ def _copy_pipe(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndarray:
-    """Returns the file's audio `[N]` at 16 kHz. Where the average of the channels is silent, one of them is used."""
+    """Returns the file's audio `[N]` at 16 kHz. If the channels cancel each other, one may be heard alone."""
     parts = find_parts(data)
     channels = Channels()
     try:

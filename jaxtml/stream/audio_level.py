@@ -17,7 +17,7 @@ QUIET_DBFS = -50.0
 """Recordings whose loudest 200 ms are below this level are called very quiet. Training data begins at -45 dBFS."""
 
 _FULL = 32766 / 32768  # samples from here on are at full scale
-_CLIPPED = 0.001  # the part of the samples from which on clipping is mentioned
+_CLIPPED = 0.001  # clipping is mentioned if a larger share of the samples is clipped
 _OFFSET = 0.02  # of full scale; microphones have a hundredth of this
 _CANCELS = 0.1  # the power of the sum of the channels over the sum of their powers; 1 for unrelated channels
 _SILENT = 0.001  # of the power of the loudest channel; crosstalk between the speakers of a call is louder
@@ -64,7 +64,10 @@ class Channels:
 
     @property
     def best(self) -> int | None:
-        """The channel to hear alone, because the average of all channels loses sound; None: the average is good."""
+        """The channel to hear alone, because the average of all channels loses sound; None: the average is heard.
+
+        The average is heard where it is good, and also where it loses less sound than that channel alone.
+        """
         if self.cancelled_s <= 0.02 * self.compared_s:
             return None
         best = int(self.power.argmax())

@@ -83,7 +83,7 @@ def first_parameters(
       warn: takes a line for each part of the model that begins untrained.
 
     Raises:
-      InputError: the checkpoint does not fit, see `checkpoint_parameters`.
+      InputError: the checkpoint does not fit (see `checkpoint_parameters`), or `vocoder` has NaN or infinities.
     """
     shapes = parameter_shapes(model)
     if start_from:
@@ -120,7 +120,8 @@ def checkpoint_parameters(
       warn: takes the warnings.
 
     Raises:
-      InputError: `directory` is neither, its tokenizer is not the tokenizer of `data`, or a parameter is not finite.
+      InputError: `directory` is no such checkpoint, its tokenizer is not the tokenizer of `data`, or a parameter is not
+        finite.
     """
     source = open_checkpoint(directory)
     if not isinstance(source, ReleasedCheckpoint):
@@ -159,7 +160,7 @@ def check_finite(params: Params, place: str) -> None:
 
 
 def _warn_of_new_parts(directory: Path, source: WarmStart, has_vocoder: bool, warn: Warn) -> None:
-    """Names the parts of the model that `directory` lacks, so that they begin with initial values."""
+    """Warns of the parts of the model that `directory` lacks. They begin with initial values."""
     new = {path.split("/")[0] for path in source.specs if not source.holds(path)}
     names = [name for part, name in _PARTS.items() if part in new and not (part == "vocoder" and has_vocoder)]
     if names:

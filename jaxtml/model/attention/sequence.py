@@ -269,7 +269,8 @@ def _attend_bwd(residuals, grad):
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
     dquery = einsum_float32("bgnij,bgnjk->bgnik", dlogits, keys).reshape(query.shape)
-    # These products are computed as [K, S] and then transposed: the matmul runs along the rows of the longer operand.
+    # These products are computed as [K, S] and then transposed. The matmul then reads the operand with S columns, which
+    # is the larger one, row by row.
     dkeys = einsum_float32("bgnik,bgnij->bgnkj", _flat(query), dlogits).swapaxes(3, 4)
     dvalues = einsum_float32("bgnik,bgnij->bgnkj", _flat(grad), _flat(exponentials)).swapaxes(3, 4)
     near = dlogits.reshape(exponentials.shape)[..., exponentials.shape[-1] - table.shape[-1] :]

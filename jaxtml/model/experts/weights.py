@@ -48,7 +48,7 @@ class ExpertWeights(NamedTuple):
         """Whether a GPU reads the experts where they are.
 
         For arrays of up to 4 GiB, Pallas counts offsets in 32 bits with a sign. That is too few for an int8 array of
-        more than 2 GiB, which has as many elements as bytes.
+        more than 2 GiB, which has as many elements as bytes. For arrays of more than 4 GiB, offsets have 64 bits.
         """
         int8_sizes = (self.w13.size, self.w2.size) if self.scale13 is not None else ()
         return self.in_place and not any(2**31 < size <= 2**32 for size in int8_sizes)

@@ -33,7 +33,9 @@ VocoderState = dict[str, Any]  # see `init_state`
 
 TAPS = 256  # 16 ms: the response of a vocal tract, and a spectral resolution of 62.5 Hz
 BINS = TAPS // 2 + 1
-LEAD = 48  # taps of a filter before its time zero; they add no delay, because no pulse has a prescribed position
+# Taps of a filter before its time zero. They add no delay: nothing prescribes where a pulse stands, so a pulse may as
+# well stand 48 samples earlier.
+LEAD = 48
 PITCH_MIN = 60.0  # Hz
 PITCH_OCTAVES = 3.0
 # Classes of pitch, 30 cents each. A class is learnt faster than a number, and does not average two octaves.
