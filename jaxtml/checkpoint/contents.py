@@ -26,7 +26,7 @@ _NEWER = re.compile(r"inkling[ _-]?\d")
 # Endings of unfinished downloads: of huggingface_hub, Chromium, Firefox, curl's scripts and aria2.
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".aria2")
 _HUB_DOWNLOADS = ".cache/huggingface/download"  # where huggingface_hub keeps unfinished files of a local folder
-# Files of other trainers that have an ending of weights and hold none.
+# Files of other trainers whose names end like those of weights, although these files hold no weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state).*")
 _SAVE_AS_SAFETENSORS = "load it with transformers and write it again with model.save_pretrained(DIR)"
 

@@ -23,7 +23,10 @@ class ParameterSink(Protocol):
 
     @property
     def layout_id(self) -> str:
-        """Identifies where values lie in the files. A conversion goes on only with values of the same layout."""
+        """Identifies where values lie in the files.
+
+        An interrupted conversion is resumed only if the new conversion has the same layout.
+        """
         ...
 
     def dtype(self, path: str) -> np.dtype:

@@ -11,7 +11,7 @@ import numpy as np
 _BLOCK_ROWS = 512
 _BLOCK_BYTES = 768  # the length of a row of a block
 _PADDING = 8  # elements after each row of the buffer
-_SMALLEST = 32  # the shorter side of a matrix for which blocks are worth their cost
+_SMALLEST = 32  # a matrix whose shorter side is below this is copied whole: blocks would cost more than they save
 
 
 def copy_contiguous(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

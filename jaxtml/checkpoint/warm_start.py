@@ -1,9 +1,10 @@
 """A larger model that starts with the weights of a smaller one. On text, its logits are those of the smaller model.
 
-So `tml_interaction_small` starts with the weights of Inkling-Small. Layers 42 and 43 are copies of the last layers of
-their kinds, and their output projections are zero, so that they add nothing. A parameter that the source does not have
-in the same shape gets the initial values of a new model. For the clock, and for the embedding that marks the model's
-own speech, these are zeros. Control tokens whose rows of the embedding are all zero get random rows.
+For example, `tml_interaction_small` starts with the weights of Inkling-Small, which has two layers fewer. The added
+layers, 42 and 43, are copies of the last layers of their kinds. Their output projections are zero, so that the added
+layers add nothing. A parameter outside the layers gets the initial values of a new model if the source does not have it
+in the same shape. For the embedding of the clock features, and for the embedding that marks the model's own speech,
+these are zeros. Control tokens whose rows of the embedding are all zero get random rows.
 
 Called by `convert.conversion` and `train.parameters`.
 """

@@ -71,7 +71,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def _convert(kind: Callable[[str], Number], noun: str, text: str) -> Number:
-    """Returns `kind(text)`; a text that is no such number is an argument error, which calls the number `noun`."""
+    """Returns `kind(text)`, or raises an argument error that says "`text` is not `noun`"."""
     try:
         return kind(text)
     except ValueError:

@@ -134,10 +134,11 @@ def _release_layout(original: ReleasedCheckpoint | OrbaxCheckpoint) -> ReleaseLa
 
 
 def _source_id(source: Path, step: int | None, begin_as: Config | None, to: str, dtype: str | None) -> str:
-    """Returns what identifies a conversion. It changes with any file of the source, and with the options.
+    """Returns a text that identifies a conversion.
 
-    The config of the source is among its files. So a conversion goes on, and is verified again, after an update of
-    jaxtml that has brought new fields of the config.
+    The text changes with the options and with the files of the source (`fingerprint`). It has no digest of the source's
+    config, because such a digest would change whenever an update of jaxtml adds a field to the config. So a conversion
+    from before the update can still be resumed, or verified again. Only the config `begin_as` has a digest there.
     """
     config_digest = "" if begin_as is None else hashlib.sha256(to_json(begin_as).encode()).hexdigest()[:16]
     return dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])

@@ -3,6 +3,9 @@
 Datasets make rows with `pad`. All rows of a dataset have the same shapes, those of `row_shapes`, so that one compiled
 training step fits them. `jaxtml plan` compiles the step for rows with the most patches that the config allows.
 
+At an own-speech position the model speaks: it reads the last 50 ms of its own speech and predicts the next 50 ms
+(`jaxtml.stream.layout`).
+
 Axis glossary: T positions, C clock features, P patches, S own-speech positions.
 """
 

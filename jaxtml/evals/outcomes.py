@@ -33,8 +33,8 @@ class TurnOutcome:
       broken: for each pause of the turn, whether the gate opened in the pause, or within 0.2 s after it. An opening so
         soon after the pause counts too: the model decided before it had heard a micro-turn of the next words.
       reply: the first stretch that opened within `TAKE_OVER_S` after the end and before the next user turn.
-      interrupted: the next user turn began before the reply was over. The reply's text then says nothing about the
-        answer.
+      interrupted: the next user turn began before the reply was over. The reply may then be cut short, so the metrics
+        of answers leave the turn out.
       heard: the transcript from the turn's start up to the opening of the reply.
       said: everything said from the opening of the reply until the next user turn.
       stop_s: if a stretch of the model's speech was audible when the turn began: the time from the start of the turn to

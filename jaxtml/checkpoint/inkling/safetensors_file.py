@@ -137,7 +137,7 @@ def header_text(tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> str
     """Returns the header that the `safetensors` library writes for tensors `(name, shape, dtype)`, to the byte.
 
     The library puts tensors of wide elements first, so that each is aligned, and sorts tensors of one dtype by name.
-    `transformers` writes the metadata.
+    The metadata in the header is that of a file from `transformers`.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

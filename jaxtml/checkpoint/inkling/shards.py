@@ -50,7 +50,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{directory}: {len(absent)} tensors of the index are in no shard, download it again: {join_names(absent)}"
         )
     if index is not None:
-        # The index counts the tensors that it names.
+        # The total size in an index is the size of the tensors that the index names, without any other tensors.
         _check_total_size(directory, index, sum(stored[name].nbytes for name in weight_map))
     return stored
 
@@ -96,9 +96,10 @@ def _weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_total_size(directory: Path, index: Mapping[str, Any], nbytes: int) -> None:
-    """Warns if the index gives another size of all tensors than they have. Some writers count padding or other dtypes.
+    """Warns if the total size in the index is not the size of the tensors, `nbytes`.
 
-    Names, shapes and dtypes of all tensors are checked apart from this, so nothing is missing.
+    This is no error: some writers count padding too, or count the tensors in another dtype. Names, shapes and dtypes of
+    all tensors are checked elsewhere, so a wrong total alone does not mean that a tensor is missing.
     """
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -1,8 +1,8 @@
 """A released Inkling checkpoint that is written chunk by chunk: safetensors that `transformers` reads.
 
-Inkling has no place for four of our parts: the clock, the embedding that marks the model's own speech, the flow head
-and the vocoder. A release is written without their parameters, so keep the jaxtml checkpoint too. Called by
-`convert.conversion`.
+Inkling has no place for four of our parts: the embedding of the clock features (`model.towers`), the embedding that
+marks the model's own speech, the flow head and the vocoder. A release is written without their parameters, so keep the
+jaxtml checkpoint too. Called by `convert.conversion`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A released Inkling checkpoint as a parameter source: safetensors in bfloat16, NVFP4 or MXFP8.
 
 Files are mapped, and only the parts that are asked for are read. The layout of every tensor is in its parameter's spec
-(`Released` in `model.spec`). A release lacks the parameters of the clock, of the embedding that marks the model's own
-speech, of the flow head and of the vocoder. These get the initial values of a new model. Called by
-`checkpoint.opening`, `convert` and `train`.
+(`Released` in `model.spec`). A release lacks the parameters of four parts: the embedding of the clock features
+(`model.towers`), the embedding that marks the model's own speech, the flow head and the vocoder. These parameters get
+the initial values of a new model. Called by `checkpoint.opening`, `convert` and `train`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ _PIXELS = 2 * 40 * 40
 
 
 def default_folds(depth: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns the folds `(time, side, width)` of a vision tower of `depth` layers. The last width is 0: the model's.
+    """Returns the folds `(time, side, width)` of a vision tower of `depth` layers.
+
+    The last width is 0, which stands for the width of the model.
 
     A layer goes from one of six stages to a later one, the first layer from the first stage and the last layer to the
     last. Inkling takes the `depth + 1` stages that are nearest to even steps in the logarithm of the number of pixels.

@@ -6,10 +6,10 @@ committed. Called by `jaxtml.evals.material`. "The task" is the short-answer tas
 
 How a session is made, from one random generator and nothing else:
 
-- **Sentence.** `scenarios.sample_user_text` is drawn until all words of a sentence exist as prompts. Only these
-  sentences do: lists of phonetic names, days and months, three-digit codes, sums without "what is", "is A less than B",
-  "today is D", "hello" and "goodbye". A session of the kind "words" has only a number of two words ("forty two"). That
-  is no sentence of the task; it tests whether the model hears the words.
+- **Sentence.** `scenarios.sample_user_text` draws sentences until the prompts have all words of one. The prompts can
+  say only these sentences: lists of phonetic names, days and months, three-digit codes, sums without "what is", "is A
+  less than B", "today is D", "hello" and "goodbye". A session of the kind "words" has only a number of two words
+  ("forty two"). That is no sentence of the task; it tests whether the model hears the words.
 - **Prompts.** Each prompt is cut to its sound: 10 ms blocks within 38 dB of the loudest one, with 5 ms of margin. So
   the end of the last prompt is the acoustic end of the user turn. Prompts keep their own level and their own falling
   pitch, as isolated words have it.
@@ -93,7 +93,7 @@ class Prompts:
     """The prompts of the task's words, cut to their sound.
 
     Attributes:
-      clips: text -> the prompt. "less than" is the only prompt of two words; each is given half of the prompt's time.
+      clips: text -> the prompt. "less than" is the only prompt of two words; each word gets half of the prompt's time.
       sounds: `[N]` each, recordings without speech at unit level.
       source: which of the two packages was read.
     """
