@@ -40,7 +40,9 @@ class Credentials:
         return self.keys is not None or self.certificate is not None
 
     def reload(self) -> None:
-        """Reads all files again. New requests need a new key, and new connections get the new certificate.
+        """Reads all files again.
+
+        From then on the new keys decide which requests are allowed, and new connections get the new certificate.
 
         Sessions go on, also those of keys that are no longer in the file, and what a key has used stays counted.
 

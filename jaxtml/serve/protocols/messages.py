@@ -68,7 +68,7 @@ _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_data_url(url: str) -> bytes:
-    """Returns the content of a `data:` URL of a picture (RFC 2397), in base64.
+    """Returns the bytes of the picture that a `data:` URL (RFC 2397) holds in base64.
 
     Raises:
       ValueError: it is another URL, its content is no picture, or it is not in base64.

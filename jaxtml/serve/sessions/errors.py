@@ -1,7 +1,8 @@
 """The errors that a client is told: a request that is refused, and a message that cannot be used.
 
-Raised by `serve.sessions` and `serve.protocols`. A protocol writes an `InvalidMessage` as its own error event; the
-routes in `serve.web` answer a `Refused` as an HTTP error.
+Raised by `serve.sessions` and `serve.protocols`. A protocol writes an `InvalidMessage` as its own error event.
+`serve.web.middleware` answers a `Refused` as an HTTP error. If a WebSocket of GPT-Live is open already, the routes of
+GPT-Live answer a `Refused` as an error event.
 """
 
 from __future__ import annotations

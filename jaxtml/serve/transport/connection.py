@@ -6,8 +6,8 @@ data channel of a WebRTC peer (`serve.transport.peer`). A session outlives its c
 The rules, which the tests hold:
 
 - If a client sends more audio than its session has room for, the server reads a little ahead. It then reads nothing
-  until there is room, and TCP holds the client back. If the client closes the connection meanwhile, a Close frame that
-  was read ahead counts.
+  until there is room, and TCP holds the client back. If the client closes the connection meanwhile, and its Close frame
+  was read ahead, the connection ends within `_LAST_S`, even if messages still wait.
 - The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
   clients get a turn.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.

@@ -2,7 +2,7 @@
 
 The rules, which the tests hold:
 
-- The files of the page are for everyone. The page then tells its user what is wrong.
+- The files of the page are for everyone. A page that may not use the server can then tell its user why.
 - A page of this server may use the server. `Origin` must name the address of the request, compared as RFC 6454 says.
   Browsers that send `Sec-Fetch-Site: same-origin` have compared the two themselves.
 - Without keys, a page is the server's own only under a name that no one else can own: a name of the loopback interface,

@@ -322,7 +322,7 @@ class LiveProtocol:
         events.append(self.session.replay_buffer, event)
 
     def _resource(self) -> dict[str, Any]:
-        """Returns the session as it is. What the client asked for and did not get is not in it."""
+        """Returns the session as events show it. Its `no_effect` names what the client asked for and did not get."""
         resource: dict[str, Any] = {
             "id": self.session.id,
             "expires_at": int(self.session.expires_at),

@@ -19,9 +19,9 @@ the model would seem to answer sooner than it does.
 A session cannot be resumed: it ends with its connection.
 
 Moshi's web client always sends query parameters that tune the sampling of Moshi's own model. Clients of variants of
-Moshi send a prompt or a picture in this way. They have no effect here. The header `Jaxtml-No-Effect` of the answer
-names those that a client has sent, and so does the server's log. The protocol has no frame that says so and that all
-clients survive.
+Moshi send a prompt or a picture as query parameters. None of these parameters has an effect here. The header
+`Jaxtml-No-Effect` of the answer names the parameters that a client has sent, and so does the server's log. The
+protocol has no frame for this that all clients can take.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _START = b"\0"  # body of a control frame
 _RATE = 24_000
 _FRAME_SAMPLES = 960  # of an Opus frame, 40 ms
 _CLIENT_SILENCE_MS = 80  # silence that clients put before what they receive
-# Bytes that are decoded at a time. They may complete an Ogg page, and one page of 255 small packets may hold 30 s of
-# sound.
+# Bytes that are decoded at a time. Even so few bytes may give 30 s of sound, if they complete an Ogg page of 255 small
+# packets. After each piece the protocol waits until the session has room for the sound.
 _DECODED_BYTES = 512
 _TEXT_TOKENS = 500  # of one text frame
 

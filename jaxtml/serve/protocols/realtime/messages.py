@@ -1,8 +1,8 @@
 """The messages that a client of OpenAI's Realtime API may send, as types (`openai.types.realtime` of `openai`).
 
 A field that is declared with `no_effect` is accepted, because the API's clients send it as a matter of course. The
-server names it in the field `no_effect` of the session, the response or the item that it sends back. `configuration`
-refuses fields without which a client would not get what it asks for.
+server names it in the field `no_effect` of the session, the response or the item that it sends back. Other fields that
+this server does not support matter to the client that sets them. `configuration` refuses these with an error.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class ResponseAudio(Strict):
 
 
 class ResponseConfig(Strict):
-    """What a client asks of one response. `Responses.create` says what this server can give."""
+    """What a client asks of one response. `SessionConfiguration.check_response` says what this server can give."""
 
     metadata: Annotated[dict[Name, Name], msgspec.Meta(max_length=16)] | None = None
     instructions: str | None = None

@@ -169,7 +169,7 @@ class Responses:
         Nothing is kept for a track: a track plays only what is said now.
         """
         if speaks:
-            self.drop_stale_speech()  # this is a new stretch of speech
+            self.drop_stale_speech()  # if the kept stretch of speech is over, a new one begins here
         self._silent = 0 if speaks else self._silent + 1
         for_track = self.track is not None and self.configuration.modality == "audio"
         if self._silent > _PATIENCE_MICRO_TURNS or for_track:

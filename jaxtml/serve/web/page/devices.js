@@ -101,8 +101,8 @@ export class Microphone extends Source {
     return navigator.mediaDevices.getUserMedia({ audio: wants });
   }
 
-  // stream: of `ask`. onPacket: as for a source. onTrouble(message, gone): something is wrong with the microphone, or
-  // no longer (null); gone: the microphone has ended.
+  // stream: from `ask`. onPacket: as for a source. onTrouble(message, gone): called with a message when something is
+  // wrong with the microphone, and with null when it works again. gone: whether the microphone has ended.
   constructor(context, stream, onPacket, onTrouble) {
     let silent = 0; // packets of zeros since the start; -1: the microphone has given sound
     super(context, context.createMediaStreamSource(stream), (packet, at) => {

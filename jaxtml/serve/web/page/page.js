@@ -555,6 +555,7 @@ for (const gesture of ["pointerup", "keydown"]) {
 // Firefox sends no close code of ours after `beforeunload`, and some browsers of phones have no `beforeunload`. If the
 // page stays after all, `Live` connects again.
 for (const leaving of ["beforeunload", "pagehide"]) addEventListener(leaving, leavePage);
-addEventListener("pageshow", ({ persisted }) => persisted && takeSaved()); // the page is back as it was
+// A page that the browser kept as it was still has its conversation in `live`. So it drops the saved copy.
+addEventListener("pageshow", ({ persisted }) => persisted && takeSaved());
 $("unloaded").remove();
 loadModel();

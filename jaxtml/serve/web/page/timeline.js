@@ -19,7 +19,8 @@ export class Timeline {
     this.levels = { you: [], model: [] }; // [start, end, root mean square]
     this.gates = []; // [start, end] of each time in which the gate was open
     this.words = []; // [start, who, text]
-    this.began = null; // time at which the conversation began, by performance.now(), without the times it stood still
+    // The performance.now() at which the conversation would have begun if it had never stood still. null: not begun.
+    this.began = null;
     this.stoppedAt = null; // time since which the conversation stands still, or null
   }
 
