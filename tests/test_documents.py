@@ -1,4 +1,6 @@
-"""The documents hold together: links lead somewhere, lines fit a terminal, the README and the map are complete.
+"""The documents hold together: their links lead somewhere, and their lines have at most 120 characters.
+
+The README names every command and every page. The map in WORKSPACE.md names only files that exist.
 
 tests/commands/test_documented.py runs the commands that the documents show.
 """

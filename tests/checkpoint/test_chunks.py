@@ -45,7 +45,7 @@ def test_the_chunks_of_a_layer_follow_each_other_in_the_released_tensor(releasab
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("experts", [2039, 31])
 def test_sizes_without_divisors_do_not_make_many_small_files(experts, small):
-    """Neither 2039 nor 31 has a divisor to cut by. A file holds many of the 2039 small experts, or 8 of the 31."""
+    """Neither 2039 nor 31 has a divisor to cut by. A chunk holds 8 or 16 of the 2039 small experts, or 1 of the 31."""
     width = 8 if experts > 1000 else 64
     backbone = dataclasses.replace(small.backbone, n_experts=experts, d_ff_expert=width)
     specs = spec_table(dataclasses.replace(small, backbone=backbone))

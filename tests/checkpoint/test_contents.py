@@ -115,7 +115,7 @@ def test_a_release_that_names_no_architecture_is_read(release, folder):
     assert isinstance(open_checkpoint(made), ReleasedCheckpoint)
 
 
-def test_an_adapter_is_refused_and_beside_its_base_it_is_left_out_with_its_config_and_a_word(release, tmp_path, caplog):
+def test_an_adapter_alone_is_refused_and_beside_its_base_it_is_left_out_with_a_warning(release, tmp_path, caplog):
     for name in ("alone", "base"):
         if name == "base":
             shutil.copytree(release, tmp_path / name)

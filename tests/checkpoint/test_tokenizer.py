@@ -36,7 +36,7 @@ def test_a_conversion_warns_that_its_result_lacks_the_tokenizer(release, tmp_pat
     assert "has no tokenizer.json" in caplog.text and "the result will lack it too" in caplog.text
 
 
-def test_a_tokenizer_goes_with_a_conversion_and_a_pointer_is_none(release, codec, tmp_path):
+def test_a_conversion_copies_the_tokenizer_and_a_git_lfs_pointer_is_refused(release, codec, tmp_path):
     shutil.copytree(release, tmp_path / "hf")
     codec.save(tmp_path / "hf" / "tokenizer.json")
     convert(tmp_path / "hf", tmp_path / "ours")

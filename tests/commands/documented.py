@@ -1,4 +1,4 @@
-"""The command lines that documents, help texts and the router's file show, block by block. Only tests call this module.
+"""The commands that pages, help texts, `launch/nginx.conf` and `configs/tiny.py` show, block by block, for tests.
 
 A Markdown parser finds the code blocks of the pages. A block without a language holds commands, one a line, as a shell
 reads them. The blocks in `NOT_COMMANDS` hold something else. A line that begins with an unknown program is an error, so
@@ -59,7 +59,7 @@ class Block:
 
 
 def documented_blocks() -> list[Block]:
-    """Returns the blocks of all pages, and the examples of help texts that no page has.
+    """Returns the blocks of all pages, `launch/nginx.conf` and `configs/tiny.py`, and examples that only help shows.
 
     Raises:
       ValueError: a line of a block begins with a program that is not in `PROGRAMS`.

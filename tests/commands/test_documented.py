@@ -357,7 +357,7 @@ def read(block: Block, folder: Path, prepare: Prepare, output: Callable[[], str]
 
 
 def blocks(slow: bool) -> list[Block]:
-    """Returns the blocks that have commands to run which are slow, or which are not."""
+    """Returns the blocks with at least one slow command; unless `slow`, those with at least one that is not slow."""
     return [b for b in BLOCKS if any((s := form(command)) is not None and s.slow == slow for command in b.commands)]
 
 

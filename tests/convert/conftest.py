@@ -1,4 +1,4 @@
-"""Releases with a tokenizer, a license and other files, and conversions of them. All files have a few kilobytes."""
+"""A release with a license, a `vocab.tiktoken` and other files, and conversions of it. It has less than 1 MB."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def many_chunks(monkeypatch) -> None:
 
 @pytest.fixture
 def info_log(caplog) -> Iterator[pytest.LogCaptureFixture]:
-    """`caplog` with all messages from INFO on, also after a conversion, which restores the verbosity of absl."""
+    """`caplog` with all messages from INFO on.
+
+    It sets the verbosity of absl. A conversion saves and restores this verbosity, which would undo `caplog.set_level`.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity(logging.INFO)
     yield caplog
@@ -64,7 +67,7 @@ def token_ids() -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def full_release(release, tmp_path_factory) -> Path:
-    """A release with all files that come with the weights of a real one: tokenizer, license and others."""
+    """A release with the files that come with the weights of a real one, but with no `tokenizer.json`."""
     folder = tmp_path_factory.mktemp("full_release") / "hf"
     shutil.copytree(release, folder)
     config = json.loads((folder / "config.json").read_text())

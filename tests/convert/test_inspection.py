@@ -1,4 +1,4 @@
-"""`jaxtml info` describes a checkpoint without its numbers, and compares it with its manifest."""
+"""`jaxtml info` describes a checkpoint without reading its weights, and compares it with its manifest."""
 
 from __future__ import annotations
 

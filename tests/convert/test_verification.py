@@ -79,7 +79,7 @@ def test_a_result_that_differs_gets_no_name_and_the_next_conversion_begins_anew(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_source_that_goes_away_before_verification_costs_no_work(release, tmp_path, monkeypatch):
+def test_after_a_verification_without_its_source_no_chunk_is_written_again(release, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise InputError("the source is gone")
 

@@ -211,13 +211,13 @@ def test_a_bank_that_returns_to_its_first_plan_has_its_first_digest_and_speaks_n
     assert bank.Bank.open(copied).digest == appended.digest
 
 
-def test_a_bank_without_its_head_is_known_by_its_shards(copied, folder):
+def test_a_bank_without_bank_json_is_known_by_its_shards(copied, folder):
     (copied / "bank.json").unlink()
     bank.build(copied, plan(), 1, dies)
     assert bank.Bank.open(copied).digest == bank.Bank.open(folder).digest
 
 
-def test_a_damaged_order_of_an_appended_bank_is_refused_in_one_line(copied):
+def test_a_damaged_order_file_is_refused_in_one_line(copied):
     bank.build(copied, other_plan(), 1, beep)
     (order,) = copied.glob("order-*.jsonl")
     order.write_bytes(order.read_bytes()[:-20])
@@ -228,7 +228,7 @@ def test_a_damaged_order_of_an_appended_bank_is_refused_in_one_line(copied):
     assert bank.Bank.open(copied).complete
 
 
-def test_a_plan_for_a_bank_keeps_its_sentences_except_where_the_text_is_new():
+def test_a_plan_for_an_existing_bank_replaces_its_sentences_only_by_new_texts():
     spoken = [planned for shard in plan() for planned in shard]
 
     def say_more(rng: np.random.Generator) -> str:

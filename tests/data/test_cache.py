@@ -88,7 +88,7 @@ def test_a_folder_without_a_cache_is_refused(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"digest": "", "rows": "many"}'])
-def test_a_damaged_head_is_named(tmp_path, text):
+def test_a_damaged_cache_json_is_named(tmp_path, text):
     (tmp_path / "cache.json").write_text(text)
     with pytest.raises(InputError, match=r"cache.json is damaged: remove the folder and build"):
         cache.check_count(tmp_path, 64)

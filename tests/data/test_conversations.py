@@ -1,4 +1,4 @@
-"""A row of the generated conversations holds its session. The config says how often heard words are replaced."""
+"""A row of a generated conversation decodes to that conversation. The config says how many rows have misheard words."""
 
 from __future__ import annotations
 

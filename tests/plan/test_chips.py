@@ -45,7 +45,7 @@ def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, mo
 
 @pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and tokamax (pip install -e '.[plan-cuda]')")
 def test_a_gpu_multiplies_little_padding_and_needs_little_memory():
-    """The compiler for GPUs gives no FLOPs. They are counted from the rows that tokamax gets, not in its kernels."""
+    """The compiler for GPUs gives no FLOPs. The test counts those of `ragged_dot`, on the rows that tokamax gets."""
     found = compile_layer("h100:1x8")
     assert 1 <= found["moe"]["counted"] < 1.1
     assert found["attention"]["global"] < 0.8e9 and found["attention"]["sliding"] < 0.5e9

@@ -138,7 +138,7 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     assert load.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
     assert load.max_rounds == 9 + 12 + 2 + 4 and load.prefill == (6, 6 + 32 + 153)
     # A device has 96 choices, and multiplies at most a block of eight rows for each choice. A dense product would
-    # multiply 128 experts for each of 32 sessions. The unit is the FLOPs of one row in all layers, on a quarter of an
-    # expert; the round also has the FLOPs of attention and of all other parts.
+    # multiply 128 experts for each of 32 sessions. `rows_of_experts` is the FLOPs of a round, divided by the FLOPs of
+    # one row with a quarter of one expert in each layer. The round also has attention and all other parts.
     rows_of_experts = load.one_round.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
     assert 96 < rows_of_experts < 16 * 96

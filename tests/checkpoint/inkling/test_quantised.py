@@ -22,7 +22,7 @@ from jaxtml.model.spec import flatten
 
 ROOT = Path(__file__).parents[3]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
-# Widths that are multiples of both groups, 16 and 32.
+# Widths that are multiples of 16 and of 32: in NVFP4, 16 columns share a scale, and in MXFP8, 32 do.
 DESCRIBED = TOOL["released_config"](hidden_size=64, intermediate_size=32, dense_intermediate_size=48)
 PREFIX = "model.llm.layers.{}.mlp.experts.{}_weight"
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
@@ -58,7 +58,10 @@ FORMATS = {"nvfp4": nvfp4, "mxfp8": mxfp8}
 
 
 def checkpoint(folder: Path, kind: str, left_out: int = 1) -> dict[str, np.ndarray]:
-    """Writes a release with quantised experts in all layers but `left_out`. Returns the numbers that they mean."""
+    """Writes a release with quantised experts in all layers but `left_out`.
+
+    Returns the numbers of all experts by the tensor's name: what the codes mean, or the values of the layer `left_out`.
+    """
     config = config_from_inkling(DESCRIBED)
     weights = {name: np.asarray(w, ml_dtypes.bfloat16) for name, w in TOOL["released_weights"](config).items()}
     meant, rng = {}, np.random.default_rng(3)

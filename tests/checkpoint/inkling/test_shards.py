@@ -1,4 +1,4 @@
-"""The index of a release is obeyed as a whole: no file and no tensor is read or left out against it."""
+"""A release is refused if its index and its files disagree about a file or a tensor. A wrong total size only warns."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_every_reply_to_a_sampled_user_turn_is_listed_and_short():
         assert set(text.split()) <= set(scenarios.VOCABULARY)
 
 
-def test_every_intent_is_drawn_by_its_weight_and_only_other_texts_get_i_see():
+def test_every_intent_is_drawn_by_its_weight_and_only_the_intent_other_gets_i_see():
     rng = np.random.default_rng(2)
     drawn = [scenarios.sample_user_text(rng) for _ in range(4000)]
     for intent, weight in scenarios.INTENT_WEIGHTS.items():

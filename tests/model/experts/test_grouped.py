@@ -46,8 +46,9 @@ def test_a_gpu_does_not_read_int8_experts_in_place_where_offsets_would_overflow(
         scales = [jax.ShapeDtypeStruct(w.shape[:-2] + w.shape[-1:], "float32") for w in (w13, w2)]
         return ExpertWeights(w13, w2, *(scales if dtype == "int8" else (None, None)), layer_index=(jnp.int32(0),))
 
-    # A layer has 2**28 numbers in w13 and half as many in w2. As int8, w13 is below 2 GiB with 7 layers and between
-    # 2 and 4 GiB with 9. With 17 layers w2 is between 2 and 4 GiB, with 33 neither is.
+    # Offsets overflow in int8 arrays of more than 2 and at most 4 GiB (see `in_place_on_gpu`). A layer has 2**28
+    # numbers in w13 and half as many in w2. As int8, w13 is below 2 GiB with 7 layers and between 2 and 4 GiB with 9.
+    # With 17 layers w2 is between 2 and 4 GiB. With 33 layers both are larger than 4 GiB.
     assert [experts(layers, "int8").in_place_on_gpu for layers in (7, 9, 17, 33)] == [True, False, False, True]
     assert all(experts(layers, "bfloat16").in_place_on_gpu for layers in (4, 7, 9, 17, 33))
 

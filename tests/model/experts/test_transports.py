@@ -1,4 +1,7 @@
-"""Experts on eight devices: the transports that a CPU can run against the oracle, and the exchange plan of `ragged`."""
+"""Experts on eight devices give what the oracle gives: `dense_experts`, which computes every expert on one device.
+
+A CPU cannot run the transport `ragged`. Its exchange plan is tested alone.
+"""
 
 from __future__ import annotations
 
