@@ -164,7 +164,7 @@ def test_wrong_options_are_one_line_on_stderr(arguments, line, tmp_path):
         ("--keys", ("",)),
     ],
 )
-def test_numbers_that_no_server_can_mean_are_refused_before_anything_starts(option, values, capsys):
+def test_values_that_make_no_sense_are_refused_before_anything_starts(option, values, capsys):
     for value in values:
         with pytest.raises(SystemExit) as ended:
             parser().parse_args(["serve", f"{option}={value}"])

@@ -1,4 +1,4 @@
-"""Recordings for tests, as bytes: of one kind of file each, made by libsndfile or by PyAV."""
+"""Makes recordings for tests, in the many formats that libsndfile and PyAV can write."""
 
 from __future__ import annotations
 

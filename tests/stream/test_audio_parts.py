@@ -67,7 +67,9 @@ def with_length(content: bytes, chunk: bytes, format: str, length: int, behind: 
     return content[:at] + struct.pack(format, length) + content[at + struct.calcsize(format) :]
 
 
-OTHERS = {  # the container, the place of its length, a length that is there, and one that is far too long
+# By container: the name behind which the length stands, its format, its distance in bytes from the name, a length that
+# is too short, and one that is far too long.
+OTHERS = {
     "WAV": (b"data", "<I", 0, 4000, 64000),
     "RF64": (b"ds64", "<Q", 12, 4000, 64000),
     "W64": (b"data", "<Q", 12, 4024, 64024),
@@ -78,7 +80,7 @@ OTHERS = {  # the container, the place of its length, a length that is there, an
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_length_that_is_wrong_is_said_and_all_samples_are_heard(heard, kind):
+def test_a_length_that_is_wrong_is_reported_and_all_samples_are_heard(heard, kind):
     chunk, format, behind, short, long = OTHERS[kind]
     content = encoded(NOISE, 16000, kind)
     assert not heard(content)[1]
@@ -133,7 +135,7 @@ def test_a_truncated_recording_is_heard_to_its_end_and_the_line_says_when_that_i
 
 
 def flac_with_total(total: int) -> bytes:
-    """Returns a FLAC of one second whose header says another number of samples. Programs write 0 into pipes."""
+    """Returns a FLAC of one second whose header says `total` samples. A program that writes to a pipe writes 0 there."""
     content = encoded(np.tile(NOISE, 2), 16000, "FLAC")
     field = int.from_bytes(content[18:26], "big") >> 36 << 36 | total  # the lowest 36 bits are the number
     return content[:18] + field.to_bytes(8, "big") + content[26:]
@@ -153,7 +155,7 @@ def ogg_pages(content: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
-def test_lost_and_damaged_pages_of_an_ogg_are_said_and_later_sound_stays_in_time(heard, codec):
+def test_lost_and_damaged_pages_of_an_ogg_are_reported_and_later_sound_stays_in_time(heard, codec):
     wave = np.concatenate([np.tile(NOISE, 10), tone(16000, 1.0)])
     pages = ogg_pages(encoded(wave, 16000, "OGG", codec))
     assert not heard(b"".join(pages))[1]
@@ -175,7 +177,7 @@ def test_a_cut_recording_does_not_swallow_the_one_joined_to_it(heard):
     assert "has no end mark" in line and "holds 2 recordings, joined end to end; all are heard" in other
 
 
-def test_a_joined_recording_that_cannot_be_read_is_said(heard, tmp_path):
+def test_a_joined_recording_that_cannot_be_read_is_reported(heard, tmp_path):
     mp4 = from_phone(tmp_path / "m", "mp4", "aac", tone(16000, 0.5), 16000)
     cut = mp4[:28] + struct.pack(">I4s4x", 12, b"mdat")  # an MP4 without its index
     for content in (mp4 + cut, cut + mp4):
@@ -193,7 +195,7 @@ def test_joined_recordings_may_not_be_longer_than_one(heard, monkeypatch):
         heard(content + content)
 
 
-def test_tags_and_padding_of_an_mp3_are_no_damage_and_no_promise(heard, tmp_path):
+def test_tags_and_padding_of_an_mp3_are_no_damage_and_its_estimated_length_is_not_trusted(heard, tmp_path):
     plain = from_phone(tmp_path / "m", "mp3", "libmp3lame", tone(16000, 1.0), 16000, write_xing="0")
     assert plain.startswith(b"ID3")
     audio, (line,) = heard(plain + plain)
@@ -205,7 +207,7 @@ def test_tags_and_padding_of_an_mp3_are_no_damage_and_no_promise(heard, tmp_path
     assert not any("promises" in line for line in lines)
 
 
-def test_a_video_recording_that_ends_inside_its_container_is_said(heard, tmp_path):
+def test_a_webm_with_pictures_and_an_mp4_in_fragments_are_reported_only_if_cut_short(heard, tmp_path):
     with av.open(str(tmp_path / "m"), "w", format="webm") as container:
         video = container.add_stream("libvpx", rate=10)
         video.width = video.height = 16
@@ -344,7 +346,7 @@ def test_no_speaker_is_dropped_because_a_short_stretch_cancels(heard):
         (np.clip(NOISE * 3, -1, 1), ""),
     ],
 )
-def test_a_level_that_is_hard_to_hear_is_said_and_nothing_is_changed(heard, wave, says):
+def test_a_level_that_is_hard_to_hear_is_reported_and_nothing_is_changed(heard, wave, says):
     audio, lines = heard(encoded(wave, 16000, "WAV", "FLOAT"))
     np.testing.assert_array_equal(audio, wave.astype(np.float32))
     assert len(lines) == bool(says) and all(says in line for line in lines)

@@ -109,8 +109,8 @@ def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
         fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
             heard = 4 * (int(sequence.micro_turn[at]) + 1) + order % 4
-            # The output of the last micro-turn is heard after the recording. The window of the frame before it still
-            # covers the end of the recording.
+            # The output of the last micro-turn is heard after the recording, so its targets are not compared. The first
+            # position of this output still holds the last frame of the recording.
             if heard < 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(target[:80], coarse[heard])
                 np.testing.assert_array_equal(target[80:].reshape(4, 80), fine[4 * heard : 4 * heard + 4])
@@ -125,7 +125,8 @@ def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
         for at in sequence.speech_at[::4]:
             i = int(sequence.micro_turn[at])
             if i == 0 or "K" not in micro_turns[i - 1]:
-                # A frame's window reaches 50 ms back: right after a stretch it still holds the end of the stretch.
+                # Nothing was said in micro-turn i - 1, so nothing is heard in micro-turn i. Its last frame is the one
+                # that the first own position holds. A start one micro-turn after other speech is not compared.
                 if i < 2 or "K" not in micro_turns[i - 2]:
                     assert (sequence.bins[at] == SILENT_BINS).all()
                 starts += 1

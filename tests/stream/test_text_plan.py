@@ -1,4 +1,4 @@
-"""Text tokens stand in their micro-turn, or in the next ones with room, and words are never cut."""
+"""Text tokens stand in their micro-turn, or in the next ones with room. A word that does not fit is left out whole."""
 
 from __future__ import annotations
 

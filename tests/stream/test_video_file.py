@@ -173,7 +173,7 @@ def test_a_relative_name_with_a_colon_is_no_address_and_a_folder_is_named(video,
         read_frame_pairs(".", 3, 6)
 
 
-def test_a_matroska_that_is_cut_short_is_said(tmp_path, monkeypatch):
+def test_a_matroska_that_is_cut_short_is_reported(tmp_path, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(video_file.logging, "warning", lambda text, *values: lines.append(text % values))
     path = write_video(tmp_path / "a.mkv", [(i / 10, grey(i, 32, 32)) for i in range(30)])

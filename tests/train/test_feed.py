@@ -14,7 +14,7 @@ from jaxtml.train import feed
 
 
 class Step:
-    """A result of a step that ends after the batch, or before it."""
+    """Stands in for a result of the last step. `is_over`: the step has ended when the batch is there."""
 
     def __init__(self, is_over: bool):
         self.is_ready = lambda: is_over

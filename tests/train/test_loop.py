@@ -290,8 +290,10 @@ def test_a_run_without_a_checkpoint_gives_way_to_another(config, data, tmp_path)
 
 
 def test_the_command_line_writes_rows_shows_them_and_trains_on_them(config, data, uninterrupted, tmp_path, capsys):
-    """`jaxtml data` and `jaxtml train` on a bank that is built already. The cache has the rows that `uninterrupted`
-    trained on, in another order."""
+    """Runs `jaxtml data` and `jaxtml train` on a folder whose bank of utterances is built already.
+
+    The first command writes a cache of 64 rows. The second one reads them in another order than `uninterrupted` did.
+    """
     resolved, own = tmp_path / "config.json", tmp_path / "data"
     resolved.write_text(configs.to_json(config))
     shutil.copytree(data, own)

@@ -166,14 +166,14 @@ def test_the_parts_that_a_release_lacks_are_named(release, releasable, warnings)
 
 def test_a_rate_that_stays_is_not_said_to_jump(run, config, data, warnings, monkeypatch):
     for last, expected in ((1e-3, 0), (2e-3, 1)):
-        rates = iter((0.0, 1e-3, last))  # of the former course, of the new one, and of the last step
+        rates = iter((0.0, 1e-3, last))  # the next step's rate before and after the change, and the last step's rate
         monkeypatch.setattr(storage, "rate_at", lambda *_, rates=rates: next(rates))
         storage.claim(run, longer(config), data, "digest")
         storage.write_atomically(run / "config.json", configs.to_json(config))
         assert len(warnings) == expected
 
 
-def test_how_a_run_begins_is_logged_under_the_name_of_the_loop(caplog):
+def test_a_warning_about_the_start_of_a_run_has_the_file_of_the_loop_in_the_log(caplog):
     loop._warn("100% of the clock is new")
     assert (caplog.records[-1].filename, caplog.records[-1].levelname) == ("loop.py", "WARNING")
     assert caplog.records[-1].getMessage() == "100% of the clock is new"

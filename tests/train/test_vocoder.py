@@ -152,7 +152,7 @@ def test_a_models_checkpoint_gives_its_vocoder(small, params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, vocoder, params["vocoder"])
 
 
-def test_a_run_of_other_sizes_is_not_said_to_start_a_new_one(tmp_path):
+def test_start_from_is_offered_only_to_a_run_of_the_same_sizes(tmp_path):
     settings = {"vocoder": {"width": 8}, "training": {"seed": 0}, "steps": 5}
     storage.claim(tmp_path, config(), settings)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)

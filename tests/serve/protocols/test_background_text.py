@@ -1,4 +1,8 @@
-"""A model that was not trained on background text gets none, its clients are told so, and typed text waits for none."""
+"""A model that was not trained on background text gets none, and its clients are told so.
+
+Background text is all text that the user does not type: instructions, tools, earlier conversations, results. Text that
+the user types does not wait for background text.
+"""
 
 from __future__ import annotations
 

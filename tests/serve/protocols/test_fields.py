@@ -1,8 +1,9 @@
-"""Every field that a client may send is done, refused, or named to the client as without effect.
+"""Every field that a client may send does what it says, is refused, or is named to the client as without effect.
 
-The table below has each field of each type of message. A new field fails the test until it is in the table. A field in
-the column NO_EFFECT is declared with `no_effect`, so that the client gets its name back. Each refused field has an
-example in `REFUSED`; two tests send them all to a server.
+The table `FIELDS` has each field of each type of message. A new field fails the test until it is in the table. A field
+in the column DONE does what it says. A field in the column NO_EFFECT is declared with `no_effect`, so that the client
+gets its name back. `REFUSED_BY_LIVE` and `REFUSED_BY_REALTIME` are examples of what the server refuses. Two tests send
+them all to a server.
 """
 
 from __future__ import annotations

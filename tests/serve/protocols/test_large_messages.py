@@ -142,7 +142,7 @@ def test_large_picture_and_long_recording_in_a_message_are_taken(slots, engine, 
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_websocket_limit_has_room_for_the_longest_append_in_lines():
+def test_websocket_limit_has_room_for_the_longest_append_in_base64_wrapped_in_lines():
     lines = json.dumps(base64.encodebytes(bytes(15 * 2**20)).decode().replace("\n", "\r\n"))
     assert len(lines) + 1000 < connection.MESSAGE_BYTES
     assert isinstance(connection.new_websocket(), web.WebSocketResponse)

@@ -51,7 +51,8 @@ def test_silence_stands_in_for_missing_audio_and_late_audio_is_heard_late():
     assert buffer.missed_samples == gap + round(0.7 * MICRO_TURN_SAMPLES)
 
 
-def test_lasting_reserve_is_removed_from_silence_only():
+def test_lasting_reserve_shrinks_by_removed_silence_only():
+    """The reserve is the audio that is left in the buffer after each micro-turn."""
     buffer = JitterBuffer()
     buffer.push(sound(4))
     for index in range(60):  # a client in real time, 0.8 s late, that speaks for eight seconds and then is silent

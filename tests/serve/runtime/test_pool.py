@@ -37,7 +37,7 @@ def test_sessions_go_to_the_emptiest_worker_and_end_with_it(checkpoint):
     asyncio.run(main())
 
 
-def test_groups_of_one_worker_tick_half_a_tick_apart(checkpoint):
+def test_two_groups_of_sessions_of_one_worker_tick_half_a_tick_apart(checkpoint):
     tick_ends: list[float] = []
 
     async def main() -> None:

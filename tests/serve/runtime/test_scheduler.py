@@ -120,6 +120,8 @@ def test_client_that_does_not_come_back_frees_its_slot(slots):
 
 
 def test_slot_of_an_ended_session_and_of_one_that_is_away_goes_to_a_new_session_at_once(slots):
+    """A session is away if its client announced that it will be back at once."""
+
     async def test(scheduler: Scheduler, clock: SteppedClock, model: InProcessWorker) -> None:
         ended, first_away, away, _ = [scheduler.admit(seed) for seed in range(4)]
         await clock.advance(1)

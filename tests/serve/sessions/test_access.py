@@ -158,7 +158,7 @@ def test_file_of_keys_is_read(tmp_path):
     assert Access.load(tmp_path / "keys.json", PROTOCOLS).authenticate("sk-long-enough").key.sessions == 3
 
 
-def test_replaced_keys_count_on_and_keep_short_lived_keys():
+def test_used_minutes_and_short_lived_keys_stay_when_keys_are_replaced():
     clock = Clock()
     old = Access([Key(name="a", key="sk-first-key", minutes_per_day=10), Key(name="b", key="sk-second-key")], now=clock)
     grant, gone = old.authenticate("sk-first-key"), old.authenticate("sk-second-key")

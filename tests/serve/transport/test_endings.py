@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
 
 
 def stated(by_server: bool) -> list[tuple[int, str]]:
-    """Returns the close codes in docs/serving.md and what it says of the session, of one side's closings."""
+    """Returns `(close code, effect on the session)` from docs/serving.md, for the server's closings or all others."""
     section = PAGE.read_text().split("## How a session ends\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| ([\d, ]+) \| (.+?) \|$", section, re.MULTILINE)
     return [

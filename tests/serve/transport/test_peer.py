@@ -396,7 +396,8 @@ def micro_turn(loud: bool = True) -> np.ndarray:
     return tone(300, 1, MICRO_TURN_SAMPLES, 16_000) * loud
 
 
-def test_voice_waits_for_the_lead_and_again_after_it_ran_dry():
+def test_voice_waits_for_the_lead_and_again_after_the_track_ran_dry():
+    """The lead is 40 ms, two packets, for which the first micro-turn waits."""
     voice = OutgoingTrack()
     assert packets_with_sound(voice, 3) == [False] * 3
     voice.put(micro_turn())
@@ -407,7 +408,8 @@ def test_voice_waits_for_the_lead_and_again_after_it_ran_dry():
     assert packets_with_sound(voice, 12) == [False] * 2 + [True] * 10
 
 
-def test_at_most_a_micro_turn_of_speech_or_the_lead_of_silence_waits_when_more_comes():
+def test_older_part_of_the_waiting_audio_is_dropped_when_a_micro_turn_arrives():
+    """Of waiting speech the last micro-turn is kept, and of waiting silence the last 40 ms (the lead)."""
     voice = OutgoingTrack()
     for _ in range(5):
         voice.put(micro_turn())

@@ -106,7 +106,7 @@ def test_server_with_keys_takes_its_page_for_its_own_behind_proxies(slots, engin
     assert "origin_not_allowed" in caplog.text and "upgrade=True" in caplog.text and KEY not in caplog.text
 
 
-def test_server_without_keys_takes_pages_under_certain_names_only(slots, engine):
+def test_server_without_keys_takes_only_pages_under_names_that_nobody_else_can_own(slots, engine):
     async def test(serving: Serving) -> None:
         port = serving.url.rpartition(":")[2]
         for name in ("127.0.0.1", "127.0.0.2", "localhost", "localhost.", "[::1]"):

@@ -60,7 +60,7 @@ def test_replaced_connection_takes_no_sound_that_waited(slots, engine):
         client = await _reconnect(serving, client)
         await client.send("session.input_audio.append", audio=chunk)  # waits for room, and is not counted as received
         await asyncio.sleep(0.2)
-        session.connection.replace()  # as a new connection does before it says how much has arrived
+        session.connection.replace()  # as a resume does, before the server tells the client how much has arrived
         intake.clear()
         session.micro_turn_done.set()  # in the same moment the session gets room
         await eventually(lambda: session.connection is None)
@@ -129,7 +129,7 @@ def test_client_that_reads_nothing_loses_its_session(slots, engine, monkeypatch)
     serving(slots, engine, test)
 
 
-def test_limits_hold_a_client_that_tries_to_fill_memory_or_time(slots, engine, monkeypatch):
+def test_limits_stop_a_client_that_tries_to_use_up_memory_or_time(slots, engine, monkeypatch):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session = serving.session()

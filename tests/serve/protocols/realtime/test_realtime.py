@@ -1,4 +1,7 @@
-"""OpenAI's Realtime API, event by event: the model's gate opens and ends responses."""
+"""OpenAI's Realtime API, event by event: with turn detection, a response begins and ends with the model's speech.
+
+In each micro-turn (200 ms) the model decides whether it speaks. While it speaks, its gate is open.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.serve.stepped import scripted
 
 OPENAI_EVENT = TypeAdapter(RealtimeServerEvent)
 HEARD, SAY, SPEAK, LISTEN = Control.HEARD, Control.SAY, Control.SPEAK, Control.LISTEN
-# The user says two words, the model answers in two micro-turns, and the user says one more word in silence.
+# The user says two words, the model answers in two micro-turns, and later the user says one more word.
 TALK = scripted(
     {
         2: (HEARD, " what", LISTEN),
@@ -140,7 +143,7 @@ def test_interruption_is_announced_when_the_model_yields(slots, engine):
     serving(slots, engine, test, model=scripted(talk))
 
 
-def test_without_turn_detection_a_requested_response_has_the_last_speech(slots, engine):
+def test_without_turn_detection_a_response_has_what_the_model_said_just_before_the_request(slots, engine):
     async def test(serving: Serving) -> None:
         client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await client.send("input_audio_buffer.append", audio=base64.b64encode(bytes(9_600)).decode())
@@ -305,7 +308,7 @@ def test_whole_recording_is_heard_before_its_response_is_given_up(slots, engine)
     serving(slots, engine, test, model=scripted({52: (SAY, " forty", SPEAK)}))
 
 
-def test_cancelled_response_is_dropped_until_the_gate_closes(slots, engine):
+def test_rest_of_a_cancelled_response_is_dropped_until_the_gate_closes(slots, engine):
     talk = {at: (SAY, " a", SPEAK) for at in (*range(2, 8), *range(12, 14))}
 
     async def test(serving: Serving) -> None:
