@@ -135,7 +135,7 @@ def test_a_truncated_recording_is_heard_to_its_end_and_the_line_says_when_that_i
 
 
 def flac_with_total(total: int) -> bytes:
-    """Returns a FLAC of one second whose header says `total` samples. A program that writes to a pipe writes 0 there."""
+    """Returns a FLAC of one second whose header says `total` samples. Programs that write to a pipe write 0 there."""
     content = encoded(np.tile(NOISE, 2), 16000, "FLAC")
     field = int.from_bytes(content[18:26], "big") >> 36 << 36 | total  # the lowest 36 bits are the number
     return content[:18] + field.to_bytes(8, "big") + content[26:]
