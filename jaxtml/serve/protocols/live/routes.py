@@ -32,6 +32,10 @@ from jaxtml.serve.transport.connection import Connection
 from jaxtml.serve.transport.sound import VoiceTrack
 
 _FIRST_MESSAGE_TRIES = 8  # first messages that may be wrong before the server closes the connection
+# Connections that may be open before their session begins. Each may hold a message of 22 MiB (`MESSAGE_BYTES`) of which
+# nothing has been checked yet, so this bounds the memory that strangers to the server can take. A client needs such a
+# connection for one round trip; further clients wait for a place.
+_OPENING = 8
 _SIDEBANDS = 4  # sidebands of one session
 # Close codes of a WebSocket (RFC 6455, IANA registry).
 _POLICY_VIOLATION, _MESSAGE_TOO_BIG, _TRY_AGAIN_LATER = 1008, 1009, 1013
@@ -51,18 +55,17 @@ def routes(service: Service) -> list[web.RouteDef]:
 class _LiveHandlers:
     def __init__(self, service: Service):
         self.service, self.manager, self.metrics = service, service.manager, service.metrics
+        self._opening = asyncio.Semaphore(_OPENING)
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
         """Runs a session over a WebSocket: a new session, or one that the client resumes."""
         grant = self.service.authorise(request)
-        response, connection = await websocket.open_connection(self.service, request, LiveProtocol.frame_kind)
+        await self._wait_to_open()
         try:
-            async with asyncio.timeout(self.manager.limits.first_message_s):
-                found = await self._read_first_message(request, connection, grant)
-        except TimeoutError:
-            invalid = InvalidMessage("timeout", "the first message did not come in time")
-            await _reject(connection, invalid, _POLICY_VIOLATION)
-            return response
+            response, connection = await websocket.open_connection(self.service, request, LiveProtocol.frame_kind)
+            found = await self._find_session(request, connection, grant)
+        finally:
+            self._opening.release()
         if found is not None:
             session, after = found
             await self.service.run_session(connection, session, after)
@@ -107,6 +110,27 @@ class _LiveHandlers:
         return web.json_response(created, status=201)
 
     # --- the first message over a WebSocket
+
+    async def _wait_to_open(self) -> None:
+        """Takes one of the places for connections whose session has not begun. Raises `Refused` if none gets free."""
+        try:
+            async with asyncio.timeout(self.manager.limits.first_message_s):
+                await self._opening.acquire()
+        except TimeoutError:
+            text = f"{_OPENING} connections are open that have not begun a session; try again"
+            raise Refused(503, "server_full", text, self.manager.limits.first_message_s) from None
+
+    async def _find_session(
+        self, request: web.Request, connection: Connection, grant: Grant
+    ) -> tuple[ClientSession, int] | None:
+        """Returns what `_read_first_message` does. Closes a connection whose first message does not come in time."""
+        try:
+            async with asyncio.timeout(self.manager.limits.first_message_s):
+                return await self._read_first_message(request, connection, grant)
+        except TimeoutError:
+            invalid = InvalidMessage("timeout", "the first message did not come in time")
+            await _reject(connection, invalid, _POLICY_VIOLATION)
+            return None
 
     async def _read_first_message(
         self, request: web.Request, connection: Connection, grant: Grant

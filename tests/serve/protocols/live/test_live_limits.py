@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
+import aiohttp
+import pytest
+
+from jaxtml.serve.protocols.live import routes
 from jaxtml.serve.runtime.scheduler import EndReason
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection
@@ -25,6 +29,34 @@ def test_connection_without_a_valid_first_message_is_closed(slots, engine):
         assert not serving.manager.sessions
 
     serving(slots, engine, test, limits=Limits(first_message_s=0.5))
+
+
+def test_connections_that_have_not_begun_a_session_are_bounded_and_later_ones_wait(slots, engine, monkeypatch):
+    monkeypatch.setattr(routes, "_OPENING", 2)
+
+    async def test(serving: Serving) -> None:
+        silent = [await serving.open() for _ in range(2)]
+        waiting = asyncio.create_task(serving.start())
+        await asyncio.sleep(0.2)
+        assert not waiting.done() and not serving.manager.sessions
+        await silent[0].ws.close()
+        later = [await waiting, await serving.start(), await serving.start()]
+        assert len(serving.manager.sessions) == 3, "a session that has begun holds no place"
+        assert not silent[1].ws.closed and all(not client.ws.closed for client in later)
+
+    serving(slots, engine, test)
+
+
+def test_client_that_finds_no_place_to_open_a_connection_is_refused(slots, engine, monkeypatch):
+    monkeypatch.setattr(routes, "_OPENING", 0)
+
+    async def test(serving: Serving) -> None:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await serving.open()
+        assert refused.value.status == 503 and refused.value.headers is not None
+        assert refused.value.headers["Retry-After"] == "1"
+
+    serving(slots, engine, test, limits=Limits(first_message_s=0.2))
 
 
 def test_sound_without_room_waits_in_the_network(slots, engine):
