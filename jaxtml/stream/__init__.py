@@ -7,6 +7,7 @@ tokens. `layout` gives the order of the tokens inside a micro-turn.
 token ids, and `clock` turns times into features. `encoding` makes one sequence of a whole `conversation`, and
 `decoding` reads the sequence back. `reading` reads the tokens of a live session.
 
-`audio_file` and `video_file` read the files that users name. `audio_parts` finds joined files and wrong headers,
-`audio_decoding` decodes, and `audio_level` notices what is hard to hear.
+`audio_file` and `video_file` read the files that users name. `audio_beginnings` finds where a recording begins,
+`audio_parts` finds joined files and wrong headers, `audio_decoding` decodes, and `audio_level` notices what is hard to
+hear.
 """

@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 
 from jaxtml.errors import InputError
-from jaxtml.stream.audio_parts import Data, Part, PartFile, mp3_says_its_length
+from jaxtml.stream.audio_beginnings import Beginnings, Data
+from jaxtml.stream.audio_parts import Part, PartFile, mp3_says_its_length
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -140,6 +141,27 @@ def _decode_with_av(data: Data, part: Part, limit_s: float, notes: list[str]) ->
         notes.append(cut_short(track.heard_s, promised_s))
     elif track.damage:
         notes.append(track.damage)
+    if container.format.name == "flac" and (unheard := _behind_flac(data, part, track.last_packet_bytes)):
+        notes.append(
+            f"only its first {track.heard_s:.1f} s are heard: at least {unheard:,} bytes behind them are no FLAC; if "
+            "they are another recording, give it as a file of its own"
+        )
+    if part.is_unknown and (joined := Beginnings(data).next(part.start + track.read_bytes)) < part.end:
+        notes.append(
+            f"only its first {track.heard_s:.1f} s are heard: another recording begins behind byte {joined:,}, and its "
+            f"{part.end - joined:,} bytes are not heard; give it as a file of its own"
+        )
+
+
+def _behind_flac(data: Data, part: Part, last_packet_bytes: int) -> int:
+    """Returns how many bytes at least are behind the last frame of a FLAC, and are no tag; 0 if none.
+
+    A FLAC does not say where it ends. FFmpeg takes all that follows for a part of the last frame. The block STREAMINFO
+    says how large the largest frame is (RFC 9639, section 8.2), or 0.
+    """
+    largest = int.from_bytes(data[part.start + 15 : part.start + 18], "big")
+    has_tag = b"TAG" in data[max(part.start, part.end - 160) : part.end]  # ID3v1, or the end of an APE tag
+    return max(0, last_packet_bytes - largest) if largest and not has_tag else 0
 
 
 def cut_short(heard_s: float, promised_s: float) -> str:
@@ -183,6 +205,8 @@ class _Track:
       heard_s: seconds so far, with those filled in.
       filled_s: seconds of silence that were filled in for missing packets.
       damage: what could not be decoded, as a sentence; empty if nothing.
+      read_bytes: bytes of the part up to the end of the last packet.
+      last_packet_bytes: bytes of the last packet.
     """
 
     def __init__(self, container: InputContainer, stream: AudioStream, limit_s: float):
@@ -191,6 +215,7 @@ class _Track:
         self._origin_s: float | None = None
         self.heard_s = self.filled_s = 0.0
         self.damage = ""
+        self.read_bytes = self.last_packet_bytes = 0
 
     def blocks(self) -> Iterator[Block]:
         """Yields the track's frames. Damaged packets are left out."""
@@ -206,6 +231,9 @@ class _Track:
                 return
             if packet is None:
                 break
+            if packet.pos is not None and packet.pos >= 0:
+                self.read_bytes = max(self.read_bytes, packet.pos + packet.size)
+                self.last_packet_bytes = packet.size
             try:
                 frames = packet.decode()
             except FFmpegError:

@@ -28,9 +28,10 @@ import soxr
 from absl import logging
 
 from jaxtml.errors import InputError
+from jaxtml.stream.audio_beginnings import Beginnings, Data, archive_kind, name_bytes
 from jaxtml.stream.audio_decoding import MAX_HOURS, TOLERANCE_S, NotAudio, cut_short, decode, too_long
 from jaxtml.stream.audio_level import Channels, level_notes
-from jaxtml.stream.audio_parts import Data, Part, find_parts
+from jaxtml.stream.audio_parts import Part, find_parts
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", *([".mp3"] if "MP3" in soundfile.available_formats() else []))
@@ -44,6 +45,9 @@ STDIN = "-"
 _LOUDEST = 16.0
 _MOST_PIPED = 4 << 30  # bytes that are read from a pipe: more than four hours of 16-bit stereo at 48 kHz
 _MOST_WAV = (1 << 32) - 64  # the most bytes of samples in a WAV file, whose header has 32 bits for a length
+
+
+_NO_SOUND = "holds no sound at all (zero samples); give a recording with audio in it"
 
 
 def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
@@ -197,19 +201,34 @@ def _copy_pipe(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndarray:
-    """Returns the file's audio `[N]` at 16 kHz. If the channels cancel each other, one may be heard alone."""
+    """Returns the file's audio `[N]` at 16 kHz. What is in front of the first recording is left out, and said."""
     parts = find_parts(data)
-    channels = Channels()
     try:
-        wave = np.concatenate([np.empty(0, np.float32), *_mono_blocks(data, parts, notes, channels, None)])
-        if (best := channels.best) is not None:
-            wave = np.concatenate(list(_mono_blocks(data, parts, [], Channels(), best)))
+        return _hear(data, parts, notes)
     except NotAudio as error:
+        if kind := archive_kind(data):
+            raise InputError(f"is a {kind} archive, not a recording: unpack it, and give a file from it") from error
         if Path(path).suffix.lower() in (".raw", ".pcm"):
             raise InputError("raw samples without a header; give WAV, FLAC, OGG or MP3") from error
-        raise InputError(str(error)) from error
+        begin = Beginnings(data).next(parts[0].start) if parts[0].is_unknown else len(data)
+        if begin == len(data):
+            raise InputError(str(error)) from error
+    front = f"{begin} bytes" if begin > 1 else "byte"
+    notes[:] = [f"its first {front} ({name_bytes(data[:begin])}) are left out: a recording begins behind them"]
+    try:
+        return _hear(data, find_parts(data, begin), notes)
+    except NotAudio as error:
+        raise InputError(f"{error}; what may be a recording begins behind its first {front}") from error
+
+
+def _hear(data: Data, parts: list[Part], notes: list[str]) -> np.ndarray:
+    """Returns the audio of all parts `[N]`. If the channels cancel each other, one may be heard alone."""
+    channels = Channels()
+    wave = np.concatenate([np.empty(0, np.float32), *_mono_blocks(data, parts, notes, channels, None)])
+    if (best := channels.best) is not None:
+        wave = np.concatenate(list(_mono_blocks(data, parts, [], Channels(), best)))
     if len(wave) == 0:
-        raise InputError("holds no sound at all (zero samples); give a recording with audio in it")
+        raise InputError(_NO_SOUND)
     notes += channels.notes()
     return wave
 
@@ -234,6 +253,8 @@ def _mono_blocks(
                 mono = block.mean(axis=1) if chosen is None else block[:, min(chosen, block.shape[1] - 1)]
                 yield from resampler.resample(rate, mono)
             yield from resampler.rest()
+            if heard_s == 0 and len(parts) > 1:
+                raise NotAudio(_NO_SOUND)
         except NotAudio as error:
             unreadable.append(error)
             part_notes.append(f"its joined recording {number + 1} cannot be read: {error}")

@@ -11,14 +11,24 @@ Sources: the RIFF and WAVE specification of 1991; EBU Tech 3306 (RF64); Sony's W
 from __future__ import annotations
 
 import io
-import mmap
 import re
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-Data = mmap.mmap | bytes
+from jaxtml.stream.audio_beginnings import (
+    AMR,
+    EBML,
+    FLAC,
+    RIFF_W64,
+    XING,
+    Beginnings,
+    Data,
+    adts_end,
+    begins_weakly,
+    id3_end,
+    is_mp3_frame,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Part:
       is_damaged: pieces of an Ogg file are missing, or their checksums are wrong.
       lacks_index: an MP4 without the whole box `moov`, which no decoder can read.
       by_av: PyAV decodes this container; libsndfile cannot, or hears less of it.
+      is_unknown: the container is none of those that this module knows. It reaches to the end of the file.
     """
 
     start: int
@@ -43,6 +54,7 @@ class Part:
     is_damaged: bool = False
     lacks_index: bool = False
     by_av: bool = False
+    is_unknown: bool = False
 
 
 class PartFile(io.RawIOBase):
@@ -78,23 +90,51 @@ class PartFile(io.RawIOBase):
         return len(piece)
 
 
-def find_parts(data: Data) -> list[Part]:
-    """Returns the parts of a file, in order. A file of an unknown kind is one part."""
-    if _layout_at(data, 0):
-        return list(_chunked_parts(data))
-    if data[:4] == b".snd" and len(data) > 24:
-        return [_au_part(data)]
-    if data[:4] == b"OggS":
-        return list(_ogg_parts(data))
-    if data[4:8] == b"ftyp":
-        return list(_mp4_parts(data))
-    if _is_mp3(data):
-        return _mp3_parts(data)
-    for pattern in _MAGIC:
-        if pattern.match(data):
-            parts = _cut(data, [match.start() for match in pattern.finditer(data)], pattern in (_EBML, _FLAC))
-            return [replace(part, has_no_end=_segment_end(data, part) > part.end) for part in parts]
-    return [Part(0, len(data))]
+def find_parts(data: Data, start: int = 0) -> list[Part]:
+    """Returns the parts of a file from the byte `start` on, in order. The kinds of the parts may differ."""
+    beginnings = Beginnings(data)
+    parts: list[Part] = []
+    while True:
+        part, following = _part_at(data, start, beginnings)
+        parts.append(part)
+        if following >= len(data):
+            return parts
+        start = following
+
+
+def _part_at(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
+    """Returns the part that begins at `start`, and where the next one begins: at the file's end if none follows."""
+    tag_start, tag_end = start, id3_end(data, start)
+    if is_mp3_frame(data, tag_end):
+        end = beginnings.next(_behind_first_frame(data, tag_end))
+        return Part(start, end, by_av=True), end
+    start = tag_end  # players skip a tag in front of any kind of file; libsndfile does not
+    head = data[start : start + 12]
+    if layout := _layout_at(data, start):
+        return _chunked_part(data, start, layout, beginnings)
+    if head[:4] == b".snd" and len(data) - start > 24:
+        return _au_part(data, start, beginnings)
+    if head[:4] == b"OggS":
+        return _ogg_part(data, start, beginnings)
+    if head[4:8] == b"ftyp":
+        return _mp4_part(data, start, beginnings)
+    if EBML.match(data, start):
+        return _webm_part(data, start, beginnings)
+    if FLAC.match(data, start):
+        end = beginnings.next(_flac_head_end(data, start))
+        return Part(start, end, by_av=True), end
+    if AMR.match(data, start):
+        end = beginnings.next(start + 6)
+        return Part(start, end), end
+    if (end := adts_end(data, start)) > start:
+        end = beginnings.next(end)
+        return Part(start, end, by_av=True), end
+    is_recording = beginnings.next(tag_start) == tag_start or begins_weakly(data, start)
+    if tag_end > tag_start and not is_recording:  # an MP3 with padding behind its tag
+        end = beginnings.next(min(_behind_first_frame(data, tag_end), len(data)))
+        return Part(tag_start, end, by_av=True), end
+    # libsndfile takes some bytes in front of a recording for sound.
+    return Part(start, len(data), is_unknown=True, by_av=beginnings.next(start) < len(data)), len(data)
 
 
 # --- WAV, RF64, Wave64, AIFF and CAF: chunks with an id and a size
@@ -126,14 +166,11 @@ class _Layout:
 
 
 _W64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # the end of every GUID of Wave64
-_RIFF_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 _WAVE = _Layout(12, 4, "<I", 2, b"data")
 _WAVE_BIG_ENDIAN = _Layout(12, 4, ">I", 2, b"data")
 _WAVE64 = _Layout(40, 16, "<Q", 8, b"data" + _W64, counts_header=True)
 _AIFF = _Layout(12, 4, ">I", 2, b"SSND")
 _CAF = _Layout(8, 4, ">Q", 1, b"data")
-
-_JOINED_WAVE = re.compile(rb"RIFF.{4}WAVE(?=fmt |LIST|JUNK|bext)", re.DOTALL)
 
 # A mended header repeats the chunks that stand before the samples: of each chunk, at most this many bytes. Only chunks
 # with pictures are longer.
@@ -151,25 +188,17 @@ def _layout_at(data: Data, start: int) -> _Layout | None:
         return _WAVE_BIG_ENDIAN
     if kind in ((b"FORM", b"AIFF"), (b"FORM", b"AIFC")):
         return _AIFF
-    if head == _RIFF_W64:
+    if head == RIFF_W64:
         return _WAVE64
     return _CAF if head[:6] == b"caff\x00\x01" else None
 
 
-def _chunked_parts(data: Data) -> Iterator[Part]:
-    start: int | None = 0
-    while start is not None and (layout := _layout_at(data, start)):
-        part, start = _chunked_part(data, start, layout)
-        yield part
-
-
-def _chunked_part(data: Data, start: int, layout: _Layout) -> tuple[Part, int | None]:
-    """Returns the part that begins at `start`, and where the next one begins if another follows."""
+def _chunked_part(data: Data, start: int, layout: _Layout, beginnings: Beginnings) -> tuple[Part, int]:
     position, kept, is_misaligned = start + layout.head, [], False
     while True:
         chunk = _chunk_at(data, position, layout)
         if chunk is None:
-            return Part(start, len(data)), None
+            return Part(start, len(data)), len(data)
         name, size, body = chunk
         if name == layout.sound:
             break
@@ -178,18 +207,17 @@ def _chunked_part(data: Data, start: int, layout: _Layout) -> tuple[Part, int | 
         is_misaligned |= not is_aligned
     if layout is _WAVE and size == 0xFFFFFFFF:
         size = next((struct.unpack("<Q", ds64[8:16])[0] for name, ds64 in kept if name == b"ds64"), size)
-    following = _end_of_chunks(data, start, body + size, layout) if body + size <= len(data) else None
+    following = _end_of_chunks(data, start, body + size, layout, beginnings) if body + size <= len(data) else None
     if following is not None and not is_misaligned:
-        return Part(start, following), following if following < len(data) else None
+        return Part(start, following), following
     # From here on, the padding of a chunk is missing, or the length of the samples is wrong. Decoders would look for
     # the samples in the wrong place, or believe the wrong length. So the part gets a new header.
     end, promised = body + size, 1.0
     if following is None:
-        joined = _JOINED_WAVE.search(data, body) if layout is _WAVE else None
-        end = following = joined.start() if joined else len(data)
+        end = following = beginnings.next(body)
         promised = 1.0 if _is_open(size) or end == body else size / (end - body)
     header = _header(data[start : start + layout.head], kept, end - body, layout)
-    return Part(body, end, header, promised), following if following < len(data) else None
+    return Part(body, end, header, promised), following
 
 
 def _chunk_at(data: Data, position: int, layout: _Layout) -> tuple[bytes, int, int] | None:
@@ -224,24 +252,31 @@ def _is_chunk(data: Data, position: int, layout: _Layout) -> bool:
     return is_name and (name == layout.sound or body + size <= len(data))
 
 
-def _end_of_chunks(data: Data, start: int, end: int, layout: _Layout) -> int | None:
-    """Returns where the chunks behind the samples end: at the file's end, or at another container.
+def _end_of_chunks(data: Data, start: int, end: int, layout: _Layout, beginnings: Beginnings) -> int | None:
+    """Returns where the chunks behind the samples end: at the file's end, or at another recording.
 
     None if what is behind the samples is no chunk, so that the length of the samples must be wrong.
     """
     while end < len(data):
-        if _layout_at(data, end):
+        if _begins_recording(data, end, beginnings):
             return end
         position, _ = _next_chunk(data, start, end, layout)
-        if _layout_at(data, position):
+        if _begins_recording(data, position, beginnings):
             return position
         if len(data) - position < layout.chunk_head or data[position : position + 11].startswith(_TAGS):
-            return len(data)
+            return beginnings.next(position)
         if not _is_chunk(data, position, layout):
             return None
         _, size, body = _chunk_at(data, position, layout) or (b"", 0, 0)
         end = body + size
     return len(data)
+
+
+def _begins_recording(data: Data, position: int, beginnings: Beginnings) -> bool:
+    """Whether a recording begins at `position`, where a container ends."""
+    return _layout_at(data, position) is not None or (
+        position < len(data) and (beginnings.next(position) == position or begins_weakly(data, position))
+    )
 
 
 def _is_open(size: int) -> bool:
@@ -267,49 +302,60 @@ def _header(head: bytes, kept: list[tuple[bytes, bytes]], size: int, layout: _La
 # --- the other containers
 
 
-def _au_part(data: Data) -> Part:
+def _au_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
     """Returns a file of Sun's AU format. It says the length of its samples, or 0xFFFFFFFF for "unknown"."""
-    begin, size = struct.unpack(">II", data[4:12])
-    there = len(data) - begin
-    if size == there or not 24 <= begin < len(data):
-        return Part(0, len(data))
-    header = data[:8] + b"\xff\xff\xff\xff" + data[12:begin]
-    return Part(begin, len(data), header, 1.0 if _is_open(size) else size / there)
+    first, size = struct.unpack(">II", data[start + 4 : start + 12])
+    begin = start + first
+    if not first >= 24 or begin >= len(data):
+        return Part(start, len(data)), len(data)
+    end = begin + size
+    if end > len(data) or not _begins_recording(data, end, beginnings):
+        end = beginnings.next(begin)
+    there = end - begin
+    if size == there or there == 0:
+        return Part(start, end), end
+    header = data[start : start + 8] + b"\xff\xff\xff\xff" + data[start + 12 : begin]
+    return Part(begin, end, header, 1.0 if _is_open(size) else size / there), end
 
 
-def _ogg_parts(data: Data) -> Iterator[Part]:
-    """Yields the links of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning.
+def _ogg_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
+    """Returns a link of a chained Ogg file (RFC 3533, section 4). A link begins with pages marked as a beginning.
 
     libsndfile leaves out damaged and missing pages, so that all later sound is too early. PyAV says at what time each
     frame belongs, so PyAV decodes the damaged links.
     """
-    start = position = 0
+    position = start
     is_beginning, has_end, is_damaged = True, False, False
     numbers: dict[bytes, int] = {}  # serial number of a stream -> number of its next page
-    while position >= 0:
+    while True:
         end = _ogg_page_end(data, position)
         if end is None:
-            has_more = (following := data.find(b"OggS", position + 4)) >= 0
-            if not has_more:  # the last page is cut
+            following = data.find(b"OggS", position + 4)
+            if following < 0:  # the last page is cut
                 has_end = False
-            is_damaged |= has_more and not _begins_ogg(data, following)
-            position = following
-            continue
-        begins, serial = _begins_ogg(data, position), data[position + 14 : position + 18]
-        if begins and not is_beginning:
-            yield _ogg_part(start, position, has_end, is_damaged)
-            start, has_end, is_damaged, numbers = position, False, False, {}
-        number = struct.unpack("<I", data[position + 18 : position + 22])[0]
-        is_damaged |= numbers.get(serial, number) != number
-        numbers[serial] = number + 1
-        is_beginning = begins
-        has_end = has_end or bool(data[position + 5] & 4)
-        position = data.find(b"OggS", end)
-    yield _ogg_part(start, len(data), has_end, is_damaged)
-
-
-def _ogg_part(start: int, end: int, has_end: bool, is_damaged: bool) -> Part:
-    return Part(start, end, has_no_end=not has_end, is_damaged=is_damaged, by_av=is_damaged)
+            is_damaged |= following >= 0 and not _begins_ogg(data, following)
+        else:
+            begins, serial = _begins_ogg(data, position), data[position + 14 : position + 18]
+            if begins and not is_beginning:
+                end_of_link = position
+                break
+            number = struct.unpack("<I", data[position + 18 : position + 22])[0]
+            is_damaged |= numbers.get(serial, number) != number
+            numbers[serial] = number + 1
+            is_beginning = begins
+            has_end = has_end or bool(data[position + 5] & 4)
+            following = data.find(b"OggS", end)
+        if end is None or following != end:  # no page follows at once: another kind of file may
+            behind = position + 4 if end is None else end
+            other = behind if end and _begins_recording(data, end, beginnings) else beginnings.next(behind)
+            if other < (following if following >= 0 else len(data)):
+                end_of_link = other
+                break
+        if following < 0:
+            end_of_link = len(data)
+            break
+        position = following
+    return Part(start, end_of_link, has_no_end=not has_end, is_damaged=is_damaged, by_av=is_damaged), end_of_link
 
 
 def _begins_ogg(data: Data, page: int) -> bool:
@@ -335,28 +381,37 @@ def _ogg_page_end(data: Data, page: int) -> int | None:
     return end if checksum == struct.unpack("<I", head[22:26])[0] else None
 
 
-def _mp4_parts(data: Data) -> Iterator[Part]:
-    """Yields the files in a file of MP4 boxes. The box `ftyp` begins each."""
-    start = position = 0
+def _mp4_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
+    """Returns a file of MP4 boxes. It ends where the box `ftyp` of the next file, or another recording, begins."""
+    position = start
     has_index = is_cut = False
     while position + 8 <= len(data):
+        if position > start and _begins_recording(data, position, beginnings):
+            return Part(start, position, lacks_index=not has_index, by_av=True), position
         size, kind = struct.unpack(">I4s", data[position : position + 8])
-        if kind == b"ftyp" and position > start:
-            yield Part(start, position, lacks_index=not has_index, by_av=True)
-            start, has_index = position, False
         if size == 1 and position + 16 <= len(data):
             size = struct.unpack(">Q", data[position + 8 : position + 16])[0]
         has_index |= kind == b"moov" and position + size <= len(data)
         is_cut = kind in (b"moof", b"mdat") and position + size > len(data)
-        if size < 8:  # 0: the box reaches to the end of the file
+        if size < 8 or position + size > len(data):  # 0: the box reaches to the end of the file
             break
         position += size
-    yield Part(start, len(data), has_no_end=is_cut, lacks_index=not has_index, by_av=True)
+    end = beginnings.next(position + 8)
+    return Part(start, end, has_no_end=is_cut, lacks_index=not has_index, by_av=True), end
 
 
-def _segment_end(data: Data, part: Part) -> int:
-    """Returns where a WebM ends by its header; 0 if the header does not say it, or the part is no WebM."""
-    match = _SEGMENT.search(data, part.start, min(part.start + 200, part.end))
+def _webm_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
+    """Returns a WebM. Its head may hold the head of a FLAC, so a recording can follow only behind the sound."""
+    promised_end = _segment_end(data, start)
+    cluster = data.find(_CLUSTER, start)
+    behind = promised_end if 0 < promised_end <= len(data) else max(cluster, start + 4)
+    end = behind if behind == promised_end and begins_weakly(data, behind) else beginnings.next(behind)
+    return Part(start, end, has_no_end=promised_end > end, by_av=True), end
+
+
+def _segment_end(data: Data, start: int) -> int:
+    """Returns where the WebM that begins at `start` ends by its header; 0 if the header does not say it."""
+    match = _SEGMENT.search(data, start, start + 200)
     if match is None:
         return 0
     width = 9 - data[match.end()].bit_length()  # the first bit that is set says how many bytes the size has
@@ -364,44 +419,24 @@ def _segment_end(data: Data, part: Part) -> int:
     return 0 if value == (1 << 7 * width) - 1 else match.end() + width + value  # all bits set: not known
 
 
-_XING = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:..)??(?:.{9}|.{17}|.{32})(?:Xing|Info)", re.DOTALL)
-_EBML = re.compile(rb"\x1aE\xdf\xa3.{1,60}?B\x82.(?:webm|matroska)", re.DOTALL)
 _SEGMENT = re.compile(rb"\x18\x53\x80\x67(?=[\x01-\xff])", re.DOTALL)
+_CLUSTER = b"\x1f\x43\xb6\x75"
 _FIRST_FRAME = 4096  # bytes in which the first frame of an MP3 lies
-_FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-_MAGIC = (_EBML, _FLAC, re.compile(rb"#!AMR(?:-WB)?\n"))
 
 
-def _is_mp3(data: Data) -> bool:
-    return data[:3] == b"ID3" or _is_frame(data, 0)
+def _flac_head_end(data: Data, start: int) -> int:
+    """Returns where the sound of a FLAC begins. The blocks in front may hold pictures, or the head of a WAV."""
+    position, is_last = start + 4, False
+    while not is_last and len(head := data[position : position + 4]) == 4:
+        is_last = bool(head[0] & 0x80)
+        position += 4 + int.from_bytes(head[1:], "big")
+    return position
 
 
-def _is_frame(data: Data, start: int) -> bool:
-    """Whether a frame of MP3 may begin at `start`."""
-    head = data[start : start + 2]
-    return len(head) == 2 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
-
-
-def _mp3_parts(data: Data) -> list[Part]:
-    """Returns the files in a joined MP3. A file begins with tags ID3, or with a frame that says the file's length."""
-    begin = _id3_end(data, 0)
-    starts = [match.start() for match in _XING.finditer(data, min(begin, len(data)))]
-    if starts and starts[0] < begin + _FIRST_FRAME:
-        starts = starts[1:]
-    # A tag belongs to the frame behind it. Decoders would take the tag for a damaged frame.
-    tags: dict[int, int] = {}
-    for match in re.finditer(rb"ID3[\x02-\x04]", data):
-        if match.start() >= begin:
-            tags.setdefault(_id3_end(data, match.start()), match.start())
-    joined = {tags.get(start, start) for start in starts} | {tags[end] for end in tags if _is_frame(data, end)}
-    return _cut(data, [0, *sorted(joined)], True)
-
-
-def _id3_end(data: Data, start: int) -> int:
-    """Returns where the ID3v2 tags that begin at `start` end; `start` if none begins there."""
-    while (head := data[start : start + 10])[:3] == b"ID3" and len(head) == 10:
-        start += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    return start
+def _behind_first_frame(data: Data, start: int) -> int:
+    """Returns a place behind the first frame of an MP3. That frame may say the length, as the frame of a new file."""
+    tag = XING.search(data, start, min(start + _FIRST_FRAME, len(data)))
+    return tag.end() if tag else start + 2
 
 
 def mp3_says_its_length(data: Data, part: Part) -> bool:
@@ -409,13 +444,9 @@ def mp3_says_its_length(data: Data, part: Part) -> bool:
 
     FFmpeg does not believe a frame that says a much smaller size than the file has.
     """
-    begin = _id3_end(data, part.start)
-    tag = _XING.search(data, begin, min(begin + _FIRST_FRAME, part.end)) if begin < part.end else None
+    begin = id3_end(data, part.start)
+    tag = XING.search(data, begin, min(begin + _FIRST_FRAME, part.end)) if begin < part.end else None
     if tag is None or tag.end() + 12 > part.end:
         return False
     has, _, size = struct.unpack(">III", data[tag.end() : tag.end() + 12])
     return bool(has & 1) and (not has & 2 or 16 * (part.end - tag.start()) <= 17 * size)
-
-
-def _cut(data: Data, starts: list[int], by_av: bool) -> list[Part]:
-    return [Part(a, b, by_av=by_av) for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]

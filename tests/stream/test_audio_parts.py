@@ -114,6 +114,93 @@ def test_joined_files_are_all_heard(heard, tmp_path):
         assert "holds 2 recordings, joined end to end" in line, kind
 
 
+def a_recording_of_each_kind(folder) -> dict[str, bytes]:
+    """Half a second of a tone each."""
+    wave, phone = tone(16000, 0.5), tone(48000, 0.5)
+    return {
+        **{kind: encoded(wave, 16000, kind) for kind in ("WAV", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3")},
+        "Opus": encoded(wave, 16000, "OGG", "OPUS"),
+        "FLAC in Ogg": from_phone(folder / "m", "ogg", "flac", wave, 16000),
+        "FLAC in Matroska": from_phone(folder / "m", "matroska", "flac", wave, 16000),
+        "M4A": from_phone(folder / "m", "ipod", "aac", phone, 48000),
+        "WebM": from_phone(folder / "m", "webm", "libopus", phone, 48000),
+        "AMR": from_phone(folder / "m", "amr", "libopencore_amrnb", tone(8000, 0.5), 8000),
+        "AAC": from_phone(folder / "m", "adts", "aac", phone, 48000),
+    }
+
+
+def test_joined_files_of_any_two_kinds_are_all_heard(heard, tmp_path):
+    kinds = a_recording_of_each_kind(tmp_path)
+    searched = {kind: content for kind, content in kinds.items() if kind != "AAC"}  # found only where another file ends
+    for first, content in searched.items():
+        for second, joined in searched.items():
+            audio, lines = heard(content + joined)
+            assert len(audio) == pytest.approx(16000, abs=1200), (first, second)
+            assert audio[10000:14000].std() == pytest.approx(0.21, abs=0.03), (first, second)
+            assert "holds 2 recordings, joined end to end; all are heard" in lines[-1], (first, second)
+    for first in ("WAV", "AIFF", "AU", "OGG", "M4A", "WebM"):
+        assert len(heard(kinds[first] + kinds["AAC"])[0]) == pytest.approx(16000, abs=1200), first
+
+
+def test_a_joined_file_that_is_not_heard_is_said_with_its_bytes(heard, tmp_path):
+    stream = from_phone(tmp_path / "m", "mpegts", "aac", tone(48000, 0.5), 48000)
+    flac, wave = encoded(NOISE, 16000, "FLAC"), encoded(NOISE, 16000, "WAV")
+    audio, (line,) = heard(stream + wave)
+    assert len(audio) == pytest.approx(8000, abs=800)
+    assert f"behind byte {len(stream):,}, and its {len(wave):,} bytes are not heard" in line
+    audio, (line,) = heard(flac + stream)
+    assert len(audio) == 8000 and "only its first 0.5 s are heard: at least" in line
+    assert not heard(flac + b"TAG" + bytes(125))[1]
+
+
+def test_a_head_inside_another_container_is_no_joined_file(heard, tmp_path):
+    riff = encoded(NOISE, 16000, "WAV")[:44]  # `flac --keep-foreign-metadata` keeps the head of a WAV so
+    flac = encoded(NOISE, 16000, "FLAC")
+    block = b"\x02" + (4 + len(riff)).to_bytes(3, "big") + b"riff" + riff
+    for content in (flac[:42] + block + flac[42:], a_recording_of_each_kind(tmp_path)["FLAC in Matroska"]):
+        audio, lines = heard(content)
+        assert len(audio) == pytest.approx(8000, abs=10) and not lines
+
+
+ID3 = b"ID3\x03\x00\x00\x00\x00\x00\x64" + bytes(100)
+
+
+def test_a_tag_in_front_of_any_recording_is_skipped_as_players_do(heard, tmp_path):
+    for kind, content in a_recording_of_each_kind(tmp_path).items():
+        for tags in (ID3, ID3 + ID3):
+            audio, lines = heard(tags + content)
+            assert len(audio) == pytest.approx(8000, abs=800) and not lines, kind
+    audio, (line,) = heard(ID3 + wav(16000) + ID3 + encoded(NOISE, 16000, "FLAC"))
+    assert len(audio) == 16000 and "holds 2 recordings" in line
+
+
+@pytest.mark.parametrize(
+    "front, name",
+    [
+        (b"\xef\xbb\xbf", "3 bytes (a UTF-8 byte order mark)"),
+        (bytes(512), "512 bytes (zeros)"),
+        (b"\r\n", "2 bytes (white space)"),
+        (b"Content-Type: audio\r\n\r\n", "23 bytes (text)"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", "19 bytes (the head of an HTTP response)"),
+        (b"\x01\x80\xff", "3 bytes (no audio)"),
+    ],
+)
+def test_what_is_in_front_of_a_recording_is_left_out_and_named(heard, front, name):
+    for kind in ("WAV", "FLAC", "OGG", "AIFF", "CAF"):
+        audio, (line,) = heard(front + encoded(NOISE, 16000, kind))
+        assert len(audio) == 8000, kind
+        assert f"its first {name} are left out: a recording begins behind them" in line, kind
+
+
+ARCHIVES = [(b"PK\x03\x04" + bytes(30), "ZIP"), (bytes(257) + b"ustar" + bytes(250), "tar")]
+
+
+@pytest.mark.parametrize("head, kind", ARCHIVES)
+def test_an_archive_of_recordings_is_called_an_archive(heard, head, kind):
+    with pytest.raises(InputError, match=f"is a {kind} archive, not a recording: unpack it"):
+        heard(head + wav(16000))
+
+
 def test_a_truncated_recording_is_heard_to_its_end_and_the_line_says_when_that_is(heard, tmp_path):
     webm = from_phone(tmp_path / "m", "webm", "libopus", tone(48000, 1.0), 48000)
     mp4 = from_phone(tmp_path / "m", "mp4", "aac", tone(48000, 1.0), 48000, movflags="faststart")
