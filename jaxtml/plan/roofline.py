@@ -71,9 +71,10 @@ class Times:
 def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: MeshShape) -> Times:
     """Computes the roofline of one device's program.
 
-    In a slice of TPUs all chips have fast links to each other. Among GPUs, only those of one host have fast links to
-    each other, or those of several hosts (`Topology.domain`). A collective that reaches beyond the devices with fast
-    links goes over the network. Devices that differ only in the last axes of a mesh are neighbours.
+    Fast links connect the devices of a slice of TPUs, the GPUs of one host, or for some chips (GB200) the GPUs of
+    several hosts. `Topology.domain` is the number of devices that they connect; None: all devices. A collective that
+    reaches beyond these devices goes over the network. Devices that differ only in the last axes of a mesh are
+    neighbours.
 
     Args:
       work: of one device.

@@ -1,4 +1,4 @@
-"""Finds the places in a file where a recording begins: those of files that were joined end to end, of any two kinds.
+"""Finds the places in a file where a recording begins. A file may hold recordings of different kinds, end to end.
 
 Called by `jaxtml.stream.audio_parts`, which walks over each container, and by `jaxtml.stream.audio_file` for files with
 something else in front. The patterns are strict: compressed sound matches one of them less than once in a terabyte.
@@ -124,7 +124,7 @@ def _is_mp3_without_tags(data: Data, start: int) -> bool:
 def begins_weakly(data: Data, start: int) -> bool:
     """Returns whether a recording may begin at `start`, where another one has ended.
 
-    These are the kinds whose first bytes are too common to search a file for them.
+    Knows only the kinds that `Beginnings` does not search for, because their first bytes are too common in any file.
     """
     return (
         _WAVPACK.match(data, start) is not None

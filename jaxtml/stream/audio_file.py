@@ -201,7 +201,7 @@ def _copy_pipe(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndarray:
-    """Returns the file's audio `[N]` at 16 kHz. What is in front of the first recording is left out, and said."""
+    """Returns the file's audio `[N]` at 16 kHz. Bytes in front of the first recording are left out, with a note."""
     parts = find_parts(data)
     try:
         return _hear(data, parts, notes)

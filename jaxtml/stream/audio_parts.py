@@ -401,7 +401,11 @@ def _mp4_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int
 
 
 def _webm_part(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]:
-    """Returns a WebM. Its head may hold the head of a FLAC, so a recording can follow only behind the sound."""
+    """Returns a WebM.
+
+    Its head may hold the head of a FLAC, which is no recording of its own. So the next recording is searched for from
+    the end that the head promises. Where the file has no such place, the search starts at the first cluster of sound.
+    """
     promised_end = _segment_end(data, start)
     cluster = data.find(_CLUSTER, start)
     behind = promised_end if 0 < promised_end <= len(data) else max(cluster, start + 4)
@@ -434,7 +438,11 @@ def _flac_head_end(data: Data, start: int) -> int:
 
 
 def _behind_first_frame(data: Data, start: int) -> int:
-    """Returns a place behind the first frame of an MP3. That frame may say the length, as the frame of a new file."""
+    """Returns the place in an MP3 from which the next recording is searched for.
+
+    The place is behind the header Xing of the first frame, if there is one. `Beginnings` takes such a header for the
+    beginning of a recording.
+    """
     tag = XING.search(data, start, min(start + _FIRST_FRAME, len(data)))
     return tag.end() if tag else start + 2
 

@@ -118,8 +118,8 @@ def _one_channel(wave: np.ndarray) -> np.ndarray:
 def log_mel(wave: np.ndarray) -> np.ndarray:
     """Returns the log-mels `[ceil(N / 800), 80]` float32 in [-7, 2] of `[N]` float32 samples at 16 kHz.
 
-    A window of 100 ms is taken every 50 ms. Windows are causal: frame f ends with sample 800 (f + 1). The wave
-    is padded with zeros: before its first sample, and at its end to a multiple of 800 samples.
+    A window of 100 ms is taken every 50 ms. Windows are causal: the window of frame f ends just before sample
+    800 (f + 1). The wave is padded with zeros: before its first sample, and at its end to a multiple of 800 samples.
 
     Raises:
       ValueError: the wave has more than one axis.

@@ -160,7 +160,8 @@ def _chunk_by_chunk(
         distance = np.arange(start, stop)[:, None] - position
         visible = (distance >= 0) & ((distance < config.window) | (position < config.pinned))
         mask = jnp.asarray(np.where(visible, 0.0, MASKED_LOGIT).astype(np.float32)[None, None])
-        # The last column of the table is the last query's own key. A shorter last chunk has its last column earlier.
+        # Row i of the table is for query i of a chunk. The table's last column is the own key of query CHUNK - 1. A
+        # shorter chunk ends with an earlier query, and column `end - 1` is the own key of this query.
         end = table.shape[2] - (CHUNK - (stop - start))
         bias = table[: stop - start, :, max(0, end - (stop - low)) : end]
 

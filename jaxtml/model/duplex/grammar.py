@@ -114,8 +114,8 @@ def allowed_tokens(config: DuplexConfig, progress: Progress, vocab_size: int) ->
     """Returns `[B, V]` bool: the tokens that the grammar allows next.
 
     The gate is always allowed. Words are allowed while their part has room. In the text of the assistant, DELEGATE
-    and END (the limits of a request to the background model) are allowed too. HEARD is allowed at the start only, SAY
-    until it has come.
+    and END, which begin and end a request to the background model, are allowed too. HEARD is allowed at the start only,
+    SAY until it has come.
     """
     base = config.control_base
     phase, used = progress

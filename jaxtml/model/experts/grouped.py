@@ -59,8 +59,9 @@ def grouped_swiglu(
     elif all(size % TPU_LANES == 0 for size in (block, *experts.w2.shape[-2:])):
         tpu = on_layer(partial(_swiglu_megablox, block=block))
     blocks = on_layer(partial(_swiglu_blocks, block=block))
-    # A program for GPUs that is traced for a CPU has `ragged_dot` here. `jaxtml plan` counts the FLOPs of such a
-    # program. It could not count `_swiglu_blocks`, whose loop has no known number of rounds.
+    # To count the FLOPs of a program for GPUs, `jaxtml plan` traces it while the default device is a CPU. The branch
+    # for GPUs is then `ragged_dot`. The FLOPs of `_swiglu_blocks` could not be counted, because the number of rounds
+    # of its loop is not known.
     cuda = on_layer(_swiglu_ragged_dot)
     if experts.in_place_on_gpu:
         cuda = partial(in_place, platform="cuda")
