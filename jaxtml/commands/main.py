@@ -180,7 +180,8 @@ def _leave(status: int) -> NoReturn:
 
     After a checkpoint that could not be written, threads of Orbax wait ten minutes for a signal that never comes.
     """
-    # What failed is reported. TensorBoard's thread, and its function of `atexit`, would fail on the same disk again.
+    # The failure has been reported by now. TensorBoard's thread, and its function of `atexit`, would fail on the same
+    # disk again: do not report that too.
     sys.unraisablehook = threading.excepthook = lambda failure: None
     atexit._run_exitfuncs()  # ends worker processes and leaves the job of several processes
     sys.stdout.flush()
@@ -199,8 +200,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         threading.excepthook = _report_thread
         sys.excepthook = _report_callback
         sys.unraisablehook = _report_unraisable
-        # Grain's workers leave shared memory to this tracker when a run stops early. The tracker frees the memory, and
-        # would warn that it does.
+        # When a run stops early, Grain's workers leave shared memory behind. Python's resource tracker frees the memory,
+        # and would warn that it does.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     try:
         app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))

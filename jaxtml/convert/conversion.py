@@ -138,7 +138,8 @@ def _source_id(source: Path, step: int | None, begin_as: Config | None, to: str,
 
     The text changes with the options and with the files of the source (`fingerprint`). It has no digest of the source's
     config, because such a digest would change whenever an update of jaxtml adds a field to the config. So a conversion
-    from before the update can still be resumed, or verified again. Only the config `begin_as` has a digest there.
+    from before the update can still be resumed, or verified again. If there is a config `begin_as`, the text has a
+    digest of that config.
     """
     config_digest = "" if begin_as is None else hashlib.sha256(to_json(begin_as).encode()).hexdigest()[:16]
     return dumps([str(source.resolve()), fingerprint(source, step), config_digest, to, dtype])

@@ -22,7 +22,7 @@ LARGEST = 2**26  # bytes of an extra file; a larger file holds weights
 def find_extra_files(directory: Path) -> dict[str, Path]:
     """Returns the extra files of a checkpoint by their names in a release. A release's `config.json` is among them.
 
-    The log names the files that are left out, except shards, the index, the manifest and hidden files.
+    The log names the files and folders that are left out, except shards, the index, the manifest and hidden files.
     """
     is_release = not holds_arrays(directory)
     folder = directory if is_release else directory / RELEASE_FILES

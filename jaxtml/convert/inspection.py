@@ -100,7 +100,7 @@ def verify_manifest(directory: str | Path) -> int:
 
     Raises:
       InputError: the directory has no checkpoint or no manifest, tensors or files have changed, or tensors have NaN or
-        infinite values. The message names at most five of them, and the log names all.
+        infinite values. The message names at most five of them. The log names all that have changed.
     """
     directory = Path(directory)
     manifest, source = read_manifest(directory), open_checkpoint(directory)

@@ -34,12 +34,12 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path, me
     Args:
       checkpoint: the directory of the checkpoint.
       tokens: a .npy file of token ids, integers `[B, T]` or `[T]`.
-      out: the file to write. Its name ends in ".npy", or has no ending.
+      out: the file to write, under exactly this name. The command has checked the ending of the name.
       mesh: how the devices share the model, such as "expert=8"; None: the first device alone.
 
     Raises:
       InputError: there is no such checkpoint or token file; the ids have another type or shape, or are outside the
-        vocabulary; the mesh does not fit; or `out` has another ending or cannot be written.
+        vocabulary; the mesh does not fit; or `out` cannot be written.
     """
     shape = MeshShape() if mesh is None else MeshShape.parse(mesh)
     ids = _read_ids(tokens)

@@ -17,8 +17,8 @@ def run_in_threads(
 ) -> list[Result]:
     """Returns `function(item, stop)` for each item of `work`, in order.
 
-    The first exception ends all work and is raised. Then `stop` is set: a function that sees it between two chunks
-    raises `CancelledError`.
+    The first exception ends all work: `stop` is set, and a function that sees this between two chunks raises
+    `CancelledError`. When all functions have ended, the first exception is raised.
 
     Args:
       function: the function to call, in several threads at the same time.

@@ -22,9 +22,9 @@ How to add a dataset:
 A class that also has `conversation` and `encoded` (`ConversationDataset`) can do more. `jaxtml data` shows and caches
 its rows. During training the trainer opens its split "test" and lets the model answer some of those conversations.
 
-A patch takes 38 kB of every row. A class whose fullest row has fewer patches than the config allows has `max_patches`
-(`CountsPatches`), and gives this number to `pad`. For other classes, the user can limit the patches of a row with
-`data.max_patches`, and the class gives that number to `encode`.
+A patch takes 38 kB of every row, so rows should not have room for more patches than needed. If your class knows how
+many patches its fullest row has, give it a property `max_patches` (`CountsPatches`), and pass this number to `pad`.
+Otherwise pass `data.max_patches` of the config to `encode`: with this field the user limits the patches of a row.
 """
 
 from __future__ import annotations

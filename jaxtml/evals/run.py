@@ -61,7 +61,7 @@ class Transcriber(Protocol):
 
 
 def parameter_digest(engine: Engine) -> str:
-    """Returns a digest of the engine's parameters, as `Duplex.prepare` returned them."""
+    """Returns a digest of the engine's parameters, as `jaxtml.model.duplex.programs.Duplex.prepare` returned them."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(engine.params):
         digest.update(jax.tree_util.keystr(path).encode())

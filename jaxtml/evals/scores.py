@@ -88,8 +88,8 @@ def _rate(hits: Iterable[bool]) -> Rate:
 def confusions(sessions: Sequence[ObservedSession]) -> dict[str, list[Any]]:
     """Returns the words that the model misheard, the most errors first.
 
-    The form is `{word: [said, right, {heard instead: count}]}`. "" among the words heard instead means that nothing was
-    heard.
+    The form is `{word: [times said, times right, {heard instead: count}]}`. Of the words heard instead, the four most
+    frequent are listed. "" among them means that nothing was heard.
     """
     said: Counter[str] = Counter()
     instead: dict[str, Counter[str]] = defaultdict(Counter)

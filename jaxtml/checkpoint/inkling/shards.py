@@ -1,8 +1,9 @@
 """The safetensors files of a release, and which of them has which tensor.
 
 A release is one `model.safetensors`, or several shards and an index that says which shard has which tensor. The
-prediction heads may stand in a file of their own, which the index need not name. The index is obeyed as a whole: every
-difference between the index and the files is refused. Called by the source beside this module.
+prediction heads may stand in a file of their own, which the index need not name. Every other difference between the
+index and the files is refused, except a wrong total size: this only causes a warning. Called by the source beside this
+module.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from jaxtml.data.voices.utterance import Rendering
 MODEL_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
 VOICES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 VOCAB_SHA256 = "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41"
-DURATIONS = "/encoder/Clip_output_0"  # [1, T] frames of 25 ms, after the speed was applied and rounded
+DURATIONS = "/encoder/Clip_output_0"  # [1, T] durations in frames of 25 ms: divided by the speed, then rounded
 RATE_HZ, FRAME_S = 24_000, 600 / 24_000
 EARLY_S = FRAME_S  # see `phoneme_line.starts_from_durations`
 
