@@ -14,21 +14,22 @@ TESTS = Path(__file__).parent
 
 # Files that take over 20 s on two cores, longest first.
 LONGEST_FIRST = (
-    "plan/test_planning.py",
     "train/test_loop.py",
-    "tools/test_tools.py",
+    "plan/test_planning.py",
     "train/test_sharded_step.py",
+    "tools/test_tools.py",
+    "convert/test_verification.py",
     "model/duplex/test_programs.py",
-    "plan/test_chips.py",
-    "train/test_step.py",
     "serve/runtime/test_hosts.py",
-    "checkpoint/test_metadata.py",
-    "convert/test_streaming.py",
     "serve/runtime/test_worker.py",
-    "serve/runtime/test_pool.py",
-    "serve/protocols/realtime/test_realtime.py",
-    "serve/transport/test_peer.py",
-    "commands/test_documented.py",
+    "model/test_backbone.py",
+    "model/attention/test_flash.py",
+    "plan/test_chips.py",
+    "serve/test_serving.py",
+    "train/test_step.py",
+    "test_examples.py",
+    "model/test_mtp.py",
+    "commands/test_converse.py",
 )
 
 
