@@ -200,8 +200,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         threading.excepthook = _report_thread
         sys.excepthook = _report_callback
         sys.unraisablehook = _report_unraisable
-        # When a run stops early, Grain's workers leave shared memory behind. Python's resource tracker frees the memory,
-        # and would warn that it does.
+        # When a run stops early, Grain's workers leave shared memory behind. Python's resource tracker frees it, and
+        # would warn that it does.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     try:
         app.run(main, argv=list(argv or sys.argv), flags_parser=lambda a: parser().parse_args(a[1:]))

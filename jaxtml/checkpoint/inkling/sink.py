@@ -115,7 +115,7 @@ class ReleasedSink:
         return layout.tensors() == wanted
 
     def _library_layout(self) -> ReleaseLayout:
-        """Returns the layout that the `safetensors` library and `transformers` would write for the shards of `_shards`."""
+        """Returns the layout that the `safetensors` library and `transformers` would write for our shards."""
         shards = self._shards()
         headers = {
             file: header_text((tensor.name, tensor.layout.shape, self.dtypes[tensor.path]) for tensor in shard)
