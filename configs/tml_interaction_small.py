@@ -6,7 +6,7 @@
 44 layers of Inkling-Small's geometry, and all parts that a full-duplex model needs beside them: inputs for the time and
 for the model's own speech, a flow head, and a vocoder. A session keeps 512 tokens on sliding layers. On global layers
 it keeps its first 64 tokens for good and the last 32,768, about twelve minutes of talk. A micro-turn has room for 153
-patches, a frame of 640 x 360.
+patches. These are a frame of 640 x 360: 9 rows of 16 patches, each with one more patch that marks its end.
 
 Cost, as the compilers predict it: on 128 v5p chips, with `train.capacity=1.1` and `train.transport=ragged`, a training
 step of 128 rows takes 49.9 GB of each chip, and 943 ms at best. On 8 v5p chips, 32 sessions take 87.8 GB of each chip;

@@ -60,7 +60,8 @@ class ServerOptions:
     port: int = 8080
     """TCP port, 0 to 65535. 0 takes a free port. The default is a usual one for a service that is not public."""
     max_sessions: int = 8
-    """Sessions at a time, 1 or more. The default is that of the config's `serve.sessions`."""
+    """Sessions at a time, 1 or more. The default is 8 for every model: only `jaxtml plan` reads the config's
+    `serve.sessions`."""
     workers: int = 0
     """Worker processes, 0 to `max_sessions`. 0, the default, takes one per CPU core if the model runs on CPUs, else
     one."""

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Makes tests/golden/backbone.npz: logits of the released Inkling model and of its prediction heads.
 
-Needs the `oracle` extra (torch, transformers). The tests compare our logits with the file where neither is installed.
-The file does not hold weights or inputs. `released_weights` and `case_inputs` of this file make them again from a seed,
-with NumPy alone.
+Needs the `oracle` extra (torch, transformers). The tests compare our logits with backbone.npz, also on machines that
+have neither package. backbone.npz does not hold weights or inputs. The functions `released_weights` and `case_inputs`
+of this tool make them again from a seed, with NumPy alone.
 """
 
 from __future__ import annotations

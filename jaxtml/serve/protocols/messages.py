@@ -27,8 +27,9 @@ _Message = TypeVar("_Message")
 # The errors that reading JSON as a type may raise.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# Values in one message, counted by their commas. A megabyte of `[],[],[]` takes 100 ms to read, and becomes 35 MB of
-# objects. No message that this server can use has so many values: the longest texts have some hundred kilobytes.
+# The most values of one message, counted by its commas. Commas inside texts count too. A megabyte of `[],[],[]` takes
+# 100 ms to read, and becomes 35 MB of objects. No message that this server can use has so many commas: even its longest
+# texts have only some hundred kilobytes.
 _MAX_VALUES = 2**16
 
 # An id or a name that a client chooses.

@@ -38,7 +38,7 @@ class ServedModel:
         return name == self.name or name in self.aliases
 
     def refuse(self, name: str) -> str:
-        """Returns what a client is told that asks for another model."""
+        """Returns the text of the error for a client that asks for another model, `name`."""
         return (
             f"this server has no model {name!r:.100}: ask for {self.name!r}, or start the server with --model-alias "
             "and the name that your client sends"

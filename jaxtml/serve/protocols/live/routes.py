@@ -123,7 +123,7 @@ class _LiveHandlers:
     async def _find_session(
         self, request: web.Request, connection: Connection, grant: Grant
     ) -> tuple[ClientSession, int] | None:
-        """Returns what `_read_first_message` does. Closes a connection whose first message does not come in time."""
+        """Returns what `_read_first_message` returns. Closes a connection whose first message does not come in time."""
         try:
             async with asyncio.timeout(self.manager.limits.first_message_s):
                 return await self._read_first_message(request, connection, grant)

@@ -138,8 +138,9 @@ class SessionConfiguration:
     def _note_no_effect(self, change: RealtimeSessionConfig) -> None:
         """Notes which fields of the session have no effect after a change.
 
-        A field that the change does not mention stays noted. A change that sets a field of `replaced`, also to null,
-        replaces that field as a whole. Everything that was noted of that field before is then forgotten.
+        A field that the change does not mention stays noted. A change that sets a field of `replaced` replaces that
+        field as a whole, and everything that was noted of that field before is forgotten. Null sets a field too, but
+        `tools: null` changes nothing.
         """
         audio_input = _input_of(change)
         replaced = {

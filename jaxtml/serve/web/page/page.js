@@ -485,7 +485,7 @@ async function onOver(why) {
   }
 }
 
-// Gives the user the typed text back that reached no conversation.
+// Puts the last typed text, which reached no conversation, back into its field.
 function takeBackText() {
   $("text").value ||= words.lines.findLast((line) => line.typed)?.text ?? "";
   $("conversation").hidden = true;
@@ -555,7 +555,8 @@ for (const gesture of ["pointerup", "keydown"]) {
 // Firefox sends no close code of ours after `beforeunload`, and some browsers of phones have no `beforeunload`. If the
 // page stays after all, `Live` connects again.
 for (const leaving of ["beforeunload", "pagehide"]) addEventListener(leaving, leavePage);
-// A page that the browser kept as it was still has its conversation in `live`. So it drops the saved copy.
+// `persisted`: the browser has kept this page in memory while another page was shown. The conversation is then still in
+// `live`, so the page drops the saved copy.
 addEventListener("pageshow", ({ persisted }) => persisted && takeSaved());
 $("unloaded").remove();
 loadModel();
