@@ -68,7 +68,7 @@ def refusal(directory: Path) -> str:
         ([WEIGHTS, "y.safetensors"], f"has y.safetensors beside {WEIGHTS}, and no .*index.json: move such files away"),
     ],
 )  # fmt: skip
-def test_a_release_without_its_weights_is_told_what_is_there_and_what_is_missing(names, message, folder):
+def test_a_release_without_its_weights_is_refused_with_what_is_there_and_what_is_missing(names, message, folder):
     made = folder(*names, config={})
     if "adapter_config.json" in names:
         (made / "adapter_config.json").write_text("{}")
@@ -88,7 +88,7 @@ def test_a_release_without_its_weights_is_told_what_is_there_and_what_is_missing
         (["state/_METADATA"], "only the arrays of a jaxtml checkpoint .state.: copy its config.json"),
     ],
 )
-def test_a_directory_without_a_config_is_told_what_is_there(names, message, folder):
+def test_a_directory_without_a_config_is_refused_with_what_is_there(names, message, folder):
     with pytest.raises(InputError, match=message):
         open_checkpoint(folder(*names))
 
@@ -153,7 +153,7 @@ def test_a_link_to_a_missing_file_is_named(folder):
     assert f"{WEIGHTS} is a link to a file that is missing, ../blobs/0ab: download it again" in refusal(made)
 
 
-def test_a_run_of_the_vocoder_is_told_what_it_is_good_for(folder):
+def test_a_run_of_the_vocoder_is_refused_with_what_it_is_good_for(folder):
     made = folder("training.json", "config.json", "checkpoints/100/state/_METADATA")
     assert "is a run of the vocoder alone: give it to a model with `jaxtml train CONFIG --vocoder`" in refusal(made)
 
@@ -165,7 +165,7 @@ def test_a_jaxtml_checkpoint_of_pointers_is_named_as_such(name, release, tmp_pat
     assert f"{name} is a Git LFS pointer" in refusal(tmp_path / "ours")
 
 
-def test_a_file_or_a_step_of_a_run_is_told_which_directory_to_name(release, tmp_path):
+def test_a_file_or_a_step_of_a_run_is_refused_with_the_directory_to_name(release, tmp_path):
     assert "is a file: name the directory" in refusal(release / WEIGHTS)
     step = tmp_path / "run" / "checkpoints" / "300"
     (step / "state").mkdir(parents=True)

@@ -138,7 +138,7 @@ def test_a_run_starts_from_a_released_checkpoint_without_converting_it(checkpoin
         checkpoint_parameters(checkpoint, model, tmp_path)
 
 
-def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_path):
+def test_a_run_may_have_prediction_heads_that_the_checkpoint_it_starts_from_lacks(tmp_path):
     params = init_params(InteractionModel(SMALLER).specs(), 5)
     (tmp_path / "tokenizer.json").write_text("{}")
     save_checkpoint(tmp_path / "ours", SMALLER, params, tokenizer_path=tmp_path / "tokenizer.json")
@@ -164,7 +164,7 @@ def test_a_run_may_have_prediction_heads_that_its_first_checkpoint_lacks(tmp_pat
     ],
     ids=str,
 )
-def test_another_backbone_is_refused_by_the_field_that_differs(changes, message, checkpoint, larger):
+def test_another_backbone_is_refused_and_the_difference_is_named(changes, message, checkpoint, larger):
     other = dataclasses.replace(larger, backbone=dataclasses.replace(larger.backbone, **changes))
     with pytest.raises(InputError, match=message):
         WarmStart(ReleasedCheckpoint(checkpoint), other)

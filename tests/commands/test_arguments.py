@@ -67,7 +67,7 @@ def jax_error(text: str) -> Exception:
 
 
 def wrapped(error: Exception) -> Exception:
-    """An error of a library that a disk's error caused."""
+    """Returns an error of a library. `error`, an error of the disk, is its cause."""
     outer = ValueError("cannot write the array")
     outer.__cause__ = error
     return outer
@@ -92,7 +92,7 @@ def test_a_device_that_jax_lacks_is_named_and_another_assertion_is_a_fault(monke
     assert lines == ["JAX has no such device here (JAX_PLATFORMS=cuda): unset JAX_PLATFORMS or set it to cpu", None]
 
 
-def test_the_context_explains_an_error_of_a_library_but_not_a_fault_of_jaxtml(monkeypatch):
+def test_the_exception_context_explains_an_error_of_a_library_but_not_a_fault_of_jaxtml(monkeypatch):
     for file, line in (("/x/library.py", "run: there is no such file or folder: check the path"), (__file__, None)):
         monkeypatch.setattr("jaxtml.commands.failures._PACKAGE", os.path.dirname(__file__))
         program = "try:\n    raise FileNotFoundError(2, 'x', 'run')\nexcept OSError:\n    raise ValueError('y')"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from jaxtml.checkpoint.files import SHIPPED
 
 
-def test_data_without_building_refuses_a_missing_bank_that_is_to_be_shown(refusal, tmp_path):
+def test_no_build_with_show_refuses_a_missing_bank(refusal, tmp_path):
     assert "bank" in refusal("data", "tiny", "--out", tmp_path / "d", "--no-build", "--show", 1)
 
 
-def test_data_without_building_and_without_a_bank_is_refused_and_makes_nothing(refusal, tmp_path):
+def test_no_build_without_a_bank_is_refused_and_makes_nothing(refusal, tmp_path):
     line = refusal("data", "tiny", "--out", tmp_path / "d", "--no-build")
     assert "there is no speech bank" in line and "leave out --no-build, and the command speaks all 20004" in line
     assert not (tmp_path / "d").exists()
@@ -20,7 +20,7 @@ def test_a_file_in_place_of_the_folder_is_refused(refusal, tmp_path):
     assert "file is a file: name a folder" in refusal("data", "tiny", "--out", tmp_path / "file")
 
 
-def test_a_number_of_rows_that_no_cache_has_is_refused_before_anything_is_made(refusal, tmp_path):
+def test_a_number_of_rows_that_no_cache_can_have_is_refused_before_anything_is_made(refusal, tmp_path):
     assert "multiple of 64" in refusal("data", "tiny", "--out", tmp_path / "d", "--rows", 100)
     assert not (tmp_path / "d").exists()
 

@@ -91,7 +91,7 @@ def test_every_tool_that_a_document_shows_is_run_by_a_test_of_the_tools():
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if "jaxtml" in c.words[:2]], ids=str)
-def test_the_command_line_takes_it(command, capsys):
+def test_jaxtml_accepts_the_documented_arguments(command, capsys):
     words = command.words[command.words.index("jaxtml") + 1 :]
     try:
         args = parser().parse_args(words)
@@ -106,7 +106,7 @@ def test_the_command_line_takes_it(command, capsys):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_the_tools_take_their_arguments(tool, monkeypatch, capsys):
+def test_the_tools_accept_their_documented_arguments(tool, monkeypatch, capsys):
     given = [command.words[2:] for command in ALL if is_tool(command) and command.words[1] == tool]
 
     def parse_only(parser, work):
@@ -133,7 +133,7 @@ def files_of_the_project() -> Iterator[Path]:
         )
 
 
-def test_an_extra_is_installed_from_the_clone_in_quotes_and_exists(monkeypatch):
+def test_every_named_extra_exists_is_quoted_and_is_installed_from_the_clone(monkeypatch):
     """jaxtml is on no package index, and a shell such as zsh takes brackets without quotes for a pattern."""
     given = {}
     monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))

@@ -41,7 +41,7 @@ def test_logits_on_a_mesh_are_those_of_one_device(jaxtml, refusal, checkpoint, s
     assert "let the name end in .npy" in refusal(*argv, tmp_path / "mesh.csv")
 
 
-def test_logits_that_are_not_finite_get_a_word(jaxtml, checkpoint, tmp_path, monkeypatch, caplog):
+def test_logits_that_are_not_finite_are_reported(jaxtml, checkpoint, tmp_path, monkeypatch, caplog):
     np.save(tmp_path / "ids.npy", np.arange(3))
     monkeypatch.setattr("jaxtml.convert.logits.text_logits", lambda *_: np.full((1, 3, 5), np.nan, np.float32))
     status, _, _ = jaxtml(

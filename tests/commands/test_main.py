@@ -56,7 +56,7 @@ def test_a_command_runs_though_its_output_is_closed():
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_reads_that_end_after_orbax_gave_up_are_not_reported(monkeypatch):
+def test_errors_of_tensorstore_after_orbax_closed_its_event_loop_are_not_reported(monkeypatch):
     reported = []
     monkeypatch.setattr(sys, "__unraisablehook__", reported.append)
     late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))

@@ -32,7 +32,9 @@ def test_the_vocoder_refuses_options_that_it_does_not_read(refusal, tmp_path, op
     assert f"has no {option[0]}: leave it out" in line
 
 
-def test_a_model_refuses_options_of_the_vocoder_and_the_vocoder_a_job(refusal, tmp_path, monkeypatch):
+def test_a_model_refuses_options_of_the_vocoder_and_the_vocoder_refuses_several_processes(
+    refusal, tmp_path, monkeypatch
+):
     assert "--base tiny is an option of" in refusal("train", "tiny", "--workdir", tmp_path / "w", "--base", "tiny")
     for name, value in {"JAX_COORDINATOR_ADDRESS": "h:1", "NNODES": "2", "NODE_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -57,7 +59,7 @@ def test_the_vocoder_refuses_fields_that_it_does_not_read(refusal, tmp_path):
     assert "--set train.steps=5: " in line and "and --steps: leave the others out" in line
 
 
-def test_a_full_disk_is_named_though_a_flush_does_not_know_its_file():
+def test_the_error_of_a_full_disk_names_the_workdir_if_it_names_no_file():
     with pytest.raises(OSError, match="run") as failed, train._named_disk("run"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert failed.value.filename == "run"

@@ -84,7 +84,7 @@ def test_a_release_in_another_dtype_is_cut_into_files_anew(shards, tmp_path):
 
 
 def test_a_conversion_of_an_earlier_version_can_be_verified_again(release, tmp_path):
-    """The identity of a conversion had a digest of the source's config, which new fields of the config change."""
+    """In version 0.1.0, the identity of a conversion had a digest of the config. New fields change that digest."""
     convert(release, tmp_path / "ours")
     manifest = json.loads((tmp_path / "ours" / "manifest.json").read_text())
     source, files, _, to, dtype = json.loads(manifest["source"])

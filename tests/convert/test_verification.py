@@ -64,7 +64,9 @@ def test_only_the_conversion_that_made_a_result_can_verify_it_again(result, full
     assert result.is_dir()
 
 
-def test_a_result_that_differs_gets_no_name_and_the_next_conversion_begins_anew(release, tmp_path, monkeypatch):
+def test_a_result_that_differs_is_not_put_at_its_destination_and_the_next_conversion_begins_anew(
+    release, tmp_path, monkeypatch
+):
     write = OrbaxSink.write
 
     def write_one_tensor_wrong(self, path, index, values):
@@ -79,7 +81,7 @@ def test_a_result_that_differs_gets_no_name_and_the_next_conversion_begins_anew(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_after_a_verification_without_its_source_no_chunk_is_written_again(release, tmp_path, monkeypatch):
+def test_after_a_verification_that_could_not_read_the_source_no_chunk_is_written_again(release, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise InputError("the source is gone")
 

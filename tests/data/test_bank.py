@@ -118,7 +118,7 @@ def test_utterances_are_selected_by_split_and_role(folder):
     assert opened.replies == {"hello": 0, "yes it is": 1}
 
 
-def test_a_pickled_bank_leaves_its_maps_behind_and_reads_the_same(folder):
+def test_a_pickled_bank_leaves_its_memory_maps_behind_and_reads_the_same(folder):
     opened = bank.Bank.open(folder)
     opened.utterance(0)
     copy = pickle.loads(pickle.dumps(opened))

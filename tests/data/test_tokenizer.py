@@ -104,7 +104,7 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
             choose_tokenizer(TINY, tmp_path, given=given)
 
 
-def test_a_config_of_a_release_is_told_that_its_tokenizer_is_missing(tmp_path, caplog):
+def test_a_config_of_a_release_gets_a_warning_that_its_tokenizer_is_missing(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         choose_tokenizer(configs.load("inkling_small"), tmp_path)
     assert "604 ids, the vocabulary of inkling_small has 200058" in caplog.text and "--tokenizer" in caplog.text

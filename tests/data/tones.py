@@ -55,7 +55,10 @@ def speak(planned: PlannedUtterance) -> Utterance:
 
 @dataclass(frozen=True)
 class ToneBank:
-    """A bank in which every user voice says every text, and every word alone. The assistant says the replies."""
+    """A bank of tones.
+
+    Each user voice says every text, and the words of the vocabulary in pairs. The assistant says the replies.
+    """
 
     utterances: tuple[Utterance, ...]
     roles: tuple[str, ...]

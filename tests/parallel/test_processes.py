@@ -67,7 +67,7 @@ def test_a_scheduler_whose_variables_are_partial_or_odd_is_named_with_the_remedy
     assert "\n" not in str(refused.value)
 
 
-def test_a_job_that_jax_does_not_recognise_is_told_how_to_go_on(monkeypatch):
+def test_a_job_that_jax_does_not_recognise_is_refused_with_the_remedy(monkeypatch):
     def fail() -> None:
         raise ValueError("coordinator_address should be defined.")
 
@@ -79,7 +79,7 @@ def test_a_job_that_jax_does_not_recognise_is_told_how_to_go_on(monkeypatch):
         processes.join_processes()
 
 
-def test_processes_that_do_not_find_each_other_are_told_so_in_one_line(monkeypatch):
+def test_processes_that_do_not_find_each_other_are_refused_in_one_line(monkeypatch):
     def fail(*args: object) -> None:
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\n# of tasks: 1/2")
 

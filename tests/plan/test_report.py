@@ -95,7 +95,7 @@ def test_a_micro_turn_takes_what_its_passes_read_multiply_and_send():
               "longest": wide + 16 * written + 4 * spoken}  # fmt: skip
     for name, size in floors.items():
         assert report["weight_floor_ms"][name] == pytest.approx(1e3 * size / 2765e9)
-    # Memory bounds a listening micro-turn, matrix products bound the longest input, and links bound a round.
+    # Memory bounds a listening micro-turn, matrix products bound the longest input, links bound a round of the loop.
     listening = (first + 4e9) / 2765e9
     assert report["turn_ms"]["listening"] == pytest.approx(1e3 * listening)
     assert report["turn_ms"]["speaking"] == pytest.approx(1e3 * (listening + 8 * 0.1))

@@ -131,7 +131,8 @@ def a_recording_of_each_kind(folder) -> dict[str, bytes]:
 
 def test_joined_files_of_any_two_kinds_are_all_heard(heard, tmp_path):
     kinds = a_recording_of_each_kind(tmp_path)
-    searched = {kind: content for kind, content in kinds.items() if kind != "AAC"}  # found only where another file ends
+    # The beginning of an AAC file is looked for only where another file has ended.
+    searched = {kind: content for kind, content in kinds.items() if kind != "AAC"}
     for first, content in searched.items():
         for second, joined in searched.items():
             audio, lines = heard(content + joined)
@@ -142,7 +143,7 @@ def test_joined_files_of_any_two_kinds_are_all_heard(heard, tmp_path):
         assert len(heard(kinds[first] + kinds["AAC"])[0]) == pytest.approx(16000, abs=1200), first
 
 
-def test_a_joined_file_that_is_not_heard_is_said_with_its_bytes(heard, tmp_path):
+def test_a_joined_file_that_is_not_heard_is_reported_with_its_place_and_its_size(heard, tmp_path):
     stream = from_phone(tmp_path / "m", "mpegts", "aac", tone(48000, 0.5), 48000)
     flac, wave = encoded(NOISE, 16000, "FLAC"), encoded(NOISE, 16000, "WAV")
     audio, (line,) = heard(stream + wave)
@@ -273,7 +274,7 @@ def test_a_joined_recording_that_cannot_be_read_is_reported(heard, tmp_path):
         assert "cannot be read: was cut short before its index" in lines[0] and "the other 1 can be read" in lines[1]
 
 
-def test_joined_recordings_may_not_be_longer_than_one(heard, monkeypatch):
+def test_the_time_limit_holds_for_all_joined_recordings_together(heard, monkeypatch):
     for module in (audio_decoding, audio_file):
         monkeypatch.setattr(module, "MAX_HOURS", 0.0002)  # 0.72 s
     content = encoded(NOISE, 16000, "WAV")

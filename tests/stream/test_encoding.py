@@ -125,8 +125,8 @@ def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
         for at in sequence.speech_at[::4]:
             i = int(sequence.micro_turn[at])
             if i == 0 or "K" not in micro_turns[i - 1]:
-                # Nothing was said in micro-turn i - 1, so nothing is heard in micro-turn i. Its last frame is the one
-                # that the first own position holds. A start one micro-turn after other speech is not compared.
+                # Nothing was said in micro-turn i - 1, so nothing is heard in micro-turn i. The first own position of
+                # micro-turn i holds the last frame heard in it. It is not compared if micro-turn i - 2 spoke.
                 if i < 2 or "K" not in micro_turns[i - 2]:
                     assert (sequence.bins[at] == SILENT_BINS).all()
                 starts += 1

@@ -1,4 +1,4 @@
-"""Inkling's config and ours translate into each other, and another architecture is refused by its field."""
+"""Inkling's config and ours translate into each other. The refusal of another architecture names the field."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_directory_without_a_config_is_refused(tmp_path, refusal):
     ("part", "field", "value"),
     [("text_config", "hidden_act", "gelu"), ("text_config", "d_rel", None), ("audio_config", "mel_vocab_size", 256)],
 )
-def test_another_architecture_is_refused_by_the_field_that_differs(checkpoint, described, part, field, value, refusal):
+def test_another_architecture_is_refused_and_the_field_that_differs_is_named(
+    checkpoint, described, part, field, value, refusal
+):
     changed = described | {part: described[part] | {field: value}}
     (checkpoint / "config.json").write_text(json.dumps(changed))
     assert field in refusal(checkpoint)

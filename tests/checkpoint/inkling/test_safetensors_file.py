@@ -1,4 +1,4 @@
-"""Files are read as the library writes them, written so that the library reads them, and refused if damaged."""
+"""We read the files of the `safetensors` library, and it reads ours. Damaged files are refused."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_all_tensors_are_found_without_a_word(shards, caplog):
     "file", ["../m.safetensors", "/m.safetensors", "", "..", "a\0.safetensors", "x/m.safetensors", "m.bin", 3, None,
              "m" * 300 + ".safetensors"]
 )  # fmt: skip
-def test_an_index_names_files_beside_it_alone(file, shards):
+def test_an_index_may_name_only_safetensors_files_beside_it(file, shards):
     change_index(shards, lambda index: index["weight_map"].update(c=file))
     assert f"{INDEX} places c in " in (message := refusal(shards))
     assert "no safetensors file beside it: download the index again" in message
@@ -86,7 +86,7 @@ def test_a_tensor_in_two_shards_is_named_with_both(shards):
     assert f"has a in {SHARDS[1]} and in {SHARDS[0]}: remove one" in refusal(shards)
 
 
-def test_the_heads_in_a_file_of_their_own_need_no_place_in_the_index(shards):
+def test_prediction_heads_in_a_file_of_their_own_need_no_place_in_the_index(shards):
     save_file({"model.mtp.x": np.zeros(1, np.float32)}, shards / "mtp.safetensors")
     assert "model.mtp.x" in stored_tensors(shards)
 

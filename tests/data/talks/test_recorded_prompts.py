@@ -1,4 +1,4 @@
-"""Recorded prompts become sentences of the short-answer task, with words and ends where their sound is."""
+"""Recorded prompts become sentences of the short-answer task. Words and user turns lie where their sound is."""
 
 import numpy as np
 import pytest

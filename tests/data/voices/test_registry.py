@@ -1,4 +1,7 @@
-"""Voices: every engine times its words, leaves no silence around them and repeats; test voices are kept apart."""
+"""Voices: every engine times its words and leaves no silence around them.
+
+The same call gives the same samples. No test voice is heard in training.
+"""
 
 import numpy as np
 import pytest
@@ -48,7 +51,7 @@ def test_every_engine_is_brought_to_one_loudness():
     np.testing.assert_allclose(loud.wave, quiet.wave, atol=1e-4)
 
 
-def test_words_that_an_engine_starts_at_once_still_follow_each_other():
+def test_words_that_an_engine_starts_at_the_same_time_still_follow_each_other():
     beeps = two_beeps()
     said = finish(Rendering(beeps.wave, beeps.rate_hz, (0.0, 0.9, 0.9, 0.9)), "test:beeps", "a b c d")
     edges = [edge for word in said.words for edge in (word.start_s, word.end_s)]
@@ -102,7 +105,7 @@ def test_words_come_in_order_and_the_last_ends_with_the_sound(voice):
 def _hiss_onsets(wave: np.ndarray) -> np.ndarray:
     """Returns the times in seconds at which at least 25 ms of hiss begin.
 
-    Hiss has most of its power above 3.5 kHz, which only an s has.
+    In hiss, most of the power is above 3.5 kHz. Only an s makes hiss.
     """
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, (120, 200)), 320)[::FRAME] * np.hanning(320)
     power = np.abs(np.fft.rfft(frames)) ** 2

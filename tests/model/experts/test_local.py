@@ -1,4 +1,4 @@
-"""The experts of a device give what every expert on every token would give, whatever the routing."""
+"""The experts of a device give what `dense_experts` gives, which computes every expert for every token."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def all_experts(x, routing, w13, w2):
 
 @pytest.mark.parametrize("routing_kind", ROUTINGS)
 @pytest.mark.parametrize("path", [sorted_by_expert, one_by_one])
-def test_both_ways_equal_every_expert_on_every_token_forwards_and_backwards(path, routing_kind, weights):
+def test_both_ways_equal_dense_experts_forwards_and_backwards(path, routing_kind, weights):
     x, w13, w2 = weights
     index = jnp.asarray(choose(routing_kind), jnp.int32)
     gate = jnp.asarray(np.random.default_rng(2).random((N, K)), jnp.float32)

@@ -147,7 +147,7 @@ def test_headers_of_a_trusted_proxy_say_where_the_page_is(slots, engine):
     serving(slots, engine, test, access=keyed(), site=Site.read(proxies=["127.0.0.0/8"]))
 
 
-def test_page_always_loads_its_files_and_nothing_else(slots, engine):
+def test_foreign_page_may_load_the_static_files_and_nothing_else(slots, engine):
     async def test(serving: Serving) -> None:
         strange = {"Origin": "https://talk.example", "Host": "rebound.example"}
         for path in ("/", "/index.html", "/page.js", "/demo.flac"):

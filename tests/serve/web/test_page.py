@@ -341,7 +341,7 @@ def test_sentences_to_try_are_sentences_that_the_shipped_model_was_trained_on():
 
 @asynccontextmanager
 async def proxy(port: int, prefix: bytes) -> AsyncIterator[int]:
-    """A proxy that has the server of `port` under a path. Gives its own port."""
+    """Runs a proxy that removes `prefix` from a request and passes it to the server at `port`. Yields its own port."""
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, old: bytes, new: bytes) -> None:
         while data := await reader.read(65536):

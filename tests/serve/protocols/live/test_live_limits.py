@@ -81,7 +81,7 @@ def test_sound_without_room_waits_in_the_network(slots, engine):
     serving(slots, engine, test)
 
 
-def test_replaced_connection_takes_no_sound_that_waited(slots, engine):
+def test_sound_that_waits_for_room_is_not_taken_from_a_replaced_connection(slots, engine):
     async def test(serving: Serving) -> None:
         client = await serving.start()
         session, chunk = serving.session(), as_base64(bytes(4 * 16_000))

@@ -142,7 +142,7 @@ def test_message_whose_connection_is_lost_reaches_the_model_whole_or_not_at_all(
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_refused_item_drops_no_speech_that_waits_for_its_response(slots, engine):
+def test_speech_that_waits_for_a_response_is_kept_when_an_item_is_refused(slots, engine):
     async def test(serving: Serving) -> None:
         client = await open_session(serving, audio={"input": {"turn_detection": None}})
         await serving.advance(6)
