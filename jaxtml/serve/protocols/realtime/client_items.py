@@ -14,7 +14,7 @@ import msgspec
 
 from jaxtml.serve.monitoring.metrics import Metrics
 from jaxtml.serve.protocols.messages import decode_data_url, fields_without_effect
-from jaxtml.serve.protocols.realtime.conversation import Item, RealtimeConversation
+from jaxtml.serve.protocols.realtime.conversation import FIRST, Item, RealtimeConversation
 from jaxtml.serve.protocols.realtime.messages import (
     ContentPart,
     ConversationItem,
@@ -75,6 +75,8 @@ class ClientItems:
         """
         if item.id in self.conversation.items:
             raise InvalidMessage("item_create_duplicate_item_id", "there is already an item with this id", "item.id")
+        if item.id == FIRST:
+            raise InvalidMessage("invalid_value", f'"{FIRST}" is the place before all items, and no id', "item.id")
         self.conversation.check_place(previous_id)
         match item:
             case MessageItem():

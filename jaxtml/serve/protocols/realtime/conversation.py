@@ -18,15 +18,18 @@ _UNKNOWN_ITEM = f"there is no item with this id; the server keeps the last {_KEP
 
 Item = dict[str, Any]
 
-
-_FIRST = "root"  # as `previous_item_id`: before all items
+FIRST = "root"  # as `previous_item_id`: before all items
 
 
 class RealtimeConversation:
-    """The items of one session, of which the last 256 are kept.
+    """The items of one session, of which the 256 that were added last are kept.
 
     The order of the items is the client's: it may put an item between others. The model has no such choice. It reads
-    and hears everything in the order in which it arrives.
+    and hears everything in the order in which it arrives. An item that still grows is always kept.
+
+    A client may delete an item that still grows, for example the message of a response in progress. The conversation
+    then sends nothing more about the item. The response goes on: its own events, such as `response.output_item.done`,
+    come as in OpenAI's API, which sends them whatever becomes of the response.
 
     Attributes:
       id: id of the conversation.
@@ -41,6 +44,7 @@ class RealtimeConversation:
         self.events = events
         self.id = f"conv_{secrets.token_urlsafe(12)}"
         self.items: OrderedDict[str, Item] = OrderedDict()
+        self._added: dict[str, None] = {}  # ids of the items in the order in which they were added
         self.sound_ms: dict[str, int] = {}
         self.truncated: set[str] = set()
         self.pending_calls: OrderedDict[str, float | None] = OrderedDict()
@@ -51,7 +55,7 @@ class RealtimeConversation:
 
     def check_place(self, previous_id: str | None) -> None:
         """Checks a client's `previous_item_id`; None: the client gave none. Raises `InvalidMessage` on a wrong id."""
-        if previous_id not in (None, _FIRST) and previous_id not in self.items:
+        if previous_id not in (None, FIRST) and previous_id not in self.items:
             raise InvalidMessage("item_create_invalid_previous_item_id", _UNKNOWN_ITEM, "previous_item_id")
 
     def add(self, item: Item, previous_id: str | None = None) -> None:
@@ -59,24 +63,30 @@ class RealtimeConversation:
 
         Args:
           item: the item.
-          previous_id: a client's `previous_item_id`, checked; None: the item comes last.
+          previous_id: a client's `previous_item_id`, checked; None: the item comes last. If that item has been
+            dropped since the check, because many others were added, the new item comes first.
         """
-        following: list[str] = []
-        if previous_id == _FIRST:
-            following = list(self.items)
-        elif previous_id is not None:
-            ids = list(self.items)
-            following = ids[ids.index(previous_id) + 1 :]
+        ids = list(self.items)
+        if previous_id is None:
+            following: list[str] = []
+        else:
+            following = ids[ids.index(previous_id) + 1 :] if previous_id in self.items else ids
         self.items[item["id"]] = item
+        self._added[item["id"]] = None
         for name in following:
             self.items.move_to_end(name)
         self._send("added", item)
         while len(self.items) > _KEPT:
-            self._forget_sound(self.items.popitem(last=False)[0])
+            self._forget(next(name for name in self._added if self.items[name].get("status") != "in_progress"))
 
     def finish(self, item: Item) -> None:
-        """Sends an item that has been added and is now complete."""
-        self._send("done", item)
+        """Sends an item that has been added and is now complete, unless the client has deleted it."""
+        if self.has(item):
+            self._send("done", item)
+
+    def has(self, item: Item) -> bool:
+        """Returns whether an item is in the conversation: not if it was deleted, or dropped for newer items."""
+        return self.items.get(item["id"]) is item
 
     def retrieve(self, item_id: str) -> None:
         """Sends an item to the client. Raises `InvalidMessage` if there is no such item."""
@@ -85,8 +95,7 @@ class RealtimeConversation:
     def delete(self, item_id: str) -> None:
         """Deletes an item. Raises `InvalidMessage` if there is no such item."""
         self._find(item_id, "delete")
-        del self.items[item_id]
-        self._forget_sound(item_id)
+        self._forget(item_id)
         self.events.send("conversation.item.deleted", item_id=item_id)
 
     def truncate(self, item_id: str, content_index: int, audio_end_ms: int) -> None:
@@ -127,16 +136,14 @@ class RealtimeConversation:
             self.pending_calls.popitem(last=False)
 
     def _send(self, name: str, item: Item) -> None:
-        """Sends an item with the id of the item before it, if the item is kept."""
-        previous_id = None
-        for key in self.items:
-            if key == item["id"]:
-                self.events.send(f"conversation.item.{name}", item=dict(item), previous_item_id=previous_id)
-                return
-            previous_id = key
-        self.events.send(f"conversation.item.{name}", item=dict(item), previous_item_id=None)
+        """Sends an item of the conversation with the id of the item before it; None: it is the first that is kept."""
+        ids = list(self.items)
+        place = ids.index(item["id"])
+        previous_id = ids[place - 1] if place else None
+        self.events.send(f"conversation.item.{name}", item=dict(item), previous_item_id=previous_id)
 
-    def _forget_sound(self, item_id: str) -> None:
+    def _forget(self, item_id: str) -> None:
+        del self.items[item_id], self._added[item_id]
         self.sound_ms.pop(item_id, None)
         self.truncated.discard(item_id)
 

@@ -122,7 +122,7 @@ class UserTurns:
         self._commit(turn)
 
     def _finish(self, turn: _UserTurn) -> None:
-        """Completes the turn's item with the transcript."""
+        """Completes the turn's item with the transcript. Sends nothing if the client has deleted the item."""
         self._current = None
         if not turn.committed:
             intake = self.configuration.intake
@@ -131,17 +131,18 @@ class UserTurns:
                 self._send_detected("speech_stopped", audio_end_ms=turn.end_ms, item_id=turn.id)
             self._commit(turn)
         item = self.conversation.items.get(turn.id)
+        if item is None:
+            return
         usage = {"type": "duration", "seconds": (turn.end_ms - turn.start_ms) / 1000}
         where = {"item_id": turn.id, "content_index": 0}
         kind = "conversation.item.input_audio_transcription"
         if self.configuration.transcribes:
             self.events.send(f"{kind}.delta", delta=turn.text, **where)
             self.events.send(f"{kind}.completed", transcript=turn.text, usage=usage, **where)
-        if item is not None:
-            transcript = turn.text if self.configuration.transcribes else None
-            item["content"] = [{"type": "input_audio", "transcript": transcript}]
-            item["status"] = "completed"
-            self.conversation.finish(item)
+        transcript = turn.text if self.configuration.transcribes else None
+        item["content"] = [{"type": "input_audio", "transcript": transcript}]
+        item["status"] = "completed"
+        self.conversation.finish(item)
 
     def _commit(self, turn: _UserTurn) -> None:
         """Makes the turn an item of the conversation, without its transcript."""

@@ -122,6 +122,72 @@ def test_item_is_put_where_the_client_wants_it(slots, engine):
     serving(slots, engine, test, model=scripted({}))
 
 
+def test_place_before_all_items_is_there_after_many_items(slots, engine):
+    async def test(serving: Serving) -> None:
+        client = await open_session(serving)
+        for n in range(256):
+            await create(client, f"old{n}")
+        assert (await create(client, "first", previous_item_id="root"))["previous_item_id"] is None
+        await client.until("conversation.item.done")
+        assert (await create(client, "last"))["previous_item_id"] == "old255"
+        await client.send("conversation.item.retrieve", item_id="first")
+        assert (await client.until("conversation.item.retrieved"))["item"]["id"] == "first"
+        for gone in ("old0", "old1"):
+            code = ("item_retrieve_invalid_item_id", "item_id")
+            assert await refused(client, "conversation.item.retrieve", item_id=gone) == code
+        kept = list(serving.session().protocol.conversation.items)
+        assert kept == ["first", *(f"old{n}" for n in range(2, 256)), "last"], "the items that were added first go"
+        item = {"type": "message", "role": "user", "id": "root", "content": [{"type": "input_text", "text": "a"}]}
+        assert await refused(client, "conversation.item.create", item=item) == ("invalid_value", "item.id")
+        check_events(client)
+
+    serving(slots, engine, test, model=scripted({}))
+
+
+def test_item_that_is_deleted_while_it_grows_is_not_heard_of_again(slots, engine):
+    """The response itself goes on: its events do not depend on the conversation."""
+
+    async def test(serving: Serving) -> None:
+        client = await open_session(serving)
+        await serving.advance(2)
+        name = (await client.until("response.output_item.added"))["item"]["id"]
+        await client.send("conversation.item.delete", item_id=name)
+        await client.until("conversation.item.deleted")
+        await serving.advance(6)
+        done = (await client.until("response.done"))["response"]
+        assert [item["id"] for item in done["output"]] == [name]
+        assert event_types(client).count("response.output_item.done") == 1
+        assert "conversation.item.done" not in event_types(client)
+        where = {"item_id": name, "content_index": 0, "audio_end_ms": 0}
+        code = ("item_truncate_invalid_item_id", "item_id")
+        assert await refused(client, "conversation.item.truncate", **where) == code
+        check_events(client)
+
+    serving(slots, engine, test, model=scripted({2: (SAY, " it is", SPEAK), 3: (SAY, " forty", SPEAK)}))
+
+
+def test_user_turn_that_is_deleted_before_its_transcript_has_none(slots, engine):
+    async def test(serving: Serving) -> None:
+        client = await open_session(serving, audio=MANUAL)
+        await append(client, 400)
+        await client.send("input_audio_buffer.commit")
+        name = (await client.until("input_audio_buffer.committed"))["item_id"]
+        await client.send("conversation.item.delete", item_id=name)
+        await client.until("conversation.item.deleted")
+        await serving.advance(10)
+        await append(client, 400)
+        await client.send("input_audio_buffer.commit")
+        await client.until("input_audio_buffer.committed")
+        await serving.advance(10)
+        other = await client.until("conversation.item.done")
+        assert other["item"]["id"] != name and other["previous_item_id"] is None
+        told = client.events_of("conversation.item.input_audio_transcription.completed")
+        assert [event["item_id"] for event in told] == [other["item"]["id"]]
+        check_events(client)
+
+    serving(slots, engine, test, model=scripted({2: (HEARD, " what", LISTEN), 12: (HEARD, " number", LISTEN)}))
+
+
 def test_sound_of_the_model_is_cut_where_the_client_stopped_it(slots, engine):
     async def test(serving: Serving) -> None:
         client = await open_session(serving)
