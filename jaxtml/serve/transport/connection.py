@@ -10,6 +10,7 @@ The rules, which the tests hold:
   was read ahead, the connection ends within `_LAST_S`, even if messages still wait.
 - The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
   clients get a turn.
+- A message takes at most twice `MESSAGE_BYTES` on the wire. This bounds the fragments of a message that never ends.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
 - A client from which nothing arrives for `_SILENT_S`, not even the answer to a ping, counts as gone.
 - `serve.transport.endings` says what each end of a connection means for the session.
@@ -35,6 +36,10 @@ from jaxtml.serve.transport.token_bucket import TokenBucket
 # The largest message that is read. OpenAI's API takes 15 MiB of audio in a message; these are 20 MiB in base64, and a
 # little more if the base64 is wrapped in lines.
 MESSAGE_BYTES = 22 * 2**20
+# A client may split a message into fragments, each with a header (RFC 6455, section 5.4). aiohttp bounds the content
+# of all fragments, but not their number, and fragments may be empty.
+_WIRE_BYTES_PER_BYTE = 2
+_CONTROL_HEADER_BYTES = 6  # of a ping or pong from a client
 # While a message waits for room in the session, further messages are read as long as fewer bytes than these wait. These
 # are 65 s of sound in base64. So a connection holds at most two messages and this much more.
 _AHEAD_BYTES = 4 * 2**20
@@ -107,15 +112,60 @@ class _WebSocket(web.WebSocketResponse):
 
     After such a message aiohttp reads nothing more, and its method `receive` calls `close`. Here this call of `close`
     does nothing. The owner of the WebSocket sends an error and then calls `close` again.
+
+    Attributes:
+      told: whether `close` closes the WebSocket after a message that is too large.
     """
 
-    _told = False
+    told = False
 
     async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
-        if code == _TOO_LARGE and not self._told:
-            self._told = True
+        if code == _TOO_LARGE and not self.told:
+            self.told = True
             return True
         return await super().close(code=code, message=message, drain=drain)
+
+
+class _WireMeter(asyncio.Protocol):
+    """Passes on what a client sends, and drops everything after a message that takes too many bytes on the wire.
+
+    It stands between the network and aiohttp, because aiohttp tells nobody of fragments.
+
+    Args:
+      transport: the network connection of a WebSocket.
+      on_overflow: called once, when a message has taken too many bytes.
+
+    Attributes:
+      overflown: whether a message has taken too many bytes.
+    """
+
+    def __init__(self, transport: asyncio.Transport, on_overflow: Callable[[], None]):
+        handler = transport.get_protocol()
+        assert isinstance(handler, asyncio.Protocol)
+        self._handler, self._on_overflow = handler, on_overflow
+        self._bytes, self.overflown = 0, False
+        self.connection_lost, self.eof_received = handler.connection_lost, handler.eof_received
+        self.pause_writing, self.resume_writing = handler.pause_writing, handler.resume_writing
+        transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio with the bytes that have arrived."""
+        if self.overflown:
+            return
+        self._bytes += len(data)
+        if self._bytes > _WIRE_BYTES_PER_BYTE * MESSAGE_BYTES:
+            self.overflown = True
+            self._on_overflow()
+        else:
+            self._handler.data_received(data)
+
+    def message_read(self) -> None:
+        """Begins to count again, because a message was complete."""
+        self._bytes = 0
+
+    def control_read(self, size: int) -> None:
+        """Leaves a ping or pong of `size` bytes out of the count: it belongs to no message."""
+        self._bytes = max(0, self._bytes - size - _CONTROL_HEADER_BYTES)
 
 
 class WebSocketTransport:
@@ -133,20 +183,50 @@ class WebSocketTransport:
         self.heard_at, self.end = time.monotonic(), ConnectionEnd.GONE
         self.close_code: int | None = None
         self._pings = TokenBucket(_PINGS_PER_SECOND, _PINGS_BURST)
+        self._reading: asyncio.Timeout | None = None  # in which the next message is waited for
+        self._meter = None if self._transport is None else _WireMeter(self._transport, self._stop_reading)
 
     async def receive(self) -> bytes | None:
-        while True:
-            message = await self.ws.receive()
+        while not self._overflown:
+            try:
+                async with asyncio.timeout(None) as self._reading:
+                    message = await self.ws.receive()
+            except TimeoutError:
+                break
+            finally:
+                self._reading = None
             self.heard_at = time.monotonic()
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+                if self._meter is not None:
+                    self._meter.message_read()
                 return message.data
             if message.type in (WSMsgType.PING, WSMsgType.PONG):
+                if self._meter is not None:
+                    self._meter.control_read(len(message.data))
                 if message.type is WSMsgType.PING:
                     await self.ws.pong(message.data)
                 await asyncio.sleep(self._pings.take(1))
             else:
                 self._note_end(message)
                 return None
+        self._note_overflow()
+        return None
+
+    @property
+    def _overflown(self) -> bool:
+        return self._meter is not None and self._meter.overflown
+
+    def _stop_reading(self) -> None:
+        """Ends the wait for a message that never ends."""
+        if self._reading is not None:
+            self._reading.reschedule(0)
+
+    def _note_overflow(self) -> None:
+        """Notes that the client's message took too many bytes on the wire. The WebSocket can still send frames."""
+        self.close_code, self.end = _TOO_LARGE, ConnectionEnd.INVALID
+        if isinstance(self.ws, _WebSocket):
+            self.ws.told = True
+        logging.warning("a client's WebSocket message cannot be read: its fragments are too many")
 
     def _note_end(self, message: WSMessage) -> None:
         """Notes how the WebSocket ended, from the last message that aiohttp gives."""
@@ -170,9 +250,11 @@ class WebSocketTransport:
     async def close(self, code: int, reason: str) -> None:
         if self.close_code == _TOO_LARGE:
             await self._let_client_finish()
+        # After a message that never ended nothing more is read, so the client's confirmation would not be seen.
+        patience_s = _REST_S if self._overflown else 2 * CLOSE_TIMEOUT_S
         with contextlib.suppress(TimeoutError, ConnectionError):
-            await asyncio.wait_for(self.ws.close(code=code, message=reason.encode()[:120]), 2 * CLOSE_TIMEOUT_S)
-        if self._transport is not None and self.unsent():
+            await asyncio.wait_for(self.ws.close(code=code, message=reason.encode()[:120]), patience_s)
+        if self._transport is not None and (self.unsent() or self._overflown):
             self._transport.abort()
 
     async def _let_client_finish(self) -> None:

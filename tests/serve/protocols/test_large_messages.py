@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -38,18 +39,21 @@ def error_of(frame: aiohttp.WSMessage) -> str | None:
     return event["error"]["code"] if event["type"] == "error" else None
 
 
+# The address of each protocol's WebSocket, and the message with which a session begins; None: it begins without one.
+ADDRESSES = {
+    "live": ("/v1/live/sessions", {"type": "session.start", "session": {"model": "small_test"}}),
+    "realtime": ("/v1/realtime", None),
+    "moshi": ("/api/chat", None),
+}
+
+
 @pytest.mark.parametrize("size", [LIMIT + 1, 40 * LIMIT])
-@pytest.mark.parametrize(
-    ("path", "first"),
-    [
-        ("/v1/realtime", None),
-        ("/v1/live/sessions", {"type": "session.start", "session": {"model": "small_test"}}),
-        ("/api/chat", None),
-    ],
-)
+@pytest.mark.parametrize("protocol", ADDRESSES)
 def test_too_large_message_is_answered_with_an_error_before_the_close(
-    slots, engine, small_limit, path, first, size, caplog
+    slots, engine, small_limit, protocol, size, caplog
 ):
+    path, first = ADDRESSES[protocol]
+
     async def test(serving: Serving) -> None:
         ws = await serving.http.ws_connect(serving.url + path)
         if first is not None:
@@ -64,6 +68,58 @@ def test_too_large_message_is_answered_with_an_error_before_the_close(
 
     serving(slots, engine, test, model=scripted({}))
     assert "exceeds limit" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\1"])
+@pytest.mark.parametrize("first", [None, {"type": "session.start", "session": {"model": "small_test"}}])
+def test_message_of_endless_fragments_is_answered_with_an_error_before_the_close(
+    slots, engine, small_limit, content, first, caplog
+):
+    """Pings between the fragments end no message."""
+    begin = b"\x02\x80" + bytes(4)  # a binary frame that is not the last of its message; the mask is zero
+    fragment = bytes([0, 0x80 + len(content)]) + bytes(4) + content
+    some = 100 * fragment + b"\x89\x80" + bytes(4)
+
+    async def test(serving: Serving) -> None:
+        client = await serving.open()
+        if first is not None:
+            await client.ws.send_json(first)
+            await client.until("session.started")
+        network = client.ws._response.connection.transport
+        network.write(begin)
+        sent = 0
+        while not client.ws.closed and sent < 40 * LIMIT and not network.is_closing():
+            network.write(some)
+            sent += len(some)
+            await asyncio.sleep(0)
+        assert (await client.until("error"))["error"]["code"] == "message_too_large"
+        assert await client.closed() == 1009
+        await eventually(lambda: not serving.manager.sessions)
+
+    serving(slots, engine, test, model=scripted({}))
+    assert "fragments are too many" in caplog.text
+
+
+def test_message_in_many_fragments_behind_many_pings_is_read(slots, engine, small_limit):
+    """A client that only pings for hours stays, and a message may take up to twice the limit on the wire."""
+
+    async def test(serving: Serving) -> None:
+        client = await open_session(serving)
+        network = client.ws._response.connection.transport
+        for _ in range(38):
+            await client.ws.ping(bytes(100))
+        await client.send("input_audio_buffer.clear")
+        await client.until("input_audio_buffer.cleared")
+        message = b'{"type": "input_audio_buffer.clear"' + b" " * (LIMIT // 16) + b"}"
+        for _ in range(20):
+            network.write(b"\x01\x80" + bytes(4))
+            parts = (message[at : at + 8].ljust(8) for at in range(0, len(message), 8))
+            network.write(b"".join(b"\x00\x88" + bytes(4) + part for part in parts))
+            network.write(b"\x80\x80" + bytes(4))
+            await client.until("input_audio_buffer.cleared")
+        assert not client.events_of("error")
+
+    serving(slots, engine, test, model=scripted({}))
 
 
 def test_too_large_first_message_and_message_of_a_sideband_are_answered_too(slots, engine, small_limit):
