@@ -107,7 +107,7 @@ class Service:
         )
 
     async def hang_up(self, request: web.Request) -> web.Response:
-        """Handles a POST that ends the session `{session}` of its path. The session may run over any transport."""
+        """Ends the session `{session}` of the request's path. The session may run over any transport."""
         self.manager.find(request.match_info["session"], self.authorise(request)).scheduled.end(EndReason.ASKED)
         return web.Response()
 

@@ -8,15 +8,17 @@ them all to a server.
 
 from __future__ import annotations
 
+import base64
 import json
+from itertools import chain
 from typing import Any, get_args, get_origin
 
 import aiohttp
 import msgspec
-import pytest
+from openai import AsyncAzureOpenAI
 
 from jaxtml.serve.protocols.live import messages as live
-from jaxtml.serve.protocols.messages import declared_fields
+from jaxtml.serve.protocols.messages import Strict, declared_fields
 from jaxtml.serve.protocols.moshi import protocol as moshi
 from jaxtml.serve.protocols.realtime import messages as realtime
 from tests.serve.protocols.realtime.test_realtime import WEATHER, open_session
@@ -133,6 +135,15 @@ REFUSED_BY_REALTIME = [
 ]
 
 
+# What clients of each protocol send: the messages and the bodies of requests. Moshi's frames are no types; a test below
+# sends them.
+REQUESTS: dict[str, tuple[Any, ...]] = {
+    "live": (live.FirstMessage, live.SessionMessage, live.SoundlessMessage, live.CreateSession),
+    "realtime": (realtime.WebSocketMessage, realtime.WebRtcMessage, realtime.ClientSecretRequest),
+    "moshi": (),
+}
+
+
 def client_types() -> dict[str, type[msgspec.Struct]]:
     """Returns all types that clients' messages and requests are made of, by name."""
     found: dict[str, type[msgspec.Struct]] = {}
@@ -146,15 +157,25 @@ def client_types() -> dict[str, type[msgspec.Struct]]:
             for field in msgspec.structs.fields(kind):
                 visit(field.type)
 
-    messages = (live.FirstMessage, live.SessionMessage, realtime.WebSocketMessage, realtime.WebRtcMessage)
-    for kind in (*messages, live.CreateSession, realtime.ClientSecretRequest):
+    for kind in chain.from_iterable(REQUESTS.values()):
         visit(kind)
+    return found
+
+
+def declared_types(kind: type[msgspec.Struct] = Strict) -> dict[str, type[msgspec.Struct]]:
+    """Returns all types that the protocols declare for what clients send, by name."""
+    found = {}
+    for declared in kind.__subclasses__():
+        if declared.__module__.startswith("jaxtml.") and not declared.__name__.startswith("_"):
+            found[declared.__name__] = declared
+        found |= declared_types(declared)
     return found
 
 
 def test_every_field_of_every_message_is_done_refused_or_named_as_without_effect():
     types = client_types()
     assert set(types) == set(FIELDS) - {"Event"}
+    assert set(declared_types()) == set(FIELDS), "no declared type is missing in REQUESTS"
     for name, kind in types.items():
         table = {field: column for column, fields in FIELDS[name].items() for field in fields.split()}
         fields = declared_fields(kind)
@@ -193,12 +214,91 @@ def test_fields_that_realtime_refuses_are_refused_by_name_and_change_nothing(slo
     serving(slots, engine, test, model=scripted({}))
 
 
-@pytest.mark.parametrize("query", ["intent=transcription", "call_id=rtc_1"])
-def test_query_of_realtime_that_this_server_cannot_serve_is_refused(slots, engine, query):
+# Addresses whose queries are refused, by the code of the refusal. A session in a path need not exist.
+REFUSED_QUERIES = {
+    "unsupported_parameter": [
+        "GET /v1/realtime?model=small_test&intent=transcription",
+        "GET /v1/realtime?model=small_test&call_id=rtc_1",
+        "GET /v1/realtime?session_id=sess_1&intent=transcription",
+    ],
+    "unknown_parameter": [
+        "GET /v1/realtime?model=small_test&voice=marin",
+        "GET /v1/realtime?Model=small_test",
+        "GET /v1/realtime?resume_token=abc",  # which says nothing without `session_id`
+        "GET /v1/realtime?session_id=sess_1&colour=red",
+        "POST /v1/realtime/calls?voice=marin",
+        "POST /v1/realtime/calls/sess_1/hangup?model=small_test",
+        "POST /v1/realtime/client_secrets?model=small_test",
+        "GET /v1/live/sessions?model=small_test",
+        "GET /v1/live/sessions?api-version=1",
+        "POST /v1/live/sessions?session_id=sess_1",
+        "GET /v1/live/sessions/sess_1/attach?voice=marin",
+        "POST /v1/live/sessions/sess_1/hangup?reason=late",
+        "GET /api/chat?colour=red",
+    ],
+    "invalid_value": [
+        "GET /v1/realtime?model=small_test&model=other",
+        "GET /api/chat?auth_id=a&auth_id=b",
+    ],
+    "model_not_found": [
+        "GET /v1/realtime?deployment=other",
+        "GET /v1/realtime?session_id=sess_1&model=other",
+        "POST /v1/realtime/calls?deployment=other",
+    ],
+}
+
+
+def test_query_that_no_address_knows_is_refused_before_anything_begins(slots, engine):
     async def test(serving: Serving) -> None:
-        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-            await serving.http.ws_connect(f"{serving.url}/v1/realtime?model=small_test&{query}")
-        assert refused.value.status == 400 and not serving.manager.sessions
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        upgrade["Sec-WebSocket-Key"] = base64.b64encode(bytes(16)).decode()
+        for code, addresses in REFUSED_QUERIES.items():
+            for address in addresses:
+                method, path = address.split()
+                headers = upgrade if method == "GET" else {}
+                async with serving.http.request(method, serving.url + path, headers=headers) as answer:
+                    assert answer.status == (404 if code == "model_not_found" else 400), address
+                    error = (await answer.json())["error"]
+                    assert error["code"] == code, address
+                    assert code != "unknown_parameter" or error["message"].split()[-1] in path
+        assert not serving.manager.sessions
+
+    serving(slots, engine, test, model=scripted({}))
+
+
+def test_query_of_azures_client_is_taken(slots, engine):
+    """It names the model `deployment`, and sends the version of Azure's API."""
+
+    async def test(serving: Serving) -> None:
+        address = serving.url.replace("http", "ws") + "/v1"
+        client = AsyncAzureOpenAI(
+            api_key="any", api_version="2025-04-01", azure_endpoint=serving.url, websocket_base_url=address
+        )
+        async with client.realtime.connect(model="small_test") as connection:
+            assert (await connection.recv()).type == "session.created"
+            assert connection._connection.response.headers["Jaxtml-No-Effect"] == "api-version"
+            session = serving.session()
+            query = f"session_id={session.id}&resume_token={session.resume_token}&after=1&model=small_test"
+            async with serving.http.get(f"{serving.url}/v1/realtime?{query}&api-version=1") as answer:
+                assert answer.status == 426, "everything is right but the upgrade"
+            async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets?api-version=1") as answer:
+                assert answer.status == 200 and answer.headers["Jaxtml-No-Effect"] == "api-version"
+            hangup = f"{serving.url}/v1/realtime/calls/{session.id}/hangup?api-version=1"
+            async with serving.http.post(hangup) as answer:
+                assert answer.status == 200 and answer.headers["Jaxtml-No-Effect"] == "api-version"
+
+    serving(slots, engine, test, model=scripted({}))
+
+
+def test_session_in_the_query_of_live_is_the_one_that_is_resumed(slots, engine):
+    async def test(serving: Serving) -> None:
+        client = await serving.open("/v1/live/sessions?session_id=sess_1")
+        resume = {"session_id": "sess_2", "resume_token": "abc", "after": 0}
+        for kind, fields in (("session.start", {"session": {"model": "small_test"}}), ("session.resume", resume)):
+            await client.send(kind, event_id="mine", **fields)
+            error = (await client.until("error"))["error"]
+            assert (error["code"], error["param"]) == ("invalid_value", "session_id")
+            assert error["client_event_id"] == "mine" and not serving.manager.sessions
 
     serving(slots, engine, test, model=scripted({}))
 
@@ -242,9 +342,6 @@ def test_moshis_query_and_control_frames_are_done_refused_or_named(slots, engine
             errors += [frame[1:]] if frame[:1] == moshi.ERROR else []
         assert b"kind 3" in errors[0] and b"kind 4" in errors[1]
         await ws.close()
-        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-            await serving.http.ws_connect(f"{address}?colour=red")
-        assert refused.value.status == 400
 
     serving(slots, engine, test, model=scripted({}))
 

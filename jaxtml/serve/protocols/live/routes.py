@@ -7,6 +7,9 @@
 | GET `/v1/live/sessions/{session}/attach` | WebSocket of a sideband: watches and directs the session |
 | POST `/v1/live/sessions/{session}/hangup` | ends the session |
 
+The query may have `auth_id`, the key. A client that resumes may name its session in `session_id`: a router like that of
+`launch/nginx.conf` then sends it to the right server. Any other parameter is refused.
+
 Listed in `serve.protocols.registry`.
 """
 
@@ -24,6 +27,7 @@ from jaxtml.serve.protocols.live.messages import FIRST_MESSAGES, CreateSession, 
 from jaxtml.serve.protocols.live.protocol import SCOPE, LiveProtocol
 from jaxtml.serve.protocols.live.sideband import Sideband
 from jaxtml.serve.protocols.messages import UNREADABLE
+from jaxtml.serve.protocols.query import check_query
 from jaxtml.serve.protocols.service import Service, close_code, message_too_large
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
@@ -36,6 +40,7 @@ _FIRST_MESSAGE_TRIES = 8  # first messages that may be wrong before the server c
 # nothing has been checked yet, so this bounds the memory that strangers to the server can take. A client needs such a
 # connection for one round trip; further clients wait for a place.
 _OPENING = 8
+_ROUTED_BY = "session_id"  # query parameter
 _SIDEBANDS = 4  # sidebands of one session
 # Close codes of a WebSocket (RFC 6455, IANA registry).
 _POLICY_VIOLATION, _MESSAGE_TOO_BIG, _TRY_AGAIN_LATER = 1008, 1009, 1013
@@ -48,7 +53,7 @@ def routes(service: Service) -> list[web.RouteDef]:
         web.get("/v1/live/sessions", handlers.connect),
         web.post("/v1/live/sessions", handlers.create_over_webrtc),
         web.get("/v1/live/sessions/{session}/attach", handlers.attach_sideband),
-        web.post("/v1/live/sessions/{session}/hangup", service.hang_up),
+        web.post("/v1/live/sessions/{session}/hangup", handlers.hang_up),
     ]
 
 
@@ -60,6 +65,7 @@ class _LiveHandlers:
     async def connect(self, request: web.Request) -> web.StreamResponse:
         """Runs a session over a WebSocket: a new session, or one that the client resumes."""
         grant = self.service.authorise(request)
+        check_query(request, SCOPE, {_ROUTED_BY})
         await self._wait_to_open()
         try:
             response, connection = await websocket.open_connection(self.service, request, LiveProtocol.frame_kind)
@@ -74,6 +80,7 @@ class _LiveHandlers:
     async def attach_sideband(self, request: web.Request) -> web.StreamResponse:
         """Runs a sideband of a session until the sideband or the session ends."""
         grant = self.service.authorise(request)
+        check_query(request, SCOPE)
         session = self.manager.find(request.match_info["session"], grant)
         protocol = _live_protocol(session)
         if len(protocol.sidebands) >= _SIDEBANDS:
@@ -96,6 +103,7 @@ class _LiveHandlers:
     async def create_over_webrtc(self, request: web.Request) -> web.Response:
         """Admits a session over WebRTC and answers the client's offer."""
         grant = self.service.authorise(request)
+        check_query(request, SCOPE)
         self.manager.count_request(grant, SCOPE)
         body = await self._read_offer(request)
 
@@ -108,6 +116,11 @@ class _LiveHandlers:
         )
         created = {"session": {"id": session.id}, "transport": {"type": "webrtc", "sdp": answer}}
         return web.json_response(created, status=201)
+
+    async def hang_up(self, request: web.Request) -> web.Response:
+        """Ends a session."""
+        check_query(request, SCOPE)
+        return await self.service.hang_up(request)
 
     # --- the first message over a WebSocket
 
@@ -151,6 +164,10 @@ class _LiveHandlers:
             try:
                 message = FIRST_MESSAGES.read(data)
                 event_id = message.event_id
+                named = request.query.get(_ROUTED_BY)
+                if named is not None and (not isinstance(message, Resume) or message.session_id != named):
+                    text = f"the address names the session {named[:64]}: resume this session, or leave {_ROUTED_BY} out"
+                    raise InvalidMessage("invalid_value", text, "session_id")
                 if isinstance(message, Resume):
                     return await self._resume(connection, grant, message)
                 self.manager.count_request(grant, SCOPE)  # before `check`, which has to tokenise texts

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from jaxtml.serve.monitoring import log
 from jaxtml.serve.protocols import websocket
 from jaxtml.serve.protocols.moshi.protocol import SCOPE, MoshiProtocol
+from jaxtml.serve.protocols.query import check_query
 from jaxtml.serve.protocols.service import Service
 from jaxtml.serve.sessions.client_session import ClientSession
-from jaxtml.serve.sessions.errors import Refused
 
 # Query parameters of Moshi's web client and of its variants (PersonaPlex, MoshiVis).
 _NO_EFFECT = {
@@ -30,12 +29,7 @@ def routes(service: Service) -> list[web.RouteDef]:
 
     async def chat(request: web.Request) -> web.StreamResponse:
         grant = service.authorise(request)
-        headers = {}
-        if unused := sorted(_NO_EFFECT & set(request.query)):
-            headers["Jaxtml-No-Effect"] = ", ".join(unused)
-            log.event("query parameters have no effect", protocol=SCOPE, names=",".join(unused))
-        for name in sorted(set(request.query) - _NO_EFFECT - {"auth_id"}):
-            raise Refused(400, "unknown_parameter", f"this server does not know the query parameter {name[:64]}")
+        headers = check_query(request, SCOPE, no_effect=_NO_EFFECT)
         return await websocket.run_new_session(service, request, grant, make_protocol, SCOPE, headers)
 
     return [web.get("/api/chat", chat)]

@@ -8,12 +8,17 @@
 | POST `/v1/realtime/calls/{session}/hangup` | ends the session |
 | POST `/v1/realtime/client_secrets` | a short-lived key, for browsers, which must not see the real key |
 
+The query may also have `auth_id`, the key. Azure's client (`openai.AzureOpenAI`) names the model in `deployment`, and
+adds `api-version` to every address. There is one version here, so `api-version` has no effect. Any other parameter is
+refused.
+
 Listed in `serve.protocols.registry`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 
 import msgspec
 from aiohttp import web
@@ -21,6 +26,7 @@ from aiohttp import web
 from jaxtml.serve.protocols import signalling, websocket
 from jaxtml.serve.protocols.live.protocol import SCOPE as LIVE_SCOPE
 from jaxtml.serve.protocols.messages import UNREADABLE
+from jaxtml.serve.protocols.query import check_query
 from jaxtml.serve.protocols.realtime.configuration import check_session
 from jaxtml.serve.protocols.realtime.messages import ClientSecretRequest, RealtimeSessionConfig
 from jaxtml.serve.protocols.realtime.protocol import SCOPE, RealtimeProtocol
@@ -33,6 +39,8 @@ from jaxtml.serve.transport.sound import VoiceTrack
 _KEY_BYTES = 7000  # of a short-lived key: it is sent in a header, and aiohttp reads headers of up to 8 KB
 # A sideband of a session over WebRTC or SIP, and a session that only transcribes.
 _UNSUPPORTED_QUERY = {"call_id", "intent"}
+_NEW, _RESUMED = {"model", "deployment"}, {"session_id", "resume_token", "after"}
+_NO_EFFECT_QUERY = {"api-version"}
 _OFFER_FIELDS = {"sdp", "session"}
 
 
@@ -42,7 +50,7 @@ def routes(service: Service) -> list[web.RouteDef]:
     return [
         web.get("/v1/realtime", handlers.connect),
         web.post("/v1/realtime/calls", handlers.create_over_webrtc),
-        web.post("/v1/realtime/calls/{session}/hangup", service.hang_up),
+        web.post("/v1/realtime/calls/{session}/hangup", handlers.hang_up),
         web.post("/v1/realtime/client_secrets", handlers.create_client_secret),
     ]
 
@@ -54,22 +62,23 @@ class _RealtimeHandlers:
     async def connect(self, request: web.Request) -> web.StreamResponse:
         """Runs a session over a WebSocket: a new session, or one that the client resumes."""
         grant = self.service.authorise(request)
-        if "session_id" in request.query:
-            return await self._resume(request, grant)
-        self.service.check_model(request.query.get("model"))
+        resumes = "session_id" in request.query
         for name in sorted(_UNSUPPORTED_QUERY & set(request.query)):
             raise Refused(400, "unsupported_parameter", f"this server does not support {name} in the query")
+        headers = self._check_query(request, _NEW | _RESUMED if resumes else _NEW)
+        if resumes:
+            return await self._resume(request, grant, headers)
         config = self._config_of_key(grant)
 
         def make_protocol(session: ClientSession) -> RealtimeProtocol:
             return RealtimeProtocol(session, self.model, self.service.metrics, self.manager.limits.grace_s, config)
 
-        return await websocket.run_new_session(self.service, request, grant, make_protocol, SCOPE)
+        return await websocket.run_new_session(self.service, request, grant, make_protocol, SCOPE, headers)
 
     async def create_over_webrtc(self, request: web.Request) -> web.Response:
         """Admits a session over WebRTC and answers the client's offer."""
         grant = self.service.authorise(request)
-        self.service.check_model(request.query.get("model"))
+        no_effect = self._check_query(request, _NEW)
         self.manager.count_request(grant, SCOPE)
         sdp, config_of_request = await _read_offer(request)
         if config_of_request is not None:
@@ -84,12 +93,13 @@ class _RealtimeHandlers:
             return RealtimeProtocol(session, self.model, self.service.metrics, grace_s, config, track)
 
         session, answer = await signalling.answer_offer(self.service, request, grant, sdp, make_protocol, SCOPE)
-        headers = {"Location": f"{public_path(request)}/{session.id}"}
+        headers = {"Location": f"{public_path(request)}/{session.id}"} | no_effect
         return web.Response(text=answer, status=201, content_type="application/sdp", headers=headers)
 
     async def create_client_secret(self, request: web.Request) -> web.Response:
         """Makes a short-lived key for one configuration of a session. The key is good for GPT-Live too."""
         grant = self.service.authorise(request)
+        headers = self._check_query(request)
         if grant.session is not None:
             raise Refused(403, "insufficient_scope", "a short-lived key cannot make other keys")
         try:
@@ -106,9 +116,16 @@ class _RealtimeHandlers:
             text = "the configuration of the session makes this short-lived key longer than an HTTP header may be"
             raise Refused(400, "string_above_max_length", f"{text}: send a session.update instead")
         session = {"id": "sess_of_secret", "object": "realtime.session"} | fields | {"model": self.model.name}
-        return web.json_response({"value": key, "expires_at": expires_at, "session": session})
+        return web.json_response({"value": key, "expires_at": expires_at, "session": session}, headers=headers)
 
-    async def _resume(self, request: web.Request, grant: Grant) -> web.StreamResponse:
+    async def hang_up(self, request: web.Request) -> web.Response:
+        """Ends a session."""
+        headers = self._check_query(request)
+        response = await self.service.hang_up(request)
+        response.headers.update(headers)
+        return response
+
+    async def _resume(self, request: web.Request, grant: Grant, headers: Mapping[str, str]) -> web.StreamResponse:
         query = request.query
         try:
             after = int(query.get("after", "0"))
@@ -117,10 +134,23 @@ class _RealtimeHandlers:
         session = self.manager.resume(query["session_id"], query.get("resume_token", ""), after, grant)
         if session.protocol.scope != SCOPE:
             raise Refused(404, "session_not_found", "that session uses another protocol")
-        response, connection = await websocket.open_connection(self.service, request, session.protocol.frame_kind)
+        response, connection = await websocket.open_connection(
+            self.service, request, session.protocol.frame_kind, headers
+        )
         session.prepare_resume()
         await self.service.run_session(connection, session, after)
         return response
+
+    def _check_query(self, request: web.Request, used: Collection[str] = ()) -> dict[str, str]:
+        """Checks the query of a request, and the model that it names. Returns headers of the answer.
+
+        Raises:
+          Refused: the query has a parameter that the address does not know, or names another model.
+        """
+        headers = check_query(request, SCOPE, used, _NO_EFFECT_QUERY)
+        for name in _NEW:
+            self.service.check_model(request.query.get(name))
+        return headers
 
     def _check(self, config: RealtimeSessionConfig) -> None:
         """Checks the configuration in the body of a request. Raises `Refused` if this server cannot give it."""
