@@ -7,8 +7,12 @@ To add a protocol:
    with `serve.protocols.messages`. The smallest example is `TextProtocol` in
    `tests/serve/protocols/test_registry.py`; `moshi/` is the smallest protocol that is served.
 2. Import its routes here and add an entry below. The key of the entry is the protocol's scope, as in the keys file.
-3. Add its messages to the lists in `tests/serve/protocols/test_fuzz.py`, and test it with a client of its own.
-4. Name it in README.md, docs/serving.md and CHANGELOG.md.
+3. Name it in the tests that hold for all protocols, each in `tests/serve/protocols/`: `REQUESTS` and `FIELDS` in
+   `test_fields.py` (its types, and what becomes of each field), `PROTOCOLS` in `test_fuzz.py` (wrong messages) and
+   `ADDRESSES` in `test_large_messages.py`. `test_registry.py` fails as long as one of them does not name it.
+4. Check the queries of its addresses with `serve.protocols.query`, and list refused ones in `test_fields.py`.
+5. Test it with a client of its own.
+6. Name it in README.md, docs/serving.md and CHANGELOG.md.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from jaxtml.serve.sessions.intake import Intake
 from jaxtml.serve.transport.sound import SoundFormat
 from jaxtml.stream.reading import Words
 from jaxtml.stream.tokens import Control
+from tests.serve.protocols import test_fields, test_fuzz, test_large_messages
 from tests.serve.serving import Serving, eventually, serving, unread
 from tests.serve.stepped import scripted
 
@@ -55,6 +56,29 @@ def routes(service: Service) -> list[web.RouteDef]:
         )
 
     return [web.get("/text", connect)]
+
+
+def protocols_without_tests() -> set[tuple[str, str]]:
+    """Returns each protocol that a table of the tests for all protocols does not name, with the table."""
+    tables = {
+        "test_fields.REQUESTS": test_fields.REQUESTS,
+        "test_fuzz.PROTOCOLS": test_fuzz.PROTOCOLS,
+        "test_large_messages.ADDRESSES": test_large_messages.ADDRESSES,
+    }
+    return {(protocol, name) for name, table in tables.items() for protocol in set(registry.PROTOCOLS) ^ set(table)}
+
+
+def test_every_protocol_is_in_the_tests_that_hold_for_all_protocols():
+    assert not protocols_without_tests(), "the top of serve/protocols/registry.py lists the steps"
+    steps = registry.__doc__ or ""
+    for name in ("test_fields.py", "test_fuzz.py", "test_large_messages.py", "REQUESTS", "PROTOCOLS", "ADDRESSES"):
+        assert name in steps
+
+
+def test_protocol_that_the_tests_forget_is_noticed(monkeypatch):
+    monkeypatch.setitem(registry.PROTOCOLS, TextProtocol.scope, routes)
+    assert {protocol for protocol, _ in protocols_without_tests()} == {"text"}
+    assert len(protocols_without_tests()) == 3
 
 
 def test_protocol_with_a_class_and_routes_runs_after_one_line_in_the_registry(slots, engine, monkeypatch):
