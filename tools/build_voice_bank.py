@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds a speech bank that gives the vocoder more material: the model's own voice, saying sentences of many words.
+"""Builds a speech bank that gives the vocoder more material: the model's own voice, saying sentences with many words.
 
 The model's replies in the short-answer task (docs/evaluation.md) use few of the sound sequences of English. The
 sentences of this tool are put together from lists of words chosen for their sounds; they mean nothing. 120 sentences

@@ -115,7 +115,8 @@ if __name__ == "__main__":
         type=int,
         default=150,
         metavar="N",
-        help="utterances of the model that Whisper judges, in synthetic and in human sessions each (default: 150)",
+        help="the most utterances of the model that Whisper judges, in the synthetic sessions and again in the human "
+        "sessions (default: 150)",
     )
     parser.add_argument("--threads", type=count, default=1, help="CPU threads of Whisper (default: 1)")
     run_tool(parser, evaluate)

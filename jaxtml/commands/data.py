@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument(
         "--new-tokenizer",
         action="store_true",
-        help="train a tokenizer on the texts of today's task; a run on this data can then not start from a checkpoint "
-        "that was made with the former tokenizer, the shipped weights included",
+        help="train a new tokenizer on the texts of the task as they are now; a run on this data then cannot start "
+        "from a checkpoint that was made with the former tokenizer, the shipped weights included",
     )
 
 

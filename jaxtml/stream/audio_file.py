@@ -218,7 +218,9 @@ def _read(data: Data, path: str | os.PathLike[str], notes: list[str]) -> np.ndar
     try:
         return _hear(data, find_parts(data, begin), notes)
     except NotAudio as error:
-        raise InputError(f"{error}; what may be a recording begins behind its first {front}") from error
+        raise InputError(
+            f"{error}; behind its first {front} there may be a recording, which cannot be read either"
+        ) from error
 
 
 def _hear(data: Data, parts: list[Part], notes: list[str]) -> np.ndarray:

@@ -106,7 +106,7 @@ def _part_at(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]
     """Returns the part that begins at `start`, and where the next one begins: at the file's end if none follows."""
     tag_start, tag_end = start, id3_end(data, start)
     if is_mp3_frame(data, tag_end):
-        end = beginnings.next(_behind_first_frame(data, tag_end))
+        end = beginnings.next(_search_start_in_mp3(data, tag_end))
         return Part(start, end, by_av=True), end
     start = tag_end  # players skip a tag in front of any kind of file; libsndfile does not
     head = data[start : start + 12]
@@ -131,7 +131,7 @@ def _part_at(data: Data, start: int, beginnings: Beginnings) -> tuple[Part, int]
         return Part(start, end, by_av=True), end
     is_recording = beginnings.next(tag_start) == tag_start or begins_weakly(data, start)
     if tag_end > tag_start and not is_recording:  # an MP3 with padding behind its tag
-        end = beginnings.next(min(_behind_first_frame(data, tag_end), len(data)))
+        end = beginnings.next(min(_search_start_in_mp3(data, tag_end), len(data)))
         return Part(tag_start, end, by_av=True), end
     # libsndfile takes some bytes in front of a recording for sound.
     return Part(start, len(data), is_unknown=True, by_av=beginnings.next(start) < len(data)), len(data)
@@ -437,7 +437,7 @@ def _flac_head_end(data: Data, start: int) -> int:
     return position
 
 
-def _behind_first_frame(data: Data, start: int) -> int:
+def _search_start_in_mp3(data: Data, start: int) -> int:
     """Returns the place in an MP3 from which the next recording is searched for.
 
     The place is behind the header Xing of the first frame, if there is one. `Beginnings` takes such a header for the

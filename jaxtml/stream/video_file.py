@@ -152,7 +152,7 @@ class _Frames:
             if end_s + _MISSING_S < promised_s:
                 return f"the video is cut short or damaged: its pictures end at {end_s:.1f} s of {promised_s:.1f} s"
         if self._damaged:
-            return f"the video is damaged: {self._damaged} pieces without pictures are left out"
+            return f"the video is damaged: {self._damaged} pieces that cannot be decoded are left out"
         return ""
 
 

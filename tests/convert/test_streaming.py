@@ -57,7 +57,7 @@ def test_a_killed_conversion_goes_on_says_where_and_writes_no_chunk_twice(to, re
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert not (tmp_path / "out").exists(), "an incomplete result has no name"
+    assert not (tmp_path / "out").exists(), "an incomplete result is not at its destination"
     file = tmp_path / ".out.converting" / "journal.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines()[1:] if line]
     with open(file, "a") as opened:

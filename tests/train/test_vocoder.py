@@ -218,6 +218,14 @@ def test_a_vocoder_run_starts_from_another_and_refuses_one_of_other_sizes(bank, 
         train_vocoder(wider, [bank], tmp_path / "third", 1, QUICK, start_from=tmp_path / "first")
 
 
+def test_a_vocoder_with_nan_starts_no_run(bank, small, params, tmp_path):
+    broken = jax.tree.map(lambda p: np.full_like(p, np.nan), params["vocoder"])
+    save_checkpoint(tmp_path / "model", small, params | {"vocoder": broken})
+    same_size = dataclasses.replace(config(), vocoder=small.vocoder)
+    with pytest.raises(InputError, match="model cannot start this run: NaN or infinity in vocoder"):
+        train_vocoder(same_size, [bank], tmp_path / "run", 1, QUICK, start_from=tmp_path / "model")
+
+
 def test_a_damaged_vocoder_run_does_not_resume(bank, tmp_path):
     train_vocoder(config(), [bank], tmp_path / "run", 1, QUICK)
     for path in (tmp_path / "run" / "checkpoints" / "1").rglob("*"):

@@ -215,9 +215,9 @@ def rotate_rows_back(x: jax.Array, c: int) -> jax.Array:
 
     The strided rotation of a TPU takes no negative stride. So the rows are rotated once for each bit of `C - 1 - a`.
     """
-    left = c - 1 - jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    shift = c - 1 - jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     for bit in range((c - 1).bit_length()):
-        x = jnp.where((left >> bit) & 1 == 1, pltpu.roll(x, 1 << bit, 1), x)
+        x = jnp.where((shift >> bit) & 1 == 1, pltpu.roll(x, 1 << bit, 1), x)
     return x
 
 

@@ -148,7 +148,9 @@ def test_session_that_is_away_waits_ten_seconds(slots):
         patient.detach(away=True)
         hasty.detach(away=True)
         await clock.advance(12)
-        assert hasty.end_reason is EndReason.GONE and not patient.end_reason, "never longer than any lost client"
+        assert hasty.end_reason is EndReason.GONE and not patient.end_reason, (
+            "an away session waits no longer than its grace_s"
+        )
         await clock.advance(40)
         assert patient.end_reason is EndReason.GONE
 

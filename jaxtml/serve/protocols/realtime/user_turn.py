@@ -110,8 +110,8 @@ class UserTurns:
         intake = self.configuration.intake
         new_ms = intake.received_ms - self._committed_ms
         if new_ms < _SHORTEST_COMMIT_MS:
-            text = f"there is no sound to commit: it must have {_SHORTEST_COMMIT_MS} ms or more since the last commit"
-            raise InvalidMessage("input_audio_buffer_commit_empty", f"{text} or clear, and has {new_ms:.0f} ms")
+            text = f"too little sound to commit: {new_ms:.0f} ms came since the last commit or clear, and at least"
+            raise InvalidMessage("input_audio_buffer_commit_empty", f"{text} {_SHORTEST_COMMIT_MS} ms are needed")
         self._committed_ms = intake.received_ms
         intake.drop_half_sample()
         if self._current is not None and self._current.committed:
