@@ -28,6 +28,8 @@ _OTHER_LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
     ("WORLD_SIZE", "RANK"),
 )
+# The number of processes on this host, and the rank of this process among them, as torchrun and Open MPI say them.
+_LOCAL_RANKS = (("LOCAL_WORLD_SIZE", "LOCAL_RANK"), ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"))
 _MEGASCALE_DEFAULTS = (("NUM_SLICES", "1"), ("SLICE_ID", "0"))
 # JAX recognises a Slurm step if these variables and SLURM_STEP_NODELIST are set (jax._src.clusters.slurm_cluster).
 _READ_IN_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_PROCID")
@@ -151,9 +153,22 @@ def _check_other_launchers() -> None:
         if count.isdecimal() and int(count[:18]) > 1 and rank:
             raise InputError(
                 f"{count_name}={count} and {rank_name}={rank} are those of a job of {count} processes, and jaxtml does "
-                f"not find the others: set JAX_COORDINATOR_ADDRESS to host:port of process 0, NNODES={count} and "
-                f"NODE_RANK={rank}; for a single process unset {count_name} and {rank_name}"
+                f"not find the others: set {_variables_to_set(count, rank)}; for a single process unset {count_name} "
+                f"and {rank_name}"
             )
+
+
+def _variables_to_set(count: str, rank: str) -> str:
+    """Returns a phrase: the variables that let this process of another launcher find the others."""
+    # torchrun listens on MASTER_PORT itself, so JAX needs another port of that host.
+    host = os.environ.get("MASTER_ADDR", "")
+    port = f", a free port of {host}" if host else " of process 0"
+    address = f"JAX_COORDINATOR_ADDRESS to {host or 'host'}:port{port}"
+    for local_count, local_rank in _LOCAL_RANKS:
+        number = os.environ.get(local_rank, "")
+        if os.environ.get(local_count, "1") != "1" and number:  # else all processes of the host take all of its GPUs
+            return f"{address}, NNODES={count}, NODE_RANK={rank} and, on GPUs, JAX_LOCAL_DEVICE_IDS={number}"
+    return f"{address}, NNODES={count} and NODE_RANK={rank}"
 
 
 def _position_from_variables(address: str) -> tuple[int, int]:

@@ -67,6 +67,34 @@ def test_a_scheduler_whose_variables_are_partial_or_odd_is_named_with_the_remedy
     assert "\n" not in str(refused.value)
 
 
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+
+
+def test_the_variables_that_a_refused_launcher_is_told_to_set_are_enough(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as refused:
+        processes.process_rank()
+    assert "JAX_COORDINATOR_ADDRESS to a:port, a free port of a, NNODES=2, NODE_RANK=1 and, on GPUs, " in str(
+        refused.value
+    )
+    assert "JAX_LOCAL_DEVICE_IDS=1; for a single process unset WORLD_SIZE and RANK" in str(refused.value)
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "a:99", "NNODES": "2", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.process_rank() == 1 and processes.first_host() == "a"
+
+
+@pytest.mark.parametrize("other", [{"NNODES": "1", "NODE_RANK": "0"}, JOB, {**POD, "TPU_WORKER_ID": "1"}])
+def test_variables_of_a_launcher_are_ignored_where_jax_finds_the_processes(other, monkeypatch):
+    for name, value in {**TORCHRUN, "JAX_COORDINATOR_ADDRESS": "a:99" if "NNODES" in other else "", **other}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.process_rank() == (None if "NNODES" in other else 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("JAX_COORDINATOR_ADDRESS", *other):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.process_rank() is None
+
+
 def test_a_job_that_jax_does_not_recognise_is_refused_with_the_remedy(monkeypatch):
     def fail() -> None:
         raise ValueError("coordinator_address should be defined.")
