@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the result back before it appears as DST, and compare every tensor with SRC; compare the logits too "
-        "if there is enough memory. If the same conversion wrote DST earlier, verify DST again",
+        help="compare SRC with its manifest, if it has one; read the result back before it appears as DST, and compare "
+        "every tensor with SRC; compare the logits too if there is enough memory. If the same conversion wrote DST "
+        "earlier, verify DST again",
     )
 
 

@@ -31,7 +31,7 @@ from jaxtml.checkpoint.warm_start import WarmStart
 from jaxtml.config import Config, to_json
 from jaxtml.convert.extra_files import find_extra_files
 from jaxtml.convert.streaming import copy_parameters
-from jaxtml.convert.verification import verify_conversion
+from jaxtml.convert.verification import check_source, verify_conversion
 from jaxtml.errors import InputError
 from jaxtml.model.spec import count_parameters
 from jaxtml.strict_json import dumps
@@ -56,12 +56,13 @@ def convert(
       dtype: the dtype to write, "float32" or "bfloat16"; None keeps the dtype of each parameter.
       begin_as: the config of a larger model, which starts with the weights of the source (`checkpoint.warm_start`);
         None keeps the source's config.
-      verify: whether to compare the result with the source. This happens before the result, which is written to a
+      verify: whether to compare the source with its own manifest, if it has one, and the result with the source. The
+        comparison with the source happens before the result, which is written to a
         hidden folder, is renamed to `destination`.
 
     Raises:
       InputError: the source is no checkpoint, the destination exists and is not empty, the disk has no room, or
-        `verify` found a difference.
+        `verify` found a difference, in the source's own checksums too.
     """
     source, destination = Path(source), Path(destination).resolve()
     if source.resolve() in destination.parents:
@@ -71,6 +72,8 @@ def convert(
     original = open_checkpoint(source)
     larger = None if begin_as is None else configs.load(begin_as)
     parameters = original if larger is None else WarmStart(original, larger)
+    if verify:
+        check_source(source)
     step = original.step if isinstance(original, OrbaxCheckpoint) else None
     source_id = _source_id(source, step, larger, to, dtype)
     summary = [f"{source} -> {destination} ({to}): {parameters.config.name}, {_count_parameters(parameters, to)}"]

@@ -103,6 +103,28 @@ def verify_manifest(directory: str | Path) -> int:
         infinite values. The message names at most five of them. The log names all that have changed.
     """
     directory = Path(directory)
+    changed, nonfinite, tensors = compare_with_manifest(directory)
+    if changed:
+        logging.info("all that has changed:\n%s", "\n".join(changed))
+        raise InputError(f"{directory} has changed since it was converted, convert again: {join_names(changed)} differ")
+    if nonfinite:
+        raise InputError(
+            f"{directory} is as it was written, and {len(nonfinite)} of {tensors} tensors have NaN or infinite "
+            f"values: {join_names(nonfinite)}; convert a sound checkpoint"
+        )
+    return tensors
+
+
+def compare_with_manifest(directory: Path) -> tuple[list[str], list[str], int]:
+    """Reads a converted checkpoint and compares it with its manifest.
+
+    Returns:
+      The names of files and tensors that differ, the names of tensors with NaN or infinite values, and how many tensors
+      there are.
+
+    Raises:
+      InputError: the directory has no checkpoint or no manifest.
+    """
     manifest, source = read_manifest(directory), open_checkpoint(directory)
     tensors = list(_recorded_tensors(source))
     progress = CopyProgress(parameter_bytes(_held_specs(source), source.dtype), 0, "verified ")
@@ -127,15 +149,7 @@ def verify_manifest(directory: str | Path) -> int:
     records = dict(run_in_threads(record, tensors))
     names = sorted({*records, *manifest.tensors})
     changed += [name for name in names if records.get(name) != manifest.tensors.get(name)]
-    if changed:
-        logging.info("all that has changed:\n%s", "\n".join(changed))
-        raise InputError(f"{directory} has changed since it was converted, convert again: {join_names(changed)} differ")
-    if nonfinite:
-        raise InputError(
-            f"{directory} is as it was written, and {len(nonfinite)} of {len(records)} tensors have NaN or infinite "
-            f"values: {join_names(sorted(nonfinite))}; convert a sound checkpoint"
-        )
-    return len(records)
+    return changed, sorted(nonfinite), len(records)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ import psutil
 from absl import logging
 
 from jaxtml.checkpoint.chunks import LayerChunks, conversion_chunks, parameter_bytes
-from jaxtml.checkpoint.manifest import crc32
+from jaxtml.checkpoint.files import MANIFEST
+from jaxtml.checkpoint.manifest import crc32, read_manifest
 from jaxtml.checkpoint.nonfinite import has_nonfinite
 from jaxtml.checkpoint.source import ParameterSource, read_parameters, spec_table
+from jaxtml.convert.inspection import compare_with_manifest
 from jaxtml.convert.logits import text_logits
 from jaxtml.convert.progress import CopyProgress
 from jaxtml.convert.tensor_names import source_names
@@ -33,6 +35,28 @@ CGROUP = Path("/sys/fs/cgroup")
 
 class VerificationFailed(InputError):
     """The result of a conversion differs from its source."""
+
+
+def check_source(source: Path) -> None:
+    """Compares a source that `jaxtml convert` wrote with its own manifest. Other sources have no checksums.
+
+    Raises:
+      VerificationFailed: the source is not as it was written.
+    """
+    if not (source / MANIFEST).is_file():
+        return
+    try:
+        read_manifest(source)
+    except InputError as error:  # many programs write a file of this name
+        logging.warning("%s; the values of the source are not compared with it", error)
+        return
+    changed, _, _ = compare_with_manifest(source)
+    if changed:
+        logging.info("all that has changed:\n%s", "\n".join(changed))
+        raise VerificationFailed(
+            f"{source} is damaged or was changed: {join_names(changed)} differ from its {MANIFEST}, and nothing is "
+            "verified; give an undamaged copy, or convert without --verify"
+        )
 
 
 def verify_conversion(original: ParameterSource, source: ParameterSource, result: ParameterSource, to: str) -> str:

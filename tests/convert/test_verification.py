@@ -64,6 +64,19 @@ def test_only_the_conversion_that_made_a_result_can_verify_it_again(result, full
     assert result.is_dir()
 
 
+@pytest.mark.parametrize("result", ["orbax", "hf"], indirect=True)
+def test_a_source_that_differs_from_its_own_manifest_is_not_verified(result, tmp_path, damage, caplog):
+    name = damage(result)
+    for destination in ("first", "again"):
+        with pytest.raises(verification.VerificationFailed, match=f"result is damaged or was changed: {name} differ"):
+            convert(result, tmp_path / destination, verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
+    convert(result, tmp_path / "unverified")
+    (result / "manifest.json").write_text("[]")  # of another program
+    assert "tensors equal" in convert(result, tmp_path / "foreign", verify=True)
+    assert "the values of the source are not compared with it" in caplog.text
+
+
 def test_a_result_that_differs_is_not_put_at_its_destination_and_the_next_conversion_begins_anew(
     release, tmp_path, monkeypatch
 ):
@@ -109,6 +122,7 @@ def test_values_that_are_not_finite_are_named_and_never_verified(release, tmp_pa
     values = np.array(stored.mapped())
     values[2, 3] = np.nan
     write_at(stored, 0, values)
+    (source / "manifest.json").unlink()  # else the source is damaged by its own checksums
     with pytest.raises(InputError, match=f"tensors are equal, and 1 of .* have NaN or infinite values, .*: {name};"):
         convert(source, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
