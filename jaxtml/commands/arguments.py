@@ -27,6 +27,9 @@ Number = TypeVar("Number", int, float)
 
 OK, FAULT, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141  # exit statuses; 128 + the number of a signal
 
+TRACEBACK = "JAXTML_TRACEBACK"
+"""The environment variable that makes every error show its traceback. Unset, empty or 0: only faults of jaxtml do."""
+
 _REPORT = (
     "this is a fault of jaxtml, not of your input: please report it to the project, with the lines above, the command "
     "and what `jaxtml --version` prints"
@@ -227,27 +230,40 @@ def _try_writing(path: str, output: Path) -> None:
         raise InputError(f"cannot write {path}: its permissions do not allow it; name another file")
 
 
+def shows_traceback() -> bool:
+    """Returns whether the user wants the traceback of every error."""
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
 def exit_status(program: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Calls `run(args)` and returns the exit status of the program. A result of None is status 0.
 
     Bad input and what fails outside of jaxtml (`jaxtml.commands.failures`) become one line on stderr and status 2,
     without a traceback. Any other exception is a fault of jaxtml: it keeps its traceback, and has status 1.
+
+    With `TRACEBACK` in the environment, each of them shows its traceback: an error of the system's may come from a
+    mistake of jaxtml.
     """
     try:
         status = run(args) or OK
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        if shows_traceback():
+            traceback.print_exc()
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has ended, as in `jaxtml info tiny | head -1`
+        if shows_traceback():
+            traceback.print_exc()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes stdout once more when it ends
         return CLOSED_PIPE
     except Exception as error:
         line = explain(error)
+        if line is None or shows_traceback():
+            traceback.print_exc()
         if line is not None:
             print(f"{program}: {line}", file=sys.stderr)
             return BAD_INPUT
-        traceback.print_exc()
         print(f"{program}: {_REPORT}", file=sys.stderr)
         return FAULT
 

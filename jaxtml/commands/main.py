@@ -4,7 +4,8 @@ Each command is a module beside this one with `HELP`, `EXAMPLE`, `add_arguments(
 command, write such a module and put it into `COMMANDS`. A command imports JAX, and whatever else is slow to import,
 inside its `run`: the parser imports every command, and `jaxtml --help` must stay fast.
 
-Bad input ends with one line on stderr and exit status 2. With `--json`, stdout has the JSON output and nothing else.
+Bad input ends with one line on stderr and exit status 2; `JAXTML_TRACEBACK=1` shows the traceback too. With `--json`,
+stdout has the JSON output and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from absl.flags import argparse_flags
 
 from jaxtml import __version__
 from jaxtml.commands import converse, convert, data, info, logits, plan, serve, train
-from jaxtml.commands.arguments import OneLineErrors, exit_status
+from jaxtml.commands.arguments import TRACEBACK, OneLineErrors, exit_status, shows_traceback
 from jaxtml.commands.failures import explain
 from jaxtml.errors import InputError
 from jaxtml.user_cache import cache_folder, is_writable_folder
@@ -74,7 +75,11 @@ class _Parser(OneLineErrors, argparse_flags.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands. The parsed arguments have the name of the command as `command`."""
-    top = _Parser(prog="jaxtml", description="Full-duplex interaction models in JAX.")
+    top = _Parser(
+        prog="jaxtml",
+        description="Full-duplex interaction models in JAX.",
+        epilog=f"environment: with {TRACEBACK}=1, an error shows its traceback above its line",
+    )
     top.add_argument("--version", action="version", version=f"jaxtml {__version__}")
     parsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -148,9 +153,9 @@ def _set_up_log() -> None:
 def _report_thread(failure: threading.ExceptHookArgs) -> None:
     """Reports the exception that ended a thread of a library in one line, for example TensorBoard's on a full disk."""
     line = explain(failure.exc_value) if failure.exc_value else None
-    if line is None:
+    if line is None or shows_traceback():
         threading.__excepthook__(failure)
-    else:
+    if line is not None:
         print(f"jaxtml: a background thread has ended: {line}", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxtml.commands.arguments import (
     MOST_WORKERS,
+    TRACEBACK,
     amount,
     check_outputs,
     count,
@@ -146,6 +147,21 @@ def test_a_fault_of_jaxtml_keeps_its_traceback_and_says_how_to_report_it(capsys,
     printed = capsys.readouterr().err
     assert "Traceback" in printed and printed.splitlines()[-1].startswith("jaxtml info: this is a fault of jaxtml")
     assert "report it" in printed and "--version" in printed
+
+
+@pytest.mark.parametrize("value, shown", [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x", ""), InputError("no"), KeyboardInterrupt()])
+def test_every_error_shows_its_traceback_if_the_user_wants_it(capsys, monkeypatch, error, value, shown):
+    def fail(args: argparse.Namespace) -> None:
+        raise error
+
+    expected = exit_status("jaxtml info", fail, argparse.Namespace())
+    line = capsys.readouterr().err
+    monkeypatch.setenv(TRACEBACK, value)
+    assert exit_status("jaxtml info", fail, argparse.Namespace()) == expected
+    printed = capsys.readouterr().err
+    assert printed.endswith(line) and (printed != line) == shown
+    assert ("Traceback" in printed and "in fail" in printed) == shown
 
 
 def test_an_interrupted_command_prints_nothing(capsys):

@@ -24,6 +24,10 @@ def test_every_command_has_help_with_an_example(jaxtml, command):
     assert f"example: jaxtml {command}" in out
 
 
+def test_the_help_names_the_variable_that_shows_tracebacks(jaxtml):
+    assert "JAXTML_TRACEBACK=1" in jaxtml("--help")[1]
+
+
 def test_the_module_runs_as_a_program_and_exits_with_2():
     done = subprocess.run(
         [sys.executable, "-m", "jaxtml", "info", "nosuch"], capture_output=True, text=True, check=False
