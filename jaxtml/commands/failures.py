@@ -61,16 +61,17 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-# Mistakes in a program. The context of such an error may be an error of a disk that did not cause it. So `_chain` stops
-# at a mistake.
+# Exceptions that come from mistakes in a program. Such an exception may be raised while an error of a disk is handled,
+# which did not cause it. So `_chain` stops at a mistake.
 _MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yields the error, then the errors that caused it: libraries wrap the error of a disk in errors of their own.
 
-    Libraries often do so without `raise ... from`. Our code never does: an error that our code raises while it handles
-    another one is a mistake in our code.
+    Libraries often wrap an error without `raise ... from`, so the context of their errors counts as a cause. Our code
+    always wraps with `from`. Without `from`, an error that our code raises while it handles another error is a mistake
+    in our code, and the other error is not yielded.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen and not isinstance(error, _MISTAKES):

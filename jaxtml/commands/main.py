@@ -160,7 +160,10 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
 
 
 def _report_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Reports an exception that no caller catches: those of a command are reported by `exit_status`."""
+    """Reports an exception that no caller catches, such as one in a callback of a library.
+
+    Exceptions of a command do not come here: `exit_status` catches and reports them.
+    """
     if not _is_late(error):
         sys.__excepthook__(kind, error, trace)
 

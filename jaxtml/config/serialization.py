@@ -21,9 +21,9 @@ _ADVICE = {int: ": give a whole number", float: ": give a number", bool: ": give
 
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf(inity)?)", re.IGNORECASE)  # as Python and shells write such numbers
 
-# Fields that were added after checkpoints had been written. At their default they are left out. So a config that was
-# written before has the same text as now, and a conversion that an earlier revision began can be resumed. Earlier
-# revisions can also read the configs that are written now.
+# Fields that were added after checkpoints had been written. `to_json` leaves out those that have their default. So an
+# older config keeps its JSON to the byte, and earlier revisions can read the JSON of a new config. A digest of
+# this JSON identifies a conversion with `--as`: if the JSON stays the same, a later revision can resume the conversion.
 _LEFT_OUT_AT_DEFAULT = (("serve", "background_text", False),)
 
 

@@ -422,10 +422,10 @@ class ServeConfig:
 
     background_text: bool = False
     """Whether a server gives the model background text: instructions, tools, an earlier conversation, and results of
-    functions and delegations. A model that was not trained on such text answers it with nonsense. If the
-    field is false, a server keeps such text from the model, and tells the client. Set it to true for a model that was
-    trained on such text. False is right for `tiny`, and for a converted release: a release has never read our control
-    tokens."""
+    functions and of the background model. The background model is the larger model to which this model delegates
+    requests. A model that was not trained on such text answers it with nonsense. If the field is false, a server keeps
+    such text from the model, and tells the client. Set it to true for a model that was trained on such text. False is
+    right for `tiny`, and for a converted release: a release has never read our control tokens."""
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,9 @@ def _fits(utterance: PlannedUtterance, group: VoiceGroup) -> bool:
 def _keep_sentences(planned: list[PlannedUtterance], usable: list[PlannedUtterance]) -> list[PlannedUtterance]:
     """Replaces planned sentences by spoken ones of the same voice, except where the text is new.
 
-    The text of the spoken sentence may differ from that of the planned one, but the plan must have it too, for some
-    voice. A text that no usable utterance has is new. New texts are spoken as often as they are planned.
+    The spoken sentence may have another text than the planned sentence that it replaces. This text must be the text of
+    some sentence in `planned`, of any voice. A text that no usable utterance has is new. New texts are spoken as often
+    as they are planned.
     """
     texts, spoken_texts = {utterance.text for utterance in planned}, {utterance.text for utterance in usable}
     exact = set(planned) & set(usable)

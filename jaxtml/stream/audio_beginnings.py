@@ -89,7 +89,10 @@ def is_mp3_frame(data: Data, start: int) -> bool:
 
 
 def adts_end(data: Data, start: int) -> int:
-    """Returns where the frames of AAC (ADTS, ISO/IEC 14496-3) that begin at `start` end; `start` without two frames."""
+    """Returns where the frames of AAC (ADTS, ISO/IEC 14496-3) that begin at `start` end.
+
+    Returns `start` if fewer than two frames follow each other there.
+    """
     position = start
     count = 0
     while len(head := data[position : position + 7]) == 7 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:

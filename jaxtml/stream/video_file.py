@@ -86,7 +86,7 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise InputError(f"{path} is no video file: a video cannot come through a pipe; save it to a file first")
         raise InputError(f"no video file {path}: give the path of a video")
     try:
-        # A playlist would make FFmpeg open other files and addresses, so no other protocol is allowed.
+        # A playlist would make FFmpeg open addresses, so `file` is the only protocol that is allowed.
         # A relative name such as "10:30.mp4" would be taken for an address.
         container = av.open(
             str(Path(path).absolute()), "r", metadata_errors="replace", options={"protocol_whitelist": "file"}
