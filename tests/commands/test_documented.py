@@ -357,7 +357,7 @@ def read(block: Block, folder: Path, prepare: Prepare, output: Callable[[], str]
 
 
 def blocks(slow: bool) -> list[Block]:
-    """Returns the blocks with at least one slow command; unless `slow`, those with at least one that is not slow."""
+    """Returns the blocks that have a slow command, or, without `slow`, those that have a quick one."""
     return [b for b in BLOCKS if any((s := form(command)) is not None and s.slow == slow for command in b.commands)]
 
 

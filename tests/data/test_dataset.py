@@ -77,7 +77,7 @@ def test_the_test_split_has_voices_that_the_training_split_does_not_have(config,
 
 
 def test_rows_of_generated_conversations_take_no_memory_for_pictures(config, codec, folder):
-    """A row of `tml_interaction_small` had 157 MB of zeros."""
+    """Such memory would be large: the pictures of a row of `tml_interaction_small` once took 157 MB of zeros."""
     shows = configs.override(config, "duplex.max_patches=12")
     dataset = open_dataset(shows, codec, folder)
     assert dataset.row(0)["patches"].nbytes == 0

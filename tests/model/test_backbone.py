@@ -45,7 +45,7 @@ def test_every_layer_has_one_place_and_its_own_kind(shape):
     assert places == list(range(n_layers))
 
 
-def test_inkling_small_compiles_as_five_bodies():
+def test_inkling_small_compiles_as_five_layer_bodies():
     backbone = _make_backbone(42, 2, tuple(range(5, 42, 6)))
     assert sum(len(block.runs) for block in backbone.blocks) == 5
 

@@ -147,7 +147,7 @@ class Event(Strict, tag_field="type", kw_only=True):
 
 
 class _Header(msgspec.Struct):
-    """The two fields that an error about a message needs, unread; everything else in the message is skipped."""
+    """The two fields that an error about a message needs, as raw JSON. All other fields are skipped."""
 
     type: msgspec.Raw = msgspec.Raw(b"null")
     event_id: msgspec.Raw = msgspec.Raw(b"null")

@@ -71,7 +71,7 @@ class Leader:
             threading.Thread(target=self._watch, args=(follower,), daemon=True).start()
 
     def broadcast(self, data: bytes) -> None:
-        """Sends an encoded tick, without its length, to all followers."""
+        """Sends a tick to all followers: its length, then `data`, which is the encoded tick."""
         for follower in self.followers:
             follower.sendall(LENGTH.pack(len(data)) + data)
 

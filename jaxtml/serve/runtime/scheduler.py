@@ -184,7 +184,7 @@ class ScheduledSession:
       journal: results that nobody has read yet.
       begun: the worker has a slot for it.
       micro_turns: number of micro-turns that it has had.
-      waits_until: when it ends unless its client is back before, on `clock`. Counts while it is not attached.
+      waits_until: when a session that is not attached ends, unless its client is back before. On `clock`.
       away: the client announced that it will be back at once. A new session may take the slot.
       changed: set when there is a new result or the session has ended.
     """

@@ -8,8 +8,8 @@ The rules, which the tests hold:
 - If a client sends more audio than its session has room for, the server reads a little ahead. It then reads nothing
   until there is room, and TCP holds the client back. If the client closes the connection meanwhile, and its Close frame
   was read ahead, the connection ends within `_LAST_S`, even if messages still wait.
-- The same holds for a client that sends messages or pings too fast. Between two messages of one client, all other
-  clients get a turn.
+- If a client sends messages or pings too fast, the server waits before it reads more, and TCP holds the client back.
+  Between two messages of one client, all other clients get a turn.
 - A message takes at most twice `MESSAGE_BYTES` on the wire. This bounds the fragments of a message that never ends.
 - The replay buffer drops old frames. If it drops a frame that the client has not taken yet, the connection ends.
 - A client from which nothing arrives for `_SILENT_S`, not even the answer to a ping, counts as gone.

@@ -184,11 +184,12 @@ class Peer:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while not self._over and (self.unsent() or len(self.voice.waiting)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
-        # aiortc's `close` runs in a separate task, which goes on if the caller of this method is cancelled. aiortc may
-        # have begun to close already. Without the task, the cancelled caller would make that first close fail.
+        # aiortc's `close` runs in a separate task, which goes on if the caller of this method is cancelled. If aiortc
+        # is closing already, `close` only awaits a future that the first `close` completes at its end. A caller that
+        # was cancelled in this wait would cancel the future, and the first `close` would fail.
         closing = asyncio.ensure_future(self._pc.close())
         done, _ = await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
-        if not done:  # aiortc waits for a task of its own that has failed
+        if not done:  # aiortc waits for ever if one of its own tasks has failed
             logging.error("a peer's connection does not close; it is cut off")
             for port in self._ice()._protocols:
                 port.transport.abort()

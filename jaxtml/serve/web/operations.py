@@ -41,8 +41,8 @@ class _Handlers:
     async def ready(self, request: web.Request) -> web.Response:
         """Says whether the server takes sessions: it has loaded and compiled the model, and does not drain.
 
-        A full server is ready. It tells new clients when to come again. `sessions` are those that no new session
-        displaces, so the difference to `capacity` is what the server still takes.
+        A full server is ready. It tells new clients when to come again. `sessions` is the number of slots that a new
+        session cannot get. `capacity` minus `sessions` is the number of sessions that the server still admits.
         """
         self.service.manager.check_open()
         pool = self.service.manager.pool

@@ -7,8 +7,9 @@ Events and their fields are those of OpenAI's Live API (`openai.types.live`). Th
 
 - Every event has a `sequence_number`. A client that was cut off names the last number that it received
   in `session.resume`. The answer, `session.resumed`, says what arrived before the cut. `input_audio_bytes` counts the
-  bytes of sound. `last_client_event_id` is the `event_id` of the last message that had one. Every message up to that
-  one was handled, except sound beyond `input_audio_bytes`, and perhaps pictures.
+  bytes of sound. `last_client_event_id` is the `event_id` of the last message that had one. The server handled
+  every message up to that one. There are two exceptions: sound beyond `input_audio_bytes`, and a picture that the
+  server was still decoding at the cut.
 - `session.started` has `resume` (the token and the grace period), `turn_ms` (the length of a micro-turn) and `sees`
   (whether the model takes pictures).
 - `session.output_audio.delta` has its times, and whether the model's gate was open (`speaking`).
@@ -22,9 +23,9 @@ several micro-turns. The model reads two kinds of text. What the user types, now
 Instructions, thinking, commentary, and the history's messages of developers and the assistant are background text. If a
 client sends no sound, the model hears silence and the session goes on.
 
-A model that was not trained on background text gets none (`ServedModel.reads_background`). It does not get a history
-either: it would answer the user's old questions. `session.instructions.append`, `session.thinking.append` and
-`session.commentary.append` are then refused.
+A model that was not trained on background text gets none (`ServedModel.reads_background`). Such a model gets no
+history either. Without the assistant's messages, the model would answer the user's old questions.
+`session.instructions.append`, `session.thinking.append` and `session.commentary.append` are then refused.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class ClientItems:
         A model that reads no background text does not get the parts of an item that would become background text. The
         item then says so in its field `no_effect`.
 
-        The sound of a message may wait for room in the session: call `Intake.wait_for_room` afterwards.
+        The `Intake` keeps sound that the session has no room for. Await `Intake.wait_for_room` afterwards, to hold the
+        client back until the session has taken this sound.
 
         Args:
           item: the item.

@@ -138,7 +138,7 @@ async function loadModel() {
   // The request above carries no origin, but the requests of a conversation do. So find out now whether the server
   // accepts the origin of this page.
   const preflight = await fetch("v1/live/sessions", { method: "OPTIONS" }).catch(() => null);
-  const refused = preflight?.status === 403 ? await messages.errorOf(preflight) : {}; // of the server, or of a proxy
+  const refused = preflight?.status === 403 ? await messages.errorOf(preflight) : {}; // a proxy may answer 403 too
   if (refused.code === "origin_not_allowed") {
     model = null;
     return sayRefused(refused);
@@ -552,8 +552,8 @@ addEventListener("keydown", (event) => {
 for (const gesture of ["pointerup", "keydown"]) {
   addEventListener(gesture, () => (live && !sound.speaker && !silenced ? openSound() : sound.wake()));
 }
-// Firefox sends no close code of ours after `beforeunload`, and some browsers of phones have no `beforeunload`. If the
-// page stays after all, `Live` connects again.
+// The page leaves at `beforeunload`, because Firefox sends no close code of ours at `pagehide`. Some browsers of phones
+// have no `beforeunload`. There the page leaves at `pagehide`. If the visitor stays after all, `Live` connects again.
 for (const leaving of ["beforeunload", "pagehide"]) addEventListener(leaving, leavePage);
 // `persisted`: the browser has kept this page in memory while another page was shown. The conversation is then still in
 // `live`, so the page drops the saved copy.
