@@ -40,6 +40,7 @@ from jaxtml.train.gradients import check_batch
 from jaxtml.train.parameters import first_parameters
 from jaxtml.train.progress import TrainProgress
 from jaxtml.train.samples import Sampler
+from jaxtml.train.start import Start
 from jaxtml.train.step import Metrics, TrainState, make_train_step
 
 REPORT_EVERY = 20  # steps
@@ -76,7 +77,7 @@ def train(
     Raises:
       InputError: `data` lacks something, `workdir` holds a run of another config, on other data or with more steps
         done, `start_from` does not fit or has NaN, the mesh does not fit, too few steps are left for a profile, or
-        `MAX_SKIPPED` steps in a row were skipped.
+        `MAX_SKIPPED` steps in a row were skipped. Errors before the first step leave `workdir` as it was.
     """
     codec = TextCodec.load(data / TOKENIZER)
     _check(config, codec, data, mesh)
@@ -92,7 +93,10 @@ def train(
         reason = f"dataset {config.data.dataset} has no conversations" if one_device else "they need a single device"
         logging.info("no sample conversations: %s", reason)
 
-    with jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext():
+    with (
+        jax.set_mesh(make_mesh(mesh)) if mesh.devices > 1 else nullcontext(),
+        Start(workdir, storage.FOLDERS, storage.FILES) as start,
+    ):
         _check_profile(profile, config.train.steps - (storage.newest_step(workdir) or 0))
         storage.claim(workdir, config, data, dataset.digest, change_run=change_run)
         init, step = make_train_step(model)
@@ -122,6 +126,7 @@ def train(
                     jax.profiler.start_trace(str(workdir / "profile"))
                 running = unreported[-1]["loss"] if unreported else None
                 state, metrics = compiled_step(state, feed.next_batch(running))
+                start.succeeded()
                 unreported.append(metrics)
                 if done in profiled[-1:]:
                     jax.block_until_ready(state)

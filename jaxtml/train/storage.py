@@ -42,8 +42,8 @@ CHANGED_ON_PURPOSE = (
     *("learning_rate", "warmup", "decay", "weight_decay", "clip_norm", "norm_limit", "beta2", "compute_dtype"),
     *("bias_rate", "z_loss", "flow_weight", "gate_weight", "heard_weight", "text_weight", "mtp_weight"),
 )
-_FOLDERS = (RUN_CHECKPOINTS, "tensorboard", "samples", "profile")
-_FILES = (CONFIG, DATA_DIGEST, CHANGES, TOKENIZER, "log.jsonl")
+FOLDERS = (RUN_CHECKPOINTS, "tensorboard", "samples", "profile")
+FILES = (CONFIG, DATA_DIGEST, CHANGES, TOKENIZER, "log.jsonl")
 
 
 class Difference(NamedTuple):
@@ -72,7 +72,7 @@ def claim(workdir: Path, config: Config, data: Path, data_digest: str, *, change
     Raises:
       InputError: `workdir` holds a run of another config, on other data or with more steps done, or cannot be used.
     """
-    check_folder(workdir, _FOLDERS, _FILES)
+    check_folder(workdir, FOLDERS, FILES)
     step = newest_step(workdir)
     if step is not None:
         if (workdir / VOCODER_SETTINGS).is_file():
@@ -88,6 +88,8 @@ def claim(workdir: Path, config: Config, data: Path, data_digest: str, *, change
         multihost_utils.sync_global_devices("all processes have read the run's folder")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        if step is None:  # else a vocoder run that was killed before its first checkpoint would still own the folder
+            (workdir / VOCODER_SETTINGS).unlink(missing_ok=True)
         write_atomically(workdir / CONFIG, to_json(config))
         write_atomically(workdir / DATA_DIGEST, data_digest)
         shutil.copyfile(data / TOKENIZER, workdir / TOKENIZER)

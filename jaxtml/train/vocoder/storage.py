@@ -27,6 +27,7 @@ from jaxtml.train.storage import DATA_DIGEST, check_folder, compare, newest_step
 from jaxtml.train.vocoder.optimizer import optimizer
 
 SETTINGS = VOCODER_SETTINGS
+FOLDERS, FILES = (RUN_CHECKPOINTS,), (SETTINGS, CONFIG, "log.jsonl")
 
 
 def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
     Raises:
       InputError: `workdir` holds a run of other settings or of a whole model, or cannot be used.
     """
-    check_folder(workdir, [RUN_CHECKPOINTS], [SETTINGS, CONFIG, "log.jsonl"])
+    check_folder(workdir, FOLDERS, FILES)
     path = workdir / SETTINGS
     if newest_step(workdir) is not None:
         if (workdir / DATA_DIGEST).exists():
@@ -52,6 +53,8 @@ def claim(workdir: Path, config: Config, settings: dict[str, Any]) -> None:
                 "course of the learning rate depends on the steps; give the settings of the run, or name a new "
                 f"--workdir{train_on}"
             )
+    else:  # a run of a whole model that was killed before its first checkpoint would still own the folder
+        (workdir / DATA_DIGEST).unlink(missing_ok=True)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dumps(settings, indent=2) + "\n")
     write_atomically(workdir / CONFIG, to_json(config))

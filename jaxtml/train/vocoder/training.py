@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,12 @@ from jaxtml.stream.timebase import FINE_HOP, SAMPLE_RATE
 from jaxtml.strict_json import dumps
 from jaxtml.train.optimizer import rate_at
 from jaxtml.train.parameters import check_finite
+from jaxtml.train.start import Start
 from jaxtml.train.storage import compare
 from jaxtml.train.vocoder.data import VocoderBatch, join_recordings, make_batch, read_recordings
 from jaxtml.train.vocoder.loss import mel_loss, pitch_loss, stft_loss
 from jaxtml.train.vocoder.optimizer import optimizer, schedule
-from jaxtml.train.vocoder.storage import claim, load_state, load_vocoder, open_checkpointer
+from jaxtml.train.vocoder.storage import FILES, FOLDERS, claim, load_state, load_vocoder, open_checkpointer
 
 Metrics = dict[str, jax.Array]
 
@@ -109,15 +111,16 @@ def train_vocoder(
     workdir = Path(workdir).absolute()
     recordings = read_recordings(banks)  # before the folder is claimed: a start without data leaves nothing behind
     first_params = _read_vocoder(start_from, config) if start_from else None
-    claim(workdir, config, {"vocoder": asdict(config.vocoder), "training": asdict(training), "steps": steps})
-    voice = join_recordings(recordings)
-    specs = param_specs(config.vocoder)
-    minutes = len(voice.wave) / SAMPLE_RATE / 60
-    logging.info("vocoder: %d parameters, %.1f minutes of voice", count_parameters(specs)[0], minutes)
+    with Start(workdir, FOLDERS, FILES) as start, ExitStack() as opened:
+        claim(workdir, config, {"vocoder": asdict(config.vocoder), "training": asdict(training), "steps": steps})
+        voice = join_recordings(recordings)
+        specs = param_specs(config.vocoder)
+        minutes = len(voice.wave) / SAMPLE_RATE / 60
+        logging.info("vocoder: %d parameters, %.1f minutes of voice", count_parameters(specs)[0], minutes)
 
-    params = first_params or init_params(specs, training.seed)
-    state: VocoderState = {"params": params, "opt": _optimizer(training, steps).init(params)}
-    with open_checkpointer(workdir) as checkpointer:
+        params = first_params or init_params(specs, training.seed)
+        state: VocoderState = {"params": params, "opt": _optimizer(training, steps).init(params)}
+        checkpointer = opened.enter_context(open_checkpointer(workdir))
         first = 0
         if checkpointer.latest is not None:
             first = checkpointer.latest.step
@@ -133,6 +136,7 @@ def train_vocoder(
         for done in range(first + 1, steps + 1):
             batch = make_batch(voice, training.seed, done - 1, training.rows, training.length)
             state, metrics = train_step(config.vocoder, training, steps, state, batch)
+            start.succeeded()
             unreported.append(metrics)
             if done % training.report_every == 0 or done == steps:
                 step_s = (time.monotonic() - began_s) / (done - first)
