@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, Generic, TypeVar, get_args
@@ -22,11 +21,9 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from jaxtml.serve.sessions.errors import InvalidMessage
+from jaxtml.serve.sessions.json_errors import UNREADABLE, explain
 
 _Message = TypeVar("_Message")
-# The errors that reading JSON as a type may raise.
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
 # The most values of one message, counted by its commas. Commas inside texts count too. A megabyte of `[],[],[]` takes
 # 100 ms to read, and becomes 35 MB of objects. No message that this server can use has so many commas: even its longest
 # texts have only some hundred kilobytes.
@@ -163,6 +160,7 @@ class MessageTypes(Generic[_Message]):
     """
 
     def __init__(self, accepted: Any, elsewhere: Any = None, unsupported: Collection[str] = ()):
+        self.accepted = accepted
         self.decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(accepted, dec_hook=_decode_field)
         self.elsewhere = _type_names(elsewhere) if elsewhere is not None else ()
         self.known = sorted((*_type_names(accepted), *self.elsewhere))
@@ -175,11 +173,12 @@ class MessageTypes(Generic[_Message]):
           InvalidMessage: what is wrong, with the client's `event_id` if the message has one.
         """
         if data.count(b",") > _MAX_VALUES:
-            raise self._invalid(ValueError(f"a message has at most {_MAX_VALUES} values"), data)
+            text = f"a message has at most {_MAX_VALUES} values"
+            raise self._invalid(InvalidMessage("invalid_value", text), data)
         try:
             return self.decoder.decode(data)
         except UNREADABLE as error:
-            raise self._invalid(error, data) from error
+            raise self._invalid(explain(error, self.accepted, data), data) from error
 
     async def handle(self, data: bytes, handler: Callable[[_Message], Awaitable[None]]) -> None:
         """Reads the message in `data` and passes it to `handler`.
@@ -197,29 +196,29 @@ class MessageTypes(Generic[_Message]):
         except ValueError as error:
             raise InvalidMessage("invalid_value", str(error), None, message.event_id) from error
 
-    def _invalid(self, error: Exception, data: bytes) -> InvalidMessage:
-        """Returns the error for a message that could not be read as one of the accepted types."""
+    def _invalid(self, invalid: InvalidMessage, data: bytes) -> InvalidMessage:
+        """Returns the error for a message that could not be read as one of the accepted types.
+
+        Args:
+          invalid: what is wrong with the message as JSON of these types.
+          data: the message.
+        """
         try:
             header = msgspec.json.decode(data, type=_Header)
-        except UNREADABLE:
+        except msgspec.ValidationError:
+            return InvalidMessage("invalid_json", "a message is one JSON object, in UTF-8")
+        except UNREADABLE as error:
             return InvalidMessage("invalid_json", f"a message is one JSON object, in UTF-8: {error}"[:300])
         kind, event_id = _text_in(header.type), _text_in(header.event_id)
         if kind in self.unsupported:
             return InvalidMessage("unsupported_event", f"this server does not support {kind}", "type", event_id)
-        text = str(error)
-        where = re.search(r"`\$\.?([^`]*)`", text)
-        param = where[1] if where else None
-        if unknown := re.search(r"unknown field `([^`]*)`", text):
-            param = f"{param}.{unknown[1]}" if param else unknown[1]
-            return InvalidMessage("unknown_parameter", f"there is no parameter {param}"[:300], param[:100], event_id)
-        if missing := re.search(r"missing required field `([^`]*)`", text):
-            param = f"{param}.{missing[1]}" if param else missing[1]
-            return InvalidMessage("missing_required_parameter", f"{param} is missing", param, event_id)
-        if param == "type" and kind in self.elsewhere:
+        if invalid.param == "type" and kind in self.elsewhere:
             return InvalidMessage("invalid_event_order", f"{kind} is not accepted at this point", "type", event_id)
-        if param == "type":
-            return InvalidMessage("invalid_event_type", f"type must be one of {', '.join(self.known)}", param, event_id)
-        return InvalidMessage("invalid_value", text[:300], param, event_id)
+        if invalid.param == "type" and invalid.code == "invalid_value":
+            text = f"type must be one of {', '.join(self.known)}"
+            return InvalidMessage("invalid_event_type", text, "type", event_id)
+        invalid.event_id = event_id
+        return invalid
 
 
 def _text_in(field: msgspec.Raw) -> str | None:

@@ -30,7 +30,8 @@ import jwt
 import msgspec
 
 from jaxtml.errors import InputError
-from jaxtml.serve.sessions.errors import Refused
+from jaxtml.serve.sessions.errors import InvalidMessage, Refused
+from jaxtml.serve.sessions.json_errors import read_json
 
 SHORT_LIVED_PREFIX = "ek_"  # of short-lived keys, as in OpenAI's API
 _DIGEST_PREFIX = "sha256:"
@@ -126,13 +127,11 @@ class Access:
           InputError: the file cannot be read, or something in it is wrong. The message never quotes a key.
         """
         try:
-            file = msgspec.json.decode(Path(path).read_bytes(), type=_KeysFile)
+            file = read_json(Path(path).read_bytes(), _KeysFile)
         except OSError as error:
             raise InputError(f"no keys in {path}: {error.strerror}; name a file of keys ({_FORMAT})") from error
-        except msgspec.ValidationError as error:
-            raise InputError(f"no keys in {path}: {error}; {_FORMAT}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise InputError(f"no keys in {path}: it is not valid JSON ({error}); {_FORMAT}") from error
+        except InvalidMessage as invalid:
+            raise InputError(f"no keys in {path}: {invalid}; {_FORMAT}") from invalid
         for key in file.keys:
             if key.key.startswith(_DIGEST_PREFIX) and not _DIGEST.fullmatch(_key_digest(key)):
                 text = f"after {_DIGEST_PREFIX} come the 64 hex digits of the key's SHA-256"

@@ -15,11 +15,14 @@ class Refused(Exception):
       status: HTTP status code.
       code: short machine-readable name of the error.
       retry_after_s: seconds after which the client may try again; None: trying again does not help.
+      param: path of the field of the request that is wrong; None: no single field is.
     """
 
-    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None):
+    def __init__(
+        self, status: int, code: str, message: str, retry_after_s: float | None = None, param: str | None = None
+    ):
         super().__init__(message)
-        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.status, self.code, self.retry_after_s, self.param = status, code, retry_after_s, param
 
 
 class InvalidMessage(Exception):
@@ -37,4 +40,5 @@ class InvalidMessage(Exception):
 
     def as_refusal(self) -> Refused:
         """Returns the refusal of the HTTP request whose body, or whose key, has the wrong field."""
-        return Refused(400, self.code, str(self) if self.param is None else f"{self.param}: {self}")
+        text = str(self) if self.param is None or self.param in str(self) else f"{self.param}: {self}"
+        return Refused(400, self.code, text, param=self.param)

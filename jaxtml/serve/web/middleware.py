@@ -151,6 +151,6 @@ def refusal(refused: Refused) -> web.Response:
         kind = "rate_limit_error"
     else:
         kind = "invalid_request_error"
-    body = {"error": {"message": str(refused), "type": kind, "code": refused.code, "param": None}}
+    body = {"error": {"message": str(refused), "type": kind, "code": refused.code, "param": refused.param}}
     headers = {} if refused.retry_after_s is None else {"Retry-After": str(math.ceil(refused.retry_after_s))}
     return web.json_response(body, status=refused.status, headers=headers)

@@ -142,7 +142,7 @@ def test_wrong_file_of_keys_is_refused_without_quoting_a_key(tmp_path, text):
 
 def test_a_file_that_is_no_json_is_called_so_and_the_format_is_named(tmp_path):
     path = tmp_path / "keys.json"
-    for text, problem in (("", "not valid JSON"), ('{"keys": [', "not valid JSON"), ("[]", "Expected `object`")):
+    for text, problem in (("", "not valid JSON"), ('{"keys": [', "not valid JSON"), ("[]", "must be an object")):
         path.write_text(text)
         with pytest.raises(InputError, match=f"{problem}.*; docs/serving.md, section Keys and quotas, has an example"):
             Access.load(path, PROTOCOLS)

@@ -26,12 +26,12 @@ from jaxtml.serve.protocols.live import configuration, events
 from jaxtml.serve.protocols.live.messages import FIRST_MESSAGES, CreateSession, Resume, Start
 from jaxtml.serve.protocols.live.protocol import SCOPE, LiveProtocol
 from jaxtml.serve.protocols.live.sideband import Sideband
-from jaxtml.serve.protocols.messages import UNREADABLE
 from jaxtml.serve.protocols.query import check_query
 from jaxtml.serve.protocols.service import Service, close_code, message_too_large
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
 from jaxtml.serve.sessions.errors import InvalidMessage, Refused
+from jaxtml.serve.sessions.json_errors import read_json
 from jaxtml.serve.transport.connection import Connection
 from jaxtml.serve.transport.sound import VoiceTrack
 
@@ -208,15 +208,13 @@ class _LiveHandlers:
           Refused: the body is wrong, or this server cannot give such a session.
         """
         try:
-            body = msgspec.json.decode(await request.read(), type=CreateSession)
+            body = read_json(await request.read(), CreateSession)
             if body.session.audio is not None and body.session.audio.format is not None:
                 text = "WebRTC decides the format of sound itself"
                 raise InvalidMessage("invalid_value", text, "session.audio.format")
             configuration.check(body.session, self.service.model)
         except InvalidMessage as invalid:
             raise invalid.as_refusal() from invalid
-        except UNREADABLE as error:
-            raise Refused(400, "invalid_value", str(error)[:300]) from error
         return body
 
 

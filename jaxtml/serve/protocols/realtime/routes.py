@@ -25,7 +25,6 @@ from aiohttp import web
 
 from jaxtml.serve.protocols import signalling, websocket
 from jaxtml.serve.protocols.live.protocol import SCOPE as LIVE_SCOPE
-from jaxtml.serve.protocols.messages import UNREADABLE
 from jaxtml.serve.protocols.query import check_query
 from jaxtml.serve.protocols.realtime.configuration import check_session
 from jaxtml.serve.protocols.realtime.messages import ClientSecretRequest, RealtimeSessionConfig
@@ -34,6 +33,7 @@ from jaxtml.serve.protocols.service import Service, public_path
 from jaxtml.serve.sessions.access import Grant
 from jaxtml.serve.sessions.client_session import ClientSession
 from jaxtml.serve.sessions.errors import InvalidMessage, Refused
+from jaxtml.serve.sessions.json_errors import read_json
 from jaxtml.serve.transport.sound import VoiceTrack
 
 _KEY_BYTES = 7000  # of a short-lived key: it is sent in a header, and aiohttp reads headers of up to 8 KB
@@ -103,9 +103,9 @@ class _RealtimeHandlers:
         if grant.session is not None:
             raise Refused(403, "insufficient_scope", "a short-lived key cannot make other keys")
         try:
-            body = msgspec.json.decode(await request.read() or b"{}", type=ClientSecretRequest)
-        except UNREADABLE as error:
-            raise Refused(400, "invalid_value", str(error)[:300]) from error
+            body = read_json(await request.read() or b"{}", ClientSecretRequest)
+        except InvalidMessage as invalid:
+            raise invalid.as_refusal() from invalid
         config = body.session or RealtimeSessionConfig(type="realtime")
         self._check(config)
         self.service.access.count_request(grant)
@@ -164,11 +164,14 @@ class _RealtimeHandlers:
         """Returns the configuration that a short-lived key fixes; None: the key is no short-lived key.
 
         Raises:
-          Refused: the key was made for another model.
+          Refused: the key was made for another model, or by a server of another version.
         """
         if grant.session is None:
             return None
-        config = msgspec.convert(grant.session, RealtimeSessionConfig)
+        try:
+            config = read_json(msgspec.json.encode(grant.session), RealtimeSessionConfig, "session")
+        except InvalidMessage as invalid:
+            raise invalid.as_refusal() from invalid
         self.service.check_model(config.model)
         return config
 
@@ -191,7 +194,9 @@ async def _read_offer(request: web.Request) -> tuple[str, RealtimeSessionConfig 
                 raise Refused(400, "unknown_parameter", f"a form with an offer has no field {name[:64]}")
         else:
             form["sdp"] = await request.read()
-        config = msgspec.json.decode(form["session"], type=RealtimeSessionConfig) if "session" in form else None
+        config = read_json(form["session"], RealtimeSessionConfig, "session") if "session" in form else None
         return form.get("sdp", b"").decode(), config
-    except (*UNREADABLE, ValueError) as error:
+    except InvalidMessage as invalid:
+        raise invalid.as_refusal() from invalid
+    except ValueError as error:
         raise Refused(400, "invalid_value", str(error)[:300]) from error
