@@ -9,7 +9,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from jaxtml.serve.protocols import service
 from jaxtml.serve.runtime.scheduler import AWAY_S, EndReason
+from jaxtml.serve.serving import ServerOptions
+from jaxtml.serve.sessions import manager
 from jaxtml.serve.sessions.access import Access, Key
 from jaxtml.serve.sessions.manager import Limits
 from jaxtml.serve.transport import connection, endings
@@ -52,6 +55,23 @@ def test_document_states_the_table_of_the_code():
     assert set(endings._CLIENT_CODES) | {1000, 1001, 1005} == set(by_client), "every code has its row"
     by_server = [(code, "ends at once") for code in (*endings.INVALID_CODES, 1008)]
     assert stated(by_server=True) == [*by_server, (1008, "goes on")]
+
+
+def test_document_states_the_other_reasons_and_limits_of_the_code():
+    section = PAGE.read_text().split("## How a session ends\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| `(\w+)` \| (\d+|none) \|$", section, re.MULTILINE)
+    by_server = (EndReason.ASKED, EndReason.EXPIRED, EndReason.DRAINED, EndReason.FAILED)
+    codes = {reason: str(service._CLOSE_CODES[reason]) for reason in by_server}
+    codes[EndReason.GONE] = "none"  # the session has no connection that could be closed
+    assert {EndReason(reason): code for _, _, reason, code in rows} == codes
+    limits, text = Limits(), " ".join(what + what_then for what, what_then, _, _ in rows)
+    for stated_limit in (
+        f"in {limits.closing_s:.0f} s at most",
+        f"`--session-minutes` ({limits.session_s / 60:.0f})",
+        f"told {manager._WARNING_S:.0f} s before",
+        f"`--drain-seconds` ({ServerOptions('').drain_s:.0f})",
+    ):
+        assert stated_limit in text
 
 
 @pytest.mark.parametrize("path", ["/v1/live/sessions", "/v1/realtime"])
