@@ -48,7 +48,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "server read it again",
     )
     add_repeatable(
-        parser, "--model-alias", "NAME", "a further name of the model, for clients that always ask for the same one"
+        parser,
+        "--model-alias",
+        "NAME",
+        "a further name of the model, for clients that always ask for the same model name",
     )
     add_repeatable(
         parser,
@@ -62,13 +65,14 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--trust-proxy",
         "IP",
         "the address or the network of a reverse proxy; the server believes its Forwarded or X-Forwarded-* headers, "
-        "which say what address the browser uses",
+        "which say at what address the browser reaches the server",
     )
     parser.add_argument(
         "--path-prefix",
         default="",
         metavar="PATH",
-        help="the path under which a proxy passes requests on without removing it, for example /talk",
+        help="the path at which a proxy serves this server, if the proxy leaves the path in the requests that it "
+        "passes on, for example /talk",
     )
     parser.add_argument(
         "--tls-cert",

@@ -35,7 +35,7 @@ REMATS: tuple[str, ...] = ("none", "outputs", "full")  # the values of `train.re
 _REMEDIES = {
     "train": "train.remat=full, a smaller train.batch or a larger train.accumulate, train.capacity, "
     "train.moment_dtype=bfloat16",
-    "serve": "fewer serve.sessions, a larger tensor in --mesh, serve.int8_experts=true",
+    "serve": "fewer serve.sessions, a larger axis tensor in --mesh, serve.int8_experts=true",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +85,15 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         if Path(path).exists() or str(path) == "-":
             raise InputError(f"{path} is no video file: a video cannot come through a pipe; save it to a file first")
         raise InputError(f"no video file {path}: give the path of a video")
-    try:
-        # A playlist would make FFmpeg open addresses, so `file` is the only protocol that is allowed.
-        # A relative name such as "10:30.mp4" would be taken for an address.
-        container = av.open(
-            str(Path(path).absolute()), "r", metadata_errors="replace", options={"protocol_whitelist": "file"}
-        )
-    except FFmpegError as error:
-        raise InputError(f"{path} is not a video that can be read: {error.strerror or error}") from error
-    with container:
+    with ExitStack() as stack:
+        file = stack.enter_context(Path(path).open("rb"))
+        try:
+            # A playlist would make FFmpeg open other files and addresses, so no protocol is allowed. FFmpeg reads the
+            # opened file itself without a protocol.
+            container = av.open(file, "r", metadata_errors="replace", options={"protocol_whitelist": "none"})
+        except FFmpegError as error:
+            raise InputError(f"{path} is not a video that can be read: {error.strerror or error}") from error
+        stack.enter_context(container)
         tracks = container.streams.video
         moving = [track for track in tracks if not track.disposition & Disposition.attached_pic]
         if not moving:

@@ -50,6 +50,14 @@ def test_no_pairs_beyond_the_end_of_the_video(video):
     assert len(read_frame_pairs(video, micro_turns=50, max_patches=6)) == 6
 
 
+def test_a_playlist_opens_no_other_file(video):
+    for text in (f"ffconcat version 1.0\nfile {video.name}\n", f"#EXTM3U\n#EXTINF:5,\n{video.name}\n#EXT-X-ENDLIST\n"):
+        playlist = video.with_name("list.mp4")
+        playlist.write_text(text)
+        with pytest.raises(InputError, match="is not a video"):
+            read_frame_pairs(playlist, 3, 6)
+
+
 def test_a_file_that_is_no_video_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(InputError, match="no video file"):

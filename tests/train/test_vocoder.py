@@ -214,7 +214,7 @@ def test_a_vocoder_run_starts_from_another_and_refuses_one_of_other_sizes(bank, 
     line = json.loads((tmp_path / "second" / "log.jsonl").read_text())
     assert line["learning_rate"] == 0.0
     wider = dataclasses.replace(config(), vocoder=dataclasses.replace(SMALL, width=24))
-    with pytest.raises(InputError, match="its vocoder has other sizes .vocoder.width is 16 in the run and 24 now"):
+    with pytest.raises(InputError, match="its vocoder has other sizes .vocoder.width is 16 there and 24 in this run"):
         train_vocoder(wider, [bank], tmp_path / "third", 1, QUICK, start_from=tmp_path / "first")
 
 

@@ -193,7 +193,8 @@ def _read_vocoder(directory: Path, config: Config) -> Params:
     """
     found, params = load_vocoder(directory)
     if found.vocoder != config.vocoder:
-        names = join_names([str(d) for d in compare(found.vocoder, config.vocoder, "vocoder")])
+        differences = compare(found.vocoder, config.vocoder, "vocoder")
+        names = join_names([f"{field} is {theirs} there and {ours} in this run" for field, theirs, ours in differences])
         raise InputError(f"{directory} cannot start this run: its vocoder has other sizes ({names})")
     check_finite({"vocoder": params}, str(directory))
     return params

@@ -97,7 +97,8 @@ function refresh() {
   offer("play", model !== null && Sound.available, !busy);
   offer("stop", busy, busy);
   offer("mute", live !== null, live !== null && source !== null);
-  offer("camera", camera !== null || (live?.session?.sees === true && !live.asksForCamera), live?.session?.sees === true);
+  const sees = live?.session?.sees === true;
+  offer("camera", camera !== null || (sees && !live.asksForCamera), sees);
   for (const id of ["text", "send"]) $(id).disabled = model === null;
   for (const card of document.querySelectorAll("#cards button")) card.disabled = model === null;
   const lost = document.activeElement.matches("body, :disabled") && focused.matches("#controls *");
