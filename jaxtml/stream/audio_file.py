@@ -54,8 +54,8 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns the recording as `[N]` float32 at 16 kHz, full scale at -1 and 1.
 
     Channels are averaged, unless they cancel each other. soxr resamples. Files that were joined end to end, also of
-    different kinds, are heard one after the other. What is in front of the first recording is left out. The log has a line for each fault: what was cut short, left out, filled in, clipped, or is
-    silent or very quiet.
+    different kinds, are heard one after the other. What is in front of the first recording is left out. The log has a
+    line for each fault: what was cut short, left out, filled in, clipped, or is silent or very quiet.
 
     Args:
       path: the file; "-" for standard input. It may be a pipe.
