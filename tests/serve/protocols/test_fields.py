@@ -15,12 +15,14 @@ from typing import Any, get_args, get_origin
 
 import aiohttp
 import msgspec
+import pytest
 from openai import AsyncAzureOpenAI
 
 from jaxtml.serve.protocols.live import messages as live
 from jaxtml.serve.protocols.messages import Strict, declared_fields
 from jaxtml.serve.protocols.moshi import protocol as moshi
 from jaxtml.serve.protocols.realtime import messages as realtime
+from jaxtml.serve.sessions.access import Access, Key
 from tests.serve.protocols.realtime.test_realtime import WEATHER, open_session
 from tests.serve.serving import Serving, serving
 from tests.serve.stepped import scripted
@@ -317,14 +319,57 @@ def test_request_for_a_short_lived_key_is_checked_like_a_session(slots, engine):
     serving(slots, engine, test, model=scripted({}))
 
 
-def test_form_with_an_offer_has_no_other_fields(slots, engine):
+def test_wrong_field_in_the_body_of_a_request_is_named(slots, engine):
+    update = {"type": "realtime", "output_modalities": ["smell"]}
+    live_session = {"model": "small_test", "audio": {"format": {"type": "audio/mp3"}}}
+    bodies = {
+        "/v1/realtime/client_secrets": ({"session": update}, "session.output_modalities[0]"),
+        "/v1/live/sessions": (
+            {"session": live_session, "transport": {"type": "webrtc", "sdp": "v=0"}},
+            "session.audio.format.type",
+        ),
+    }
+
+    async def test(serving: Serving) -> None:
+        for path, (body, param) in bodies.items():
+            async with serving.http.post(serving.url + path, json=body) as answer:
+                error = (await answer.json())["error"]
+                assert (answer.status, error["code"], error["param"]) == (400, "invalid_value", param)
+                assert error["message"].startswith(f"{param} must be ")
+        with aiohttp.MultipartWriter("form-data") as form:
+            form.append("v=0").set_content_disposition("form-data", name="sdp")
+            form.append(json.dumps(update)).set_content_disposition("form-data", name="session")
+        async with serving.http.post(f"{serving.url}/v1/realtime/calls", data=form) as answer:
+            error = (await answer.json())["error"]
+            assert (answer.status, error["param"]) == (400, "session.output_modalities[0]")
+
+    serving(slots, engine, test, model=scripted({}))
+
+
+def test_short_lived_key_of_another_version_is_refused_by_name(slots, engine):
+    access = Access([Key(name="one", key="sk-first-key")])
+    session = {"type": "realtime", "audio": {"input": {"colour": "red"}}}
+
+    async def test(serving: Serving) -> None:
+        key = access.create_short_lived_key(access.authenticate("sk-first-key"), 2**40, ("realtime",), session)
+        async with serving.http.get(f"{serving.url}/v1/realtime", params={"auth_id": key}) as answer:
+            error = (await answer.json())["error"]
+            assert (answer.status, error["param"]) == (400, "session.audio.input.colour")
+
+    serving(slots, engine, test, access=access, model=scripted({}))
+
+
+@pytest.mark.parametrize(
+    ("names", "code"), [(("sdp", "colour"), "unknown_parameter"), (("sdp", "sdp"), "invalid_value")]
+)
+def test_form_with_an_offer_has_no_other_fields_and_each_field_once(slots, engine, names, code):
     async def test(serving: Serving) -> None:
         with aiohttp.MultipartWriter("form-data") as form:
-            for name in ("sdp", "colour"):
+            for name in names:
                 form.append("v=0").set_content_disposition("form-data", name=name)
         async with serving.http.post(f"{serving.url}/v1/realtime/calls", data=form) as answer:
             error = (await answer.json())["error"]
-            assert answer.status == 400 and error["code"] == "unknown_parameter" and "colour" in error["message"]
+            assert answer.status == 400 and error["code"] == code and names[-1] in error["message"]
 
     serving(slots, engine, test, model=scripted({}))
 

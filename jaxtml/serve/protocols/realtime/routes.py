@@ -188,6 +188,10 @@ async def _read_offer(request: web.Request) -> tuple[str, RealtimeSessionConfig 
     try:
         if request.content_type == "multipart/form-data":
             for name, value in (await request.post()).items():
+                if name in form:
+                    raise Refused(
+                        400, "invalid_value", f"the form has the field {name[:64]} more than once", param=name
+                    )
                 content = value.file.read() if isinstance(value, web.FileField) else value
                 form[name] = content.encode() if isinstance(content, str) else bytes(content)
             for name in sorted(set(form) - _OFFER_FIELDS):
