@@ -245,7 +245,10 @@ class WebSocketTransport:
         await self.ws.ping()
 
     def unsent(self) -> int:
-        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+        try:
+            return 0 if self._transport is None else self._transport.get_write_buffer_size()
+        except AttributeError:  # asyncio's transport for TLS forgets its connection when it is closed a second time
+            return 0
 
     async def close(self, code: int, reason: str) -> None:
         if self.close_code == _TOO_LARGE:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
+import shutil
+import ssl
 from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import WSMsgType, web
 
 from jaxtml.serve.protocols import service
 from jaxtml.serve.runtime.scheduler import AWAY_S, EndReason
@@ -19,6 +23,7 @@ from jaxtml.serve.transport import connection, endings
 from jaxtml.serve.transport.endings import AWAY_CODE, ConnectionEnd
 from tests.serve.serving import Client, Serving, eventually, serving
 from tests.serve.stepped import scripted
+from tests.serve.test_credentials import make_certificate
 
 PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
 
@@ -135,6 +140,49 @@ def test_message_that_cannot_be_read_ends_the_session_and_is_logged(slots, engin
 
     serving(slots, engine, test, model=scripted({}))
     assert "cannot be read" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.parametrize("endless", [False, True])
+def test_client_that_does_not_confirm_its_end_over_tls_is_cut_off(tmp_path, monkeypatch, endless):
+    """Either its message never ends, or it does not answer the server's Close frame."""
+    monkeypatch.setattr(connection, "MESSAGE_BYTES", 2**12)
+    monkeypatch.setattr(connection, "_REST_S", 0.1)
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT_S", 0.1)
+    certificate, key = make_certificate(tmp_path, "localhost")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    closed: list[int | None] = []
+
+    async def answer(request: web.Request) -> web.WebSocketResponse:
+        ws = connection.new_websocket()
+        await ws.prepare(request)
+        transport = connection.WebSocketTransport(request, ws, WSMsgType.TEXT)
+        while await transport.receive():
+            if not endless:
+                break
+        await transport.close(transport.close_code or 1000, "")
+        closed.append(transport.close_code)
+        return ws
+
+    async def test() -> None:
+        app = web.Application()
+        app.router.add_get("/", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        async with aiohttp.ClientSession() as http:
+            ws = await http.ws_connect(f"https://127.0.0.1:{runner.addresses[0][1]}/", ssl=False)
+            await ws.send_str("x")
+            if endless:
+                assert ws._response.connection is not None and ws._response.connection.transport is not None
+                ws._response.connection.transport.write(b"\x02\x80" + bytes(4) + (b"\0\x80" + bytes(4)) * 2**11)
+                await ws.receive()  # the server's Close frame; the client then closes its side
+            await eventually(lambda: closed)
+        await runner.cleanup()
+
+    asyncio.run(test())
+    assert closed == [1009 if endless else None]
 
 
 def test_client_that_was_away_takes_its_session_back(slots, engine):
