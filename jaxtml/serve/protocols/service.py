@@ -62,15 +62,15 @@ class Service:
     def authorise(self, request: web.Request) -> Grant:
         """Returns what the key of a request allows.
 
-        The key comes as a bearer token, as a WebSocket subprotocol (browsers), or as the query parameter `auth_id`
-        (Moshi's clients have no other place for it).
+        The key comes as a bearer token, in the header `api-key` (Azure's clients), as a WebSocket subprotocol
+        (browsers), or as the query parameter `auth_id` (Moshi's clients have no other place for it).
 
         Raises:
           Refused: there is no key, or the server does not know it.
         """
         authorization = request.headers.get("Authorization", "")
         token = authorization[7:].strip() if authorization[:7].lower() == "bearer " else None
-        token = token or request.query.get("auth_id")
+        token = token or request.headers.get("api-key") or request.query.get("auth_id")
         for subprotocol in request.headers.get("Sec-WebSocket-Protocol", "").split(","):
             if subprotocol.strip().startswith(_KEY_SUBPROTOCOL):
                 token = subprotocol.strip().removeprefix(_KEY_SUBPROTOCOL)

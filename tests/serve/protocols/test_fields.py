@@ -269,27 +269,32 @@ def test_query_that_no_address_knows_is_refused_before_anything_begins(slots, en
 
 
 def test_query_of_azures_client_is_taken(slots, engine):
-    """It names the model `deployment`, and sends the version of Azure's API."""
+    """It names the model `deployment`, sends the version of Azure's API, and the key in a header of its own."""
+
+    key = {"Authorization": "Bearer sk-first-key"}
 
     async def test(serving: Serving) -> None:
         address = serving.url.replace("http", "ws") + "/v1"
         client = AsyncAzureOpenAI(
-            api_key="any", api_version="2025-04-01", azure_endpoint=serving.url, websocket_base_url=address
+            api_key="sk-first-key", api_version="2025-04-01", azure_endpoint=serving.url, websocket_base_url=address
         )
         async with client.realtime.connect(model="small_test") as connection:
             assert (await connection.recv()).type == "session.created"
             assert connection._connection.response.headers["Jaxtml-No-Effect"] == "api-version"
             session = serving.session()
             query = f"session_id={session.id}&resume_token={session.resume_token}&after=1&model=small_test"
-            async with serving.http.get(f"{serving.url}/v1/realtime?{query}&api-version=1") as answer:
+            async with serving.http.get(f"{serving.url}/v1/realtime?{query}&api-version=1", headers=key) as answer:
                 assert answer.status == 426, "everything is right but the upgrade"
-            async with serving.http.post(f"{serving.url}/v1/realtime/client_secrets?api-version=1") as answer:
+            async with serving.http.post(
+                f"{serving.url}/v1/realtime/client_secrets?api-version=1", headers=key
+            ) as answer:
                 assert answer.status == 200 and answer.headers["Jaxtml-No-Effect"] == "api-version"
             hangup = f"{serving.url}/v1/realtime/calls/{session.id}/hangup?api-version=1"
-            async with serving.http.post(hangup) as answer:
+            async with serving.http.post(hangup, headers=key) as answer:
                 assert answer.status == 200 and answer.headers["Jaxtml-No-Effect"] == "api-version"
 
-    serving(slots, engine, test, model=scripted({}))
+    access = Access([Key(name="one", key="sk-first-key")])
+    serving(slots, engine, test, access=access, model=scripted({}))
 
 
 def test_session_in_the_query_of_live_is_the_one_that_is_resumed(slots, engine):
