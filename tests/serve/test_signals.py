@@ -16,9 +16,9 @@ from jaxtml.serve.signals import ServerSignals
 
 
 @pytest.fixture(autouse=True)
-def restored():
-    """Gives SIGHUP back what it did before."""
-    before = signal.getsignal(signal.SIGHUP)
+def hangup():
+    """Lets SIGHUP do what it does in a new process, also if the tests run after `nohup`; restores it afterwards."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 

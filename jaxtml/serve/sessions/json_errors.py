@@ -9,7 +9,6 @@ Called wherever JSON is read as a type: by `serve.protocols.messages`, the route
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import msgspec
 from msgspec import inspect
 
 from jaxtml.serve.sessions.errors import InvalidMessage
+from jaxtml.strict_json import dumps
 
 # The errors that reading JSON as a type may raise.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -158,7 +158,7 @@ def _phrases(option: inspect.Type) -> list[str]:
     """Returns what a value of a type may be, for example `"audio"` and `"text"`, or `an integer from 1 to 4096`."""
     match option:
         case inspect.LiteralType():
-            return [json.dumps(value) for value in option.values]
+            return [dumps(value) for value in option.values]
         case inspect.NoneType():
             return ["null"]
         case inspect.BoolType():
@@ -204,5 +204,5 @@ def _found(value: Any) -> str:
         return ", not an object"
     if isinstance(value, list):
         return f", not a list of {len(value)}"
-    shown = json.dumps(value)
+    shown = dumps(value)
     return f", not {shown}" if len(shown) <= _SHOWN else ""
