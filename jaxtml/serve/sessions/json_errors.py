@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from jaxtml.strict_json import dumps
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _Read = TypeVar("_Read")
+_type_info = cache(inspect.type_info)  # msgspec takes milliseconds for it, and clients may send many wrong messages
 _TEXT, _PARAM = 300, 100  # characters of an error's text and of the name of its field
 _SHOWN = 50  # characters of a wrong value that the text quotes
 _PLACE = re.compile(r" - at (`key` in )?`\$\.?([^`]*)`$")  # where msgspec found the fault
@@ -93,7 +95,7 @@ def _wrong_value(kind: Any, data: bytes, path: str, key: bool) -> str | None:
         value = msgspec.json.decode(data)
     except UNREADABLE:  # for example a number that is too large for JSON without a type
         return None
-    options = _options(inspect.type_info(kind))
+    options = _options(_type_info(kind))
     for step in _STEP.finditer(path):
         if step[2] is not None:
             options, value = _enter_field(options, value, step[2])
