@@ -160,8 +160,8 @@ def _check_backbones(source: Config, target: Config) -> None:
         if field.name in _FREE:
             continue
         theirs, ours = getattr(source.backbone, field.name), getattr(target.backbone, field.name)
-        if field.name in ("sliding", "global_"):  # a window and pinned tokens decide no shape
-            theirs = dataclasses.replace(theirs, window=ours.window, pinned=ours.pinned)
+        if field.name in ("sliding", "global_"):  # which tokens are visible decides no shape
+            theirs = dataclasses.replace(theirs, window=ours.window, pinned=ours.pinned, retained=ours.retained)
         if theirs != ours:
             raise InputError(f"{refused}: backbone.{field.name} is {ours}, and {theirs} in {source.name}")
     if source.vision != target.vision:

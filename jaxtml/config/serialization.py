@@ -7,6 +7,7 @@ checks ranges. `typed` is also how `--set` converts its values.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -24,15 +25,21 @@ _NOT_FINITE = re.compile(r"[+-]?(nan|inf(inity)?)", re.IGNORECASE)  # as Python 
 # Fields that were added after checkpoints had been written. `to_json` leaves out those that have their default. So an
 # older config keeps its JSON to the byte, and earlier revisions can read the JSON of a new config. A digest of
 # this JSON identifies a conversion with `--as`: if the JSON stays the same, a later revision can resume the conversion.
-_LEFT_OUT_AT_DEFAULT = (("serve", "background_text", False),)
+_LEFT_OUT_AT_DEFAULT = (
+    ("serve.background_text", False),
+    ("backbone.sliding.retained", 0),
+    ("backbone.global_.retained", 0),
+)
 
 
 def to_json(config: Config) -> str:
     """Returns the config as indented JSON that ends with a newline. A config that was checked has no NaN."""
     value = dataclasses.asdict(config)
-    for section, name, default in _LEFT_OUT_AT_DEFAULT:
-        if value[section][name] == default:
-            del value[section][name]
+    for path, default in _LEFT_OUT_AT_DEFAULT:
+        *sections, name = path.split(".")
+        owner = functools.reduce(dict.__getitem__, sections, value)
+        if owner[name] == default:
+            del owner[name]
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 

@@ -28,6 +28,7 @@ from jaxtml.errors import InputError
 
 CONTROL_IDS = 16  # token ids that are reserved for control tokens, see `jaxtml.stream.tokens.CONTROLS`
 PATCH_FRAMES, PATCH_SIDE = 2, 40  # a patch covers two frames of 40 x 40 pixels
+AUDIO_FRAMES = 4  # dMel frames of a micro-turn; of the user, and as many of own speech (`jaxtml.stream.timebase`)
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,25 @@ class AttentionConfig:
     blocks of 512 tokens (`jaxtml.model.attention.blockwise`), and all pinned tokens have to fit into the first block.
     0 by default, as released."""
 
+    retained: Annotated[int, Range(0, 2**24)] = 0
+    """How many tokens stay visible beyond the window because they belong to a micro-turn with text: its clock, its
+    words and its pictures (`jaxtml.model.attention.retention`). The oldest of them make room for new ones. A retained
+    token takes as much memory as a token of the window, and lasts much longer, because most tokens are sound. Global
+    layers only. 0 by default, as released."""
+
     def check(self, path: str) -> None:
-        """Raises `InputError` where query heads cannot share the key heads evenly.
+        """Raises `InputError` where fields contradict each other.
 
         Args:
           path: the path of this object in the config, with a dot at its end.
         """
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"{path}n_heads {self.n_heads}: give a multiple of {path}n_kv_heads, {self.n_kv_heads}")
+        if self.retained and self.rel_extent > self.window:
+            raise InputError(
+                f"{path}rel_extent {self.rel_extent}: retained tokens beyond the window have no bias, so with "
+                f"{path}retained give at most {path}window, {self.window}"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,8 @@ class BackboneConfig:
         """
         self.sliding.check(f"{path}sliding.")
         self.global_.check(f"{path}global_.")
+        if self.sliding.retained:
+            raise InputError(f"{path}sliding.retained {self.sliding.retained}: give 0, only global layers retain")
         if self.n_dense > self.n_layers:
             raise InputError(f"{path}n_dense {self.n_dense}: there are {self.n_layers} layers")
         if any(not 0 <= layer < self.n_layers for layer in self.global_layers):
@@ -220,6 +234,12 @@ class DuplexConfig:
     gate_threshold: Fraction = 0.5
     """The gate decides in each micro-turn whether the model speaks. It speaks if P(speak) is above this threshold. 0.5
     takes the likelier of the two."""
+
+    @property
+    def longest_micro_turn(self) -> int:
+        """Tokens of the longest micro-turn: clock, typed text, patches, user frames, words, gate and own frames."""
+        heard = self.max_heard + 1 if self.heard else 0
+        return 1 + self.max_typed + self.max_patches + AUDIO_FRAMES + heard + self.max_text + 1 + 1 + AUDIO_FRAMES
 
 
 @dataclass(frozen=True)
@@ -466,6 +486,12 @@ class Config:
         if self.duplex.max_patches and not self.vision.folds:
             raise InputError(
                 f"duplex.max_patches {self.duplex.max_patches}: vision.folds is empty, so no tower reads patches"
+            )
+        global_ = self.backbone.global_
+        if global_.retained and global_.window < self.duplex.longest_micro_turn:
+            raise InputError(
+                f"backbone.global_.window {global_.window}: a micro-turn has up to {self.duplex.longest_micro_turn} "
+                "tokens, and they are retained when it is complete: give at least as many"
             )
         if self.duplex.control_base + CONTROL_IDS > self.backbone.vocab_size:
             raise InputError(

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention.attention import Attention
 from jaxtml.model.attention.cache import CacheStep, KVCache, plan_cache_step, ring_slots
+from jaxtml.model.attention.retention import FarTokens, find_far_tokens
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
@@ -95,6 +96,7 @@ class Layer(nnx.Module):
         step: CacheStep | None = None,
         state: LayerState | None = None,
         layer_index: tuple[jax.Array, ...] = (),
+        far: FarTokens | None = None,
     ) -> tuple[jax.Array, LayerState | None, MoEStats | None]:
         """Runs the layer over `x` `[B, T, D]`: over whole sequences, or, with `step` and `state`, continuing sessions.
 
@@ -106,6 +108,7 @@ class Layer(nnx.Module):
           state: what the layer remembers of the sessions, or a stack of such states.
           layer_index: empty, or the layer's index in a stack. In the latter case, `state` and the routed experts are
             those of the complete stack.
+          far: what whole sequences see beyond the window of a layer that retains tokens; None: no tokens are retained.
 
         Returns:
           The new hidden states, the new state (None for whole sequences), and the stats of the experts (None for a
@@ -115,7 +118,7 @@ class Layer(nnx.Module):
         cache = state.cache if state is not None else None
         k_tail, v_tail, attn_tail, mlp_tail = (t[layer_index] for t in state[1:]) if state is not None else (None,) * 4
         tails = (k_tail, v_tail) if k_tail is not None and v_tail is not None else None
-        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails, layer_index)
+        y, cache, tails = self.attn(self.attn_norm(x), step, cache, tails, layer_index, far)
         y = checkpoint_name(y, "attention")
         y, attn_tail = self.attn_conv(y, attn_tail, length)
         x = x + y
@@ -153,7 +156,8 @@ class Backbone(LayerStack):
         Args:
           params: the stacked parameters.
           x: `[B, T, D]`, the embedded positions.
-          kind: `[B, T]`, the `PositionKind` of each position, PAD where there is none; None: text everywhere.
+          kind: `[B, T]`, the `PositionKind` of each position, PAD where there is none; None: text everywhere. It also
+            decides which tokens global layers retain (`attention.retention`).
           remat: what the backward pass computes again; see `TrainConfig.remat`.
 
         Returns:
@@ -161,6 +165,7 @@ class Backbone(LayerStack):
           each run of layers with experts.
         """
         stats: list[MoEStats] = []
+        far = find_far_tokens(self.config.global_, kind) if kind is not None else None
         unroll = self.config.n_layers <= MAX_UNROLLED_LAYERS
         for b, block in enumerate(self.blocks):
 
@@ -174,7 +179,9 @@ class Backbone(LayerStack):
                         x: jax.Array, layer: Params, layer_kind: LayerKind = run.kind
                     ) -> tuple[jax.Array, MoEStats | None]:
                         layer = all_gather_parameters(layer, self.tables[layer_kind], self.placement.mesh, x.dtype)
-                        x, _, layer_stats = bind(self.modules[layer_kind], layer)(x, kind)
+                        x, _, layer_stats = bind(self.modules[layer_kind], layer)(
+                            x, kind, far=far if layer_kind.is_global else None
+                        )
                         return x, layer_stats
 
                     x, run_stats = jax.lax.scan(REMAT[remat](run_layer), x, weights[f"run{r}"], unroll=unroll)

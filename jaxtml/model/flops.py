@@ -15,8 +15,11 @@ _NOT_PER_TOKEN = ("vocoder", "visual")  # these parameters work on frames and pa
 
 
 def visible_keys(attention: AttentionConfig, tokens: int) -> float:
-    """Returns the number of keys that a query sees, averaged over a sequence of `tokens` tokens."""
-    reach = min(attention.window, tokens)
+    """Returns the number of keys that a query sees, averaged over a sequence of `tokens` tokens.
+
+    With retained tokens, it is the number of a sequence in which every token is retained: an upper bound.
+    """
+    reach = min(attention.window + attention.retained, tokens)
     return reach - reach * (reach - 1) / (2 * tokens)
 
 

@@ -198,8 +198,8 @@ def _vision_folds(vision: ConfigSection) -> tuple[tuple[int, int, int], ...]:
 def inkling_config(config: Config, original: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Returns the `config.json` with which `transformers` reads this backbone (`InklingForConditionalGeneration`).
 
-    Two settings of global layers cannot be expressed: pinned tokens (the first tokens of a session, which stay visible
-    at any distance) and a window. In `transformers`, global layers see every token.
+    Three settings of global layers cannot be expressed: pinned tokens (the first tokens of a session, which stay
+    visible at any distance), retained tokens and a window. In `transformers`, global layers see every token.
 
     Args:
       config: the config of the model.

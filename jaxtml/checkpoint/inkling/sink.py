@@ -64,9 +64,10 @@ class ReleasedSink:
         self.specs = {path: spec for path, spec in spec_table(config).items() if spec.released is not None}
         original = read_json(extra_files["config.json"]) if "config.json" in extra_files else {}
         window = config.backbone.global_.window
-        if config.backbone.global_.pinned:
+        if config.backbone.global_.pinned or config.backbone.global_.retained:
             logging.warning(
-                "Inkling has no pinned tokens: beyond %d tokens its global layers attend to other tokens than ours",
+                "Inkling has no pinned or retained tokens: beyond %d tokens its global layers attend to other tokens "
+                "than ours",
                 window,
             )
         self.inkling_config = inkling_config(config, original) | {"dtype": _main_dtype(self.specs, dtypes).name}

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.errors import InputError
 from jaxtml.model.attention.cache import CacheStep, KVCache, attend_cache, write_cache
+from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.attention.sequence import attend_sequence
 from jaxtml.model.layers import RMSNorm, ShortConv, project, rms_normalise
 from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
@@ -74,6 +75,7 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         tails: tuple[jax.Array, jax.Array] | None = None,
         layer_index: tuple[jax.Array, ...] = (),
+        far: FarTokens | None = None,
     ) -> tuple[jax.Array, KVCache | None, tuple[jax.Array, jax.Array]]:
         """Computes attention; on a mesh, each device of `tensor` computes its share of the heads.
 
@@ -85,6 +87,7 @@ class Attention(nnx.Module):
             tokens. None: zeros.
           layer_index: empty, or the layer's index in a stack. In the latter case, `cache` is that of the complete
             stack.
+          far: what whole sequences see beyond the window of a layer that retains tokens; None: no tokens are retained.
 
         Returns:
           `[B, T, D]`, the new cache (None without `step`) and the new tails.
@@ -114,7 +117,7 @@ class Attention(nnx.Module):
         rel = rel.reshape(batch, tokens, g, h // g, -1)
         proj = rel_proj.astype(dtype)
         if step is None:
-            out = attend_sequence(self.config, query, keys, values, rel, proj, scale)
+            out = attend_sequence(self.config, query, keys, values, rel, proj, scale, far)
         else:
             assert cache is not None
             cache = write_cache(cache, step, keys, values, layer_index)

@@ -59,7 +59,7 @@ def plan_blocks(config: AttentionConfig, tokens: int, size: int) -> Blocks:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend_blocks(
     blocks: Blocks, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, table: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Computes causal attention of whole sequences.
 
     Args:
@@ -70,9 +70,9 @@ def attend_blocks(
       table: `[C, R, L]` from `sequence.bias_table`, for the keys of the last `bias_distances` blocks.
 
     Returns:
-      `[B, G, Q, T, K]` in the dtype of `query`.
+      `[B, G, Q, T, K]` in the dtype of `query`, and the logarithm of each query's softmax sum, `[B, G, Q, T]` float32.
     """
-    return _forward(blocks, query, keys, values, rel, table)[0]
+    return _forward(blocks, query, keys, values, rel, table)
 
 
 class _Visit(NamedTuple):
@@ -164,13 +164,14 @@ def _forward(blocks: Blocks, query, keys, values, rel, table):
 
 def _attend_fwd(blocks, query, keys, values, rel, table):
     out, lse = _forward(blocks, query, keys, values, rel, table)
-    return out, (query, keys, values, rel, table, out, lse)
+    return (out, lse), (query, keys, values, rel, table, out, lse)
 
 
-def _attend_bwd(blocks, residuals, grad):
+def _attend_bwd(blocks, residuals, grads):
     query, keys, values, rel, table, out, lse = residuals
+    grad, grad_lse = grads
     dtype = query.dtype
-    mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - grad_lse
 
     def differentiate_block(
         sums: tuple[jax.Array, ...], i: jax.Array

@@ -6,14 +6,18 @@ can reach.
 
 Called by `attention`, in training and in checks; decoding is in `cache`. A TPU runs the kernels of `flash` where they
 apply. This file is for everything else: short windows in one matmul, long windows chunk by chunk, and long sequences
-block by block (`blockwise`). The adjoint is written out and uses the exponentials that the forward pass saves. On a CPU
-it takes a third of the time of the adjoint that XLA derives.
+block by block (`blockwise`). Layers that retain tokens beyond the window (`retention`) attend to them separately
+(`far_blocks`), and the two results are joined.
+
+The adjoint is written out and uses the exponentials that the forward pass saves. On a CPU it takes a third of the time
+of the adjoint that XLA derives.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,8 @@ import numpy as np
 
 from jaxtml.config import AttentionConfig
 from jaxtml.model.attention.blockwise import attend_blocks, plan_blocks
+from jaxtml.model.attention.far_blocks import attend_far_blocks, pad_far_tokens, plan_far_blocks
+from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
 # From this length on, a TPU runs the kernels. Shorter sequences need little time and memory without them.
@@ -28,6 +34,10 @@ MIN_FLASH_TOKENS = 512
 CHUNK = 128  # queries of a chunk
 MAX_UNROLLED_CHUNKS = 16  # a program has separate code for up to 16 chunks; longer sequences run block by block
 BLOCK = 512  # tokens of a block
+
+
+Attended = tuple[jax.Array, jax.Array]
+"""Attention `[B, G, Q, T, K]`, and the logarithm of each query's softmax sum, `[B, G, Q, T]` float32."""
 
 
 class _Operands(NamedTuple):
@@ -39,6 +49,7 @@ class _Operands(NamedTuple):
       rel: `[B, G, Q, T, R]`.
       proj: `[R, E]`.
       scale: `[T]` float32.
+      far: the tokens that are visible beyond the window; None: the pinned tokens.
     """
 
     query: jax.Array
@@ -47,6 +58,7 @@ class _Operands(NamedTuple):
     rel: jax.Array
     proj: jax.Array
     scale: jax.Array
+    far: FarTokens | None
 
 
 def attend_sequence(
@@ -57,6 +69,7 @@ def attend_sequence(
     rel: jax.Array,
     proj: jax.Array,
     scale: jax.Array | None = None,
+    far: FarTokens | None = None,
 ) -> jax.Array:
     """Computes causal attention over whole sequences.
 
@@ -67,6 +80,7 @@ def attend_sequence(
       rel: `[B, T, G, Q, R]`, the relative state, which mixes the rows of `proj` into one bias per distance.
       proj: `[R, E]`.
       scale: `[T]` float32, the factor of each query's logits; None: 1.
+      far: from `retention.find_far_tokens`; None: no tokens are retained.
 
     Returns:
       `[B, T, G, Q, K]`.
@@ -74,7 +88,7 @@ def attend_sequence(
     query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
     tokens = query.shape[3]
-    operands = _Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale)
+    operands = _Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale, far)
     if tokens < MIN_FLASH_TOKENS or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
         out = _attend_chunks(config, operands)
     else:
@@ -99,13 +113,48 @@ def _attend_chunks(config: AttentionConfig, operands: _Operands) -> jax.Array:
     """Runs plain operations, in chunks or blocks that suit the window and the length: `[B, G, Q, T, K]`."""
     query, rel = (a * operands.scale[:, None].astype(a.dtype) for a in (operands.query, operands.rel))
     query, keys, values, rel = jax.lax.optimization_barrier((query, operands.keys, operands.values, rel))
+    near = config if operands.far is None else dataclasses.replace(config, pinned=0)
     tokens = query.shape[3]
     run = _chunk_by_chunk
     if tokens > MAX_UNROLLED_CHUNKS * CHUNK:
         run = _block_by_block
-    elif not config.pinned and config.window + _window_chunk(config) <= tokens:
+    elif not near.pinned and config.window + _window_chunk(config) <= tokens:
         run = _all_chunks_at_once
-    return run(config, query, keys, values, rel, operands.proj)
+    attended = run(near, query, keys, values, rel, operands.proj)
+    if operands.far is None:
+        return attended[0]
+    return join_far(config.window, attended, _attend_far(config, query, keys, values, operands.far))
+
+
+def _attend_far(
+    config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, far: FarTokens
+) -> Attended:
+    """Attends to pinned and retained tokens beyond the window, from the first query on that has such tokens."""
+    tokens, count = query.shape[3], far.position.shape[1]
+    plan = plan_far_blocks(config, tokens, CHUNK if tokens <= MAX_UNROLLED_CHUNKS * CHUNK else BLOCK)
+    pad = plan.count * plan.size - count
+    query = jnp.pad(query[:, :, :, config.window :], [(0, 0)] * 3 + [(0, pad), (0, 0)])
+    keys, values = (jnp.pad(gather_far(a, far), [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
+    attended: Any = attend_far_blocks(plan, query, keys, values, pad_far_tokens(plan, far))
+    return attended[0][:, :, :, :count], attended[1][:, :, :, :count]
+
+
+def gather_far(a: jax.Array, far: FarTokens) -> jax.Array:
+    """Picks the far tokens out of keys or values: `[B, G, T, K]` -> `[B, G, F, K]`."""
+    return jax.vmap(lambda row, position: jnp.take(row, position, axis=1, mode="clip"))(a, far.position)
+
+
+def join_far(window: int, near: Attended, far: Attended) -> jax.Array:
+    """Joins attention within the window and attention to far tokens into one softmax: `[B, G, Q, T, K]`.
+
+    The softmax over both sets of keys is the mean of the two, weighted by their sums. Queries within the first `window`
+    positions have no far tokens, and `far` leaves them out.
+    """
+    (out, lse), (far_out, far_lse) = near, far
+    lse = lse[:, :, :, window:]
+    share = jax.nn.sigmoid(far_lse - lse)[..., None]
+    joined = (1 - share) * out[:, :, :, window:].astype(jnp.float32) + share * far_out.astype(jnp.float32)
+    return jnp.concatenate([out[:, :, :, :window], joined.astype(out.dtype)], axis=3)
 
 
 def _window_chunk(config: AttentionConfig) -> int:
@@ -115,7 +164,7 @@ def _window_chunk(config: AttentionConfig) -> int:
 
 def _all_chunks_at_once(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
-) -> jax.Array:
+) -> Attended:
     """For short windows: each chunk sees itself and the chunks before it that its window reaches, all in one matmul."""
     batch, groups, per_group, tokens, _ = query.shape
     chunk = _window_chunk(config)
@@ -139,19 +188,22 @@ def _all_chunks_at_once(
     exists = (np.arange(count)[:, None] - before) * chunk + np.arange(reach) >= 0
     mask = np.where(visible & exists[:, None, None], 0.0, MASKED_LOGIT).astype(np.float32)
     table = bias_table(proj, chunk, reach)
-    out = attend_block(split(query), reachable(keys), reachable(values), split(rel), table, jnp.asarray(mask))
-    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, per_group, count * chunk, -1)
-    return out[..., :tokens, :]
+    attended: Any = attend_block(split(query), reachable(keys), reachable(values), split(rel), table, jnp.asarray(mask))
+
+    def join(a: jax.Array) -> jax.Array:  # [B, G, N, Q, C, ...] -> [B, G, Q, T, ...]
+        return jnp.moveaxis(a, 2, 3).reshape(batch, groups, per_group, count * chunk, *a.shape[5:])[:, :, :, :tokens]
+
+    return join(attended[0]), join(attended[1])
 
 
 def _chunk_by_chunk(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
-) -> jax.Array:
+) -> Attended:
     """For long windows: each chunk has its own number of keys, those within its reach and none after the chunk."""
     tokens = query.shape[3]
     extent = config.rel_extent
     table = bias_table(proj, CHUNK, min(tokens, extent) + CHUNK)
-    outs = []
+    outs: list[Any] = []
     for start in range(0, tokens, CHUNK):
         stop = min(start + CHUNK, tokens)
         low = max(0, start - max(config.window, extent) + 1)  # pinned keys before `low` are beyond the extent
@@ -173,12 +225,13 @@ def _chunk_by_chunk(
             return a[:, :, None, :, start:stop]
 
         outs.append(attend_block(own(query), reachable(keys), reachable(values), own(rel), bias, mask))
-    return jnp.concatenate(outs, axis=4)[:, :, 0]
+    out, lse = (jnp.concatenate(parts, axis=4)[:, :, 0] for parts in zip(*outs, strict=True))
+    return out, lse
 
 
 def _block_by_block(
     config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, proj: jax.Array
-) -> jax.Array:
+) -> Attended:
     """For long sequences: needs only the memory of a few blocks of logits."""
     tokens = query.shape[3]
     blocks = plan_blocks(config, tokens, BLOCK)
@@ -186,8 +239,8 @@ def _block_by_block(
     query, rel = (jnp.pad(a, [(0, 0)] * 3 + [(0, pad), (0, 0)]) for a in (query, rel))
     keys, values = (jnp.pad(a, [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
     table = bias_table(proj, BLOCK, blocks.bias_distances * BLOCK)
-    out: jax.Array = attend_blocks(blocks, query, keys, values, rel, table)  # pyright: ignore[reportAssignmentType]
-    return out[..., :tokens, :]
+    attended: Any = attend_blocks(blocks, query, keys, values, rel, table)
+    return attended[0][:, :, :, :tokens], attended[1][:, :, :, :tokens]
 
 
 def bias_table(proj: jax.Array, chunk: int, keys: int) -> jax.Array:
@@ -230,7 +283,7 @@ class _Residuals(NamedTuple):
 @jax.custom_vjp
 def attend_block(
     query: jax.Array, keys: jax.Array, values: jax.Array, rel: jax.Array, table: jax.Array, mask: jax.Array
-) -> jax.Array:
+) -> Attended:
     """Computes softmax attention of chunks over the keys that they see.
 
     Args:
@@ -241,7 +294,7 @@ def attend_block(
       mask: `[N or 1, 1, C, S]` float32: 0, or `MASKED_LOGIT` where a query does not see a key.
 
     Returns:
-      `[B, G, N, Q, C, K]`.
+      `[B, G, N, Q, C, K]`, and the logarithm of each query's softmax sum, `[B, G, N, Q, C]` float32.
     """
     return _attend_fwd(query, keys, values, rel, table, mask)[0]
 
@@ -252,20 +305,23 @@ def _attend_fwd(query, keys, values, rel, table, mask):
     bias = jnp.moveaxis(einsum_float32("cbgnqr,crl->cbgnql", jnp.moveaxis(rel, 4, 0), table), 0, 4)
     far = shape[-1] - table.shape[-1]
     logits = logits + (jnp.pad(bias, [(0, 0)] * 5 + [(far, 0)]) if far else bias) + mask
-    exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(axis=-1, keepdims=True)
     exponentials = exponentials.astype(query.dtype)
     out = einsum_float32("bgnij,bgnjk->bgnik", _flat(exponentials), values).reshape(query.shape) / total
     out = out.astype(query.dtype)
-    return out, _Residuals(query, keys, values, rel, table, exponentials, total, out)
+    lse = (largest + jnp.log(total))[..., 0]
+    return (out, lse), _Residuals(query, keys, values, rel, table, exponentials, total, out)
 
 
-def _attend_bwd(residuals, grad):
+def _attend_bwd(residuals, grads):
     query, keys, values, rel, table, exponentials, total, out = residuals
+    grad, grad_lse = grads
     dtype = query.dtype
     # The weights are exponentials / total. The incoming gradient is divided instead, because it is smaller.
     grad = jax.lax.optimization_barrier((grad / total).astype(dtype))
-    mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
+    mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True) - grad_lse[..., None] / total
     dweights = einsum_float32("bgnik,bgnjk->bgnij", _flat(grad), values)
     dlogits = (_flat(exponentials) * (dweights - _flat(mean))).astype(dtype)
     dlogits = jax.lax.optimization_barrier(dlogits)
