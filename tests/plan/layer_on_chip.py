@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtml import config as configs
+from jaxtml.model.attention.retention import find_far_tokens
 from jaxtml.model.attention.sequence import attend_sequence
 from jaxtml.model.experts.grouped import grouped_swiglu
 from jaxtml.model.experts.moe import MoE
@@ -66,21 +67,25 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> float:
     return analysis.temp_size_in_bytes
 
 
-def attention(shaped: Any, window: int, extent: int) -> float:
+def attention(shaped: Any, window: int, extent: int, retained: int = 0) -> float:
     """Returns the bytes that attention over a long sequence needs besides its operands and gradients."""
     config = configs.load("inkling_small").backbone
-    kind = dataclasses.replace(config.global_, window=window, rel_extent=extent, n_heads=8, n_kv_heads=2)
+    kind = dataclasses.replace(
+        config.global_, window=window, rel_extent=extent, retained=retained, n_heads=8, n_kv_heads=2
+    )
     groups, per_group, dim = 2, 4, kind.head_dim
     shapes = [
         (1, LONG, groups, per_group, dim), (1, LONG, groups, dim), (1, LONG, groups, dim),
         (1, LONG, groups, per_group, config.d_rel), (config.d_rel, extent),
     ]  # fmt: skip
 
-    def loss(*operands: jax.Array) -> jax.Array:
-        return attend_sequence(kind, *operands).astype(jnp.float32).sum()
+    def loss(positions: jax.Array, *operands: jax.Array) -> jax.Array:
+        far = find_far_tokens(kind, positions)
+        return attend_sequence(kind, *operands, far=far).astype(jnp.float32).sum()
 
     arguments = [shaped(shape, jnp.bfloat16) for shape in shapes]
-    return temporary_bytes(jax.jit(jax.grad(loss, range(5))).lower(*arguments).compile())
+    grad = jax.jit(jax.grad(loss, range(1, 6)))
+    return temporary_bytes(grad.lower(shaped((1, LONG), jnp.uint8), *arguments).compile())
 
 
 def experts_in_place(shaped: Any, block: int, int8: bool) -> float:
@@ -114,7 +119,11 @@ def main(text: str) -> None:
     with jax.default_device(device):
         figures = {
             "moe": moe(shaped, topology.platform),
-            "attention": {"global": attention(shaped, LONG, 4096), "sliding": attention(shaped, 512, 512)},
+            "attention": {
+                "global": attention(shaped, LONG, 4096),
+                "sliding": attention(shaped, 512, 512),
+            },
+            "retaining": attention(shaped, 4096, 1024, retained=8192),
         }
         figures["in_place"] = {
             f"{block} {int8}": experts_in_place(shaped, block, int8) for block, int8 in ((8, True), (128, False))

@@ -38,6 +38,8 @@ def test_a_tpu_computes_no_needless_product_and_needs_little_memory(topology, mo
     # With 32,768 tokens, the logits of one head alone are 2.1e9 bytes in bfloat16, and so are the biases by distance of
     # all eight heads. The smallest such bias of a long sequence, `[T, H, 512]`, would be 0.27e9 more.
     assert max(found["attention"].values()) < most_bytes
+    # With retained tokens, there are two softmaxes, and a list of the tokens beyond the window.
+    assert found["retaining"] < most_bytes + 0.6e9
     # A copy of the smallest part of a layer, w2, would be 4.2e6 bytes in int8 and 8.4e6 in bfloat16. With blocks of 128
     # rows, the result of the first product has 4.2e6 bytes.
     assert found["in_place"]["8 True"] < 1e6 and found["in_place"]["128 False"] < 6e6

@@ -57,11 +57,9 @@ class FarVisits(NamedTuple):
     count: jax.Array
 
 
-def plan_far_blocks(config: AttentionConfig, tokens: int, size: int) -> FarPlan:
-    """Plans blocks of `size`, of which the last is padded. Pinned tokens must fit into the first block."""
-    assert config.pinned <= size, f"{config.pinned} pinned tokens in blocks of {size}"
-    far = tokens - config.window
-    return FarPlan(-(-far // size), size, config.window, config.pinned, config.retained)
+def plan_far_blocks(config: AttentionConfig, count: int, size: int) -> FarPlan:
+    """Plans blocks of `size` for `count` far tokens; the last block is padded."""
+    return FarPlan(-(-count // size), size, config.window, config.pinned, config.retained)
 
 
 def pad_far_tokens(plan: FarPlan, far: FarTokens) -> FarTokens:

@@ -78,7 +78,7 @@ def flash_attention(
     window: int,
     block: int = 512,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Computes causal attention of whole sequences.
 
     Args:
@@ -93,7 +93,7 @@ def flash_attention(
       interpret: run the kernels as plain operations, for machines without a TPU.
 
     Returns:
-      `[B, H, T, K]` in the dtype of `query`.
+      `[B, H, T, K]` in the dtype of `query`, and the logarithm of each query's softmax sum, `[B, H, T]` float32.
     """
     tokens = query.shape[2]
     block = min(block, -(-tokens // TPU_LANES) * TPU_LANES)
@@ -107,8 +107,8 @@ def flash_attention(
     query, keys, values, rel = (pad(a, 2) for a in (query, keys, values, rel))
     segments = pad(segments, 1, -1)
     scale = pad(scale, 0, 1)
-    out: Any = _flash(plan, query, keys, values, rel, _bands(plan, proj), scale, segments)
-    return out[:, :, :tokens]
+    attended: Any = _flash(plan, query, keys, values, rel, _bands(plan, proj), scale, segments)
+    return attended[0][:, :, :tokens], attended[1][:, :, :tokens]
 
 
 def _bands(plan: FlashPlan, proj: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ def _bands(plan: FlashPlan, proj: jax.Array) -> jax.Array:
     return jnp.where(inside, proj[:, jnp.clip(distance, 0, plan.extent - 1)], 0).transpose(1, 0, 2)
 
 
-def _lanes(vector: jax.Array) -> jax.Array:
+def repeat_over_lanes(vector: jax.Array) -> jax.Array:
     """`[..., T]` -> `[..., T, TPU_LANES]`: repeats each value over the width of a register."""
     return jnp.broadcast_to(vector[..., None], (*vector.shape, TPU_LANES))
 
@@ -127,18 +127,20 @@ def _lanes(vector: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(plan: FlashPlan, query, keys, values, rel, bands, scale, segments):
     """`flash_attention` of padded arrays, with a custom adjoint."""
-    return _forward(plan, query, keys, values, rel, bands, scale, segments)[0]
+    out, lse = _forward(plan, query, keys, values, rel, bands, scale, segments)
+    return out, lse[..., 0]
 
 
 def _flash_fwd(plan, query, keys, values, rel, bands, scale, segments):
     out, lse = _forward(plan, query, keys, values, rel, bands, scale, segments)
-    return out, (query, keys, values, rel, bands, scale, segments, out, lse)
+    return (out, lse[..., 0]), (query, keys, values, rel, bands, scale, segments, out, lse)
 
 
-def _flash_bwd(plan, residuals, grad):
+def _flash_bwd(plan, residuals, grads):
     query, keys, values, rel, bands, scale, segments, out, lse = residuals
-    mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    operands = (query, keys, values, rel, bands, scale, segments, grad, lse, _lanes(mean))
+    grad, grad_lse = grads
+    mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - grad_lse
+    operands = (query, keys, values, rel, bands, scale, segments, grad, lse, repeat_over_lanes(mean))
     dquery, drel, dbands = _backward_queries(plan, *operands)
     dkeys, dvalues = _backward_keys(plan, *operands)
     groups = keys.shape[1]
@@ -190,8 +192,8 @@ def _logits(plan: FlashPlan, n: jax.Array, refs: _OperandRefs) -> jax.Array:
     query, key, rel, band = refs.query[0, 0], refs.keys[0, 0], refs.rel[0, 0], refs.band[0]
     scale, query_segment, key_segment = refs.scale[:, :1], refs.query_segment[0, :, :1], refs.key_segment[0, :1]
     c = plan.block
-    logits = _dot(query, key, 1, 1)
-    bias = jnp.where(n < plan.bias_distances, _dot(rel, band, 1, 0), 0.0)
+    logits = dot(query, key, 1, 1)
+    bias = jnp.where(n < plan.bias_distances, dot(rel, band, 1, 0), 0.0)
     logits += rotate_rows(bias, c + 1, 1, plan.interpret)[:, :c]  # row a to the left by C - 1 - a
     logits *= scale
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (c, c), i) for i in (0, 1))
@@ -221,7 +223,7 @@ def rotate_rows_back(x: jax.Array, c: int) -> jax.Array:
     return x
 
 
-def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     """Returns the matrix product that sums over axis i of `a` and axis j of `b`, in float32."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -250,7 +252,7 @@ def _forward_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
         weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0.0)
         shrink = jnp.exp(largest[:, :1] - new_largest)
         total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        weighted[...] = weighted[...] * shrink + _dot(weights.astype(refs.values.dtype), refs.values[0, 0], 1, 0)
+        weighted[...] = weighted[...] * shrink + dot(weights.astype(refs.values.dtype), refs.values[0, 0], 1, 0)
         largest[...] = jnp.broadcast_to(new_largest, largest.shape)
 
     @pl.when(step == plan.back)
@@ -265,7 +267,7 @@ def _dlogits(
     """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
     logits = _logits(plan, n, refs)
     weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
-    dweights = _dot(grad[0, 0], refs.values[0, 0], 1, 1)
+    dweights = dot(grad[0, 0], refs.values[0, 0], 1, 1)
     return weights, weights * (dweights - mean[0, 0][:, :1]) * refs.scale[:, :1]
 
 
@@ -291,15 +293,15 @@ def _queries_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     @pl.when(pl.program_id(2) >= n)
     def _():
         dlogits = _dlogits(plan, n, refs, grad, lse, mean)[1]
-        sum_query[...] += _dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
+        sum_query[...] += dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
 
         @pl.when(n < plan.bias_distances)
         def _():
             c = plan.block
             wide = jnp.concatenate([dlogits, jnp.zeros_like(dlogits)], axis=1)
             dbias = rotate_rows_back(wide, c).astype(refs.band.dtype)
-            sum_rel[...] += _dot(dbias, refs.band[0], 1, 1)
-            dbands[0, 0, n] += _dot(refs.rel[0, 0], dbias, 0, 0)
+            sum_rel[...] += dot(dbias, refs.band[0], 1, 1)
+            dbands[0, 0, n] += dot(refs.rel[0, 0], dbias, 0, 0)
 
     @pl.when(step == plan.back)
     def _():
@@ -324,8 +326,8 @@ def _keys_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     @pl.when(pl.program_id(2) + n < plan.blocks)
     def _():
         weights, dlogits = _dlogits(plan, n, refs, grad, lse, mean)
-        sum_values[...] += _dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
-        sum_keys[...] += _dot(dlogits.astype(refs.query.dtype), refs.query[0, 0], 0, 0)
+        sum_values[...] += dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
+        sum_keys[...] += dot(dlogits.astype(refs.query.dtype), refs.query[0, 0], 0, 0)
 
     @pl.when(n == plan.back)
     def _():
@@ -413,7 +415,7 @@ def _row_blocks(plan: FlashPlan, width: int) -> pl.BlockSpec:
 def _operands(plan: FlashPlan, query, keys, values, rel, bands, scale, segments) -> tuple[jax.Array, ...]:
     """Returns query, keys, values, rel, bands, scale, and the segments twice: as rows and as columns."""
     columns = jnp.broadcast_to(segments[:, None], (segments.shape[0], 8, plan.tokens))
-    return query, keys, values, rel, bands, _lanes(scale), _lanes(segments), columns
+    return query, keys, values, rel, bands, repeat_over_lanes(scale), repeat_over_lanes(segments), columns
 
 
 def _forward(plan: FlashPlan, query, keys, values, rel, bands, scale, segments):

@@ -16,6 +16,7 @@ of the adjoint that XLA derives.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from jaxtml.config import AttentionConfig
 from jaxtml.model.attention.blockwise import attend_blocks, plan_blocks
-from jaxtml.model.attention.far_blocks import attend_far_blocks, pad_far_tokens, plan_far_blocks
+from jaxtml.model.attention.far_blocks import FarPlan, attend_far_blocks, pad_far_tokens, plan_far_blocks
 from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
@@ -37,10 +38,10 @@ BLOCK = 512  # tokens of a block
 
 
 Attended = tuple[jax.Array, jax.Array]
-"""Attention `[B, G, Q, T, K]`, and the logarithm of each query's softmax sum, `[B, G, Q, T]` float32."""
+"""Attention `[..., T, K]`, and the logarithm of each query's softmax sum, `[..., T]` float32."""
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """The operands of attention, heads before tokens.
 
     Attributes:
@@ -88,28 +89,39 @@ def attend_sequence(
     query, rel = (a.transpose(0, 2, 3, 1, 4) for a in (query, rel))  # [B, G, Q, T, .]
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
     tokens = query.shape[3]
-    operands = _Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale, far)
-    if tokens < MIN_FLASH_TOKENS or (config.pinned and config.window < tokens):  # the kernels know no pinned tokens
-        out = _attend_chunks(config, operands)
+    operands = Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale, far)
+    # The kernels within the window know no pinned tokens; those for far tokens do.
+    has_pinned = config.pinned and config.window < tokens and far is None
+    if tokens < MIN_FLASH_TOKENS or has_pinned:
+        out = attend_chunks(config, operands)
     else:
-        on_tpu, elsewhere = partial(_attend_flash, config), partial(_attend_chunks, config)
+        on_tpu, elsewhere = partial(attend_flash, config), partial(attend_chunks, config)
         out = jax.lax.platform_dependent(operands, tpu=on_tpu, default=elsewhere)
     return out.transpose(0, 3, 1, 2, 4)
 
 
-def _attend_flash(config: AttentionConfig, operands: _Operands) -> jax.Array:
-    """Runs the kernels for TPUs: `[B, G, Q, T, K]`."""
+def attend_flash(config: AttentionConfig, operands: Operands, interpret: bool = False) -> jax.Array:
+    """Runs the kernels for TPUs: `[B, G, Q, T, K]`. With `interpret`, they run as plain operations."""
     from jaxtml.model.attention.flash import flash_attention  # importing Pallas takes a second
 
     batch, groups, per_group, tokens, _ = operands.query.shape
     query, rel = (a.reshape(batch, groups * per_group, tokens, -1) for a in (operands.query, operands.rel))
     segments = jnp.zeros((batch, tokens), jnp.int32)
-    keys, values, proj, scale = operands.keys, operands.values, operands.proj, operands.scale
-    out = flash_attention(query, keys, values, rel, proj, scale, segments, window=config.window)
-    return out.reshape(operands.query.shape)
+    _, keys, values, _, proj, scale, far = operands
+    near = flash_attention(query, keys, values, rel, proj, scale, segments, window=config.window, interpret=interpret)
+    if far is None:
+        return near[0].reshape(operands.query.shape)
+    from jaxtml.model.attention.flash_far import flash_far_attention
+
+    def attend(plan: FarPlan, query: jax.Array, keys: jax.Array, values: jax.Array, far: FarTokens) -> Any:
+        far_scale = jnp.pad(scale[config.window :], (0, query.shape[2] - (tokens - config.window)))
+        return flash_far_attention(plan, interpret, query, keys, values, far_scale, far)
+
+    beyond = _attend_far(config, attend, BLOCK, query, keys, values, far)
+    return join_far(config.window, near, beyond).reshape(operands.query.shape)
 
 
-def _attend_chunks(config: AttentionConfig, operands: _Operands) -> jax.Array:
+def attend_chunks(config: AttentionConfig, operands: Operands) -> jax.Array:
     """Runs plain operations, in chunks or blocks that suit the window and the length: `[B, G, Q, T, K]`."""
     query, rel = (a * operands.scale[:, None].astype(a.dtype) for a in (operands.query, operands.rel))
     query, keys, values, rel = jax.lax.optimization_barrier((query, operands.keys, operands.values, rel))
@@ -123,20 +135,42 @@ def _attend_chunks(config: AttentionConfig, operands: _Operands) -> jax.Array:
     attended = run(near, query, keys, values, rel, operands.proj)
     if operands.far is None:
         return attended[0]
-    return join_far(config.window, attended, _attend_far(config, query, keys, values, operands.far))
+    size = max(CHUNK, config.pinned) if tokens <= MAX_UNROLLED_CHUNKS * CHUNK else BLOCK  # pinned tokens: one block
+    beyond = _attend_far(config, attend_far_blocks, size, query, keys, values, operands.far)
+    return join_far(config.window, attended, beyond)
 
 
 def _attend_far(
-    config: AttentionConfig, query: jax.Array, keys: jax.Array, values: jax.Array, far: FarTokens
+    config: AttentionConfig,
+    attend: Callable[..., Any],
+    size: int,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    far: FarTokens,
 ) -> Attended:
-    """Attends to pinned and retained tokens beyond the window, from the first query on that has such tokens."""
-    tokens, count = query.shape[3], far.position.shape[1]
-    plan = plan_far_blocks(config, tokens, CHUNK if tokens <= MAX_UNROLLED_CHUNKS * CHUNK else BLOCK)
-    pad = plan.count * plan.size - count
-    query = jnp.pad(query[:, :, :, config.window :], [(0, 0)] * 3 + [(0, pad), (0, 0)])
-    keys, values = (jnp.pad(gather_far(a, far), [(0, 0)] * 2 + [(0, pad), (0, 0)]) for a in (keys, values))
-    attended: Any = attend_far_blocks(plan, query, keys, values, pad_far_tokens(plan, far))
-    return attended[0][:, :, :, :count], attended[1][:, :, :, :count]
+    """Attends to pinned and retained tokens beyond the window.
+
+    Args:
+      config: window, pinned and retained tokens.
+      attend: `attend_far_blocks`, or a function with the same arguments that runs kernels.
+      size: tokens of a block, at most.
+      query: `[B, ..., T, K]`.
+      keys, values: `[B, G, T, K]`.
+      far: F far tokens.
+
+    Returns:
+      `[B, ..., F, K]` and `[B, ..., F]`: those of the last F queries. The queries before them have no far tokens.
+    """
+    count = far.position.shape[1]
+    plan = plan_far_blocks(config, count, min(size, -(-count // CHUNK) * CHUNK))
+
+    def pad(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, plan.count * plan.size - count), (0, 0)])
+
+    query = pad(query[..., config.window :, :])
+    out, lse = attend(plan, query, pad(gather_far(keys, far)), pad(gather_far(values, far)), pad_far_tokens(plan, far))
+    return out[..., :count, :], lse[..., :count]
 
 
 def gather_far(a: jax.Array, far: FarTokens) -> jax.Array:
@@ -145,16 +179,15 @@ def gather_far(a: jax.Array, far: FarTokens) -> jax.Array:
 
 
 def join_far(window: int, near: Attended, far: Attended) -> jax.Array:
-    """Joins attention within the window and attention to far tokens into one softmax: `[B, G, Q, T, K]`.
+    """Joins attention within the window and attention to far tokens into one softmax: `[..., T, K]`.
 
-    The softmax over both sets of keys is the mean of the two, weighted by their sums. Queries within the first `window`
-    positions have no far tokens, and `far` leaves them out.
+    The softmax over both sets of keys is the mean of the two, weighted by their sums. The first `window` queries have
+    no far tokens, and `far` leaves them out.
     """
     (out, lse), (far_out, far_lse) = near, far
-    lse = lse[:, :, :, window:]
-    share = jax.nn.sigmoid(far_lse - lse)[..., None]
-    joined = (1 - share) * out[:, :, :, window:].astype(jnp.float32) + share * far_out.astype(jnp.float32)
-    return jnp.concatenate([out[:, :, :, :window], joined.astype(out.dtype)], axis=3)
+    share = jax.nn.sigmoid(far_lse - lse[..., window:])[..., None]
+    joined = (1 - share) * out[..., window:, :].astype(jnp.float32) + share * far_out.astype(jnp.float32)
+    return jnp.concatenate([out[..., :window, :], joined.astype(out.dtype)], axis=-2)
 
 
 def _window_chunk(config: AttentionConfig) -> int:

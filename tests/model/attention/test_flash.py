@@ -60,7 +60,7 @@ def test_kernels_equal_plain_attention_forwards_and_backwards(tokens, window, ex
         out, adjoint = jax.vjp(function, *arrays)
         return out, *adjoint(grad)
 
-    ours = run(lambda *a: flash_attention(*a, scale, segments, window=window, block=128, interpret=True), arrays)
+    ours = run(lambda *a: flash_attention(*a, scale, segments, window=window, block=128, interpret=True)[0], arrays)
     plain = run(lambda *a: attend_plainly(*a, scale, segments, window), arrays)
     for name, a, b in zip(("out", "query", "keys", "values", "rel", "proj"), ours, plain, strict=True):
         assert np.isfinite(a).all(), name
@@ -92,12 +92,13 @@ def test_the_size_of_a_block_changes_nothing():
     arrays = operands(512, 200, batch=1)
     scale, segments = jnp.ones(512), jnp.zeros((1, 512), jnp.int32)
     small, large = (
-        flash_attention(*arrays, scale, segments, window=300, block=block, interpret=True) for block in (128, 256)
+        flash_attention(*arrays, scale, segments, window=300, block=block, interpret=True)[0] for block in (128, 256)
     )
     np.testing.assert_allclose(small, large, rtol=2e-5, atol=1e-6)
 
 
 def test_the_first_token_sees_itself_alone():
     arrays = operands(256, 64)
-    out = flash_attention(*arrays, jnp.ones(256), jnp.zeros((2, 256), jnp.int32), window=64, block=128, interpret=True)
+    scale, segments = jnp.ones(256), jnp.zeros((2, 256), jnp.int32)
+    out, _ = flash_attention(*arrays, scale, segments, window=64, block=128, interpret=True)
     np.testing.assert_allclose(out[:, :, 0], jnp.repeat(arrays[2][:, :, 0], H // G, axis=1), rtol=1e-6)

@@ -1,5 +1,7 @@
 """Global layers see the text of micro-turns that have long left the window, in whole sequences of any length."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,10 +48,12 @@ def test_the_list_of_far_tokens_says_what_the_rule_says_in_words(kinds, name):
         np.testing.assert_array_equal(seen, visible_tokens(config, kind))
 
 
-@pytest.mark.parametrize("max_chunks", [20, 0], ids=["chunks", "block by block"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "max_chunks"), [*((name, 0) for name in CONFIGS), ("many", 6), ("longer than most of the sequence", 6)]
+)
 def test_attention_equals_one_masked_softmax_forwards_and_backwards(kinds, name, max_chunks, monkeypatch):
-    monkeypatch.setattr(sequence, "CHUNK", 16)
+    """In up to `max_chunks` chunks, or block by block."""
+    monkeypatch.setattr(sequence, "CHUNK", 50)
     monkeypatch.setattr(sequence, "MAX_UNROLLED_CHUNKS", max_chunks)
     monkeypatch.setattr(sequence, "BLOCK", 32)
     config = CONFIGS[name]
@@ -103,3 +107,29 @@ def test_a_long_sequence_never_has_all_logits_in_memory():
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(jax.grad(loss, range(1, 6))).lower(kind, *operands).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 100e6
+
+
+@pytest.mark.parametrize("pinned", [0, 5])
+def test_the_kernels_equal_plain_attention_forwards_and_backwards(pinned, monkeypatch):
+    """Interpreted, in blocks of 128. Queries skip most blocks of the list; the rows skip different ones."""
+    monkeypatch.setattr(sequence, "BLOCK", 128)
+    tokens = 450
+    config = AttentionConfig(4, 2, 16, window=100, rel_extent=90, pinned=pinned, retained=60)
+    kind = jnp.asarray(np.stack([random_kinds(row, tokens, density) for row, density in enumerate(DENSITIES)]))
+    far = find_far_tokens(config, kind)
+    keys, rel = (BATCH, 2, tokens, 16), (BATCH, 2, 2, tokens, 4)
+    shapes = [(BATCH, 2, 2, tokens, 16), keys, keys, rel, (4, config.rel_extent)]
+    operands = [0.5 * draw(*shape) for shape in shapes]
+    scale = 1 + 0.1 * jnp.abs(draw(tokens))
+    grad = draw(*shapes[0]) + 1
+
+    def run(function):
+        def both(operands, grad):
+            out, adjoint = jax.vjp(lambda *a: function(config, sequence.Operands(*a, scale, far)), *operands)
+            return out, *adjoint(grad)
+
+        return jax.jit(both)(operands, grad)
+
+    kernels, plain = run(partial(sequence.attend_flash, interpret=True)), run(sequence.attend_chunks)
+    for part, a, b in zip(["out", "query", "keys", "values", "rel", "proj"], kernels, plain, strict=True):
+        assert float(jnp.linalg.norm(a - b)) / float(jnp.linalg.norm(b)) < 5e-6, part
