@@ -78,7 +78,8 @@ def compilation_cache(tmp_path_factory) -> Iterator[None]:
 def small_config() -> Config:
     """Returns the small model's config: sliding and global layers, dense and MoE layers, a repeated block of layers.
 
-    The window of the sliding layers is about as long as a micro-turn.
+    The window of the sliding layers is about as long as a micro-turn. Global layers retain the text of about three
+    micro-turns.
     """
     return Config(
         name="small_test",
@@ -89,7 +90,9 @@ def small_config() -> Config:
             n_dense=1,
             global_layers=(2, 4),
             sliding=AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=16, window=12, rel_extent=8),
-            global_=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=40, rel_extent=24, pinned=3),
+            global_=AttentionConfig(
+                n_heads=4, n_kv_heads=2, head_dim=8, window=40, rel_extent=24, pinned=3, retained=20
+            ),
             d_ff_dense=48,
             d_ff_expert=24,
             n_experts=4,

@@ -21,7 +21,16 @@ from jax.sharding import PartitionSpec
 
 from jaxtml.config import AttentionConfig, BackboneConfig
 from jaxtml.model.attention.attention import Attention
-from jaxtml.model.attention.cache import CacheStep, KVCache, plan_cache_step, ring_slots
+from jaxtml.model.attention.cache import (
+    CacheStep,
+    KVCache,
+    RetainedTokens,
+    copy_retained,
+    empty_retained,
+    plan_cache_step,
+    plan_retention,
+    ring_slots,
+)
 from jaxtml.model.attention.retention import FarTokens, find_far_tokens
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import MoEStats
@@ -238,6 +247,36 @@ class Backbone(LayerStack):
             return [empty(kind) for kind in self.kinds()]
         return [[empty(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
 
+    def init_retained(self, batch: int) -> RetainedTokens | None:
+        """Returns which tokens `batch` sessions that have not begun retain: none. None if no layer retains tokens."""
+        return empty_retained(self.config.global_, batch) if self.config.global_.retained else None
+
+    def retain(
+        self, state: BackboneState, retained: RetainedTokens, position: jax.Array, count: jax.Array
+    ) -> tuple[BackboneState, RetainedTokens]:
+        """Retains tokens of sessions beyond the window of global layers.
+
+        Args:
+          state: has the tokens' keys and values.
+          retained: which tokens are retained so far.
+          position: `[B, N]` int32, the positions of the tokens in their sessions, in order.
+          count: `[B]` int32, how many of the N tokens are real.
+
+        Returns:
+          The new state, and which tokens are retained now.
+        """
+        plan, retained = plan_retention(self.config.global_, self._ring_slots(state)[True], retained, position, count)
+
+        def of_layer(kind: LayerKind, layer: LayerState) -> LayerState:
+            return layer._replace(cache=copy_retained(layer.cache, plan)) if kind.is_global else layer
+
+        if self.unrolled:
+            return [of_layer(kind, layer) for kind, layer in zip(self.kinds(), state, strict=True)], retained
+        return [
+            [of_layer(run.kind, layer) for run, layer in zip(block.runs, layers, strict=True)]
+            for block, layers in zip(self.blocks, state, strict=True)
+        ], retained
+
     def state_partition_specs(self, sessions: tuple[str, ...]) -> Any:
         """Returns a `PartitionSpec` for each array of `init_state`, on a mesh whose axes `sessions` split the batch."""
         by_head, by_channel, replicated = (
@@ -248,7 +287,13 @@ class Backbone(LayerStack):
         return jax.tree.unflatten(structure, leaves * (structure.num_leaves // len(leaves)))
 
     def forward_cached(
-        self, layers: ServingLayers, x: jax.Array, state: BackboneState, position: jax.Array, length: jax.Array
+        self,
+        layers: ServingLayers,
+        x: jax.Array,
+        state: BackboneState,
+        position: jax.Array,
+        length: jax.Array,
+        retained: RetainedTokens | None = None,
     ) -> tuple[jax.Array, BackboneState]:
         """Runs all layers over T tokens that continue sessions.
 
@@ -258,6 +303,7 @@ class Backbone(LayerStack):
           state: from `init_state` or the previous call.
           position: `[B]` int32, the number of tokens of each session so far.
           length: `[B]` int32, how many of the T tokens are real.
+          retained: from `init_retained` or `retain`; None: no tokens are retained.
 
         Returns:
           The hidden states `[B, T, D]` before the final norm, and the new state.
@@ -265,7 +311,9 @@ class Backbone(LayerStack):
         tokens = x.shape[1]
         present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
         steps = {
-            is_global: plan_cache_step(self._attention_config(is_global), slots, position, length, tokens)
+            is_global: plan_cache_step(
+                self._attention_config(is_global), slots, position, length, tokens, retained if is_global else None
+            )
             for is_global, slots in self._ring_slots(state).items()
         }
         run = self._forward_unrolled if self.unrolled else self._forward_scanned

@@ -1,6 +1,7 @@
 """A sequence gives the same numbers as a whole, in micro-turns of 200 ms, in pieces of any size and token by token."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig, BackboneConfig
-from jaxtml.model.attention.cache import ring_slots
+from jaxtml.model.attention.cache import NOWHERE, KVCache, ring_slots
 from jaxtml.model.backbone import Backbone, LayerState
 from jaxtml.model.spec import init_params
+from tests.model.attention.talks import PATCH, TEXT, TURN, random_kinds
 
 TOKENS = 150
 MICRO_TURN = 10  # tokens of a micro-turn that speaks: clock, four user frames, gate, four own frames
@@ -149,3 +151,129 @@ def test_memory_is_flat_however_long_the_session(backbone, params, step, inputs)
         backbone.forward_cached, layers, inputs[:, :MICRO_TURN], state, late, jnp.full(3, MICRO_TURN, jnp.int32)
     )
     assert shapes == jax.tree.map(lambda a: a.shape, after)
+
+
+RETAINED = 12
+DENSITIES = (0.0, 0.4, 0.9)  # how often the micro-turns of each session have text
+
+
+@pytest.fixture(scope="module")
+def retaining(config) -> Backbone:
+    """The same backbone, whose global layers retain the text of a few micro-turns beyond their window."""
+    global_ = dataclasses.replace(config.global_, rel_extent=40, retained=RETAINED)
+    return Backbone(dataclasses.replace(config, global_=global_))
+
+
+@pytest.fixture(scope="module")
+def retaining_params(retaining):
+    return init_params(retaining.specs(), 4)
+
+
+def _micro_turns(kinds: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
+    """Yields the start and stop of what a session runs in each micro-turn, and the positions that it then retains.
+
+    A session runs a LISTEN token with the next micro-turn.
+    """
+    starts = np.flatnonzero(kinds == TURN)
+    for number, start in enumerate(starts):
+        stop = starts[number + 1] if number + 1 < len(starts) else len(kinds)
+        texts = np.flatnonzero(kinds[start:stop] == TEXT)[:-1]
+        kept = np.isin(kinds[start:stop], [TURN, PATCH])
+        kept[texts] = True
+        begins = start - (number > 0 and kinds[start - 1] == TEXT)
+        ends = stop - (kinds[stop - 1] == TEXT and stop < len(kinds))
+        yield begins, ends, (start + np.flatnonzero(kept)).tolist() if len(texts) else []
+
+
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_sessions_that_retain_text_equal_their_whole_sequence(retaining, retaining_params, inputs, width):
+    """Runs sessions of different text density side by side, each micro-turn in calls of up to `width` tokens.
+
+    The slots have been used before by other sessions.
+    """
+    kinds = np.stack([random_kinds(row, TOKENS, density) for row, density in enumerate(DENSITIES)])
+    expected = np.asarray(jax.jit(lambda p, x, kind: retaining.forward(p, x, kind)[0])(retaining_params, inputs, kinds))
+    layers = retaining.prepare_for_serving(retaining_params)
+    step, retain = jax.jit(retaining.forward_cached), jax.jit(retaining.retain)
+    used = jax.tree.map(lambda a: a + 1, retaining.init_state(3, 16, jnp.float32))
+    fresh = retaining.init_state(3, 16, jnp.float32)
+    state = [LayerState(u.cache, *f[1:]) for u, f in zip(used, fresh, strict=True)]
+    retained = retaining.init_retained(3)
+    outs = np.zeros_like(expected)
+    sessions = [list(_micro_turns(kind)) for kind in kinds]
+    for number in range(max(map(len, sessions))):
+        # A session that has ended stays where it is.
+        micro_turns = [session[number] if number < len(session) else (TOKENS, TOKENS, []) for session in sessions]
+        begin, end = (np.array([part[i] for part in micro_turns]) for i in (0, 1))
+        while (begin < end).any():
+            length = np.minimum(end - begin, width)
+            index = np.minimum(begin[:, None] + np.arange(width), TOKENS - 1)
+            x = np.take_along_axis(np.asarray(inputs), index[..., None], axis=1)
+            out, state = step(layers, x, state, begin.astype(np.int32), length.astype(np.int32), retained)
+            for row in range(3):
+                outs[row, begin[row] : begin[row] + length[row]] = out[row, : length[row]]
+            begin = begin + length
+        position, count = np.zeros((3, 16), np.int32), np.array([len(part[2]) for part in micro_turns], np.int32)
+        for row, part in enumerate(micro_turns):
+            position[row, : count[row]] = part[2]
+        state, retained = retain(state, retained, position, count)
+    _assert_same(outs, expected)
+    assert (np.asarray(retained.count)[1:] > 2 * RETAINED).all() and retained.count[0] == 0
+
+
+EIGHT_HOURS = 5_000_000  # tokens, more than a tiny session has
+
+
+def _whole_rounds(config: BackboneConfig) -> int:
+    """Returns the tokens of eight hours, rounded to whole rounds of all rings: the ring slots stay the same."""
+    kinds = (config.global_, config.sliding)
+    round_ = int(np.lcm(*(ring_slots(kind, MICRO_TURN) - kind.pinned - kind.retained for kind in kinds)))
+    return EIGHT_HOURS // round_ * round_
+
+
+@pytest.fixture(scope="module")
+def silent_since(retaining, retaining_params, inputs):
+    """A session that began with text and was silent for longer than its window, without log-length scaling.
+
+    Returns the backbone, its step, the layers, the state, and which tokens are retained.
+    """
+    backbone = Backbone(dataclasses.replace(retaining.config, log_scaling_floor=None))
+    layers = backbone.prepare_for_serving(retaining_params)
+    step = jax.jit(backbone.forward_cached)
+    state, retained = backbone.init_state(1, MICRO_TURN, jnp.float32), backbone.init_retained(1)
+    assert retained is not None
+    for start in range(0, 100, MICRO_TURN):
+        x = inputs[:1, start : start + MICRO_TURN]
+        _, state = step(layers, x, state, jnp.array([start]), jnp.array([MICRO_TURN]), retained)
+        if start == 10:  # words at 10..13 and 18..19
+            words = jnp.array([[10, 11, 12, 13, 18, 19]])
+            state, retained = backbone.retain(state, retained, words, jnp.array([6]))
+    return backbone, step, layers, state, retained
+
+
+def test_a_session_computes_after_eight_hours_what_it_computed_at_first(silent_since, inputs):
+    """Moves a session, with all that it remembers, to a position that it has after hours: the same to the bit."""
+    backbone, step, layers, state, retained = silent_since
+    later = _whole_rounds(backbone.config)
+    x, length = inputs[:1, -MICRO_TURN:], jnp.array([MICRO_TURN])
+    moved = retained._replace(position=jnp.where(retained.position < TOKENS, retained.position + later, NOWHERE))
+    now, _ = step(layers, x, state, jnp.array([100]), length, retained)
+    then, _ = step(layers, x, state, jnp.array([100 + later]), length, moved)
+    np.testing.assert_array_equal(now, then)
+
+
+def test_the_first_words_are_attended_to_after_eight_hours_of_silence(silent_since, inputs):
+    backbone, step, layers, state, retained = silent_since
+    position = jnp.array([100 + _whole_rounds(backbone.config)])
+    x, length = inputs[:1, -MICRO_TURN:], jnp.array([MICRO_TURN])
+    remembering, _ = step(layers, x, state, position, length, retained)
+    forgetting, _ = step(layers, x, state, position, length, backbone.init_retained(1))
+    assert float(jnp.abs(remembering - forgetting).max()) > 1e-3
+    first = -RETAINED  # the first slot of the second ring
+    other_words = list(state)
+    for number, kind in enumerate(backbone.kinds()):
+        if kind.is_global:
+            k, v = state[number].cache
+            other_words[number] = state[number]._replace(cache=KVCache(k, v.at[..., first, :].add(1)))
+    changed, _ = step(layers, x, other_words, position, length, retained)
+    assert float(jnp.abs(remembering - changed).max()) > 1e-3, "the first retained token is not attended to"

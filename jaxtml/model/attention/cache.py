@@ -3,9 +3,12 @@
 Axes: B session slots, T tokens of this call, G key/value heads, Q query heads per key/value head, K head width, R width
 of the relative state, E relative extent, S slots of the ring buffer. Called by `attention` and `backbone`.
 
-The first `pinned` slots keep a session's first tokens until the session ends. The other slots are a ring: a new token
-overwrites the oldest one. A query may see a slot only if `CacheStep.visible` says so. So a query never sees what an
-earlier session left in a slot.
+The first `pinned` slots keep a session's first tokens until the session ends. The slots after them are a ring: a new
+token overwrites the oldest one. A query may see a slot only if `CacheStep.visible` says so. So a query never sees what
+an earlier session left in a slot.
+
+Layers that retain tokens (`retention`) have a second ring behind the first. When a micro-turn with text is complete,
+its retained tokens are copied there, over the oldest ones. A micro-turn without text copies nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jaxtml.config import AttentionConfig
 from jaxtml.model.numerics import MASKED_LOGIT
 
+NOWHERE = 2**31 - 1  # the position of a token that does not exist: after every query, so that no query sees it
 MAX_LOGITS = 2**26  # logits in memory at a time: a quarter of a gigabyte in float32
 
 
@@ -33,6 +37,18 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+class RetainedTokens(NamedTuple):
+    """Which tokens are in the second ring of each session. All layers that retain tokens have the same.
+
+    Attributes:
+      count: `[B]` int32, how many tokens of the session have been retained so far, the forgotten ones included.
+      position: `[B, retained]` int32, the position in its session of the token in each slot; `NOWHERE` for empty slots.
+    """
+
+    count: jax.Array
+    position: jax.Array
 
 
 class CacheStep(NamedTuple):
@@ -53,35 +69,47 @@ class CacheStep(NamedTuple):
 
 def ring_slots(config: AttentionConfig, max_tokens: int) -> int:
     """Returns S, the slots that a call of `max_tokens` tokens needs: no key is overwritten that a query still sees."""
-    return config.pinned + -(-(config.window + max_tokens - 1) // 16) * 16
+    return config.pinned + -(-(config.window + max_tokens - 1) // 16) * 16 + config.retained
 
 
 def plan_cache_step(
-    config: AttentionConfig, slots: int, position: jax.Array, length: jax.Array, tokens: int
+    config: AttentionConfig,
+    slots: int,
+    position: jax.Array,
+    length: jax.Array,
+    tokens: int,
+    retained: RetainedTokens | None = None,
 ) -> CacheStep:
     """Plans one call.
 
     Args:
-      config: window and pinned tokens.
+      config: window, pinned and retained tokens.
       slots: S, from `ring_slots`.
       position: `[B]` int32, how many tokens of each session are in the cache.
       length: `[B]` int32, how many of the new tokens are real.
       tokens: T, the number of new tokens, padding included.
+      retained: which tokens are in the second ring, if there is one; None: it is empty.
     """
-    ring = slots - config.pinned
+    ring = slots - config.pinned - config.retained
     query = position[:, None] + jnp.arange(tokens)  # [B, T]
     real = jnp.arange(tokens) < length[:, None]
     slot = jnp.where(query < config.pinned, query, config.pinned + (query - config.pinned) % ring)
     slot = jnp.where(real, slot, slots)
     # `cached` [B, S]: the position of the token in each slot once the new tokens are written; -1: none.
     newest = position + length - 1
-    index = jnp.arange(slots)
+    index = jnp.arange(config.pinned + ring)
     ring_position = newest[:, None] - (newest[:, None] - index) % ring
     cached = jnp.where(index < config.pinned, index, ring_position)
     cached = jnp.where((cached >= config.pinned) | (index < config.pinned), cached, -1)
     distance = query[:, :, None] - cached[:, None, :]
     in_reach = (distance < config.window) | (cached[:, None, :] < config.pinned)
     visible = (distance >= 0) & in_reach & (cached >= 0)[:, None, :]
+    if config.retained:
+        if retained is None:
+            retained = empty_retained(config, len(position))
+        # Within the window the first ring has the token, so the second ring shows it only beyond.
+        beyond = query[:, :, None] - retained.position[:, None, :] >= config.window
+        visible = jnp.concatenate([visible, beyond], axis=2)
     return CacheStep(length, query, slot, visible)
 
 
@@ -101,16 +129,69 @@ def write_cache(
     return KVCache(k, v)
 
 
+def empty_retained(config: AttentionConfig, batch: int) -> RetainedTokens:
+    """Returns the `RetainedTokens` of `batch` sessions that have not begun."""
+    return RetainedTokens(jnp.zeros((batch,), jnp.int32), jnp.full((batch, config.retained), NOWHERE, jnp.int32))
+
+
+class RetentionStep(NamedTuple):
+    """Which slots are copied to which, `[B, N]` int32 each.
+
+    Attributes:
+      source: slots of the first ring.
+      target: slots of the second ring; S where there is nothing to copy.
+    """
+
+    source: jax.Array
+    target: jax.Array
+
+
+def plan_retention(
+    config: AttentionConfig, slots: int, retained: RetainedTokens, position: jax.Array, count: jax.Array
+) -> tuple[RetentionStep, RetainedTokens]:
+    """Plans to retain up to N tokens of each session, which must still be in the first ring.
+
+    Args:
+      config: pinned and retained tokens. A pinned token is not retained besides.
+      slots: S, from `ring_slots`.
+      retained: which tokens are in the second ring.
+      position: `[B, N]` int32, the positions of the tokens in their session, in order.
+      count: `[B]` int32, how many of the N tokens are real.
+
+    Returns:
+      The copies, and which tokens are in the second ring after them.
+    """
+    ring = slots - config.pinned - config.retained
+    new = (jnp.arange(position.shape[1]) < count[:, None]) & (position >= config.pinned)
+    ordinal = retained.count[:, None] + jnp.cumsum(new, axis=1) - 1
+    total = retained.count + new.sum(axis=1)
+    new &= ordinal >= total[:, None] - config.retained  # no two tokens are copied to one slot
+    slot = jnp.where(new, ordinal % config.retained, config.retained)
+    rows = jnp.arange(len(position))[:, None]
+    step = RetentionStep(config.pinned + (position - config.pinned) % ring, slots - config.retained + slot)
+    return step, RetainedTokens(total, retained.position.at[rows, slot].set(position, mode="drop"))
+
+
+def copy_retained(cache: KVCache, step: RetentionStep) -> KVCache:
+    """Copies keys and values into the second ring, of one layer or of a stack of layers."""
+
+    def of_session(k: jax.Array, v: jax.Array, source: jax.Array, target: jax.Array) -> KVCache:
+        k = k.at[..., target].set(k[..., source], mode="drop")
+        return KVCache(k, v.at[..., target, :].set(v[..., source, :], mode="drop"))
+
+    return jax.vmap(of_session, in_axes=(-4, -4, 0, 0), out_axes=-4)(*cache, *step)
+
+
 def attend_cache(
     config: AttentionConfig, query: jax.Array, cache: KVCache, rel: jax.Array, proj: jax.Array, step: CacheStep
 ) -> jax.Array:
-    """Computes attention of T new tokens over the ring buffer of one layer.
+    """Computes attention of T new tokens over the ring buffers of one layer.
 
     Where all queries together would have more than `MAX_LOGITS` logits, they are computed in parts, one after the
     other.
 
     Args:
-      config: pinned tokens.
+      config: pinned and retained tokens.
       query: `[B, T, G, Q, K]`, scaled.
       cache: keys and values of one layer, the new tokens included.
       rel: `[B, T, G, Q, R]`, the relative state, scaled like the queries.
@@ -129,7 +210,8 @@ def attend_cache(
         flat = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * t, width)
         logits = jnp.matmul(flat, cache.k.astype(dtype), preferred_element_type=jnp.float32)
         logits = logits.reshape(batch, groups, per_group, t, slots)
-        bias = ring_bias(rel @ proj, position, config.pinned, slots).transpose(0, 2, 3, 1, 4)
+        bias = ring_bias(rel @ proj, position, config.pinned, slots - config.retained).transpose(0, 2, 3, 1, 4)
+        bias = jnp.pad(bias, [(0, 0)] * 4 + [(0, config.retained)])  # retained tokens have none
         logits = jnp.where(visible[:, None, None], logits + bias, MASKED_LOGIT)
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype).reshape(*flat.shape[:3], slots)
         out = (weights @ cache.v.astype(dtype)).reshape(batch, groups, per_group, t, width)
@@ -162,7 +244,7 @@ def ring_bias(profile: jax.Array, position: jax.Array, pinned: int, slots: int) 
       profile: `[B, T, G, Q, E]`, the bias by distance.
       position: `[B, T]` int32, the position of each query in its session.
       pinned: how many of the first slots hold pinned tokens.
-      slots: S.
+      slots: S, without the second ring.
 
     Returns:
       `[B, T, G, Q, S]`.

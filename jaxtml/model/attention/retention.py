@@ -18,7 +18,8 @@ micro-turn, because a session runs it there (`jaxtml.model.duplex.step`). A quer
 tokens, and none of them twice: within the window a token is visible anyway, and so is a pinned token. Pinned tokens
 count as pinned only. A retained token beyond the window has no relative bias, as the extent ends within the window.
 
-This file finds the tokens in whole sequences. `cache` keeps them in sessions. Called by `backbone`.
+This file finds the tokens in whole sequences. `cache` keeps them in sessions. Called by `backbone`. The prediction
+heads (`mtp`), which only training has, retain nothing.
 
 Axes: B batch, T tokens, F far tokens: those that are pinned or retained.
 """

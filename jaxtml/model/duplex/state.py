@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import DuplexConfig
+from jaxtml.model.attention.cache import RetainedTokens
 from jaxtml.model.backbone import LayerState
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.speech import vocoder
@@ -41,6 +42,7 @@ class DuplexState(NamedTuple):
       spoke: `[B]` bool, whether the last micro-turn spoke.
       vocoder: the vocoder's state, from `vocoder.init_state`.
       key: `[B, 2]` uint32, seeds the sampling of each session.
+      retained: which tokens global layers retain beyond their window; None if they retain none.
     """
 
     layers: list[LayerState] | list[list[LayerState]]
@@ -52,6 +54,7 @@ class DuplexState(NamedTuple):
     spoke: jax.Array
     vocoder: vocoder.VocoderState
     key: jax.Array
+    retained: RetainedTokens | None
 
 
 class MicroTurnInputs(NamedTuple):
@@ -120,6 +123,7 @@ def init_state(model: InteractionModel, batch: int, seed: int = 0, week_ms: int 
         spoke=jnp.zeros((batch,), bool),
         vocoder=vocoder.init_state(model.config.vocoder, batch),
         key=keys,
+        retained=model.backbone.init_retained(batch),
     )
     return jax.tree.map(jnp.copy, state)  # XLA refuses a donated state in which two arrays share one buffer
 

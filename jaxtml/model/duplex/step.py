@@ -9,6 +9,8 @@ Read this file from top to bottom. A micro-turn has four stages:
    of this speech is fed back.
 4. `vocode` turns the log-mels of own speech into a waveform.
 
+If global layers retain tokens, `retain_text` then copies the text of this micro-turn to where it stays.
+
 All of it is one compiled program with fixed shapes; nothing returns to the host in between. `programs.Duplex` compiles
 the program. `converse`, the server, the evaluations and the trainer's samples all call it. The training forward over
 the same tokens gives the same logits (`tests/model/duplex/test_step.py`).
@@ -28,6 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtml.model.attention.cache import RetainedTokens
+from jaxtml.model.backbone import BackboneState
 from jaxtml.model.duplex.cpu_batches import run_either, run_in_batches
 from jaxtml.model.duplex.grammar import Phase, Progress, advance, choose_token, control_masks, max_generated
 from jaxtml.model.duplex.state import (
@@ -79,6 +83,9 @@ class Generated(NamedTuple):
 LoopCarry = tuple[Progress, DuplexState, Generated, jax.Array]
 """What `generate` passes from position to position. The array is the next token of each slot; -1: own speech."""
 
+RetentionCarry = tuple[BackboneState, RetainedTokens]
+"""What `retain_text` changes: keys and values, and which of them are retained."""
+
 VocoderCarry = tuple[vocoder.VocoderState, jax.Array, jax.Array, jax.Array, jax.Array]
 """What `vocode` passes from batch to batch: vocoder state, waveform, frames, slots to run, slots that speak."""
 
@@ -107,10 +114,12 @@ def micro_turn(
     """
     active = inputs.active
     ringing = state.spoke
+    start = state.position + (state.pending_listen >= 0)  # where TURN stands
     state, hidden = prefill(model, params, state, inputs, one_cpu)
     state, out = generate(model, params, state, hidden, active, trace, one_cpu)
     speaking = state.spoke & active
     state, wave = vocode(model, params, state, out.fine, speaking, active & (speaking | ringing), one_cpu)
+    state = retain_text(model, state, start, inputs, out.count, one_cpu)
     state = state._replace(
         micro_turn=state.micro_turn + active,
         week_ms=(state.week_ms + MICRO_TURN_MS * active) % WEEK_MS,
@@ -334,6 +343,44 @@ def vocode(
     return state._replace(vocoder=carry[0]), carry[1]
 
 
+def retain_text(
+    model: InteractionModel,
+    state: DuplexState,
+    start: jax.Array,
+    inputs: MicroTurnInputs,
+    generated: jax.Array,
+    one_cpu: bool,
+) -> DuplexState:
+    """Retains the text of this micro-turn beyond the window of global layers; see `attention.retention`.
+
+    Retained are two stretches of positions: from TURN to the last patch, and the generated tokens before the gate. The
+    user's frames stand between them.
+
+    Args:
+      model: the model of the sessions.
+      state: after all positions of the micro-turn, except a LISTEN token, have been run.
+      start: `[B]` int32, the position of the TURN token.
+      inputs: what the micro-turn was given.
+      generated: `[B]` int32, tokens that the micro-turn has generated, the gate included.
+      one_cpu: whether the program runs on a single CPU device.
+    """
+    if state.retained is None:
+        return state
+    config = model.config.duplex
+    given = 1 + inputs.typed_length + inputs.patch_count
+    has_text = inputs.active & ((inputs.typed_length > 0) | (generated > 1))
+    count = jnp.where(has_text, given + generated - 1, 0)
+    index = jnp.arange(1 + config.max_typed + config.max_patches + max_generated(config) - 1)
+    position = start[:, None] + index + jnp.where(index < given[:, None], 0, FRAMES_PER_MICRO_TURN)
+
+    def retain(carry: RetentionCarry) -> RetentionCarry:
+        return model.backbone.retain(*carry, position, count)
+
+    carry = (state.layers, state.retained)
+    layers, retained = run_either(one_cpu, jnp.any(has_text), retain, lambda carry: carry, carry)
+    return state._replace(layers=layers, retained=retained)
+
+
 def forward(
     model: InteractionModel, params: Params, state: DuplexState, x: jax.Array, length: jax.Array
 ) -> tuple[DuplexState, jax.Array]:
@@ -342,7 +389,7 @@ def forward(
     Returns:
       The state after these positions, and the normed hidden state `[B, D]` of the last real position.
     """
-    y, layers = model.backbone.forward_cached(params["layers"], x, state.layers, state.position, length)
+    y, layers = model.backbone.forward_cached(params["layers"], x, state.layers, state.position, length, state.retained)
     last = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = model.bind(params).norm(last)
     return state._replace(layers=layers, position=state.position + length), hidden

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig
-from jaxtml.model.attention.cache import plan_cache_step, ring_bias, ring_slots
+from jaxtml.model.attention.cache import (
+    NOWHERE,
+    KVCache,
+    copy_retained,
+    empty_retained,
+    plan_cache_step,
+    plan_retention,
+    ring_bias,
+    ring_slots,
+)
 
 
 @pytest.mark.parametrize("extent", [3, 7, 40])
@@ -38,3 +47,47 @@ def test_a_step_sees_exactly_the_window_and_the_pinned_tokens(extent):
 def test_a_ring_has_room_for_the_window_and_one_call():
     config = AttentionConfig(4, 2, 8, window=64, rel_extent=64, pinned=8)
     assert ring_slots(config, max_tokens=10) - config.pinned >= 64 + 9
+
+
+@pytest.mark.parametrize("stack", [(), (2, 3)])
+def test_the_second_ring_holds_the_last_retained_tokens(stack):
+    """Compares it with a list, as sessions retain few tokens, none, and more at once than there is room for.
+
+    Every key and value in a slot is the position of its token.
+    """
+    config = AttentionConfig(2, 1, 2, window=20, rel_extent=20, pinned=4, retained=6)
+    slots = ring_slots(config, max_tokens=9)
+    ring = slots - config.pinned - config.retained
+    retained = empty_retained(config, 2)
+    expected: list[list[int]] = [[], []]
+    rng = np.random.default_rng(0)
+    k, v = np.zeros((*stack, 2, 1, 2, slots), np.float32), np.zeros((*stack, 2, 1, slots, 2), np.float32)
+    for start in range(0, 200, 10):
+        for position in range(start, start + 10):
+            slot = position if position < config.pinned else config.pinned + (position - config.pinned) % ring
+            k[..., slot], v[..., slot, :] = position, position
+        count = rng.integers(0, 10, 2) * (rng.random(2) < 0.7)
+        positions = start + np.sort(np.stack([rng.permutation(10)[:9] for _ in range(2)]), axis=1)
+        step, retained = plan_retention(config, slots, retained, jnp.asarray(positions), jnp.asarray(count))
+        k, v = (np.array(a) for a in copy_retained(KVCache(jnp.asarray(k), jnp.asarray(v)), step))
+        for row in range(2):
+            expected[row] += [p for p in positions[row, : count[row]].tolist() if p >= config.pinned]
+            in_slots = np.asarray(retained.position[row])
+            assert sorted(in_slots[in_slots < NOWHERE].tolist()) == expected[row][-config.retained :]
+            filled = np.flatnonzero(in_slots < NOWHERE)
+            for array in (k[..., row, 0, 0, -config.retained :], v[..., row, 0, -config.retained :, 1]):
+                assert (array[..., filled] == in_slots[filled]).all()
+    assert retained.count.tolist() == [len(tokens) for tokens in expected]
+    assert min(map(len, expected)) > 3 * config.retained
+
+
+def test_a_retained_token_is_seen_once():
+    """Within the window a query sees it in the first ring, and beyond in the second."""
+    config = AttentionConfig(2, 1, 2, window=20, rel_extent=20, retained=6)
+    slots = ring_slots(config, max_tokens=1)
+    _, retained = plan_retention(config, slots, empty_retained(config, 1), jnp.array([[7]]), jnp.array([1]))
+    for query in range(8, 60):
+        step = plan_cache_step(config, slots, jnp.array([query]), jnp.array([1]), 1, retained)
+        in_ring, in_second = np.split(np.asarray(step.visible[0, 0]), [slots - config.retained])
+        assert in_ring.sum() == min(query + 1, 20)
+        assert in_second.sum() == (query - 7 >= 20)

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtml import config as configs
+from jaxtml.config import Config
 from jaxtml.model.duplex.state import MicroTurnInputs, MicroTurnOutputs
 from jaxtml.model.interaction import Inputs, InteractionModel
+from jaxtml.model.spec import Params
 from jaxtml.stream.clock import WEEK_MS, clock_features
 from jaxtml.stream.dmel import SILENT_BINS
 from jaxtml.stream.timebase import MICRO_TURN_MS
@@ -80,11 +83,18 @@ def test_a_replay_through_the_training_forward_gives_the_same_logits(engine, par
     assert patches > 0
     inputs = Inputs(*(padded(name, patches if name == "patches" else longest) for name in Inputs._fields))
     inputs = inputs._replace(kind=inputs.kind.astype(jnp.uint8), ids=inputs.ids.astype(jnp.int32))
-    model = InteractionModel(engine.config)
-    forward = jax.jit(lambda p, x: model.logits(p, model.hidden(p, x, jnp.dtype("float32"))[0]))
-    replayed = np.asarray(forward(params, inputs))
+    replayed = _replay(engine.config, params, inputs)
+    forgetful = _replay(configs.override(engine.config, "backbone.global_.retained=0"), params, inputs)
     for slot, (_, at, logits) in enumerate(sessions):
         np.testing.assert_allclose(replayed[slot, at], np.stack(logits), atol=5e-5, err_msg=f"slot {slot}")
+        assert np.abs(forgetful[slot, at] - np.stack(logits)).max() > 0.01, "retained tokens are not attended to"
+
+
+def _replay(config: Config, params: Params, inputs: Inputs) -> np.ndarray:
+    """Returns the logits `[B, T, V]` of whole sequences."""
+    model = InteractionModel(config)
+    forward = jax.jit(lambda p, x: model.logits(p, model.hidden(p, x, jnp.dtype("float32"))[0]))
+    return np.asarray(forward(params, inputs))
 
 
 def test_a_long_session_of_mixed_inputs_compiles_nothing_more(engine, step, compilations):
