@@ -27,6 +27,7 @@ _NOT_FINITE = re.compile(r"[+-]?(nan|inf(inity)?)", re.IGNORECASE)  # as Python 
 # this JSON identifies a conversion with `--as`: if the JSON stays the same, a later revision can resume the conversion.
 _LEFT_OUT_AT_DEFAULT = (
     ("serve.background_text", False),
+    ("data.longest_silence", None),
     ("backbone.sliding.retained", 0),
     ("backbone.global_.retained", 0),
 )

@@ -324,6 +324,12 @@ class DataConfig:
     Each patch takes 38 kB of every row of such a dataset. Rows of generated conversations have no patches. None: as
     many as `duplex.max_patches` and `tokens` allow."""
 
+    longest_silence: PositiveInt | None = None
+    """Micro-turns. Of a longer silence, in which neither side speaks, types or shows anything, a row leaves out the
+    middle: long sessions then fit into short rows. The clock of the next micro-turn tells how long the silence was. A
+    model whose global layers retain text (`retained`) can learn from such rows what it said hours before. None leaves
+    out nothing."""
+
     dataset: str = "conversations"
     """Name of the dataset that training reads. `jaxtml.data.dataset` has the names, and says how to add a dataset."""
 

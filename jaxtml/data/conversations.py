@@ -116,11 +116,13 @@ class GeneratedConversations:
     def digest(self) -> str:
         """The sha256 of everything that decides what row `i` is.
 
-        `data.dataset` and `data.max_patches` are left out. Neither changes a row of generated conversations, and
-        existing caches have a digest without them.
+        `data.dataset` and `data.max_patches` are left out, and `data.longest_silence` where it is None. None of them
+        changes a row of generated conversations, and existing caches have a digest without them.
         """
         data = dataclasses.asdict(self.config.data)
         del data["dataset"], data["max_patches"]
+        if data["longest_silence"] is None:
+            del data["longest_silence"]
         made_from = [
             _FORMAT,
             self.speakers.bank.digest,
@@ -150,6 +152,7 @@ class GeneratedConversations:
             lead_ms=data.text_lead_ms,
             max_tokens=data.tokens,
             max_speech=max_own_speech(data.tokens),
+            longest_silence=data.longest_silence,
         )
         rng = np.random.default_rng((data.seed, index, 1))
         if rng.random() >= data.misheard:

@@ -53,6 +53,7 @@ def encode(
     max_tokens: int | None = None,
     max_speech: int | None = None,
     max_patches: int | None = None,
+    longest_silence: int | None = None,
 ) -> EncodedConversation:
     """Encodes a conversation. It is cut after the last micro-turn that fits completely into all limits.
 
@@ -65,6 +66,8 @@ def encode(
       max_tokens: positions, at most; None for no limit.
       max_speech: own-speech positions, at most; None for no limit.
       max_patches: patches of the whole conversation, at most; None for no limit.
+      longest_silence: micro-turns. Of a longer silence, in which neither side speaks, types or shows anything, the
+        middle is left out. The clock of the next micro-turn tells how long the silence was. None leaves out nothing.
 
     Raises:
       ValueError: the waveforms have different lengths or no whole number of micro-turns, stretches of speech overlap,
@@ -85,8 +88,12 @@ def encode(
     for speech in conversation.speech:
         speaks[speech.start_micro_turn : speech.end_micro_turn] = True
 
+    busy = speaks | _says_words(conversation, micro_turns)
+    for micro_turn, text in enumerate(texts):
+        busy[micro_turn] |= bool(text.heard or text.text or typed[micro_turn]) or micro_turn in patches
+
     writer = _Writer(config.control_base)
-    for micro_turn in range(micro_turns):
+    for micro_turn in _without_long_silences(busy, longest_silence):
         start = writer.length
         writer.begin_micro_turn(micro_turn)
         writer.add_typed(typed[micro_turn])
@@ -107,6 +114,29 @@ def encode(
             writer.cut(start)
             break
     return writer.finish(_clock(conversation, writer.micro_turns))
+
+
+def _says_words(conversation: Conversation, micro_turns: int) -> np.ndarray:
+    """Returns in which micro-turns the user says a part of a word, `[micro_turns]` bool."""
+    says = np.zeros(micro_turns, bool)
+    for word in conversation.user_words:
+        first, last = (int(1000 * time_s / MICRO_TURN_MS) for time_s in (word.start_s, word.end_s))
+        says[first : last + 1] = True
+    return says
+
+
+def _without_long_silences(busy: np.ndarray, longest: int | None) -> np.ndarray:
+    """Returns the numbers of the micro-turns that are encoded.
+
+    Of a stretch of micro-turns that are not `busy` `[M]` bool, the first and the last `longest / 2` are.
+    """
+    encoded = np.ones(len(busy), bool)
+    if longest is not None:
+        edges = np.flatnonzero(np.diff(np.pad(~busy, 1).astype(np.int8)))
+        for start, stop in edges.reshape(-1, 2):
+            if stop - start > longest:
+                encoded[start + (longest + 1) // 2 : stop - longest // 2] = False
+    return np.flatnonzero(encoded)
 
 
 def _clock(conversation: Conversation, micro_turns: int) -> np.ndarray:

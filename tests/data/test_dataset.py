@@ -128,7 +128,9 @@ def test_the_digest_is_the_one_of_earlier_versions(config, codec):
     assert dataset.digest == "aeee12d0036a897b1ce192063af41afd30ff81add62cd5c0ace0b861f1a6111b"
 
 
-@pytest.mark.parametrize("change", ["data.seed=2", "data.tokens=129", "data.misheard=0.1", "duplex.max_heard=3"])
+@pytest.mark.parametrize(
+    "change", ["data.seed=2", "data.tokens=129", "data.misheard=0.1", "duplex.max_heard=3", "data.longest_silence=9"]
+)
 def test_the_digest_changes_with_whatever_changes_a_row(config, codec, folder, change):
     other = configs.override(config, change)
     assert open_dataset(other, codec, folder).digest != open_dataset(config, codec, folder).digest

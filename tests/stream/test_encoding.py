@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -236,6 +237,29 @@ def test_the_clock_has_the_age_of_the_session_and_the_time_of_the_week(encoded):
         count = np.arange(len(talk.user) // MICRO_TURN_SAMPLES)
         expected = clock_features(round(talk.clock_s * 5) + count, week_ms(talk.wall_clock_s) + 200 * count)
         np.testing.assert_array_equal(sequence.clock, expected)
+
+
+def test_of_a_long_silence_only_the_ends_are_encoded_and_the_clock_jumps(codec, limits):
+    """Words at the micro-turns 2 and 40, typed text at 60, one hundred micro-turns, of which the last are silent."""
+    words = (Word("the", 0.41, 0.55), Word("sky", 8.1, 8.15))
+    conversation = silence(100, user_words=words, typed=((60, "a"),), clock_s=50.0, wall_clock_s=1.7e9)
+    whole = encode(conversation, codec, limits)
+    short = encode(conversation, codec, limits, longest_silence=7)
+    left = sorted(set(short.micro_turn.tolist()))
+    text = sorted({micro_turn for kind, token, micro_turn in positions(whole) if kind == PositionKind.TEXT
+                   and token not in (limits.control_base + Control.LISTEN,)})  # fmt: skip
+    busy = sorted({2, 40, *text})
+    assert 60 in text and set(busy) <= set(left)
+    gaps = [(a, b) for a, b in itertools.pairwise([-1, *busy, 100]) if b - a > 1]
+    for before, after in gaps:
+        silent = [m for m in left if before < m < after]
+        if after - before - 1 <= 7:
+            assert silent == list(range(before + 1, after))
+        else:
+            assert silent == [*range(before + 1, before + 5), *range(after - 3, after)]
+    for name in ("kind", "ids", "bins", "target", "term", "micro_turn"):
+        np.testing.assert_array_equal(getattr(short, name), getattr(whole, name)[np.isin(whole.micro_turn, left)])
+    np.testing.assert_array_equal(short.clock[short.micro_turn], whole.clock[short.micro_turn])
 
 
 @pytest.mark.parametrize("seed", range(6))
