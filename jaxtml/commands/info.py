@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object with config, params_total, params_active and groups; if CONFIG is a directory, the "
-        "object also has checkpoint",
+        help="print one JSON object with config, params_total, params_active, groups and session_bytes; if CONFIG is a "
+        "directory, the object also has checkpoint",
     )
 
 
@@ -120,6 +120,17 @@ def _sum_groups(groups: dict[str, Counts]) -> Counts:
     return sum(total for total, _ in groups.values()), sum(active for _, active in groups.values())
 
 
+def _session_bytes(config: configs.Config) -> int:
+    """Returns the bytes of what the model remembers of one session, however long it lasts."""
+    import jax
+
+    from jaxtml.model.duplex.state import init_state
+    from jaxtml.model.interaction import InteractionModel
+
+    state = jax.eval_shape(lambda: init_state(InteractionModel(config), 1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def _config_report(config: configs.Config, groups: dict[str, Counts]) -> dict[str, Any]:
     total, active = _sum_groups(groups)
     return {
@@ -127,6 +138,7 @@ def _config_report(config: configs.Config, groups: dict[str, Counts]) -> dict[st
         "params_total": total,
         "params_active": active,
         "groups": {name: {"total": counts[0], "active": counts[1]} for name, counts in groups.items()},
+        "session_bytes": _session_bytes(config),
     }
 
 
@@ -137,6 +149,9 @@ def _print_config(config: configs.Config, groups: dict[str, Counts]) -> None:
         print(f"{name:{width}}  {total:>16,}  {active:>16,}")
     total, active = _sum_groups(groups)
     print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
+    kind = config.backbone.global_
+    retained = f" and the text of earlier ones in {kind.retained:,} tokens" if kind.retained else ""
+    print(f"a session takes {_session_bytes(config):,} bytes and sees its last {kind.window:,} tokens{retained}")
 
 
 def _print_checkpoint(description: Description) -> None:

@@ -23,11 +23,13 @@ from jaxtml import config as configs
 from jaxtml.checkpoint.files import SHIPPED
 from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
+from jaxtml.checkpoint.tokenizer import load_tokenizer
 from jaxtml.data.bank import Bank
 from jaxtml.data.talks import recorded_prompts
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
 from jaxtml.stream.timebase import SAMPLE_RATE
+from tests.data.tones import write_data_folder
 from tests.oracle import TORCHVISION, oracle_environment
 from tests.plan import compilers
 
@@ -42,9 +44,11 @@ BAD_INPUT = {
     "tools/benchmarks/cpu_speed.py": ("--config", "no_such_config"),
     "tools/benchmarks/int8_error.py": ("--checkpoint", MISSING),
     "tools/benchmarks/load.py": ("--wav", MISSING),
+    "tools/benchmarks/long_session.py": ("--checkpoint", MISSING),
     "tools/benchmarks/plan_table.py": ("no-such-row",),
     "tools/benchmarks/session_latency.py": ("--checkpoint", MISSING),
     "tools/benchmarks/soak.py": ("--recording", MISSING),
+    "tools/benchmarks/talk_memory.py": ("no_such_config", "--data", MISSING),
     "tools/benchmarks/vocoder.py": ("--checkpoint", MISSING),
     "tools/build_voice_bank.py": ("--out", "/dev/null/bank"),
     "tools/evaluate.py": ("--checkpoint", MISSING, "--out", MISSING),
@@ -166,6 +170,16 @@ def test_load_runs(tmp_path, checkpoint):
     assert (tmp_path / "loadtest.png").is_file()
 
 
+def test_long_session_runs(monkeypatch, capsys, recording, checkpoint):
+    """Eighteen seconds: the request leaves the window, and is attended to beyond it."""
+    arguments = ("--hours", "0.005", "--talk", "0.1", "--window", "256", "--retained", "4096", "--json")
+    arguments += ("--recording", recording, "--checkpoint", str(checkpoint))
+    assert run_here(monkeypatch, "tools/benchmarks/long_session.py", *arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["parts"]) == 10 and result["micro_turns"] == 90
+    assert result["request_tokens_back"] > 256 and all(0 < share < 1 for share in result["attention_to_request"])
+
+
 @pytest.mark.skipif(not compilers.LIBTPU, reason="needs libtpu: pip install -e '.[plan]'")
 def test_plan_table_runs(checkpoint):
     arguments = ("--config", str(checkpoint / "config.json"), "serve-tpu7x-8")
@@ -184,6 +198,18 @@ def test_soak_runs(recording, checkpoint):
     session, cycles = _json_values(run("tools/benchmarks/soak.py", *arguments))
     assert session["end_over_new"] > 0 and len(session["memory_mb_by_tenths"]) == 10
     assert cycles["cycles"] == 2 and cycles["sessions_left"] == 0
+
+
+def test_talk_memory_runs(monkeypatch, capsys, tmp_path):
+    write_data_folder(tmp_path, load_tokenizer(SHIPPED))
+    arguments = ("tiny", "--data", str(tmp_path), "--conversations", "3", "--window", "256", "--json")
+    assert run_here(monkeypatch, "tools/benchmarks/talk_memory.py", *arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])  # building the bank prints lines too
+    assert 0 < result["rates"]["retained"] < result["rates"]["tokens"] / 2
+    today, other = result["memories"]
+    assert other["retained"] == 256 and other["talk_min"] > today["talk_min"] and other["window_s"] < today["window_s"]
+    # The retained tokens' positions are all that the same number of tokens takes besides.
+    assert 0 < other["state_bytes"] - today["state_bytes"] < 2000
 
 
 def test_vocoder_runs(tmp_path):
