@@ -160,6 +160,38 @@ def _all_gather_last_bwd(axes: tuple[str, ...], size: int, grad: jax.Array) -> t
 _all_gather_last.defvjp(lambda x, axes: (_all_gather_last(x, axes), x.shape[-1]), _all_gather_last_bwd)
 
 
+def all_gather_sums(part: jax.Array, known: jax.Array, mesh: MeshShape) -> tuple[jax.Array, jax.Array]:
+    """Sums one array over `tensor`, and gathers it and another array over `expert`, with one all_gather.
+
+    The devices of `tensor` share the sending of `known`: each sends a part of its columns. The terms of the sum are
+    added in float32, in the order of the devices. Must not be differentiated.
+
+    Args:
+      part: `[B, T, D]`, this device's part of a sum over `tensor`; other devices of `expert` have other rows.
+      known: `[B, T, D]` in the dtype of `part`, the same on all devices of `tensor`.
+      mesh: its P devices of `expert` have the P B rows.
+
+    Returns:
+      The sum and the gathered `known`, `[P B, T, D]` each, the same on all devices of `expert` and `tensor`.
+    """
+    axes, columns, shards = _split_axes(mesh, ("expert", "tensor")), part.shape[-1], mesh.tensor
+    width = -(-columns // shards)
+    if shards > 1:
+        known = jnp.pad(known, [*[(0, 0)] * (known.ndim - 1), (0, width * shards - columns)])
+        known = own_part(known, mesh, "tensor", dim=-1)
+    gathered = jax.lax.all_gather(jnp.concatenate([part, known], axis=-1), axes)
+    gathered = gathered.reshape(mesh.expert, shards, *gathered.shape[1:])
+    sums = gathered[..., :columns].astype(jnp.float32).sum(axis=1).astype(part.dtype)
+    known = jnp.moveaxis(gathered[..., columns:], 1, -2).reshape(*sums.shape[:-1], -1)[..., :columns]
+    return sums.reshape(-1, *part.shape[1:]), known.reshape(-1, *part.shape[1:])
+
+
+def own_part(x: jax.Array, mesh: MeshShape, axis: str, dim: int = 0) -> jax.Array:
+    """Returns the part of `x` that belongs to this device of the mesh axis `axis`, cut from dimension `dim`."""
+    size = x.shape[dim] // mesh.sizes[axis]
+    return jax.lax.dynamic_slice_in_dim(x, size * jax.lax.axis_index(axis), size, dim % x.ndim)
+
+
 def all_gather_parameter(x: jax.Array, stored: PartitionSpec, needed: PartitionSpec) -> jax.Array:
     """Returns a device's part of a parameter in the layout `needed`, gathered from the parts in the layout `stored`.
 

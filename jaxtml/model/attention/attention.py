@@ -26,7 +26,7 @@ from jaxtml.model.attention.sequence import attend_sequence
 from jaxtml.model.layers import RMSNorm, ShortConv, project, rms_normalise
 from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
 from jaxtml.model.spec import Released, linear, normal, param
-from jaxtml.parallel.collectives import psum_backward, psum_forward
+from jaxtml.parallel.collectives import psum_backward
 
 
 class Attention(nnx.Module):
@@ -79,6 +79,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, tuple[jax.Array, jax.Array]]:
         """Computes attention; on a mesh, each device of `tensor` computes its share of the heads.
 
+        The caller sums the result over the devices of `tensor`.
+
         Args:
           x: `[B, T, D]`, normed hidden states.
           step: where the T tokens stand in their sessions; None: they are complete sequences.
@@ -90,7 +92,8 @@ class Attention(nnx.Module):
           far: what whole sequences see beyond the window of a layer that retains tokens; None: no tokens are retained.
 
         Returns:
-          `[B, T, D]`, the new cache (None without `step`) and the new tails.
+          `[B, T, D]`, which is this device's part of a sum over `tensor`; the new cache (None without `step`) and the
+          new tails.
         """
         batch, tokens, _ = x.shape
         shards = self.mesh.tensor
@@ -123,8 +126,7 @@ class Attention(nnx.Module):
             cache = write_cache(cache, step, keys, values, layer_index)
             out = attend_cache(self.config, query, KVCache(cache.k[layer_index], cache.v[layer_index]), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
-        out = psum_forward(project(out, self.wo[...].astype(dtype)), self.mesh, TENSOR)
-        return out, cache, (k_tail, v_tail)
+        return project(out, self.wo[...].astype(dtype)), cache, (k_tail, v_tail)
 
     def _norm_heads(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
         """Norms each head of `x` `[B, T, heads, K]` with one weight; a device may have only a share of the heads."""

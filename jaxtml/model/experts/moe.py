@@ -6,22 +6,30 @@ experts. Called by `backbone`.
 This module declares the parameters and adds up the parts. `routing` decides, a transport brings tokens to the devices
 of their experts (`transports`), `local` applies the experts of a device, and `grouped` multiplies. Router, weights and
 normalisation are the released ones (Inkling). Routed and shared experts are normalised together.
+
+On a mesh, a device computes a part of the routed experts' sum and a part of the shared experts' sum. It adds the two
+parts, and one collective sums what the devices have. So with `tensor` split, a sum over routed and shared experts is
+rounded in another order than on one device.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtml.config import BackboneConfig
+from jaxtml.model.experts.local import apply_local_experts
 from jaxtml.model.experts.routing import MoEStats, Routing, collect_stats, route
-from jaxtml.model.experts.transports import TRANSPORTS
+from jaxtml.model.experts.transports import SUMMED, TRANSPORTS
 from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.layers import swiglu
-from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement
+from jaxtml.model.placement import SINGLE_DEVICE, Placement
 from jaxtml.model.spec import Released, linear, normal, ones, param, zeros
-from jaxtml.parallel.collectives import psum_backward, psum_forward
+from jaxtml.parallel.collectives import own_part, psum, psum_backward, psum_forward
+from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.tokens import PositionKind
 
 
@@ -103,25 +111,70 @@ class MoE(nnx.Module):
         Returns:
           `[B, T, D]` and the layer's stats.
         """
-        batch, tokens, dim = x.shape
-        flat = x.reshape(batch * tokens, dim)
-        routing = self.route(flat)
-        if skip_padding and modality is not None:
-            padding = modality.reshape(-1, 1) == PositionKind.PAD
-            routing = routing._replace(index=jnp.where(padding, self.config.n_experts, routing.index))
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self._route_present(flat, modality if skip_padding else None)
+        mesh, axes = self.placement.mesh, SUMMED[self.placement.transport]
         transport = TRANSPORTS[self.placement.transport]
-        out, dropped = transport(flat, routing, self.experts(x.dtype, layer_index), self.placement)
-        out = out + self._shared_experts(flat, routing)
+        rows, parts = psum_backward(flat, mesh, axes), _psum_weights_backward(routing, mesh, axes)
+        out, dropped = transport(rows, parts, self.experts(x.dtype, layer_index), self.placement)
+        shared = self._shared_experts(rows, parts.shared)
+        if "expert" in axes and mesh.expert > 1:  # all devices of `expert` have the same tokens: count them once
+            shared = jnp.where(jax.lax.axis_index("expert") == 0, shared, 0)
+        out = psum_forward(out + shared, mesh, axes)
         kind = jnp.ones(flat.shape[:1], jnp.int32) if modality is None else modality.reshape(-1).astype(jnp.int32)
-        stats = collect_stats(routing, kind, dropped)
-        return out.reshape(batch, tokens, dim), stats
+        return out.reshape(x.shape), collect_stats(routing, kind, dropped)
 
-    def _shared_experts(self, x: jax.Array, routing: Routing) -> jax.Array:
-        """Returns the weighted sum of the shared experts for tokens `x` `[N, D]`; `tensor` splits their width."""
+    def apply_to_group(self, x: jax.Array, modality: jax.Array, layer_index: tuple[jax.Array, ...]) -> jax.Array:
+        """Does the same as `__call__` with `skip_padding`, in one collective, for serving.
+
+        Every device of `expert` and `tensor` has the tokens of all sessions of these devices. It applies its share of
+        the routed experts to all of them, and its share of the shared experts to its own sessions.
+
+        Args:
+          x: `[P B, T, D]`, the same on all devices of `expert` and `tensor`: the B sessions of each of the P devices of
+            `expert`.
+          modality: `[P B, T]`, as for `__call__`.
+          layer_index: as for `__call__`.
+
+        Returns:
+          `[B, T, D]`, for the sessions of this device.
+        """
         mesh = self.placement.mesh
-        replicated = psum_backward(x, mesh, TENSOR)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self._route_present(flat, modality)
+        own = partial(own_part, mesh=mesh, axis="expert")
+        weights = self.experts(x.dtype, layer_index)
+        out, _ = apply_local_experts(flat, routing.index, routing.weight, weights, self.placement)
+        shared = self._shared_experts(own(flat), own(routing.shared))
+        out = jax.lax.dynamic_update_slice_in_dim(
+            out, own(out) + shared, len(shared) * jax.lax.axis_index("expert"), axis=0
+        )
+        return own(psum(out, mesh, ("expert", "tensor"))).reshape(-1, *x.shape[1:])
+
+    def _route_present(self, x: jax.Array, modality: jax.Array | None) -> Routing:
+        """Routes tokens `x` `[N, D]`; a PAD position of `modality` gets no routed expert."""
+        routing = self.route(x)
+        if modality is None:
+            return routing
+        padding = modality.reshape(-1, 1) == PositionKind.PAD
+        return routing._replace(index=jnp.where(padding, self.config.n_experts, routing.index))
+
+    def _shared_experts(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """Returns this device's part of the weighted sum of the shared experts; `tensor` splits their width.
+
+        The tokens `x` are `[N, D]`, the weights `[N, S]`.
+        """
         total = jnp.zeros_like(x)
         for i in range(self.config.n_shared_experts):
-            part = swiglu(replicated, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
-            total = total + psum_backward(routing.shared[:, i : i + 1], mesh, TENSOR) * part
-        return psum_forward(total, mesh, TENSOR)
+            part = swiglu(x, self.shared_w13[i].astype(x.dtype), self.shared_w2[i].astype(x.dtype))
+            total = total + weight[:, i : i + 1] * part
+        return total
+
+
+def _psum_weights_backward(routing: Routing, mesh: MeshShape, axes: tuple[str, ...]) -> Routing:
+    """Returns `routing` unchanged, and sums the gradients of all weights over `axes` with one collective."""
+    if all(mesh.sizes[axis] == 1 for axis in axes):
+        return routing
+    k = routing.weight.shape[1]
+    weights = psum_backward(jnp.concatenate([routing.weight, routing.shared], axis=1), mesh, axes)
+    return routing._replace(weight=weights[:, :k], shared=weights[:, k:])

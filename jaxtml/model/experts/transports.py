@@ -8,8 +8,12 @@ experts. Called by `moe`.
 - `ring`: each device gathers the tokens of all devices, and the results are scattered back. It runs everywhere.
 - `ragged`: each token travels only to the devices of its experts (`ragged_all_to_all`, which a CPU does not have).
 
-All three have one signature, `ExpertTransport`. Nothing is dropped unless `Placement.capacity` bounds the buffer. Then
-the rows that do not fit are dropped, those of the last expert first, and counted.
+All three have one signature, `ExpertTransport`. They return parts of a sum: the experts' width is split over `tensor`,
+and with `replicated` the experts themselves over `expert`. `moe` adds the shared experts' part before it sums over the
+axes of `SUMMED`, so routed and shared experts are summed by one collective.
+
+Nothing is dropped unless `Placement.capacity` bounds the buffer. Then the rows that do not fit are dropped, those of
+the last expert first, and counted.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from jaxtml.model.experts.local import apply_local_experts
 from jaxtml.model.experts.routing import Routing
 from jaxtml.model.experts.weights import ExpertWeights
 from jaxtml.model.placement import TENSOR, Placement
-from jaxtml.parallel.collectives import all_gather, psum, psum_backward, psum_forward, reduce_scatter
+from jaxtml.parallel.collectives import all_gather, reduce_scatter
 
-# (tokens `[N, D]`, routing, this device's experts, placement) -> (tokens `[N, D]`, dropped choices int32)
+# (tokens `[N, D]`, routing, this device's experts, placement) -> (parts of tokens `[N, D]`, dropped choices int32)
+# Gradients of the tokens and of the routing's weights are those of this device's part, too.
 ExpertTransport = Callable[[jax.Array, Routing, ExpertWeights, Placement], tuple[jax.Array, jax.Array]]
 
 
@@ -37,12 +42,9 @@ def replicated(
 ) -> tuple[jax.Array, jax.Array]:
     """Applies the experts where all devices of `expert` have the same tokens.
 
-    Returns `[N, D]`, the same on all devices, and the dropped choices of all devices together.
+    Returns this device's part of `[N, D]`, and the dropped choices of this device's experts.
     """
-    axes = ("expert", "tensor")
-    x, weight = (psum_backward(a, placement.mesh, axes) for a in (x, routing.weight))
-    out, dropped = apply_local_experts(x, routing.index, weight, experts, placement)
-    return psum_forward(out, placement.mesh, axes), psum(dropped, placement.mesh, ("expert",))
+    return apply_local_experts(x, routing.index, routing.weight, experts, placement)
 
 
 def ring(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
@@ -51,17 +53,13 @@ def ring(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Plac
     A token's traffic is (P - 1) D numbers. With `ragged` it is about min(P, K) D, so `ring` is as good where K is near
     P.
 
-    Returns `[N, D]` and the dropped choices of this device's experts.
+    Returns this device's part of `[N, D]`, and the dropped choices of this device's experts.
     """
-    mesh = placement.mesh
-    x, weight, index = (psum_backward(x, mesh, TENSOR), psum_backward(routing.weight, mesh, TENSOR), routing.index)
-    if mesh.expert > 1:
-        x, weight = (all_gather(a, ("expert",), 0) for a in (x, weight))
-        index = jax.lax.all_gather(index, "expert", axis=0, tiled=True)
-    out, dropped = apply_local_experts(x, index, weight, experts, placement)
-    if mesh.expert > 1:
-        out = reduce_scatter(out, ("expert",), 0)
-    return psum_forward(out, mesh, TENSOR), dropped
+    if placement.mesh.expert == 1:
+        return apply_local_experts(x, routing.index, routing.weight, experts, placement)
+    index, weight = _all_gather_choices(routing.index, routing.weight)
+    out, dropped = apply_local_experts(all_gather(x, ("expert",), 0), index, weight, experts, placement)
+    return reduce_scatter(out, ("expert",), 0), dropped
 
 
 def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +69,7 @@ def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Pl
     A device sends the rows for each expert as one piece. In the receiving buffer, the pieces of all devices for the
     same expert stand side by side. So nothing is sorted a second time.
 
-    Returns `[N, D]` and the dropped choices of this device's tokens.
+    Returns this device's part of `[N, D]`, and the dropped choices of this device's tokens.
     """
     mesh = placement.mesh
     if mesh.expert == 1:
@@ -82,7 +80,6 @@ def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Pl
     device = jax.lax.axis_index("expert")
     order, counts = sort_by_expert(routing.index, experts.count * mesh.expert)
     plan = plan_exchange(jax.lax.all_gather(counts, "expert"), device, rows, block)
-    x = psum_backward(x, mesh, TENSOR)
     slot = jnp.argsort(order).reshape(n, k)
     outgoing = dispatch(x, order, slot)
     arrived = jax.lax.ragged_all_to_all(
@@ -104,11 +101,32 @@ def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Pl
         plan.sent,
         axis_name="expert",
     )
-    out = combine(returned, psum_backward(routing.weight, mesh, TENSOR), slot, order)
-    return psum_forward(out, mesh, TENSOR), (counts.sum() - plan.sent.sum()).astype(jnp.int32)
+    out = combine(returned, routing.weight, slot, order)
+    return out, (counts.sum() - plan.sent.sum()).astype(jnp.int32)
 
 
 TRANSPORTS: dict[str, ExpertTransport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
+# The mesh axes over which the results of a transport have still to be summed.
+SUMMED: dict[str, tuple[str, ...]] = {"replicated": ("expert", "tensor"), "ring": TENSOR, "ragged": TENSOR}
+
+
+@jax.custom_vjp
+def _all_gather_choices(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gathers the experts of each token and their weights over `expert` with one all_gather: `[N, K]` -> `[P N, K]`.
+
+    They travel as unsigned integers of the weights' width, because a sum or a conversion of floats may change bits.
+    """
+    kind = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(weight, kind)
+    gathered = jax.lax.all_gather(jnp.concatenate([index.astype(kind), bits], axis=1), "expert", axis=0, tiled=True)
+    index_bits, bits = jnp.split(gathered, 2, axis=1)
+    return index_bits.astype(index.dtype), jax.lax.bitcast_convert_type(bits, weight.dtype)
+
+
+_all_gather_choices.defvjp(
+    lambda index, weight: (_all_gather_choices(index, weight), None),
+    lambda _, grads: (None, reduce_scatter(grads[1], ("expert",), 0)),
+)
 
 
 def _opaque_zeros(like: jax.Array, rows: int) -> jax.Array:

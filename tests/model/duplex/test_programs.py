@@ -78,6 +78,15 @@ def test_sessions_on_a_mesh_are_those_of_one_device(case, config, params, one_de
     np.testing.assert_array_equal(run.state.position, one_device.state.position)
 
 
+def test_sessions_on_a_mesh_are_those_of_one_device_also_where_many_tokens_travel(
+    config, params, one_device, monkeypatch
+):
+    """Few tokens travel to all experts in two collectives a layer; for many tokens, five collectives send less."""
+    monkeypatch.setattr(backbone, "MAX_GROUP_BYTES", 0)
+    run = run_on_mesh(MESHES["sessions and experts on the same devices"], config, params, one_device.inputs)
+    assert_same(run.outputs, one_device.outputs, exact=False)
+
+
 def test_a_scanned_stack_gives_what_its_layers_give_one_by_one(config, params, one_device, monkeypatch):
     monkeypatch.setattr(backbone, "MAX_UNROLLED_LAYERS", 2)
     monkeypatch.setattr(cache, "MAX_LOGITS", 1000)  # a few queries at a time
