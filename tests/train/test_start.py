@@ -13,14 +13,6 @@ from jaxtml.train.start import Start
 from jaxtml.train.vocoder import storage as vocoder_storage
 
 
-@pytest.fixture
-def data(tmp_path, codec) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    codec.save(folder / "tokenizer.json")
-    return folder
-
-
 def start_and_fail(workdir: Path, has_step: bool = False, error: type[BaseException] = InputError, **claim) -> None:
     with pytest.raises(error), Start(workdir, storage.FOLDERS, storage.FILES) as start:
         storage.claim(workdir, **claim)

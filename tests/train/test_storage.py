@@ -26,14 +26,6 @@ def config(small) -> Config:
 
 
 @pytest.fixture
-def data(tmp_path, codec) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    codec.save(folder / "tokenizer.json")
-    return folder
-
-
-@pytest.fixture
 def run(tmp_path, config, data) -> Path:
     """The folder of a run that has saved a checkpoint of step 6. The checkpoint itself is never read here."""
     folder = tmp_path / "run"
