@@ -61,8 +61,8 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-# Exceptions that come from mistakes in a program. Such an exception may be raised while an error of a disk is handled,
-# which did not cause it. So `_chain` stops at a mistake.
+# Exceptions that come from mistakes in a program. Code that handles an error of a disk may make a mistake. The error of
+# the disk is then the context of the mistake, and did not cause the mistake. So `_chain` stops at a mistake.
 _MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 

@@ -162,7 +162,8 @@ def measure_serving_load(
     """Measures what a device of a serving program holds and does, from the program's arguments and jaxpr."""
     params, state, _ = arguments
     routed = device_bytes(_routed_experts(params))
-    # The work of one round of the loop is what counting one round adds.
+    # The program has a loop (see `ServingLoad`), and how many rounds it takes is not known. The work of one round is
+    # the difference between a count with one round and a count with none.
     before_loop, with_one_round = (count_jaxpr_work(jaxpr, platform, rounds=n) for n in (0, 1))
     one_round = with_one_round.scaled(1)
     one_round.add(before_loop, -1)

@@ -16,9 +16,10 @@ import jax
 class Start:
     """The start of a run, as a context manager. `succeeded()` says that the first step is done.
 
-    Without that call, an exception removes what the start has made in the folder, and gives small files their former
-    text. So a start that failed neither leaves a folder behind nor changes the settings of the run that it resumed.
-    Only process 0 writes these files, so only process 0 puts them back.
+    Without that call, an exception removes the folders and files that the start has made. Those of `files` that were
+    there before get their former content, except a log. So a start that failed neither leaves a folder behind nor
+    changes the settings of the run that it resumed. Only process 0 writes these files, so only process 0 puts them
+    back.
     """
 
     def __init__(self, workdir: Path, folders: Sequence[str], files: Sequence[str]):
@@ -47,7 +48,7 @@ class Start:
             return
         try:
             self._put_back()
-        except OSError:  # such as a full disk: its own error is the one to report
+        except OSError:  # for example a full disk: the error that ended the start, `error`, is the one to report
             return
 
     def _put_back(self) -> None:

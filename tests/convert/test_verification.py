@@ -122,7 +122,7 @@ def test_values_that_are_not_finite_are_named_and_never_verified(release, tmp_pa
     values = np.array(stored.mapped())
     values[2, 3] = np.nan
     write_at(stored, 0, values)
-    (source / "manifest.json").unlink()  # else the source is damaged by its own checksums
+    (source / "manifest.json").unlink()  # with it, the source would be refused, because its checksums differ
     with pytest.raises(InputError, match=f"tensors are equal, and 1 of .* have NaN or infinite values, .*: {name};"):
         convert(source, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,10 @@ The rules, which the tests hold:
   as large as the network's jitter.
 - A reserve of more than 200 ms that lasts for five seconds is latency. The buffer then removes one micro-turn of
   silence, at most once in five seconds. It never removes speech. This also limits the latency from a fast client clock.
-- Late audio adds to the reserve, because the model has already heard silence in its place. So the reserve of a client
-  that sends in real time is at most two seconds, plus all audio that arrived late. A larger reserve is an upload, for
-  example of a file. The model hears an upload at 200 ms per tick, and hears it whole: the buffer removes silence only
-  if no upload was in it for the last five seconds.
+- A reserve of more than two seconds is taken for an upload, for example of a file, because a client that sends in real
+  time makes no such reserve. Audio that arrived late does not count: it adds to the reserve because the model has
+  already heard silence in its place. The model hears an upload at 200 ms per tick, and hears it whole: the buffer
+  removes silence only if no upload was in it for the last five seconds.
 - At ten seconds the buffer is full. The code that reads the network then stops reading until there is space.
 """
 

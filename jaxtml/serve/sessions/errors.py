@@ -39,6 +39,9 @@ class InvalidMessage(Exception):
         self.code, self.param, self.event_id = code, param, event_id
 
     def as_refusal(self) -> Refused:
-        """Returns the refusal of the HTTP request whose body, or whose key, has the wrong field."""
+        """Returns the refusal of an HTTP request.
+
+        The wrong field is in the body of the request, or in the configuration that its short-lived key carries.
+        """
         text = str(self) if self.param is None or self.param in str(self) else f"{self.param}: {self}"
         return Refused(400, self.code, text, param=self.param)

@@ -28,7 +28,8 @@ _type_info = cache(inspect.type_info)  # msgspec takes milliseconds for it, and 
 _TEXT, _PARAM = 300, 100  # characters of an error's text and of the name of its field
 _SHOWN = 50  # characters of a wrong value that the text quotes
 _PLACE = re.compile(r" - at (`key` in )?`\$\.?([^`]*)`$")  # where msgspec found the fault
-_STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")  # one step of such a place: an index, any key, or a field
+# One step of such a place: the index of an item; "[...]" for a value of an object, whatever its key; or a field.
+_STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 
 
 def read_json(data: bytes, kind: type[_Read], root: str = "") -> _Read:
@@ -93,7 +94,7 @@ def _wrong_value(kind: Any, data: bytes, path: str, key: bool) -> str | None:
     """
     try:
         value = msgspec.json.decode(data)
-    except UNREADABLE:  # for example a number that is too large for JSON without a type
+    except UNREADABLE:  # for example if the JSON has a number that is too large, such as 1e400
         return None
     options = _options(_type_info(kind))
     for step in _STEP.finditer(path):
@@ -116,7 +117,7 @@ def _wrong_value(kind: Any, data: bytes, path: str, key: bool) -> str | None:
 
 
 def _options(info: inspect.Type) -> list[inspect.Type]:
-    """Returns the types of which a value may have any."""
+    """Returns the types that a value may have: the members of a union, or the one type."""
     if isinstance(info, inspect.Metadata):
         return _options(info.type)
     if isinstance(info, inspect.UnionType):
@@ -125,7 +126,13 @@ def _options(info: inspect.Type) -> list[inspect.Type]:
 
 
 def _inner(options: Iterable[inspect.Type], container: type, attribute: str) -> list[inspect.Type]:
-    """Returns the types of what is in the containers among `options`, for example of the keys of objects."""
+    """Returns the types that the content of a container may have, for example the values of an object.
+
+    Args:
+      options: the types that the container itself may have. Types that are not of the class `container` are left out.
+      container: a class of containers in `msgspec.inspect`.
+      attribute: the attribute of this class that holds the type of the content.
+    """
     found = [option for option in options if isinstance(option, container)]
     return [inner for option in found for inner in _options(getattr(option, attribute))]
 

@@ -137,8 +137,8 @@ REFUSED_BY_REALTIME = [
 ]
 
 
-# What clients of each protocol send: the messages and the bodies of requests. Moshi's frames are no types; a test below
-# sends them.
+# The types of what clients of each protocol send: messages and bodies of requests. Moshi's frames are bytes, for which
+# no type is declared; a test below sends them.
 REQUESTS: dict[str, tuple[Any, ...]] = {
     "live": (live.FirstMessage, live.SessionMessage, live.SoundlessMessage, live.CreateSession),
     "realtime": (realtime.WebSocketMessage, realtime.WebRtcMessage, realtime.ClientSecretRequest),

@@ -37,7 +37,8 @@ from jaxtml.serve.sessions.json_errors import read_json
 from jaxtml.serve.transport.sound import VoiceTrack
 
 _KEY_BYTES = 7000  # of a short-lived key: it is sent in a header, and aiohttp reads headers of up to 8 KB
-# A sideband of a session over WebRTC or SIP, and a session that only transcribes.
+# OpenAI's API opens a sideband of a session over WebRTC or SIP with `call_id`, and a session that only transcribes with
+# `intent`.
 _UNSUPPORTED_QUERY = {"call_id", "intent"}
 _NEW, _RESUMED = {"model", "deployment"}, {"session_id", "resume_token", "after"}
 _NO_EFFECT_QUERY = {"api-version"}
