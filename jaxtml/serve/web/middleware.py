@@ -133,7 +133,7 @@ def _let_read(response: web.StreamResponse, request: web.Request, origin: str) -
     response.headers["Access-Control-Allow-Origin"] = origin
     response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
     response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
-    response.headers["Access-Control-Expose-Headers"] = "Location, Retry-After"
+    response.headers["Access-Control-Expose-Headers"] = "Jaxtml-No-Effect, Location, Retry-After"
     response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
 
 

@@ -202,6 +202,12 @@ def test_preflight_allows_the_headers_that_it_asks_for_on_allowed_origins(slots,
                 assert answer.status == 204 and answer.headers["Access-Control-Allow-Headers"] == asked
                 assert answer.headers["Access-Control-Allow-Origin"] == "https://page.example"
                 assert "Access-Control-Request-Headers" in answer.headers["Vary"]
+        secrets = f"{serving.url}/v1/realtime/client_secrets?api-version=1"
+        async with serving.http.post(secrets, headers={"Origin": "https://page.example"}) as answer:
+            exposed = answer.headers["Access-Control-Expose-Headers"]
+            assert {"Jaxtml-No-Effect", "Retry-After"} <= set(
+                exposed.split(", ")
+            ) and "Jaxtml-No-Effect" in answer.headers
         async with serving.http.options(serving.url, headers=headers | {"Origin": "https://evil.example"}) as refused:
             assert refused.status == 403 and "Access-Control-Allow-Headers" not in refused.headers
 
