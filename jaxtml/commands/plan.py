@@ -6,6 +6,7 @@ The report has the program's memory, its FLOPs and a lower bound on its time.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jaxtml import config as configs
 from jaxtml.commands.arguments import add_config
@@ -43,14 +44,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="find the largest batch that fits into memory, and for training the remat setting that it needs",
     )
+    parser.add_argument(
+        "--mix",
+        metavar="FILE",
+        type=Path,
+        help="what the sessions of a server do, as tools/benchmarks/session_mix.py measures it "
+        "(default: measured on generated conversations)",
+    )
+    parser.add_argument(
+        "--slow-too",
+        action="store_true",
+        help="report a server although its longest micro-turn takes more than 200 ms, instead of refusing it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report. Raises `InputError` if the topology or the mesh does not fit, or memory is too small."""
+    """Prints the report.
+
+    Raises:
+      InputError: the topology or the mesh does not fit, memory is too small, or a server is too slow for real time.
+    """
     from jaxtml.plan import planning
+    from jaxtml.plan.mix import DEFAULT, Mix
     from jaxtml.plan.report_text import format_report
 
-    plan = planning.search_largest_plan if args.search else planning.make_plan
-    report = plan(configs.load(args.config, args.set), args.topology, args.mesh, args.program)
+    mix = Mix.read(args.mix or DEFAULT)
+    plan = planning.Plan(configs.load(args.config, args.set), args.program, mix, args.slow_too)
+    make = planning.search_largest_plan if args.search else planning.make_plan
+    report = make(plan, args.topology, args.mesh)
     print(dumps(report) if args.json else format_report(report))

@@ -39,6 +39,7 @@ from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement, all_gather_
 from jaxtml.model.spec import Params, bind
 from jaxtml.model.stack import LayerBlock, LayerKind, LayerRun, LayerStack
 from jaxtml.parallel.collectives import all_gather_sums, own_part, psum_forward
+from jaxtml.parallel.work import mark_pass
 
 # Up to this many layers, loops over layers are unrolled. A loop writes what its gradient needs into one stacked array
 # and reads it back, which costs a small model 6 % of a training step.
@@ -355,6 +356,7 @@ class Backbone(LayerStack):
         Returns:
           The hidden states `[B, T, D]` before the final norm, and the new state.
         """
+        x = mark_pass(x)
         tokens = x.shape[1]
         present = (jnp.arange(tokens) < length[:, None]).astype(jnp.int32)
         group_present = jax.lax.all_gather(present, "expert", tiled=True) if self._runs_in_groups(x) else None

@@ -1,6 +1,6 @@
 """Compiles a program for hardware that this machine lacks, and reads how much memory the compiler allots.
 
-Called by `planning`. `compile_program` changes the configuration of JAX and of the memory allocator for the complete
+Called by `planning`. `prepare_process` changes the configuration of JAX and of the memory allocator for the complete
 process, so a plan should run in a process of its own.
 """
 
@@ -59,10 +59,6 @@ def compile_program(
       InputError: there is no compiler for the topology, or the mesh does not fit it.
       DoesNotFit: the program needs more memory than a device has.
     """
-    _return_freed_memory()
-    jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler: JAX must not look for its devices
-    # A program for hardware that is absent could be written to the cache, but not read back.
-    jax.config.update("jax_enable_compilation_cache", False)
     devices = topology.find_devices()
     with jax.set_mesh(make_mesh(mesh, devices)):
         program = make_program()
@@ -73,6 +69,14 @@ def compile_program(
         # On GPUs, libraries hide matrix products in kernels. Traced for the CPU, the program has no such kernels.
         jaxpr = traced.jaxpr if topology.chip.gpu is None else jitted.trace(*program.arguments).jaxpr
     return CompiledProgram(program.arguments, jaxpr, memory)
+
+
+def prepare_process() -> None:
+    """Prepares this process for tracing and compiling programs for other hardware."""
+    _return_freed_memory()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler: JAX must not look for its devices
+    # A program for hardware that is absent could be written to the cache, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _return_freed_memory() -> None:

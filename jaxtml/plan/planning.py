@@ -1,8 +1,8 @@
 """`jaxtml plan`: compiles the real program for a pod that is elsewhere, and reports what the program needs.
 
 The program is the trainer's own step, or the server's step for one micro-turn: 200 ms of input and output of every
-session. `compilation` compiles the program, `report` turns counts into figures, `search` finds the largest batch.
-Called by the command line.
+session. `compilation` compiles the program, `micro_turn` reads its parts, and `report` turns counts into figures.
+`real_time` refuses a server that is too slow, `search` finds the largest batch. Called by the command line.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from absl import logging
-from jax.extend.core import ClosedJaxpr
 
 from jaxtml.config import Config, override
 from jaxtml.errors import InputError
 from jaxtml.model.duplex.grammar import max_generated
-from jaxtml.model.duplex.state import NARROW_PREFILL, wide_prefill
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import count_jaxpr_work
-from jaxtml.plan.compilation import DoesNotFit, compile_program
-from jaxtml.plan.programs import device_bytes, make_serving_program, make_training_program
+from jaxtml.plan.compilation import DoesNotFit, compile_program, prepare_process
+from jaxtml.plan.micro_turn import MicroTurnProgram
+from jaxtml.plan.mix import Mix
+from jaxtml.plan.programs import device_bytes, make_serving_program, make_training_program, trace_program
+from jaxtml.plan.real_time import TooSlow, check_real_time, longest_ms
 from jaxtml.plan.report import Report, ServingLoad, report_serving, report_training
 from jaxtml.plan.search import search_variants
 from jaxtml.plan.topology import Topology
-from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN
 from jaxtml.train.gradients import check_batch
 
 REMATS: tuple[str, ...] = ("none", "outputs", "full")  # the values of `train.remat`, in the order of falling memory
@@ -39,14 +40,29 @@ _REMEDIES = {
 }
 
 
-def make_plan(config: Config, topology: str, mesh: str | None, program: str) -> Report:
-    """Plans a config on a topology.
+class Plan(NamedTuple):
+    """What to plan.
+
+    Attributes:
+      config: the model, with its training and serving.
+      program: "train" or "serve".
+      mix: what the sessions of a server do.
+      slow_too: whether a server is reported although it is not fast enough for real time.
+    """
+
+    config: Config
+    program: str
+    mix: Mix
+    slow_too: bool = False
+
+
+def make_plan(plan: Plan, topology: str, mesh: str | None) -> Report:
+    """Plans a program on a topology.
 
     Args:
-      config: the model, with its training and serving.
+      plan: the program.
       topology: such as "v5p:4x4x8"; `Topology.parse` lists all spellings.
       mesh: such as "data=16,expert=8"; None: the usual mesh, see `_usual_mesh`.
-      program: "train" or "serve".
 
     Returns:
       The report of `report_training` or `report_serving`, with `config`, `program`, `topology` and `mesh`.
@@ -54,11 +70,12 @@ def make_plan(config: Config, topology: str, mesh: str | None, program: str) -> 
     Raises:
       InputError: there is no such topology or no compiler for it, or the mesh, the batch or the sessions do not fit it.
       DoesNotFit: the program needs more memory than a chip has.
+      TooSlow: a server's longest micro-turn takes more than 200 ms, unless `slow_too`.
     """
-    return _plan(config, *_parse_place(config, topology, mesh, program), program)
+    return _plan(plan, *_parse_place(plan, topology, mesh))
 
 
-def search_largest_plan(config: Config, topology: str, mesh: str | None, program: str) -> Report:
+def search_largest_plan(plan: Plan, topology: str, mesh: str | None) -> Report:
     """Searches the batch and the remat that train the most tokens per second, or the most sessions that fit.
 
     The arguments are those of `make_plan`. The report also has `set`, the overrides of the config that give the plan,
@@ -67,8 +84,9 @@ def search_largest_plan(config: Config, topology: str, mesh: str | None, program
     Raises:
       InputError: as `make_plan`, or nothing fits.
     """
-    where, shape = _parse_place(config, topology, mesh, program)
-    if program == "train":
+    where, shape = _parse_place(plan, topology, mesh)
+    config = plan.config
+    if plan.program == "train":
         variants, unit, field = [*REMATS], shape.batch_shards * config.train.accumulate, "train.batch"
     else:
         variants, unit, field = [""], Placement(shape, config.serve.transport).session_shards, "serve.sessions"
@@ -82,24 +100,24 @@ def search_largest_plan(config: Config, topology: str, mesh: str | None, program
             changed = override(changed, text)
         logging.info("compiling %s", " ".join(overrides(variant, n)))
         try:
-            return _plan(changed, where, shape, program)
-        except DoesNotFit as error:
+            return _plan(plan._replace(config=changed), where, shape)
+        except (DoesNotFit, TooSlow) as error:
             logging.info("%s", error)
             return None
 
     results = search_variants(variants, measure)
     if not results:
-        remedy = f"try {_REMEDIES[program]}, or more chips"
+        remedy = f"try {_REMEDIES[plan.program]}, or more chips"
         raise InputError(f"{config.name}: not even {field}={unit} fits {where}: {remedy}")
     columns = ("bytes_per_chip", "roofline_step_ms", "tokens_per_s_per_chip", "mfu")
     table = [{"set": overrides(variant, n)} | {key: report[key] for key in columns} for variant, n, report in results]
     return results[0][2] | {"set": table[0]["set"], "searched": table}
 
 
-def _parse_place(config: Config, topology: str, mesh: str | None, program: str) -> tuple[Topology, MeshShape]:
+def _parse_place(plan: Plan, topology: str, mesh: str | None) -> tuple[Topology, MeshShape]:
     where = Topology.parse(topology)
     if mesh is None:
-        return where, _usual_mesh(config, where, program)
+        return where, _usual_mesh(plan.config, where, plan.program)
     shape = MeshShape.parse(mesh)
     if shape.devices != where.devices:
         raise InputError(
@@ -110,30 +128,46 @@ def _parse_place(config: Config, topology: str, mesh: str | None, program: str) 
 
 
 def _usual_mesh(config: Config, topology: Topology, program: str) -> MeshShape:
-    """Returns the mesh for a plan that names none.
-
-    For training, slices are `replica`, and all devices of a slice are `data`. For serving, `expert` is the largest
-    divisor of a slice's devices that divides both sessions and experts. Of the remaining devices, `tensor` is the
-    largest divisor that divides the key/value heads.
-    The rest is `data`.
-    """
-    devices = topology.devices
+    """Returns the mesh for a plan that names none. For training, `replica` has the slices, `data` their devices."""
     if program == "train":
-        return MeshShape(replica=topology.slices, data=devices // topology.slices)
+        return MeshShape(replica=topology.slices, data=topology.devices // topology.slices)
+    return usual_serving_mesh(config, topology)
+
+
+def usual_serving_mesh(config: Config, topology: Topology) -> MeshShape:
+    """Returns the mesh for a plan of serving that names none: that with the shortest longest micro-turn.
+
+    `tensor` may be any number that divides the devices of a slice and the key/value heads. Of the remaining devices of
+    the slice, `expert` is the largest divisor that divides both sessions and experts. The rest is `data`.
+    """
     b = config.backbone
-    slice_devices = devices // topology.slices
-    expert = math.gcd(slice_devices, config.serve.sessions, b.n_experts)
-    tensor = math.gcd(slice_devices // expert, b.sliding.n_kv_heads, b.global_.n_kv_heads)
-    return MeshShape(data=devices // (expert * tensor), expert=expert, tensor=tensor)
+    slice_devices = topology.devices // topology.slices
+    most = math.gcd(slice_devices, b.sliding.n_kv_heads, b.global_.n_kv_heads)
+    meshes = []
+    for tensor in (n for n in range(1, most + 1) if most % n == 0):
+        expert = math.gcd(slice_devices // tensor, config.serve.sessions, b.n_experts)
+        meshes.append(MeshShape(data=topology.devices // (expert * tensor), expert=expert, tensor=tensor))
+
+    def longest(mesh: MeshShape) -> float:
+        return longest_ms(config, measure_serving_load(config, topology, mesh), topology, mesh)
+
+    return meshes[0] if len(meshes) == 1 else min(meshes, key=longest)
 
 
-def _plan(config: Config, topology: Topology, mesh: MeshShape, program: str) -> Report:
-    described = {"config": config.name, "program": program, "topology": str(topology), "mesh": str(mesh)}
-    return described | (plan_serving if program == "serve" else plan_training)(config, topology, mesh)
+def _plan(plan: Plan, topology: Topology, mesh: MeshShape) -> Report:
+    prepare_process()
+    described = {
+        "config": plan.config.name,
+        "program": plan.program,
+        "topology": str(topology),
+        "mesh": str(mesh),
+    }
+    return described | (plan_serving if plan.program == "serve" else plan_training)(plan, topology, mesh)
 
 
-def plan_training(config: Config, topology: Topology, mesh: MeshShape) -> Report:
+def plan_training(plan: Plan, topology: Topology, mesh: MeshShape) -> Report:
     """Compiles a training step and reports it; the arguments and errors are those of `make_plan`."""
+    config = plan.config
     check_batch(config.train, mesh)
     if topology.chip.gpu is not None and importlib.util.find_spec("tokamax") is None:
         raise InputError(f"{topology}: GPUs train with tokamax' kernels, which are not installed: pip install tokamax")
@@ -148,39 +182,37 @@ def plan_training(config: Config, topology: Topology, mesh: MeshShape) -> Report
     return report_training(work, compiled.memory, argument_bytes, topology, mesh, tokens, needed_flops)
 
 
-def plan_serving(config: Config, topology: Topology, mesh: MeshShape) -> Report:
+def plan_serving(plan: Plan, topology: Topology, mesh: MeshShape) -> Report:
     """Compiles a micro-turn of the server and reports it; the arguments and errors are those of `make_plan`."""
+    config = plan.config
+    if not plan.slow_too:
+        check_real_time(config, topology, mesh, measure_serving_load, usual_serving_mesh)
     make_program = partial(make_serving_program, config, mesh, topology.platform)
     compiled = compile_program(make_program, topology, mesh, config.name, _REMEDIES["serve"])
-    load = measure_serving_load(config, mesh, compiled.arguments, compiled.jaxpr, topology.platform)
-    return report_serving(config, load, compiled.memory, topology, mesh)
+    load = measure_serving_load(config, topology, mesh)
+    return report_serving(config, load, compiled.memory, topology, mesh, plan.mix)
 
 
-def measure_serving_load(
-    config: Config, mesh: MeshShape, arguments: tuple[Any, ...], jaxpr: ClosedJaxpr, platform: str
-) -> ServingLoad:
-    """Measures what a device of a serving program holds and does, from the program's arguments and jaxpr."""
+def measure_serving_load(config: Config, topology: Topology, mesh: MeshShape) -> ServingLoad:
+    """Traces a server's program without compiling it, and measures what a device holds and does.
+
+    Raises:
+      InputError: the mesh does not divide the sessions, or a dimension of the model.
+    """
+    arguments, jaxpr = trace_program(partial(make_serving_program, config, mesh, topology.platform), mesh)
     params, state, _ = arguments
-    routed = device_bytes(_routed_experts(params))
-    # The program has a loop (see `ServingLoad`), and how many rounds it takes is not known. The work of one round is
-    # the difference between a count with one round and a count with none.
-    before_loop, with_one_round = (count_jaxpr_work(jaxpr, platform, rounds=n) for n in (0, 1))
-    one_round = with_one_round.scaled(1)
-    one_round.add(before_loop, -1)
+    experts = _routed_experts(params)
+    routed = {id(array) for array in experts}
+    # How many experts a pass reads depends on its tokens, so `report` counts the reading of experts.
+    weights = [id(leaf) not in routed for leaf in jax.tree.leaves(params)]
     return ServingLoad(
         sessions=config.serve.sessions,
         session_shards=Placement(mesh, config.serve.transport).session_shards,
-        experts=routed,
-        weights=device_bytes(params) - routed,
+        experts=device_bytes(experts),
+        weights=device_bytes(params) - device_bytes(experts),
         state=device_bytes(state),
-        rare=device_bytes([params["embed"], params["visual"]]),
-        flow=device_bytes(params["flow"]),
-        # Without a round and with the cheapest branches, the program is a micro-turn in which every session listens.
-        listening=count_jaxpr_work(jaxpr, platform, rounds=0, least=True),
-        fullest=before_loop,
-        one_round=one_round,
-        prefill=(NARROW_PREFILL, wide_prefill(config.duplex)),
-        max_rounds=max_generated(config.duplex) + FRAMES_PER_MICRO_TURN,
+        program=MicroTurnProgram.measure(jaxpr, topology.platform, weights),
+        max_written=max_generated(config.duplex) - 1,
     )
 
 

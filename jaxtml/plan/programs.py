@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxtml.config import Config
 from jaxtml.data.rows import row_shapes
@@ -39,6 +40,15 @@ class Program(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...]
+
+
+def trace_program(make_program: Callable[[], Program], mesh: MeshShape) -> tuple[tuple[Any, ...], ClosedJaxpr]:
+    """Traces a program for a mesh whose devices need not be known; returns its arguments and its jaxpr."""
+    kind = AxisType.Explicit if mesh.devices > 1 else AxisType.Auto  # as in `make_mesh`
+    axes = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes), (kind,) * len(mesh.sizes))
+    with jax.sharding.use_abstract_mesh(axes):
+        program = make_program()
+        return program.arguments, jax.jit(program.function).trace(*program.arguments).jaxpr
 
 
 def make_training_program(config: Config, shape: MeshShape) -> Program:

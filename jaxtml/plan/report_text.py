@@ -10,13 +10,16 @@ def format_report(report: Report) -> str:
     """Returns a report as lines for people."""
     memory, limit = report["memory"], report["chip_memory_bytes"]
     if report["program"] == "serve":
-        times, floors = report["turn_ms"], report["weight_floor_ms"]
-        figures = [
-            f"{name + ' micro-turn':20}{times[name]:7.1f} ms at best, of which {floors[name]:.1f} to read the weights"
-            for name in times
-        ]
+        figures = [_format_turn(report, name) for name in report["turn_ms"]]
+        p50, p95, longest = (report["mix_ms"][name] for name in ("p50", "p95", "longest"))
+        figures.append(
+            f"sessions as in {report['mix']}: half of the micro-turns take {p50:.0f} ms or less, 95 % {p95:.0f}, "
+            f"the longest {longest:.0f}"
+        )
         most = report["sessions_at_200_ms"]
         figures.append(f"sessions           {report['sessions']:8} planned, at most {most} for micro-turns of 200 ms")
+        if not report["real_time"]:
+            figures.append("NOT IN REAL TIME: the longest micro-turn takes more than 200 ms")
     else:
         figures = [
             f"a step, at best    {report['roofline_step_ms']:8.0f} ms, bound by {report['bound_by']}",
@@ -36,3 +39,13 @@ def format_report(report: Report) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _format_turn(report: Report, name: str) -> str:
+    """Returns the line of one of the micro-turns of `turn_ms`."""
+    roofline, total = report["turn_ms"][name], report["turn_with_latency_ms"][name]
+    return (
+        f"{name + ' micro-turn':20}{total:7.1f} ms at best: roofline {roofline:.1f}, of which "
+        f"{report['weight_floor_ms'][name]:.1f} to read the weights in {report['turn_passes'][name]} passes; "
+        f"latency of {report['turn_collectives'][name]} collectives {total - roofline:.1f}"
+    )

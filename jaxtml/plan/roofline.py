@@ -2,11 +2,13 @@
 
 The time of a step is that of the slowest of four things, as if everything else were hidden behind it: matrix products
 at the published peak, bytes over links, bytes over the network between slices or hosts, and bytes of memory, each at
-its published rate. A real step is slower, because no latency of a link or a kernel is counted. Called by `report`.
+its published rate. The latency of the collectives is counted beside it, because in serving nothing hides it. A real
+step is slower: kernels have latencies too, and no rate is reached. Called by `report`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -43,23 +45,25 @@ class Memory:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a step would take if only one thing bounded it.
+    """Seconds that a step would take if only one thing bounded it, and the latency that comes on top.
 
     Attributes:
       compute: matrix products.
       links: bytes sent over links inside a slice, or between GPUs with fast links.
       network: bytes sent between slices or hosts.
       memory: bytes of memory that are read or written.
+      latency: what the collectives would take if they sent nothing.
     """
 
     compute: float
     links: float
     network: float
     memory: float
+    latency: float
 
     @property
     def step(self) -> float:
-        """Seconds of a step: those of the slowest of the four."""
+        """Seconds of a step without latency: those of the slowest of the four."""
         return max(self.compute, self.links, self.network, self.memory)
 
     @property
@@ -73,8 +77,7 @@ def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: 
 
     Fast links connect the devices of a slice of TPUs, the GPUs of one host, or for some chips (GB200) the GPUs of
     several hosts. `Topology.domain` is the number of devices that they connect; None: all devices. A collective that
-    reaches beyond these devices goes over the network. Devices that differ only in the last axes of a mesh are
-    neighbours.
+    reaches beyond these devices goes over the network.
 
     Args:
       work: of one device.
@@ -83,16 +86,40 @@ def compute_roofline(work: Work, memory_bytes: float, topology: Topology, mesh: 
       mesh: the shape of the mesh over its devices.
     """
     chip = topology.chip
-
-    def crosses(axes: tuple[str, ...]) -> bool:
-        reach = math.prod(mesh.sizes[axis] for axis in AXES[min(map(AXES.index, axes)) :])
-        return topology.domain is not None and reach > topology.domain
-
-    crossing = sum(size for (_, axes), size in work.sent.items() if crosses(axes))
-    inside = sum(work.sent.values()) - crossing
+    crossing = sum(size * _crossing_share(*key, topology, mesh) for key, size in work.sent.items())
     return Times(
         compute=work.flops * chip.devices / chip.flops,
-        links=inside * chip.devices / chip.link_rate,
+        links=sum(work.sent.values()) * chip.devices / chip.link_rate,
         network=crossing * chip.devices / chip.network_rate,
         memory=memory_bytes * chip.devices / chip.memory_rate,
+        latency=sum(times * collective_latency(*key, topology, mesh) for key, times in work.calls.items()),
     )
+
+
+def collective_latency(kind: str, axes: tuple[str, ...], topology: Topology, mesh: MeshShape) -> float:
+    """Returns the seconds that a collective would take if it sent nothing.
+
+    Each mesh axis counts as a line of neighbours, over which a number travels from one end to the other. An all_reduce
+    crosses the lines twice: to be summed, and to be brought to all devices.
+    """
+    hops = sum(mesh.sizes[axis] - 1 for axis in axes)
+    return topology.chip.launch_s + hops * topology.chip.hop_s * (2 if kind == "all_reduce" else 1)
+
+
+def _crossing_share(kind: str, axes: tuple[str, ...], topology: Topology, mesh: MeshShape) -> float:
+    """Returns the share of the bytes that a device sends in a collective which goes over the network.
+
+    Devices that differ only in the last axes of a mesh are neighbours. A collective first works between the devices
+    that fast links connect. So what has to cross the network crosses once, and these devices share it.
+    """
+    sizes = [mesh.sizes[axis] for axis in AXES]
+    strides = {axis: math.prod(sizes[i + 1 :]) for i, axis in enumerate(AXES)}
+    steps = ([i * strides[axis] for i in range(mesh.sizes[axis])] for axis in axes)
+    members = [sum(step) for step in itertools.product(*steps)]
+    near = sum(member < (topology.domain or math.inf) for member in members)
+    domains = len(members) // near
+    if domains == 1:
+        return 0
+    # A device sends the share (n - 1) / n of a collective's bytes, or of twice these bytes.
+    crossing = (domains - 1) / domains / ((len(members) - 1) / len(members))
+    return min(1, crossing if kind in ("all_to_all", "ragged_all_to_all", "ppermute") else crossing / near)

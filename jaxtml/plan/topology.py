@@ -106,6 +106,16 @@ class Topology:
             return max(self.chip.gpu.per_domain, self.shape[1])
         return None if self.slices == 1 else self.devices // self.slices
 
+    def larger(self) -> list[Topology]:
+        """Returns topologies of the same chip with two to eight times as many chips, the smallest first."""
+        if self.chip.gpu is not None:
+            hosts, gpus = self.shape
+            return [Topology(self.chip, (times * hosts, gpus)) for times in (2, 4, 8)]
+        shapes = [tuple(map(int, shape.split("x"))) for shape in _shapes(self.chip.name)]
+        cubes = {math.prod(shape): shape for shape in sorted(shapes, key=sum, reverse=True)}  # of each size
+        now = math.prod(self.shape)
+        return [Topology(self.chip, cubes[n], self.slices) for n in sorted(cubes) if 2 * now <= n <= 8 * now]
+
     @property
     def platform(self) -> str:
         """The name of the platform in JAX."""

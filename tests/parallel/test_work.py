@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxtml.parallel.mesh import MeshShape, make_mesh
-from jaxtml.parallel.work import count_work
+from jaxtml.parallel.work import Case, count_jaxpr_work, count_work, mark_pass
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 W = jax.ShapeDtypeStruct((16, 16), jnp.float32)
@@ -48,6 +48,55 @@ def test_only_the_branch_of_the_platform_counts():
     assert [count_work(split, X, W, platform=p).flops / ONCE for p in ("tpu", "cuda", "cpu")] == [1, 2, 3]
 
 
+def test_a_case_decides_branches_and_rounds():
+    def program(x, w, flag):
+        def run(width, x):
+            return mark_pass(jnp.zeros((2, width, 16)))[0, :1] + x @ w
+
+        x = jax.lax.cond(flag, lambda x: run(9, x @ w), lambda x: run(3, x), x)  # a narrow input, or a wide one
+        x = jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: run(1, x), x)
+        return jax.lax.cond(flag, lambda x: x @ w @ w @ w, lambda x: x, x)  # what only some runs need
+
+    jaxpr = jax.jit(program).trace(X, W, jax.ShapeDtypeStruct((), bool)).jaxpr
+
+    def count(*case):
+        work = count_jaxpr_work(jaxpr, "cpu", Case(*case))
+        return work.flops / ONCE, {key: times for key, times in work.passes.items() if times}
+
+    assert count(0, False, False) == (1, {(2, 3): 1})
+    assert count(0, True, False) == (2, {(2, 9): 1})
+    assert count(4, False, True) == (1 + 4 + 3, {(2, 3): 1, (2, 1): 4})
+
+
+def test_a_condition_inside_a_layer_counts_with_its_work_whatever_the_case():
+    def program(x, w, flags):
+        return jax.lax.scan(lambda x, flag: (jax.lax.cond(flag, lambda x: x @ w, lambda x: x, x), None), x, flags)[0]
+
+    jaxpr = jax.jit(program).trace(X, W, jax.ShapeDtypeStruct((6,), bool)).jaxpr
+    assert count_jaxpr_work(jaxpr, "cpu", Case(0, False, False)).flops == 6 * ONCE
+
+
+def test_weights_are_read_as_often_as_an_operation_takes_them():
+    stack, table = jax.ShapeDtypeStruct((5, 16, 16), jnp.bfloat16), jax.ShapeDtypeStruct((1000, 16), jnp.bfloat16)
+    unused = jax.ShapeDtypeStruct((99, 99), jnp.bfloat16)
+
+    def program(stack, table, unused, ids, x):
+        del unused
+        x = x + table[ids]  # reads eight rows
+
+        def layer(x, i):
+            return jnp.tanh(x @ stack[i].astype(jnp.float32)), None  # one layer of the stack
+
+        x, _ = jax.lax.scan(layer, x, jnp.arange(5))
+        return x @ stack[0].astype(jnp.float32)
+
+    arguments = (stack, table, unused, jax.ShapeDtypeStruct((8,), jnp.int32), X)
+    jaxpr = jax.jit(program).trace(*arguments).jaxpr
+    assert count_jaxpr_work(jaxpr, "cpu", weights=(True,) * 3).read == 2 * (6 * 16 * 16 + 8 * 16)
+    assert count_jaxpr_work(jaxpr, "cpu", weights=(False, True)).read == 2 * 8 * 16
+    assert count_jaxpr_work(jaxpr, "cpu").read == 0
+
+
 def test_collectives_count_by_kind_axis_and_bytes():
     mesh = make_mesh(MeshShape(data=4, expert=2))
 
@@ -72,6 +121,7 @@ def test_collectives_count_by_kind_axis_and_bytes():
         ("all_reduce", ("expert",)): 3 * 2 * 16 * 4 / 2,
         ("reduce_scatter", ("data", "expert")): 16 * 4 * 7 / 8,
     }
+    assert list(work.calls.values()) == [1, 3, 1]
     assert work.flops == 3 * 2 * 16 * 16
 
 

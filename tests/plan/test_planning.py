@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxtml import config as configs
 from jaxtml.errors import InputError
+from jaxtml.model.duplex.grammar import max_generated
+from jaxtml.model.duplex.state import NARROW_PREFILL, wide_prefill
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
-from jaxtml.parallel.work import count_work
-from jaxtml.plan.planning import make_plan, measure_serving_load
-from jaxtml.plan.programs import make_serving_program, make_training_program
+from jaxtml.parallel.work import count_jaxpr_work
+from jaxtml.plan.micro_turn import Turn
+from jaxtml.plan.mix import DEFAULT, Mix
+from jaxtml.plan.planning import Plan, make_plan, measure_serving_load
+from jaxtml.plan.programs import device_bytes, make_serving_program, make_training_program, trace_program
+from jaxtml.plan.real_time import TooSlow, check_real_time, longest_ms
+from jaxtml.plan.report import time_course
+from jaxtml.plan.topology import Topology
 from tests.plan.compilers import CUDA, LIBTPU, ROOT, environment
 
+MESH_8 = MeshShape(expert=2, tensor=4)
 KEYS = {"chips", "bytes_per_chip", "chip_memory_bytes", "flops_per_chip", "flops_ratio", "collective_bytes",
         "roofline_step_ms", "tokens_per_s_per_chip", "mfu"}  # fmt: skip
 NEEDS_LIBTPU = pytest.mark.skipif(not LIBTPU, reason="needs libtpu (pip install -e '.[plan]')")
@@ -32,10 +40,8 @@ def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():
     """Counts FLOPs for 4,096 tokens per chip, with all of a layer computed again in the backward pass."""
     shape = MeshShape(data=16, expert=8)
     config = configs.load("tml_interaction_small", ["train.batch=128", "train.capacity=1.1"])
-    axes = (AxisType.Explicit,) * 4
-    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
-        program = make_training_program(config, shape)
-        work = count_work(program.function, *program.arguments, platform="tpu")
+    _, jaxpr = trace_program(partial(make_training_program, config, shape), shape)
+    work = count_jaxpr_work(jaxpr, "tpu")
     needed = train_flops_per_token(config) * config.data.tokens
     assert work.open_loops == 0
     assert 4 / 3 <= work.flops / needed < 1.1 * 4 / 3
@@ -47,7 +53,7 @@ def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_a_plan_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"no compiler for it here \(pip install libtpu\)") as refused:
-        make_plan(configs.load("tiny"), "v5e:2x2", None, "train")
+        make_plan(Plan(configs.load("tiny"), "train", Mix.read(DEFAULT)), "v5e:2x2", None)
     assert "\n" not in str(refused.value)
 
 
@@ -115,7 +121,9 @@ def test_a_mesh_that_is_no_product_of_the_torus_sides_is_planned_too(tmp_path):
 
 @NEEDS_LIBTPU
 def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
-    done = run_plan(tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--set", "serve.sessions=40000")
+    done = run_plan(
+        tmp_path, "--topology", "v5e:1x1", "--program", "serve", "--slow-too", "--set", "serve.sessions=40000"
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
@@ -125,23 +133,50 @@ def test_a_program_that_does_not_fit_is_refused_with_what_would_help(tmp_path):
 
 
 def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_that_it_needs():
-    """Traces the program of eight chips with 32 sessions: what a device holds, and what it multiplies in a round.
-
-    A micro-turn ends with a loop. In each round of the loop, every session writes a token or speaks 50 ms.
-    """
-    shape = MeshShape(expert=2, tensor=4)
+    """Traces the program of eight chips with 32 sessions: what a device holds, and what it multiplies in a round."""
     config = configs.load("tml_interaction_small")
-    axes = (AxisType.Explicit,) * 4
-    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(shape.sizes.values()), tuple(shape.sizes), axes)):
-        program = make_serving_program(config, shape, "tpu")
-        jaxpr = jax.jit(program.function).trace(*program.arguments).jaxpr
-    load = measure_serving_load(config, shape, program.arguments, jaxpr, "tpu")
+    load = measure_serving_load(config, Topology.parse("v5p:2x2x2"), MESH_8)
     routed = 42 * 256 * 3 * 4096 * 2048 * 2
     assert load.experts == routed / 8
     assert load.state > 32 * 7 * 32_768 * 2 * 1024 * 2 / 8  # keys and values of global layers alone
-    assert load.max_rounds == 9 + 12 + 2 + 4 and load.prefill == (6, 6 + 32 + 153)
-    # A device has 96 choices, and multiplies at most a block of eight rows for each choice. A dense product would
-    # multiply 128 experts for each of 32 sessions. `rows_of_experts` is the FLOPs of a round, divided by the FLOPs of
-    # one row with a quarter of one expert in each layer. The round also has attention and all other parts.
-    rows_of_experts = load.one_round.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
-    assert 96 < rows_of_experts < 16 * 96
+    program = load.program
+    assert load.max_written == max_generated(config.duplex) - 1
+    assert program.narrow.positions == NARROW_PREFILL and program.wide.positions == wide_prefill(config.duplex)
+    # A position has six choices of expert in each of 42 layers, and a device multiplies at most a block of eight rows
+    # for each choice of its experts. A dense product would multiply 128 experts for each position. `rows` is the FLOPs
+    # of a round, divided by the FLOPs of one row with a quarter of one expert in each layer. The round also has
+    # attention and all other parts.
+    rows = program.writing.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
+    choices = 32 * program.round_positions * 6 / 2
+    assert choices < rows < 16 * choices
+    # All weights but the vision tower, the flow head, the vocoder and most rows of the embedding are read once.
+    arguments, _ = trace_program(partial(make_serving_program, config, MESH_8, "tpu"), MESH_8)
+    unread = device_bytes([arguments[0][name] for name in ("embed", "visual", "flow", "vocoder")])
+    assert program.narrow.read == pytest.approx(load.weights - unread, rel=0.01)
+
+
+@pytest.mark.parametrize("sessions", [32, 40])
+def test_a_pass_of_the_large_model_on_32_chips_has_few_collectives(sessions):
+    config = configs.load("tml_interaction_small", [f"serve.sessions={sessions}"])
+    load = measure_serving_load(config, Topology.parse("v6e:4x8"), MeshShape(expert=8, tensor=4))
+    for work in (load.program.narrow, load.program.writing, load.program.speaking):
+        assert 2 * 44 < sum(work.calls.values()) <= 120 * sum(work.passes.values())
+    assert longest_ms(config, load, Topology.parse("v6e:4x8"), MeshShape(expert=8, tensor=4)) <= 200
+
+
+def test_a_server_whose_longest_micro_turn_takes_too_long_is_refused_with_what_would_do():
+    config = configs.load("tml_interaction_small", ["duplex.max_heard=40", "duplex.max_text=60"])
+    mesh, v6e = MeshShape(expert=8, tensor=4), Topology.parse("v6e:4x8")
+    with pytest.raises(TooSlow) as refused:
+        check_real_time(config, v6e, mesh, measure_serving_load, lambda *_: MeshShape(expert=16, tensor=4))
+    message = str(refused.value)
+    assert "\n" not in message and "is not served in real time on v6e:4x8: its longest micro-turn takes" in message
+    found = re.search(r"duplex.max_heard=(\d+) with duplex.max_text=(\d+) \((\d+) ms\)", message)
+    assert found is not None and int(found[1]) + int(found[2]) < 100
+
+    bounds = [f"duplex.max_heard={found[1]}", f"duplex.max_text={found[2]}"]
+    changed = configs.load("tml_interaction_small", bounds)
+    load = measure_serving_load(changed, v6e, mesh)
+    assert longest_ms(changed, load, v6e, mesh) == pytest.approx(float(found[3]), abs=0.5) and int(found[3]) <= 200
+    one_more = load.program.course(Turn(True, load.max_written + 1, True), 0)
+    assert time_course(changed, load, v6e, mesh, one_more).total > 0.2

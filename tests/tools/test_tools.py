@@ -6,6 +6,7 @@ that start servers, or that change the state of their process, run in a process 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -26,8 +27,10 @@ from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.tokenizer import load_tokenizer
 from jaxtml.data.bank import Bank
 from jaxtml.data.talks import recorded_prompts
+from jaxtml.model.duplex.grammar import max_generated
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import init_params
+from jaxtml.plan.mix import parse_mix
 from jaxtml.stream.timebase import SAMPLE_RATE
 from tests.data.tones import write_data_folder
 from tests.oracle import TORCHVISION, oracle_environment
@@ -46,6 +49,7 @@ BAD_INPUT = {
     "tools/benchmarks/load.py": ("--wav", MISSING),
     "tools/benchmarks/long_session.py": ("--checkpoint", MISSING),
     "tools/benchmarks/plan_table.py": ("no-such-row",),
+    "tools/benchmarks/session_mix.py": ("tiny", "--data", MISSING),
     "tools/benchmarks/session_latency.py": ("--checkpoint", MISSING),
     "tools/benchmarks/soak.py": ("--recording", MISSING),
     "tools/benchmarks/talk_memory.py": ("no_such_config", "--data", MISSING),
@@ -181,16 +185,33 @@ def test_long_session_runs(monkeypatch, capsys, recording, checkpoint):
 
 
 @pytest.mark.skipif(not compilers.LIBTPU, reason="needs libtpu: pip install -e '.[plan]'")
-def test_plan_table_runs(checkpoint):
-    arguments = ("--config", str(checkpoint / "config.json"), "serve-tpu7x-8")
+def test_plan_table_runs(small, tmp_path):
+    b = small.backbone  # the row splits heads over four devices
+    kinds = {name: dataclasses.replace(getattr(b, name), n_heads=4, n_kv_heads=4) for name in ("sliding", "global_")}
+    config = dataclasses.replace(small, backbone=dataclasses.replace(b, **kinds))
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    arguments = ("--config", str(tmp_path / "config.json"), "serve-tpu7x-16")
     row = run("tools/benchmarks/plan_table.py", *arguments, environment=compilers.environment())
-    assert row.startswith("| serve-tpu7x-8 | tpu7x:2x2x1 | ") and "micro-turn" in row
+    assert row.startswith("| serve-tpu7x-16 | tpu7x:2x2x2 | ") and "listening, speaking, longest" in row
 
 
 def test_session_latency_runs(recording, checkpoint):
     arguments = ("--warm-runs", "1", "--recording", recording, "--checkpoint", str(checkpoint), "--json")
     result = json.loads(run("tools/benchmarks/session_latency.py", *arguments))
     assert result["first_turn_warm_s"] > 0 and 0 < result["step_ms_median"] <= result["step_ms_worst"]
+
+
+def test_session_mix_runs(monkeypatch, capsys, small, codec, tmp_path):
+    write_data_folder(tmp_path, codec)
+    (tmp_path / "config.json").write_text(configs.to_json(small))
+    arguments = (str(tmp_path / "config.json"), "--data", str(tmp_path), "--rows", "3", "--confirmed", "1.5")
+    capsys.readouterr()  # the progress of the data folder
+    assert run_here(monkeypatch, "tools/benchmarks/session_mix.py", *arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < sum(turn["count"] for turn in found["turns"]) <= 3 * small.data.turns  # rows may cut a talk off
+    assert any(turn["speaks"] for turn in found["turns"])
+    assert max(turn["written"] for turn in found["turns"]) <= max_generated(small.duplex) - 1
+    assert parse_mix("", found).confirmed == 1.5
 
 
 def test_soak_runs(recording, checkpoint):

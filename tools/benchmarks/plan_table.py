@@ -30,11 +30,11 @@ BFLOAT16 = ("--set", "train.param_dtype=bfloat16", "--set", "train.moment_dtype=
 ROWS: dict[str, tuple[str, ...]] = {
     "train-v5p-float32": TRAIN,
     "train-v5p-bfloat16": (*TRAIN, *BFLOAT16),
-    "serve-v5p-16": ("--program", "serve", "--topology", "v5p:2x2x2", "--mesh", "expert=2,tensor=4"),
+    "serve-v5p-32": ("--program", "serve", "--topology", "v5p:2x2x4", "--mesh", "expert=4,tensor=4"),
     "serve-v6e-32": ("--program", "serve", "--topology", "v6e:4x8", "--mesh", "expert=8,tensor=4"),
     "serve-v6e-16-int8": ("--program", "serve", "--topology", "v6e:4x4", "--mesh", "expert=4,tensor=4",
                           "--set", "serve.int8_experts=true"),
-    "serve-tpu7x-8": ("--program", "serve", "--topology", "tpu7x:2x2x1", "--mesh", "expert=4,tensor=2"),
+    "serve-tpu7x-16": ("--program", "serve", "--topology", "tpu7x:2x2x2", "--mesh", "expert=4,tensor=4"),
     "serve-h100-16": ("--program", "serve", "--topology", "h100:2x8", "--mesh", "expert=2,tensor=8"),
 }  # fmt: skip
 MENTIONED_BYTES = 5e7  # smaller kinds of memory are left out of the row
@@ -43,7 +43,7 @@ MENTIONED_BYTES = 5e7  # smaller kinds of memory are left out of the row
 def plan(config: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     """Runs `jaxtml plan` and returns its report, with the seconds and the peak memory of the process."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "jaxtml", "plan", config, *arguments, "--json"]
+    command = [sys.executable, "-m", "jaxtml", "plan", config, *arguments, "--slow-too", "--json"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
@@ -55,12 +55,26 @@ def plan(config: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     return report | {"plan_s": time.perf_counter() - began, "plan_bytes": usage.ru_maxrss * 1024}
 
 
+def serving_speed(report: dict[str, Any]) -> str:
+    """Returns the times of a server's micro-turns in words: without latency, and with the latency of collectives."""
+    roofs, times = ([f"{report[key][name]:.0f}" for name in report["turn_ms"]]
+                    for key in ("turn_ms", "turn_with_latency_ms"))  # fmt: skip
+    counts = [f"{report[key]['listening']}, {report[key]['speaking']}, {report[key]['longest']}"
+              for key in ("turn_passes", "turn_collectives")]  # fmt: skip
+    mixed = ", ".join(f"{name} {ms:.0f}" for name, ms in report["mix_ms"].items())
+    mark = "" if report["real_time"] else "**not in real time**: "
+    return (
+        f"{mark}listening, speaking, longest {', '.join(times)} ms (rooflines {', '.join(roofs)}; passes {counts[0]}; "
+        f"collectives {counts[1]}); mix {mixed} ms"
+    )
+
+
 def table_row(name: str, report: dict[str, Any]) -> str:
     """Returns a report as a line of a Markdown table."""
     if report["program"] == "train":
         speed = f"step {report['roofline_step_ms']:.0f} ms, {report['flops_ratio'] / (4 / 3):.3f} x ideal FLOPs"
     else:
-        speed = f"micro-turn {report['turn_ms']['listening']:.0f} to {report['turn_ms']['speaking']:.0f} ms"
+        speed = serving_speed(report)
     sizes = {kind: size for kind, size in report["memory"].items() if size > MENTIONED_BYTES}
     parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sizes.items())
     memory = f"{report['bytes_per_chip'] / 1e9:.1f} of {report['chip_memory_bytes'] / 1e9:.0f} ({parts})"

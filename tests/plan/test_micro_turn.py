@@ -1,0 +1,82 @@
+"""The passes that a plan counts in the traced program are those that a run of the program makes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxtml.model.backbone import Backbone
+from jaxtml.model.duplex.programs import Duplex
+from jaxtml.model.interaction import InteractionModel
+from jaxtml.parallel.mesh import MeshShape
+from jaxtml.parallel.work import Work
+from jaxtml.plan.micro_turn import SPEECH_POSITIONS, Course, MicroTurnProgram, Turn
+from jaxtml.plan.programs import make_serving_program, trace_program
+from tests.model.duplex.running import mixed_inputs
+
+MICRO_TURNS = 30
+
+
+def count_passes(program: MicroTurnProgram, turn: Turn, confirmed: float) -> int:
+    parts = program.parts(program.course(turn, confirmed))
+    return sum(often * sum(work.passes.values()) for work, often in parts)
+
+
+def test_a_run_makes_the_passes_that_the_plan_counts(small, lively, monkeypatch):
+    mesh = MeshShape()
+    _, jaxpr = trace_program(partial(make_serving_program, small, mesh, "tpu"), mesh)
+    program = MicroTurnProgram.measure(jaxpr, "tpu", ())
+
+    ran: list[int] = []  # positions of each pass
+    forward = Backbone.forward_cached
+
+    def counted(self, layers, x, *rest):
+        jax.debug.callback(lambda: ran.append(x.shape[1]))
+        return forward(self, layers, x, *rest)
+
+    monkeypatch.setattr(Backbone, "forward_cached", counted)
+    duplex = Duplex(InteractionModel(small))
+    params, step, state = jax.jit(duplex.prepare)(lively(small)), jax.jit(duplex.step), duplex.init_state(1, 3)
+    seen = set()
+    for inputs in mixed_inputs(duplex, 1, MICRO_TURNS, starts=(0,)):
+        ran.clear()
+        state, out = step(params, state, inputs)
+        jax.block_until_ready(state)
+        jax.effects_barrier()
+        if not inputs.active[0]:
+            continue
+        given = bool(inputs.typed_length[0] or inputs.patch_count[0])
+        turn = Turn(given, int(out.count[0]) - 1, bool(out.speaking[0]))
+        # Guessed tokens may be confirmed. Without guesses, both bounds are the same.
+        most, least = (count_passes(program, turn, confirmed) for confirmed in (0, math.inf))
+        assert least <= len(ran) <= most, turn
+        assert ran[0] == (program.wide if given else program.narrow).positions
+        assert turn.written or set(ran[1:]) <= {program.round_positions, SPEECH_POSITIONS}
+        seen.add((given, turn.written > 0, turn.speaks))
+    assert {flag for turn in seen for flag in enumerate(turn)} == {(i, b) for i in range(3) for b in (False, True)}
+
+
+def work(positions: int, passes: int = 1) -> Work:
+    made = Work()
+    made.passes[4, positions] = passes
+    return made
+
+
+def test_speech_runs_in_the_loop_or_in_its_own_pass():
+    in_loop = MicroTurnProgram(work(6), work(40), work(1), work(1), speech=Work())
+    assert in_loop.course(Turn(True, 3, True), 0) == Course(True, 3 + SPEECH_POSITIONS, True)
+    assert [often for _, often in in_loop.parts(Course(True, 8, True))] == [1, 3, 5, 1]
+    own_pass = MicroTurnProgram(work(6), work(40), work(5), work(5), speech=work(SPEECH_POSITIONS))
+    assert own_pass.course(Turn(False, 3, True), 0) == Course(False, 3, True)
+    assert own_pass.course(Turn(False, 3, True), 1) == Course(False, 2, True)
+    assert own_pass.course(Turn(False, 11, True), 99) == Course(False, 3, True)  # a round confirms four guesses at most
+    parts = own_pass.parts(Course(False, 2, True))
+    assert [(work.positions, often) for work, often in parts] == [(6, 1), (5, 2), (5, 1)]
+
+
+def test_a_session_that_only_listens_needs_one_pass():
+    program = MicroTurnProgram(work(6), work(40), work(1), work(1), Work())
+    assert program.parts(program.course(Turn(False, 0, False), np.inf)) == [(program.narrow, 1)]

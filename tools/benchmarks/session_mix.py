@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Measures what sessions do in their micro-turns, on generated conversations; prints a mix for `jaxtml plan --mix`.
+
+For each micro-turn of the split "test" it counts whether typed text or pictures come in, how many text tokens the
+session writes before the gate, and whether it speaks. The data comes from `jaxtml data`. `--confirmed` goes into the
+mix as it is: how many guessed tokens the model confirms in a round, which conversations do not tell.
+
+    tools/benchmarks/session_mix.py --data DATA > mix.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from jaxtml import config as configs
+from jaxtml.checkpoint.files import TOKENIZER
+from jaxtml.commands.arguments import add_config, count, run_tool, tool_parser
+from jaxtml.data.dataset import ConversationDataset, open_dataset
+from jaxtml.errors import InputError
+from jaxtml.stream.layout import EncodedConversation
+from jaxtml.stream.text import TextCodec
+from jaxtml.stream.tokens import Control, PositionKind
+
+
+def count_turns(encoded: EncodedConversation, control_base: int) -> Counter[tuple[bool, int, bool]]:
+    """Counts (text or pictures come in, text tokens written before the gate, speaks) of each micro-turn."""
+    kinds, ids = encoded.kind, encoded.ids
+    turns: Counter[tuple[bool, int, bool]] = Counter()
+    for micro_turn in range(len(encoded.clock)):
+        here = encoded.micro_turn == micro_turn
+        user = np.flatnonzero(here & (kinds == PositionKind.USER))
+        patches = (kinds[here] == PositionKind.PATCH).any()
+        text = np.flatnonzero(here & (kinds == PositionKind.TEXT))
+        gate = np.isin(ids[text], [control_base + Control.LISTEN, control_base + Control.SPEAK])
+        written = ((text > user[-1]) & ~gate).sum()
+        speaks = (kinds[here] == PositionKind.OWN).any()
+        turns[bool(patches or (text < user[0]).any()), int(written), bool(speaks)] += 1
+    return turns
+
+
+def measure(args: argparse.Namespace) -> None:
+    config = configs.load(args.config, args.set)
+    codec = TextCodec.load(args.data / TOKENIZER)
+    dataset = open_dataset(config, codec, args.data, "test")
+    if not isinstance(dataset, ConversationDataset):
+        raise InputError(f"the dataset {config.data.dataset} has no conversations: name one that has")
+    turns: Counter[tuple[bool, int, bool]] = Counter()
+    for index in range(args.rows):
+        turns += count_turns(dataset.encoded(index), config.duplex.control_base)
+    entries = [
+        {"given": given, "written": written, "speaks": speaks, "count": count}
+        for (given, written, speaks), count in turns.most_common()
+    ]
+    measured = f"{args.rows} conversations of {config.name}"
+    print(json.dumps({"measured": measured, "confirmed": args.confirmed, "turns": entries}, indent=1))
+
+
+if __name__ == "__main__":
+    parser = tool_parser(__doc__, "tools/benchmarks/session_mix.py tiny --data DATA --rows 500")
+    add_config(parser)
+    parser.add_argument("--data", type=Path, required=True, help="what `jaxtml data` wrote")
+    parser.add_argument("--rows", type=count, default=500, help="conversations to count (default: 500)")
+    parser.add_argument("--confirmed", type=float, default=0.0, help="guessed tokens that are confirmed (default: 0)")
+    run_tool(parser, measure)
