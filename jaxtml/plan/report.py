@@ -93,9 +93,6 @@ def _report_common(
 class ServingLoad:
     """What a device of a serving program holds and does. Bytes and work are those of one device.
 
-    In a micro-turn the model first reads the input. A loop then generates text and speech: each round of the loop
-    generates one position of every session that is not done.
-
     Attributes:
       sessions: on all devices, a multiple of `session_shards`.
       session_shards: the number of parts into which the mesh splits the sessions.
