@@ -14,7 +14,8 @@ from tests.commands.documented import TOOLS
 
 TIMES_AND_SIZES = {"seconds", "minutes", "gigabytes", "megabytes", "bytes", "micro-turns"}
 THINGS = {"steps", "hosts", "processes", "threads", "sessions", "clients", "starts", "port", "seed", "examples", "rows"}
-UNITS = TIMES_AND_SIZES | THINGS | {"sentences", "utterances", "pairs", "repetitions"}
+UNITS = {*TIMES_AND_SIZES, *THINGS, "hours", "share", "tokens", "conversations"}
+UNITS |= {"sentences", "utterances", "pairs", "repetitions"}
 """What a number counts. A word of the option's name, or of its help, has to be one of these."""
 
 

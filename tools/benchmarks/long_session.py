@@ -200,9 +200,14 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, "tools/benchmarks/long_session.py --hours 8 --talk 0.02")
     add_checkpoint(parser)
     add_recording(parser, "what the user says now and then")
-    parser.add_argument("--hours", type=number(0.001, 24), default=8, help="length of the session (default: 8)")
-    parser.add_argument("--talk", type=number(0.0001, 1), default=0.02, help="share of the recording (default: 0.02)")
-    parser.add_argument("--window", type=count, default=512, help="window of the global layers (default: 512)")
+    parser.add_argument("--hours", type=number(0.001, 24), default=8, help="hours that the session lasts (default: 8)")
+    parser.add_argument(
+        "--talk",
+        type=number(0.0001, 1),
+        default=0.02,
+        help="share of the session in which the recording plays (default: 0.02)",
+    )
+    parser.add_argument("--window", type=count, default=512, help="tokens that global layers see (default: 512)")
     parser.add_argument("--retained", type=count, default=4096, help="tokens that they retain (default: 4096)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, benchmark)

@@ -65,5 +65,7 @@ if __name__ == "__main__":
     add_config(parser)
     parser.add_argument("--data", type=Path, required=True, help="what `jaxtml data` wrote")
     parser.add_argument("--rows", type=count, default=500, help="conversations to count (default: 500)")
-    parser.add_argument("--confirmed", type=float, default=0.0, help="guessed tokens that are confirmed (default: 0)")
+    parser.add_argument(
+        "--confirmed", type=float, default=0.0, help="guessed tokens that each round of the loop confirms (default: 0)"
+    )
     run_tool(parser, measure)

@@ -160,7 +160,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--conversations", type=count, default=200, help="conversations to measure (default: 200)")
     parser.add_argument(
-        "--window", type=count, action="append", default=[], help="also describe this window, in the same bytes"
+        "--window",
+        type=count,
+        action="append",
+        default=[],
+        help="also describe a window of this many tokens, in the same bytes (default: the config's window alone)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, report)
