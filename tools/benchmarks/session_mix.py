@@ -11,7 +11,6 @@ mix as it is: how many guessed tokens the model confirms in a round, which conve
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from jaxtml.errors import InputError
 from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
 from jaxtml.stream.tokens import Control, PositionKind
+from jaxtml.strict_json import dumps
 
 
 def count_turns(encoded: EncodedConversation, control_base: int) -> Counter[tuple[bool, int, bool]]:
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> None:
         for (given, written, speaks), count in turns.most_common()
     ]
     measured = f"{args.rows} conversations of {config.name}"
-    print(json.dumps({"measured": measured, "confirmed": args.confirmed, "turns": entries}, indent=1))
+    print(dumps({"measured": measured, "confirmed": args.confirmed, "turns": entries}, indent=1))
 
 
 if __name__ == "__main__":
