@@ -44,12 +44,14 @@ class Rates(NamedTuple):
     Attributes:
       tokens: all tokens.
       retained: tokens that are retained.
+      retained_words: those of them that are words or parts of words; the others are control tokens.
       words: words that both sides say.
       with_text: the share of micro-turns that have text.
     """
 
     tokens: float
     retained: float
+    retained_words: float
     words: float
     with_text: float
 
@@ -72,9 +74,9 @@ class Memory(NamedTuple):
     talk_min: float
 
 
-def measure_rates(dataset: ConversationDataset, conversations: int) -> Rates:
-    """Measures the rates of the first conversations of a dataset."""
-    tokens = retained = words = micro_turns = with_text = 0
+def measure_rates(dataset: ConversationDataset, control_base: int, conversations: int) -> Rates:
+    """Measures the rates of the first conversations of a dataset. Ids from `control_base` on are control tokens."""
+    tokens = retained = retained_words = words = micro_turns = with_text = 0
     for index in range(conversations):
         encoded = dataset.encoded(index)
         kind = jnp.asarray(encoded.kind[None])
@@ -82,6 +84,7 @@ def measure_rates(dataset: ConversationDataset, conversations: int) -> Rates:
         mask = np.asarray(is_retained(kind, number))
         tokens += mask.size
         retained += int(mask.sum())
+        retained_words += int((mask[0] & (encoded.kind == PositionKind.TEXT) & (encoded.ids < control_base)).sum())
         turns = len(encoded.clock)
         micro_turns += turns
         with_text += int((mask & (kind == PositionKind.TURN)).sum())
@@ -89,7 +92,8 @@ def measure_rates(dataset: ConversationDataset, conversations: int) -> Rates:
         said = [word for speech in conversation.speech for word in speech.words]
         words += sum(word.end_s <= stop_s for word in (*conversation.user_words, *said))
     seconds = micro_turns * MICRO_TURN_MS / 1000
-    return Rates(tokens / seconds, retained / seconds, words / seconds, with_text / micro_turns)
+    counts = (count / seconds for count in (tokens, retained, retained_words, words))
+    return Rates(*counts, with_text / micro_turns)
 
 
 def describe_memory(config: Config, rates: Rates) -> Memory:
@@ -126,15 +130,16 @@ def report(args: argparse.Namespace) -> None:
     if not isinstance(dataset, ConversationDataset):
         raise InputError(f"data.dataset {config.data.dataset!r}: its rows are no conversations, name another dataset")
     others = [with_window(config, window) for window in args.window]
-    rates = measure_rates(dataset, args.conversations)
+    rates = measure_rates(dataset, config.duplex.control_base, args.conversations)
     memories = [describe_memory(one, rates) for one in (config, *others)]
     if args.json:
         print(dumps({"rates": rates._asdict(), "memories": [memory._asdict() for memory in memories]}))
         return
     console = Console()
     console.print(
-        f"per second: {rates.tokens:.1f} tokens, {rates.retained:.2f} retained, {rates.words:.2f} words "
-        f"({60 * rates.words:.0f} a minute); {rates.with_text:.0%} of the micro-turns have text"
+        f"per second: {rates.tokens:.1f} tokens; {rates.retained:.2f} are retained, {rates.retained_words:.2f} of them "
+        f"for {rates.words:.2f} words ({60 * rates.words:.0f} a minute); {rates.with_text:.0%} of the micro-turns have "
+        "text"
     )
     table = Table("window", "retained", "bytes of a session", "everything of the last", "text of the last")
     for memory in memories:
