@@ -92,8 +92,9 @@ def measure_rates(dataset: ConversationDataset, control_base: int, conversations
         said = [word for speech in conversation.speech for word in speech.words]
         words += sum(word.end_s <= stop_s for word in (*conversation.user_words, *said))
     seconds = micro_turns * MICRO_TURN_MS / 1000
-    counts = (count / seconds for count in (tokens, retained, retained_words, words))
-    return Rates(*counts, with_text / micro_turns)
+    return Rates(
+        tokens / seconds, retained / seconds, retained_words / seconds, words / seconds, with_text / micro_turns
+    )
 
 
 def describe_memory(config: Config, rates: Rates) -> Memory:
