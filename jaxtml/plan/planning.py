@@ -138,7 +138,8 @@ def usual_serving_mesh(config: Config, topology: Topology) -> MeshShape:
     """Returns the mesh for a plan of serving that names none: that with the shortest longest micro-turn.
 
     `tensor` may be any number that divides the devices of a slice and the key/value heads. Of the remaining devices of
-    the slice, `expert` is the largest divisor that divides both sessions and experts. The rest is `data`.
+    the slice, `expert` is the largest divisor that divides both sessions and experts. The rest is `data`. Only meshes
+    that can share the sessions evenly are considered, if there are any.
     """
     b = config.backbone
     slice_devices = topology.devices // topology.slices
@@ -147,6 +148,9 @@ def usual_serving_mesh(config: Config, topology: Topology) -> MeshShape:
     for tensor in (n for n in range(1, most + 1) if most % n == 0):
         expert = math.gcd(slice_devices // tensor, config.serve.sessions, b.n_experts)
         meshes.append(MeshShape(data=topology.devices // (expert * tensor), expert=expert, tensor=tensor))
+
+    shards = {mesh: Placement(mesh, config.serve.transport).session_shards for mesh in meshes}
+    meshes = [mesh for mesh in meshes if config.serve.sessions % shards[mesh] == 0] or meshes[:1]
 
     def longest(mesh: MeshShape) -> float:
         return longest_ms(config, measure_serving_load(config, topology, mesh), topology, mesh)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from jaxtml.config import Config, DuplexConfig
 from jaxtml.errors import InputError
+from jaxtml.model.placement import Placement
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.plan.micro_turn import Course, Turn
 from jaxtml.plan.report import ServingLoad, named_courses, time_course
@@ -90,6 +91,8 @@ def _remedies(
     yield from _shorter_texts(config, load, topology, mesh)
     for larger in topology.larger():
         other = usual_mesh(config, larger)
+        if config.serve.sessions % Placement(other, config.serve.transport).session_shards:
+            continue  # so many chips cannot share so few sessions
         ms = longest_ms(config, measure(config, larger, other), larger, other)
         if ms <= MICRO_TURN_MS:
             yield str(larger), ms

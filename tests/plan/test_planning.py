@@ -22,7 +22,7 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import count_jaxpr_work
 from jaxtml.plan.micro_turn import Turn
 from jaxtml.plan.mix import DEFAULT, Mix
-from jaxtml.plan.planning import Plan, make_plan, measure_serving_load
+from jaxtml.plan.planning import Plan, make_plan, measure_serving_load, usual_serving_mesh
 from jaxtml.plan.programs import device_bytes, make_serving_program, make_training_program, trace_program
 from jaxtml.plan.real_time import TooSlow, check_real_time, longest_ms
 from jaxtml.plan.report import time_course
@@ -180,3 +180,11 @@ def test_a_server_whose_longest_micro_turn_takes_too_long_is_refused_with_what_w
     assert longest_ms(changed, load, v6e, mesh) == pytest.approx(float(found[3]), abs=0.5) and int(found[3]) <= 200
     one_more = load.program.course(Turn(True, load.max_written + 1, True), 0)
     assert time_course(changed, load, v6e, mesh, one_more).total > 0.2
+
+
+def test_the_usual_mesh_of_serving_shares_the_sessions_and_is_the_fastest():
+    config = configs.load("tiny", ["serve.sessions=4"])
+    v6e = Topology.parse("v6e:2x4")  # eight chips: with tensor=1, eight devices would have to share four sessions
+    mesh = usual_serving_mesh(config, v6e)
+    assert mesh == MeshShape(expert=4, tensor=2)
+    assert usual_serving_mesh(config, Topology.parse("v6e:1x1")) == MeshShape()
