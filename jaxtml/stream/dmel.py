@@ -1,13 +1,14 @@
 """Turns audio into dMel, the 16-level log-mel frames that the model hears.
 
-- A whole recording: `quantise(log_mel(wave))`. `jaxtml.stream.encoding` does so for training data.
-- One micro-turn at a time: `DmelStream.step`. The server and `converse` do so. The bins equal those of the whole
-  recording, bit for bit.
+- A whole recording: `user_dmel(wave)`. `jaxtml.stream.encoding` does so for training data.
+- One micro-turn at a time: `DmelStream.step`. Every session does so. The bins equal those of the whole recording, bit
+  for bit.
 - Inside a compiled step: `quantise_jax`, for the speech that the model feeds back to itself.
 - `fine_log_mel` makes the finer frames that the flow head learns to predict and that the vocoder speaks from.
 
-The recipe is the one released with the Inkling model (`InklingFeatureExtractor` and `InklingProcessor` of transformers
-5.23). The tests check that the bins equal the bins of that code. Everything but `quantise_jax` is numpy on the host.
+The user's sound is rounded to 16 bits first (`to_16_bits`). The rest of the recipe is the one released with the Inkling
+model (`InklingFeatureExtractor` and `InklingProcessor` of transformers 5.23). The tests check that the bins equal the
+bins of that code. Everything but `quantise_jax` is numpy on the host.
 
 Axes: N samples at 16 kHz, F frames (coarse: one per 800 samples; fine: one per 200), K FFT bins, 80 mel channels.
 """
@@ -166,6 +167,25 @@ def quantise_jax(log_mel: jax.Array) -> jax.Array:
     return jnp.sum(log_mel.astype(jnp.float32)[..., None] >= _EDGES, axis=-1, dtype=jnp.int32)
 
 
+def to_16_bits(wave: np.ndarray) -> np.ndarray:
+    """Returns `[N]` float32 samples rounded to the steps of a 16-bit recording, 1 / 32768. Nothing is clipped.
+
+    Most sound has been rounded before: samples from a 16-bit file or connection come back unchanged. Resampled sound,
+    decoded G.711 and float samples have not. Their spectrum has places far below the noise of the rounding, for example
+    above 4 kHz in a resampled telephone call. A model that was trained on rounded sound has never heard such places.
+    """
+    return np.rint(np.asarray(wave, np.float32) * np.float32(32768)) / np.float32(32768)
+
+
+def user_dmel(wave: np.ndarray) -> np.ndarray:
+    """Returns the dMel bins `[ceil(N / 800), 80]` uint8 that the model hears of `[N]` float32 samples of the user.
+
+    Raises:
+      ValueError: the wave has more than one axis.
+    """
+    return quantise(log_mel(to_16_bits(_one_channel(wave))))
+
+
 def dequantise(bins: np.ndarray) -> np.ndarray:
     """Returns the log-mels `[..., 80]` float32 at the centres of dMel bins `[..., 80]`."""
     return _CENTRES[np.asarray(bins)]
@@ -180,12 +200,12 @@ SILENT_FINE = fine_log_mel(np.zeros(FINE_HOP, np.float32))[0]
 
 @dataclass(frozen=True)
 class DmelStream:
-    """Turns audio into dMel one micro-turn at a time. The bins equal those of the whole wave, bit for bit.
+    """Turns audio into dMel one micro-turn at a time. The bins equal `user_dmel` of the whole wave, bit for bit.
 
     Start with `DmelStream()`, then call `stream, bins = stream.step(samples)` for each micro-turn.
 
     Attributes:
-      tail: `[800]` float32, the samples that the next window still needs.
+      tail: `[800]` float32, the samples that the next window still needs, rounded to 16 bits.
     """
 
     tail: np.ndarray = field(default_factory=lambda: np.zeros(_LEFT_PAD, np.float32))
@@ -199,5 +219,5 @@ class DmelStream:
         samples = _one_channel(samples)
         if len(samples) != MICRO_TURN_SAMPLES:
             raise ValueError(f"a micro-turn has {MICRO_TURN_SAMPLES} samples, got {len(samples)}")
-        padded = np.concatenate([self.tail, samples])
+        padded = np.concatenate([self.tail, to_16_bits(samples)])
         return DmelStream(padded[-_LEFT_PAD:].copy()), quantise(_log_mel_frames(padded, DMEL_WINDOW, DMEL_HOP))

@@ -11,7 +11,7 @@ What encoding loses, and by how much:
 - **Words** that find no room before the end of the recording, or of their stretch of speech, are dropped
   (`jaxtml.stream.text_plan`). Words that an interruption left unsaid look the same as words that were said.
 - **Typed text** that a micro-turn has no room for continues in the next. Text after the last micro-turn is lost.
-- **The user's waveform** is kept as dMel: 16 levels, 0.6 apart in log10 of the magnitude.
+- **The user's waveform** is rounded to 16 bits and kept as dMel: 16 levels, 0.6 apart in log10 of the magnitude.
 - **The assistant's waveform** is kept where the assistant speaks. It is kept twice: as dMel frames that the model
   reads, and as coarse and fine log-mel frames, not quantised, that the model predicts.
 - **Own speech**, the speech of the assistant, ends at the edge of a micro-turn. Two stretches without a gap between
@@ -27,7 +27,7 @@ import numpy as np
 from jaxtml.config import DuplexConfig
 from jaxtml.stream.clock import clock_features, week_ms
 from jaxtml.stream.conversation import Conversation, Speech
-from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, fine_log_mel, log_mel, quantise
+from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, fine_log_mel, log_mel, quantise, user_dmel
 from jaxtml.stream.images import image_patches
 from jaxtml.stream.layout import SPEECH_DIM, EncodedConversation
 from jaxtml.stream.text import TextCodec
@@ -78,7 +78,7 @@ def encode(
     texts = plan_text(conversation, codec, config, heard_delay_ms=heard_delay_ms, lead_ms=lead_ms)
     typed = plan_typed(conversation.typed, codec, config, micro_turns)
     patches = {micro_turn: image_patches(pair) for micro_turn, pair in conversation.frames}
-    user_bins = quantise(log_mel(conversation.user))
+    user_bins = user_dmel(conversation.user)
     # The output of micro-turn m is heard one micro-turn later. `own` is the assistant's voice moved one micro-turn
     # earlier, so that the output of micro-turn 0 starts at sample 0.
     own = np.concatenate([conversation.assistant[MICRO_TURN_SAMPLES:], np.zeros(MICRO_TURN_SAMPLES, np.float32)])

@@ -8,7 +8,7 @@ import pytest
 from jaxtml.session.converse import converse, replies
 from jaxtml.session.records import Reply
 from jaxtml.stream.clock import WEEK_MS
-from jaxtml.stream.dmel import log_mel, quantise
+from jaxtml.stream.dmel import user_dmel
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_SAMPLES
 
 SLOTS = 4
@@ -59,7 +59,7 @@ def test_later_input_does_not_change_earlier_output(engine, waves, replied):
 def test_a_conversation_hears_the_frames_that_training_hears(engine, step, waves, replied):
     """Runs the same session by hand, with the frames of the whole wave computed at once."""
     padded = [np.pad(wave, (0, LENGTHS[0] - len(wave))) for wave in waves]
-    bins = np.stack([quantise(log_mel(wave)) for wave in padded]).reshape(SLOTS, -1, FRAMES_PER_MICRO_TURN, 80)
+    bins = np.stack([user_dmel(wave) for wave in padded]).reshape(SLOTS, -1, FRAMES_PER_MICRO_TURN, 80)
     state, inputs = engine.duplex.init_state(SLOTS, 1), engine.duplex.empty_inputs(SLOTS)
     reader = engine.reader()
     for turn, record in enumerate(replied[0].turns):

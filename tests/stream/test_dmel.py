@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import soxr
 
 from jaxtml.stream import dmel
 from jaxtml.stream.audio_file import read_audio
@@ -121,8 +122,20 @@ def test_the_stream_makes_the_bins_of_the_whole_wave():
         stream, bins = stream.step(samples)
         assert bins.shape == (4, 80) and bins.dtype == np.uint8
         streamed.append(bins)
-    assert np.array_equal(np.concatenate(streamed), dmel.quantise(dmel.log_mel(wave)))
+    assert np.array_equal(np.concatenate(streamed), dmel.user_dmel(wave))
     assert len(np.unique(streamed)) >= 12
+
+
+def test_sound_of_16_bits_is_heard_as_released_and_other_sound_as_if_it_had_been_rounded():
+    wave = speechlike(2.0)
+    recorded = np.round(wave * 32768).clip(-32768, 32767).astype(np.int16)
+    assert np.array_equal(dmel.to_16_bits(recorded / np.float32(32768)) * 32768, recorded)
+    assert np.array_equal(dmel.user_dmel(recorded / np.float32(32768)), dmel.quantise(dmel.log_mel(recorded / 32768)))
+    assert np.array_equal(dmel.user_dmel(wave), dmel.user_dmel(dmel.to_16_bits(wave)))
+    # A resampled call has nothing above 4 kHz. Rounding fills that band, as it does in a recording of 16 bits.
+    call = soxr.resample(np.random.default_rng(0).normal(0, 0.05, 16_000).astype(np.float32), 8_000, 16_000)
+    assert dmel.quantise(dmel.log_mel(call))[4:-4, 70:].max() == 2
+    assert dmel.user_dmel(call)[4:-4, 70:].min() >= 3
 
 
 def test_a_stream_can_be_stepped_twice_from_the_same_state():
@@ -133,7 +146,7 @@ def test_a_stream_can_be_stepped_twice_from_the_same_state():
     _, once = stream.step(second)
     _, again = stream.step(second)
     assert np.array_equal(once, again)
-    assert np.array_equal(once, dmel.quantise(dmel.log_mel(np.concatenate([kept, second]))[4:]))
+    assert np.array_equal(once, dmel.user_dmel(np.concatenate([kept, second]))[4:])
 
 
 def test_a_frame_does_not_depend_on_samples_after_it():

@@ -13,7 +13,7 @@ import pytest
 from jaxtml.stream.clock import clock_features, week_ms
 from jaxtml.stream.conversation import Conversation, Speech, Word
 from jaxtml.stream.decoding import decode
-from jaxtml.stream.dmel import SILENT_BINS, fine_log_mel, log_mel, quantise
+from jaxtml.stream.dmel import SILENT_BINS, DmelStream, fine_log_mel, log_mel, quantise, to_16_bits
 from jaxtml.stream.encoding import encode
 from jaxtml.stream.images import image_patches
 from jaxtml.stream.layout import EncodedConversation
@@ -137,8 +137,22 @@ def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
 def test_user_frames_read_back_within_half_a_quantisation_step(encoded, codec, limits):
     for talk, sequence in encoded:
         read = decode(sequence, codec, limits).user_log_mel
-        assert np.abs(read - log_mel(talk.user)).max() <= 0.3 + 1e-6
-        np.testing.assert_array_equal(quantise(read), quantise(log_mel(talk.user)))
+        heard = log_mel(to_16_bits(talk.user))
+        assert np.abs(read - heard).max() <= 0.3 + 1e-6
+        np.testing.assert_array_equal(quantise(read), quantise(heard))
+
+
+def test_training_hears_what_a_session_hears_also_of_sound_that_was_never_16_bits(codec, limits):
+    rng = np.random.default_rng(0)
+    call = np.fft.irfft(np.fft.rfft(rng.normal(0, 0.05, 3 * MICRO_TURN_SAMPLES))[:2000], 3 * MICRO_TURN_SAMPLES)
+    call = call.astype(np.float32)  # nothing above 3.3 kHz, as after resampling
+    sequence = encode(Conversation(call, np.zeros_like(call)), codec, limits)
+    stream, heard = DmelStream(), []
+    for samples in call.reshape(-1, MICRO_TURN_SAMPLES):
+        stream, bins = stream.step(samples)
+        heard.append(bins)
+    np.testing.assert_array_equal(sequence.bins[sequence.kind == PositionKind.USER], np.concatenate(heard))
+    assert (sequence.bins[sequence.kind == PositionKind.USER] != quantise(log_mel(call))).mean() > 0.1
 
 
 def test_heard_words_read_back_in_order_and_late_only_where_a_micro_turn_was_full(encoded, codec, limits):

@@ -39,7 +39,7 @@ from jaxtml.session.engine import Engine
 from jaxtml.session.records import SlotInput
 from jaxtml.stream.audio_file import read_audio
 from jaxtml.stream.clock import clock_features
-from jaxtml.stream.dmel import SILENT_BINS, log_mel, quantise
+from jaxtml.stream.dmel import SILENT_BINS, user_dmel
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, MICRO_TURN_MS, MICRO_TURN_SAMPLES, N_MELS
 from jaxtml.stream.tokens import Control
 from jaxtml.strict_json import dumps
@@ -177,7 +177,7 @@ def benchmark(args: argparse.Namespace) -> None:
     wave = wave[: len(wave) // MICRO_TURN_SAMPLES * MICRO_TURN_SAMPLES]
     if not len(wave):
         raise InputError(f"{args.recording} is shorter than 200 ms: give a longer recording")
-    bins = quantise(log_mel(wave)).reshape(-1, FRAMES_PER_MICRO_TURN, N_MELS)
+    bins = user_dmel(wave).reshape(-1, FRAMES_PER_MICRO_TURN, N_MELS)
     result = run(engine, bins, args.hours, args.talk)
     if args.json:
         print(dumps(result))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxtml.stream.dmel import to_16_bits
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 _TAIL = 6400  # samples of padding behind the session, so that the circular convolution does not wrap into its start
@@ -186,5 +187,5 @@ def apply_channel(
         hum = sum(np.sin(k * phase + np.float32(rng.uniform(0, 6.28))) / np.float32(k) for k in (1, 2, 3))
         heard += hum * np.float32(10 ** (-channel.hum_db / 20))
     heard *= np.float32(10 ** (channel.level_dbfs / 20))
-    # Every recording and every connection has samples of 16 bits. Their rounding is the quietest noise there is.
-    return np.round(np.clip(heard + np.float32(channel.dc), -1.0, 1.0) * np.float32(32767)) / np.float32(32767)
+    # A microphone clips what is too loud. The rounding is the one that every session's sound goes through.
+    return to_16_bits(np.clip(heard + np.float32(channel.dc), -1.0, 1.0))
