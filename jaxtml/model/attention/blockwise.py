@@ -3,9 +3,8 @@
 Axes: B batch, G key/value heads, Q query heads per key/value head, T tokens in N blocks of C, K head width, R width of
 the relative state, L columns of the bias table, V visits of a block of queries. Called by `sequence`.
 
-No array of the size `[T, T]` or `[T, extent]` is ever in memory. The softmax runs over one block of keys after the
-other and keeps the logarithm of its sum; the backward pass computes the probabilities again (flash attention, Dao et
-al., 2022, as plain operations). A block of queries visits only blocks of keys that one of its queries sees.
+No array of the size `[T, T]` or `[T, extent]` is ever in memory: this is flash attention as plain operations
+(`online_softmax`). A block of queries visits only blocks of keys that one of its queries sees.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
+from jaxtml.model.attention.online_softmax import SoftmaxSums, add_keys, begin_softmax, finish_softmax, probabilities
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
 
@@ -137,25 +137,19 @@ def _forward(blocks: Blocks, query, keys, values, rel, table):
     def attend_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         query_i, rel_i = _block(query, blocks, i, 3), _block(rel, blocks, i, 3)
 
-        def visit_keys(carry: tuple[jax.Array, ...], v: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        def visit_keys(sums: SoftmaxSums, v: jax.Array) -> tuple[SoftmaxSums, None]:
             visit = _visit(blocks, i, v)
 
-            def run() -> tuple[jax.Array, ...]:
-                largest, total, weighted = carry
+            def run() -> SoftmaxSums:
                 logits = _logits(blocks, i, visit, query_i, _block(keys, blocks, visit.key, 2), rel_i, table)
-                new_largest = jnp.maximum(largest, logits.max(axis=-1, keepdims=True))
-                weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0)
-                shrink = jnp.exp(largest - new_largest)
                 value = _block(values, blocks, visit.key, 2)
-                weighted = weighted * shrink + einsum_float32("bgqij,bgjk->bgqik", weights.astype(value.dtype), value)
-                return new_largest, total * shrink + weights.sum(axis=-1, keepdims=True), weighted
+                return add_keys(sums, logits, value, partial(einsum_float32, "bgqij,bgjk->bgqik"))
 
-            return jax.lax.cond(visit.needed, run, lambda: carry), None
+            return jax.lax.cond(visit.needed, run, lambda: sums), None
 
-        zero = jnp.zeros((*query_i.shape[:-1], 1), jnp.float32)
-        empty = (zero + MASKED_LOGIT, zero, jnp.zeros(query_i.shape, jnp.float32))
-        (largest, total, weighted), _ = jax.lax.scan(visit_keys, empty, jnp.arange(blocks.visits))
-        return (weighted / total).astype(query.dtype), (largest + jnp.log(total))[..., 0]
+        sums, _ = jax.lax.scan(visit_keys, begin_softmax(query_i.shape), jnp.arange(blocks.visits))
+        out, lse = finish_softmax(sums)
+        return out.astype(query.dtype), lse[..., 0]
 
     out, lse = jax.lax.map(attend_block, jnp.arange(blocks.count))
     out = jnp.moveaxis(out, 0, 3).reshape(query.shape)
@@ -185,7 +179,7 @@ def _attend_bwd(blocks, residuals, grads):
                 dkeys, dvalues, dtable, dquery, drel = carry
                 key, value = _block(keys, blocks, visit.key, 2), _block(values, blocks, visit.key, 2)
                 logits = _logits(blocks, i, visit, query_i, key, rel_i, table)
-                weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse_i[..., None]), 0)
+                weights = probabilities(logits, lse_i[..., None])
                 dweights = einsum_float32("bgqik,bgjk->bgqij", grad_i, value)
                 dlogits = (weights * (dweights - mean_i[..., None])).astype(dtype)
                 dkey = einsum_float32("bgqij,bgqik->bgjk", dlogits, query_i)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
+from jaxtml.model.attention.online_softmax import SoftmaxSums, add_keys, begin_softmax, finish_softmax, probabilities
 from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
 
@@ -154,22 +155,14 @@ def _forward(plan: FarPlan, query, keys, values, far):
     def attend_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         query_i, first, count = _queries(plan, query, i), visits.first[:, i], visits.count[:, i]
 
-        def visit_entries(visit: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            largest, total, weighted = carry
+        def visit_entries(visit: jax.Array, sums: SoftmaxSums) -> SoftmaxSums:
             block = visited_block(plan, first, visit)
             logits = _logits(plan, i, block, visit < count, query_i, _entries(plan, keys, block), far)
-            new_largest = jnp.maximum(largest, logits.max(axis=-1, keepdims=True))
-            weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0)
-            shrink = jnp.exp(largest - new_largest)
-            value = _entries(plan, values, block)
-            weighted = weighted * shrink + einsum_float32("bgqif,bgfk->bgqik", weights.astype(value.dtype), value)
-            return new_largest, total * shrink + weights.sum(axis=-1, keepdims=True), weighted
+            return add_keys(sums, logits, _entries(plan, values, block), partial(einsum_float32, "bgqif,bgfk->bgqik"))
 
-        zero = jnp.zeros((*query_i.shape[:-1], 1), jnp.float32)
-        empty = (zero + MASKED_LOGIT, zero, jnp.zeros(query_i.shape, jnp.float32))
-        largest, total, weighted = jax.lax.fori_loop(0, count.max(), visit_entries, empty)
-        total = jnp.where(total > 0, total, 1)
-        return (weighted / total).astype(query.dtype), (largest + jnp.log(total))[..., 0]
+        sums = jax.lax.fori_loop(0, count.max(), visit_entries, begin_softmax(query_i.shape))
+        out, lse = finish_softmax(sums)
+        return out.astype(query.dtype), lse[..., 0]
 
     out, lse = jax.lax.map(attend_block, jnp.arange(plan.count))
     return jnp.moveaxis(out, 0, 3).reshape(query.shape), jnp.moveaxis(lse, 0, 3).reshape(query.shape[:-1])
@@ -198,7 +191,7 @@ def _attend_bwd(plan, residuals, grads):
             block = visited_block(plan, first, visit)
             key, value = _entries(plan, keys, block), _entries(plan, values, block)
             logits = _logits(plan, i, block, visit < count, query_i, key, far)
-            weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse_i[..., None]), 0)
+            weights = probabilities(logits, lse_i[..., None])
             dweights = einsum_float32("bgqik,bgfk->bgqif", grad_i, value)
             dlogits = (weights * (dweights - mean_i[..., None])).astype(dtype)
             dkeys = _add_to_entries(plan, dkeys, einsum_float32("bgqif,bgqik->bgfk", dlogits, query_i), block)

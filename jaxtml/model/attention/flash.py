@@ -12,8 +12,8 @@ columns: one column less than the row above. One strided rotation does this for 
 outside the kernels, and their gradient is scattered back there. Blocks that lie outside the window or after the query
 are skipped. Beyond the extent a band is zero and is not read.
 
-This is flash attention (Dao et al., 2022; 2023). The softmax runs over one block of keys after the other and keeps the
-logarithm of its sum. The backward pass uses the logarithm to compute the probabilities again.
+This is flash attention (Dao et al., 2022; 2023); `online_softmax` has its arithmetic. The second part of "Inside the
+kernels" is for `flash_far` too, which has the kernels for tokens beyond the window.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxtml.model.attention.online_softmax import SoftmaxSums, add_keys, finish_softmax, probabilities
 from jaxtml.model.numerics import MASKED_LOGIT
 from jaxtml.parallel.chips import TPU_LANES
 
@@ -223,52 +224,22 @@ def rotate_rows_back(x: jax.Array, c: int) -> jax.Array:
     return x
 
 
-def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    """Returns the matrix product that sums over axis i of `a` and axis j of `b`, in float32."""
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _forward_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
-    """Adds one block of keys to the softmax of a block of queries.
-
-    `largest`, `total` and `weighted` are scratch memory: the largest logit so far, the sum of exp(logit - largest), and
-    the values weighted by these exponentials.
-    """
+    """Adds one block of keys to the softmax of a block of queries."""
     refs = _OperandRefs(*all_refs[:8])
-    out, lse, largest, total, weighted = all_refs[8:]
+    out, lse, *scratch = all_refs[8:]
+    sums = SumRefs(*scratch)
     step = pl.program_id(3)
     n = plan.back - step
-
-    @pl.when(step == 0)
-    def _():
-        largest[...] = jnp.full_like(largest, MASKED_LOGIT)
-        total[...] = jnp.zeros_like(total)
-        weighted[...] = jnp.zeros_like(weighted)
+    pl.when(step == 0)(sums.begin)
 
     @pl.when(pl.program_id(2) >= n)
     def _():
-        logits = _logits(plan, n, refs)
-        new_largest = jnp.maximum(largest[:, :1], logits.max(axis=1, keepdims=True))
-        weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0.0)
-        shrink = jnp.exp(largest[:, :1] - new_largest)
-        total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        weighted[...] = weighted[...] * shrink + dot(weights.astype(refs.values.dtype), refs.values[0, 0], 1, 0)
-        largest[...] = jnp.broadcast_to(new_largest, largest.shape)
+        sums.add_keys(_logits(plan, n, refs), refs.values)
 
     @pl.when(step == plan.back)
     def _():
-        out[0, 0] = (weighted[...] / total[:, :1]).astype(out.dtype)
-        lse[0, 0] = largest[...] + jnp.log(total[...])
-
-
-def _dlogits(
-    plan: FlashPlan, n: jax.Array, refs: _OperandRefs, grad: Ref, lse: Ref, mean: Ref
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
-    logits = _logits(plan, n, refs)
-    weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
-    dweights = dot(grad[0, 0], refs.values[0, 0], 1, 1)
-    return weights, weights * (dweights - mean[0, 0][:, :1]) * refs.scale[:, :1]
+        sums.finish(out, lse)
 
 
 def _queries_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
@@ -292,7 +263,7 @@ def _queries_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
 
     @pl.when(pl.program_id(2) >= n)
     def _():
-        dlogits = _dlogits(plan, n, refs, grad, lse, mean)[1]
+        dlogits = differentiate_logits(_logits(plan, n, refs), refs.values, refs.scale, grad, lse, mean)[1]
         sum_query[...] += dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
 
         @pl.when(n < plan.bias_distances)
@@ -325,7 +296,7 @@ def _keys_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
 
     @pl.when(pl.program_id(2) + n < plan.blocks)
     def _():
-        weights, dlogits = _dlogits(plan, n, refs, grad, lse, mean)
+        weights, dlogits = differentiate_logits(_logits(plan, n, refs), refs.values, refs.scale, grad, lse, mean)
         sum_values[...] += dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
         sum_keys[...] += dot(dlogits.astype(refs.query.dtype), refs.query[0, 0], 0, 0)
 
@@ -333,6 +304,69 @@ def _keys_kernel(plan: FlashPlan, *all_refs: Ref) -> None:
     def _():
         dkeys[0, 0] = sum_keys[...]
         dvalues[0, 0] = sum_values[...]
+
+
+# --- Inside the kernels: what `flash_far` shares.
+
+
+class SumRefs(NamedTuple):
+    """Scratch memory with the `SoftmaxSums` of a block of queries, float32.
+
+    Attributes:
+      largest, total: `[C, TPU_LANES]`, the same in all columns.
+      weighted: `[C, K]`.
+    """
+
+    largest: Ref
+    total: Ref
+    weighted: Ref
+
+    @staticmethod
+    def shapes(block: int, width: int) -> list[tuple[int, int]]:
+        """Returns the shapes, for blocks of `block` queries with heads of `width`."""
+        return [(block, TPU_LANES), (block, TPU_LANES), (block, width)]
+
+    def begin(self) -> None:
+        """Writes the sums over no key."""
+        for ref, value in zip(self, (MASKED_LOGIT, 0.0, 0.0), strict=True):
+            ref[...] = jnp.full_like(ref, value)
+
+    def add_keys(self, logits: jax.Array, values: Ref) -> None:
+        """Adds a block of keys with logits `[C, C]` float32 and values `[1, 1, C, K]`."""
+        new = add_keys(self._read(), logits, values[0, 0], partial(dot, i=1, j=0))
+        for ref, value in zip(self, new, strict=True):
+            ref[...] = jnp.broadcast_to(value, ref.shape)
+
+    def finish(self, out: Ref, lse: Ref) -> None:
+        """Writes attention `[1, 1, C, K]` and the logarithm of the softmax sum `[1, 1, C, TPU_LANES]`."""
+        attention, log_sum = finish_softmax(self._read())
+        out[0, 0] = attention.astype(out.dtype)
+        lse[0, 0] = jnp.broadcast_to(log_sum, self.largest.shape)
+
+    def _read(self) -> SoftmaxSums:
+        return SoftmaxSums(self.largest[:, :1], self.total[:, :1], self.weighted[...])
+
+
+def differentiate_logits(
+    logits: jax.Array, values: Ref, scale: Ref, grad: Ref, lse: Ref, mean: Ref
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each.
+
+    Args:
+      logits: `[C, C]` float32, scaled and masked.
+      values: `[1, 1, C, K]`.
+      scale: `[C, TPU_LANES]`, the factor of each query's logits.
+      grad: `[1, 1, C, K]`, the gradient of the result.
+      lse, mean: `[1, 1, C, TPU_LANES]`, the logarithm of the softmax sum, and the mean gradient of a probability.
+    """
+    weights = probabilities(logits, lse[0, 0][:, :1])
+    dweights = dot(grad[0, 0], values[0, 0], 1, 1)
+    return weights, weights * (dweights - mean[0, 0][:, :1]) * scale[:, :1]
+
+
+def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+    """Returns the matrix product that sums over axis i of `a` and axis j of `b`, in float32."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 # --- The calls of the kernels.
@@ -431,7 +465,7 @@ def _forward(plan: FlashPlan, query, keys, values, rel, bands, scale, segments):
             (_row_blocks(plan, width), jax.ShapeDtypeStruct(query.shape, query.dtype)),
             (_row_blocks(plan, TPU_LANES), jax.ShapeDtypeStruct((*rows, TPU_LANES), jnp.float32)),
         ],
-        [(c, TPU_LANES), (c, TPU_LANES), (c, width)],
+        SumRefs.shapes(c, width),
         _operands(plan, query, keys, values, rel, bands, scale, segments),
         4 * width + 4 * rel.shape[3],
     )

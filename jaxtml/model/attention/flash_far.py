@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxtml.model.attention.far_blocks import FarPlan, FarVisits, is_visible, plan_visits, visited_block
-from jaxtml.model.attention.flash import Ref, dot, repeat_over_lanes
+from jaxtml.model.attention.flash import Ref, SumRefs, differentiate_logits, dot, repeat_over_lanes
 from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.numerics import MASKED_LOGIT
 from jaxtml.parallel.chips import TPU_LANES
@@ -65,8 +65,9 @@ def _attend_bwd(plan, interpret, residuals, grads):
     grad, grad_lse = grads
     mean = repeat_over_lanes((grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - grad_lse)
     call = partial(_call, plan, interpret, query, keys, values, scale, far, [grad, lse, mean])
-    (dquery,) = call(_queries_kernel, _by_queries(plan, far), [query.shape])
-    dkeys, dvalues = call(_keys_kernel, _by_entries(plan, far), [query.shape] * 2)
+    width, gradient = query.shape[3], jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    (dquery,) = call(_queries_kernel, _by_queries(plan, far), 6 * width, [gradient])
+    dkeys, dvalues = call(_keys_kernel, _by_entries(plan, far), 8 * width, [gradient] * 2)
 
     def sum_heads(d: jax.Array) -> jax.Array:  # [B, H, F, K] -> [B, G, F, K]
         return d.reshape(*keys.shape[:2], -1, *d.shape[2:]).sum(axis=2).astype(keys.dtype)
@@ -141,42 +142,20 @@ def _logits(plan: FarPlan, i: jax.Array, block: jax.Array, refs: _OperandRefs) -
 
 
 def _forward_kernel(plan: FarPlan, first: Ref, count: Ref, *all_refs: Ref) -> None:
-    """Adds one block of the list to the softmax of a block of queries; `flash` explains the scratch memory."""
+    """Adds one block of the list to the softmax of a block of queries."""
     refs = _OperandRefs(*all_refs[:6])
-    out, lse, largest, total, weighted = all_refs[6:]
+    out, lse, *scratch = all_refs[6:]
+    sums = SumRefs(*scratch)
     b, i, visit = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-
-    @pl.when(visit == 0)
-    def _():
-        largest[...] = jnp.full_like(largest, MASKED_LOGIT)
-        total[...] = jnp.zeros_like(total)
-        weighted[...] = jnp.zeros_like(weighted)
+    pl.when(visit == 0)(sums.begin)
 
     @pl.when(visit < count[b, i])
     def _():
-        logits = _logits(plan, i, visited_block(plan, first[b, i], visit), refs)
-        new_largest = jnp.maximum(largest[:, :1], logits.max(axis=1, keepdims=True))
-        weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - new_largest), 0.0)
-        shrink = jnp.exp(largest[:, :1] - new_largest)
-        total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        weighted[...] = weighted[...] * shrink + dot(weights.astype(refs.values.dtype), refs.values[0, 0], 1, 0)
-        largest[...] = jnp.broadcast_to(new_largest, largest.shape)
+        sums.add_keys(_logits(plan, i, visited_block(plan, first[b, i], visit), refs), refs.values)
 
     @pl.when(visit == pl.num_programs(3) - 1)
     def _():
-        sums = jnp.where(total[...] > 0, total[...], 1.0)
-        out[0, 0] = (weighted[...] / sums[:, :1]).astype(out.dtype)
-        lse[0, 0] = largest[...] + jnp.log(sums)
-
-
-def _dlogits(
-    plan: FarPlan, i: jax.Array, block: jax.Array, refs: _OperandRefs, grad: Ref, lse: Ref, mean: Ref
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the probabilities and the gradient of the unscaled logits, `[C, C]` float32 each."""
-    logits = _logits(plan, i, block, refs)
-    weights = jnp.where(logits > MASKED_LOGIT / 2, jnp.exp(logits - lse[0, 0][:, :1]), 0.0)
-    dweights = dot(grad[0, 0], refs.values[0, 0], 1, 1)
-    return weights, weights * (dweights - mean[0, 0][:, :1]) * refs.scale[:, :1]
+        sums.finish(out, lse)
 
 
 def _queries_kernel(plan: FarPlan, first: Ref, count: Ref, *all_refs: Ref) -> None:
@@ -191,7 +170,8 @@ def _queries_kernel(plan: FarPlan, first: Ref, count: Ref, *all_refs: Ref) -> No
 
     @pl.when(visit < count[b, i])
     def _():
-        dlogits = _dlogits(plan, i, visited_block(plan, first[b, i], visit), refs, grad, lse, mean)[1]
+        logits = _logits(plan, i, visited_block(plan, first[b, i], visit), refs)
+        dlogits = differentiate_logits(logits, refs.values, refs.scale, grad, lse, mean)[1]
         dquery[0, 0] += dot(dlogits.astype(refs.keys.dtype), refs.keys[0, 0], 1, 0)
 
 
@@ -208,7 +188,8 @@ def _keys_kernel(plan: FarPlan, first: Ref, count: Ref, *all_refs: Ref) -> None:
 
     @pl.when(visit < count[b, block])
     def _():
-        weights, dlogits = _dlogits(plan, first[b, block] + visit, block, refs, grad, lse, mean)
+        logits = _logits(plan, first[b, block] + visit, block, refs)
+        weights, dlogits = differentiate_logits(logits, refs.values, refs.scale, grad, lse, mean)
         dvalues[0, 0] += dot(weights.astype(grad.dtype), grad[0, 0], 0, 0)
         dkeys[0, 0] += dot(dlogits.astype(refs.query.dtype), refs.query[0, 0], 0, 0)
 
@@ -218,11 +199,10 @@ def _keys_kernel(plan: FarPlan, first: Ref, count: Ref, *all_refs: Ref) -> None:
 
 def _forward(plan: FarPlan, interpret: bool, query, keys, values, scale, far):
     """Returns attention `[B, H, F, K]`, and the logarithm of each softmax sum, `[B, H, F, TPU_LANES]` float32."""
-    c, lanes = plan.size, (*query.shape[:3], TPU_LANES)
-    scratch = [(c, TPU_LANES), (c, TPU_LANES), (c, query.shape[3])]
-    shapes = [query.shape, lanes]
-    steps = _by_queries(plan, far)
-    return _call(plan, interpret, query, keys, values, scale, far, [], _forward_kernel, steps, shapes, scratch)
+    *rows, width = query.shape
+    outputs = [jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((*rows, TPU_LANES), jnp.float32)]
+    call = partial(_call, plan, interpret, query, keys, values, scale, far, [])
+    return call(_forward_kernel, _by_queries(plan, far), 4 * width, outputs, SumRefs.shapes(plan.size, width))
 
 
 def _call(
@@ -236,7 +216,8 @@ def _call(
     residuals: Sequence[jax.Array],
     kernel: Callable[..., None],
     steps: _Steps,
-    outputs: Sequence[tuple[int, ...]],
+    flops: int,
+    outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[tuple[int, ...]] = (),
 ) -> Any:
     """Calls a kernel over the grid `(B, H, block, visit)`.
@@ -248,8 +229,8 @@ def _call(
       residuals: what the backward pass reads by query, `[B, H, F, .]`.
       kernel: its first arguments are the plan and the two arrays of `steps`.
       steps: which blocks meet in which step of the grid.
-      outputs: the shapes `[B, H, F, .]`. They are indexed by the grid's block. The first output of the forward kernel
-        has the dtype of `query`; the others are float32.
+      flops: of one pair of a query and an entry, for the cost estimate.
+      outputs: `[B, H, F, .]`, indexed by the grid's block.
       scratch: shapes of scratch memory, float32.
     """
     batch, heads, _, width = query.shape
@@ -278,12 +259,12 @@ def _call(
         pl.BlockSpec((1, 8, c), lambda b, *rest: (b, 0, of_entries(b, *rest)[2])),
         *(pl.BlockSpec((1, 1, c, a.shape[3]), of_queries) for a in residuals),
     ]
-    forward = not residuals
     arrays = (
         *(query, keys, values, repeat_over_lanes(scale), repeat_over_lanes(far.end)),
         jnp.broadcast_to(far.position[:, None], (batch, 8, plan.count * c)),
         *residuals,
     )
+    # How many blocks are visited depends on the conversation. The estimate is for one whose list is long.
     pairs = batch * heads * plan.count * min(plan.count, plan.retained // c + 1) * c**2
     return pl.pallas_call(
         partial(kernel, plan),
@@ -291,18 +272,15 @@ def _call(
             num_scalar_prefetch=2,
             grid=(batch, heads, plan.count, jnp.maximum(steps.count.max(), 1)),
             in_specs=in_specs,
-            out_specs=[pl.BlockSpec((1, 1, c, shape[3]), lambda b, h, i, *_: (b, h, i, 0)) for shape in outputs],
+            out_specs=[pl.BlockSpec((1, 1, c, a.shape[3]), lambda b, h, i, *_: (b, h, i, 0)) for a in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(shape, query.dtype if forward and not n else jnp.float32)
-            for n, shape in enumerate(outputs)
-        ],
+        out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=pairs * (4 if forward else 8) * width,
+            flops=pairs * flops,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
             transcendentals=pairs,
         ),
