@@ -57,7 +57,9 @@ def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
         silent = number % SILENT_EVERY == SILENT_EVERY - 1
         voice = voices[number - number // SILENT_EVERY]
         one_voice = replace(speakers, engines={voice.split(":")[0]: (voice,)})
-        weights = ScenarioWeights(silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0)
+        weights = ScenarioWeights(
+            silence=1.0 if silent else 0.0, typed=0.0, nonsense=0.0, reshaped=0.0, hard_channel=0.0
+        )
 
         def make(
             number: int = number, speakers: Speakers = one_voice, weights: ScenarioWeights = weights

@@ -1,4 +1,4 @@
-"""The channel from the user's mouth to our samples: the room, the microphone and the telephone line. Pure numpy.
+"""The channel from the user's mouth to our samples: the room, the microphone and the line. Pure numpy.
 
 `Channel` describes the whole effect by numbers, so that tests can check it. `draw_channel` draws one at random,
 once per session. `apply_channel` turns the clean voice into what the microphone hears. Reverberation, equalisation and
@@ -10,10 +10,11 @@ Axis glossary: N samples of the session, F bins of its one-sided spectrum, R sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxtml.data.talks.line import Line, apply_line, draw_line
 from jaxtml.stream.dmel import to_16_bits
 from jaxtml.stream.timebase import SAMPLE_RATE
 
@@ -38,7 +39,9 @@ class Channel:
       echo_delay: samples by which that echo is late.
       low_cut_hz, high_cut_hz: the band that passes.
       tilt: slope of the microphone in dB per octave around 1 kHz.
+      resonances: `(frequency in Hz, gain in dB, width in octaves)` of each resonance of the microphone and its case.
       dc: constant offset of the samples.
+      line: what happens behind the microphone.
     """
 
     level_dbfs: float = -26.0
@@ -54,15 +57,51 @@ class Channel:
     low_cut_hz: float | None = None
     high_cut_hz: float | None = None
     tilt: float = 0.0
+    resonances: tuple[tuple[float, float, float], ...] = ()
     dc: float = 0.0
+    line: Line = Line()
 
 
 CLEAN = Channel()
 """Changes nothing but the level, which it sets to -26 dBFS."""
 
 
-def draw_channel(rng: np.random.Generator) -> Channel:
-    """Draws a channel, from a clean studio to a noisy telephone."""
+def draw_channel(rng: np.random.Generator, hard: float = 0.0) -> Channel:
+    """Draws a channel, from a clean studio to a noisy telephone.
+
+    Args:
+      rng: everything random comes from this generator.
+      hard: chance of a channel that most recordings do not have: far from the microphone, a resonant case, the echo of
+        a loudspeaker as loud as the user, a codec, automatic gain, lost packets.
+    """
+    channel = _draw_usual_channel(rng)
+    return _make_hard(rng, channel) if rng.random() < hard else channel
+
+
+def _make_hard(rng: np.random.Generator, channel: Channel) -> Channel:
+    """Returns the channel with some of the hard conditions that `draw_channel` names."""
+    if rng.random() < 0.25:  # The user is metres away: more of the room than of the voice, and less treble.
+        channel = replace(
+            channel,
+            rt60_s=float(rng.uniform(0.25, 0.7)),
+            direct_db=float(rng.uniform(-6, 3)),
+            tilt=channel.tilt - float(rng.uniform(0, 2)),
+        )
+    if rng.random() < 0.5:
+        count = int(rng.integers(1, 5))
+        centres = np.exp(rng.uniform(np.log(150), np.log(7000), count))
+        gains, widths = rng.uniform(-12, 9, count), rng.uniform(0.1, 0.8, count)
+        channel = replace(
+            channel, resonances=tuple(zip(centres.tolist(), gains.tolist(), widths.tolist(), strict=True))
+        )
+    if rng.random() < 0.2:
+        channel = replace(channel, echo_db=float(rng.uniform(0, 20)))
+    if rng.random() < 0.7:
+        channel = replace(channel, line=draw_line(rng))
+    return channel
+
+
+def _draw_usual_channel(rng: np.random.Generator) -> Channel:
 
     def maybe(chance: float, low: float, high: float) -> float | None:
         value = float(rng.uniform(low, high))
@@ -108,7 +147,10 @@ def _fast_length(n: int) -> int:
 def _response(channel: Channel, freqs: np.ndarray) -> np.ndarray:
     """Returns `[F]` float32 the gain of the microphone and the telephone line at `freqs` in Hz."""
     octaves = np.log2(np.maximum(freqs, 50.0) / 1000.0)
-    gain = 10 ** (channel.tilt * octaves / 20)
+    gain_db = channel.tilt * octaves
+    for centre_hz, db, width in channel.resonances:
+        gain_db = gain_db + np.float32(db) * np.exp(-0.5 * ((octaves - np.log2(centre_hz / 1000.0)) / width) ** 2)
+    gain = 10 ** (gain_db / 20)
     if channel.low_cut_hz is not None:
         gain = gain / np.sqrt(1 + (channel.low_cut_hz / np.maximum(freqs, 1.0)) ** 4)  # a second-order filter
     if channel.high_cut_hz is not None:
@@ -188,4 +230,7 @@ def apply_channel(
         heard += hum * np.float32(10 ** (-channel.hum_db / 20))
     heard *= np.float32(10 ** (channel.level_dbfs / 20))
     # A microphone clips what is too loud. The rounding is the one that every session's sound goes through.
-    return to_16_bits(np.clip(heard + np.float32(channel.dc), -1.0, 1.0))
+    heard = np.clip(heard + np.float32(channel.dc), -1.0, 1.0)
+    if channel.line != Line():
+        heard = np.clip(apply_line(rng, channel.line, heard), -1.0, 1.0)
+    return to_16_bits(heard)

@@ -44,6 +44,7 @@ from jaxtml.data.talks.channel import Channel, apply_channel, draw_channel
 from jaxtml.data.talks.session_draft import SessionDraft
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.user_turns import SessionUser
+from jaxtml.data.talks.vocal_tract import VocalTract, draw_vocal_tract
 from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.stream.conversation import Conversation
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
@@ -93,7 +94,7 @@ def make_conversation(
     else:
         _fill_with_scenarios(rng, draft, _draw_user(rng, speakers, weights))
     if channel is None:
-        channel = draw_channel(rng)
+        channel = draw_channel(rng, weights.hard_channel)
     others = babble(rng, speakers, len(draft.user)) if channel.babble_db is not None else None
     is_new_session = rng.random() < 0.3
     return Conversation(
@@ -112,8 +113,10 @@ def make_conversation(
 
 def _draw_user(rng: np.random.Generator, speakers: Speakers, weights: ScenarioWeights) -> SessionUser:
     voice = speakers.draw_voice(rng, weights.engines)
+    if rng.random() < weights.reshaped:
+        return SessionUser(speakers, weights, voice, draw_vocal_tract(rng))
     rate = float(np.exp(rng.uniform(np.log(0.85), np.log(1.18))))
-    return SessionUser(speakers, weights, voice, rate)
+    return SessionUser(speakers, weights, voice, VocalTract(formants=rate, pitch=rate, tempo=rate))
 
 
 def _fill_with_scenarios(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> None:

@@ -5,13 +5,14 @@ Called by the scenarios in `jaxtml.data.talks.timing`, which decide when the use
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jaxtml.data.talks import edits
 from jaxtml.data.talks.edits import Clip
 from jaxtml.data.talks.speakers import Speakers
+from jaxtml.data.talks.vocal_tract import VocalTract, reshape
 from jaxtml.data.talks.weights import ScenarioWeights
 from jaxtml.data.tasks.scenarios import (
     draw_bare_list,
@@ -34,13 +35,13 @@ class SessionUser:
       speakers: the bank's utterances.
       weights: how often user turns are joined from single words.
       voice: the user's voice, a key of `speakers.by_voice`.
-      rate: speed at which the user's recordings are played.
+      tract: how the user differs from the recorded voice.
     """
 
     speakers: Speakers
     weights: ScenarioWeights
     voice: str
-    rate: float
+    tract: VocalTract
 
 
 def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
@@ -54,8 +55,14 @@ def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
         clip = speakers.clip(int(indices[int(rng.integers(len(indices)))]))
     if reply_to(clip.text.split()) not in speakers.replies:
         return None
-    clip = edits.change_rate(clip, user.rate * float(rng.uniform(0.97, 1.03)))
+    clip = reshape(clip, _vary(rng, user.tract))
     return edits.set_level(clip, 10 ** (rng.uniform(-2, 2) / 20))
+
+
+def _vary(rng: np.random.Generator, tract: VocalTract) -> VocalTract:
+    """Returns the speaker in another mood: no two sentences have the same tempo and pitch."""
+    rate = float(rng.uniform(0.97, 1.03))
+    return replace(tract, formants=tract.formants * rate, pitch=tract.pitch * rate, tempo=tract.tempo * rate)
 
 
 def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> Clip | None:

@@ -20,6 +20,8 @@ class ScenarioWeights:
       joined: chance that a user turn is joined from single words of the user's voice.
       nonsense: chance that a joined user turn is no sentence. When a model mishears a user turn, its own transcript is
         often no sentence. The model has to answer nevertheless.
+      reshaped: chance that the session's user has another vocal tract, pitch and tempo than the recorded voice.
+      hard_channel: chance of a channel with hard conditions, see `channel.draw_channel`.
       engines: share of the sessions whose user has a voice of each engine. Neural voices sound most like people. eSpeak
         has the most voices, but a speech recogniser mishears half of its words.
     """
@@ -32,4 +34,6 @@ class ScenarioWeights:
     typed: float = 0.4
     joined: float = 0.4
     nonsense: float = 0.15
+    reshaped: float = 0.85
+    hard_channel: float = 0.5
     engines: tuple[tuple[str, float], ...] = (("kokoro", 0.45), ("flite", 0.18), ("piper", 0.09), ("espeak", 0.28))

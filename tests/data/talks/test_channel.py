@@ -5,6 +5,7 @@ import pytest
 
 from jaxtml.data.talks import channel
 from jaxtml.data.talks.channel import Channel
+from jaxtml.data.talks.line import Line
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 N = 10 * SAMPLE_RATE
@@ -62,10 +63,28 @@ def test_the_loudspeaker_is_heard_in_the_microphone_after_its_delay():
     assert -60 < level_db(heard[120_800:140_800]) < -40
 
 
-def test_a_drawn_channel_repeats_with_its_seed_and_keeps_samples_in_range():
-    for seed in range(40):
-        drawn = channel.draw_channel(np.random.default_rng(seed))
-        assert drawn == channel.draw_channel(np.random.default_rng(seed))
+def test_a_resonance_raises_the_sound_around_its_frequency():
+    flat, resonant = (heard_through(resonances=r)[: N // 2] for r in ((), ((2000.0, 9.0, 0.2),)))
+    power = np.square(np.abs(np.fft.rfft(resonant))) / np.square(np.abs(np.fft.rfft(flat)))
+    freqs = np.fft.rfftfreq(N // 2, 1 / SAMPLE_RATE)
+    assert 10 * np.log10(np.median(power[np.abs(freqs - 2000) < 50])) == pytest.approx(9, abs=0.5)
+    assert 10 * np.log10(np.median(power[np.abs(freqs - 500) < 50])) == pytest.approx(0, abs=0.2)
+
+
+def test_only_hard_channels_have_a_line_and_resonances():
+    usual = [channel.draw_channel(np.random.default_rng(seed)) for seed in range(100)]
+    assert all(drawn.line == Line() and not drawn.resonances and drawn.direct_db >= 2 for drawn in usual)
+    hard = [channel.draw_channel(np.random.default_rng(seed), hard=1.0) for seed in range(100)]
+    assert sum(drawn.line != Line() for drawn in hard) > 50
+    assert any(drawn.direct_db < -3 and drawn.rt60_s is not None for drawn in hard)
+    assert any(drawn.echo_db is not None and drawn.echo_db < 5 for drawn in hard)
+
+
+@pytest.mark.parametrize("hard", [0.0, 1.0])
+def test_a_drawn_channel_repeats_with_its_seed_and_keeps_samples_in_range(hard):
+    for seed in range(20):
+        drawn = channel.draw_channel(np.random.default_rng(seed), hard)
+        assert drawn == channel.draw_channel(np.random.default_rng(seed), hard)
         heard = channel.apply_channel(np.random.default_rng(seed), drawn, talking(), talking(5) * 0.1, talking(6))
         assert heard.dtype == np.float32
         assert heard.shape == (N,)
