@@ -164,6 +164,11 @@ class BackboneConfig:
         self.global_.check(f"{path}global_.")
         if self.sliding.retained:
             raise InputError(f"{path}sliding.retained {self.sliding.retained}: give 0, only global layers retain")
+        if self.global_.retained and not self.global_layers:
+            raise InputError(
+                f"{path}global_.retained {self.global_.retained}: no layer is global, so give 0, or name layers in "
+                f"{path}global_layers"
+            )
         if self.n_dense > self.n_layers:
             raise InputError(f"{path}n_dense {self.n_dense}: there are {self.n_layers} layers")
         if any(not 0 <= layer < self.n_layers for layer in self.global_layers):

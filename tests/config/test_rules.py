@@ -95,6 +95,16 @@ def test_every_number_has_a_rule_beside_its_field():
         (["backbone.global_.n_kv_heads=0"], "backbone.global_.n_kv_heads 0"),
         (["backbone.sliding.window=0"], "backbone.sliding.window 0: give at least 1"),
         (["backbone.global_.pinned=-1"], "backbone.global_.pinned -1"),
+        (["backbone.sliding.retained=5"], "backbone.sliding.retained 5: give 0, only global layers retain"),
+        (
+            ["backbone.global_.retained=9", "backbone.global_.window=100"],
+            "backbone.global_.rel_extent 256: .* with backbone.global_.retained give at most .*window, 100",
+        ),
+        (
+            ["backbone.global_.retained=9", "backbone.global_.rel_extent=9", "backbone.global_.window=33"],
+            "backbone.global_.window 33: a micro-turn has up to 34 tokens",
+        ),
+        (["backbone.global_.retained=9", "backbone.global_layers=[]"], "backbone.global_.retained 9: no layer is glob"),
         (["backbone.global_layers=[2,99]"], r"layers are 0\.\.5"),
         (["backbone.n_layers=0", "backbone.global_layers=[]"], "backbone.n_layers 0"),
         (["backbone.n_dense=-1"], "backbone.n_dense -1"),
