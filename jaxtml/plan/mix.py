@@ -60,8 +60,8 @@ def parse_mix(name: str, content: Mapping[str, Any]) -> Mix:
     confirmed = float(content["confirmed"])
     counts: dict[Turn, float] = {}
     for entry in content["turns"]:
-        turn, count = Turn(bool(entry["given"]), int(entry["written"]), bool(entry["speaks"])), float(entry["count"])
-        if not (0 <= count < math.inf and turn.written >= 0):
+        turn, count = Turn(*(entry[name] for name in Turn._fields)), float(entry["count"])
+        if [type(value) for value in turn] != [bool, int, bool] or turn.written < 0 or not 0 <= count < math.inf:
             raise ValueError(entry)
         counts[turn] = counts.get(turn, 0) + count
     total = sum(counts.values())

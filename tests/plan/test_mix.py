@@ -46,7 +46,16 @@ def test_the_default_mix_is_measured_and_has_every_kind_of_micro_turn():
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"confirmed": 0, "turns": []}', '{"confirmed": 0, "turns": [{"given": 1, "written": 2}]}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"confirmed": 0, "turns": []}',
+        '{"confirmed": 0, "turns": [{"given": false, "written": 2}]}',
+        '{"confirmed": 0, "turns": [{"given": false, "written": 2, "speaks": "no", "count": 1}]}',
+        '{"confirmed": 0, "turns": [{"given": false, "written": -1, "speaks": true, "count": 1}]}',
+        '{"confirmed": 0, "turns": [{"given": false, "written": 2, "speaks": true, "count": NaN}]}',
+    ],
 )
 def test_a_file_that_is_no_mix_is_refused(content, tmp_path):
     path = tmp_path / "mix.json"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def count_turns(encoded: EncodedConversation, control_base: int) -> Counter[tupl
 
 def measure(args: argparse.Namespace) -> None:
     config = configs.load(args.config, args.set)
+    config = replace(config, data=replace(config.data, longest_silence=None))  # a session runs all of a silence
     codec = TextCodec.load(args.data / TOKENIZER)
     dataset = open_dataset(config, codec, args.data, "test")
     if not isinstance(dataset, ConversationDataset):
