@@ -94,6 +94,8 @@ def search_largest_plan(plan: Plan, topology: str, mesh: str | None) -> Report:
     def overrides(variant: str, n: int) -> list[str]:
         return [f"{field}={n * unit}", *([f"train.remat={variant}"] if variant else [])]
 
+    refused: list[DoesNotFit | TooSlow] = []
+
     def measure(variant: str, n: int) -> Report | None:
         changed = config
         for text in overrides(variant, n):
@@ -103,9 +105,12 @@ def search_largest_plan(plan: Plan, topology: str, mesh: str | None) -> Report:
             return _plan(plan._replace(config=changed), where, shape)
         except (DoesNotFit, TooSlow) as error:
             logging.info("%s", error)
+            refused.append(error)
             return None
 
     results = search_variants(variants, measure)
+    if not results and isinstance(refused[-1], TooSlow):
+        raise TooSlow(f"not even {field}={unit} will do: {refused[-1]}")
     if not results:
         remedy = f"try {_REMEDIES[plan.program]}, or more chips"
         raise InputError(f"{config.name}: not even {field}={unit} fits {where}: {remedy}")

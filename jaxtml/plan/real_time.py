@@ -40,7 +40,7 @@ def check_real_time(
       topology: the hardware.
       mesh: the shape of the mesh over its devices.
       measure: measures a server.
-      usual_mesh: returns the mesh of a larger topology.
+      usual_mesh: returns the mesh for a plan of a topology that names none.
 
     Raises:
       TooSlow: the longest micro-turn takes longer. The message says which single changes would do.
@@ -89,13 +89,13 @@ def _remedies(
                 done.add(kind)
                 yield text, ms
     yield from _shorter_texts(config, load, topology, mesh)
-    for larger in topology.larger():
-        other = usual_mesh(config, larger)
-        if config.serve.sessions % Placement(other, config.serve.transport).session_shards:
-            continue  # so many chips cannot share so few sessions
-        ms = longest_ms(config, measure(config, larger, other), larger, other)
+    for place in (topology, *topology.larger()):
+        other = usual_mesh(config, place)
+        if other == mesh or config.serve.sessions % Placement(other, config.serve.transport).session_shards:
+            continue  # nothing new, or so many chips cannot share so few sessions
+        ms = longest_ms(config, measure(config, place, other), place, other)
         if ms <= MICRO_TURN_MS:
-            yield str(larger), ms
+            yield (f"--mesh {other}" if place == topology else str(place)), ms
             return
 
 
@@ -112,7 +112,7 @@ def _shorter_inputs(config: Config) -> Iterator[Change]:
     """Yields smaller limits of what comes in, the largest first."""
     for field in ("max_patches", "max_typed"):
         limit = getattr(config.duplex, field)
-        while limit > 1:
+        while limit > 3:  # a limit of 1 would leave no room for typed text after its control token
             limit //= 2
             yield field, f"duplex.{field}={limit}", _with_duplex(config, **{field: limit})
 

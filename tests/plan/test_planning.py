@@ -20,6 +20,7 @@ from jaxtml.model.duplex.state import NARROW_PREFILL, wide_prefill
 from jaxtml.model.flops import train_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import count_jaxpr_work
+from jaxtml.plan import planning
 from jaxtml.plan.micro_turn import Turn
 from jaxtml.plan.mix import DEFAULT, Mix
 from jaxtml.plan.planning import Plan, make_plan, measure_serving_load, usual_serving_mesh
@@ -168,7 +169,7 @@ def test_a_server_whose_longest_micro_turn_takes_too_long_is_refused_with_what_w
     config = configs.load("tml_interaction_small", ["duplex.max_heard=40", "duplex.max_text=60"])
     mesh, v6e = MeshShape(expert=8, tensor=4), Topology.parse("v6e:4x8")
     with pytest.raises(TooSlow) as refused:
-        check_real_time(config, v6e, mesh, measure_serving_load, lambda *_: MeshShape(expert=16, tensor=4))
+        check_real_time(config, v6e, mesh, measure_serving_load, lambda _, place: MeshShape(place.devices // 32, 8, 4))
     message = str(refused.value)
     assert "\n" not in message and "is not served in real time on v6e:4x8: its longest micro-turn takes" in message
     found = re.search(r"duplex.max_heard=(\d+) with duplex.max_text=(\d+) \((\d+) ms\)", message)
@@ -180,6 +181,16 @@ def test_a_server_whose_longest_micro_turn_takes_too_long_is_refused_with_what_w
     assert longest_ms(changed, load, v6e, mesh) == pytest.approx(float(found[3]), abs=0.5) and int(found[3]) <= 200
     one_more = load.program.course(Turn(True, load.max_written + 1, True), 0)
     assert time_course(changed, load, v6e, mesh, one_more).total > 0.2
+
+
+def test_a_search_says_why_not_even_the_fewest_sessions_are_served(monkeypatch):
+    def refuse(plan: Plan, *_: Any) -> None:
+        raise TooSlow(f"{plan.config.serve.sessions} sessions take 250 ms: try a smaller model")
+
+    monkeypatch.setattr(planning, "_plan", refuse)
+    plan = Plan(configs.load("tiny"), "serve", Mix.read(DEFAULT))
+    with pytest.raises(TooSlow, match=r"^not even serve.sessions=4 will do: 4 sessions take 250 ms: try a smaller"):
+        planning.search_largest_plan(plan, "v6e:2x2", "expert=4")
 
 
 def test_the_usual_mesh_of_serving_shares_the_sessions_and_is_the_fastest():
