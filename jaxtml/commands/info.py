@@ -121,14 +121,10 @@ def _sum_groups(groups: dict[str, Counts]) -> Counts:
 
 
 def _session_bytes(config: configs.Config) -> int:
-    """Returns the bytes of what the model remembers of one session, however long it lasts."""
-    import jax
-
-    from jaxtml.model.duplex.state import init_state
+    from jaxtml.model.duplex.state import session_bytes
     from jaxtml.model.interaction import InteractionModel
 
-    state = jax.eval_shape(lambda: init_state(InteractionModel(config), 1))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return session_bytes(InteractionModel(config))
 
 
 def _config_report(config: configs.Config, groups: dict[str, Counts]) -> dict[str, Any]:
@@ -149,7 +145,8 @@ def _print_config(config: configs.Config, groups: dict[str, Counts]) -> None:
         print(f"{name:{width}}  {total:>16,}  {active:>16,}")
     total, active = _sum_groups(groups)
     print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
-    kind = config.backbone.global_
+    b = config.backbone
+    kind = b.global_ if b.global_layers else b.sliding
     retained = f" and the text of earlier ones in {kind.retained:,} tokens" if kind.retained else ""
     print(f"a session takes {_session_bytes(config):,} bytes and sees its last {kind.window:,} tokens{retained}")
 

@@ -53,13 +53,11 @@ SILENCE = np.tile(SILENT_BINS, (FRAMES_PER_MICRO_TURN, 1))
 def load_engine(args: argparse.Namespace) -> Engine:
     """Returns the checkpoint's model with the window and the retained tokens of the command line."""
     source, codec = open_checkpoint(args.checkpoint), load_tokenizer(args.checkpoint)
-    config = source.config
-    changes = {"window": args.window, "retained": args.retained}
-    changes["rel_extent"] = config.backbone.global_.rel_extent
-    if args.window < changes["rel_extent"]:
-        raise InputError(f"--window {args.window}: the relative extent of the checkpoint is {changes['rel_extent']}")
-    for name, value in changes.items():
-        config = configs.override(config, f"backbone.global_.{name}={value}")
+    config, extent = source.config, source.config.backbone.global_.rel_extent
+    if args.window < extent:
+        raise InputError(f"--window {args.window}: give at least {extent}, the reach of the checkpoint's relative bias")
+    for name in ("window", "retained"):
+        config = configs.override(config, f"backbone.global_.{name}={getattr(args, name)}")
     configs.validate(config)
     return Engine.create(config, read_parameters(source), codec)
 

@@ -17,22 +17,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxtml import config as configs
-from jaxtml.checkpoint.files import SHIPPED
-from jaxtml.checkpoint.tokenizer import load_tokenizer
+from jaxtml.checkpoint.files import TOKENIZER
 from jaxtml.commands.arguments import add_config, count, run_tool, tool_parser
 from jaxtml.config import Config
 from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.errors import InputError
 from jaxtml.model.attention.retention import is_retained, number_micro_turns
-from jaxtml.model.duplex.state import init_state
+from jaxtml.model.duplex.state import session_bytes
 from jaxtml.model.interaction import InteractionModel
+from jaxtml.stream.text import TextCodec
 from jaxtml.stream.timebase import MICRO_TURN_MS
 from jaxtml.stream.tokens import PositionKind
 from jaxtml.strict_json import dumps
@@ -100,8 +99,7 @@ def measure_rates(dataset: ConversationDataset, control_base: int, conversations
 def describe_memory(config: Config, rates: Rates) -> Memory:
     """Returns what a session of `config` remembers at these rates."""
     kind = config.backbone.global_
-    state = jax.eval_shape(lambda: init_state(InteractionModel(config), 1))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    size = session_bytes(InteractionModel(config))
     window_s = kind.window / rates.tokens
     return Memory(kind.window, kind.retained, size, window_s, (window_s + kind.retained / rates.retained) / 60)
 
@@ -126,7 +124,8 @@ def with_window(config: Config, window: int) -> Config:
 
 def report(args: argparse.Namespace) -> None:
     config = configs.load(args.config, args.set)
-    codec = load_tokenizer(args.data if (args.data / "tokenizer.json").is_file() else SHIPPED)
+    config = replace(config, data=replace(config.data, longest_silence=None))  # a session runs all of a silence
+    codec = TextCodec.load(args.data / TOKENIZER)
     dataset = open_dataset(config, codec, args.data)
     if not isinstance(dataset, ConversationDataset):
         raise InputError(f"data.dataset {config.data.dataset!r}: its rows are no conversations, name another dataset")

@@ -128,6 +128,12 @@ def init_state(model: InteractionModel, batch: int, seed: int = 0, week_ms: int 
     return jax.tree.map(jnp.copy, state)  # XLA refuses a donated state in which two arrays share one buffer
 
 
+def session_bytes(model: InteractionModel) -> int:
+    """Returns the bytes of what the model remembers of one session, however long the session lasts."""
+    state = jax.eval_shape(lambda: init_state(model, 1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def empty_inputs(config: DuplexConfig, batch: int) -> MicroTurnInputs:
     """Returns the inputs of a micro-turn in which nothing is heard, typed or seen; all slots are active."""
     zeros = jnp.zeros((batch,), jnp.int32)
