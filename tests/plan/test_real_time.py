@@ -1,4 +1,4 @@
-"""A server that is too slow is refused with the changes that would do; here each device reads a given number of bytes."""
+"""A server that is too slow is refused with the changes that would do. The tests say how many bytes a device reads."""
 
 from __future__ import annotations
 
