@@ -147,7 +147,7 @@ def _print_config(config: configs.Config, groups: dict[str, Counts]) -> None:
     print(f"{'parameters':{width}}  {total:>16,}  {active:>16,} active per token")
     b = config.backbone
     kind = b.global_ if b.global_layers else b.sliding
-    retained = f" and the text of earlier ones in {kind.retained:,} tokens" if kind.retained else ""
+    retained = f", and before them {kind.retained:,} tokens of text" if kind.retained else ""
     print(f"a session takes {_session_bytes(config):,} bytes and sees its last {kind.window:,} tokens{retained}")
 
 

@@ -330,10 +330,10 @@ class DataConfig:
     many as `duplex.max_patches` and `tokens` allow."""
 
     longest_silence: PositiveInt | None = None
-    """Micro-turns. Of a longer silence, in which neither side speaks, types or shows anything, a row leaves out the
+    """Micro-turns. Of a longer silence, in which nobody says a word, types or shows anything, a row leaves out the
     middle: long sessions then fit into short rows. The clock of the next micro-turn tells how long the silence was. A
-    model whose global layers retain text (`retained`) can learn from such rows what it said hours before. None leaves
-    out nothing."""
+    model whose global layers retain text (`retained`) can learn from such rows to use what was said hours before. None
+    leaves out nothing."""
 
     dataset: str = "conversations"
     """Name of the dataset that training reads. `jaxtml.data.dataset` has the names, and says how to add a dataset."""
@@ -502,7 +502,7 @@ class Config:
         if global_.retained and global_.window < self.duplex.longest_micro_turn:
             raise InputError(
                 f"backbone.global_.window {global_.window}: a micro-turn has up to {self.duplex.longest_micro_turn} "
-                "tokens, and they are retained when it is complete: give at least as many"
+                "tokens, and all must still be in the window when its text is retained: give at least as many"
             )
         if self.duplex.control_base + CONTROL_IDS > self.backbone.vocab_size:
             raise InputError(

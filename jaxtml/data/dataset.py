@@ -7,8 +7,8 @@ How to add a dataset:
 
 1. Write a module beside this one with a class that has `row` and `digest`. Nothing has to be inherited.
    `jaxtml.data.conversations` is an example. To make a row from a two-channel recording, fill a
-   `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, and bring it to the fixed
-   shapes with `jaxtml.data.rows.pad`.
+   `jaxtml.stream.conversation.Conversation`, encode it with `jaxtml.stream.encoding.encode`, to which you pass the
+   fields of `DataConfig` that it takes, and bring it to the fixed shapes with `jaxtml.data.rows.pad`.
 2. Add its name to `_KINDS` below, with three functions: one makes what the dataset needs on disk (`jaxtml data` calls
    it), one says what is missing there (for `jaxtml data --no-build`), and one opens the dataset. For a dataset that
    needs nothing on disk, the first does nothing and the second returns None. If rows depend on the tokenizer, `digest`

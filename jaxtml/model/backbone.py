@@ -45,8 +45,8 @@ from jaxtml.parallel.work import mark_pass
 # and reads it back, which costs a small model 6 % of a training step.
 MAX_UNROLLED_LAYERS = 8
 
-# Up to this many bytes of hidden states of all sessions on `expert`, their latency is most of the collectives' time. On
-# v6e:4x8, the two collectives of `Layer._feed_group` then take no longer than the five that they replace.
+# If all devices of `expert` together have at most this many bytes of hidden states, latency is most of the time of a
+# collective. On v6e:4x8, the two collectives of `Layer._feed_group` then take no longer than the five they replace.
 MAX_GROUP_BYTES = 2**22
 
 

@@ -44,7 +44,7 @@ class Work:
       sent: bytes that the device sends, by (collective, mesh axes).
       calls: how many collectives there are, by (collective, mesh axes).
       passes: how many forward passes there are, by (sequences of the device, positions of a sequence).
-      read: bytes of the weights that are read, each as often as an operation takes it.
+      read: bytes of the weights that are read, each as often as an operation uses it.
       open_loops: loops whose number of rounds is not known; see `Case`.
     """
 
@@ -61,12 +61,12 @@ class Work:
         return sum(positions * times for (_, positions), times in self.passes.items())
 
     def scaled(self, factor: float) -> Work:
-        """Returns the work with `factor` times the sequences: more is multiplied and sent, by as many collectives."""
+        """Returns the work with `factor` times the sequences: FLOPs and bytes sent grow, everything else stays."""
         sent = Counter({key: size * factor for key, size in self.sent.items()})
         return Work(self.flops * factor, sent, self.calls, self.passes, self.read, self.open_loops)  # pyright: ignore[reportArgumentType]
 
     def minus(self, other: Work) -> Work:
-        """Returns what this work has more than `other`."""
+        """Returns the difference between this work and `other`, which is a part of it."""
         work = Work()
         work.add(self)
         work.add(other, -1)
@@ -88,8 +88,9 @@ class Case(NamedTuple):
 
     Attributes:
       rounds: of a loop whose number of rounds is not known.
-      widest: whether inputs are as long as they can be.
-      speaks: whether what only some runs need is needed.
+      widest: whether forward passes get the longest inputs that the program can give them.
+      speaks: whether the other conditions take the branch with the most work. In a server's program, these are the
+        branches that compute own speech.
     """
 
     rounds: int = 1
@@ -109,7 +110,7 @@ def count_work(function: Callable[..., Any], *arguments: Any, platform: str) -> 
 
 
 DEAREST = Case()
-"""The wide input, what only some runs need, and one round of each loop."""
+"""The branches with the most work, and one round of each loop."""
 
 
 def count_jaxpr_work(
@@ -121,19 +122,19 @@ def count_jaxpr_work(
       jaxpr: the program, as `jax.jit(f).trace(...).jaxpr`.
       platform: as for `count_work`.
       case: which branches and how many rounds to count.
-      weights: for each input of the jaxpr, whether it is a weight whose reading counts; inputs that are left out at the
-        end are none. None: no input is.
+      weights: for each input of the jaxpr, whether it is a weight whose reading counts. The list may be shorter than
+        the inputs: the last inputs are then no weights. None: no input is a weight.
     """
     chosen = {v: v.aval.dtype.itemsize for v, counts in zip(jaxpr.jaxpr.invars, weights or (), strict=False) if counts}
     return _Counter(platform, case).count(jaxpr.jaxpr, _Known({}, chosen, {}))
 
 
 class _Known(NamedTuple):
-    """What is known where a jaxpr stands, and about its variables. Counting it adds variables.
+    """What is known about a jaxpr from the jaxprs around it, and about its variables. Counting adds variables.
 
     Attributes:
       axis_sizes: lengths of the mesh axes of the enclosing `shard_map`s.
-      weights: bytes of a number of each variable that is a weight or a part of one.
+      weights: the variables that hold a weight or a part of one, and the bytes that one of its numbers has in memory.
       branch_of: the variables that choose a branch by platform, and the index of this branch. JAX traces a
         `platform_dependent` as a `platform_index`, which makes such a variable, and a `cond`, which reads it.
       in_scan: whether a loop of known length is around the jaxpr.
@@ -153,8 +154,8 @@ class _Known(NamedTuple):
         return _Known({**self.axis_sizes, **axis_sizes}, weights, branch_of, self.in_scan or scan)
 
 
-# What only selects, reorders or converts numbers: the result of a weight is still a weight, which is read where an
-# operation computes with it. A `gather` reads the rows that it takes.
+# Operations that only select, reorder or convert numbers. If the operand is a weight, so is the result: it is read
+# where another operation computes with it. So of the operand of a `gather`, only the rows of the result are read.
 _LAYOUT = {
     *("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather"),
     *("split", "copy", "optimization_barrier", "name"),

@@ -1,10 +1,13 @@
 """One micro-turn of a server as the forward passes of its traced program: which there are, and how often each runs.
 
 The program is one micro-turn of every session: 200 ms of input and output. It begins with a prefill, which has two
-widths. A loop follows, in which sessions write, until the slowest session is done. Speech is made in this loop, one
-position after the other, or in a branch of its own, or both. `MicroTurnProgram` reads from the jaxpr what each of these
-parts is, and how many positions of a session it runs. From these positions follows how often it has to run. So a change
-of `model/duplex/step.py` changes the plan by itself.
+widths. A loop follows, in which sessions write, until the slowest session is done. A round of the loop runs the token
+that a session has chosen. It may also run tokens that are guessed to follow (speculative decoding); the model confirms
+some of them, and the others are taken back. Speech is made in this loop, one position after the other, or in a branch
+of its own, or both.
+
+`MicroTurnProgram` measures these parts in the jaxpr. The number of positions that a part runs says how often the part
+has to run. So a change of `model/duplex/step.py` changes the plan by itself.
 
 Called by `planning`, which measures, and by `report`, which computes times.
 """
@@ -94,7 +97,7 @@ class MicroTurnProgram:
 
     @property
     def speech_rounds(self) -> int:
-        """Rounds of the loop that a session needs to speak: for what the branch of speech does not run."""
+        """Rounds of the loop that a session needs to speak: for the positions that `speech` does not run."""
         return math.ceil((SPEECH_POSITIONS - self.speech.positions) / self.round_positions)
 
     def course(self, turn: Turn, confirmed: float) -> Course:

@@ -27,7 +27,7 @@ class Mix:
     Attributes:
       name: where it comes from.
       shares: for each kind of micro-turn, its share of all micro-turns; together 1.
-      confirmed: how many guessed tokens the model confirms in a round of the loop, in the mean.
+      confirmed: how many guessed tokens (see `micro_turn`) the model confirms in a round of the loop, in the mean.
     """
 
     name: str
@@ -73,7 +73,7 @@ def parse_mix(name: str, content: Mapping[str, Any]) -> Mix:
 def batch_shares(mix: Mix, sessions: int, course: Callable[[Turn], Course]) -> dict[Course, float]:
     """Returns how a batch's micro-turns go: the share of each course.
 
-    A batch takes as long as its slowest session in each respect, and its sessions do not know of each other. So the
+    A batch has the largest value of each field of its sessions' courses, and its sessions are independent. So the
     probability that no session of the batch exceeds a course is a power of the probability for one session.
 
     Args:
@@ -107,7 +107,7 @@ def batch_shares(mix: Mix, sessions: int, course: Callable[[Turn], Course]) -> d
 
 
 def quantile(shares: Mapping[float, float], share: float) -> float:
-    """Returns the smallest of the values that `share` of all do not exceed; `shares` has the share of each value."""
+    """Returns the smallest value that a part `share` of the whole does not exceed; `shares` has each value's share."""
     passed = 0.0
     for value in sorted(shares):
         passed += shares[value]

@@ -140,7 +140,7 @@ def _usual_mesh(config: Config, topology: Topology, program: str) -> MeshShape:
 
 
 def usual_serving_mesh(config: Config, topology: Topology) -> MeshShape:
-    """Returns the mesh for a plan of serving that names none: that with the shortest longest micro-turn.
+    """Returns the mesh for a plan of serving that names none: the mesh on which the longest micro-turn is fastest.
 
     `tensor` may be any number that divides the devices of a slice and the key/value heads. Of the remaining devices of
     the slice, `expert` is the largest divisor that divides both sessions and experts. The rest is `data`. Only meshes

@@ -1,4 +1,4 @@
-"""Refuses a server whose longest micro-turn takes more than 200 ms, and computes what would make it fast enough.
+"""Refuses a server whose longest micro-turn takes more than 200 ms, and finds changes that make it fast enough.
 
 A batch of sessions waits for its slowest one. If the longest micro-turn misses its time, all sessions fall behind now
 and then, however fast the others are. Called by `planning`, before it compiles.
@@ -53,7 +53,7 @@ def check_real_time(
     remedy = f"try {', or '.join(found)}" if found else "no single change of the config or the topology would do"
     raise TooSlow(
         f"{config.name} is not served in real time on {topology}: its longest micro-turn takes {longest:.0f} ms at "
-        f"best, and there are {MICRO_TURN_MS}: {remedy}"
+        f"best, and may take {MICRO_TURN_MS}: {remedy}"
     )
 
 
@@ -129,7 +129,7 @@ def _fewer_sessions(config: Config, unit: int) -> Iterator[Change]:
 def _shorter_texts(
     config: Config, load: ServingLoad, topology: Topology, mesh: MeshShape
 ) -> Iterator[tuple[str, float]]:
-    """Yields the largest limits of heard and said words that are small enough, in proportion to those of the config."""
+    """Yields the largest limits of heard and own text that are small enough, in proportion to the config's."""
     duplex = config.duplex
     heard = duplex.max_heard if duplex.heard else 0
     fixed = load.max_written - heard - duplex.max_text  # the tokens that begin the two texts

@@ -112,7 +112,7 @@ class Topology:
             hosts, gpus = self.shape
             return [Topology(self.chip, (times * hosts, gpus)) for times in (2, 4, 8)]
         shapes = [tuple(map(int, shape.split("x"))) for shape in _shapes(self.chip.name)]
-        cubes = {math.prod(shape): shape for shape in sorted(shapes, key=sum, reverse=True)}  # of each size
+        cubes = {math.prod(shape): shape for shape in sorted(shapes, key=sum, reverse=True)}  # nearest to a cube
         now = math.prod(self.shape)
         return [Topology(self.chip, cubes[n], self.slices) for n in sorted(cubes) if 2 * now <= n <= 8 * now]
 

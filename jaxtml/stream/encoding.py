@@ -66,7 +66,7 @@ def encode(
       max_tokens: positions, at most; None for no limit.
       max_speech: own-speech positions, at most; None for no limit.
       max_patches: patches of the whole conversation, at most; None for no limit.
-      longest_silence: micro-turns. Of a longer silence, in which neither side speaks, types or shows anything, the
+      longest_silence: micro-turns. Of a longer silence, in which nobody says a word, types or shows anything, the
         middle is left out. The clock of the next micro-turn tells how long the silence was. None leaves out nothing.
 
     Raises:
@@ -128,7 +128,8 @@ def _says_words(conversation: Conversation, micro_turns: int) -> np.ndarray:
 def _without_long_silences(busy: np.ndarray, longest: int | None) -> np.ndarray:
     """Returns the numbers of the micro-turns that are encoded.
 
-    Of a stretch of micro-turns that are not `busy` `[M]` bool, the first and the last `longest / 2` are.
+    A stretch of more than `longest` micro-turns that are not `busy` `[M]` bool loses its middle. `longest` of them
+    stay, one half at each end.
     """
     encoded = np.ones(len(busy), bool)
     if longest is not None:

@@ -27,7 +27,7 @@ def test_info_says_what_a_session_takes_and_sees(jaxtml):
         sizes.append(json.loads(out)["session_bytes"])
     assert sizes[1] - sizes[0] == 100 * (2 * 2 * 2 * 48 * 4 + 4)
     _, out, _ = jaxtml("info", "tiny", "--set", "backbone.global_.retained=200")
-    assert "sees its last 512 tokens and the text of earlier ones in 200 tokens" in out
+    assert "sees its last 512 tokens, and before them 200 tokens of text" in out
 
 
 def test_set_overrides_a_field(jaxtml):

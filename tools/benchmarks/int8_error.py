@@ -5,7 +5,7 @@ Over the demo's recording: the relative difference of all logits, the largest si
 where the likeliest token stays the same, and the largest change of P(speak), the probability that the gate opens.
 
 With `--data`, also over generated conversations of the split "test" that training has not read: the perplexity of the
-tokens that the model has to write (heard words, its own text, the gate), and how many of them are the likeliest token.
+tokens that the model has to write (heard words, its own text, the gate), and how often the likeliest token is right.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def compare(name: str, exact: np.ndarray, rounded: np.ndarray, config: Config) -
 
 
 def score(name: str, logits: Logits, rows: list[Row]) -> None:
-    """Prints the perplexity of what the model has to write in `rows`, and how often that is the likeliest token."""
+    """Prints the perplexity of what the model has to write in `rows`, and how often the likeliest token is right."""
     losses, right = [], []
     for row in rows:
         at = np.flatnonzero(row["term"] != Term.NONE)
@@ -82,7 +82,8 @@ def score(name: str, logits: Logits, rows: list[Row]) -> None:
         losses.append(np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(at)), target])
         right.append(scores.argmax(axis=1) == target)
     loss, correct = np.concatenate(losses), np.concatenate(right)
-    print(f"{name}: perplexity {np.exp(loss.mean()):.4f}, {correct.mean():.2%} of {len(loss)} tokens are the likeliest")
+    right_at = f"{correct.mean():.2%} of {len(loss)} positions"
+    print(f"{name}: perplexity {np.exp(loss.mean()):.4f}, the likeliest token is right at {right_at}")
 
 
 def measure(args: argparse.Namespace) -> None:

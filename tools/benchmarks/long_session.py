@@ -6,10 +6,10 @@ silence between, as fast as the model computes. The model has the weights of a c
 retained tokens. The weights need not have been trained for that: the tool measures time, memory and attention, and no
 behaviour.
 
-The result has, for each tenth of the session: the median and the 99th percentile of a step's time, apart for
+The result has, for each tenth of the session: the median and the 99th percentile of a step's time, separately for
 micro-turns that only listen, that write text and are silent, and that speak; the memory of the process; how many
-tokens have been retained. At the end it says how far back the request stands, and which share of its attention the next
-micro-turn gives to the request, in the head of each global layer that gives it most.
+tokens have been retained. At the end it says how far back the request stands, and how much of its attention the next
+micro-turn gives to the request: for each global layer, the share of the head that gives it the most.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ def sort_of(out: MicroTurnOutputs) -> str:
 def attention_to(engine: Engine, state: DuplexState, positions: np.ndarray) -> list[float]:
     """Returns the share of attention that the next micro-turn's TURN and user frames give to retained tokens.
 
-    There is one share for each global layer: that of the token and head with the largest. A head's output is the mean
-    of the values by attention. So the share is what a head gives out if the values of the tokens in question are one,
-    and all others are zero. Values that the micro-turn writes itself are in the output too, and are subtracted.
+    There is one share for each global layer: the largest among its heads and the tokens that run here. A head's output
+    is the mean of all values, weighted by attention. So if the values of the tokens in question are one and all others
+    are zero, the output is the share. The values of the tokens that run here are in the output too; a second output,
+    without the ones, is subtracted to leave them out.
 
     Args:
       engine: the model.
@@ -164,7 +165,7 @@ def run(engine: Engine, bins: np.ndarray, hours: float, talk: float) -> dict[str
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(session.state)),
         "parts": parts,
         "request_tokens": len(request),
-        "request_tokens_back": int(session.state.position[0] - request[-1]),
+        "request_tokens_back": int(session.state.position[0] - request.max()),
         "attention_to_request": attention_to(engine, session.state, request),
     }
 

@@ -2,8 +2,10 @@
 """Measures what sessions do in their micro-turns, on generated conversations; prints a mix for `jaxtml plan --mix`.
 
 For each micro-turn of the split "test" it counts whether typed text or pictures come in, how many text tokens the
-session writes before the gate, and whether it speaks. The data comes from `jaxtml data`. `--confirmed` goes into the
-mix as it is: how many guessed tokens the model confirms in a round, which conversations do not tell.
+session writes before the gate, and whether it speaks. The data comes from `jaxtml data`.
+
+Conversations do not tell how many guessed tokens a model confirms in a round of its loop (`jaxtml.plan.micro_turn`).
+The mix has the number that `--confirmed` gives.
 
     tools/benchmarks/session_mix.py --data DATA > mix.json
 """

@@ -3,8 +3,8 @@
 
 The tool measures the token rates of generated conversations: all tokens, and those that global layers retain beyond
 their window (`jaxtml.model.attention.retention`). It then says how many seconds of sound and how many minutes of talk
-fit into the memory of a session: as the config is, and with other windows (`--window`) at the same bytes. What a
-smaller window frees, retained tokens take.
+fit into the memory of a session: as the config is, and with other windows (`--window`) at the same bytes. The room
+that a smaller window leaves is for retained tokens.
 
 The rates depend on how densely people talk, and on the tokenizer. The generated conversations are dense: hardly any
 second passes in silence. The result has the words per minute of both sides, for a comparison with other talks.

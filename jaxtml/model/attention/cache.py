@@ -68,7 +68,10 @@ class CacheStep(NamedTuple):
 
 
 def ring_slots(config: AttentionConfig, max_tokens: int) -> int:
-    """Returns S, the slots that a call of `max_tokens` tokens needs: no key is overwritten that a query still sees."""
+    """Returns S, the slots of both rings and of the pinned tokens.
+
+    The first ring is so long that a call of `max_tokens` tokens overwrites no key that one of its queries sees.
+    """
     return config.pinned + -(-(config.window + max_tokens - 1) // 16) * 16 + config.retained
 
 
@@ -165,7 +168,7 @@ def plan_retention(
     new = (jnp.arange(position.shape[1]) < count[:, None]) & (position >= config.pinned)
     ordinal = retained.count[:, None] + jnp.cumsum(new, axis=1) - 1
     total = retained.count + new.sum(axis=1)
-    new &= ordinal >= total[:, None] - config.retained  # no two tokens are copied to one slot
+    new &= ordinal >= total[:, None] - config.retained  # of more tokens than slots, only the last
     slot = jnp.where(new, ordinal % config.retained, config.retained)
     rows = jnp.arange(len(position))[:, None]
     step = RetentionStep(config.pinned + (position - config.pinned) % ring, slots - config.retained + slot)

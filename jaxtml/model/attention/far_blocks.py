@@ -6,10 +6,10 @@ with attention within the window.
 Axes: B batch, G key/value heads, Q query heads per key/value head, K head width, F far tokens and as many queries, in N
 blocks of C.
 
-Query f is the token at position `window + f`: earlier ones have no far tokens. An entry stands in the list at or before
-its position, so a block of queries needs only its own and earlier blocks of the list. Of these it visits the blocks
-that one of its queries sees. The blocks differ from row to row, and their number is known only at run time. There is no
-bias: `AttentionConfig.check` sees to it that the relative extent ends within the window.
+Query f is the token at position `window + f`, because earlier tokens have no far tokens. Entry f of the list is a token
+at position f or later. So a block of queries sees nothing in later blocks of the list than its own. Of the others it
+visits those that one of its queries sees. They differ from row to row, and their number is known only at run time.
+There is no bias: `AttentionConfig.check` keeps the relative extent within the window.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class FarPlan(NamedTuple):
 class FarVisits(NamedTuple):
     """Which blocks of the list each block of queries visits.
 
-    The first visit is to the pinned block, if there is one. The others are to consecutive blocks.
+    If there are pinned tokens, block 0 has all of them, and the first visit is to block 0. The other visits are to
+    consecutive blocks.
 
     Attributes:
       first: `[B, N]` int32, the first of the consecutive blocks.
@@ -76,8 +77,9 @@ def plan_visits(plan: FarPlan, far: FarTokens) -> FarVisits:
     """Plans the visits of all blocks of queries; `far` is from `pad_far_tokens`."""
     size = plan.size
     last_query = plan.window + size * jnp.arange(1, plan.count + 1) - 1
-    least_end, most_end = far.end[:, ::size], far.end[:, size - 1 :: size]
+    least_end, most_end = far.end[:, ::size], far.end[:, size - 1 :: size]  # those of a block's first and last query
     beyond = jax.vmap(partial(jnp.searchsorted, side="right"), (0, None))(far.position, last_query - plan.window)
+    # The last query sees nothing behind `stop`, and the first query sees nothing before `first` but pinned tokens.
     stop = -(-jnp.minimum(most_end, beyond) // size)
     first = jnp.maximum(least_end - plan.retained, 0) // size
     if plan.pinned:
@@ -131,7 +133,7 @@ def _queries(plan: FarPlan, a: jax.Array, i: jax.Array, axis: int = 3) -> jax.Ar
 
 
 def _entries(plan: FarPlan, a: jax.Array, block: jax.Array) -> jax.Array:
-    """Cuts a block of the list out of `[B, ..., F, K]`: for each row, the one of `block` `[B]`."""
+    """Cuts a block of the list out of `[B, ..., F, K]`: for each row, its own element of `block` `[B]`."""
     cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=plan.size, axis=-2)
     return jax.vmap(cut)(a, block * plan.size)
 
@@ -139,7 +141,10 @@ def _entries(plan: FarPlan, a: jax.Array, block: jax.Array) -> jax.Array:
 def _logits(
     plan: FarPlan, i: jax.Array, block: jax.Array, needed: jax.Array, query: jax.Array, key: jax.Array, far: FarTokens
 ) -> jax.Array:
-    """Returns masked logits `[B, G, Q, C, C]` float32 of block i of queries; `needed` `[B]` bool: rows that see any."""
+    """Returns the masked logits `[B, G, Q, C, C]` float32 of block i of queries for `block` `[B]` of each row's list.
+
+    `needed` `[B]` bool says which rows make this visit: others have fewer visits, and see nothing.
+    """
     offset = jnp.arange(plan.size)
     entry = (block[:, None] * plan.size + offset)[:, None]
     position = _entries(plan, far.position[..., None], block)[:, None, :, 0]

@@ -82,9 +82,10 @@ class _Steps(NamedTuple):
     """The steps of a kernel's grid for each of its blocks.
 
     Attributes:
-      first, count: `[B, N]` int32, as in `FarVisits`. If the grid's blocks are those of the list, `first` is the first
-        block of queries that visits them, and there is no visit to a pinned block.
-      by_entries: whether the grid's blocks are those of the list, and not those of the queries.
+      first, count: `[B, N]` int32. If the grid's blocks are blocks of queries, they are those of `FarVisits`. If the
+        grid's blocks are blocks of the list, `first` is the first of the consecutive blocks of queries that visit such
+        a block, and `count` is their number.
+      by_entries: whether the grid's blocks are blocks of the list.
     """
 
     first: jax.Array
@@ -99,7 +100,8 @@ def _by_queries(plan: FarPlan, far: FarTokens) -> _Steps:
 def _by_entries(plan: FarPlan, far: FarTokens) -> _Steps:
     """Finds the blocks of queries that visit each block of the list.
 
-    They are consecutive, because the first and the last visit never move back from one block of queries to the next.
+    They are consecutive: the visits of a block of queries begin and end no earlier in the list than those of the block
+    of queries before it.
     """
     visits: FarVisits = plan_visits(plan, far)
     stop = visits.first + visits.count - (plan.pinned > 0)
@@ -115,7 +117,7 @@ def _by_entries(plan: FarPlan, far: FarTokens) -> _Steps:
 
 
 class _OperandRefs(NamedTuple):
-    """References to the blocks of the operands for one grid step.
+    """References to the blocks of the operands for one grid step, in the order in which `_call` passes them.
 
     Attributes:
       query, keys, values: `[1, 1, C, K]`.

@@ -4,22 +4,23 @@ Most tokens of a session are sound: four frames of the user in every micro-turn,
 sound said stands in the text a moment later. So frames leave with the window, and text stays: a request from an hour
 ago is still visible, at the cost of a few tokens.
 
-Retained are, of each micro-turn with text, these tokens (`jaxtml.stream.layout` has the layout):
+Of each micro-turn with text, these tokens are retained (`jaxtml.stream.layout` has the layout):
 
 - TURN, which carries the clock: a text comes with its time;
 - HEARD and the words of the user, SAY and the words of the assistant, TYPED or BACKGROUND and its text;
-- patches of a picture that was shown while something was said.
+- patches of pictures that were shown in the same micro-turn.
 
-Frames are never retained, nor is the gate, LISTEN or SPEAK. Whether the assistant spoke is clear from its words, and
+Frames are never retained, nor is the gate (LISTEN or SPEAK). Whether the assistant spoke is clear from its words, and
 one more token per micro-turn with text would shorten the memory by about a sixth.
 
 Tokens of a micro-turn are retained from the next micro-turn on. The LISTEN token counts as the first token of that next
-micro-turn, because a session runs it there (`jaxtml.model.duplex.step`). A query sees the last `retained` of these
-tokens, and none of them twice: within the window a token is visible anyway, and so is a pinned token. Pinned tokens
-count as pinned only. A retained token beyond the window has no relative bias, as the extent ends within the window.
+micro-turn, because a session runs it there (`jaxtml.model.duplex.step`). A query sees the last
+`AttentionConfig.retained` of the retained tokens. No token is visible twice: a retained token that is still in the
+window is seen there, and a pinned token is not retained. Beyond the window, tokens have no relative bias, because
+`AttentionConfig.check` keeps the relative extent within the window.
 
 This file finds the tokens in whole sequences. `cache` keeps them in sessions. Called by `backbone`. The prediction
-heads (`mtp`), which only training has, retain nothing.
+heads (`mtp`), which only training runs, retain nothing.
 
 Axes: B batch, T tokens, F far tokens: those that are pinned or retained.
 """
@@ -40,11 +41,11 @@ class FarTokens(NamedTuple):
     """The tokens of whole sequences that are visible beyond the window.
 
     The list of a sequence begins with its pinned tokens; the retained tokens follow, the oldest first. Query i sees
-    entry f if the entry is beyond the window and either pinned or among the last `retained` entries before `end[i]`.
+    entry f if its token is beyond the window, and if it is pinned or among the last `retained` entries before `end[i]`.
 
     Attributes:
       position: `[B, F]` int32, where each token stands in its sequence; T for entries that do not exist.
-      end: `[B, T]` int32, the number of entries once the micro-turns before the query's own are complete.
+      end: `[B, T]` int32, for each query the number of entries that are pinned or belong to earlier micro-turns.
     """
 
     position: jax.Array
@@ -78,7 +79,10 @@ def find_far_tokens(config: AttentionConfig, kind: jax.Array) -> FarTokens | Non
 
 
 def number_micro_turns(kind: jax.Array) -> jax.Array:
-    """Returns the number of each token's micro-turn, `[B, T]` int32, from 1. LISTEN belongs to the next micro-turn."""
+    """Returns the number of each token's micro-turn, `[B, T]` int32.
+
+    The first micro-turn is number 1; tokens before it have 0. LISTEN has the number of the next micro-turn.
+    """
     number = jnp.cumsum(kind == PositionKind.TURN, axis=1)
     # Among text tokens only LISTEN can stand right before a TURN.
     following = jnp.concatenate([number[:, 1:], number[:, -1:]], axis=1)

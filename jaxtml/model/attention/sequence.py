@@ -6,8 +6,8 @@ can reach.
 
 Called by `attention`, in training and in checks; decoding is in `cache`. A TPU runs the kernels of `flash` where they
 apply. This file is for everything else: short windows in one matmul, long windows chunk by chunk, and long sequences
-block by block (`blockwise`). Layers that retain tokens beyond the window (`retention`) attend to them separately
-(`far_blocks`), and the two results are joined.
+block by block (`blockwise`). Layers that retain tokens attend separately to the tokens beyond the window (`retention`,
+`far_blocks`), and the two results are joined.
 
 The adjoint is written out and uses the exponentials that the forward pass saves. On a CPU it takes a third of the time
 of the adjoint that XLA derives.
@@ -50,7 +50,7 @@ class Operands(NamedTuple):
       rel: `[B, G, Q, T, R]`.
       proj: `[R, E]`.
       scale: `[T]` float32.
-      far: the tokens that are visible beyond the window; None: the pinned tokens.
+      far: the tokens that are visible beyond the window; None: the pinned tokens alone.
     """
 
     query: jax.Array
@@ -90,7 +90,7 @@ def attend_sequence(
     keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))  # [B, G, T, K]
     tokens = query.shape[3]
     operands = Operands(query, keys, values, rel, proj, jnp.ones(tokens) if scale is None else scale, far)
-    # The kernels within the window know no pinned tokens; those for far tokens do.
+    # The kernels of `flash` have no pinned tokens. Those of `flash_far` have, and run if tokens are retained.
     has_pinned = config.pinned and config.window < tokens and far is None
     if tokens < MIN_FLASH_TOKENS or has_pinned:
         out = attend_chunks(config, operands)
@@ -125,6 +125,7 @@ def attend_chunks(config: AttentionConfig, operands: Operands) -> jax.Array:
     """Runs plain operations, in chunks or blocks that suit the window and the length: `[B, G, Q, T, K]`."""
     query, rel = (a * operands.scale[:, None].astype(a.dtype) for a in (operands.query, operands.rel))
     query, keys, values, rel = jax.lax.optimization_barrier((query, operands.keys, operands.values, rel))
+    # If there is a list of far tokens, the pinned tokens beyond the window are in it.
     near = config if operands.far is None else dataclasses.replace(config, pinned=0)
     tokens = query.shape[3]
     run = _chunk_by_chunk
@@ -135,7 +136,7 @@ def attend_chunks(config: AttentionConfig, operands: Operands) -> jax.Array:
     attended = run(near, query, keys, values, rel, operands.proj)
     if operands.far is None:
         return attended[0]
-    size = max(CHUNK, config.pinned) if tokens <= MAX_UNROLLED_CHUNKS * CHUNK else BLOCK  # pinned tokens: one block
+    size = max(CHUNK, config.pinned) if tokens <= MAX_UNROLLED_CHUNKS * CHUNK else BLOCK  # pinned tokens fit into one
     beyond = _attend_far(config, attend_far_blocks, size, query, keys, values, operands.far)
     return join_far(config.window, attended, beyond)
 

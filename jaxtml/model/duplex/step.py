@@ -9,7 +9,7 @@ Read this file from top to bottom. A micro-turn has four stages:
    of this speech is fed back.
 4. `vocode` turns the log-mels of own speech into a waveform.
 
-If global layers retain tokens, `retain_text` then copies the text of this micro-turn to where it stays.
+If global layers retain tokens, `retain_text` then copies the text of this micro-turn to the second ring of the cache.
 
 All of it is one compiled program with fixed shapes; nothing returns to the host in between. `programs.Duplex` compiles
 the program. `converse`, the server, the evaluations and the trainer's samples all call it. The training forward over
@@ -353,7 +353,7 @@ def retain_text(
 ) -> DuplexState:
     """Retains the text of this micro-turn beyond the window of global layers; see `attention.retention`.
 
-    Retained are two stretches of positions: from TURN to the last patch, and the generated tokens before the gate. The
+    Two stretches of positions are retained: from TURN to the last patch, and the generated tokens before the gate. The
     user's frames stand between them.
 
     Args:

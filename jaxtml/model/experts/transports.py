@@ -106,7 +106,7 @@ def ragged(x: jax.Array, routing: Routing, experts: ExpertWeights, placement: Pl
 
 
 TRANSPORTS: dict[str, ExpertTransport] = {"replicated": replicated, "ring": ring, "ragged": ragged}
-# The mesh axes over which the results of a transport have still to be summed.
+# The mesh axes over which the caller must sum the result of a transport.
 SUMMED: dict[str, tuple[str, ...]] = {"replicated": ("expert", "tensor"), "ring": TENSOR, "ragged": TENSOR}
 
 
@@ -114,7 +114,8 @@ SUMMED: dict[str, tuple[str, ...]] = {"replicated": ("expert", "tensor"), "ring"
 def _all_gather_choices(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gathers the experts of each token and their weights over `expert` with one all_gather: `[N, K]` -> `[P N, K]`.
 
-    They travel as unsigned integers of the weights' width, because a sum or a conversion of floats may change bits.
+    Both travel as unsigned integers of the weights' width. An index that is converted to a float may be rounded, and
+    one whose bits are taken for a float may be a NaN, of which not every operation keeps the bits.
     """
     kind = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(weight, kind)
