@@ -41,7 +41,10 @@ class TextCodec:
           InputError: there is no such file, or it is no tokenizer.
         """
         if not Path(path).is_file():
-            raise InputError(f"no tokenizer at {path}: a checkpoint has tokenizer.json beside config.json")
+            raise InputError(
+                f"no tokenizer at {path}: a checkpoint has tokenizer.json beside config.json, and `jaxtml data` writes "
+                "it beside the bank"
+            )
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # The library raises a bare Exception on malformed files.

@@ -225,7 +225,7 @@ EIGHT_HOURS = 5_000_000  # tokens, more than a tiny session has
 
 
 def _whole_rounds(config: BackboneConfig) -> int:
-    """Returns the tokens of eight hours, rounded to whole rounds of all rings: the ring slots stay the same."""
+    """Returns the tokens of eight hours, rounded so that a token keeps its slot in every ring if moved by so many."""
     kinds = (config.global_, config.sliding)
     round_ = int(np.lcm(*(ring_slots(kind, MICRO_TURN) - kind.pinned - kind.retained for kind in kinds)))
     return EIGHT_HOURS // round_ * round_

@@ -89,6 +89,7 @@ def score(name: str, logits: Logits, rows: list[Row]) -> None:
 def measure(args: argparse.Namespace) -> None:
     config, params = load_checkpoint(args.checkpoint)
     codec = TextCodec.load(Path(args.checkpoint) / TOKENIZER)
+    dataset = None if args.data is None else open_dataset(config, codec, args.data, "test")
     wave = read_audio(RECORDING)
     wave = np.pad(wave, (0, -len(wave) % MICRO_TURN_SAMPLES))
     recording = pad(encode(Conversation(wave, np.zeros_like(wave)), codec, config.duplex), config)
@@ -101,8 +102,7 @@ def measure(args: argparse.Namespace) -> None:
     exact = models["float32"](recording)[present]
     for name in ("bfloat16", "int8"):
         compare(f"{name} experts", exact, models[name](recording)[present], config)
-    if args.data is not None:
-        dataset = open_dataset(config, codec, args.data, "test")
+    if dataset is not None:
         rows = [dataset.row(index) for index in range(args.rows)]
         for name, logits in models.items():
             score(f"{name} experts", logits, rows)

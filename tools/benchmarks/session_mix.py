@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxtml import config as configs
 from jaxtml.checkpoint.files import TOKENIZER
-from jaxtml.commands.arguments import add_config, count, run_tool, tool_parser
+from jaxtml.commands.arguments import add_config, count, number, run_tool, tool_parser
 from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.errors import InputError
 from jaxtml.stream.layout import EncodedConversation
@@ -70,6 +70,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="what `jaxtml data` wrote")
     parser.add_argument("--rows", type=count, default=500, help="conversations to count (default: 500)")
     parser.add_argument(
-        "--confirmed", type=float, default=0.0, help="guessed tokens that each round of the loop confirms (default: 0)"
+        "--confirmed",
+        type=number(0, 100),
+        default=0.0,
+        help="guessed tokens that each round of the loop confirms (default: 0)",
     )
     run_tool(parser, measure)

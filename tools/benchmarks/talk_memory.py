@@ -74,7 +74,11 @@ class Memory(NamedTuple):
 
 
 def measure_rates(dataset: ConversationDataset, control_base: int, conversations: int) -> Rates:
-    """Measures the rates of the first conversations of a dataset. Ids from `control_base` on are control tokens."""
+    """Measures the rates of the first conversations of a dataset. Ids from `control_base` on are control tokens.
+
+    Raises:
+      InputError: the conversations have no text, so that nothing is retained.
+    """
     tokens = retained = retained_words = words = micro_turns = with_text = 0
     for index in range(conversations):
         encoded = dataset.encoded(index)
@@ -90,6 +94,8 @@ def measure_rates(dataset: ConversationDataset, control_base: int, conversations
         conversation, stop_s = dataset.conversation(index), turns * MICRO_TURN_MS / 1000
         said = [word for speech in conversation.speech for word in speech.words]
         words += sum(word.end_s <= stop_s for word in (*conversation.user_words, *said))
+    if not retained:
+        raise InputError(f"{conversations} conversations have no text: measure more, or longer rows (data.tokens)")
     seconds = micro_turns * MICRO_TURN_MS / 1000
     return Rates(
         tokens / seconds, retained / seconds, retained_words / seconds, words / seconds, with_text / micro_turns
