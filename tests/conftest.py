@@ -9,9 +9,14 @@ milliseconds. `XLA_FLAGS= tools/test` tests the programs as users run them.
 
 from __future__ import annotations
 
+import gc
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# A program is not split into parts that are compiled in parallel: the tests keep all cores busy anyway.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -58,6 +63,10 @@ from tests.oracle import pytest_runtest_setup  # noqa: F401
 from tests.order import pytest_collection_modifyitems  # noqa: F401
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; a program without a mesh runs on the first device
+
+# Tracing makes millions of objects that live on. With Python's thresholds of 700 objects, the garbage collector visits
+# them again and again, which takes a third of the time of tracing and lowering.
+gc.set_threshold(100_000, 20, 50)
 
 WAVE_TURNS = 14
 SLOTS = 4  # slots of the shared compiled step
