@@ -6,7 +6,8 @@ Axes: B sequences, T tokens, V vocabulary. Also called by `convert.verification`
 from __future__ import annotations
 
 import zipfile
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -66,8 +67,13 @@ def token_logits(checkpoint: str | Path, tokens: str | Path, out: str | Path, me
 
 def text_logits(config: Config, params: Params, ids: np.ndarray) -> np.ndarray:
     """Returns the logits, float32 `[B, T, V]`, for token ids `[B, T]` that are all text (teacher forcing)."""
-    model = InteractionModel(config)
-    return np.asarray(jax.jit(partial(_forward, model))(params, jnp.asarray(ids, jnp.int32)))
+    return np.asarray(_jitted_forward(config)(params, jnp.asarray(ids, jnp.int32)))
+
+
+@lru_cache(maxsize=2)
+def _jitted_forward(config: Config) -> Callable[[Params, jax.Array], jax.Array]:
+    """Returns `_forward` of a model. A verification calls it twice for equal models, and compiles it once."""
+    return jax.jit(partial(_forward, InteractionModel(config)))
 
 
 def _forward(model: InteractionModel, params: Params, ids: jax.Array) -> jax.Array:

@@ -30,9 +30,9 @@ TOKEN_IDS = {"audio_token_id": 17, "image_token_id": 16, "audio_bos_token_id": 1
 
 @pytest.fixture
 def many_chunks(monkeypatch) -> None:
-    """Cuts even the small models of the tests into many chunks."""
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(sink, "PIECE_BYTES", 512)
+    """Cuts even the small models of the tests into many chunks: about twenty of their parameters have several."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**15)
+    monkeypatch.setattr(sink, "PIECE_BYTES", 2**11)
 
 
 @pytest.fixture

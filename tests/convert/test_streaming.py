@@ -35,7 +35,7 @@ import os, signal, sys
 from jaxtml.checkpoint import chunks
 from jaxtml.convert.conversion import convert
 from jaxtml.convert.journal import Journal
-chunks.CHUNK_BYTES = 8192
+chunks.CHUNK_BYTES = 2**15
 note, noted = Journal.note, []
 def note_and_die(self, *args):
     note(self, *args)
