@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -202,8 +202,11 @@ def plan_serving(plan: Plan, topology: Topology, mesh: MeshShape) -> Report:
     return report_serving(config, load, compiled.memory, topology, mesh, plan.mix)
 
 
+@lru_cache(maxsize=64)
 def measure_serving_load(config: Config, topology: Topology, mesh: MeshShape) -> ServingLoad:
     """Traces a server's program without compiling it, and measures what a device holds and does.
+
+    Results are kept: the search of a mesh, the check of real time and the report of one plan ask for the same server.
 
     Raises:
       InputError: the mesh does not divide the sessions, or a dimension of the model.

@@ -58,9 +58,16 @@ def test_without_libtpu_a_plan_is_refused_in_one_line():
     assert "\n" not in str(refused.value)
 
 
+# Two layers and rows of five seconds: the compilers for chips take three times as long for all of tiny.
+SHORT_TINY = (
+    *("train.compute_dtype=bfloat16", "serve.compute_dtype=bfloat16", "data.turns=25", "data.tokens=256"),
+    *("backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]", "flow.depth=1", "vocoder.depth=1"),
+)
+
+
 def run_plan(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `jaxtml plan` of tiny in bfloat16, in its own process: a process keeps the compiler that it has loaded."""
-    tiny = configs.load("tiny", ["train.compute_dtype=bfloat16", "serve.compute_dtype=bfloat16"])
+    """Runs `jaxtml plan` of a short tiny, in its own process: a process keeps the compiler that it has loaded."""
+    tiny = configs.load("tiny", SHORT_TINY)
     path = tmp_path / "config.json"
     path.write_text(configs.to_json(tiny))
     command = [sys.executable, "-m", "jaxtml", "plan", str(path), *arguments]
