@@ -95,8 +95,8 @@ def recording(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """An untrained `tiny` of two layers, which compiles faster than the shipped one. It never speaks."""
-    layers = ("backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]")
-    config = configs.load("tiny", [*layers, "duplex.gate_threshold=1.0"])
+    layers = ("backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]", "flow.depth=1")
+    config = configs.load("tiny", [*layers, "vocoder.depth=1", "duplex.gate_threshold=1.0"])
     folder = tmp_path_factory.mktemp("checkpoint") / "two_layers"
     params = init_params(InteractionModel(config).specs(), 0)
     save_checkpoint(folder, config, params, "float32", SHIPPED / "tokenizer.json")
@@ -153,10 +153,13 @@ def test_convert_runs(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.oracle
-def test_cpu_speed_runs(checkpoint):
-    arguments = ("--config", str(checkpoint / "config.json"), "--rounds", "1", "--json")
-    environment = {**oracle_environment(), "XLA_FLAGS": ""}  # programs that are not optimised would run for a minute
-    result = json.loads(run("tools/benchmarks/cpu_speed.py", *arguments, environment=environment))
+def test_cpu_speed_runs(releasable, tmp_path):
+    b = releasable.backbone
+    everything = dataclasses.replace(b.global_, window=512, pinned=0, retained=0)  # all tokens of a row are visible
+    backbone = dataclasses.replace(b, n_layers=2, global_layers=(1,), global_=everything, mtp_heads=0, mtp_global=())
+    (tmp_path / "config.json").write_text(configs.to_json(dataclasses.replace(releasable, backbone=backbone)))
+    arguments = ("--config", str(tmp_path / "config.json"), "--rounds", "1", "--json")
+    result = json.loads(run("tools/benchmarks/cpu_speed.py", *arguments, environment=oracle_environment()))
     assert result["logits_relative_error"] < 1e-5
     assert result["training_tokens_per_s"]["ratio"] > 0 and result["micro_turns_per_s"]["ratio"] > 0
 
@@ -188,7 +191,8 @@ def test_long_session_runs(monkeypatch, capsys, recording, checkpoint):
 def test_plan_table_runs(small, tmp_path):
     b = small.backbone  # the row splits heads over four devices
     kinds = {name: dataclasses.replace(getattr(b, name), n_heads=4, n_kv_heads=4) for name in ("sliding", "global_")}
-    config = dataclasses.replace(small, backbone=dataclasses.replace(b, **kinds))
+    backbone = dataclasses.replace(b, n_layers=2, global_layers=(1,), **kinds)
+    config = dataclasses.replace(small, backbone=backbone, vocoder=dataclasses.replace(small.vocoder, depth=1))
     (tmp_path / "config.json").write_text(configs.to_json(config))
     arguments = ("--config", str(tmp_path / "config.json"), "serve-tpu7x-16")
     row = run("tools/benchmarks/plan_table.py", *arguments, environment=compilers.environment())
@@ -250,9 +254,9 @@ def test_build_voice_bank_runs(tmp_path):
 
 
 @pytest.mark.skipif(not recorded_prompts.FOLDER.is_dir(), reason=recorded_prompts.INSTALL)
-def test_evaluate_runs(tmp_path):
+def test_evaluate_runs(checkpoint, tmp_path):
     arguments = ("--synthetic", "0", "--human", "1", "--listened", "1", "--out", str(tmp_path))
-    run("tools/evaluate.py", "--checkpoint", str(SHIPPED), *arguments)
+    run("tools/evaluate.py", "--checkpoint", str(checkpoint), *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["material"]["human"] == 1 and results["rows"] and (tmp_path / "summary.png").is_file()
 

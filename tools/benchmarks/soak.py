@@ -41,7 +41,7 @@ from jaxtml.strict_json import dumps
 MICRO_TURNS_PER_MINUTE = 60 * SAMPLE_RATE // MICRO_TURN_SAMPLES
 WARM_UP_ROUNDS = 3  # rounds of both workers before their steps are counted
 MIN_ROUNDS = 20  # two per tenth
-SESSIONS = 8  # the server of the cycles admits this many; half as many clients run at the same time
+CLIENTS = 4  # of the cycles, at the same time; the server admits twice as many sessions
 FREE_S = 0.2  # a slot is free again at the next tick
 
 
@@ -114,10 +114,10 @@ async def run_cycle(http: aiohttp.ClientSession, url: str, model: str) -> None:
 
 
 @contextmanager
-def running_server(checkpoint: Path | str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A server on a free port: its process, its URL and the name of its model. It is ended afterwards."""
+def running_server(checkpoint: Path | str, sessions: int) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server of `sessions` sessions: its process, its URL and the name of its model. It is ended afterwards."""
     command = [sys.executable, "-m", "jaxtml", "serve", "--json", "--checkpoint", str(checkpoint), "--port", "0"]
-    command += ["--max-sessions", str(SESSIONS)]
+    command += ["--max-sessions", str(sessions)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -132,7 +132,8 @@ def running_server(checkpoint: Path | str) -> Iterator[tuple[subprocess.Popen[st
 
 
 async def run_cycles(checkpoint: Path | str, cycles: int) -> dict[str, object]:
-    with running_server(checkpoint) as (server, url, model):
+    clients = min(CLIENTS, cycles)
+    with running_server(checkpoint, 2 * clients) as (server, url, model):
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children()]
         numbers = iter(range(1, cycles + 1))
         memory, files = [], []
@@ -146,7 +147,7 @@ async def run_cycles(checkpoint: Path | str, cycles: int) -> dict[str, object]:
                     files.append(sum(process.num_fds() for process in processes))
 
         async with aiohttp.ClientSession() as http:
-            await asyncio.gather(*(client(http) for _ in range(SESSIONS // 2)))
+            await asyncio.gather(*(client(http) for _ in range(clients)))
             await asyncio.sleep(1)
             async with http.get(f"{url}/metrics") as response:
                 metrics = (await response.text()).splitlines()
