@@ -236,7 +236,7 @@ def test_talk_memory_runs(monkeypatch, capsys, tmp_path):
     assert other["retained"] == 256 and other["talk_min"] > today["talk_min"] and other["window_s"] < today["window_s"]
     # The retained tokens' positions are all that the same number of tokens takes besides.
     assert 0 < other["state_bytes"] - today["state_bytes"] < 2000
-    assert run_here(monkeypatch, "tools/benchmarks/talk_memory.py", *arguments, "--set", "data.tokens=20") == 2
+    assert run_here(monkeypatch, "tools/benchmarks/talk_memory.py", *arguments, "--set", "data.tokens=7") == 2
     assert "3 conversations have no text: measure more" in capsys.readouterr().err
 
 

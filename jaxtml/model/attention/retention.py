@@ -96,9 +96,10 @@ def is_retained(kind: jax.Array, number: jax.Array) -> jax.Array:
       kind: `[B, T]`, the `PositionKind` of each position.
       number: from `number_micro_turns`.
     """
-    following = jnp.pad(kind[:, 1:], ((0, 0), (0, 1)))
-    is_gate = (following == PositionKind.TURN) | (following == PositionKind.OWN)
-    is_text = (kind == PositionKind.TEXT) & ~is_gate
+    following = jnp.pad(kind[:, 1:], ((0, 0), (0, 1)), constant_values=PositionKind.PAD)
+    # LISTEN stands before TURN or at the end, SPEAK before own speech.
+    ends = (following == PositionKind.TURN) | (following == PositionKind.PAD) | (following == PositionKind.OWN)
+    is_text = (kind == PositionKind.TEXT) & ~ends
     has_text = jnp.take_along_axis(_sum_by_micro_turn(is_text, number) > 0, number, axis=1)
     return has_text & (is_text | (kind == PositionKind.TURN) | (kind == PositionKind.PATCH))
 
