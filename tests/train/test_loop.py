@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,17 +27,19 @@ from jaxtml.checkpoint.opening import read_checkpoint
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
 from jaxtml.checkpoint.orbax.source import load_checkpoint
 from jaxtml.commands import main as cli
-from jaxtml.config import Config
+from jaxtml.config import Config, TrainConfig
 from jaxtml.data import pipeline
 from jaxtml.data.conversations import GeneratedConversations
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
-from jaxtml.model.spec import init_params
+from jaxtml.model.placement import Placement
+from jaxtml.model.spec import Params, init_params
 from jaxtml.parallel.mesh import MeshShape
+from jaxtml.session.engine import Engine
 from jaxtml.stream.text import TextCodec
-from jaxtml.train import feed
+from jaxtml.train import feed, loop, samples
 from jaxtml.train.loop import train
-from jaxtml.train.step import TrainState
+from jaxtml.train.step import Init, Step, TrainState, make_train_step
 from jaxtml.train.vocoder.storage import load_vocoder
 
 STEPS = 6
@@ -72,6 +76,27 @@ def config(small) -> Config:
         data=dataclasses.replace(small.data, turns=25, tokens=192),
         train=dataclasses.replace(small.train, steps=STEPS, checkpoint_every=3),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_made_once() -> Iterator[None]:
+    """Runs of equal models on equal meshes share their traced and compiled programs, as the steps of one run do."""
+    engines: dict[Config, Engine] = {}
+
+    @functools.cache
+    def step_of(config: Config, placement: Placement) -> tuple[Init, Step]:
+        return make_train_step(InteractionModel(config, placement))
+
+    def sampling_engine(config: Config, params: Params, codec: TextCodec) -> Engine:
+        key = dataclasses.replace(config, train=TrainConfig())  # a sampler gives the engine its parameters by itself
+        if key not in engines:
+            engines[key] = Engine.create(config, params, codec)
+        return engines[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "make_train_step", lambda model: step_of(model.config, model.placement))
+        patched.setattr(samples, "Engine", SimpleNamespace(create=sampling_engine))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +165,7 @@ def test_a_run_on_eight_devices_resumes_on_another_mesh_and_ends_as_an_uninterru
 ):
     wide = configs.override(config, "train.batch=8")
     first, second = MeshShape(data=4, expert=2), MeshShape(replica=2, data=2, expert=2)
-    uninterrupted = jax.device_get(train(wide, tmp_path / "uninterrupted", data, workers=0, mesh=MeshShape(data=8)))
+    uninterrupted = jax.device_get(train(wide, tmp_path / "uninterrupted", data, workers=0, mesh=first))
 
     def interrupted(*args: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
         yield from itertools.islice(pipeline.batches(*args, **options), 4)

@@ -33,7 +33,7 @@ def config(small) -> Config:
     """Sliding and global layers, dense and MoE. Eight devices can split the heads and every other axis evenly."""
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=12, rel_extent=8)
     backbone = dataclasses.replace(
-        small.backbone, n_layers=3, global_layers=(1,), sliding=attention, vocab_size=304, d_ff_expert=16, mtp_heads=1
+        small.backbone, n_layers=2, global_layers=(1,), sliding=attention, vocab_size=304, d_ff_expert=16, mtp_heads=1
     )
     return dataclasses.replace(small, backbone=backbone, train=dataclasses.replace(small.train, z_loss=0.01))
 
