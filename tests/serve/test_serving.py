@@ -27,9 +27,9 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "jaxtml", "serve", "--json", *map(str, arguments)]
 
 
-def test_server_ends_after_sigint_when_its_sessions_have_ended(checkpoint):
+def test_server_ends_after_sigint_when_its_sessions_have_ended(short_checkpoint):
     process = subprocess.Popen(
-        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1", "--log-json"),
+        command("--checkpoint", short_checkpoint, "--port", "0", "--max-sessions", "1", "--log-json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,9 +78,9 @@ async def _talk_and_drain(url: str, process: subprocess.Popen[str]) -> None:
         assert (await client.until("session.closed"))["reason"] == "close_requested"
 
 
-def test_server_that_is_told_to_end_while_it_loads_ends_at_once_with_its_workers(checkpoint):
+def test_server_that_is_told_to_end_while_it_loads_ends_at_once_with_its_workers(short_checkpoint):
     process = subprocess.Popen(
-        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "2", "--workers", "2"),
+        command("--checkpoint", short_checkpoint, "--port", "0", "--max-sessions", "2", "--workers", "2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,9 +101,9 @@ def test_server_that_is_told_to_end_while_it_loads_ends_at_once_with_its_workers
         process.wait()
 
 
-def test_server_whose_worker_dies_tells_its_clients_and_ends(checkpoint):
+def test_server_whose_worker_dies_tells_its_clients_and_ends(short_checkpoint):
     process = subprocess.Popen(
-        command("--checkpoint", checkpoint, "--port", "0", "--max-sessions", "1"),
+        command("--checkpoint", short_checkpoint, "--port", "0", "--max-sessions", "1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -173,10 +173,10 @@ def test_values_that_make_no_sense_are_refused_before_anything_starts(option, va
         assert last.startswith("jaxtml serve: ") and option in last, last
 
 
-def test_port_that_is_taken_is_one_line_on_stderr(checkpoint, tmp_path):
+def test_port_that_is_taken_is_one_line_on_stderr(short_checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        options = ("--checkpoint", checkpoint, "--max-sessions", "1", "--port", port)
+        options = ("--checkpoint", short_checkpoint, "--max-sessions", "1", "--port", port)
         done = subprocess.run(command(*options), capture_output=True, text=True, timeout=200, env=_environment())
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"jaxtml serve: cannot listen on 127.0.0.1:{port}: ")

@@ -98,9 +98,9 @@ def test_sessions_on_a_mesh_match_those_of_one_device(shared, slots, wave):
         (MeshShape(tensor=8), 8, "tensor=8 does not divide 1 kv heads"),
     ],
 )
-def test_mesh_that_does_not_fit_is_refused(checkpoint, shape, capacity, message):
+def test_mesh_that_does_not_fit_is_refused(short_checkpoint, shape, capacity, message):
     with pytest.raises(InputError, match=message):
-        Slots(Engine.load(checkpoint, shape), capacity)
+        Slots(Engine.load(short_checkpoint, shape), capacity)
 
 
 def start_server(rank: int, port: int, checkpoint: Path, *options: str) -> subprocess.Popen[str]:
@@ -166,8 +166,8 @@ async def talk(
         return np.concatenate(chunks)
 
 
-def test_two_processes_serve_one_model_and_end_together(checkpoint, wave):
-    with two_processes(checkpoint) as (first, second):
+def test_two_processes_serve_one_model_and_end_together(short_checkpoint, wave):
+    with two_processes(short_checkpoint) as (first, second):
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
         summary = json.loads(first.stdout.readline() or first.stderr.read())
         assert summary["sessions"] == 4 and summary["workers"] == 1
@@ -179,8 +179,8 @@ def test_two_processes_serve_one_model_and_end_together(checkpoint, wave):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "server", "other host"])
-def test_host_that_dies_takes_the_others_with_it(checkpoint, victim):
-    with two_processes(checkpoint) as both:
+def test_host_that_dies_takes_the_others_with_it(short_checkpoint, victim):
+    with two_processes(short_checkpoint) as both:
         first, second = both
         assert first.stdout is not None and first.stderr is not None and second.stderr is not None
         assert first.stdout.readline()
@@ -194,8 +194,8 @@ def test_host_that_dies_takes_the_others_with_it(checkpoint, victim):
             assert "the first host's process is gone" in second.stderr.read()
 
 
-def test_failure_on_another_host_ends_all_hosts(checkpoint, tmp_path):
-    with two_processes(checkpoint, tmp_path / "missing") as (first, second):
+def test_failure_on_another_host_ends_all_hosts(short_checkpoint, tmp_path):
+    with two_processes(short_checkpoint, tmp_path / "missing") as (first, second):
         assert (second.wait(60), first.wait(60)) == (2, 2)
         assert first.stderr is not None and second.stderr is not None
         message = second.stderr.read().splitlines()[-1]

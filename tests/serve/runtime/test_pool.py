@@ -14,9 +14,9 @@ from jaxtml.serve.runtime.pool import start_pool
 from jaxtml.serve.runtime.scheduler import EndReason, ServerFull
 
 
-def test_sessions_go_to_the_emptiest_worker_and_end_with_it(checkpoint):
+def test_sessions_go_to_the_emptiest_worker_and_end_with_it(short_checkpoint):
     async def main() -> None:
-        async with start_pool(checkpoint, 3, 2) as (pool, ready):
+        async with start_pool(short_checkpoint, 3, 2) as (pool, ready):
             assert [scheduler.capacity for scheduler in pool.schedulers] == [2, 1] and pool.capacity == 3
             assert '"name": "small_test"' in ready.config
             running = asyncio.create_task(pool.run())
@@ -37,12 +37,12 @@ def test_sessions_go_to_the_emptiest_worker_and_end_with_it(checkpoint):
     asyncio.run(main())
 
 
-def test_two_groups_of_sessions_of_one_worker_tick_half_a_tick_apart(checkpoint):
+def test_two_groups_of_sessions_of_one_worker_tick_half_a_tick_apart(short_checkpoint):
     tick_ends: list[float] = []
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        async with start_pool(checkpoint, 7, 1, lambda *_: tick_ends.append(loop.time())) as (pool, ready):
+        async with start_pool(short_checkpoint, 7, 1, lambda *_: tick_ends.append(loop.time())) as (pool, ready):
             assert (
                 ready.groups == 2
                 and [scheduler.capacity for scheduler in pool.schedulers] == [4, 3]
@@ -62,9 +62,9 @@ def test_two_groups_of_sessions_of_one_worker_tick_half_a_tick_apart(checkpoint)
 
 
 @pytest.mark.parametrize("workers", [0, 2, 10_000])
-def test_more_workers_than_sessions_or_none_are_refused(checkpoint, workers):
+def test_more_workers_than_sessions_or_none_are_refused(short_checkpoint, workers):
     async def main() -> None:
-        async with start_pool(checkpoint, 1, workers):
+        async with start_pool(short_checkpoint, 1, workers):
             pass
 
     with pytest.raises(InputError, match=f"{workers} workers for 1 sessions"):

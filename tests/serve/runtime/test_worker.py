@@ -48,9 +48,9 @@ def test_worker_gives_the_outputs_of_converse_and_ends_when_asked(checkpoint, en
     asyncio.run(main())
 
 
-def test_dead_worker_ends_the_ticks_and_a_worker_ends_with_its_server(checkpoint):
+def test_dead_worker_ends_the_ticks_and_a_worker_ends_with_its_server(short_checkpoint):
     async def main() -> None:
-        worker = await WorkerProcess.start(checkpoint, 1)
+        worker = await WorkerProcess.start(short_checkpoint, 1)
         scheduler = Scheduler(worker, 1)
         session = scheduler.admit(0)
         running = asyncio.create_task(scheduler.run())
@@ -59,23 +59,23 @@ def test_dead_worker_ends_the_ticks_and_a_worker_ends_with_its_server(checkpoint
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await running
         await worker.close()
-        idle = await WorkerProcess.start(checkpoint, 1)
+        idle = await WorkerProcess.start(short_checkpoint, 1)
         running = asyncio.create_task(WorkerPool([Scheduler(idle, 1)], [idle]).run())
         os.kill(idle.process.pid, signal.SIGKILL)
         with pytest.raises(ConnectionError, match="the model's process is gone"):
             await asyncio.wait_for(running, 20)
         await idle.close()
-        orphan = await WorkerProcess.start(checkpoint, 1)
+        orphan = await WorkerProcess.start(short_checkpoint, 1)
         orphan.writer.transport.abort()
         assert await asyncio.wait_for(orphan.process.wait(), 20) == 0
 
     asyncio.run(main())
 
 
-def test_wrong_checkpoint_is_refused_and_leaves_no_worker(checkpoint, tmp_path):
+def test_wrong_checkpoint_is_refused_and_leaves_no_worker(short_checkpoint, tmp_path):
     for folder, capacity, message in (
         (tmp_path, 1, "has no config.json"),
-        (checkpoint, 0, "room for one session at least"),
+        (short_checkpoint, 0, "room for one session at least"),
     ):
         with pytest.raises(InputError, match=message):
             asyncio.run(WorkerProcess.start(folder, capacity))
@@ -84,11 +84,11 @@ def test_wrong_checkpoint_is_refused_and_leaves_no_worker(checkpoint, tmp_path):
     ).stdout
 
 
-def test_worker_that_hangs_is_noticed(checkpoint, monkeypatch):
+def test_worker_that_hangs_is_noticed(short_checkpoint, monkeypatch):
     monkeypatch.setattr("jaxtml.serve.runtime.worker_process._STUCK_S", 1.0)
 
     async def main() -> None:
-        worker = await WorkerProcess.start(checkpoint, 1)
+        worker = await WorkerProcess.start(short_checkpoint, 1)
         os.kill(worker.process.pid, signal.SIGSTOP)
         scheduler = Scheduler(worker, 1)
         scheduler.admit(0)
