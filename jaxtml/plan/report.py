@@ -139,7 +139,7 @@ def time_course(
     config: Config, load: ServingLoad, topology: Topology, mesh: MeshShape, course: Course, share: float = 1.0
 ) -> TurnTime:
     """Returns the time of a micro-turn, with `share` times the sessions of the plan."""
-    times = []
+    times: list[list[float]] = []
     for work, often in load.program.parts(course):
         # The experts of a device see only the sessions of the device's own part of `replica` and `data`.
         seen = load.sessions * share / (mesh.replica * mesh.data)
@@ -150,9 +150,9 @@ def time_course(
         bytes_read = work.read + experts
         bound = compute_roofline(work.scaled(share), bytes_read + passes * share * load.state, topology, mesh)
         rate = topology.chip.memory_rate / topology.chip.devices
-        times.append([often * part for part in (bound.step, bound.latency, bytes_read / rate, passes)])
-        times[-1].append(often * sum(work.calls.values()))
-    return TurnTime(*(sum(column) for column in zip(*times, strict=True)))
+        once = TurnTime(bound.step, bound.latency, bytes_read / rate, passes, sum(work.calls.values()))
+        times.append([often * part for part in once])
+    return TurnTime(*map(sum, zip(*times, strict=True)))
 
 
 def named_courses(load: ServingLoad) -> dict[str, Course]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtml.config import AttentionConfig
+from jaxtml.model.attention.cache import NOWHERE
 from jaxtml.model.attention.online_softmax import SoftmaxSums, add_keys, begin_softmax, finish_softmax, probabilities
 from jaxtml.model.attention.retention import FarTokens
 from jaxtml.model.numerics import MASKED_LOGIT, einsum_float32
@@ -67,10 +68,8 @@ def plan_far_blocks(config: AttentionConfig, count: int, size: int) -> FarPlan:
 def pad_far_tokens(plan: FarPlan, far: FarTokens) -> FarTokens:
     """Cuts `end` down to the queries that have far tokens, and pads both arrays to whole blocks: `[B, N C]` each."""
     padding = ((0, 0), (0, plan.count * plan.size - far.position.shape[1]))
-    nowhere = jnp.iinfo(jnp.int32).max
-    return FarTokens(
-        jnp.pad(far.position, padding, constant_values=nowhere), jnp.pad(far.end[:, plan.window :], padding, "edge")
-    )
+    position = jnp.pad(far.position, padding, constant_values=NOWHERE)
+    return FarTokens(position, jnp.pad(far.end[:, plan.window :], padding, "edge"))
 
 
 def plan_visits(plan: FarPlan, far: FarTokens) -> FarVisits:
