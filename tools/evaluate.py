@@ -4,10 +4,11 @@
 `tiny` is trained on the short-answer task (docs/evaluation.md): to repeat words, to add small numbers and to answer a
 few set phrases.
 
-The model holds sessions with voices that training never hears: the split "test" of the speech bank, and a person's
-recorded prompts (apt-get install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav). Whisper tiny.en judges
-whether the model's own voice can be understood (see jaxtml/evals/judge.py). If the prompts or Whisper are not
-installed, the tool leaves out the metrics that need them, and the report says so.
+The model holds sessions with voices that training never hears: the split "test" of the speech bank (synthetic voices
+and recorded people), and a person's recorded prompts (apt-get install asterisk-core-sounds-en-g722
+asterisk-core-sounds-en-wav). Whisper tiny.en judges whether the model's own voice can be understood (see
+jaxtml/evals/judge.py). If recordings or Whisper are not installed, the tool leaves out the metrics that need them, and
+the report says so.
 
 `--out` gets the results as JSON, the sessions as WAVs, and a picture. An evaluation that was interrupted goes on when
 the same command runs again.
@@ -29,7 +30,7 @@ from jaxtml.errors import InputError
 from jaxtml.evals import metrics, report, run
 from jaxtml.evals.baseline import judge_baseline
 from jaxtml.evals.judge import NAME, Judge
-from jaxtml.evals.material import SEED, EvaluationTalk, human_talks, synthetic_talks
+from jaxtml.evals.material import SEED, EvaluationTalk, human_talks, people_talks, synthetic_talks
 from jaxtml.evals.outcomes import uninterrupted_stretches
 from jaxtml.evals.scores import score
 from jaxtml.session.engine import Engine
@@ -47,6 +48,14 @@ def choose_sessions(
             raise InputError("--synthetic needs --bank DIR (or give --synthetic 0)")
         talks += synthetic_talks(bank, args.synthetic, micro_turns)
         material |= {"synthetic": args.synthetic, "bank": bank.digest[:16], "bank_complete": bank.complete}
+    if args.people > 0:
+        try:
+            if bank is None:
+                raise InputError("--people needs --bank DIR")
+            talks += people_talks(bank, args.people, micro_turns)
+            material |= {"people": args.people}
+        except InputError as error:
+            left_out.append(f"recorded people: {error}")
     if args.human > 0:
         try:
             prompts = Prompts.read()
@@ -109,6 +118,13 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--human", type=int, default=100, metavar="N", help="sessions with a person's voice (default: 100)"
+    )
+    parser.add_argument(
+        "--people",
+        type=int,
+        default=80,
+        metavar="N",
+        help="sessions with recorded people of the bank, in a quarter of which they talk to each other (default: 80)",
     )
     parser.add_argument(
         "--listened",

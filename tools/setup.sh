@@ -130,6 +130,19 @@ install_kokoro_styles() {
 }
 
 # Recordings of humans: Asterisk's prompts for evaluation, and readers of books for the vocoder's benchmark.
+# People who speak English, for training. The package is unpacked and not installed, because it depends on a whole game
+# engine.
+install_dialogues() {
+  local cache="${XDG_CACHE_HOME:-$HOME/.cache}/jaxtml" name=queen.1c folder
+  local shared=/usr/share/scummvm/flight-of-the-amazon-queen/$name
+  if [ -f "$shared" ] || [ -f "$cache/$name" ]; then return 0; fi
+  mkdir -p "$cache"
+  folder=$(mktemp -d)
+  (cd "$folder" && apt-get download -q flight-of-the-amazon-queen=1.0.0-9 && dpkg-deb -x ./*.deb .)
+  mv "$folder$shared" "$cache/$name.$$" && mv "$cache/$name.$$" "$cache/$name"
+  rm -rf "$folder"
+}
+
 install_recordings() {
   [ -f /usr/share/asterisk/sounds/en_US_f_Allison/digits/1.wav ] && [ -d /usr/share/pocketsphinx/test/data ] ||
     apt_install asterisk-core-sounds-en-g722 asterisk-core-sounds-en-wav pocketsphinx-testdata

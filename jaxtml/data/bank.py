@@ -39,6 +39,7 @@ import numpy as np
 from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxtml.data.recordings import amazon_queen
 from jaxtml.data.voices import registry
 from jaxtml.data.voices.utterance import Utterance
 from jaxtml.errors import InputError
@@ -60,7 +61,7 @@ class PlannedUtterance:
 
     Attributes:
       role: "assistant"; "user" for a sentence of a user; "words" for a user's voice that says a few single words, each
-        followed by a pause.
+        followed by a pause; "line" for a recorded line of a person, of any text.
       split: "train" or "test"; the assistant has "train" alone.
       voice: name as in `jaxtml.data.voices.registry`.
       text: what to say.
@@ -109,6 +110,8 @@ Order = list[tuple[int, PlannedUtterance]]
 
 
 def _synthesise(planned: PlannedUtterance) -> Utterance:
+    if planned.role == "line":
+        return amazon_queen.speak(planned.voice, planned.text)
     return registry.synthesise(planned.voice, planned.text, rate=planned.rate, pitch=planned.pitch)
 
 
@@ -412,7 +415,7 @@ class Bank:
 
         Args:
           split: "train" or "test"; None for both.
-          role: "assistant", "user" or "words" (see `PlannedUtterance`); None for all.
+          role: "assistant", "user", "words" or "line" (see `PlannedUtterance`); None for all.
         """
         selected = [
             index

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxtml.data.bank import PlannedUtterance
+from jaxtml.data.recordings import amazon_queen
 from jaxtml.data.tasks import scenarios
 from jaxtml.data.voices import registry
 
@@ -99,7 +100,7 @@ def full_plan(seed: int, spoken: Sequence[PlannedUtterance] = ()) -> tuple[tuple
       seed: seed of the random draws.
       spoken: the utterances of a bank that the plan is appended to.
     """
-    return plan_bank(
+    synthetic = plan_bank(
         full_voice_groups(),
         scenarios.assistant_texts(),
         lambda rng: scenarios.sample_user_text(rng)[1],
@@ -107,6 +108,24 @@ def full_plan(seed: int, spoken: Sequence[PlannedUtterance] = ()) -> tuple[tuple
         scenarios.VOCABULARY,
         spoken,
     )
+    return (*synthetic, *plan_lines(spoken))
+
+
+def plan_lines(spoken: Sequence[PlannedUtterance] = ()) -> tuple[tuple[PlannedUtterance, ...], ...]:
+    """Returns the shards with recorded lines of people.
+
+    If the recordings are not installed, these are the lines that a bank already has.
+    """
+    if amazon_queen.is_installed():
+        splits = {voice: "train" for voice in registry.HUMAN_TRAIN} | {voice: "test" for voice in registry.HUMAN_TEST}
+        lines = [
+            PlannedUtterance("line", splits[line.voice], line.voice, line.text)
+            for line in amazon_queen.lines()
+            if line.voice in splits
+        ]
+    else:
+        lines = [utterance for utterance in spoken if utterance.role == "line"]
+    return tuple(tuple(lines[first : first + _QUICK_SHARD]) for first in range(0, len(lines), _QUICK_SHARD))
 
 
 def plan_bank(

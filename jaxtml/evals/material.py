@@ -4,6 +4,10 @@
   barge-ins, coughs). The voices are those of the split "test" of the bank of synthesised speech. The speech
   synthesisers (engines) take turns from session to session, and so do the voices of each engine. So all
   engines have about the same number of sessions, although most voices are eSpeak's. Every tenth session is silent.
+- **people**: the same with the held-out characters of a game, recorded people (`jaxtml.data.recordings`). Their user
+  turns are joined from words of the task that were cut from fluent speech. Such words are slurred: short and half
+  swallowed.
+- **overheard**: sessions in which those people say whole lines to each other. The right answer is silence.
 - **human**: a person's recorded prompts (Asterisk), see `jaxtml.data.talks.recorded_prompts`.
 
 Called by `tools/evaluate.py`. `jaxtml.evals.run` runs the model on the sessions.
@@ -17,14 +21,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxtml.data.bank import Bank
+from jaxtml.data.recordings import amazon_queen
 from jaxtml.data.talks import recorded_prompts
 from jaxtml.data.talks.mix import make_conversation
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.weights import ScenarioWeights
+from jaxtml.errors import InputError
 from jaxtml.stream.conversation import Conversation
 
 SEED = 20_000  # far from any seed of training
 SILENT_EVERY = 10
+OVERHEARD_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class EvaluationTalk:
 
     Attributes:
       id: the session's name, "SET-NUMBER".
-      set: "synthetic" or "human".
+      set: "synthetic", "people", "overheard" or "human".
       voice: whose voice the user has; "nobody" for a silent session.
       make: makes the conversation. Every call gives the same one.
     """
@@ -50,7 +57,7 @@ def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
     Raises:
       InputError: the bank has no such voices yet.
     """
-    speakers = Speakers.of(bank, "test")
+    speakers = replace(Speakers.of(bank, "test"), lines={})
     voices = _voices_in_turn(sorted(speakers.by_voice), count)
     talks = []
     for number in range(count):
@@ -67,6 +74,41 @@ def synthetic_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
             return make_conversation(np.random.default_rng((SEED, number)), speakers, weights, turns)
 
         talks.append(EvaluationTalk(f"synthetic-{number:04}", "synthetic", "nobody" if silent else voice, make))
+    return talks
+
+
+def people_talks(bank: Bank, count: int, turns: int) -> list[EvaluationTalk]:
+    """Returns `count` sessions of `turns` micro-turns with recorded people of the bank's split "test".
+
+    The people take turns. In every fourth session they are overheard.
+
+    Raises:
+      InputError: the bank has no recorded people.
+    """
+    speakers = Speakers.of(bank, "test")
+    voices = sorted(speakers.texts)
+    if not voices:
+        raise InputError(f"{bank.folder} has no recorded people: {amazon_queen.INSTALL}, and run `jaxtml data` again")
+    talks = []
+    for number in range(count):
+        is_overheard = number % OVERHEARD_EVERY == OVERHEARD_EVERY - 1
+        voice = voices[number % len(voices)]
+        one_voice = replace(
+            speakers,
+            engines={amazon_queen.ENGINE: (voice,)},
+            lines={name: lines for name, lines in speakers.lines.items() if is_overheard},
+        )
+        weights = ScenarioWeights(
+            silence=1.0 if is_overheard else 0.0, overheard=1.0, typed=0.0, reshaped=0.0, hard_channel=0.0
+        )
+
+        def make(
+            number: int = number, speakers: Speakers = one_voice, weights: ScenarioWeights = weights
+        ) -> Conversation:
+            return make_conversation(np.random.default_rng((SEED, 1, number)), speakers, weights, turns)
+
+        name = "overheard" if is_overheard else "people"
+        talks.append(EvaluationTalk(f"{name}-{number:04}", name, "nobody" if is_overheard else voice, make))
     return talks
 
 

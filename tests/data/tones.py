@@ -65,11 +65,13 @@ class ToneBank:
     digest: str = "tones"
 
     @staticmethod
-    def made() -> ToneBank:
+    def made(lines: tuple[str, ...] = ()) -> ToneBank:
+        """Returns a bank. `lines` are what the voice "human:tone" says to nobody in particular."""
         pairs = list(zip(*(iter(scenarios.VOCABULARY),) * 2, strict=False))
         by_role = {
             "user": [spoken(text, voice) for voice in VOICES for text in USER_TEXTS],
             "words": [spoken(f"{a} {b}", voice, word_s=0.5, gap_s=0.2) for voice in VOICES for a, b in pairs],
+            "line": [spoken(text, "human:tone") for text in lines],
             "assistant": [spoken(text, "tone:own", word_s=0.35) for text in scenarios.assistant_texts()],
         }
         return ToneBank(

@@ -56,10 +56,12 @@ SCENARIOS: dict[str, Scenario] = {
     "hesitation": timing.hesitation,
     "barge_in": timing.barge_in,
     "distraction": timing.distraction,
+    "aside": timing.aside,
+    "side_talk": timing.side_talk,
 }
 """The scenarios of a session in which the user speaks, by the name of their weight."""
 
-WITHOUT_USER_TURN = frozenset({"distraction"})
+WITHOUT_USER_TURN = frozenset({"distraction", "aside", "side_talk"})
 """The scenarios in which the user says nothing that wants a reply."""
 
 _MAX_MISSES = 4  # scenarios that find no room since the last user turn; then the session counts as full
@@ -88,7 +90,7 @@ def make_conversation(
     draft = SessionDraft.silent(micro_turns)
     draft.free = int(rng.exponential(0.5) * SAMPLE_RATE) + int(rng.integers(MICRO_TURN_SAMPLES))
     if rng.random() < weights.silence:
-        timing.fill_with_silence(rng, draft)
+        timing.fill_with_silence(rng, draft, speakers, weights.overheard)
     elif rng.random() < weights.typed:
         timing.fill_with_typing(rng, draft, speakers)
     else:

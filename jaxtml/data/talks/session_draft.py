@@ -67,6 +67,14 @@ class SessionDraft:
         self.words += [_shift(word, start) for word in clip.words]
         self.user_turn_ends_s.append(end / SAMPLE_RATE)
 
+    def overhear(self, clip: Clip, start: int) -> None:
+        """Adds words that nobody says to the assistant, with `start` as their first sample. They end no user turn."""
+        end = start + len(clip.wave)
+        self.user[start:end] += clip.wave
+        self.words += [_shift(word, start) for word in clip.words]
+        self.free = max(self.free, end)
+        self.reply_span = (end, end)  # the reply before these words can no longer be interrupted
+
     def place_typed(self, text: str, micro_turn: int) -> None:
         """Adds text that is known when `micro_turn` starts."""
         self.typed.append((micro_turn, text))

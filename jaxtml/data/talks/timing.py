@@ -11,6 +11,10 @@ and writes nothing where the event finds no room. `jaxtml.data.talks.mix` draws 
   which it speaks, so its voice is silent from sample `3200 (j + 2)`, 200 to 400 ms after the user's start. Words that
   the assistant has not finished go to `Speech.unsaid`. Then the assistant answers the new user turn.
 - **Typing.** The user types in micro-turn `i` and does not speak. The gate opens in `i`, where the text is known.
+- **Aside.** A person says a line that is not for the assistant, as loud as the user or a little softer. The words are
+  transcribed as those of the user are, and the gate stays closed.
+- **Side talk.** The same, 15 dB or more below the user, at any time. It is not transcribed, as babble is not. A reply
+  goes on.
 - **Distraction, silence.** The user coughs or knocks, or does nothing at all. There is no reply.
 """
 
@@ -18,11 +22,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtml.data.talks import edits
 from jaxtml.data.talks.background_sounds import cough
 from jaxtml.data.talks.edits import Clip
 from jaxtml.data.talks.session_draft import SessionDraft
 from jaxtml.data.talks.speakers import Speakers
 from jaxtml.data.talks.user_turns import SessionUser, draw_user_turn, hesitate
+from jaxtml.data.talks.vocal_tract import draw_vocal_tract, reshape
 from jaxtml.data.tasks.scenarios import reply_to, sample_user_text
 from jaxtml.stream.timebase import MICRO_TURN_SAMPLES, SAMPLE_RATE
 
@@ -63,11 +69,53 @@ def distraction(rng: np.random.Generator, draft: SessionDraft, user: SessionUser
     return _place_cough(rng, draft)
 
 
-def fill_with_silence(rng: np.random.Generator, draft: SessionDraft) -> None:
-    """Fills a session in which nobody speaks. Up to three coughs are heard, each at a random time."""
-    for _ in range(int(rng.integers(4))):
-        draft.free = int(rng.integers(len(draft.user)))
-        _place_cough(rng, draft)
+def aside(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """Writes a line that a person says to somebody else. The assistant hears it and does not answer."""
+    return _place_aside(rng, draft, user.speakers)
+
+
+def side_talk(rng: np.random.Generator, draft: SessionDraft, user: SessionUser) -> bool:
+    """Writes a line that is said further away, perhaps while the assistant speaks. Nobody transcribes or answers it."""
+    clip = user.speakers.draw_line(rng)
+    if clip is None:
+        return False
+    clip = edits.set_level(reshape(clip, draw_vocal_tract(rng)), 10 ** (rng.uniform(-27, -15) / 20))
+    start = int(rng.integers(draft.reply_span[0], draft.free + SAMPLE_RATE))
+    end = start + len(clip.wave)
+    if end > len(draft.user):
+        return False
+    draft.user[start:end] += clip.wave
+    draft.free = max(draft.free, end)
+    draft.scenarios.append("side_talk")
+    return True
+
+
+def _place_aside(rng: np.random.Generator, draft: SessionDraft, speakers: Speakers) -> bool:
+    clip = speakers.draw_line(rng)
+    if clip is None:
+        return False
+    clip = edits.set_level(reshape(clip, draw_vocal_tract(rng)), 10 ** (rng.uniform(-8, 2) / 20))
+    start = _after_a_pause(rng, draft)
+    end = start + len(clip.wave)
+    if end > len(draft.user):
+        return False
+    draft.overhear(clip, start)
+    draft.scenarios.append("aside")
+    return True
+
+
+def fill_with_silence(rng: np.random.Generator, draft: SessionDraft, speakers: Speakers, overheard: float) -> None:
+    """Fills a session in which nobody speaks to the assistant.
+
+    Up to three coughs are heard, each at a random time. With the chance `overheard`, people talk to each other instead.
+    """
+    if speakers.lines and rng.random() < overheard:
+        while _place_aside(rng, draft, speakers):
+            pass
+    else:
+        for _ in range(int(rng.integers(4))):
+            draft.free = int(rng.integers(len(draft.user)))
+            _place_cough(rng, draft)
     draft.scenarios.insert(0, "silence")
 
 

@@ -25,6 +25,7 @@ from jaxtml.data.tasks.scenarios import (
 from jaxtml.stream.timebase import SAMPLE_RATE
 
 _JOIN_ATTEMPTS = 4
+_RECORDED_NONSENSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,13 @@ def draw_user_turn(rng: np.random.Generator, user: SessionUser) -> Clip | None:
     """Draws one user turn with its speech at unit level. Returns None if the bank has no reply to the turn."""
     speakers, weights = user.speakers, user.weights
     clip = None
-    if rng.random() < weights.joined:
-        clip = _join_single_words(rng, speakers, user.voice, is_nonsense=rng.random() < weights.nonsense)
+    is_recorded = user.voice not in speakers.by_voice
+    if is_recorded or rng.random() < weights.joined:
+        # A recorded person has said few of the task's sentences. Nonsense has more of the words.
+        nonsense = _RECORDED_NONSENSE if is_recorded else weights.nonsense
+        clip = _join_single_words(rng, speakers, user.voice, is_nonsense=rng.random() < nonsense)
+    if clip is None and is_recorded:
+        return None
     if clip is None:
         indices = speakers.by_voice[user.voice]
         clip = speakers.clip(int(indices[int(rng.integers(len(indices)))]))
@@ -72,7 +78,7 @@ def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str,
     """
     places = speakers.single_words.get(voice, {})
     for _ in range(_JOIN_ATTEMPTS):
-        words = _text_of_single_words(rng, is_nonsense).split()
+        words = _text_of_single_words(rng, speakers, voice, is_nonsense).split()
         if all(word in places for word in words):
             break
     else:
@@ -89,7 +95,12 @@ def _join_single_words(rng: np.random.Generator, speakers: Speakers, voice: str,
     return edits.join(clips, [int(gap_s * SAMPLE_RATE) for gap_s in gaps_s])
 
 
-def _text_of_single_words(rng: np.random.Generator, is_nonsense: bool) -> str:
+def _text_of_single_words(rng: np.random.Generator, speakers: Speakers, voice: str, is_nonsense: bool) -> str:
+    if voice in speakers.texts:
+        texts = speakers.texts[voice]
+        if is_nonsense or not texts:
+            return draw_nonsense(rng, sorted(speakers.single_words[voice]))
+        return texts[int(rng.integers(len(texts)))]
     if is_nonsense:
         return draw_nonsense(rng)
     return draw_bare_list(rng) if rng.random() < 0.6 else sample_user_text(rng)[1]

@@ -346,10 +346,10 @@ def is_nonsense(words: Sequence[str]) -> bool:
     return tuple(words[:2]) not in _openings() and reply_to(words) == I_SEE
 
 
-def draw_nonsense(rng: np.random.Generator) -> str:
-    """Draws two to four words of the task for which `is_nonsense` holds."""
+def draw_nonsense(rng: np.random.Generator, words_said: Sequence[str] | None = None) -> str:
+    """Draws two to four words of the task for which `is_nonsense` holds: of `words_said`, or of all words."""
     while True:
-        words = [_pick(rng, VOCABULARY) for _ in range(int(rng.integers(2, 5)))]
+        words = [_pick(rng, words_said or VOCABULARY) for _ in range(int(rng.integers(2, 5)))]
         if is_nonsense(words):
             return " ".join(words)
 

@@ -1,4 +1,4 @@
-"""Every synthetic voice, its split (training or test), and `synthesise`, which speaks with it.
+"""Every voice, its split (training or test), and `synthesise`, which speaks with a synthetic one.
 
 A voice is named `engine:name`: `espeak:en-us+f3`, `flite:slt`, `kokoro:af_bella`, `kokoro:af_bella+am_adam` (the mean
 of two), `piper:joe`. Voices belong to one split, and only this file says which: no test voice, nor a mixture with one,
@@ -66,6 +66,20 @@ KOKORO_TEST = tuple(f"kokoro:{name}" for name in _KOKORO_TEST)
 # Means of two training voices of one accent. They are further voices, as natural as the two.
 KOKORO_MIXED = tuple(f"kokoro:{a}+{b}" for a, b in combinations(_KOKORO_TRAIN, 2) if a[0] == b[0])
 PIPER_TRAIN = ("piper:joe",)
+
+
+# Characters of `jaxtml.data.recordings.amazon_queen`. Some actors play several characters, so a test character may
+# have the voice of a training character, in another role.
+HUMAN_TEST = (
+    "human:chef", "human:chief", "human:frank", "human:henry", "human:ian", "human:klunk", "human:lola", "human:lou",
+    "human:naomi", "human:prin",
+)  # fmt: skip
+HUMAN_TRAIN = (
+    "human:and", "human:ape", "human:bob", "human:bud", "human:death", "human:dog", "human:faye", "human:jim",
+    "human:joe", "human:john", "human:laris", "human:man", "human:oracle", "human:sec", "human:showeram",
+    "human:sparky", "human:tam", "human:wedge", "human:witch", "human:zombie",
+)  # fmt: skip
+"""People: recorded, not synthesised."""
 
 TRAIN_VOICES = (*ESPEAK_TRAIN, *FLITE_TRAIN, *KOKORO_TRAIN, *KOKORO_MIXED, *PIPER_TRAIN)
 TEST_VOICES = (*ESPEAK_TEST, *FLITE_TEST, *KOKORO_TEST)

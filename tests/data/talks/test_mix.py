@@ -205,3 +205,79 @@ def test_words_that_are_no_sentence_are_answered_and_have_no_pause(speakers):
 def test_a_bank_without_users_is_refused():
     with pytest.raises(InputError, match="no user voices"):
         Speakers.of(ToneBank((), ()))
+
+
+LINES = (
+    "nobody knows the way home any more", "you like what i have now", "the good one is mine",
+    "hello my good friend", "what is it that you say",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overhearing() -> Speakers:
+    return Speakers.of(ToneBank.made(LINES))
+
+
+def only(**weights: float) -> ScenarioWeights:
+    odds = dict.fromkeys(("exchange", "hesitation", "barge_in", "distraction", "aside", "side_talk"), 0.0)
+    return ScenarioWeights(**(odds | {"silence": 0.0, "typed": 0.0} | weights))
+
+
+def test_a_line_that_could_be_answered_is_not_overheard(overhearing):
+    lines = [overhearing.clip(i).text for i in overhearing.lines["human:tone"].tolist()]
+    assert lines == [line for line in LINES if not line.startswith("hello")]
+
+
+def test_what_is_said_to_somebody_else_is_transcribed_and_not_answered(overhearing):
+    asides = 0
+    for seed in range(20):
+        weights = only(exchange=0.5, aside=0.5)
+        talk = mix.make_conversation(np.random.default_rng(seed), overhearing, weights, channel=channel.CLEAN)
+        names = talk.scenario.split()
+        assert len(talk.speech) == len(talk.user_end_s) == names.count("exchange")
+        words = " ".join(word.text for word in talk.user_words)
+        assert sum(words.count(line) for line in LINES[:3] + LINES[4:]) == names.count("aside")
+        starts = [word.start_s for word in talk.user_words]
+        assert starts == sorted(starts)
+        for speech in talk.speech:  # nobody speaks while the assistant does
+            heard = [(speech.start_micro_turn + 1) * 0.2, (speech.end_micro_turn + 1) * 0.2 - 0.2]
+            assert not any(heard[0] < word.start_s < heard[1] for word in talk.user_words)
+        asides += names.count("aside")
+    assert asides > 20
+
+
+def test_people_talk_to_each_other_in_a_session_without_a_user(overhearing):
+    weights = only(silence=1.0, overheard=1.0)
+    talk = mix.make_conversation(np.random.default_rng(0), overhearing, weights, channel=channel.CLEAN)
+    assert talk.scenario.split()[:3] == ["silence", "aside", "aside"]
+    assert talk.user_words and not talk.speech and not talk.user_end_s and not talk.expected
+
+
+def test_side_talk_is_soft_and_leaves_words_and_replies_as_they_are(overhearing):
+    weights = only(exchange=0.5, side_talk=0.5)
+    during = 0
+    for seed in range(20):
+        talk = mix.make_conversation(np.random.default_rng(seed), overhearing, weights, channel=channel.CLEAN)
+        assert len(talk.user_end_s) == len(talk.speech) == talk.scenario.split().count("exchange")
+        assert all(not speech.unsaid for speech in talk.speech)
+        for speech in talk.speech:
+            first = (speech.start_micro_turn + 1) * MICRO_TURN_SAMPLES
+            heard = talk.user[first + MICRO_TURN_SAMPLES : (speech.end_micro_turn + 1) * MICRO_TURN_SAMPLES]
+            if len(heard) and np.abs(heard).max() > 1e-3:
+                during += 1
+                assert np.sqrt(np.mean(heard**2)) < 10 ** (-26 / 20) * 10 ** (-12 / 20)
+    assert during > 3
+
+
+def test_a_recorded_person_says_user_turns_made_of_the_words_of_their_lines(overhearing):
+    said = set(" ".join(LINES).split())
+    assert set(overhearing.texts["human:tone"]) == {"hello", "say one"}
+    weights = only(exchange=1.0, engines=(("human", 1.0),))
+    talk = mix.make_conversation(np.random.default_rng(2), overhearing, weights, channel=channel.CLEAN)
+    assert talk.user_words and {word.text for word in talk.user_words} <= said
+    assert set(talk.expected.split(" | ")) <= {"i see", "hello", "one"}
+
+
+def test_a_bank_without_recordings_has_no_asides(speakers):
+    talk = mix.make_conversation(np.random.default_rng(0), speakers, ScenarioWeights(typed=0, silence=0))
+    assert not {"aside", "side_talk"} & set(talk.scenario.split())

@@ -1,0 +1,1 @@
+"""Recordings of people that training may use, read where they are installed. None is committed."""
