@@ -35,7 +35,9 @@ def get_config() -> Config:
             n_dense=2,
             global_layers=(2, 5),
             sliding=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=48, window=64, rel_extent=64),
-            global_=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=48, window=512, rel_extent=256, pinned=8),
+            global_=AttentionConfig(
+                n_heads=4, n_kv_heads=2, head_dim=48, window=256, rel_extent=256, pinned=8, retained=2048
+            ),
             d_ff_dense=512,
             d_ff_expert=192,
             n_experts=8,
