@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 import jaxtml
-from jaxtml.stream.tokens import Control, PositionKind
+from jaxtml.stream.tokens import Control, PositionKind, Term
 
 SECONDS = 2.0
 rng = np.random.default_rng(0)
@@ -38,6 +38,8 @@ for turn, positions in groupby(range(len(encoded.kind)), key=lambda i: int(encod
             words.append(kind.name.lower())
         else:
             words.append(Control(token - base).name if token >= base else repr(model.codec.decode([token])))
+        if encoded.term[i] == Term.GATE:  # the gate is predicted here, and has no position of its own
+            words.append(f"({Control(int(encoded.target[i]) - base).name})")
     print(f"{turn * 0.2:4.1f} s  {' '.join(words)}")
 
 decoded = model.decode(encoded)

@@ -43,8 +43,8 @@ def test_ten_lines_of_python_hear_a_person_and_answer(tmp_path: Path):
 
 def test_a_conversation_is_shown_as_its_tokens(tmp_path: Path):
     lines = run_python(EXAMPLES / "encode_conversation.py", tmp_path).splitlines()
-    assert lines[0].split() == ["0.0", "s", "TURN", "TYPED", "'", "hello'", *["user"] * 4, "LISTEN"]
-    assert lines[4].split()[-6:] == ["seven'", "SPEAK", "own", "own", "own", "own"]
+    assert lines[0].split() == ["0.0", "s", "TURN", "TYPED", "'", "hello'", *["user"] * 4, "(LISTEN)"]
+    assert lines[4].split()[-6:] == ["seven'", "(SPEAK)", "own", "own", "own", "own"]
     assert lines[-2:] == ["heard: ['seven']", "said: ['seven']"]
 
 

@@ -230,6 +230,10 @@ class DuplexConfig:
     heard: bool = True
     """Whether the model writes down what the user says. The transcript gives a small model words to reason over."""
 
+    draft: Annotated[int, Range(0, 16)] = 4
+    """Text tokens that a small network guesses ahead (`jaxtml.model.draft`), so that one forward call verifies several.
+    The tokens are the same with any number. 0: one token per call."""
+
     temperature: NonNegativeFloat = 0.0
     """Temperature of sampling text tokens. 0 takes the likeliest token, so that a session can be repeated."""
 
@@ -242,9 +246,9 @@ class DuplexConfig:
 
     @property
     def longest_micro_turn(self) -> int:
-        """Tokens of the longest micro-turn: clock, typed text, patches, user frames, words, gate and own frames."""
+        """Tokens of the longest micro-turn: clock, typed text, patches, user frames, words and own frames."""
         heard = self.max_heard + 1 if self.heard else 0
-        return 1 + self.max_typed + self.max_patches + AUDIO_FRAMES + heard + self.max_text + 1 + 1 + AUDIO_FRAMES
+        return 1 + self.max_typed + self.max_patches + AUDIO_FRAMES + heard + self.max_text + 1 + AUDIO_FRAMES
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from jaxtml.strict_json import dumps
 BANK_FOLDER = "bank"
 """The utterance bank inside the folder that `jaxtml data` writes."""
 
-_FORMAT = 4
+_FORMAT = 5
 """Part of the digest. Raise it when changed code makes other rows from the same inputs. The texts of the task need no
 such care: the digest has their fingerprint."""
 

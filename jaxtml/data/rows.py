@@ -3,8 +3,8 @@
 Datasets make rows with `pad`. All rows of a dataset have the same shapes, those of `row_shapes`, so that one compiled
 training step fits them. `jaxtml plan` compiles the step for rows with the most patches that the config allows.
 
-At an own-speech position the model speaks: it reads the last 50 ms of its own speech and predicts the next 50 ms
-(`jaxtml.stream.layout`).
+At an own-speech position the model speaks: it reads the 50 ms of own speech that it spoke 200 ms earlier, and predicts
+the 50 ms of now (`jaxtml.stream.layout`).
 
 Axis glossary: T positions, C clock features, P patches, S own-speech positions.
 """
@@ -23,9 +23,9 @@ from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, N_MELS
 Row = dict[str, np.ndarray]
 """The arrays of one row by name, without a batch axis (see `row_shapes`)."""
 
-_POSITIONS_PER_OWN_SPEECH = 3
-"""At most one position in three is own speech. No generated session has more. Sessions in which the user types come
-closest to this limit, because their replies follow each other closely."""
+_OWN_SPEECH_SHARE = 0.4
+"""A row has room for this share of own-speech positions. No generated session has more. Sessions in which the user
+types come closest to this limit, because their replies follow each other closely: one in a hundred has 0.33."""
 
 
 def row_shapes(config: Config, patches: int | None = None) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
@@ -73,7 +73,7 @@ def max_patches(config: Config) -> int:
 
 def max_own_speech(tokens: int) -> int:
     """Returns the number of own-speech positions that a row of `tokens` positions has room for."""
-    return FRAMES_PER_MICRO_TURN * (tokens // (FRAMES_PER_MICRO_TURN * _POSITIONS_PER_OWN_SPEECH))
+    return FRAMES_PER_MICRO_TURN * int(tokens * _OWN_SPEECH_SHARE / FRAMES_PER_MICRO_TURN)
 
 
 def pad(encoded: EncodedConversation, config: Config, patches: int | None = None) -> Row:

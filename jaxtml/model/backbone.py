@@ -26,15 +26,15 @@ from jaxtml.model.attention.cache import (
     KVCache,
     RetainedTokens,
     copy_retained,
+    empty_cache,
     empty_retained,
     plan_cache_step,
     plan_retention,
-    ring_slots,
 )
 from jaxtml.model.attention.retention import FarTokens, find_far_tokens
 from jaxtml.model.experts.moe import MoE
 from jaxtml.model.experts.routing import MoEStats
-from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv
+from jaxtml.model.layers import DenseMLP, RMSNorm, ShortConv, take_back
 from jaxtml.model.placement import SINGLE_DEVICE, TENSOR, Placement, all_gather_parameters
 from jaxtml.model.spec import Params, bind
 from jaxtml.model.stack import LayerBlock, LayerKind, LayerRun, LayerStack
@@ -271,29 +271,36 @@ class Backbone(LayerStack):
                         layers[self.layer_index(b, r, i, j)] = jax.tree.map(lambda a, i=i, j=j: a[i, j], stacked)
         return layers
 
-    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype) -> BackboneState:
+    def init_state(self, batch: int, max_tokens: int, dtype: jnp.dtype, max_taken_back: int = 0) -> BackboneState:
         """Returns the empty state of `batch` sessions, for calls of at most `max_tokens` tokens.
 
-        Keys and values have the dtype `dtype`.
+        Keys and values have the dtype `dtype`. The newest `max_taken_back` tokens of a call can be taken back.
         """
         c = self.config
-        past = c.conv_kernel - 1
+        past = c.conv_kernel - 1 + max_taken_back
 
         def empty(kind: LayerKind, stack: tuple[int, ...] = ()) -> LayerState:
             a = self._attention_config(kind.is_global)
-            slots = ring_slots(a, max_tokens)
             channels = a.n_kv_heads * a.head_dim
             return LayerState(
-                KVCache(
-                    jnp.zeros((*stack, batch, a.n_kv_heads, a.head_dim, slots), dtype),
-                    jnp.zeros((*stack, batch, a.n_kv_heads, slots, a.head_dim), dtype),
-                ),
+                empty_cache(a, stack, batch, max_tokens, dtype),
                 *(jnp.zeros((*stack, batch, past, n), jnp.float32) for n in (channels, channels, c.d_model, c.d_model)),
             )
 
         if self.unrolled:
             return [empty(kind) for kind in self.kinds()]
         return [[empty(run.kind, (block.repeats, run.layers)) for run in block.runs] for block in self.blocks]
+
+    def take_back(self, state: BackboneState, count: jax.Array) -> BackboneState:
+        """Returns the state without the newest `count` `[B]` int32 tokens of each session.
+
+        Keys and values stay: they are beyond the session's position, so no query sees them before they are overwritten.
+        """
+
+        def of_layer(layer: LayerState) -> LayerState:
+            return LayerState(layer.cache, *(take_back(tail, count) for tail in layer[1:]))
+
+        return jax.tree.map(of_layer, state, is_leaf=lambda node: isinstance(node, LayerState))
 
     def init_retained(self, batch: int) -> RetainedTokens | None:
         """Returns which tokens `batch` sessions that have not begun retain: none. None if no layer retains tokens."""
@@ -330,9 +337,14 @@ class Backbone(LayerStack):
         by_head, by_channel, replicated = (
             PartitionSpec(None, None, sessions, *rest) for rest in (("tensor",), (None, "tensor"), ())
         )
-        leaves = (by_head, by_head, by_channel, by_channel, replicated, replicated)  # those of a LayerState, in order
-        structure = jax.tree.structure(jax.eval_shape(lambda: self.init_state(1, 1, jnp.float32)))
-        return jax.tree.unflatten(structure, leaves * (structure.num_leaves // len(leaves)))
+
+        def of_layer(layer: LayerState) -> Any:
+            cache: Any = jax.tree.map(lambda _: by_head, layer.cache)
+            tails: Any = (by_channel, by_channel, replicated, replicated)
+            return LayerState(cache, *tails)
+
+        shapes = jax.eval_shape(lambda: self.init_state(1, 1, jnp.float32))
+        return jax.tree.map(of_layer, shapes, is_leaf=lambda node: isinstance(node, LayerState))
 
     def forward_cached(
         self,

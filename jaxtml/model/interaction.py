@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxtml.config import Config
 from jaxtml.model.backbone import Backbone
+from jaxtml.model.draft import Drafter
 from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.layers import RMSNorm
 from jaxtml.model.mtp import MTP
@@ -35,6 +36,7 @@ _GROUP_OF_PART = {
     "audio": "towers",
     "visual": "towers",
     "flow": "flow head",
+    "draft": "drafter",
     "vocoder": "vocoder",
     "clock": "micro-turn",
     "own": "micro-turn",
@@ -94,6 +96,8 @@ class Trunk(nnx.Module):
             released=linear("model.llm.unembed.weight", b.d_model, b.vocab_size),
         )
         self.flow = FlowHead(config.flow, b.d_model)
+        if config.duplex.draft:
+            self.draft = Drafter(b)
 
 
 class InteractionModel:

@@ -73,8 +73,8 @@ def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
 class ShortConv(nnx.Module):
     """A causal depthwise convolution over W tokens, plus its input (residual), in float32.
 
-    `weight[W - 1]` multiplies the newest token. A tail holds the W - 1 inputs before a call, so that a session can be
-    continued.
+    `weight[W - 1]` multiplies the newest token. A tail holds the inputs before a call, so that a session can be
+    continued: W - 1 inputs, and R more, so that the newest tokens can be taken back.
     """
 
     def __init__(self, channels: int, kernel: int, axis: str, released: str):
@@ -93,21 +93,35 @@ class ShortConv(nnx.Module):
 
         Args:
           x: the new inputs.
-          tail: `[B, W - 1, C]` float32, the inputs just before; zeros where a session begins (None: all zero).
+          tail: `[B, W - 1 + R, C]` float32, the inputs just before; zeros where a session begins (None: all zero).
           length: `[B]`, how many of the T tokens are real (real tokens come first); None: all of them.
 
         Returns:
-          `[B, T, C]` in the dtype of `x`, and the tail after the last real token, `[B, W - 1, C]` float32.
+          `[B, T, C]` in the dtype of `x`, and the tail after the last real token, of the shape of `tail`.
         """
         batch, tokens, channels = x.shape
         past = self.kernel - 1
         if tail is None:
             tail = jnp.zeros((batch, past, channels), jnp.float32)
+        kept = tail.shape[1]
         padded = jnp.concatenate([tail, x.astype(jnp.float32)], axis=1)
-        out = _short_conv(padded, self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        out = _short_conv(padded[:, kept - past :], self.weight[...].astype(jnp.float32)).astype(x.dtype)
         if length is None:
             return out, padded[:, tokens:]
-        return out, jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, past))(padded, length)
+        return out, jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, kept))(padded, length)
+
+
+def take_back(tail: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns a tail `[..., B, W - 1 + R, C]` of a short convolution without its newest `count` `[B]` inputs, 0 to R.
+
+    Zeros come in at the other end: before the next call that keeps a token, they are R inputs back at most.
+    """
+
+    def shift(row: jax.Array, count: jax.Array) -> jax.Array:
+        padded = jnp.concatenate([jnp.zeros_like(row), row], axis=-2)
+        return jax.lax.dynamic_slice_in_dim(padded, row.shape[-2] - count, row.shape[-2], axis=-2)
+
+    return jax.vmap(shift, in_axes=(-3, 0), out_axes=-3)(tail, count)
 
 
 @jax.custom_vjp

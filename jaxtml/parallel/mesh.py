@@ -40,7 +40,7 @@ _NEVER_SPLIT = (
     *STACKED,
     *("channel", "conv", "head_dim", "norm", "rel", "extent", "router", "scalar", "gate_up", "shared"),
     *("clock", "dmel", "patch", "patch_hidden", "pair", "merged"),
-    *("flow_condition", "flow_mlp", "flow_mod", "speech", "time"),
+    *("draft", "flow_condition", "flow_mlp", "flow_mod", "speech", "time"),
     *("kernel", "in", "out"),  # the vocoder
 )
 SERVE: Rules = {

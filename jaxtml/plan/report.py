@@ -19,7 +19,7 @@ from jaxtml.config import Config
 from jaxtml.model.flops import forward_flops_per_token
 from jaxtml.parallel.mesh import MeshShape
 from jaxtml.parallel.work import Work
-from jaxtml.plan.micro_turn import SPEECH_POSITIONS, Course, MicroTurnProgram, Turn
+from jaxtml.plan.micro_turn import Course, MicroTurnProgram, Turn
 from jaxtml.plan.mix import Mix, batch_shares, quantile
 from jaxtml.plan.roofline import Memory, compute_roofline
 from jaxtml.plan.topology import Topology
@@ -190,7 +190,7 @@ def report_serving(
     work = Work()
     for part, often in load.program.parts(courses["speaking"]):
         work.add(part, often)
-    tokens = n * (load.program.narrow.positions + WRITTEN_TOKENS + SPEECH_POSITIONS)
+    tokens = n * (load.program.narrow.positions + WRITTEN_TOKENS + load.program.speech.positions)
     unembed = 2 * config.backbone.d_model * config.backbone.vocab_size
     per_token = forward_flops_per_token(config, LONG_SESSION_TOKENS) - unembed
     needed_flops = tokens * per_token + n * (1 + WRITTEN_TOKENS) * unembed

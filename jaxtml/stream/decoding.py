@@ -69,10 +69,10 @@ def _split_text(encoded: EncodedConversation, control_base: int) -> tuple[_TextP
             current = {Control.HEARD: heard, Control.SAY: said, Control.END: said}.get(token - control_base)
             if current is not None:
                 current.append((int(micro_turn), []))
-            if token - control_base == Control.SPEAK:
-                speaking.append(int(micro_turn))
         elif kind == PositionKind.TEXT and current is not None:
             current[-1][1].append(int(token))
+        elif kind == PositionKind.OWN and (not speaking or speaking[-1] != micro_turn):
+            speaking.append(int(micro_turn))
     return heard, said, speaking
 
 

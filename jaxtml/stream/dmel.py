@@ -26,6 +26,7 @@ from jaxtml.stream.timebase import (
     DMEL_HOP,
     DMEL_WINDOW,
     FINE_HOP,
+    FINE_PER_FRAME,
     FINE_WINDOW,
     FRAMES_PER_MICRO_TURN,
     LOG_MEL_MAX,
@@ -196,6 +197,9 @@ SILENT_BINS = quantise(log_mel(np.zeros(DMEL_HOP, np.float32)))[0]
 
 SILENT_FINE = fine_log_mel(np.zeros(FINE_HOP, np.float32))[0]
 """`[80]` float32: the fine frame of digital silence."""
+
+SILENT_MELS = np.concatenate([log_mel(np.zeros(DMEL_HOP, np.float32))[0], np.tile(SILENT_FINE, FINE_PER_FRAME)])
+"""`[400]` float32: the coarse and the fine frames of 50 ms of digital silence."""
 
 
 @dataclass(frozen=True)

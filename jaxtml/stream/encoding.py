@@ -81,12 +81,16 @@ def encode(
     user_bins = user_dmel(conversation.user)
     # The output of micro-turn m is heard one micro-turn later. `own` is the assistant's voice moved one micro-turn
     # earlier, so that the output of micro-turn 0 starts at sample 0.
-    own = np.concatenate([conversation.assistant[MICRO_TURN_SAMPLES:], np.zeros(MICRO_TURN_SAMPLES, np.float32)])
+    own = np.roll(conversation.assistant, -MICRO_TURN_SAMPLES)
+    own[-MICRO_TURN_SAMPLES:] = 0
     coarse, fine = _own_log_mels(own, conversation.speech)
-    previous_bins = np.concatenate([SILENT_BINS[None], quantise(coarse)[:-1]])
     speaks = np.zeros(micro_turns, bool)
     for speech in conversation.speech:
         speaks[speech.start_micro_turn : speech.end_micro_turn] = True
+    # Own-speech positions read the frames of the micro-turn before, and silence if the assistant was silent then.
+    own_bins = np.where(np.repeat(speaks, FRAMES_PER_MICRO_TURN)[:, None], quantise(coarse), SILENT_BINS)
+    silent = np.repeat(SILENT_BINS[None], FRAMES_PER_MICRO_TURN, axis=0)
+    bins_before = np.concatenate([silent, own_bins[:-FRAMES_PER_MICRO_TURN]])
 
     busy = speaks | _says_words(conversation, micro_turns)
     for micro_turn, text in enumerate(texts):
@@ -108,7 +112,7 @@ def encode(
         writer.add_generated(texts[micro_turn], bool(speaks[micro_turn]))
         if speaks[micro_turn]:
             for frame in frames:
-                writer.add_own_speech(previous_bins[frame], np.concatenate([coarse[frame], fine[frame]]))
+                writer.add_own_speech(bins_before[frame], np.concatenate([coarse[frame], fine[frame]]))
         sizes = ((writer.length, max_tokens), (len(writer.speech_at), max_speech), (len(writer.patches), max_patches))
         if any(limit is not None and size > limit for size, limit in sizes):
             writer.cut(start)
@@ -151,7 +155,7 @@ def _own_log_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarr
     """Returns `log_mel(own)` `[F, 80]` and `fine_log_mel(own)` `[F, 320]`, computed only where the assistant speaks.
 
     Elsewhere both hold silence. Most of a session is silence, and computing its log-mels would be most of the cost of
-    encoding. The frame before each stretch of speech is exact too: the model reads it at its first own-speech position.
+    encoding.
     """
     frames = len(own) // DMEL_HOP
     coarse = np.repeat(log_mel(np.zeros(DMEL_HOP, np.float32)), frames, axis=0)
@@ -159,14 +163,12 @@ def _own_log_mels(own: np.ndarray, speech: tuple[Speech, ...]) -> tuple[np.ndarr
     for stretch in speech:
         first = stretch.start_micro_turn * FRAMES_PER_MICRO_TURN
         end = min(stretch.end_micro_turn * FRAMES_PER_MICRO_TURN, frames)
-        # The segment begins two hops before the stretch. The frame before the stretch has a causal window of two hops.
-        # The first fine frame has a window that begins before the stretch.
-        low, high = max(0, first - 2), min(frames, end + 1)
+        # The windows of the first frames begin before the stretch, so the segment begins one hop earlier.
+        low, high = max(0, first - 1), min(frames, end + 1)
         segment = own[low * DMEL_HOP : high * DMEL_HOP]
-        kept = slice(min(low + 1, first) if low else 0, end)
-        inside = slice(kept.start - low, kept.stop - low)
-        coarse[kept] = log_mel(segment)[inside]
-        fine[kept] = fine_log_mel(segment).reshape(-1, FINE_PER_FRAME * N_MELS)[inside]
+        inside = slice(first - low, end - low)
+        coarse[first:end] = log_mel(segment)[inside]
+        fine[first:end] = fine_log_mel(segment).reshape(-1, FINE_PER_FRAME * N_MELS)[inside]
     return coarse, fine
 
 
@@ -183,7 +185,10 @@ def _check(conversation: Conversation) -> None:
 
 
 class _Writer:
-    """Collects positions of a sequence. Every generated token is the target of the position before it."""
+    """Collects positions of a sequence. Every generated token is the target of the position before it.
+
+    The gate is only a target. It gets no position.
+    """
 
     def __init__(self, control_base: int):
         self._control_base = control_base
@@ -233,7 +238,7 @@ class _Writer:
             self.add_position(PositionKind.PATCH)
 
     def add_generated(self, text: MicroTurnText, speaks: bool) -> None:
-        """Adds the tokens that the model generates: transcript, text and gate."""
+        """Adds the tokens that the model generates, transcript and text, and the gate as the last target."""
         if text.heard:
             self._predict(self._control_base + Control.HEARD, Term.HEARD)
             for token in text.heard:
@@ -242,13 +247,17 @@ class _Writer:
             self._predict(self._control_base + Control.SAY, Term.TEXT)
             for token in text.text:
                 self._predict(token, Term.TEXT)
-        self._predict(self._control_base + (Control.SPEAK if speaks else Control.LISTEN), Term.GATE)
+        self._set_target(self._control_base + (Control.SPEAK if speaks else Control.LISTEN), Term.GATE)
 
     def _predict(self, token: int, term: Term) -> None:
         """Makes `token` the target of the last position, and adds it as the next position."""
+        self._set_target(token, term)
+        self.add_position(PositionKind.TEXT, token)
+
+    def _set_target(self, token: int, term: Term) -> None:
+        """Makes `token` the target of the last position."""
         self.target[-1] = token
         self.term[-1] = term
-        self.add_position(PositionKind.TEXT, token)
 
     def add_own_speech(self, previous_bins: np.ndarray, target: np.ndarray) -> None:
         """Adds an own-speech position: it reads the previous dMel frame and predicts the frame `target` `[400]`."""

@@ -7,15 +7,17 @@ produces the same layout in a session.
 One micro-turn, in this order (P patches, N typed tokens, H heard tokens, K text tokens):
 
     given:      TURN+clock   [TYPED|BACKGROUND N text]   P patches   user dMel x 4
-    generated:  [HEARD H words]   [SAY K text]   LISTEN
-            or  [HEARD H words]   [SAY K text]   SPEAK   own speech x 4
+    generated:  [HEARD H words]   [SAY K text]   (LISTEN)
+            or  [HEARD H words]   [SAY K text]   (SPEAK)   own speech x 4
 
 The given part is known before the model generates anything. Its last position predicts the first generated token.
 TYPED begins text of the user. BACKGROUND begins text from elsewhere, such as instructions or an answer of the
 background model: the larger model to which the assistant can delegate a request. HEARD begins the transcript of the
 user's words, SAY begins the assistant's text. LISTEN or SPEAK is the gate: it decides whether the assistant is silent
-or speaks in this micro-turn. Each own-speech position holds the dMel frame of the 50 ms that were spoken before it, and
-its hidden state predicts the next 50 ms.
+or speaks in this micro-turn. The gate is predicted, but it has no position of its own: what follows, own speech or the
+next TURN, shows the model what was decided. The four own-speech positions hold the dMel frames that the assistant spoke
+in the micro-turn before, or silence. The hidden state of each predicts 50 ms of this micro-turn. So all four are known
+when the gate is decided, and one forward pass computes them.
 """
 
 from __future__ import annotations

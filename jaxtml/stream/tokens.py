@@ -33,7 +33,7 @@ class PositionKind(IntEnum):
     TEXT = 1  # a text or control token
     TURN = 2  # the TURN control token plus clock features
     USER = 3  # a dMel frame of the user
-    OWN = 4  # own speech: holds the dMel frame of the 50 ms spoken last, and predicts the next 50 ms
+    OWN = 4  # own speech: holds the dMel frame of the 50 ms spoken 200 ms earlier, and predicts 50 ms
     PATCH = 5  # a 40 x 40 patch of a frame pair
 
 

@@ -20,15 +20,22 @@ import jax.numpy as jnp
 from jaxtml.model.experts.routing import MoEStats
 from jaxtml.model.interaction import Inputs, InteractionModel
 from jaxtml.model.spec import Params
+from jaxtml.model.speech.flow import normalise
 from jaxtml.parallel.collectives import psum
 from jaxtml.parallel.mesh import BATCH_AXES, MeshShape
+from jaxtml.stream.dmel import SILENT_MELS
 from jaxtml.stream.tokens import PositionKind, Term
-from jaxtml.train.history import corrupt_history
+from jaxtml.train.history import corrupt_frames, corrupt_history
 
 Batch = dict[str, jax.Array]
 Terms = dict[str, jax.Array]
 
 TEXT_TERMS = (("gate", Term.GATE), ("heard", Term.HEARD), ("text", Term.TEXT))
+# Adam's steps hardly depend on the scale of a loss. The drafter's loss is large, and all gradients are clipped by their
+# common norm. A small weight keeps the drafter from shrinking the steps of the model.
+DRAFT_WEIGHT = 0.01
+# In each row, the drafter learns on at most one position in this many. Generated conversations have text at fewer.
+_POSITIONS_PER_DRAFT = 8
 # From this many rows on, the flow head works on half of the own-speech slots, see `_used_slots`.
 MANY_ROWS = 8
 
@@ -42,6 +49,7 @@ class PositionCounts(NamedTuple):
     text: jax.Array
     spoken: jax.Array
     tokens: jax.Array
+    guessed: jax.Array
 
 
 def count_positions(batch: Batch, mesh: MeshShape) -> PositionCounts:
@@ -54,6 +62,7 @@ def count_positions(batch: Batch, mesh: MeshShape) -> PositionCounts:
         text=term == Term.TEXT,
         spoken=jnp.asarray(batch["speech_valid"]),
         tokens=kind != PositionKind.PAD,
+        guessed=_draft_begins(term),
     )
     return jax.tree.map(lambda mask: jnp.maximum(psum(mask.sum(), mesh, BATCH_AXES), 1), masks)
 
@@ -93,6 +102,9 @@ def loss_fn(
         + config.flow_weight * terms["flow"]
         + config.z_loss * terms["router_z"]
     )
+    if model.config.duplex.draft:
+        terms |= _draft_terms(model, params, hidden, batch, counts)
+        loss = loss + DRAFT_WEIGHT * terms["draft"]
     if model.mtp is not None:
         terms |= _prediction_head_terms(model, params, hidden, embedded, batch, counts)
         loss = loss + config.mtp_weight * terms["mtp"]
@@ -128,11 +140,26 @@ def _flow_terms(
     row, slot, valid = _used_slots(jnp.asarray(batch["speech_valid"]))
     spoken = hidden[row, jnp.asarray(batch["speech_at"])[row, slot]]
     target = jnp.asarray(batch["speech"])[row, slot].astype(jnp.float32)
+    before = corrupt_frames(_frames_before(batch, row, slot), model.config.flow, row_keys, row, slot)
     slot_keys = jax.vmap(lambda r, s: jax.random.fold_in(jax.random.fold_in(row_keys[r], 1), s))(row, slot)
     return {
-        "flow": model.bind(params).flow.loss(spoken, target, valid, slot_keys) / counts.spoken,
+        "flow": model.bind(params).flow.loss(spoken, before, target, valid, slot_keys) / counts.spoken,
         "flow_left_out": jnp.asarray(batch["speech_valid"]).sum() - valid.sum(dtype=jnp.float32),
     }
+
+
+def _frames_before(batch: Batch, row: jax.Array, slot: jax.Array) -> jax.Array:
+    """Returns the normalised log-mels of the 50 ms before each selected own-speech slot, `[N, 400]`.
+
+    They are silence where the assistant begins to speak.
+    """
+    at = jnp.asarray(batch["speech_at"])
+    micro_turn = jnp.cumsum(jnp.asarray(batch["kind"]) == PositionKind.TURN, axis=1)
+    previous = jnp.maximum(slot - 1, 0)
+    gap = micro_turn[row, at[row, slot]] - micro_turn[row, at[row, previous]]
+    continues = (slot > 0) & (gap <= 1)
+    mels = jnp.asarray(batch["speech"])[row, previous].astype(jnp.float32)
+    return normalise(jnp.where(continues[:, None], mels, SILENT_MELS))
 
 
 def _used_slots(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -152,6 +179,51 @@ def _used_slots(valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     size = valid.size // 2 if len(valid) >= MANY_ROWS else valid.size
     at = jnp.nonzero(valid.reshape(-1), size=size, fill_value=0)[0]
     return at // valid.shape[1], at % valid.shape[1], jnp.arange(size) < valid.sum()
+
+
+def _draft_terms(
+    model: InteractionModel, params: Params, hidden: jax.Array, batch: Batch, counts: PositionCounts
+) -> Terms:
+    """Returns the cross-entropy of the drafter's guesses, and the share of first guesses that is right.
+
+    The drafter learns beside the model: no gradient of its loss reaches the model. It begins at positions that predict
+    a token after which the micro-turn has at least one more. It guesses the tokens behind that one.
+    """
+    params = jax.lax.stop_gradient({**params, "draft": {}}) | {"draft": params["draft"]}
+    trunk = model.bind(params)
+    term, target = jnp.asarray(batch["term"]), jnp.asarray(batch["target"])
+    begins = _draft_begins(term)
+    size = len(begins) * _drafts_per_row(term)
+    at = jnp.nonzero(begins.reshape(-1), size=size, fill_value=0)[0]
+    row, position = at // term.shape[1], at % term.shape[1]
+    state = jax.lax.stop_gradient(hidden)[row, position]
+    guessed = jnp.arange(size) < begins.sum()
+    terms: Terms = {"draft": jnp.zeros(())}
+    for ahead in range(1, model.config.duplex.draft + 1):
+        state = trunk.draft(state, trunk.embed(target[row, position + ahead - 1], state.dtype))
+        guessed &= _text_ahead(term, ahead)[row, position]
+        scores = model.scores(params, state, target[row, jnp.minimum(position + ahead, term.shape[1] - 1)])
+        terms["draft"] += jnp.where(guessed, scores.nll, 0).sum() / counts.micro_turns
+        if ahead == 1:
+            terms["draft_right"] = (guessed & scores.right).sum() / counts.guessed
+    return terms
+
+
+def _drafts_per_row(term: jax.Array) -> int:
+    return max(term.shape[1] // _POSITIONS_PER_DRAFT, 1)
+
+
+def _draft_begins(term: jax.Array) -> jax.Array:
+    """Returns the positions `[B, T]` at which the drafter learns to begin: in each row, the first so many that can."""
+    can = _text_ahead(term, 1)
+    return can & (jnp.cumsum(can, axis=1) <= _drafts_per_row(term))
+
+
+def _text_ahead(term: jax.Array, ahead: int) -> jax.Array:
+    """Returns, for each position `[B, T]`, whether it and the `ahead` positions after it all predict a token."""
+    positions = term.shape[1]
+    predicts = jnp.pad(term != Term.NONE, ((0, 0), (0, ahead)))
+    return jnp.stack([predicts[:, i : positions + i] for i in range(ahead + 1)]).all(axis=0)
 
 
 def _prediction_head_terms(

@@ -40,6 +40,7 @@ _PARTS = {
     "unembed": "unembedding",
     "mtp": "prediction heads",
     "flow": "flow head",
+    "draft": "drafter",
     "vocoder": "vocoder",
 }
 
@@ -123,7 +124,7 @@ def checkpoint_parameters(
       InputError: `directory` is no such checkpoint, its tokenizer is not the tokenizer of `data`, or a parameter is not
         finite.
     """
-    source = open_checkpoint(directory)
+    source = open_checkpoint(directory, may_be_older=True)
     if not isinstance(source, ReleasedCheckpoint):
         differing = _differing_shape(source.config, model.config)
         if differing:
@@ -161,7 +162,8 @@ def check_finite(params: Params, place: str) -> None:
 
 def _warn_of_new_parts(directory: Path, source: WarmStart, has_vocoder: bool, warn: Warn) -> None:
     """Warns of the parts of the model that `directory` lacks. They begin with initial values."""
-    new = {path.split("/")[0] for path in source.specs if not source.holds(path)}
+    lacking = [path for path in source.specs if not source.holds(path)]
+    new = {path.split("/")[0] for path in lacking if path != "flow/w_before" or "flow/w_in" in lacking}
     names = [name for part, name in _PARTS.items() if part in new and not (part == "vocoder" and has_vocoder)]
     if names:
         warn(f"{directory} has no {', '.join(names)}: training begins with new ones")

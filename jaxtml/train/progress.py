@@ -23,7 +23,7 @@ from jaxtml.train.optimizer import rate_at, schedule
 from jaxtml.train.step import Metrics
 
 # The metrics of the progress line; `log.jsonl` has all.
-LINE_METRICS = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "text_right")
+LINE_METRICS = ("loss", "gate", "heard", "text", "flow", "mtp", "heard_right", "text_right", "draft_right")
 
 
 class TrainProgress:

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from jaxtml.checkpoint.inkling.directory import read_json
 from jaxtml.checkpoint.manifest import read_manifest
 from jaxtml.checkpoint.opening import open_checkpoint
 from jaxtml.checkpoint.orbax import sink
-from jaxtml.convert.conversion import convert
+from jaxtml.checkpoint.source import InMemorySource
+from jaxtml.convert.conversion import write_checkpoint
 from jaxtml.errors import InputError
 
 WRONG_VALUES: tuple[Any, ...] = (
@@ -135,10 +137,13 @@ def test_wrong_headers_of_a_shard(release, tmp_path):
     assert _count_refused(few, read) > 50
 
 
-def test_wrong_documents_of_a_jaxtml_checkpoint(release, tmp_path, monkeypatch):
+def test_wrong_documents_of_a_jaxtml_checkpoint(small, lively, tmp_path, monkeypatch):
     monkeypatch.setattr(sink, "PIECE_BYTES", 512)
     folder = tmp_path / "ours"
-    convert(release, folder)
+    two_layers = replace(
+        small, backbone=replace(small.backbone, n_layers=2, global_layers=(1,))
+    )  # each document opens it
+    write_checkpoint(InMemorySource(two_layers, lively(two_layers)), folder, "memory")
     for name in ("config.json", f"{STATE}/_METADATA", f"{STATE}/norm.weight/zarr.json"):
         document = json.loads((folder / name).read_text())
         if name.endswith("_METADATA"):

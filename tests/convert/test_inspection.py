@@ -96,6 +96,7 @@ def test_a_description_counts_what_the_checkpoint_has(full_release, ours, tmp_pa
     assert sum(description.dtypes.values()) == in_release < in_ours == declared
     assert {path.split("/")[0] for path in our_specs.keys() - release_specs.keys()} == {
         "clock",
+        "draft",
         "own",
         "flow",
         "vocoder",

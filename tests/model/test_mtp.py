@@ -29,7 +29,7 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.clock import CLOCK_FEATURES
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.history import corrupt_history
-from jaxtml.train.loss import count_positions, loss_fn
+from jaxtml.train.loss import DRAFT_WEIGHT, count_positions, loss_fn
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "goldens" / "make_backbone_golden.py"), run_name="golden")
@@ -199,6 +199,7 @@ def test_the_loss_term_is_the_mean_over_heads_with_the_weights_of_their_targets(
     (loss, terms), scores = jax.device_get(forward(params))
     nll, right = scores
     shares = {"gate": 0.5, "heard": 2.0, "text": 3.0, "flow": 1.0, "router_z": train.z_loss, "mtp": 0.25}
+    shares["draft"] = DRAFT_WEIGHT
     np.testing.assert_allclose(loss, sum(share * terms[name] for name, share in shares.items()), rtol=1e-5)
     weight = np.zeros(len(Term))
     weight[[Term.GATE, Term.HEARD, Term.TEXT]] = 0.5, 2.0, 3.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtml.config import AttentionConfig, BackboneConfig
-from jaxtml.model.attention.cache import NOWHERE, KVCache, ring_slots
+from jaxtml.model.attention.cache import NOWHERE, RetainedTokens, ring_slots
 from jaxtml.model.backbone import Backbone, LayerState
 from jaxtml.model.spec import init_params
 from tests.model.attention.talks import PATCH, TEXT, TURN, random_kinds
@@ -170,19 +170,12 @@ def retaining_params(retaining):
 
 
 def _micro_turns(kinds: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
-    """Yields the start and stop of what a session runs in each micro-turn, and the positions that it then retains.
-
-    A session runs a LISTEN token with the next micro-turn.
-    """
+    """Yields the start and stop of each micro-turn, and the positions that a session then retains."""
     starts = np.flatnonzero(kinds == TURN)
     for number, start in enumerate(starts):
         stop = starts[number + 1] if number + 1 < len(starts) else len(kinds)
-        texts = np.flatnonzero(kinds[start:stop] == TEXT)[:-1]
-        kept = np.isin(kinds[start:stop], [TURN, PATCH])
-        kept[texts] = True
-        begins = start - (number > 0 and kinds[start - 1] == TEXT)
-        ends = stop - (kinds[stop - 1] == TEXT and stop < len(kinds))
-        yield begins, ends, (start + np.flatnonzero(kept)).tolist() if len(texts) else []
+        kept = np.flatnonzero(np.isin(kinds[start:stop], [TURN, TEXT, PATCH]))
+        yield start, stop, (start + kept).tolist() if TEXT in kinds[start:stop] else []
 
 
 @pytest.mark.parametrize("width", [1, 3, 16])
@@ -227,7 +220,7 @@ EIGHT_HOURS = 5_000_000  # tokens, more than a tiny session has
 def _whole_rounds(config: BackboneConfig) -> int:
     """Returns the tokens of eight hours, rounded so that a token keeps its slot in every ring if moved by so many."""
     kinds = (config.global_, config.sliding)
-    round_ = int(np.lcm(*(ring_slots(kind, MICRO_TURN) - kind.pinned - kind.retained for kind in kinds)))
+    round_ = int(np.lcm(*(ring_slots(kind, MICRO_TURN) - kind.pinned for kind in kinds)))
     return EIGHT_HOURS // round_ * round_
 
 
@@ -269,11 +262,25 @@ def test_the_first_words_are_attended_to_after_eight_hours_of_silence(silent_sin
     remembering, _ = step(layers, x, state, position, length, retained)
     forgetting, _ = step(layers, x, state, position, length, backbone.init_retained(1))
     assert float(jnp.abs(remembering - forgetting).max()) > 1e-3
-    first = -RETAINED  # the first slot of the second ring
     other_words = list(state)
     for number, kind in enumerate(backbone.kinds()):
         if kind.is_global:
-            k, v = state[number].cache
-            other_words[number] = state[number]._replace(cache=KVCache(k, v.at[..., first, :].add(1)))
+            cache = state[number].cache
+            changed_cache = cache._replace(far=cache.far._replace(v=cache.far.v.at[..., 0, :].add(1)))
+            other_words[number] = state[number]._replace(cache=changed_cache)
     changed, _ = step(layers, x, other_words, position, length, retained)
     assert float(jnp.abs(remembering - changed).max()) > 1e-3, "the first retained token is not attended to"
+
+
+def test_a_session_computes_the_same_to_the_bit_however_much_another_one_retains(silent_since, inputs):
+    """The second ring is read up to the slot that the session with the most retained tokens has filled."""
+    backbone, step, layers, state, retained = silent_since
+    x = jnp.concatenate([inputs[:1, -MICRO_TURN:]] * 2)
+    length, position = jnp.array([MICRO_TURN] * 2), jnp.array([100, 100])
+    pair = jax.tree.map(lambda a: jnp.concatenate([a, a]), state)
+    few = jax.tree.map(lambda a: jnp.concatenate([a, a]), retained)
+    many = RetainedTokens(few.count.at[1].set(RETAINED), few.position.at[1].set(jnp.arange(RETAINED)))
+    with_few, _ = step(layers, x, pair, position, length, few)
+    with_many, _ = step(layers, x, pair, position, length, many)
+    np.testing.assert_array_equal(with_few[0], with_many[0])
+    assert jnp.abs(with_few[1] - with_many[1]).max() > 1e-3

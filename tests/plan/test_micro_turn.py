@@ -17,7 +17,7 @@ from jaxtml.model.duplex.programs import Duplex
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.parallel.mesh import MeshShape, make_mesh
 from jaxtml.parallel.work import Case, Work, count_jaxpr_work
-from jaxtml.plan.micro_turn import SPEECH_POSITIONS, Course, MicroTurnProgram, Turn
+from jaxtml.plan.micro_turn import Course, MicroTurnProgram, Turn
 from jaxtml.plan.programs import make_serving_program, trace_program
 from tests.model.duplex.running import mixed_inputs, two_layers
 
@@ -58,7 +58,7 @@ def test_a_run_makes_the_passes_that_the_plan_counts(small, lively, monkeypatch)
         most, least = (count_passes(program, turn, confirmed) for confirmed in (0, math.inf))
         assert least <= len(ran) <= most, turn
         assert ran[0] == (program.wide if given else program.narrow).positions
-        assert turn.written or set(ran[1:]) <= {program.round_positions, SPEECH_POSITIONS}
+        assert set(ran[1:]) <= {program.round_positions, program.speech.positions}
         seen.add((given, turn.written > 0, turn.speaks))
     assert {flag for turn in seen for flag in enumerate(turn)} == {(i, b) for i in range(3) for b in (False, True)}
 
@@ -120,18 +120,15 @@ def work(positions: int, passes: int = 1) -> Work:
     return made
 
 
-def test_speech_runs_in_the_loop_or_in_its_own_pass():
-    in_loop = MicroTurnProgram(work(6), work(40), work(1), work(1), speech=Work())
-    assert in_loop.course(Turn(True, 3, True), 0) == Course(True, 3 + SPEECH_POSITIONS, True)
-    assert [often for _, often in in_loop.parts(Course(True, 8, True))] == [1, 3, 5, 1]
-    own_pass = MicroTurnProgram(work(6), work(40), work(5), work(5), speech=work(SPEECH_POSITIONS))
-    assert own_pass.course(Turn(False, 3, True), 0) == Course(False, 3, True)
-    assert own_pass.course(Turn(False, 3, True), 1) == Course(False, 2, True)
-    assert own_pass.course(Turn(False, 11, True), 99) == Course(False, 3, True)  # a round confirms four guesses at most
-    parts = own_pass.parts(Course(False, 2, True))
-    assert [(work.positions, often) for work, often in parts] == [(6, 1), (5, 2), (5, 1)]
+def test_a_round_of_the_loop_writes_a_token_and_those_that_are_confirmed():
+    program = MicroTurnProgram(work(5), work(40), work(5), work(4))
+    assert program.course(Turn(False, 3, True), 0) == Course(False, 3, True)
+    assert program.course(Turn(False, 3, True), 1) == Course(False, 2, True)
+    assert program.course(Turn(True, 11, True), 99) == Course(True, 3, True)  # a round confirms four guesses at most
+    parts = program.parts(Course(False, 2, True))
+    assert [(work.positions, often) for work, often in parts] == [(5, 1), (5, 2), (4, 1)]
 
 
 def test_a_session_that_only_listens_needs_one_pass():
-    program = MicroTurnProgram(work(6), work(40), work(1), work(1), Work())
+    program = MicroTurnProgram(work(5), work(40), work(5), work(4))
     assert program.parts(program.course(Turn(False, 0, False), np.inf)) == [(program.narrow, 1)]

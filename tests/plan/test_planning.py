@@ -38,14 +38,17 @@ NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs jax-cuda12-plugin and to
 
 
 def test_the_step_of_the_large_model_needs_little_more_work_than_its_tokens():
-    """Counts FLOPs for 4,096 tokens per chip, with all of a layer computed again in the backward pass."""
+    """Counts FLOPs for 4,096 tokens per chip, with all of a layer computed again in the backward pass.
+
+    Capacity adds a tenth to the work of the experts, and the drafter adds two percent to all.
+    """
     shape = MeshShape(data=16, expert=8)
     config = configs.load("tml_interaction_small", ["train.batch=128", "train.capacity=1.1"])
     _, jaxpr = trace_program(partial(make_training_program, config, shape), shape)
     work = count_jaxpr_work(jaxpr, "tpu")
     needed = train_flops_per_token(config) * config.data.tokens
     assert work.open_loops == 0
-    assert 4 / 3 <= work.flops / needed < 1.1 * 4 / 3
+    assert 4 / 3 <= work.flops / needed < 1.12 * 4 / 3
     # Each layer's weights are gathered over `data` twice, and their gradients are scattered once.
     gathered, scattered = (work.sent[kind, ("data",)] for kind in ("all_gather", "reduce_scatter"))
     assert gathered == pytest.approx(2 * scattered, rel=1e-3)
@@ -58,9 +61,10 @@ def test_without_libtpu_a_plan_is_refused_in_one_line():
     assert "\n" not in str(refused.value)
 
 
-# Two layers and rows of five seconds: the compilers for chips take three times as long for all of tiny.
+# Two layers, no pictures, rows of five seconds: the compilers for chips take three times as long for all of tiny.
 SHORT_TINY = (
     *("train.compute_dtype=bfloat16", "serve.compute_dtype=bfloat16", "data.turns=25", "data.tokens=256"),
+    "duplex.max_patches=0",
     *("backbone.n_layers=2", "backbone.n_dense=1", "backbone.global_layers=[1]", "flow.depth=1", "vocoder.depth=1"),
 )
 
@@ -157,9 +161,9 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
     rows = program.writing.flops / (2 * 42 * 3 * 4096 * 2048 / 4)
     choices = 32 * program.round_positions * 6 / 2
     assert choices < rows < 16 * choices
-    # All weights but the vision tower, the flow head, the vocoder and most rows of the embedding are read once.
+    # All weights but the vision tower, flow head, drafter, vocoder and most rows of the embedding are read once.
     arguments, _ = trace_program(partial(make_serving_program, config, MESH_8, "tpu"), MESH_8)
-    unread = device_bytes([arguments[0][name] for name in ("embed", "visual", "flow", "vocoder")])
+    unread = device_bytes([arguments[0][name] for name in ("embed", "visual", "flow", "draft", "vocoder")])
     assert program.narrow.read == pytest.approx(load.weights - unread, rel=0.01)
 
 
@@ -167,7 +171,7 @@ def test_serving_the_large_model_holds_each_weight_once_and_reads_the_experts_th
 def test_a_pass_of_the_large_model_on_32_chips_has_few_collectives(sessions):
     config = configs.load("tml_interaction_small", [f"serve.sessions={sessions}"])
     load = measure_serving_load(config, Topology.parse("v6e:4x8"), MeshShape(expert=8, tensor=4))
-    for work in (load.program.narrow, load.program.writing, load.program.speaking):
+    for work in (load.program.narrow, load.program.writing, load.program.speech):
         assert 2 * 44 < sum(work.calls.values()) <= 120 * sum(work.passes.values())
     assert longest_ms(config, load, Topology.parse("v6e:4x8"), MeshShape(expert=8, tensor=4)) <= 200
 

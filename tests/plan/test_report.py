@@ -124,7 +124,6 @@ def test_a_micro_turn_takes_what_its_passes_read_multiply_and_send():
         narrow=part(6, 4e9, flops=459e9, calls=100),
         wide=part(191, 4e9, flops=4590e9, calls=100),
         writing=part(5, 4.5e9, calls=90),
-        speaking=part(5, 4.5e9, calls=90),
         speech=part(5, 5e9, sent=60e9, calls=80),
     )
     served = ServingLoad(
@@ -167,7 +166,7 @@ def test_sessions_at_200_ms_fit_into_memory_and_time_and_divide_by_the_shards():
     config = configs.load("tml_interaction_small", ["backbone.experts_per_token=256"])
     memory = Memory(arguments=int(23e9), outputs=int(8e9), aliased=int(8e9), temporaries=int(4e9))
     one = part(5, 5e9)
-    program = MicroTurnProgram(one, one, one, one, one)
+    program = MicroTurnProgram(one, one, one, one)
 
     def most(state: float) -> int:
         served = ServingLoad(16, 4, experts=10e9, weights=5e9, state=state, program=program, max_written=7)

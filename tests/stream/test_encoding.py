@@ -48,9 +48,9 @@ def positions(sequence: EncodedConversation) -> Iterator[tuple[int, int, int]]:
 def letters_of(sequence: EncodedConversation, base: int) -> list[str]:
     """Returns each micro-turn as a string with one letter per position.
 
-    T turn, Y typed, x text, p patch, u user frame, H heard, S say, L listen, K speak, o own frame.
+    T turn, Y typed, x text, p patch, u user frame, H heard, S say, o own frame.
     """
-    controls = {Control.TYPED: "Y", Control.HEARD: "H", Control.SAY: "S", Control.LISTEN: "L", Control.SPEAK: "K"}
+    controls = {Control.TYPED: "Y", Control.HEARD: "H", Control.SAY: "S"}
     kinds = {PositionKind.TURN: "T", PositionKind.PATCH: "p", PositionKind.USER: "u", PositionKind.OWN: "o"}
     micro_turns = [""] * (int(sequence.micro_turn[-1]) + 1 if len(sequence.micro_turn) else 0)
     for kind, token, micro_turn in positions(sequence):
@@ -76,13 +76,13 @@ def test_every_micro_turn_keeps_the_order_of_its_parts(encoded, limits):
         micro_turns = letters_of(sequence, limits.control_base)
         assert len(micro_turns) == len(talk.user) // MICRO_TURN_SAMPLES
         for letters in micro_turns:
-            assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(L|Ko{4})", letters), letters
+            assert re.fullmatch("T(Yx{1,3})?p{0,2}u{4}(Hx{1,3})?(Sx{1,3})?(o{4})?", letters), letters
 
 
 def test_own_speech_stands_where_the_conversation_speaks(encoded, limits):
     for talk, sequence in encoded:
         speaks = {i for speech in talk.speech for i in range(speech.start_micro_turn, speech.end_micro_turn)}
-        assert {i for i, letters in enumerate(letters_of(sequence, limits.control_base)) if "K" in letters} == speaks
+        assert {i for i, letters in enumerate(letters_of(sequence, limits.control_base)) if "o" in letters} == speaks
 
 
 def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothing_else_is(encoded, limits):
@@ -93,14 +93,19 @@ def test_each_generated_token_is_the_target_of_the_position_before_it_and_nothin
         for i, letter in enumerate(letters):
             if letter in "TYpu":
                 term = Term.NONE
-            term = {"H": Term.HEARD, "S": Term.TEXT, "L": Term.GATE, "K": Term.GATE}.get(letter, term)
-            if letter in "HSLK" or (letter == "x" and term != Term.NONE):
+            term = {"H": Term.HEARD, "S": Term.TEXT}.get(letter, term)
+            following = letters[i + 1 : i + 2]
+            if letter in "uHSx" and following in ("", "T", "o"):  # the micro-turn's last position before its gate
+                assert sequence.term[i] == Term.GATE
+                assert sequence.target[i] == base + (Control.SPEAK if following == "o" else Control.LISTEN)
+            if letter in "HS" or (letter == "x" and term != Term.NONE):
                 assert sequence.term[i - 1] == term
                 assert sequence.target[i - 1] == sequence.ids[i]
                 assert sequence.micro_turn[i - 1] == sequence.micro_turn[i]
-            elif i:
+            elif i and sequence.term[i - 1] != Term.GATE:
                 assert sequence.term[i - 1] == Term.NONE and sequence.target[i - 1] == 0
-        assert sequence.term[-1] == Term.NONE
+        gates = (sequence.term == Term.GATE).sum()
+        assert gates == letters.count("T")
 
 
 def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
@@ -110,28 +115,26 @@ def test_own_speech_predicts_what_is_heard_one_micro_turn_later(encoded):
         fine = np.concatenate([fine_log_mel(talk.assistant), fine_log_mel(np.zeros(MICRO_TURN_SAMPLES, np.float32))])
         for order, (at, target) in enumerate(zip(sequence.speech_at, sequence.speech, strict=True)):
             heard = 4 * (int(sequence.micro_turn[at]) + 1) + order % 4
-            # The output of the last micro-turn is heard after the recording, so its targets are not compared. The first
-            # position of this output still holds the last frame of the recording.
+            # The output of the last micro-turn is heard after the recording, so its targets are not compared.
             if heard < 4 * len(talk.user) // MICRO_TURN_SAMPLES:
                 np.testing.assert_array_equal(target[:80], coarse[heard])
                 np.testing.assert_array_equal(target[80:].reshape(4, 80), fine[4 * heard : 4 * heard + 4])
-            if heard <= 4 * len(talk.user) // MICRO_TURN_SAMPLES:
-                np.testing.assert_array_equal(sequence.bins[at], quantise(coarse[heard - 1]))
 
 
-def test_speech_after_silence_starts_from_the_silent_frame(encoded, limits):
-    starts = 0
-    for _, sequence in encoded:
+def test_own_positions_hold_the_frames_of_the_micro_turn_before_or_silence(encoded, limits):
+    starts = goes_on = 0
+    for talk, sequence in encoded:
         micro_turns = letters_of(sequence, limits.control_base)
-        for at in sequence.speech_at[::4]:
+        coarse = log_mel(talk.assistant)
+        for order, at in enumerate(sequence.speech_at):
             i = int(sequence.micro_turn[at])
-            if i == 0 or "K" not in micro_turns[i - 1]:
-                # Nothing was said in micro-turn i - 1, so nothing is heard in micro-turn i. The first own position of
-                # micro-turn i holds the last frame heard in it. It is not compared if micro-turn i - 2 spoke.
-                if i < 2 or "K" not in micro_turns[i - 2]:
-                    assert (sequence.bins[at] == SILENT_BINS).all()
+            if i and "o" in micro_turns[i - 1]:  # the output of micro-turn i - 1 is heard in micro-turn i
+                np.testing.assert_array_equal(sequence.bins[at], quantise(coarse[4 * i + order % 4]))
+                goes_on += 1
+            else:
+                assert (sequence.bins[at] == SILENT_BINS).all()
                 starts += 1
-    assert starts > 10
+    assert starts > 40 and goes_on > 40
 
 
 def test_user_frames_read_back_within_half_a_quantisation_step(encoded, codec, limits):
@@ -217,7 +220,7 @@ def test_nothing_is_heard_before_it_was_said(codec, limits):
 def test_a_config_without_transcript_has_none(codec, limits):
     talk = silence(10, user_words=(Word("hi", 0.5, 0.79),))
     sequence = encode(talk, codec, dataclasses.replace(limits, heard=False))
-    assert set(letters_of(sequence, limits.control_base)) == {"TuuuuL"}
+    assert set(letters_of(sequence, limits.control_base)) == {"Tuuuu"}
 
 
 def test_typed_text_and_frames_stand_in_their_micro_turn(encoded, codec, limits):
@@ -260,8 +263,7 @@ def test_of_a_long_silence_only_the_ends_are_encoded_and_the_clock_jumps(codec, 
     whole = encode(conversation, codec, limits)
     short = encode(conversation, codec, limits, longest_silence=7)
     left = sorted(set(short.micro_turn.tolist()))
-    text = sorted({micro_turn for kind, token, micro_turn in positions(whole) if kind == PositionKind.TEXT
-                   and token not in (limits.control_base + Control.LISTEN,)})  # fmt: skip
+    text = sorted({micro_turn for kind, _, micro_turn in positions(whole) if kind == PositionKind.TEXT})
     busy = sorted({2, 40, *text})
     assert 60 in text and set(busy) <= set(left)
     gaps = [(a, b) for a, b in itertools.pairwise([-1, *busy, 100]) if b - a > 1]

@@ -47,6 +47,7 @@ BAD_INPUT = {
     "tools/benchmarks/cpu_speed.py": ("--config", "no_such_config"),
     "tools/benchmarks/int8_error.py": ("--checkpoint", MISSING),
     "tools/benchmarks/load.py": ("--wav", MISSING),
+    "tools/benchmarks/micro_turn_parts.py": ("--checkpoint", MISSING),
     "tools/benchmarks/long_session.py": ("--checkpoint", MISSING),
     "tools/benchmarks/plan_table.py": ("no-such-row",),
     "tools/benchmarks/session_mix.py": ("tiny", "--data", MISSING),
@@ -177,6 +178,13 @@ def test_load_runs(tmp_path, checkpoint):
     assert (tmp_path / "loadtest.png").is_file()
 
 
+def test_micro_turn_parts_runs(monkeypatch, capsys, recording, checkpoint):
+    arguments = ("--rounds", "2", "--recording", recording, "--checkpoint", str(checkpoint), "--json")
+    assert run_here(monkeypatch, "tools/benchmarks/micro_turn_parts.py", *arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["micro_turns"]["listens"]["passes"] == 1 and all(ms > 0 for ms in result["parts_ms"].values())
+
+
 def test_long_session_runs(monkeypatch, capsys, recording, checkpoint):
     """Eighteen seconds: the request leaves the window, and is attended to beyond it."""
     arguments = ("--hours", "0.005", "--talk", "0.1", "--window", "256", "--retained", "4096", "--json")
@@ -229,6 +237,7 @@ def test_soak_runs(recording, checkpoint):
 def test_talk_memory_runs(monkeypatch, capsys, tmp_path):
     write_data_folder(tmp_path, load_tokenizer(SHIPPED))
     arguments = ("tiny", "--data", str(tmp_path), "--conversations", "3", "--window", "256", "--json")
+    arguments += ("--set", "backbone.global_.window=512", "--set", "backbone.global_.retained=0")
     assert run_here(monkeypatch, "tools/benchmarks/talk_memory.py", *arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])  # building the bank prints lines too
     assert 0 < result["rates"]["retained"] < result["rates"]["tokens"] / 2

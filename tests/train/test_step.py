@@ -20,11 +20,11 @@ from jaxtml.parallel.mesh import MeshShape
 from jaxtml.stream.tokens import PositionKind, Term
 from jaxtml.train.balance import expert_balance
 from jaxtml.train.history import corrupt_history
-from jaxtml.train.loss import count_positions, loss_fn
+from jaxtml.train.loss import DRAFT_WEIGHT, count_positions, loss_fn
 from jaxtml.train.optimizer import schedule
 from jaxtml.train.step import TrainState, make_train_step
 
-TERMS = ("gate", "heard", "text", "flow", "router_z")
+TERMS = ("gate", "heard", "text", "flow", "draft", "router_z")
 BIAS_RATE = 0.05
 
 
@@ -100,7 +100,7 @@ def test_every_trained_parameter_of_every_layer_gets_a_gradient(config, gradient
                 assert (experts.reshape(experts.shape[0], experts.shape[1], -1).max(axis=2) > 0).all(), path
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", [term for term in TERMS if term != "draft"])
 def test_every_term_reaches_down_to_the_first_layer_and_the_embeddings(gradients, term):
     for path in (
         "layers/block0/run0/attn/wv",
@@ -120,6 +120,13 @@ def test_a_head_learns_from_its_own_terms_alone(gradients):
             assert not spoken or not gradients[term][path].any(), f"{term} moves {path}"
     for term in ("gate", "heard", "text"):
         assert gradients[term]["unembed"].any()
+
+
+def test_the_drafter_learns_beside_the_model(gradients):
+    moved = {path for path, leaf in gradients["draft"].items() if leaf.any()}
+    assert moved == {path for path in gradients["draft"] if path.startswith("draft/")}
+    for term in TERMS[:4]:
+        assert not any(leaf.any() for path, leaf in gradients[term].items() if path.startswith("draft/")), term
 
 
 def test_only_own_speech_is_corrupted_and_some_rows_lose_all_of_it(config):
@@ -144,11 +151,11 @@ def test_only_own_speech_is_corrupted_and_some_rows_lose_all_of_it(config):
 def test_the_loss_is_the_weighted_sum_of_its_terms(config, stepped):
     *_, metrics = stepped
     t = config.train
-    weights = (t.gate_weight, t.heard_weight, t.text_weight, t.flow_weight, t.z_loss)
+    weights = (t.gate_weight, t.heard_weight, t.text_weight, t.flow_weight, DRAFT_WEIGHT, t.z_loss)
     expected = sum(w * float(metrics[name]) for w, name in zip(weights, TERMS, strict=True))
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
     assert all(float(metrics[name]) > 0 for name in TERMS)
-    assert all(0 <= float(metrics[f"{name}_right"]) <= 1 for name in ("gate", "heard", "text"))
+    assert all(0 <= float(metrics[f"{name}_right"]) <= 1 for name in ("gate", "heard", "text", "draft"))
 
 
 def test_the_optimizer_moves_all_parameters_except_the_vocoder_and_the_router_bias(config, stepped):

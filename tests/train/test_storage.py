@@ -149,7 +149,10 @@ def test_the_parts_that_a_release_lacks_are_named(release, releasable, warnings)
     source = WarmStart(open_checkpoint(release), releasable)
     parameters._warn_of_new_parts(release, source, False, warnings.append)
     new, voice = warnings
-    assert "has no clock, embedding of the model's own speech, flow head, vocoder: training begins with new" in new
+    assert (
+        "has no clock, embedding of the model's own speech, flow head, drafter, vocoder: training begins with new"
+        in new
+    )
     assert voice.startswith("no trained vocoder")
     warnings.clear()
     parameters._warn_of_new_parts(release, source, True, warnings.append)

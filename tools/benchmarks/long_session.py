@@ -32,7 +32,7 @@ from jaxtml.checkpoint.source import read_parameters
 from jaxtml.checkpoint.tokenizer import load_tokenizer
 from jaxtml.commands.arguments import add_checkpoint, add_recording, count, number, run_tool, tool_parser
 from jaxtml.errors import InputError
-from jaxtml.model.attention.cache import KVCache, plan_cache_step
+from jaxtml.model.attention.cache import KVCache, SecondRing, plan_cache_step
 from jaxtml.model.duplex.state import DuplexState, MicroTurnOutputs
 from jaxtml.model.spec import bind
 from jaxtml.session.engine import Engine
@@ -128,9 +128,12 @@ def attention_to(engine: Engine, state: DuplexState, positions: np.ndarray) -> l
             heads = {**weights["attn"], "wo": jnp.eye(*weights["attn"]["wo"].shape)}
             module = bind(model.backbone.modules[kind], {**weights, "attn": heads})
             asked = jnp.isin(retained.position[0], positions)
-            values = jnp.pad(asked.astype(dtype), (slots - len(asked), 0))[:, None] * jnp.ones_like(cache.v)
-            tails = layer_state[1:3]
-            outs = [module.attn(module.attn_norm(x), step, KVCache(cache.k, v), tails)[0] for v in (values, 0 * values)]
+            tails, nothing = layer_state[1:3], jnp.zeros_like(cache.v)
+            outs = []
+            for one in (asked, jnp.zeros_like(asked)):
+                values = one.astype(dtype)[:, None] * jnp.ones_like(cache.far.v)
+                marked = KVCache(cache.k, nothing, SecondRing(cache.far.k, values))
+                outs.append(module.attn(module.attn_norm(x), step, marked, tails)[0])
             shares.append(float((outs[0] - outs[1]).max()))
         x, _, _ = bind(model.backbone.modules[kind], weights)(x, jnp.ones(x.shape[:2], jnp.int32), step, layer_state)
     return shares

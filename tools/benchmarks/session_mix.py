@@ -26,21 +26,20 @@ from jaxtml.data.dataset import ConversationDataset, open_dataset
 from jaxtml.errors import InputError
 from jaxtml.stream.layout import EncodedConversation
 from jaxtml.stream.text import TextCodec
-from jaxtml.stream.tokens import Control, PositionKind
+from jaxtml.stream.tokens import PositionKind
 from jaxtml.strict_json import dumps
 
 
-def count_turns(encoded: EncodedConversation, control_base: int) -> Counter[tuple[bool, int, bool]]:
-    """Counts (text or pictures come in, text tokens written before the gate, speaks) of each micro-turn."""
-    kinds, ids = encoded.kind, encoded.ids
+def count_turns(encoded: EncodedConversation) -> Counter[tuple[bool, int, bool]]:
+    """Counts (text or pictures come in, text tokens written, speaks) of each micro-turn."""
+    kinds = encoded.kind
     turns: Counter[tuple[bool, int, bool]] = Counter()
     for micro_turn in range(len(encoded.clock)):
         here = encoded.micro_turn == micro_turn
         user = np.flatnonzero(here & (kinds == PositionKind.USER))
         patches = (kinds[here] == PositionKind.PATCH).any()
         text = np.flatnonzero(here & (kinds == PositionKind.TEXT))
-        gate = np.isin(ids[text], [control_base + Control.LISTEN, control_base + Control.SPEAK])
-        written = ((text > user[-1]) & ~gate).sum()
+        written = (text > user[-1]).sum()
         speaks = (kinds[here] == PositionKind.OWN).any()
         turns[bool(patches or (text < user[0]).any()), int(written), bool(speaks)] += 1
     return turns
@@ -55,7 +54,7 @@ def measure(args: argparse.Namespace) -> None:
         raise InputError(f"the dataset {config.data.dataset} has no conversations: name one that has")
     turns: Counter[tuple[bool, int, bool]] = Counter()
     for index in range(args.rows):
-        turns += count_turns(dataset.encoded(index), config.duplex.control_base)
+        turns += count_turns(dataset.encoded(index))
     entries = [
         {"given": given, "written": written, "speaks": speaks, "count": count}
         for (given, written, speaks), count in turns.most_common()

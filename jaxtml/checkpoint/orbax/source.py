@@ -20,13 +20,21 @@ from jaxtml.checkpoint.orbax.arrays import open_array, uncached_context
 from jaxtml.checkpoint.source import Index, read_parameters, spec_table
 from jaxtml.config import Config, from_json, validate
 from jaxtml.errors import InputError
-from jaxtml.model.spec import Params
+from jaxtml.model.spec import Params, initial_values
+
+_SINCE_0_2 = ("draft/", "flow/w_before")
+"""Parameters, or the beginnings of their names, that models of version 0.1 lack. Those models generated their speech
+frame by frame, in another layout of the micro-turn."""
 
 _LONGEST_CAUSE = 160  # characters of a library's error that a message repeats
 
 
 class OrbaxCheckpoint:
     """A `ParameterSource` of a jaxtml checkpoint, or of the newest step of a training run.
+
+    Args:
+      directory: the checkpoint or the training run.
+      may_be_older: whether a model of version 0.1 is accepted. Training can begin with it; it cannot run as it is.
 
     Attributes:
       step: the step of a training run; None for a checkpoint.
@@ -36,7 +44,7 @@ class OrbaxCheckpoint:
         config. The message then names the first array that differs, with both shapes.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, *, may_be_older: bool = False):
         self.directory = Path(os.path.abspath(directory))
         self.config: Config = load_config(directory)
         self.specs = spec_table(self.config)
@@ -45,19 +53,21 @@ class OrbaxCheckpoint:
         if self.step is not None:
             folder, prefix = self.directory / RUN_CHECKPOINTS / str(self.step), "params/"
         self.arrays = self._open_arrays(folder / STATE, prefix)
-        self._check_shapes()
+        self._check_shapes(may_be_older)
 
     def dtype(self, path: str) -> np.dtype:
-        return self.arrays[path].dtype.numpy_dtype
+        return self.arrays[path].dtype.numpy_dtype if self.holds(path) else np.dtype(np.float32)
 
     def holds(self, path: str) -> bool:
-        return True
+        return path in self.arrays
 
     def chunk_shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of the part of a parameter that one file holds."""
         return cast(tuple[int, ...], self.arrays[path].chunk_layout.write_chunk.shape)
 
     def read(self, path: str, index: Index) -> np.ndarray:
+        if not self.holds(path):
+            return initial_values(path, self.specs[path], self.config.train.seed, index)
         try:
             return self.arrays[path][index].read().result()
         except ValueError as error:  # TensorStore raises nothing else
@@ -91,8 +101,15 @@ class OrbaxCheckpoint:
         except ValueError as error:
             raise self._damaged(error) from error
 
-    def _check_shapes(self) -> None:
-        for path in sorted(self.specs.keys() | self.arrays.keys()):
+    def _check_shapes(self, may_be_older: bool) -> None:
+        since_0_2 = {path for path in self.specs if path.startswith(_SINCE_0_2)}
+        is_older = bool(since_0_2) and not since_0_2 & self.arrays.keys()
+        if is_older and not may_be_older:
+            raise InputError(
+                f"{self.directory} was trained by jaxtml 0.1, whose models generate speech in another layout: train it "
+                "further with `jaxtml train CONFIG --start-from` this directory, in a new --workdir"
+            )
+        for path in sorted((self.specs.keys() | self.arrays.keys()) - (since_0_2 if is_older else set())):
             found = self.arrays[path].shape if path in self.arrays else None
             wanted = self.specs[path].shape if path in self.specs else None
             if found != wanted:
@@ -131,10 +148,13 @@ def load_config(directory: str | Path) -> Config:
     return config
 
 
-def load_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Config, Params]:
+def load_checkpoint(
+    directory: str | Path, dtype: str = "float32", *, may_be_older: bool = False
+) -> tuple[Config, Params]:
     """Reads the config and all parameters of a jaxtml checkpoint, the parameters onto the first device as `dtype`.
 
-    `checkpoint.opening.read_checkpoint` reads training runs and released checkpoints too.
+    `checkpoint.opening.read_checkpoint` reads training runs and released checkpoints too. `OrbaxCheckpoint` says what
+    `may_be_older` does.
 
     Raises:
       InputError: the directory is missing, is no jaxtml checkpoint or is a training run, or the checkpoint is damaged
@@ -144,5 +164,5 @@ def load_checkpoint(directory: str | Path, dtype: str = "float32") -> tuple[Conf
         raise InputError(
             f"{directory} is a training run: make a checkpoint of it with `jaxtml convert {directory} DST`"
         )
-    source = OrbaxCheckpoint(directory)
+    source = OrbaxCheckpoint(directory, may_be_older=may_be_older)
     return source.config, read_parameters(source, dtype)

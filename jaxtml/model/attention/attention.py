@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         else:
             assert cache is not None
             cache = write_cache(cache, step, keys, values, layer_index)
-            out = attend_cache(self.config, query, KVCache(cache.k[layer_index], cache.v[layer_index]), rel, proj, step)
+            out = attend_cache(self.config, query, cache.layer(layer_index), rel, proj, step)
         out = out.reshape(batch, tokens, h * k)
         return project(out, self.wo[...].astype(dtype)), cache, (k_tail, v_tail)
 

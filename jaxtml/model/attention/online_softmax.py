@@ -4,8 +4,8 @@ Flash attention (Dao et al., 2022) never has the logits of all keys in memory. I
 corrects them whenever a block has a larger logit. The backward pass computes the probabilities again, from the
 logarithm of the softmax's sum.
 
-Called by `blockwise` and `far_blocks`, and inside the TPU kernels of `flash` and `flash_far`. Logits of keys that a
-query does not see are `MASKED_LOGIT`. Axes: S keys of a block, K head width; any axes may come before them.
+Called by `blockwise`, `far_blocks` and `cache`, and inside the TPU kernels of `flash` and `flash_far`. Logits of keys
+that a query does not see are `MASKED_LOGIT`. Axes: S keys of a block, K head width; any axes may come before them.
 """
 
 from __future__ import annotations

@@ -10,11 +10,7 @@ Of each micro-turn with text, these tokens are retained (`jaxtml.stream.layout` 
 - HEARD and the words of the user, SAY and the words of the assistant, TYPED or BACKGROUND and its text;
 - patches of pictures that were shown in the same micro-turn.
 
-Frames are never retained, nor is the gate (LISTEN or SPEAK). Whether the assistant spoke is clear from its words, and
-one more token per micro-turn with text would shorten the memory by about a sixth.
-
-Tokens of a micro-turn are retained from the next micro-turn on. The LISTEN token counts as the first token of that next
-micro-turn, because a session runs it there (`jaxtml.model.duplex.step`). A query sees the last
+Frames are never retained. Tokens of a micro-turn are retained from the next micro-turn on. A query sees the last
 `AttentionConfig.retained` of the retained tokens. No token is visible twice: a retained token that is still in the
 window is seen there, and a pinned token is not retained. Beyond the window, tokens have no relative bias, because
 `AttentionConfig.check` keeps the relative extent within the window.
@@ -81,12 +77,9 @@ def find_far_tokens(config: AttentionConfig, kind: jax.Array) -> FarTokens | Non
 def number_micro_turns(kind: jax.Array) -> jax.Array:
     """Returns the number of each token's micro-turn, `[B, T]` int32.
 
-    The first micro-turn is number 1; tokens before it have 0. LISTEN has the number of the next micro-turn.
+    The first micro-turn is number 1; tokens before it have 0.
     """
-    number = jnp.cumsum(kind == PositionKind.TURN, axis=1)
-    # Among text tokens only LISTEN can stand right before a TURN.
-    following = jnp.concatenate([number[:, 1:], number[:, -1:]], axis=1)
-    return jnp.where(kind == PositionKind.TEXT, following, number)
+    return jnp.cumsum(kind == PositionKind.TURN, axis=1)
 
 
 def is_retained(kind: jax.Array, number: jax.Array) -> jax.Array:
@@ -96,10 +89,7 @@ def is_retained(kind: jax.Array, number: jax.Array) -> jax.Array:
       kind: `[B, T]`, the `PositionKind` of each position.
       number: from `number_micro_turns`.
     """
-    following = jnp.pad(kind[:, 1:], ((0, 0), (0, 1)), constant_values=PositionKind.PAD)
-    # LISTEN stands before TURN or at the end, SPEAK before own speech.
-    ends = (following == PositionKind.TURN) | (following == PositionKind.PAD) | (following == PositionKind.OWN)
-    is_text = (kind == PositionKind.TEXT) & ~ends
+    is_text = kind == PositionKind.TEXT
     has_text = jnp.take_along_axis(_sum_by_micro_turn(is_text, number) > 0, number, axis=1)
     return has_text & (is_text | (kind == PositionKind.TURN) | (kind == PositionKind.PATCH))
 

@@ -34,8 +34,7 @@ class Phase(IntEnum):
     START = 0  # nothing is generated yet
     HEARD = 1  # after HEARD: the words of the user follow
     TEXT = 2  # after SAY: the text of the assistant follows
-    SPEECH = 3  # after SPEAK: own-speech positions follow
-    DONE = 4  # after LISTEN, after the last own-speech position, or not active
+    DONE = 3  # after LISTEN or SPEAK, or not active
 
 
 class Progress(NamedTuple):
@@ -43,11 +42,16 @@ class Progress(NamedTuple):
 
     Attributes:
       phase: `[B]` int32, `Phase`.
-      used: `[B]` int32, tokens (or own-speech positions) that the slot has used in this phase.
+      used: `[B]` int32, tokens that the slot has used in this phase.
     """
 
     phase: jax.Array
     used: jax.Array
+
+
+def is_writing(progress: Progress) -> jax.Array:
+    """Returns which slots have text or the gate still to choose, `[B]` bool."""
+    return progress.phase != Phase.DONE
 
 
 class ControlMasks(NamedTuple):
@@ -88,6 +92,14 @@ def choose_token(
     else:
         token = jnp.argmax(masked, axis=1)
     return decide_gate(config, token, p_speak), p_speak
+
+
+def likeliest_token(config: DuplexConfig, logits: jax.Array, progress: Progress) -> jax.Array:
+    """Returns `[B]` int32: the likeliest token that the grammar allows, and the gate that the threshold gives."""
+    base = config.control_base
+    masked = jnp.where(allowed_tokens(config, progress, logits.shape[1]), logits, -jnp.inf)
+    p_speak = jax.nn.sigmoid(logits[:, base + Control.SPEAK] - logits[:, base + Control.LISTEN])
+    return decide_gate(config, jnp.argmax(masked, axis=1), p_speak)
 
 
 def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> jax.Array:
@@ -160,7 +172,7 @@ def control_masks(config: DuplexConfig, token: jax.Array) -> ControlMasks:
 def advance(progress: Progress, chosen: ControlMasks, writing: jax.Array) -> Progress:
     """Returns the progress after the chosen tokens. Slots that are not `writing` `[B]` bool stay where they are."""
     phase, used = progress
-    after = jnp.select(list(chosen), [Phase.HEARD, Phase.TEXT, Phase.DONE, Phase.SPEECH], phase)
+    after = jnp.select(list(chosen), [Phase.HEARD, Phase.TEXT, Phase.DONE, Phase.DONE], phase)
     phase = jnp.where(writing, after, phase)
-    opened = chosen.heard | chosen.say | chosen.speak
+    opened = chosen.heard | chosen.say
     return Progress(phase, jnp.where(writing, jnp.where(opened, 0, used + 1), used))

@@ -22,11 +22,12 @@ from jaxtml.model.attention.cache import RetainedTokens
 from jaxtml.model.backbone import LayerState
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.speech import vocoder
-from jaxtml.stream.dmel import SILENT_BINS
+from jaxtml.stream.dmel import SILENT_BINS, SILENT_MELS
+from jaxtml.stream.layout import SPEECH_DIM
 from jaxtml.stream.timebase import FRAMES_PER_MICRO_TURN, N_MELS
 
-NARROW_PREFILL = 2 + FRAMES_PER_MICRO_TURN
-"""Positions of a prefill without text and pictures: the pending LISTEN token, the clock, the user's frames."""
+NARROW_PREFILL = 1 + FRAMES_PER_MICRO_TURN
+"""Positions of a prefill without text and pictures: the clock and the user's frames."""
 
 
 class DuplexState(NamedTuple):
@@ -37,8 +38,8 @@ class DuplexState(NamedTuple):
       position: `[B]` int32, tokens of the session so far.
       micro_turn: `[B]` int32, micro-turns of the session so far.
       week_ms: `[B]` int32, wall clock: milliseconds since Monday, 00:00 UTC.
-      pending_listen: `[B]` int32, the id of the LISTEN token that the model has not read yet; -1 where there is none.
-      own_frame: `[B, 80]` uint8, the last dMel frame of own speech.
+      own_frames: `[B, 4, 80]` uint8, the dMel frames of own speech in the last micro-turn.
+      own_mels: `[B, 400]` float32, the log-mels of the last 50 ms of own speech.
       spoke: `[B]` bool, whether the last micro-turn spoke.
       vocoder: the vocoder's state, from `vocoder.init_state`.
       key: `[B, 2]` uint32, seeds the sampling of each session.
@@ -49,8 +50,8 @@ class DuplexState(NamedTuple):
     position: jax.Array
     micro_turn: jax.Array
     week_ms: jax.Array
-    pending_listen: jax.Array
-    own_frame: jax.Array
+    own_frames: jax.Array
+    own_mels: jax.Array
     spoke: jax.Array
     vocoder: vocoder.VocoderState
     key: jax.Array
@@ -84,6 +85,8 @@ class MicroTurnOutputs(NamedTuple):
       wave: `[B, 3200]` float32, 200 ms of own speech at 16 kHz. The user hears them one micro-turn later.
       tokens: `[B, G]` int32, the generated tokens in order, the gate token last; then 0.
       count: `[B]` int32, how many of `tokens` are real.
+      passes: `[B]` int32, forward calls of the backbone that this slot needed. The batch makes as many as the slot that
+        needs most.
       speaking: `[B]` bool, whether the gate is open.
       p_speak: `[B]` float32, the probability of SPEAK at the gate, as if only SPEAK and LISTEN could follow.
       frames: `[B, 4, 80]` uint8, the dMel frames of own speech that were fed back; silence where the gate is closed.
@@ -93,6 +96,7 @@ class MicroTurnOutputs(NamedTuple):
     wave: jax.Array
     tokens: jax.Array
     count: jax.Array
+    passes: jax.Array
     speaking: jax.Array
     p_speak: jax.Array
     frames: jax.Array
@@ -114,12 +118,14 @@ def init_state(model: InteractionModel, batch: int, seed: int = 0, week_ms: int 
     zeros = jnp.zeros((batch,), jnp.int32)
     keys = jnp.stack([jnp.full((batch,), seed, jnp.uint32), jnp.arange(batch, dtype=jnp.uint32)], axis=1)
     state = DuplexState(
-        layers=model.backbone.init_state(batch, wide_prefill(model.config.duplex), compute_dtype(model)),
+        layers=model.backbone.init_state(
+            batch, wide_prefill(model.config.duplex), compute_dtype(model), model.config.duplex.draft
+        ),
         position=zeros,
         micro_turn=zeros,
         week_ms=zeros + week_ms,
-        pending_listen=zeros - 1,
-        own_frame=jnp.broadcast_to(SILENT_BINS, (batch, N_MELS)),
+        own_frames=jnp.broadcast_to(SILENT_BINS, (batch, FRAMES_PER_MICRO_TURN, N_MELS)),
+        own_mels=jnp.broadcast_to(SILENT_MELS, (batch, SPEECH_DIM)),
         spoke=jnp.zeros((batch,), bool),
         vocoder=vocoder.init_state(model.config.vocoder, batch),
         key=keys,

@@ -2,7 +2,7 @@
 
 Read this file from top to bottom. A micro-turn has four stages:
 
-1. `prefill` runs the model over the input: the pending LISTEN token, the clock, text, patches, the user's four frames.
+1. `prefill` runs the model over the input: the clock, text, patches, the user's four frames.
 2. `generate` loops over positions until every slot is done. A slot writes text (`write`) and chooses its gate there
    (`grammar.py`).
 3. `speak`, inside this loop, draws 50 ms of own speech from the flow head. The dMel frame (quantised log-mels)
@@ -15,8 +15,7 @@ All of it is one compiled program with fixed shapes; nothing returns to the host
 the program. `converse`, the server, the evaluations and the trainer's samples all call it. The training forward over
 the same tokens gives the same logits (`tests/model/duplex/test_step.py`).
 
-A LISTEN token is not run when it is chosen. It is the first position of the next micro-turn, so that a silent
-micro-turn costs a single forward call.
+The gate has no position (`jaxtml.stream.layout`), so a silent micro-turn costs a single forward call.
 
 Axes: B session slots, T positions of a forward call, N typed tokens, P patches, G generated tokens of a micro-turn, D
 model width, V vocabulary.
@@ -33,7 +32,16 @@ import jax.numpy as jnp
 from jaxtml.model.attention.cache import RetainedTokens
 from jaxtml.model.backbone import BackboneState
 from jaxtml.model.duplex.cpu_batches import run_either, run_in_batches
-from jaxtml.model.duplex.grammar import Phase, Progress, advance, choose_token, control_masks, max_generated
+from jaxtml.model.duplex.grammar import (
+    Phase,
+    Progress,
+    advance,
+    choose_token,
+    control_masks,
+    is_writing,
+    likeliest_token,
+    max_generated,
+)
 from jaxtml.model.duplex.state import (
     DuplexState,
     MicroTurnInputs,
@@ -45,9 +53,10 @@ from jaxtml.model.duplex.state import (
 from jaxtml.model.interaction import InteractionModel
 from jaxtml.model.spec import Params
 from jaxtml.model.speech import vocoder
+from jaxtml.model.speech.flow import normalise
 from jaxtml.parallel.collectives import psum
 from jaxtml.stream.clock import WEEK_MS, clock_features
-from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, quantise_jax
+from jaxtml.stream.dmel import SILENT_BINS, SILENT_FINE, SILENT_MELS, quantise_jax
 from jaxtml.stream.layout import SPEECH_DIM
 from jaxtml.stream.timebase import (
     FINE_PER_FRAME,
@@ -66,6 +75,7 @@ class Generated(NamedTuple):
     Attributes:
       tokens: `[B, G]` int32, 0 after the last token.
       count: `[B]` int32, how many of `tokens` are real.
+      passes: `[B]` int32, forward calls of the backbone so far, the prefill included.
       p_speak: `[B]` float32, the probability of SPEAK at the last token, as if only SPEAK and LISTEN could follow.
       logits: `[B, G, V]` float32; `[B, G, 0]` without `trace`.
       fine: `[B, 4, 320]` float32, four fine log-mels per 50 ms of own speech; silence where there is none.
@@ -74,14 +84,19 @@ class Generated(NamedTuple):
 
     tokens: jax.Array
     count: jax.Array
+    passes: jax.Array
     p_speak: jax.Array
     logits: jax.Array
     fine: jax.Array
     frames: jax.Array
 
 
-LoopCarry = tuple[Progress, DuplexState, Generated, jax.Array]
-"""What `generate` passes from position to position. The array is the next token of each slot; -1: own speech."""
+LoopCarry = tuple[Progress, DuplexState, Generated, jax.Array, jax.Array]
+"""What `verify` passes from call to call. The arrays are the token of each slot that was chosen last and not run yet,
+`[B]`, and the hidden state that it was chosen from, `[B, D]`."""
+
+SpeechCarry = tuple[DuplexState, Generated, jax.Array]
+"""What `speak` passes from batch to batch. The array says which slots speak, `[B]` bool."""
 
 RetentionCarry = tuple[BackboneState, RetainedTokens]
 """What `retain_text` changes: keys and values, and which of them are retained."""
@@ -114,10 +129,12 @@ def micro_turn(
     """
     active = inputs.active
     ringing = state.spoke
-    start = state.position + (state.pending_listen >= 0)  # where TURN stands
+    start = state.position
     state, hidden = prefill(model, params, state, inputs, one_cpu)
-    state, out = generate(model, params, state, hidden, active, trace, one_cpu)
+    state = _forget_old_speech(state, active)
+    state, out = write_text(model, params, state, hidden, active, trace, one_cpu)
     speaking = state.spoke & active
+    state, out = speak(model, params, state, out, speaking, one_cpu)
     state, wave = vocode(model, params, state, out.fine, speaking, active & (speaking | ringing), one_cpu)
     state = retain_text(model, state, start, inputs, out.count, one_cpu)
     state = state._replace(
@@ -125,7 +142,7 @@ def micro_turn(
         week_ms=(state.week_ms + MICRO_TURN_MS * active) % WEEK_MS,
     )
     logits = out.logits if trace else None
-    return state, MicroTurnOutputs(wave, out.tokens, out.count, speaking, out.p_speak, out.frames, logits)
+    return state, MicroTurnOutputs(wave, out.tokens, out.count, out.passes, speaking, out.p_speak, out.frames, logits)
 
 
 def prefill(
@@ -141,19 +158,17 @@ def prefill(
     batch = inputs.bins.shape[0]
     clock = trunk.clock(clock_features(state.micro_turn, state.week_ms, jnp), dtype)
     turn = trunk.embed(jnp.full((batch,), config.control_base + Control.TURN), dtype) + clock
-    listen = trunk.embed(jnp.maximum(state.pending_listen, 0), dtype)
     user = trunk.audio(inputs.bins, dtype)
-    has_listen = state.pending_listen >= 0
     always = jnp.ones((batch, 1), bool)
 
     def narrow(carry: tuple[DuplexState, jax.Array]) -> tuple[DuplexState, jax.Array]:
-        parts = [(listen[:, None], has_listen[:, None]), (turn[:, None], always), (user, always)]
-        return forward_parts(model, params, carry[0], parts, inputs.active)
+        x = jnp.concatenate([turn[:, None], user], axis=1)
+        state, hidden = forward(model, params, carry[0], x, inputs.active * x.shape[1])
+        return state, hidden[:, -1]
 
     def wide(carry: tuple[DuplexState, jax.Array]) -> tuple[DuplexState, jax.Array]:
         typed = trunk.embed(inputs.typed, dtype)
         parts = [
-            (listen[:, None], has_listen[:, None]),
             (turn[:, None], always),
             (typed, jnp.arange(typed.shape[1]) < inputs.typed_length[:, None]),
         ]
@@ -166,11 +181,10 @@ def prefill(
 
     needs_wide = any_session(model, inputs.active & ((inputs.typed_length > 0) | (inputs.patch_count > 0)))
     carry = (state, jnp.zeros((batch, model.config.backbone.d_model), dtype))
-    state, hidden = run_either(one_cpu, needs_wide, wide, narrow, carry)
-    return state._replace(pending_listen=jnp.where(inputs.active, -1, state.pending_listen)), hidden
+    return run_either(one_cpu, needs_wide, wide, narrow, carry)
 
 
-def generate(
+def write_text(
     model: InteractionModel,
     params: Params,
     state: DuplexState,
@@ -179,9 +193,7 @@ def generate(
     trace: bool,
     one_cpu: bool,
 ) -> tuple[DuplexState, Generated]:
-    """Generates text, gate and own speech, one position per slot and round, until every slot is done.
-
-    Slots advance independently: one may speak its second frame while another still writes what it heard.
+    """Generates text until every slot has chosen its gate. Slots that have chosen it wait for the others.
 
     Args:
       model: the model of the sessions.
@@ -192,62 +204,81 @@ def generate(
       trace: whether to keep the logits.
       one_cpu: whether the program runs on a single CPU device.
     """
-    trunk = model.bind(params)
-    dtype = compute_dtype(model)
-    out = _nothing_generated(model, len(hidden), trace)
-    own_frame = jnp.where((state.spoke | ~active)[:, None], state.own_frame, SILENT_BINS)
-    state = state._replace(own_frame=own_frame)
+    out = nothing_generated(model, active, trace)
     progress = Progress(jnp.where(active, Phase.START, Phase.DONE), jnp.zeros((len(hidden),), jnp.int32))
-    progress, state, out, token = write(model, params, progress, state, out, hidden, trace)
+    progress, state, out, token = choose(model, progress, state, out, model.logits(params, hidden), active, trace)
 
     def unfinished(carry: LoopCarry) -> jax.Array:
-        return any_session(model, carry[0].phase != Phase.DONE)
-
-    def next_position(carry: LoopCarry) -> LoopCarry:
-        progress, state, out, token = carry
-        # Token -1 stands for an own-speech position.
-        own = trunk.audio(state.own_frame, dtype) + trunk.own[...].astype(dtype)
-        x = jnp.where((token < 0)[:, None], own, trunk.embed(jnp.maximum(token, 0), dtype))
-        running = progress.phase != Phase.DONE
-        state, hidden = forward(model, params, state, x[:, None], running.astype(jnp.int32))
-        speaking = progress.phase == Phase.SPEECH
-        progress, state, out = speak(model, params, progress, state, out, hidden)
-        progress, state, out, token = write(model, params, progress, state, out, hidden, trace)
-        return progress, state, out, jnp.where(speaking, -1, token)
+        return any_session(model, is_writing(carry[0]))
 
     def finish(carry: LoopCarry) -> LoopCarry:
-        return jax.lax.while_loop(unfinished, next_position, carry)
+        return jax.lax.while_loop(unfinished, partial(verify, model, params, trace=trace), carry)
 
-    carry = (progress, state, out, token)
+    carry = (progress, state, out, token, hidden)
     axes: Any = jax.tree.map(lambda _: 0, carry)
     axes = (axes[0], slot_axes(model), *axes[2:])
-    running = progress.phase != Phase.DONE
-    # A batch takes as many rounds as its slowest slot, and a slot that speaks takes many. So slots that will probably
-    # speak (they spoke before, or write already) are computed together, in the same batches.
-    order = jnp.where(running, ~(state.spoke | (progress.phase > Phase.HEARD)), 2)
-    _, state, out, _ = run_in_batches(one_cpu, finish, carry, axes, order)
+    _, state, out, _, _ = run_in_batches(one_cpu, finish, carry, axes, 2 * ~is_writing(progress))
     return state, out
 
 
-def write(
+def verify(model: InteractionModel, params: Params, carry: LoopCarry, *, trace: bool) -> LoopCarry:
+    """Runs the chosen token of each slot and the tokens that are guessed to follow; keeps what the model confirms.
+
+    The model chooses a token after each position. As long as it chooses the guessed one, the next position is valid
+    too. The tokens are those of one position per call, because each is chosen from the same logits with the same key.
+    """
+    trunk, dtype = model.bind(params), compute_dtype(model)
+    progress, state, out, token, hidden = carry
+    writing = is_writing(progress)
+    guesses = guess(model, params, progress, token, hidden)
+    tokens = jnp.concatenate([token[:, None], guesses], axis=1)
+    width = tokens.shape[1]
+    state, hidden_states = forward(model, params, state, trunk.embed(tokens, dtype), writing * width)
+    logits = model.logits(params, hidden_states)
+    out = out._replace(passes=out.passes + writing)
+    kept = jnp.zeros_like(token)
+    valid = writing
+    for i in range(width):
+        hidden = jnp.where(valid[:, None], hidden_states[:, i], hidden)
+        progress, state, out, chosen = choose(model, progress, state, out, logits[:, i], valid, trace)
+        token, kept = jnp.where(valid, chosen, token), kept + valid
+        if i < width - 1:
+            valid &= is_writing(progress) & (chosen == guesses[:, i])
+    return progress, take_back(model, state, writing * width - kept), out, token, hidden
+
+
+def guess(
+    model: InteractionModel, params: Params, progress: Progress, token: jax.Array, hidden: jax.Array
+) -> jax.Array:
+    """Guesses the tokens after `token` `[B]`, which was chosen from `hidden` `[B, D]`; returns `[B, K]` int32."""
+    config, trunk, dtype = model.config.duplex, model.bind(params), compute_dtype(model)
+    guesses = []
+    for _ in range(config.draft):
+        hidden = trunk.draft(hidden, trunk.embed(token, dtype))
+        logits = model.logits(params, hidden)
+        token = likeliest_token(config, logits, progress)
+        progress = advance(progress, control_masks(config, token), is_writing(progress))
+        guesses.append(token)
+    return jnp.stack(guesses, axis=1) if guesses else jnp.zeros((len(token), 0), jnp.int32)
+
+
+def choose(
     model: InteractionModel,
-    params: Params,
     progress: Progress,
     state: DuplexState,
     out: Generated,
-    hidden: jax.Array,
+    logits: jax.Array,
+    writing: jax.Array,
     trace: bool,
 ) -> tuple[Progress, DuplexState, Generated, jax.Array]:
-    """Chooses the next token `[B]` of slots that write text. SPEAK leads to own speech, LISTEN ends the micro-turn.
+    """Chooses the next token `[B]` of the slots in `writing` `[B]` bool. The gate, SPEAK or LISTEN, ends the text.
 
-    `hidden` `[B, D]` is the hidden state of the last position.
+    `logits` `[B, V]` are those of the last position.
     """
     config = model.config.duplex
-    writing = (progress.phase != Phase.SPEECH) & (progress.phase != Phase.DONE)
-    logits = model.logits(params, hidden)
     token, p_speak = choose_token(config, logits, progress, state, out.count)
     # Slots that do not write get column G. It is beyond the end of the array, so XLA drops their values.
-    slots, column = jnp.arange(hidden.shape[0]), jnp.where(writing, out.count, max_generated(config))
+    slots, column = jnp.arange(logits.shape[0]), jnp.where(writing, out.count, max_generated(config))
     out = out._replace(
         tokens=out.tokens.at[slots, column].set(token, mode="drop"),
         count=out.count + writing,
@@ -256,43 +287,63 @@ def write(
     )
     chosen = control_masks(config, token)
     progress = advance(progress, chosen, writing)
-    state = state._replace(
-        pending_listen=jnp.where(writing & chosen.listen, token, state.pending_listen),
-        spoke=jnp.where(writing, chosen.speak, state.spoke),
-    )
+    state = state._replace(spoke=jnp.where(writing, chosen.speak, state.spoke))
     return progress, state, out, token
 
 
 def speak(
-    model: InteractionModel, params: Params, progress: Progress, state: DuplexState, out: Generated, hidden: jax.Array
-) -> tuple[Progress, DuplexState, Generated]:
-    """Generates 50 ms of own speech in slots whose last position held own speech.
+    model: InteractionModel, params: Params, state: DuplexState, out: Generated, speaking: jax.Array, one_cpu: bool
+) -> tuple[DuplexState, Generated]:
+    """Generates 200 ms of own speech in slots whose gate is open, with one forward call and one of the flow head.
 
-    The flow head draws one coarse and four fine log-mels from `hidden` `[B, D]`. In the phase SPEECH, `used` counts own
-    positions that have been run. At 0 only the SPEAK token has been run, and no sound is due yet.
+    The forward call runs the four own-speech positions. They read the frames of the micro-turn before, so all are known
+    when the gate is decided. The flow head draws the frames of all four positions together: one coarse and four fine
+    log-mels each. Each frame is drawn with the frame before as a condition.
+
+    Args:
+      model: the model of the sessions.
+      params: from `Duplex.prepare`.
+      state: after `write_text`.
+      out: from `write_text`.
+      speaking: `[B]` bool, slots whose gate is open.
+      one_cpu: whether the program runs on a single CPU device.
     """
-    flow = model.config.flow
-    phase, used = progress
-    speaking = phase == Phase.SPEECH
-    ready = speaking & (used > 0)
+    trunk, flow = model.bind(params), model.config.flow
+    dtype = compute_dtype(model)
 
-    def draw(own_frame: jax.Array, fine: jax.Array, frames: jax.Array) -> tuple[jax.Array, ...]:
-        # Sampling tokens uses key indices below G. The noise uses indices from G on, so no key is used twice.
-        keys = slot_keys(state, max_generated(model.config.duplex) + used)
-        noise = jax.vmap(lambda key: jax.random.normal(key, (SPEECH_DIM,), compute_dtype(model)))(keys)
-        mels = model.bind(params).flow.sample(hidden, flow.temperature * noise, flow.steps)
-        mels = mels.astype(jnp.float32)
-        bins = quantise_jax(mels[:, :N_MELS]).astype(jnp.uint8)
-        slots, column = jnp.arange(hidden.shape[0]), jnp.where(ready, used - 1, FRAMES_PER_MICRO_TURN)
-        fine = fine.at[slots, column].set(mels[:, N_MELS:], mode="drop")
-        frames = frames.at[slots, column].set(bins, mode="drop")
-        return jnp.where(ready[:, None], bins, own_frame), fine, frames
+    def run(carry: SpeechCarry) -> SpeechCarry:
+        state, out, speaking = carry
+        batch = len(speaking)
+        x = trunk.audio(state.own_frames, dtype) + trunk.own[...].astype(dtype)
+        state, hidden = forward(model, params, state, x, speaking * x.shape[1])
+        # Sampling tokens uses key indices below G. The noise uses index G, so no key is used twice.
+        keys = slot_keys(state, jnp.full((batch,), max_generated(model.config.duplex)))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (FRAMES_PER_MICRO_TURN, SPEECH_DIM), dtype))(keys)
+        before = normalise(state.own_mels)
+        mels = trunk.flow.sample(hidden, before, flow.temperature * noise, flow.steps).astype(jnp.float32)
+        frames = quantise_jax(mels[..., :N_MELS]).astype(jnp.uint8)
+        mask = speaking[:, None, None]
+        out = out._replace(
+            passes=out.passes + speaking,
+            fine=jnp.where(mask, mels[..., N_MELS:], out.fine),
+            frames=jnp.where(mask, frames, out.frames),
+        )
+        state = state._replace(
+            own_frames=jnp.where(mask, out.frames, state.own_frames),
+            own_mels=jnp.where(speaking[:, None], mels[:, -1], state.own_mels),
+        )
+        return state, out, jnp.zeros_like(speaking)
 
-    arrays = (state.own_frame, out.fine, out.frames)
-    own_frame, fine, frames = jax.lax.cond(jnp.any(ready), draw, lambda *same: same, *arrays)
-    state, out = state._replace(own_frame=own_frame), out._replace(fine=fine, frames=frames)
-    ended = speaking & (used == FRAMES_PER_MICRO_TURN)
-    return Progress(jnp.where(ended, Phase.DONE, phase), used + speaking), state, out
+    carry = (state, out, speaking)
+    axes: Any = (slot_axes(model), jax.tree.map(lambda _: 0, out), 0)
+    state, out, _ = run_either(
+        one_cpu,
+        any_session(model, speaking),
+        lambda carry: run_in_batches(one_cpu, run, carry, axes, 2 * ~speaking),
+        lambda carry: carry,
+        carry,
+    )
+    return state, out
 
 
 def vocode(
@@ -313,7 +364,7 @@ def vocode(
     Args:
       model: the model of the sessions.
       params: from `Duplex.prepare`.
-      state: after `generate`.
+      state: after `speak`.
       fine: `[B, 4, 320]` float32.
       speaking: `[B]` bool, slots whose gate is open.
       running: `[B]` bool, slots that speak or have spoken in the micro-turn before.
@@ -358,7 +409,7 @@ def retain_text(
 
     Args:
       model: the model of the sessions.
-      state: after all positions of the micro-turn, except a LISTEN token, have been run.
+      state: after all positions of the micro-turn have been run.
       start: `[B]` int32, the position of the TURN token.
       inputs: what the micro-turn was given.
       generated: `[B]` int32, tokens that the micro-turn has generated, the gate included.
@@ -387,12 +438,15 @@ def forward(
     """Runs the backbone over `x` `[B, T, D]`, of which `length` `[B]` positions are real.
 
     Returns:
-      The state after these positions, and the normed hidden state `[B, D]` of the last real position.
+      The state after these positions, and the normed hidden states `[B, T, D]`.
     """
     y, layers = model.backbone.forward_cached(params["layers"], x, state.layers, state.position, length, state.retained)
-    last = jnp.take_along_axis(y, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    hidden = model.bind(params).norm(last)
-    return state._replace(layers=layers, position=state.position + length), hidden
+    return state._replace(layers=layers, position=state.position + length), model.bind(params).norm(y)
+
+
+def take_back(model: InteractionModel, state: DuplexState, count: jax.Array) -> DuplexState:
+    """Returns the state without the newest `count` `[B]` positions of each session."""
+    return state._replace(layers=model.backbone.take_back(state.layers, count), position=state.position - count)
 
 
 def forward_parts(
@@ -405,12 +459,17 @@ def forward_parts(
     """Joins embedded parts `[B, n, D]`, moves the positions that are present to the left, and runs `forward`.
 
     Each part comes with a bool mask `[B, n]` or `[B, 1]` of the positions that are present.
+
+    Returns:
+      The state after these positions, and the normed hidden state `[B, D]` of the last one.
     """
     x = jnp.concatenate([part for part, _ in parts], axis=1)
     present = jnp.concatenate([jnp.broadcast_to(mask, part.shape[:2]) for part, mask in parts], axis=1)
     order = jnp.argsort(~present, axis=1, stable=True)
     x = jnp.take_along_axis(x, order[..., None], axis=1)
-    return forward(model, params, state, x, jnp.where(active, present.sum(axis=1), 0).astype(jnp.int32))
+    count = present.sum(axis=1, dtype=jnp.int32)
+    state, hidden = forward(model, params, state, x, active * count)
+    return state, jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
 
 
 def any_session(model: InteractionModel, mask: jax.Array) -> jax.Array:
@@ -422,13 +481,24 @@ def any_session(model: InteractionModel, mask: jax.Array) -> jax.Array:
     return psum(jnp.any(mask).astype(jnp.int32), model.placement.mesh, ("data", "expert", "tensor")) > 0
 
 
-def _nothing_generated(model: InteractionModel, batch: int, trace: bool) -> Generated:
-    """Returns the `Generated` of a micro-turn that begins: no tokens, silence."""
+def _forget_old_speech(state: DuplexState, active: jax.Array) -> DuplexState:
+    """Puts silence where the own speech of the micro-turn before was, in active slots that did not speak then."""
+    kept = state.spoke | ~active
+    return state._replace(
+        own_frames=jnp.where(kept[:, None, None], state.own_frames, SILENT_BINS),
+        own_mels=jnp.where(kept[:, None], state.own_mels, SILENT_MELS),
+    )
+
+
+def nothing_generated(model: InteractionModel, active: jax.Array, trace: bool) -> Generated:
+    """Returns the `Generated` of a micro-turn after its prefill: no tokens, silence. `active` is `[B]` bool."""
+    batch = len(active)
     generated = max_generated(model.config.duplex)
     vocab = model.config.backbone.vocab_size
     return Generated(
         tokens=jnp.zeros((batch, generated), jnp.int32),
         count=jnp.zeros((batch,), jnp.int32),
+        passes=active.astype(jnp.int32),
         p_speak=jnp.zeros((batch,), jnp.float32),
         logits=jnp.zeros((batch, generated, vocab if trace else 0), jnp.float32),
         fine=jnp.broadcast_to(SILENT_FINE, (batch, FRAMES_PER_MICRO_TURN, FINE_PER_FRAME, N_MELS)).reshape(

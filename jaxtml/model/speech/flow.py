@@ -33,6 +33,7 @@ class FlowHead(nnx.Module):
         self.config = config
         self.w_in = param((SPEECH_DIM, w), ("speech", "flow"), normal(SPEECH_DIM**-0.5))
         self.w_cond = param((dim, w), ("embed", "flow_condition"), normal(dim**-0.5))
+        self.w_before = param((SPEECH_DIM, w), ("speech", "flow"), normal(SPEECH_DIM**-0.5))
         self.w_time = param((TIME_FEATURES, w), ("time", "flow"), normal(TIME_FEATURES**-0.5))
         for i in range(config.depth):
             setattr(self, f"mod_{i}", param((w, 3 * w), ("flow", "flow_mod"), zeros))
@@ -41,9 +42,15 @@ class FlowHead(nnx.Module):
         self.mod_out = param((w, 2 * w), ("flow", "flow_mod"), zeros)
         self.w_out = param((w, SPEECH_DIM), ("flow", "speech"), zeros)
 
-    def condition(self, hidden: jax.Array) -> jax.Array:
-        """Returns the part of the conditioning that does not depend on the flow time: `[N, D]` -> `[N, W]`."""
-        return hidden @ self.w_cond[...].astype(hidden.dtype)
+    def condition(self, hidden: jax.Array, before: jax.Array) -> jax.Array:
+        """Returns the part of the conditioning that does not depend on the flow time, `[N, W]`.
+
+        Args:
+          hidden: `[N, D]`.
+          before: `[N, X]`, the normalised frame before; zeros where there is none.
+        """
+        dtype = hidden.dtype
+        return hidden @ self.w_cond[...].astype(dtype) + before.astype(dtype) @ self.w_before[...].astype(dtype)
 
     def modulation(self, t: jax.Array, condition: jax.Array) -> list[jax.Array]:
         """Returns the modulation (shift, scale, gate) of each layer and of the output; it does not depend on the frame.
@@ -76,7 +83,9 @@ class FlowHead(nnx.Module):
         shift, scale = jnp.split(last, 2, axis=-1)
         return (rms_normalise(h, 1e-6) * (1 + scale) + shift) @ self.w_out[...].astype(dtype)
 
-    def loss(self, hidden: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+    def loss(
+        self, hidden: jax.Array, before: jax.Array, target: jax.Array, valid: jax.Array, keys: jax.Array
+    ) -> jax.Array:
         """Returns the squared error of x1: the mean over log-mels and noise draws, summed over the valid positions.
 
         All flow times have the same weight. The squared error of the velocity would be this error times `(1 - t)^-2`,
@@ -85,12 +94,13 @@ class FlowHead(nnx.Module):
 
         Args:
           hidden: `[N, D]`.
+          before: `[N, X]`, see `condition`.
           target: `[N, X]`, log-mels.
           valid: `[N]` bool.
           keys: `[N]` random keys, one for the noise of each position.
         """
         draws = self.config.draws
-        condition = jnp.repeat(self.condition(hidden), draws, axis=0)
+        condition = jnp.repeat(self.condition(hidden, before), draws, axis=0)
         x1 = jnp.repeat(normalise(target).astype(hidden.dtype), draws, axis=0)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,19 +114,33 @@ class FlowHead(nnx.Module):
         mask = jnp.repeat(valid.astype(jnp.float32), draws)
         return (mask * jnp.mean(error * error, axis=-1)).sum() / draws
 
-    def sample(self, hidden: jax.Array, noise: jax.Array, steps: int) -> jax.Array:
-        """Runs `steps` Euler steps from `noise` `[N, X]`, already scaled by the temperature, to log-mels `[N, X]`."""
-        condition = self.condition(hidden)
-        x = noise.astype(hidden.dtype)
-        # Computed for all steps at once: with few positions, the head's time is that of reading its weights.
-        times = jnp.repeat(jnp.arange(steps) / steps, len(x))
-        modulation = self.modulation(times, jnp.tile(condition, (steps, 1)))
+    def sample(self, hidden: jax.Array, before: jax.Array, noise: jax.Array, steps: int) -> jax.Array:
+        """Draws S consecutive frames of each session at once, in `steps` Euler steps.
+
+        A frame's condition is the frame before it. While the frames are drawn together, this is the present estimate of
+        that frame, from the Euler step before. In the first step there is none, as for a frame that training left out.
+
+        Args:
+          hidden: `[B, S, D]`, the hidden state of each frame.
+          before: `[B, X]`, the normalised frame before the first one.
+          noise: `[B, S, X]`, already scaled by the temperature.
+          steps: Euler steps.
+
+        Returns:
+          `[B, S, X]`, log-mels.
+        """
+        batch, frames, _ = hidden.shape
+        flat = hidden.reshape(batch * frames, -1)
+        x = noise.astype(hidden.dtype).reshape(batch * frames, -1)
+        estimate = jnp.zeros_like(x)
         for i in range(steps):
             t = i / steps
-            rows = slice(i * len(x), (i + 1) * len(x))
-            x1 = self(x, condition, [part[rows] for part in modulation])
-            x = x1 if i == steps - 1 else x + (x1 - x) * (1 / steps) / (1 - t)
-        return denormalise(x)
+            earlier = estimate.reshape(noise.shape)[:, :-1]
+            neighbour = jnp.concatenate([before[:, None].astype(x.dtype), earlier], axis=1).reshape(x.shape)
+            condition = self.condition(flat, neighbour)
+            estimate = self(x, condition, self.modulation(jnp.full((len(x),), t), condition))
+            x = estimate if i == steps - 1 else x + (estimate - x) * (1 / steps) / (1 - t)
+        return denormalise(x).reshape(noise.shape)
 
 
 def normalise(log_mel: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ def load_vocoder(directory: Path | str) -> tuple[Config, Params]:
     directory = Path(directory).absolute()
     if not (directory / SETTINGS).is_file():
         if (directory / CONFIG).is_file() and not (directory / RUN_CHECKPOINTS).is_dir():
-            config, params = load_checkpoint(directory)
+            config, params = load_checkpoint(directory, may_be_older=True)  # the vocoder is the same since 0.1
             return config, params["vocoder"]
         if (directory / RUN_CHECKPOINTS).is_dir():
             raise InputError(

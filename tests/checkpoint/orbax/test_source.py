@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxtml.checkpoint.orbax.saving import save_checkpoint
-from jaxtml.checkpoint.orbax.source import load_checkpoint
+from jaxtml.checkpoint.orbax.source import OrbaxCheckpoint, load_checkpoint
+from jaxtml.checkpoint.source import read_parameters
 from jaxtml.config import load, to_json
 from jaxtml.errors import InputError
 from jaxtml.model.interaction import InteractionModel
@@ -110,3 +111,18 @@ def test_a_truncated_data_file_is_refused(checkpoint):
     largest = max(files, key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     assert "is damaged or incomplete" in _refusal(checkpoint)
+
+
+def test_a_checkpoint_of_version_0_1_is_refused_for_use_and_can_start_training(params, tmp_path):
+    """Such a checkpoint has no drafter, and its flow head reads no frame before."""
+    older = {**params, "flow": {k: v for k, v in params["flow"].items() if k != "w_before"}}
+    del older["draft"]
+    save_checkpoint(tmp_path / "older", CONFIG, older)
+    with pytest.raises(InputError, match="was trained by jaxtml 0.1, .* train it further with `jaxtml train"):
+        OrbaxCheckpoint(tmp_path / "older")
+    source = OrbaxCheckpoint(tmp_path / "older", may_be_older=True)
+    lacking = {path for path in source.specs if not source.holds(path)}
+    assert lacking == {"flow/w_before"} | {path for path in source.specs if path.startswith("draft/")}
+    read = dict(flatten(read_parameters(source)))
+    np.testing.assert_array_equal(read["flow/w_in"], params["flow"]["w_in"])
+    assert np.abs(read["flow/w_before"]).max() > 0

@@ -24,7 +24,7 @@ def micro_turn(rng: np.random.Generator, density: float) -> list[int]:
     typed, heard, said = (rng.random(3) < density / 2) * rng.integers(2, 5, 3)
     patches = int(rng.integers(1, 3) * (rng.random() < 0.2))
     speech = 4 * int(rng.random() < 0.4)
-    return [TURN, *[TEXT] * typed, *[PATCH] * patches, *[USER] * 4, *[TEXT] * (heard + said + 1), *[OWN] * speech]
+    return [TURN, *[TEXT] * typed, *[PATCH] * patches, *[USER] * 4, *[TEXT] * (heard + said), *[OWN] * speech]
 
 
 def visible_tokens(config: AttentionConfig, kinds: np.ndarray) -> np.ndarray:
@@ -34,16 +34,10 @@ def visible_tokens(config: AttentionConfig, kinds: np.ndarray) -> np.ndarray:
     visible = np.zeros((tokens, tokens), bool)
     kept: list[int] = []
     for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
-        last_text = start + np.flatnonzero(kinds[start:stop] == TEXT)[-1:]  # the gate
-        listens = stop < tokens and kinds[stop - 1] == TEXT
-        after = [stop - 1] if listens else []  # the query LISTEN sees what the next micro-turn sees
-        for query in range(start, stop - len(after)):
+        for query in range(start, stop):
             visible[query] = _seen(config, query, tokens, kept)
-        texts = [p for p in range(start, stop) if kinds[p] == TEXT and p not in last_text]
-        if texts:
-            kept += [p for p in range(start, stop) if p in texts or kinds[p] in (TURN, PATCH)]
-        for query in after:
-            visible[query] = _seen(config, query, tokens, kept)
+        if TEXT in kinds[start:stop]:
+            kept += [p for p in range(start, stop) if kinds[p] in (TURN, TEXT, PATCH)]
     return visible
 
 

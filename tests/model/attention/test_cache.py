@@ -7,8 +7,8 @@ import pytest
 from jaxtml.config import AttentionConfig
 from jaxtml.model.attention.cache import (
     NOWHERE,
-    KVCache,
     copy_retained,
+    empty_cache,
     empty_retained,
     plan_cache_step,
     plan_retention,
@@ -57,11 +57,12 @@ def test_the_second_ring_holds_the_last_retained_tokens(stack):
     """
     config = AttentionConfig(2, 1, 2, window=20, rel_extent=20, pinned=4, retained=6)
     slots = ring_slots(config, max_tokens=9)
-    ring = slots - config.pinned - config.retained
+    ring = slots - config.pinned
     retained = empty_retained(config, 2)
     expected: list[list[int]] = [[], []]
     rng = np.random.default_rng(0)
-    k, v = np.zeros((*stack, 2, 1, 2, slots), np.float32), np.zeros((*stack, 2, 1, slots, 2), np.float32)
+    cache = empty_cache(config, stack, 2, 9, jnp.float32)
+    k, v = np.array(cache.k), np.array(cache.v)
     for start in range(0, 200, 10):
         for position in range(start, start + 10):
             slot = position if position < config.pinned else config.pinned + (position - config.pinned) % ring
@@ -69,13 +70,14 @@ def test_the_second_ring_holds_the_last_retained_tokens(stack):
         count = rng.integers(0, 10, 2) * (rng.random(2) < 0.7)
         positions = start + np.sort(np.stack([rng.permutation(10)[:9] for _ in range(2)]), axis=1)
         step, retained = plan_retention(config, slots, retained, jnp.asarray(positions), jnp.asarray(count))
-        k, v = (np.array(a) for a in copy_retained(KVCache(jnp.asarray(k), jnp.asarray(v)), step))
+        cache = copy_retained(cache._replace(k=jnp.asarray(k), v=jnp.asarray(v)), step)
+        far_k, far_v = np.asarray(cache.far.k), np.asarray(cache.far.v)
         for row in range(2):
             expected[row] += [p for p in positions[row, : count[row]].tolist() if p >= config.pinned]
             in_slots = np.asarray(retained.position[row])
             assert sorted(in_slots[in_slots < NOWHERE].tolist()) == expected[row][-config.retained :]
             filled = np.flatnonzero(in_slots < NOWHERE)
-            for array in (k[..., row, 0, 0, -config.retained :], v[..., row, 0, -config.retained :, 1]):
+            for array in (far_k[..., row, 0, 0, :], far_v[..., row, 0, :, 1]):
                 assert (array[..., filled] == in_slots[filled]).all()
     assert retained.count.tolist() == [len(tokens) for tokens in expected]
     assert min(map(len, expected)) > 3 * config.retained
@@ -88,6 +90,5 @@ def test_a_retained_token_is_seen_once():
     _, retained = plan_retention(config, slots, empty_retained(config, 1), jnp.array([[7]]), jnp.array([1]))
     for query in range(8, 60):
         step = plan_cache_step(config, slots, jnp.array([query]), jnp.array([1]), 1, retained)
-        in_ring, in_second = np.split(np.asarray(step.visible[0, 0]), [slots - config.retained])
-        assert in_ring.sum() == min(query + 1, 20)
-        assert in_second.sum() == (query - 7 >= 20)
+        assert step.visible[0, 0].sum() == min(query + 1, 20)
+        assert step.far.visible[0, 0].sum() == (query - 7 >= 20)

@@ -9,9 +9,9 @@ import pytest
 
 from jaxtml.config import AttentionConfig
 from jaxtml.model.attention import sequence
-from jaxtml.model.attention.retention import find_far_tokens, is_retained, number_micro_turns
+from jaxtml.model.attention.retention import find_far_tokens
 from jaxtml.model.attention.sequence import attend_sequence
-from tests.model.attention.talks import OWN, TEXT, TURN, USER, random_kinds, visible_tokens
+from tests.model.attention.talks import random_kinds, visible_tokens
 
 BATCH, GROUPS, PER_GROUP, DIM, RANK, TOKENS = 3, 2, 3, 8, 4, 300
 DENSITIES = (0.0, 0.3, 0.9)  # how often the micro-turns of each row have text
@@ -133,12 +133,3 @@ def test_the_kernels_equal_plain_attention_forwards_and_backwards(pinned, monkey
     kernels, plain = run(partial(sequence.attend_flash, interpret=True)), run(sequence.attend_chunks)
     for part, a, b in zip(["out", "query", "keys", "values", "rel", "proj"], kernels, plain, strict=True):
         assert float(jnp.linalg.norm(a - b)) / float(jnp.linalg.norm(b)) < 5e-6, part
-
-
-def test_a_silent_micro_turn_has_no_text_wherever_the_sequence_ends():
-    """The LISTEN token at the end of a row is no text: neither before padding nor as the last token."""
-    silent, speaking = [TURN, USER, USER, USER, USER, TEXT], [TURN, USER, TEXT, TEXT, OWN, OWN]
-    for kinds in (silent, [*silent, 0, 0], [*speaking, *silent]):
-        kind = jnp.asarray([kinds])
-        found = is_retained(kind, number_micro_turns(kind))[0]
-        assert np.flatnonzero(found).tolist() == ([0, 2] if kinds[2] == TEXT else [])

@@ -20,4 +20,4 @@ def test_a_few_slots_at_a_time_give_the_same_sessions(small, monkeypatch):
     assert_same(at_once.outputs, in_batches.outputs, exact=False)
     a, b = at_once.state, in_batches.state
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a.layers, b.layers)
-    np.testing.assert_array_equal(a.own_frame, b.own_frame)
+    np.testing.assert_array_equal(a.own_frames, b.own_frames)

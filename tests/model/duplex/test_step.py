@@ -42,7 +42,8 @@ def training_sequence(
             clock_features(np.array(micro_turn), np.array((NEAR_WEEK_END + MICRO_TURN_MS * micro_turn) % WEEK_MS))
         )
 
-    before = SILENT_BINS
+    silent = np.repeat(SILENT_BINS[None], 4, axis=0)
+    before = silent
     for micro_turn, (inputs, out) in enumerate(micro_turns):
         add(PositionKind.TURN, base + Control.TURN, micro_turn=micro_turn)
         for token in inputs.typed[: inputs.typed_length]:
@@ -52,14 +53,16 @@ def training_sequence(
             rows["patches"].append(patch)
         for frame in inputs.bins:
             add(PositionKind.USER, bins=frame)
-        for token, row in zip(out.tokens[: out.count], out.logits, strict=False):
+        *text, _ = out.tokens[: out.count]
+        for i, row in enumerate(out.logits[: out.count]):
             at.append(len(rows["kind"]) - 1)
             logits.append(row)
-            add(PositionKind.TEXT, int(token))
+            if i < len(text):  # the gate has no position
+                add(PositionKind.TEXT, int(text[i]))
         if out.speaking:
-            for frame in (before, *out.frames[:3]):
+            for frame in before:
                 add(PositionKind.OWN, bins=frame)
-        before = out.frames[3] if out.speaking else SILENT_BINS
+        before = out.frames if out.speaking else silent
     return rows, at, logits
 
 

@@ -45,7 +45,9 @@ def trained() -> tuple[Params, np.ndarray]:
         hidden, target, key = batch
         valid = jnp.ones((ROWS,), bool)
         keys = jax.random.split(key, ROWS)
-        loss, grads = jax.value_and_grad(lambda p: bind(HEAD, p).loss(hidden, target, valid, keys) / ROWS)(params)
+        loss, grads = jax.value_and_grad(
+            lambda p: bind(HEAD, p).loss(hidden, jnp.zeros_like(target), target, valid, keys) / ROWS
+        )(params)
         updates, moments = tx.update(grads, moments)
         return (optax.apply_updates(params, updates), moments), loss
 
@@ -59,7 +61,12 @@ def trained() -> tuple[Params, np.ndarray]:
 def sample(params: Params, state: int, n: int, steps: int, temperature: float = 1.0) -> np.ndarray:
     noise = temperature * jax.random.normal(jax.random.key(steps), (n, SPEECH_DIM))
     hidden = jnp.broadcast_to(HIDDEN[state], (n, DIM))
-    return np.asarray(jax.jit(lambda p, h, x: bind(HEAD, p).sample(h, x, steps))(params, hidden, noise))
+
+    @jax.jit
+    def draw(params: Params, hidden: jax.Array, noise: jax.Array) -> jax.Array:
+        return bind(HEAD, params).sample(hidden[:, None], jnp.zeros_like(noise), noise[:, None], steps)[:, 0]
+
+    return np.asarray(draw(params, hidden, noise))
 
 
 def test_the_loss_falls(trained):
@@ -106,7 +113,8 @@ def gradients(trained):
     params = trained[0]
 
     def loss(hidden: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return bind(HEAD, params).loss(hidden, target, valid, jax.random.split(jax.random.key(3), len(hidden)))
+        keys = jax.random.split(jax.random.key(3), len(hidden))
+        return bind(HEAD, params).loss(hidden, jnp.zeros_like(target), target, valid, keys)
 
     return jax.jit(jax.value_and_grad(loss))
 
