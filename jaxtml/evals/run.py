@@ -167,7 +167,9 @@ def _converse(
 
 def _transcribe(session: ObservedSession, reply: Reply, judge: Transcriber, limit: int) -> ObservedSession:
     """Adds the judge's transcripts of at most `limit` stretches that the user did not interrupt."""
-    asked = uninterrupted_stretches(session)[: max(limit, 0)]
-    return session.with_transcripts(
-        {number: judge.transcribe(stretch_sound(session.stretches[number], reply.wave)) for number in asked}
-    )
+    # The sound of a stretch that begins in the last micro-turn would come after the end of the session.
+    sounds = {
+        number: stretch_sound(session.stretches[number], reply.wave) for number in uninterrupted_stretches(session)
+    }
+    asked = [number for number, sound in sounds.items() if len(sound)][: max(limit, 0)]
+    return session.with_transcripts({number: judge.transcribe(sounds[number]) for number in asked})

@@ -20,14 +20,14 @@ def test_info_counts_parameters_by_group(jaxtml):
 def test_info_says_what_a_session_takes_and_sees(jaxtml):
     """A retained token takes as much as a token of the window: keys and values of two layers, and four bytes."""
     _, out, _ = jaxtml("info", "tiny")
-    assert out.splitlines()[-1].endswith("and sees its last 512 tokens")
+    assert out.splitlines()[-1].endswith("and sees its last 256 tokens, and before them 2,048 tokens of text")
     sizes = []
     for retained in (100, 200):
         _, out, _ = jaxtml("info", "tiny", "--json", "--set", f"backbone.global_.retained={retained}")
         sizes.append(json.loads(out)["session_bytes"])
     assert sizes[1] - sizes[0] == 100 * (2 * 2 * 2 * 48 * 4 + 4)
     _, out, _ = jaxtml("info", "tiny", "--set", "backbone.global_.retained=200")
-    assert "sees its last 512 tokens, and before them 200 tokens of text" in out
+    assert "sees its last 256 tokens, and before them 200 tokens of text" in out
 
 
 def test_set_overrides_a_field(jaxtml):

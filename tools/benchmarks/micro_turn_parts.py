@@ -148,6 +148,6 @@ if __name__ == "__main__":
     add_checkpoint(parser)
     add_recording(parser, "what the user says")
     parser.add_argument("--sessions", type=count, default=1, help="sessions side by side in the parts (default: 1)")
-    parser.add_argument("--rounds", type=count, default=100, help="runs of each part (default: 100)")
+    parser.add_argument("--rounds", type=count, default=100, help="repetitions of each part (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     run_tool(parser, benchmark)

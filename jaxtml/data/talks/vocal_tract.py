@@ -93,6 +93,7 @@ def _warp_envelope(wave: np.ndarray, tract: VocalTract) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FRAME)[::_HOP] * window
     spectrum = np.fft.rfft(frames, axis=1)
     magnitude = np.abs(spectrum)
+    n_frames = len(frames)
     log_magnitude = np.log(magnitude + np.float32(1e-3) * magnitude.max() + np.float32(1e-9))
     analysis, synthesis = _cepstrum()
     freqs_hz = np.arange(_FRAME // 2 + 1) * (SAMPLE_RATE / _FRAME)
@@ -103,7 +104,11 @@ def _warp_envelope(wave: np.ndarray, tract: VocalTract) -> np.ndarray:
     order = np.arange(_COEFFICIENTS)
     warped = np.cos(np.pi * order[:, None] * source)
     warped[1:] *= 2 * tract.sharpness  # coefficient 0 is the loudness of the frame
-    change = (log_magnitude @ analysis) @ (warped - synthesis).astype(np.float32)
+    # One product of all frames would be split among the threads of BLAS, and rounded by their number. Rows must not
+    # depend on the machine and its load, so the products are small ones of four frames.
+    fours = np.pad(log_magnitude, ((0, -n_frames % 4), (0, 0))).reshape(-1, 4, log_magnitude.shape[1])
+    change = np.matmul(np.matmul(fours, analysis), (warped - synthesis).astype(np.float32))
+    change = change.reshape(-1, log_magnitude.shape[1])[:n_frames]
     spectrum *= np.exp(np.clip(change, -_MAX_GAIN, _MAX_GAIN))
     pieces = np.fft.irfft(spectrum, _FRAME, axis=1).astype(np.float32) * window
     return _overlap_add(pieces, _HOP)[_FRAME : _FRAME + n] * np.float32(1 / 1.5)  # squared Hann windows add up to 1.5
