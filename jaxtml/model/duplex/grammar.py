@@ -83,10 +83,7 @@ def choose_token(
     Returns:
       `[B]` int32 token ids and `[B]` float32 P(speak).
     """
-    base = config.control_base
-    masked = jnp.where(allowed_tokens(config, progress, logits.shape[1]), logits, -jnp.inf)
-    listen, speak = logits[:, base + Control.LISTEN], logits[:, base + Control.SPEAK]
-    p_speak = jax.nn.sigmoid(speak - listen)
+    masked, p_speak = _mask_logits(config, logits, progress)
     if config.temperature > 0:
         token = sample(masked / config.temperature, config.top_p, state, index)
     else:
@@ -96,10 +93,16 @@ def choose_token(
 
 def likeliest_token(config: DuplexConfig, logits: jax.Array, progress: Progress) -> jax.Array:
     """Returns `[B]` int32: the likeliest token that the grammar allows, and the gate that the threshold gives."""
+    masked, p_speak = _mask_logits(config, logits, progress)
+    return decide_gate(config, jnp.argmax(masked, axis=1), p_speak)
+
+
+def _mask_logits(config: DuplexConfig, logits: jax.Array, progress: Progress) -> tuple[jax.Array, jax.Array]:
+    """Returns the logits `[B, V]` with -inf for tokens that the grammar forbids, and P(speak) `[B]`."""
     base = config.control_base
     masked = jnp.where(allowed_tokens(config, progress, logits.shape[1]), logits, -jnp.inf)
-    p_speak = jax.nn.sigmoid(logits[:, base + Control.SPEAK] - logits[:, base + Control.LISTEN])
-    return decide_gate(config, jnp.argmax(masked, axis=1), p_speak)
+    listen, speak = logits[:, base + Control.LISTEN], logits[:, base + Control.SPEAK]
+    return masked, jax.nn.sigmoid(speak - listen)
 
 
 def decide_gate(config: DuplexConfig, token: jax.Array, p_speak: jax.Array) -> jax.Array:

@@ -3,10 +3,11 @@
 Read this file from top to bottom. A micro-turn has four stages:
 
 1. `prefill` runs the model over the input: the clock, text, patches, the user's four frames.
-2. `generate` loops over positions until every slot is done. A slot writes text (`write`) and chooses its gate there
-   (`grammar.py`).
-3. `speak`, inside this loop, draws 50 ms of own speech from the flow head. The dMel frame (quantised log-mels)
-   of this speech is fed back.
+2. `write_text` writes text until every slot has chosen its gate (`grammar.py`). A forward call (`verify`) runs the
+   token that was chosen last and the tokens that are guessed to follow it. Guesses that the model does not confirm are
+   taken back.
+3. `speak` draws 200 ms of own speech from the flow head, in slots whose gate is open. The next micro-turn reads the
+   dMel frames (quantised log-mels) of this speech.
 4. `vocode` turns the log-mels of own speech into a waveform.
 
 If global layers retain tokens, `retain_text` then copies the text of this micro-turn to the second ring of the cache.
@@ -329,7 +330,7 @@ def speak(
             frames=jnp.where(mask, frames, out.frames),
         )
         state = state._replace(
-            own_frames=jnp.where(mask, out.frames, state.own_frames),
+            own_frames=jnp.where(mask, frames, state.own_frames),
             own_mels=jnp.where(speaking[:, None], mels[:, -1], state.own_mels),
         )
         return state, out, jnp.zeros_like(speaking)
